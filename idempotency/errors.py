@@ -1,0 +1,104 @@
+"""The errors, each with what its problem document says. No logic lives here."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class IdempotencyError(Exception):
+    """The base of every error of this library.
+
+    ``code`` is the stable name to branch on, ``status`` the HTTP status, ``retryable`` whether the very same request
+    may succeed later, ``safe_new_key`` whether sending it under a new key cannot repeat an effect.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Idempotency error"
+    retryable: ClassVar[bool] = False
+    safe_new_key: ClassVar[bool] = False
+
+
+class ConfigurationError(IdempotencyError, ValueError):
+    """An option, URL or installation is wrong; raised before anything runs."""
+
+    code = "configuration"
+    title = "Idempotency is not configured correctly"
+
+
+class KeyMissingError(IdempotencyError):
+    """The operation requires an idempotency key and the request has none (draft section 2.7)."""
+
+    code = "key-missing"
+    status = 400
+    title = "Idempotency-Key is missing"
+    safe_new_key = True
+
+
+class KeyInvalidError(IdempotencyError):
+    """The idempotency key cannot be read, is empty, too long, or was sent twice (RFC 9651 section 4.2)."""
+
+    code = "key-invalid"
+    status = 400
+    title = "Idempotency-Key is malformed"
+    safe_new_key = True
+
+
+class RequestTooLargeError(IdempotencyError):
+    """The body of a keyed request is over ``Policy.max_request`` bytes."""
+
+    code = "request-too-large"
+    status = 413
+    title = "The request body is too large for an idempotent request"
+    safe_new_key = True
+
+
+class InProgressError(IdempotencyError):
+    """Another request with this key is still running (draft section 2.7)."""
+
+    code = "in-progress"
+    status = 409
+    title = "A request with this Idempotency-Key is in progress"
+    retryable = True
+
+
+class KeyReusedError(IdempotencyError):
+    """The key was used before for a different request (draft section 2.7)."""
+
+    code = "key-reused"
+    status = 422
+    title = "This Idempotency-Key was used for a different request"
+    safe_new_key = True
+
+
+class OutcomeUnknownError(IdempotencyError):
+    """The operation began and nobody knows how it ended; it is not repeated until somebody resolves the key."""
+
+    code = "outcome-unknown"
+    status = 409
+    title = "The outcome of the request with this Idempotency-Key is unknown"
+
+
+class NotReplayableError(IdempotencyError):
+    """The operation is completed, but its result was too large or streamed, and was not kept."""
+
+    code = "completed-not-replayable"
+    status = 409
+    title = "The request with this Idempotency-Key is completed; its response was not kept"
+
+
+class UnreadableError(IdempotencyError):
+    """The record under the key is damaged, or of a newer format; the operation is not repeated."""
+
+    code = "record-unreadable"
+    status = 500
+    title = "The record of this Idempotency-Key cannot be read"
+
+
+class StoreError(IdempotencyError):
+    """The store cannot be reached, refused, or gave no answer in time."""
+
+    code = "store-unavailable"
+    status = 503
+    title = "The idempotency store is unavailable"
+    retryable = True

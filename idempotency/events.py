@@ -1,0 +1,70 @@
+"""What happened to a keyed operation: one event per outcome, delivered to a hook.
+
+Nothing else in the library logs. An event never carries a key or a body in clear.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+EventKind = Literal[
+    "stored",  # the operation ran and its result is recorded
+    "released",  # the operation ran, and by policy its key is free again
+    "held",  # the operation ran, and by policy or by the handler's word its key is unknown until resolved
+    "replayed",  # a duplicate was given the recorded result
+    "completed",  # a duplicate was told that the operation is done and its result was not kept
+    "in-progress",  # a duplicate was told that the first is still running
+    "mismatch",  # the key was used for something else
+    "unknown",  # a duplicate was told that the outcome is unknown
+    "unreadable",  # the record cannot be read
+    "refused",  # the request was refused before any store access: key missing or malformed, body too large
+    "superseded",  # the owner finished after its lease had passed to another; its result is not recorded
+    "lease-lost",  # a running owner learned that its lease is gone
+    "unavailable",  # the store failed before the operation, which did not run
+    "unprotected",  # the store failed before the operation, which ran unprotected (fail_open)
+    "unrecorded",  # the store failed after the operation; its claim is kept and the record is tried again
+]
+
+_WARNINGS: frozenset[EventKind] = frozenset(
+    {"held", "unknown", "unreadable", "superseded", "lease-lost", "unavailable", "unprotected", "unrecorded"}
+)
+
+_logger = logging.getLogger("idempotency")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
+
+    ``operation`` names what was asked (``"POST /orders"``), ``attempt`` counts from 1 (0: not run), ``error`` is the
+    class name of the failure, if any.
+    """
+
+    kind: EventKind
+    operation: str
+    record: str = ""
+    attempt: int = 0
+    error: str = ""
+
+
+class EventHook(Protocol):
+    """Receive every event. Called in the event loop or thread of the operation: it must not block or raise."""
+
+    def __call__(self, event: Event, /) -> None: ...
+
+
+def log_event(event: Event, /) -> None:
+    """Log one line on the logger ``idempotency``: a warning where somebody should look, else debug."""
+    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    if _logger.isEnabledFor(level):
+        _logger.log(
+            level,
+            "%s %s record=%s attempt=%d%s",
+            event.kind,
+            event.operation,
+            event.record or "-",
+            event.attempt,
+            f" error={event.error}" if event.error else "",
+        )

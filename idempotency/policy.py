@@ -1,0 +1,145 @@
+"""What an operation is promised: how long, how often, and what happens when it fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Set
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from idempotency.errors import ConfigurationError
+
+Outcome = Literal["store", "release", "hold"]
+"""What becomes of a key: its result is kept, it is free again, or it is unknown until resolved."""
+
+Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[bytes | str]]
+
+TRANSIENT = frozenset({401, 403, 408, 409, 425, 429, 503})
+"""Answers that say "not now" or "not you": a retry must be able to get another one."""
+
+
+class Seconds:
+    """A duration field: takes seconds or a ``timedelta``, reads as float seconds."""
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, policy: object | None, owner: type | None = None) -> float:
+        if policy is None:
+            return self._default
+        seconds: float = policy.__dict__[self._name]
+        return seconds
+
+    def __set__(self, policy: object, value: float | timedelta) -> None:
+        seconds = value.total_seconds() if isinstance(value, timedelta) else value
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+            raise ConfigurationError(f"{self._name} must be seconds or a timedelta, not {value!r}")
+        policy.__dict__[self._name] = float(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Promise what one kind of operation is given. Immutable, checked when made, shared by any number of routes.
+
+    Durations are seconds, as a number or a ``timedelta``.
+
+    ``ttl``: how long a finished key replays, from its completion; a replay does not extend it. Default 86400 (a day).
+    ``lease``: how long an owner may be silent before its key counts as abandoned; it is renewed every third of it.
+    Default 30.
+    ``wait``: how long a duplicate waits for the result of a running owner before it is told 409. Default 0: not at all.
+    ``required``: whether a request without a key is refused with 400. Default False: it runs unprotected.
+    ``methods``: the HTTP methods that are protected. Default POST and PATCH (draft section 1).
+    ``on_crash``: what becomes of a key whose owner vanished: ``"rerun"`` (the default; the effect happens at least
+    once) or ``"hold"`` (at most once; the key is unknown until resolved).
+    ``on_store_error``: ``"fail_closed"`` (the default: 503, nothing runs) or ``"fail_open"`` (runs unprotected).
+    ``outcomes``: what becomes of a key by how its operation ended, over the defaults: a status (``404``), a class of
+    statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default every
+    response is stored, except 5xx and the transient 401, 403, 408, 409, 425, 429 and 503, which release the key, as
+    an exception does. An exact status wins over a class, a nearer exception class over a farther.
+    ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
+    default: every byte), ``"json"`` (JSON apart from white space and the order of members; other bodies as raw), or
+    a callable given the request, sync or async, that returns what is compared.
+    ``max_request``: bytes of a keyed request's body, over which it is refused with 413. Default 1 GiB.
+    ``max_response``: bytes of a response that are kept; a larger one is passed through and remembered as completed.
+    Default 1 MiB.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` with the value in the message.
+    """
+
+    ttl: Seconds = Seconds(86400.0)
+    lease: Seconds = Seconds(30.0)
+    wait: Seconds = Seconds(0.0)
+    required: bool = False
+    methods: Set[str] = frozenset({"POST", "PATCH"})
+    on_crash: Literal["rerun", "hold"] = "rerun"
+    on_store_error: Literal["fail_closed", "fail_open"] = "fail_closed"
+    outcomes: Mapping[int | str | type[BaseException], Outcome] = field(default_factory=dict)
+    fingerprint: Fingerprint = "raw"
+    max_request: int = 1 << 30
+    max_response: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.ttl <= 0 or self.lease <= 0 or self.wait < 0:
+            raise ConfigurationError(
+                f"ttl and lease must be positive and wait not negative: {self.ttl!r}, {self.lease!r}, {self.wait!r}"
+            )
+        if self.max_request < 0 or self.max_response < 0:
+            raise ConfigurationError(
+                f"max_request and max_response must not be negative: {self.max_request!r}, {self.max_response!r}"
+            )
+        if isinstance(self.methods, str):
+            raise ConfigurationError(f"methods must be a set of names, not {self.methods!r}")
+        object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
+        _one_of("on_crash", self.on_crash, ("rerun", "hold"))
+        _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
+        if not callable(self.fingerprint):
+            _one_of("fingerprint", self.fingerprint, ("raw", "json"))
+        object.__setattr__(self, "outcomes", MappingProxyType(dict(self.outcomes)))
+        for rule, outcome in self.outcomes.items():
+            _check_rule(rule)
+            _one_of(f"outcomes[{rule!r}]", outcome, get_args(Outcome))
+
+    def outcome_of_status(self, status: int) -> Outcome:
+        """Say what becomes of a key whose operation answered ``status``."""
+        default: Outcome = "release" if status >= 500 or status in TRANSIENT else "store"
+        if not self.outcomes:
+            return default
+        exact = self.outcomes.get(status)
+        if exact is not None:
+            return exact
+        # A rule for a whole class was written with the class in mind, so it wins over our default for one status.
+        return self.outcomes.get(f"{status // 100}xx", default)
+
+    def outcome_of_exception(self, error: BaseException) -> Outcome:
+        """Say what becomes of a key whose operation raised ``error``.
+
+        What is no ``Exception`` (a cancellation, an exit) stopped the operation anywhere, like a crash: without a rule
+        of its own it follows ``on_crash``.
+        """
+        for kind in type(error).__mro__:
+            rule = self.outcomes.get(kind)
+            if rule is not None:
+                return rule
+        if isinstance(error, Exception) or self.on_crash == "rerun":
+            return "release"
+        return "hold"
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_rule(rule: object) -> None:
+    if isinstance(rule, type) and issubclass(rule, BaseException):
+        return
+    if isinstance(rule, int) and not isinstance(rule, bool) and 100 <= rule <= 599:
+        return
+    if isinstance(rule, str) and len(rule) == 3 and rule[0] in "12345" and rule.endswith("xx"):
+        return
+    raise ConfigurationError(f'outcomes takes a status, a class such as "5xx", or an exception class, not {rule!r}')

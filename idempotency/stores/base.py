@@ -1,0 +1,139 @@
+"""What a store must do: four atomic verbs, each one round trip, and a way to be told of a change.
+
+A store decides ownership and nothing else; what a duplicate is told is decided by ``_core.judge``.
+
+- Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
+- Every write after the claim is fenced by the claim's token.
+- A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
+- A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
+  A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
+- Any verb may be repeated with the same claim, as a client does whose answer was lost, with the same effect and answer.
+- A store that cannot be reached, or gives no answer in time, raises :class:`~idempotency.errors.StoreError`.
+  A record that makes no sense is no error: it is ``Record.unreadable()``.
+
+``idempotency.testing.StoreContract`` pins each of these sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from idempotency._core import Claim, Record, State
+
+Changed = Callable[[float], Awaitable[None]]
+"""Wait until the watched record may have changed, at the latest for the given seconds."""
+
+
+class Store(Protocol):
+    """A store for asyncio."""
+
+    async def claim(self, claim: Claim, /) -> Record:
+        """Own the record if it is absent, expired or taken over; return what is there now, the result included."""
+        ...
+
+    async def renew(self, claim: Claim, /) -> bool:
+        """Start the lease anew; False when ``claim`` is no longer the owner, or no longer running."""
+        ...
+
+    async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
+        """Record the end; False, and nothing written, when ``claim`` is no longer the owner.
+
+        ``result`` None means "done, result not kept". ``State.UNKNOWN`` records that nobody knows how it ended.
+        A lease that is over does not matter as long as nobody took over.
+        """
+        ...
+
+    async def release(self, claim: Claim, /) -> bool:
+        """Forget a running record; False when ``claim`` is no longer the owner, or no longer running."""
+        ...
+
+    def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
+        """Watch the record of ``claim`` for its end (completed, held or released).
+
+        A change after the context is entered is not missed, provided that a claim with ``watched`` set follows the
+        entry. Notification is a wake-up and no promise: a store without one returns after a polling interval.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close what the store itself opened, never a client or engine that was passed in."""
+        ...
+
+
+class SyncStore(Protocol):
+    """The same verbs for threads: a native blocking client, never a bridge to an event loop."""
+
+    def claim_sync(self, claim: Claim, /) -> Record:
+        """See :meth:`Store.claim`."""
+        ...
+
+    def renew_sync(self, claim: Claim, /) -> bool:
+        """See :meth:`Store.renew`."""
+        ...
+
+    def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
+        """See :meth:`Store.complete`."""
+        ...
+
+    def release_sync(self, claim: Claim, /) -> bool:
+        """See :meth:`Store.release`."""
+        ...
+
+    def close(self) -> None:
+        """See :meth:`Store.aclose`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
+
+    ``unresolved`` is True for a record that nobody will finish: completed as unknown, or held and its lease over.
+    ``result_size`` is None where there is no result.
+    """
+
+    id: bytes
+    scope: str
+    key: str
+    state: State
+    attempt: int
+    hold: bool
+    age: float
+    lease_left: float
+    expires_in: float | None
+    result_size: int | None
+    version: int
+
+    @property
+    def unresolved(self) -> bool:
+        """Say whether the outcome is unknown and waits for :meth:`Housekeeping.resolve`."""
+        return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
+
+
+class Housekeeping(Protocol):
+    """What an operator does with records; no request needs it."""
+
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """Show the record of this id (:func:`idempotency._core.record_id`); None when there is none, or it expired."""
+        ...
+
+    async def unresolved(self, limit: int = 100) -> list[Entry]:
+        """List records whose outcome is unknown, oldest first as far as the store can tell."""
+        ...
+
+    async def resolve(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """Settle an unresolved record by what was found out; False, and nothing changed, when it is not unresolved.
+
+        ``"done"``: the effect happened; duplicates get ``result``, or are told it was not kept. ``"release"``: it did
+        not, and the next request runs. The vanished owner's token is replaced: should it return, it cannot write.
+        """
+        ...
+
+    async def purge(self, batch: int = 1000) -> int:
+        """Delete up to ``batch`` expired records and return how many; 0 where the server expires them itself."""
+        ...

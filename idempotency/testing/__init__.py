@@ -1,0 +1,1 @@
+"""Prove a store, or a handler of your own."""
