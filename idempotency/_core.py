@@ -130,7 +130,10 @@ class Unreadable:
     version: int
 
 
-Verdict = Execute | Replay | Completed | InProgress | Mismatch | Unknown | Unreadable
+Told = Replay | Completed | InProgress | Mismatch | Unknown | Unreadable
+"""What anyone but the owner is told."""
+
+Verdict = Execute | Told
 
 
 def judge(claim: Claim, record: Record) -> Verdict:

@@ -1,0 +1,136 @@
+"""A request body that is read once, compared, and handed on: in memory while small, on disk past that."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import IO, Any
+
+from idempotency._http.fingerprint import BodyHash
+from idempotency.errors import RequestTooLargeError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+SPOOL = 1 << 20
+"""Bytes kept in memory; a larger body goes to a temporary file."""
+
+_CHUNK = 1 << 18
+
+
+class DisconnectedError(Exception):
+    """The client went away before its request was complete; nothing may run."""
+
+
+class Body:
+    """One request body: its digest, its bytes while it is small, and as many readings as needed."""
+
+    __slots__ = ("_file", "data", "digest")
+
+    def __init__(self, digest: bytes, data: bytes | None, file: IO[bytes] | None = None) -> None:
+        self.digest = digest
+        self.data = data
+        self._file = file
+
+    def receive(self, server: Receive) -> Receive:
+        """Make the ASGI ``receive`` that gives the body from its start and after it whatever the server says.
+
+        Nothing is invented: a disconnect is told when the server tells it. Two readings of a body on disk must not
+        overlap.
+        """
+        if self._file is None:
+            return _Replay(self.data or b"", server)
+        return _FileReplay(self._file, server)
+
+    def close(self) -> None:
+        """Remove the temporary file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+
+
+class _Replay:
+    __slots__ = ("_data", "_server")
+
+    def __init__(self, data: bytes, server: Receive) -> None:
+        self._data: bytes | None = data
+        self._server = server
+
+    async def __call__(self) -> Message:
+        if self._data is None:
+            return await self._server()
+        data, self._data = self._data, None
+        return {"type": "http.request", "body": data, "more_body": False}
+
+
+class _FileReplay:
+    __slots__ = ("_at", "_file", "_server")
+
+    def __init__(self, file: IO[bytes], server: Receive) -> None:
+        self._file = file
+        self._server = server
+        self._at: int | None = 0
+
+    async def __call__(self) -> Message:
+        if self._at is None:
+            return await self._server()
+        chunk = await asyncio.to_thread(self._read, self._at)
+        # A chunk that is not full is the last: the file's end, perhaps empty.
+        more = len(chunk) == _CHUNK
+        self._at = self._at + len(chunk) if more else None
+        return {"type": "http.request", "body": chunk, "more_body": more}
+
+    def _read(self, at: int) -> bytes:
+        self._file.seek(at)
+        return self._file.read(_CHUNK)
+
+
+async def read_body(receive: Receive, limit: int, content_type: bytes | None = None) -> Body:
+    """Read a whole request body; ``content_type`` decides what of it counts (see :class:`BodyHash`).
+
+    Raises :class:`DisconnectedError` when it ends early and :class:`~idempotency.errors.RequestTooLargeError` past ``limit``
+    bytes; then nothing is left behind.
+    """
+    message = await receive()
+    digest = BodyHash(content_type)
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        data = bytes(message.get("body", b""))
+        _check(len(data), limit)
+        digest.update(data)
+        return Body(digest.digest(), data)
+    return await _read_long(message, receive, limit, digest)
+
+
+async def _read_long(message: Message, receive: Receive, limit: int, digest: BodyHash) -> Body:
+    size = 0
+    held = bytearray()
+    file: IO[bytes] | None = None
+    try:
+        while True:
+            if message["type"] != "http.request":
+                raise DisconnectedError
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            _check(size, limit)
+            digest.update(chunk)
+            held += chunk
+            if file is None and size > SPOOL:
+                # The file outlives this function: the exchange closes it.
+                file = tempfile.TemporaryFile()  # noqa: SIM115
+            more = message.get("more_body", False)
+            if file is not None and (len(held) >= _CHUNK or not more):
+                await asyncio.to_thread(file.write, held)
+                held = bytearray()
+            if not more:
+                return Body(digest.digest(), bytes(held) if file is None else None, file)
+            message = await receive()
+    except BaseException:
+        if file is not None:
+            file.close()
+        raise
+
+
+def _check(size: int, limit: int) -> None:
+    if size > limit:
+        raise RequestTooLargeError(f"the body is over {limit} bytes")

@@ -1,0 +1,140 @@
+"""One response on its way out: held until it is recorded, or passed through live where it cannot be kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from idempotency._http.body import Message, Send
+from idempotency._http.codec import Headers, StoredResponse
+
+PATIENCE = 2.0
+"""Seconds for which a response that comes in pieces is held back, before it goes out live and is not kept."""
+
+Settle = Callable[[int, Headers, bytes | None], Awaitable[StoredResponse | None]]
+"""Record a response (body None: it cannot be kept); return what to send in its place, or None to send it."""
+
+
+class ResponseCapture:
+    """The ASGI ``send`` of one operation.
+
+    Judged by what was collected, never by the first ``more_body``: whatever ends within ``limit`` bytes is settled and
+    then sent, so a client never holds a success that is not recorded. What is larger, an event stream, a file sent by
+    path, one with trailers, or one still unfinished after :data:`PATIENCE` is settled without its body, then live.
+    """
+
+    __slots__ = ("_chunks", "_late", "_limit", "_lock", "_send", "_settle", "_settled", "_size", "_start", "_timer")
+
+    def __init__(self, send: Send, limit: int, settle: Settle) -> None:
+        self._send = send
+        self._limit = limit
+        self._settle = settle
+        self._settled: bool | None = False  # None: something else was sent in its place, the rest is dropped
+        self._start: Message | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._lock: asyncio.Lock | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._late: asyncio.Task[None] | None = None
+
+    async def __call__(self, message: Message) -> None:
+        """Take one message of the application."""
+        if self._lock is None:
+            await self._take(message)
+            return
+        async with self._lock:
+            await self._take(message)
+
+    async def flush(self) -> None:
+        """Pass on, unkept, what a returning application has begun and not finished."""
+        if self._settled is False and self._start is not None:
+            await self._go_live()
+
+    def drop(self) -> None:
+        """Forget what a raising application has begun; nothing of it was sent."""
+        self._disarm()
+
+    async def _take(self, message: Message) -> None:
+        kind = message["type"]
+        if self._settled is not False:
+            await self._pass(message)
+        elif kind == "http.response.start":
+            self._start = message
+            if message.get("trailers", False) or _is_event_stream(message):
+                await self._go_live()
+        elif kind == "http.response.body":
+            await self._take_body(message)
+        elif kind in ("http.response.pathsend", "http.response.zerocopysend"):
+            await self._go_live()
+            await self._pass(message)
+        else:
+            await self._send(message)  # early hints, server push, debug: not part of the response
+
+    async def _pass(self, message: Message) -> None:
+        if self._settled:
+            await self._send(message)
+
+    async def _take_body(self, message: Message) -> None:
+        chunk = message.get("body", b"")
+        if self._size + len(chunk) > self._limit:
+            await self._go_live()
+            await self._pass(message)
+            return
+        self._size += len(chunk)
+        self._chunks.append(bytes(chunk))
+        if not message.get("more_body", False):
+            body = b"".join(self._chunks)
+            await self._finish(body)
+            await self._pass({"type": "http.response.body", "body": body, "more_body": False})
+        elif self._timer is None:
+            self._lock = asyncio.Lock()
+            self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        self._late = asyncio.get_running_loop().create_task(self._go_live_late())
+
+    async def _go_live_late(self) -> None:
+        assert self._lock is not None
+        async with self._lock:
+            if self._settled is False:
+                with suppress(OSError):  # the client is gone; the application learns it at its own next send
+                    await self._go_live()
+
+    async def _go_live(self) -> None:
+        await self._finish(None)
+        if self._chunks:
+            await self._pass({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": True})
+            self._chunks = []
+
+    async def _finish(self, body: bytes | None) -> None:
+        """Settle the response, then send its start, or what stands in for the whole."""
+        self._disarm()
+        start = self._start
+        if start is None:
+            raise RuntimeError("The application sent a response body before the response start.")
+        headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
+        instead = await self._settle(start["status"], headers, body)
+        if instead is None:
+            self._settled = True
+            await self._send(start)
+        else:
+            self._settled = None
+            await send_response(self._send, instead)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+async def send_response(send: Send, response: StoredResponse, *extra: tuple[bytes, bytes]) -> None:
+    """Send a whole response, with ``extra`` headers after its own."""
+    await send({"type": "http.response.start", "status": response.status, "headers": [*response.headers, *extra]})
+    await send({"type": "http.response.body", "body": response.body, "more_body": False})
+
+
+def _is_event_stream(start: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream")
+        for name, value in start.get("headers", ())
+    )

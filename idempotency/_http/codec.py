@@ -1,0 +1,119 @@
+"""Turn a response into the bytes that are recorded, and back.
+
+Version 1, all numbers unsigned and big-endian:
+
+    1 byte   version
+    2 bytes  status
+    4 bytes  number of header pairs, n
+    4 bytes  length of the body
+    8n bytes the lengths of every name and value, 4 bytes each
+    ...      every name and value in order, then the body
+
+The lengths account for every byte of a record, so one that was cut or extended is not read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from idempotency.errors import UnreadableError
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Raw header pairs in order, repeats included."""
+
+VERSION = 1
+
+_DAMAGED = "The recorded response is damaged."
+
+_PREFIX = struct.Struct(">BHII")
+
+DROPPED = frozenset(
+    {
+        # Of one connection, not of the response (RFC 9110 section 7.6.1); what Connection lists is dropped as well.
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        # When the message was made: the server dates the replay itself (RFC 9110 section 6.6.1).
+        b"date",
+        # A session made for the first request is not to be revived by a later one, perhaps after a logout (RFC 6265).
+        b"set-cookie",
+        # The answer to the first caller's Origin (Fetch standard, section 3.2); the CORS middleware outside answers
+        # the present one.
+        b"access-control-allow-credentials",
+        b"access-control-allow-headers",
+        b"access-control-allow-methods",
+        b"access-control-allow-origin",
+        b"access-control-allow-private-network",
+        b"access-control-expose-headers",
+        b"access-control-max-age",
+        # Of one request and its trace (W3C Trace Context, Baggage, Server Timing).
+        b"baggage",
+        b"server-timing",
+        b"traceparent",
+        b"traceresponse",
+        b"tracestate",
+        b"x-correlation-id",
+        b"x-request-id",
+    }
+)
+"""The header fields, in lower case, that are not recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A complete response; all bytes are as they were sent."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+def kept(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Select the header pairs that are recorded: all but :data:`DROPPED` and what a Connection field lists."""
+    pairs = [(bytes(name), bytes(value)) for name, value in headers]
+    names = [name.lower() for name, _ in pairs]
+    listed: set[bytes] = set()
+    if b"connection" in names:
+        for name, (_, value) in zip(names, pairs, strict=True):
+            if name == b"connection":
+                listed.update(option.strip(b" \t").lower() for option in value.split(b","))
+    return [pair for name, pair in zip(names, pairs, strict=True) if name not in DROPPED and name not in listed]
+
+
+def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
+    """Write a response, with those of ``headers`` that are :func:`kept`, as a record of version 1."""
+    texts = [text for pair in kept(headers) for text in pair]
+    prefix = _PREFIX.pack(VERSION, status, len(texts) // 2, len(body))
+    return b"".join((prefix, struct.pack(f">{len(texts)}I", *map(len, texts)), *texts, body))
+
+
+def decode_response(data: bytes) -> StoredResponse:
+    """Read a record.
+
+    Raises :class:`~idempotency.errors.UnreadableError` if it is damaged, or written by a newer version.
+    """
+    if not data or data[0] != VERSION:
+        raise UnreadableError(f"The recorded response has format {data[0]}, not {VERSION}." if data else _DAMAGED)
+    if len(data) < _PREFIX.size:
+        raise UnreadableError(_DAMAGED)
+    _, status, count, body_length = _PREFIX.unpack_from(data)
+    start = _PREFIX.size + 8 * count
+    if not 100 <= status <= 999 or len(data) < start:
+        raise UnreadableError(_DAMAGED)
+    lengths = struct.unpack_from(f">{2 * count}I", data, _PREFIX.size)
+    if start + sum(lengths) + body_length != len(data):
+        raise UnreadableError(_DAMAGED)
+    texts: list[bytes] = []
+    for length in lengths:
+        texts.append(data[start : start + length])
+        start += length
+    return StoredResponse(status, tuple(zip(texts[::2], texts[1::2], strict=True)), data[start:])

@@ -1,0 +1,146 @@
+"""Read the idempotency key, and how long its sender would wait, from raw header pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NoReturn
+from urllib.parse import unquote_to_bytes
+
+from idempotency.errors import KeyInvalidError
+
+_STRING = rb'[ !#-\[\]-~]*+(?:\\["\\][ !#-\[\]-~]*+)*+'
+_QUOTED = re.compile(rb'"(%b)"' % _STRING)
+
+# What proxies, SDKs and people send unquoted. The comma is left out because a proxy may have joined two field lines
+# with it, the quote because half a String is a damaged key and not another one.
+_BARE = re.compile(rb"[!#-+\--~]++")
+
+_ESCAPE = re.compile(rb'\\(["\\])')
+
+# RFC 9651 sections 3.1.2 and 3.3. A Byte Sequence may lack its padding, as section 4.2.7 asks.
+_PARAMETER = re.compile(
+    rb";\x20*+[a-z*][a-z0-9_.*-]*+"
+    rb"(?:="
+    rb"(?:-?(?:[0-9]{1,12}\.[0-9]{1,3}|[0-9]{1,15})"  # Decimal, Integer
+    rb'|"%b"'  # String
+    rb"|[A-Za-z*][A-Za-z0-9!#$%%&'*+.^_`|~:/-]*+"  # Token
+    rb"|:[A-Za-z0-9+/]*+={0,2}:"  # Byte Sequence
+    rb"|\?[01]"  # Boolean
+    rb"|@-?[0-9]{1,15}"  # Date
+    rb'|%%"(?P<display>(?:[ !#$&-~]|%%[0-9a-f]{2})*+)"'  # Display String
+    rb"))?" % _STRING
+)
+
+_WAIT_CAP = 2.0**31
+"""RFC 9111 section 1.2.2: what a number of seconds too large to handle counts as."""
+
+# A quote that is never closed swallows the rest of its line: garbage, but read in linear time.
+_ELEMENT = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.?)*+"?)++', re.DOTALL)
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+_PREFERENCE = re.compile(
+    rb'[ \t]*+(%b)[ \t]*+(?:=[ \t]*+(?:"([^"\\]*+)"|(%b))[ \t]*+)?(?:;.*)?' % (_TOKEN, _TOKEN), re.DOTALL
+)
+
+
+def read_key(
+    headers: Iterable[tuple[bytes, bytes]],
+    name: bytes = b"idempotency-key",
+    *,
+    strict: bool = False,
+    max_length: int = 255,
+) -> str | None:
+    r"""Read the key from the field ``name``, or return None if there is no such field.
+
+    The field is a String of RFC 9651 (draft section 2.1): its text with ``\"`` and ``\\`` unescaped is the key, its
+    parameters are checked and ignored. Unless ``strict``, bare text counts too: visible ASCII without white space,
+    commas and double quotes, taken as it is, so that ``k`` and ``"k"`` are one key and ``k;v=1`` is another.
+
+    Raises :class:`~idempotency.errors.KeyInvalidError` for anything else, for two field lines, an empty key, and a key
+    of more than ``max_length`` characters. The message never contains the key.
+    """
+    name = name.lower()
+    size = len(name)
+    value: bytes | None = None
+    for field, content in headers:
+        if len(field) == size and (field == name or field.lower() == name):
+            if value is not None:
+                raise KeyInvalidError("The key was sent in more than one field line.")
+            value = content
+    if value is None:
+        return None
+    value = value.strip(b" \t")
+    if value.startswith(b'"'):
+        key = _read_string(value)
+    elif not strict and _BARE.fullmatch(value):
+        key = value.decode("ascii")
+    else:
+        _refuse(value, strict)
+    if not key:
+        raise KeyInvalidError("The key is empty.")
+    if len(key) > max_length:
+        raise KeyInvalidError(f"The key has {len(key)} characters; at most {max_length} are allowed.")
+    return key
+
+
+def _read_string(value: bytes) -> str:
+    string = _QUOTED.match(value)
+    if string is None:
+        raise KeyInvalidError(
+            'The quoted key is malformed: it needs a closing quote, printable ASCII, and no escapes but \\" and \\\\.'
+        )
+    position = string.end()
+    while position < len(value):
+        parameter = _PARAMETER.match(value, position)
+        if parameter is None or not _is_utf8(parameter["display"]):
+            if value[position:].lstrip(b" ").startswith(b","):
+                raise KeyInvalidError("The field holds a list; send one key.")
+            raise KeyInvalidError("The quoted key is followed by something other than well-formed parameters.")
+        position = parameter.end()
+    text: bytes = string[1]
+    if b"\\" in text:
+        text = _ESCAPE.sub(rb"\1", text)
+    return text.decode("ascii")
+
+
+def _is_utf8(display: bytes | None) -> bool:
+    if display is None:
+        return True
+    try:
+        unquote_to_bytes(display).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _refuse(value: bytes, strict: bool) -> NoReturn:
+    if not value:
+        reason = "The key is empty."
+    elif strict:
+        reason = "The key must be a quoted String (RFC 9651 section 3.3.3)."
+    elif b"," in value:
+        reason = "The field holds a list, or an unquoted key with a comma; send one key, quoted if it has a comma."
+    elif b'"' in value:
+        reason = "The unquoted key contains a double quote."
+    elif not value.isascii():
+        reason = "The key contains bytes that are not ASCII."
+    else:
+        reason = "The unquoted key contains white space or control characters."
+    raise KeyInvalidError(reason)
+
+
+def read_prefer_wait(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
+    """Read the seconds of ``Prefer: wait=n`` (RFC 7240 section 4.3), or return None if nothing legible asks for them.
+
+    Of several ``wait`` preferences the first counts (section 2), even if it is malformed and therefore ignored.
+    Numbers over 2**31 count as 2**31.
+    """
+    for field, content in headers:
+        if field.lower() != b"prefer":
+            continue
+        for element in _ELEMENT.findall(content):
+            preference = _PREFERENCE.fullmatch(element)
+            if preference is not None and preference[1].lower() == b"wait":
+                seconds: bytes = preference[2] or preference[3] or b""
+                return min(float(seconds), _WAIT_CAP) if seconds.isdigit() else None
+    return None

@@ -1,0 +1,145 @@
+"""Find the policy of a request by its method and path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from idempotency.errors import ConfigurationError
+from idempotency.policy import Policy
+
+_KEY = re.compile(r"(?:(?P<method>[A-Za-z]+) )?(?P<path>/[^\s?#]*)")
+_PARAMETER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*(?P<rest>:path)?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    rank: int  # 0 literal, 1 parameter, 2 the rest of the path
+    pattern: str
+
+
+_ONE = _Segment(1, "[^/]+")
+_REST = _Segment(2, ".*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    key: str
+    method: str | None
+    segments: tuple[_Segment, ...]
+    policy: Policy | None
+
+    @property
+    def literal(self) -> bool:
+        return all(segment.rank == 0 for segment in self.segments)
+
+    @property
+    def pattern(self) -> str:
+        return "/" + "/".join(segment.pattern for segment in self.segments)
+
+    @property
+    def order(self) -> tuple[tuple[int, ...], bool]:
+        return tuple(segment.rank for segment in self.segments), self.method is None
+
+    def policy_of(self, method: str) -> Policy | None:
+        if self.method is None and self.policy is not None and method not in self.policy.methods:
+            return None
+        return self.policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    exact: dict[str, Policy | None]
+    pattern: re.Pattern[str] | None
+    policies: tuple[Policy | None, ...]
+    default: Policy | None
+
+
+class Routes:
+    r"""Tell the policy of every request: one for all, and others for single routes.
+
+    A key of ``policies`` is a path (``"/payments"``) or a method and a path (``"POST /payments/{id}"``). ``{name}``
+    stands for one segment, ``{name:path}`` for the rest of the path, which may be empty; a trailing slash makes another
+    path. Of several keys that match, the one with the more specific path decides: segment by segment from the left, a
+    literal before ``{name}`` before ``{name:path}``; on the same path the key with a method comes first. A key with a
+    method protects that method whatever ``Policy.methods`` says, a key without one those of its policy and no other.
+    None takes the route out of scope.
+
+    Everything is resolved at construction; nothing is remembered of the paths that are asked for.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for a key of another form, and for two keys that match the
+    same requests.
+    """
+
+    def __init__(self, policy: Policy, policies: Mapping[str, Policy | None]) -> None:
+        routes = sorted((_parse(key, value) for key, value in policies.items()), key=lambda route: route.order)
+        _refuse_twins(routes)
+        used = (policy, *(route.policy for route in routes if route.policy is not None))
+        self.calls_back = any(callable(each.fingerprint) for each in used)
+        """Whether any policy has a callable fingerprint, which is given a request object."""
+        methods = set(policy.methods)
+        for route in routes:
+            if route.policy is not None:
+                methods.update(route.policy.methods if route.method is None else {route.method})
+        self._tables = {method: _table(method, routes, policy) for method in methods}
+
+    def policy_for(self, method: str, path: str) -> Policy | None:
+        """Return the policy of a request, or None if it is out of scope. ``method`` is in upper case."""
+        table = self._tables.get(method)
+        if table is None:
+            return None
+        if path in table.exact:
+            return table.exact[path]
+        if table.pattern is not None:
+            match = table.pattern.fullmatch(path)
+            if match is not None and match.lastindex is not None:
+                return table.policies[match.lastindex - 1]
+        return table.default
+
+
+def _table(method: str, routes: list[_Route], policy: Policy) -> _Table:
+    exact: dict[str, Policy | None] = {}
+    patterns: list[str] = []
+    policies: list[Policy | None] = []
+    for route in routes:
+        if route.method not in (None, method):
+            continue
+        if route.literal:
+            exact.setdefault(route.key, route.policy_of(method))
+        else:
+            patterns.append(f"({route.pattern})")
+            policies.append(route.policy_of(method))
+    pattern = re.compile("|".join(patterns), re.DOTALL) if patterns else None
+    return _Table(exact, pattern, tuple(policies), policy if method in policy.methods else None)
+
+
+def _parse(key: str, policy: Policy | None) -> _Route:
+    match = _KEY.fullmatch(key) if isinstance(key, str) else None
+    if match is None:
+        raise ConfigurationError(f'policies takes a path such as "/orders" or "POST /orders/{{id}}", not {key!r}')
+    if policy is not None and not isinstance(policy, Policy):
+        raise ConfigurationError(f"policies[{key!r}] must be a Policy or None, not {policy!r}")
+    segments = tuple(_segment(text, key) for text in match["path"][1:].split("/"))
+    if _REST in segments[:-1]:
+        raise ConfigurationError(f"only the last segment of a path takes {{name:path}}: {key!r}")
+    method = match["method"]
+    return _Route(match["path"], method and method.upper(), segments, policy)
+
+
+def _segment(text: str, key: str) -> _Segment:
+    parameter = _PARAMETER.fullmatch(text)
+    if parameter is not None:
+        return _REST if parameter["rest"] else _ONE
+    if "{" in text or "}" in text:
+        raise ConfigurationError(f"a parameter is a whole segment, {{name}} or {{name:path}}: {text!r} in {key!r}")
+    return _Segment(0, re.escape(text))
+
+
+def _refuse_twins(routes: list[_Route]) -> None:
+    seen: set[tuple[str | None, str]] = set()
+    for route in routes:
+        identity = (route.method, route.pattern)
+        if identity in seen:
+            raise ConfigurationError(f"two keys of policies match the same requests as {route.key!r}")
+        seen.add(identity)

@@ -1,0 +1,241 @@
+"""The runner: claim, judge, hold the lease while the operation runs, then complete or release.
+
+It is used from one event loop at a time and knows neither HTTP nor any one store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Verdict, judge
+from idempotency.errors import StoreError
+from idempotency.events import Event, EventHook, EventKind
+from idempotency.operation import Operation
+from idempotency.policy import Outcome
+from idempotency.stores.base import Store
+
+_KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
+
+
+class Runner:
+    """What all operations of one adapter share: the store, the event hook, and who is waiting."""
+
+    def __init__(self, store: Store, on_event: EventHook) -> None:
+        self.store = store
+        self._on_event = on_event
+        self._waits: dict[bytes, asyncio.Future[Record | None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def emit(
+        self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: str = ""
+    ) -> None:
+        """Deliver one event."""
+        record = claim.id.hex()[:12] if claim is not None else ""
+        self._on_event(Event(kind=kind, operation=operation, record=record, attempt=attempt, error=error))
+
+    async def claim(self, claim: Claim, wait: float = 0.0) -> Verdict:
+        """Claim the key and say what follows; a duplicate waits up to ``wait`` seconds for the running owner.
+
+        Raises :class:`~idempotency.errors.StoreError`. Then, or when cancelled, nothing runs under this claim, and
+        whatever the store had taken of it is released.
+        """
+        verdict = judge(claim, await self._claim(claim))
+        if wait <= 0 or not isinstance(verdict, InProgress):
+            return verdict
+        claim = replace(claim, watched=True)
+        deadline = asyncio.get_running_loop().time() + wait
+        while isinstance(verdict, InProgress):
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            leader = self._waits.get(claim.id)
+            if leader is None:
+                verdict = await self._watch(claim, deadline)
+                continue
+            # One waiter per key asks the store; the others of this process wait for it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    record = await asyncio.shield(leader)
+                    verdict = judge(claim, record) if record is not None else verdict
+        return verdict
+
+    async def _watch(self, claim: Claim, deadline: float) -> Verdict:
+        loop = asyncio.get_running_loop()
+        mine = self._waits[claim.id] = loop.create_future()
+        try:
+            async with self.store.watch(claim) as changed:
+                while True:
+                    # The claim comes after the watch began, so an end in between is not missed.
+                    record = await self._claim(claim)
+                    verdict = judge(claim, record)
+                    left = deadline - loop.time()
+                    if not isinstance(verdict, InProgress) or left <= 0:
+                        break
+                    await changed(min(left, verdict.retry_after))
+            if not isinstance(verdict, Execute | InProgress):
+                mine.set_result(record)
+            return verdict
+        except StoreError as error:
+            mine.set_exception(error)
+            mine.exception()  # followers may be none; an exception nobody asked for would be reported
+            raise
+        finally:
+            del self._waits[claim.id]
+            if not mine.done():
+                mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
+
+    async def _claim(self, claim: Claim) -> Record:
+        try:
+            return await self.store.claim(claim)
+        except (StoreError, asyncio.CancelledError):
+            # The store may have applied the claim and only its answer is lost.
+            self.persist(lambda: self.store.release(claim), claim.lease)
+            raise
+
+    def persist(
+        self,
+        write: Callable[[], Awaitable[object]],
+        patience: float,
+        written: Callable[[object], None] = lambda _: None,
+    ) -> asyncio.Task[None]:
+        """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""
+        task = asyncio.get_running_loop().create_task(_persist(write, patience, written))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _persist(write: Callable[[], Awaitable[object]], patience: float, written: Callable[[object], None]) -> None:
+    loop = asyncio.get_running_loop()
+    end, pause = loop.time() + patience, 0.05
+    while True:
+        try:
+            written(await write())
+            return
+        except StoreError:
+            if loop.time() + pause > end:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+
+class Lease:
+    """The ownership of one running operation: renewed while it lasts, ended by one of complete, hold or release."""
+
+    __slots__ = ("_beat", "_claim", "_deadline", "_ended", "_expiry", "_name", "_runner", "_task", "operation")
+
+    def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
+        self.operation = operation
+        self._runner = runner
+        self._claim = claim
+        self._name = name
+        self._ended = False
+        # Counted from before the claim was sent: the store cannot have started the lease earlier.
+        self._deadline = claimed_at + claim.lease
+        self._beat = asyncio.get_running_loop().call_later(claim.lease / 3, self._renew_soon)
+        self._expiry: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Say whether the operation is settled, or being settled."""
+        return self._ended
+
+    def _renew_soon(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._expiry is None:
+            self._expiry = loop.call_at(self._deadline, self._lose)
+        self._task = loop.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        loop = asyncio.get_running_loop()
+        sent = loop.time()
+        try:
+            alive = await self._runner.store.renew(self._claim)
+        except StoreError:
+            # Tolerated: the lease still runs in the store, and ends only by its own clock.
+            pause = min(self._claim.lease / 10, 1.0)
+        else:
+            if not alive:
+                self._lose()
+                return
+            self._deadline = sent + self._claim.lease
+            pause = self._claim.lease / 3
+            if self._expiry is not None:
+                self._expiry.cancel()
+                self._expiry = None
+        if not self._ended:
+            self._beat = loop.call_later(pause, self._renew_soon)
+
+    def _lose(self) -> None:
+        if not self._ended and not self.operation.lost:
+            self.operation.lost.set()
+            self._emit("lease-lost")
+
+    def stop(self) -> None:
+        """Stop renewing."""
+        self._ended = True
+        self._beat.cancel()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def end(self, outcome: Outcome, result: bytes | None = None, error: str = "") -> Told | None:
+        """Record how the operation ended; the first call counts.
+
+        None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
+        again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
+        recorded, and the verdict says what is known instead. A cancellation does not undo the record.
+        """
+        self.stop()
+        try:
+            if await self._write(outcome, result):
+                self._emit(_KIND[outcome], error)
+                return None
+            return await self._superseded(outcome, result)
+        except StoreError as failure:
+            self._emit("unrecorded", type(failure).__name__)
+            self._runner.persist(lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome))
+            return None
+        except asyncio.CancelledError:
+            # Every write is repeatable, so it is sent again where no cancellation reaches it.
+            task = self._runner.persist(
+                lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome)
+            )
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
+            raise
+
+    def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
+        return lambda written: self._emit(_KIND[outcome] if written else "superseded")
+
+    def _emit(self, kind: EventKind, error: str = "") -> None:
+        self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
+
+    async def _write(self, outcome: Outcome, result: bytes | None) -> bool:
+        store = self._runner.store
+        match outcome:
+            case "store":
+                return await store.complete(self._claim, result)
+            case "hold":
+                return await store.complete(self._claim, None, State.UNKNOWN)
+            case "release":
+                return await store.release(self._claim)
+
+    async def _superseded(self, outcome: Outcome, result: bytes | None) -> Told | None:
+        self.operation.lost.set()
+        self._emit("superseded")
+        if outcome == "release":
+            return None
+        verdict = judge(self._claim, await self._runner.store.claim(self._claim))
+        if not isinstance(verdict, Execute):
+            return verdict
+        # The other owner is gone without a result and the key was free: this result is the one to keep.
+        if await self._write(outcome, result):
+            self._emit(_KIND[outcome])
+            return None
+        return InProgress(self._claim.lease)

@@ -1,0 +1,316 @@
+"""Idempotency keys for any ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, assert_never
+
+from idempotency._core import (
+    Claim,
+    Completed,
+    Execute,
+    InProgress,
+    Mismatch,
+    Replay,
+    Told,
+    Unknown,
+    Unreadable,
+)
+from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
+from idempotency._http.capture import ResponseCapture, send_response
+from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
+from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
+from idempotency._http.key import read_key, read_prefer_wait
+from idempotency._http.problem import DRAFT, check_docs, problem_response
+from idempotency._http.routes import Routes
+from idempotency._run import Lease, Runner
+from idempotency.errors import (
+    ConfigurationError,
+    IdempotencyError,
+    InProgressError,
+    KeyInvalidError,
+    KeyMissingError,
+    KeyReusedError,
+    NotReplayableError,
+    OutcomeUnknownError,
+    RequestTooLargeError,
+    StoreError,
+    UnreadableError,
+)
+from idempotency.events import EventHook, EventKind, log_event
+from idempotency.operation import RUNNING, Operation
+from idempotency.policy import Policy
+from idempotency.stores import open_store
+from idempotency.stores.base import Store
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+Scope = MutableMapping[str, Any]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+Caller = str | bytes | int | None
+CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
+
+_SERVER_ERROR = encode_response(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+
+
+class IdempotencyMiddleware:
+    """Make retried requests that carry an ``Idempotency-Key`` take effect once.
+
+    ``store``: a :class:`~idempotency.stores.base.Store`, or a URL for :func:`~idempotency.open_store`, whose store is
+    then closed at the application's shutdown.
+    ``policy``: what every protected route is given. ``policies``: other policies by route, ``"POST /payments/{id}"``
+    or ``"/payments"``; None takes a route out of scope.
+    ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
+    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name. None is the opt-out: one
+    key space for all callers, in which one caller's key answers another with the first one's response.
+    ``secret``: makes the stored digests of callers and requests keyed (HMAC); give it where the store is readable by
+    people who should not test guesses.
+    ``header_name`` of the key, default ``Idempotency-Key``; ``replayed_header`` marks replays, default
+    ``Idempotent-Replayed``. ``strict``: accept only keys in the draft's syntax, an RFC 9651 String; by default bare
+    text is accepted too, and ``abc`` and ``"abc"`` are one key.
+    ``docs``: URL of your published idempotency specification, to which every problem document links.
+    ``on_event``: is given one event per outcome; default: log it.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for anything that cannot work.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        store: Store | str,
+        policy: Policy | None = None,
+        policies: Mapping[str, Policy | None] | None = None,
+        scope: CallerScope | str | None = "authorization",
+        secret: bytes | str | None = None,
+        header_name: str = "Idempotency-Key",
+        replayed_header: str = "Idempotent-Replayed",
+        strict: bool = False,
+        docs: str = DRAFT,
+        on_event: EventHook = log_event,
+    ) -> None:
+        if isinstance(scope, str) and scope != "authorization":
+            raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
+        self.app = app
+        self.caller = scope
+        self.secret = secret.encode() if isinstance(secret, str) else secret
+        self.header_name = header_name.lower().encode("ascii")
+        self.replayed = (replayed_header.lower().encode("ascii"), b"true")
+        self.strict = strict
+        self.docs = check_docs(docs)
+        self._routes = Routes(policy if policy is not None else Policy(), policies or {})
+        self._opened = isinstance(store, str)
+        self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
+        if callable(scope) or self._routes.calls_back:
+            _require_starlette()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] == "http":
+            policy = self._routes.policy_for(scope["method"], scope["path"])
+            if policy is not None:
+                await _Exchange(self, policy, scope, receive, send).run()
+                return
+        elif scope["type"] == "lifespan" and self._opened:
+            await self.app(scope, receive, self._close_after(send))
+            return
+        await self.app(scope, receive, send)
+
+    def _close_after(self, send: Send) -> Send:
+        async def send_and_close(message: MutableMapping[str, Any]) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
+                await self.runner.store.aclose()
+            await send(message)
+
+        return send_and_close
+
+
+class _Exchange:
+    """One request to a protected route: parse, scope, fingerprint, claim, run, record, send."""
+
+    __slots__ = ("_claim", "_lease", "_policy", "_receive", "_scope", "_send", "_shared")
+
+    def __init__(
+        self, shared: IdempotencyMiddleware, policy: Policy, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._shared = shared
+        self._policy = policy
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._claim: Claim | None = None
+        self._lease: Lease
+
+    async def run(self) -> None:
+        try:
+            key = read_key(self._scope["headers"], self._shared.header_name, strict=self._shared.strict)
+            if key is None:
+                if self._policy.required:
+                    raise KeyMissingError(f"this operation needs the header {self._shared.header_name.decode()}")
+                await self._unprotected(self._receive)
+                return
+            caller = await self._caller()
+            body = await self._read()
+        except (KeyMissingError, KeyInvalidError, RequestTooLargeError) as error:
+            await self._refuse("refused", error)
+            return
+        except DisconnectedError:
+            return
+        try:
+            await self._keyed(key, caller, body)
+        finally:
+            body.close()
+
+    async def _caller(self) -> str:
+        caller, secret = self._shared.caller, self._shared.secret
+        if caller is None:
+            return scope_text(None, secret)
+        if isinstance(caller, str):
+            return authorization_scope(self._scope["headers"], secret)
+        from starlette.requests import Request
+
+        name = caller(Request(self._scope))
+        return scope_text(await name if inspect.isawaitable(name) else name, secret)
+
+    async def _read(self) -> Body:
+        limit = self._policy.max_request
+        length = self._header(b"content-length")
+        # Announced too large: refused before it is read. 19 digits are more than any limit.
+        if length is not None and length.isdigit() and int(length[:19]) > limit:
+            raise RequestTooLargeError(f"the body is over {limit} bytes")
+        return await read_body(self._receive, limit, self._header(b"content-type"))
+
+    def _header(self, name: bytes) -> bytes | None:
+        for field, value in self._scope["headers"]:
+            if field == name:
+                return bytes(value)
+        return None
+
+    async def _fingerprint(self, body: Body) -> bytes:
+        scope, rule = self._scope, self._policy.fingerprint
+        digest = body.digest
+        if rule == "json" and body.data is not None:
+            digest = json_digest(body.data) or digest
+        elif callable(rule):
+            from starlette.requests import Request
+
+            value = rule(Request(scope, body.receive(self._receive)))
+            digest = value_digest(await value if inspect.isawaitable(value) else value)
+        content_type = self._header(b"content-type")
+        return fingerprint(
+            scope["method"], scope["path"], scope["query_string"], content_type, digest, self._shared.secret
+        )
+
+    async def _keyed(self, key: str, caller: str, body: Body) -> None:
+        policy = self._policy
+        self._claim = claim = Claim(
+            scope=caller,
+            key=key,
+            fingerprint=await self._fingerprint(body),
+            lease=policy.lease,
+            ttl=policy.ttl,
+            hold=policy.on_crash == "hold",
+        )
+        claimed_at = asyncio.get_running_loop().time()
+        try:
+            verdict = await self._shared.runner.claim(claim, self._wait())
+        except StoreError as error:
+            if policy.on_store_error == "fail_open":
+                self._emit("unprotected", type(error).__name__)
+                await self._unprotected(body.receive(self._receive))
+            else:
+                await self._refuse("unavailable", error, retry_after=1.0)
+            return
+        if isinstance(verdict, Execute):
+            operation = Operation(claim, verdict.attempt)
+            self._lease = Lease(self._shared.runner, claim, operation, self._name(), claimed_at)
+            await self._execute(operation, body.receive(self._receive))
+        else:
+            await send_response(self._send, self._answer(verdict))
+
+    def _wait(self) -> float:
+        cap = self._policy.wait
+        if cap == 0:
+            return 0.0
+        preferred = read_prefer_wait(self._scope["headers"])
+        return cap if preferred is None else min(preferred, cap)
+
+    async def _execute(self, operation: Operation, receive: Receive) -> None:
+        capture = ResponseCapture(self._send, self._policy.max_response, self._settle)
+        self._scope.setdefault("state", {})["idempotency"] = operation
+        token = RUNNING.set(operation)
+        try:
+            await self._shared.app(self._scope, receive, capture)
+            await capture.flush()
+            if not self._lease.ended:
+                await self._failed(RuntimeError("The application returned without a response."))
+        except BaseException as error:
+            capture.drop()
+            # Settled already: the response is recorded and sent, and a background task failed or was cancelled.
+            if not self._lease.ended:
+                await self._failed(error)
+            raise
+        finally:
+            self._lease.stop()
+            RUNNING.reset(token)
+
+    async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
+        outcome = self._lease.operation.settle(self._policy.outcome_of_status(status))
+        result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
+        told = await self._lease.end(outcome, result)
+        return None if told is None else self._answer(told)
+
+    async def _failed(self, error: BaseException) -> None:
+        outcome = self._lease.operation.settle(self._policy.outcome_of_exception(error))
+        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, type(error).__name__)
+
+    async def _unprotected(self, receive: Receive) -> None:
+        self._scope.setdefault("state", {})["idempotency"] = None
+        await self._shared.app(self._scope, receive, self._send)
+
+    def _answer(self, told: Told) -> StoredResponse:
+        match told:
+            case Replay(result):
+                try:
+                    response = decode_response(result)
+                except UnreadableError as error:
+                    return self._problem("unreadable", error)
+                self._emit("replayed")
+                return StoredResponse(response.status, [*response.headers, self._shared.replayed], response.body)
+            case Completed():
+                return self._problem("completed", NotReplayableError())
+            case InProgress(retry_after):
+                return self._problem("in-progress", InProgressError(), retry_after)
+            case Mismatch():
+                return self._problem("mismatch", KeyReusedError())
+            case Unknown():
+                return self._problem("unknown", OutcomeUnknownError())
+            case Unreadable(version):
+                return self._problem("unreadable", UnreadableError(f"its format is {version}"))
+            case _:
+                assert_never(told)
+
+    async def _refuse(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> None:
+        await send_response(self._send, self._problem(kind, error, retry_after))
+
+    def _problem(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> StoredResponse:
+        self._emit(kind, type(error).__name__)
+        return problem_response(error, docs=self._shared.docs, retry_after=retry_after)
+
+    def _emit(self, kind: EventKind, error: str = "") -> None:
+        self._shared.runner.emit(kind, self._name(), self._claim, error=error)
+
+    def _name(self) -> str:
+        return f"{self._scope['method']} {self._scope['path']}"
+
+
+def _require_starlette() -> None:
+    try:
+        import starlette.requests  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            "a callable scope or fingerprint is given a Starlette Request: pip install starlette"
+        ) from error
