@@ -45,7 +45,7 @@ class Claim:
     ``lease`` is how long the owner may stay silent, ``ttl`` how long a finished record is kept, both in seconds.
     ``hold`` asks that an owner which vanished leaves the key unknown instead of free for a re-run.
     ``watched`` asks the store to announce the record's next change to whoever watches it.
-    ``token`` is the owner's: every later write is fenced by it.
+    ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
     """
 
     scope: str
@@ -56,11 +56,10 @@ class Claim:
     hold: bool = False
     watched: bool = False
     token: str = field(default_factory=lambda: os.urandom(16).hex())
+    id: bytes = field(init=False)
 
-    @property
-    def id(self) -> bytes:
-        """Identify the record: see :func:`record_id`."""
-        return record_id(self.scope, self.key)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", record_id(self.scope, self.key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

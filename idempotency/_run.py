@@ -6,6 +6,7 @@ It is used from one event loop at a time and knows neither HTTP nor any one stor
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,8 @@ from idempotency.events import Event, EventHook, EventKind
 from idempotency.operation import Operation
 from idempotency.policy import Outcome
 from idempotency.stores.base import Store
+
+_logger = logging.getLogger("idempotency")
 
 _KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
 
@@ -34,7 +37,11 @@ class Runner:
     ) -> None:
         """Deliver one event."""
         record = claim.id.hex()[:12] if claim is not None else ""
-        self._on_event(Event(kind=kind, operation=operation, record=record, attempt=attempt, error=error))
+        try:
+            self._on_event(Event(kind=kind, operation=operation, record=record, attempt=attempt, error=error))
+        except Exception:
+            # The effect has happened by now, or must not: a broken hook is no reason to answer otherwise.
+            _logger.exception("the event hook failed")
 
     async def claim(self, claim: Claim, wait: float = 0.0) -> Verdict:
         """Claim the key and say what follows; a duplicate waits up to ``wait`` seconds for the running owner.

@@ -62,7 +62,7 @@ class IdempotencyMiddleware:
     ``store``: a :class:`~idempotency.stores.base.Store`, or a URL for :func:`~idempotency.open_store`, whose store is
     then closed at the application's shutdown.
     ``policy``: what every protected route is given. ``policies``: other policies by route, ``"POST /payments/{id}"``
-    or ``"/payments"``; None takes a route out of scope.
+    or ``"/payments"``, as ``app`` sees its paths (without ``root_path``); None takes a route out of scope.
     ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
     async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name. None is the opt-out: one
     key space for all callers, in which one caller's key answers another with the first one's response.
@@ -110,8 +110,9 @@ class IdempotencyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
-            policy = self._routes.policy_for(scope["method"], scope["path"])
-            if policy is not None:
+            policy = self._routes.policy_for(scope["method"], _route_path(scope))
+            # Added twice (to an application and to one mounted in it), the outer one protects.
+            if policy is not None and not isinstance(scope.get("state", {}).get("idempotency"), Operation):
                 await _Exchange(self, policy, scope, receive, send).run()
                 return
         elif scope["type"] == "lifespan" and self._opened:
@@ -305,6 +306,13 @@ class _Exchange:
 
     def _name(self) -> str:
         return f"{self._scope['method']} {self._scope['path']}"
+
+
+def _route_path(scope: Scope) -> str:
+    """Return the path as the application's own routes see it: without what it is mounted under."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _require_starlette() -> None:
