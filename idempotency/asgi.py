@@ -150,7 +150,9 @@ class _Exchange:
             key = read_key(self._scope["headers"], self._shared.header_name, strict=self._shared.strict)
             if key is None:
                 if self._policy.required:
-                    raise KeyMissingError(f"this operation needs the header {self._shared.header_name.decode()}")
+                    raise KeyMissingError(
+                        f"This operation needs a key in the header {self._shared.header_name.decode()}."
+                    )
                 await self._unprotected(self._receive)
                 return
             caller = await self._caller()
@@ -181,7 +183,7 @@ class _Exchange:
         length = self._header(b"content-length")
         # Announced too large: refused before it is read. 19 digits are more than any limit.
         if length is not None and length.isdigit() and int(length[:19]) > limit:
-            raise RequestTooLargeError(f"the body is over {limit} bytes")
+            raise RequestTooLargeError(f"The body of a request with a key may have {limit} bytes.")
         return await read_body(self._receive, limit, self._header(b"content-type"))
 
     def _header(self, name: bytes) -> bytes | None:
@@ -194,7 +196,11 @@ class _Exchange:
         scope, rule = self._scope, self._policy.fingerprint
         digest = body.digest
         if rule == "json" and body.data is not None:
-            digest = json_digest(body.data) or digest
+            # Parsing a large body would hold up the event loop.
+            parsed = (
+                await asyncio.to_thread(json_digest, body.data) if len(body.data) > 65536 else json_digest(body.data)
+            )
+            digest = parsed or digest
         elif callable(rule):
             from starlette.requests import Request
 

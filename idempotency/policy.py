@@ -62,8 +62,9 @@ class Policy:
     response is stored, except 5xx and the transient 401, 403, 408, 409, 425, 429 and 503, which release the key, as
     an exception does. An exact status wins over a class, a nearer exception class over a farther.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
-    default: every byte), ``"json"`` (JSON apart from white space and the order of members; other bodies as raw), or
-    a callable given the request, sync or async, that returns what is compared.
+    default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
+    other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
+    returns what is compared, as text or bytes.
     ``max_request``: bytes of a keyed request's body, over which it is refused with 413. Default 1 GiB.
     ``max_response``: bytes of a response that are kept; a larger one is passed through and remembered as completed.
     Default 1 MiB.

@@ -133,4 +133,4 @@ async def _read_long(message: Message, receive: Receive, limit: int, digest: Bod
 
 def _check(size: int, limit: int) -> None:
     if size > limit:
-        raise RequestTooLargeError(f"the body is over {limit} bytes")
+        raise RequestTooLargeError(f"The body of a request with a key may have {limit} bytes.")
