@@ -1,0 +1,224 @@
+"""How a command travels: over one connection of the client's pool, or through the client where that is due."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import redis
+import redis.asyncio as aioredis
+from redis.asyncio import cluster as aiocluster
+from redis.asyncio.connection import ConnectionPool
+from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseError
+
+from idempotency.stores._redis_wire import EVAL, EVALSHA, Command, pack
+
+Send = Callable[[Command], Awaitable[Any]]
+SendSync = Callable[[Command], Any]
+Wait = tuple[Any, ...]
+"""A WAIT or WAITAOF command."""
+
+# Before redis-py 5.3 a pool asks for the name of the command; since then it warns of one.
+_NAME = (
+    ("EVALSHA",)
+    if inspect.signature(ConnectionPool.get_connection).parameters["command_name"].default is inspect.Parameter.empty
+    else ()
+)
+_INSIST = 0.1
+
+_AGAIN = (redis.ConnectionError, ReadOnlyError)
+"""An idle connection that the server had dropped, or a primary that was demoted: verbs may be repeated."""
+
+RAW = {"NEVER_DECODE": True}
+"""Replies are bytes, whatever the client is set to (an option of redis-py's ``execute_command``)."""
+
+
+class Deadline:
+    """Raise TimeoutError when what is inside takes longer than ``seconds``: ``asyncio.timeout`` at a third of its cost.
+
+    And it insists: ``asyncio.wait_for`` of Python 3.11, which redis-py uses, can swallow a cancellation.
+    """
+
+    __slots__ = ("_before", "_cancelled", "_handle", "_loop", "_task")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        task = asyncio.current_task(loop)
+        assert task is not None
+        self._task = task
+        self._loop = loop
+        self._before = task.cancelling()
+        self._cancelled = 0
+        self._handle = loop.call_later(seconds, self._cancel)
+
+    def _cancel(self) -> None:
+        self._cancelled += 1
+        self._task.cancel()
+        self._handle = self._loop.call_later(_INSIST, self._cancel)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._handle.cancel()
+        if self._cancelled:
+            for _ in range(self._cancelled):
+                self._task.uncancel()
+            left = self._task.cancelling()
+            if kind is asyncio.CancelledError and left <= self._before:
+                raise TimeoutError from error
+
+
+def sender(client: Any) -> Send:
+    """Choose how a client's commands are sent."""
+    if _is_plain(client):
+        return _direct(client.connection_pool)
+    return _through(client)
+
+
+def _is_plain(client: Any) -> bool:
+    """Say whether nobody but redis-py itself has a part in this client's commands.
+
+    A subclass, a tracer that wraps ``execute_command``, or a double of the server must see every command.
+    """
+    return (
+        type(client) is aioredis.Redis
+        and inspect.isfunction(aioredis.Redis.execute_command)
+        and not hasattr(aioredis.Redis.execute_command, "__wrapped__")
+        and not client.single_connection_client
+        and type(client.connection_pool).__module__.startswith("redis.asyncio.")
+        and client.connection_pool.connection_class.__module__.startswith("redis.asyncio.")
+    )
+
+
+def _direct(pool: Any) -> Send:
+    """Send over a connection of the pool: 15 to 20 % less work than ``execute_command``.
+
+    ``send_packed_command`` and ``read_response`` disconnect when they fail or are cancelled, so a connection that goes
+    back to the pool never holds the reply to another command.
+    """
+
+    async def send(command: Command) -> Any:
+        try:
+            return await once(command)
+        except _AGAIN:
+            return await once(command)
+
+    async def once(command: Command) -> Any:
+        script, rest = command
+        connection = await pool.get_connection(*_NAME)
+        try:
+            await connection.send_packed_command(pack(b"EVALSHA", script.sha, rest))
+            try:
+                return await connection.read_response(disable_decoding=True)
+            except NoScriptError:
+                await connection.send_packed_command(pack(b"EVAL", script.text, rest))
+                return await connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
+                await connection.disconnect()
+            raise
+        finally:
+            await pool.release(connection)
+
+    return send
+
+
+def _through(client: Any) -> Send:
+    async def send(command: Command) -> Any:
+        script, rest = command
+        try:
+            return await client.execute_command(EVALSHA, script.sha, *rest, **RAW)
+        except NoScriptError:
+            return await client.execute_command(EVAL, script.text, *rest, **RAW)
+
+    return send
+
+
+def sender_sync(client: Any) -> SendSync:
+    """Make the sender of a blocking client."""
+
+    def send(command: Command) -> Any:
+        try:
+            return once(command)
+        except _AGAIN:
+            # redis-py itself tries again at the same address, and asks the sentinels only for a new command.
+            return once(command)
+
+    def once(command: Command) -> Any:
+        script, rest = command
+        try:
+            return client.execute_command(EVALSHA, script.sha, *rest, **RAW)
+        except NoScriptError:
+            return client.execute_command(EVAL, script.text, *rest, **RAW)
+
+    return send
+
+
+async def send_and_wait(client: Any, command: Command, wait: Wait) -> list[Any]:
+    """Send a command and a WAIT behind it on the same connection; return both replies."""
+    if isinstance(client, aiocluster.RedisCluster):
+        return await _wait_in_cluster(client, command, wait)
+    replies: list[Any] = []
+    for pair in _attempts(command):
+        pipe = client.pipeline(transaction=False)
+        pipe.execute_command(*pair, **RAW)
+        pipe.execute_command(*wait)
+        replies = await pipe.execute(raise_on_error=False)
+        if not isinstance(replies[0], NoScriptError):
+            break
+    return _sound(replies)
+
+
+async def _wait_in_cluster(client: Any, command: Command, wait: Wait) -> list[Any]:
+    # The plain command first: it follows the slot wherever it went, and the repeated one then finds it there.
+    await _through(client)(command)
+    script, rest = command
+    node = client.get_node_from_key(rest[1])
+    connection = node.acquire_connection()
+    try:
+        await connection.send_packed_command(
+            connection.pack_commands([(EVALSHA, script.sha, *rest), wait]),
+        )
+        replies = []
+        for _ in range(2):
+            try:
+                replies.append(await connection.read_response(disable_decoding=True))
+            except ResponseError as error:
+                replies.append(error)
+    finally:
+        getattr(node, "release", node._free.append)(connection)
+    return _sound(replies)
+
+
+def send_and_wait_sync(client: Any, command: Command, wait: Wait) -> list[Any]:
+    """See :func:`send_and_wait`."""
+    target = client
+    if isinstance(client, redis.RedisCluster):
+        sender_sync(client)(command)
+        node: Any = client.get_node_from_key(command[1][1])
+        target = client.get_redis_connection(node)
+    replies: list[Any] = []
+    for pair in _attempts(command):
+        pipe = target.pipeline(transaction=False)
+        pipe.execute_command(*pair, **RAW)
+        pipe.execute_command(*wait)
+        replies = pipe.execute(raise_on_error=False)
+        if not isinstance(replies[0], NoScriptError):
+            break
+    return _sound(replies)
+
+
+def _attempts(command: Command) -> list[tuple[Any, ...]]:
+    script, rest = command
+    return [(EVALSHA, script.sha, *rest), (EVAL, script.text, *rest)]
+
+
+def _sound(replies: list[Any]) -> list[Any]:
+    """Raise what became of the command itself; a failed wait is the store's to judge."""
+    if isinstance(replies[0], AskError):
+        raise redis.ConnectionError("the cluster is moving the slot of this key") from replies[0]
+    if isinstance(replies[0], Exception):
+        raise replies[0]
+    return replies

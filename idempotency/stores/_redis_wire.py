@@ -1,0 +1,206 @@
+"""What a verb sends to Redis and how its reply is read: written once, for every client.
+
+A record is one hash under ``{prefix}:1:{64 hex digits of its id}``. Its fields: ``v`` format, ``s`` state, ``t``
+token, ``f`` fingerprint, ``a`` attempt, ``l`` end of the lease, ``h`` hold, ``r`` result, ``c`` scope, ``k`` key, ``n``
+time of the first claim, ``w`` set while somebody watches. Times are milliseconds by the clock of the Redis server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from idempotency._core import FORMAT, Claim, Record, State
+from idempotency.errors import ConfigurationError
+from idempotency.stores.base import Entry
+
+EVAL, EVALSHA = "EVAL", "EVALSHA"
+
+_LONGEST = 10**14  # ms, 3000 years: within what PEXPIRE takes and a Lua number holds
+
+
+class Script:
+    """A Lua script and the digest a server remembers it by."""
+
+    __slots__ = ("sha", "text")
+
+    def __init__(self, name: str) -> None:
+        self.text = files("idempotency.stores").joinpath("scripts", f"{name}.lua").read_bytes()
+        self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
+
+
+_CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE = map(
+    Script, ("claim", "renew", "complete", "release", "inspect", "resolve")
+)
+
+Command = tuple[Script, tuple[bytes, ...]]
+"""A script, and what follows it on the wire: the number of keys, the key, the arguments."""
+
+_FORMAT = b"%d" % FORMAT
+_FLAG = (b"0", b"1")
+
+
+def claim(key: bytes, claim: Claim) -> Command:
+    """Make the command of ``Store.claim``; :func:`record` reads its reply."""
+    return _CLAIM, (
+        b"1",
+        key,
+        _FORMAT,
+        claim.token.encode(),
+        claim.fingerprint,
+        _milliseconds(claim.lease),
+        _milliseconds(claim.lease + claim.ttl),
+        _FLAG[claim.hold],
+        _FLAG[claim.watched],
+        claim.scope.encode("utf-8", "surrogatepass"),
+        claim.key.encode("utf-8", "surrogatepass"),
+    )
+
+
+def renew(key: bytes, claim: Claim) -> Command:
+    """Make the command of ``Store.renew``; it replies 1 or 0."""
+    life = _milliseconds(claim.lease + claim.ttl)
+    return _RENEW, (b"1", key, _FORMAT, claim.token.encode(), _milliseconds(claim.lease), life)
+
+
+def complete(key: bytes, claim: Claim, result: bytes | None, state: State) -> Command:
+    """Make the command of ``Store.complete``; it replies 1 or 0."""
+    head = (b"1", key, _FORMAT, claim.token.encode(), b"%d" % state, _milliseconds(claim.ttl))
+    return _COMPLETE, head if result is None else (*head, result)
+
+
+def release(key: bytes, claim: Claim) -> Command:
+    """Make the command of ``Store.release``; it replies 1 or 0."""
+    return _RELEASE, (b"1", key, _FORMAT, claim.token.encode())
+
+
+def inspect(key: bytes) -> Command:
+    """Make the command of ``Housekeeping.inspect``; :func:`entry` reads its reply."""
+    return _INSPECT, (b"1", key)
+
+
+def resolve(key: bytes, outcome: str, result: bytes | None, ttl: float) -> Command:
+    """Make the command of ``Housekeeping.resolve``; it replies 1 or 0."""
+    state = b"%d" % State.DONE if outcome == "done" else b"0"
+    head = (b"1", key, _FORMAT, os.urandom(16).hex().encode(), state, _milliseconds(ttl))
+    return _RESOLVE, head if result is None else (*head, result)
+
+
+def record(claim: Claim, reply: Any) -> Record:
+    """Read the reply to a claim."""
+    if type(reply) is int:
+        return Record(
+            token=claim.token, fingerprint=claim.fingerprint, attempt=reply, lease_left=claim.lease, hold=claim.hold
+        )
+    if len(reply) == 1:
+        return Record.unreadable(reply[0] or FORMAT)
+    version, state, attempt, left, hold, token, fingerprint, *result = reply
+    return Record(
+        token=token.decode("utf-8", "replace"),
+        fingerprint=fingerprint,
+        state=State(state),
+        attempt=attempt,
+        lease_left=left / 1000,
+        hold=hold == 1,
+        result=result[0] if result else None,
+        version=version,
+    )
+
+
+def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
+    """Read the reply to an inspection of the record of this id."""
+    if not reply or not State.RUNNING <= reply[1] <= State.UNKNOWN:
+        return None
+    version, state, attempt, hold, age, left, expires, size, scope, key, _ = reply
+    return Entry(
+        id=record,
+        scope=scope.decode("utf-8", "surrogatepass"),
+        key=key.decode("utf-8", "surrogatepass"),
+        state=State(state),
+        attempt=attempt,
+        hold=hold == 1,
+        age=age / 1000,
+        lease_left=left / 1000,
+        expires_in=None if expires < 0 else expires / 1000,
+        result_size=None if size < 0 else size,
+        version=version,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durability:
+    """How many copies of a record there must be before a claim or a completion counts.
+
+    ``replicas``: how many replicas must have received the write (``WAIT``). Default 1.
+    ``timeout``: seconds to wait for them. Default 1.
+    ``aof``: whether it must be on disk, at the primary and at those replicas (``WAITAOF``, Redis 7.2; the servers need
+    ``appendonly yes``). Default False. With ``aof``, ``replicas`` may be 0.
+
+    What a failover can lose:
+
+    - no ``Durability``: replication is asynchronous, so the promoted replica may lack the last claims and
+      completions. A retry of such a key runs again.
+    - ``replicas=n``: every acknowledged write is with n replicas. It can still be lost when another replica is
+      promoted; with n the number of all replicas, only by a server that restarts without its data.
+    - ``aof=True``: the writes also survive a restart of all servers.
+    """
+
+    replicas: int = 1
+    timeout: float = 1.0
+    aof: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replicas < (0 if self.aof else 1) or self.timeout <= 0:
+            raise ConfigurationError(
+                f"durability needs at least one replica (or aof) and a positive timeout: {self.replicas!r}, "
+                f"{self.timeout!r}"
+            )
+
+    @property
+    def command(self) -> tuple[Any, ...]:
+        """The command that follows a write."""
+        milliseconds = max(1, round(self.timeout * 1000))
+        if self.aof:
+            return "WAITAOF", 1, self.replicas, milliseconds
+        return "WAIT", self.replicas, milliseconds
+
+    def met(self, reply: Any) -> bool:
+        """Read the reply to :attr:`command`, which may be an error."""
+        if isinstance(reply, Exception):
+            return False
+        if self.aof:
+            return bool(reply[0] >= 1 and reply[1] >= self.replicas)
+        return bool(reply >= self.replicas)
+
+
+def scan(prefix: bytes, cursor: int) -> tuple[Any, ...]:
+    """Make the command that lists a part of the records of one server, after ``cursor``."""
+    return "SCAN", cursor, "MATCH", re.sub(rb"([*?\[\]\\^])", rb"\\\1", prefix) + b"*", "COUNT", 1000
+
+
+def ids(prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
+    """Read the ids of records from the names of keys; other keys are passed over."""
+    digits = (key[len(prefix) :] for key in keys)
+    return [bytes.fromhex(found.decode()) for found in digits if re.fullmatch(rb"[0-9a-f]{64}", found)]
+
+
+def first_claimed(reply: Sequence[Any]) -> int:
+    """Read from the reply to an inspection when the key was first claimed, to order records by."""
+    created: int = reply[-1]
+    return created
+
+
+def pack(name: bytes, head: bytes, rest: tuple[bytes, ...]) -> bytes:
+    """Write a command as a Redis client sends it (RESP: an array of bulk strings)."""
+    parts = [b"*%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(rest) + 2, len(name), name, len(head), head)]
+    parts += [b"$%d\r\n%b\r\n" % (len(part), part) for part in rest]
+    return b"".join(parts)
+
+
+def _milliseconds(seconds: float) -> bytes:
+    return b"%d" % max(1, min(round(seconds * 1000), _LONGEST))
