@@ -1,0 +1,198 @@
+"""The SQL of every verb, for PostgreSQL, for MariaDB and MySQL, and for SQLite.
+
+Times are milliseconds since the epoch by the database's clock; parameters are durations. In the templates ``{now}`` is
+that clock and ``{r}`` what a column of the row that is there is prefixed with.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sqlalchemy import Dialect, Table, TextClause, text
+
+from idempotency._core import FORMAT, State
+from idempotency.errors import ConfigurationError
+
+_NOW = {
+    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)",
+    # Free of the session's time zone, in which an hour of each year happens twice.
+    "mysql": "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)",
+    "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
+}
+
+_SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
+_EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
+_RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
+_OURS = f"({_RUNNING} AND {{r}}token = :token)"
+_LAPSED = (
+    f"({_RUNNING} AND {{r}}lease_until_ms <= {{now}}"
+    " AND NOT {r}hold AND NOT :hold AND {r}fingerprint = :fingerprint)"
+)
+# Whether a row that is there passes to the claim: it is expired, or _core.takes_over says so.
+_FREE = f"({_EXPIRED} OR {_OURS} OR {_LAPSED})"
+_MINE = f"id = :id AND token = :token AND NOT {_EXPIRED}"
+# Whoever is unresolved never expires, which an index knows.
+_UNRESOLVED = (
+    f"(expires_ms IS NULL AND {_SANE} AND (state = {State.UNKNOWN:d}"
+    f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
+)
+
+_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, result"
+_FOUND = (
+    "{r}version, {r}state, {r}token, {r}fingerprint, {r}attempt, {r}hold, {r}lease_until_ms - {now} AS lease_left,"
+    " {r}result"
+)
+_ENTRY = (
+    "SELECT id, scope, {key}, version, state, attempt, hold, {now} - created_ms AS age,"
+    " lease_until_ms - {now} AS lease_left, expires_ms - {now} AS expires_in, length(result) AS result_size"
+    " FROM {table}"
+)
+_COLUMNS = (
+    "id, scope, {key}, version, state, token, fingerprint, attempt, hold, watched,"
+    " created_ms, lease_until_ms, expires_ms"
+)
+_VALUES = (
+    f":id, :scope, :key, {FORMAT}, {State.RUNNING:d}, :token, :fingerprint, 1, :hold, :watched,"
+    " {now}, {now} + :lease, {now} + :keep"
+)
+
+_TAKE = f"""
+ON CONFLICT (id) DO UPDATE SET
+    version = excluded.version, state = excluded.state, token = excluded.token, fingerprint = excluded.fingerprint,
+    attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
+    hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
+    created_ms = CASE WHEN {_EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
+    lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep, result = NULL
+WHERE {_FREE}
+RETURNING {_FOUND}"""
+
+_CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
+_LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
+
+# ON CONFLICT locks the row it finds even where its WHERE is false: so nothing is inserted, and nothing locked, where
+# the statement already sees a row that does not pass to the claim. No row comes back when another transaction
+# committed after this statement began to look: it is repeated.
+_CLAIM_POSTGRESQL = f"""
+WITH seen AS (
+    SELECT {_FOUND}, {{r}}watched, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
+), won AS (
+    INSERT INTO {{table}} AS r ({_COLUMNS})
+    SELECT {_VALUES} WHERE NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
+){{flag}}
+SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free{{flagged}}"""
+
+# A watcher may rely on being told only if the flag was set while the row was still running.
+_FLAG = f""", flag AS (
+    UPDATE {{table}} SET watched = TRUE
+    WHERE id = :id AND state = {State.RUNNING:d} AND NOT watched
+        AND EXISTS (SELECT 1 FROM seen WHERE NOT free AND NOT watched AND state = {State.RUNNING:d})
+    RETURNING 1
+)"""
+_FLAGGED = f" AND (watched OR state <> {State.RUNNING:d} OR EXISTS (SELECT 1 FROM flag))"
+
+# Assignments are evaluated from left to right and see the columns assigned before. So what the decision reads is
+# assigned last, except the token, which carries the decision: from there on, the row is won if its token is ours and
+# it was expired or running. Whoever adds a column puts it before "state".
+_WON = f"(token = :token AND ({_EXPIRED} OR ({_RUNNING})))"
+_CLAIM_MYSQL = f"""
+INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})
+ON DUPLICATE KEY UPDATE
+    attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {_OURS} THEN attempt WHEN {_LAPSED} THEN attempt + 1 ELSE attempt END,
+    created_ms = IF({_EXPIRED}, VALUES(created_ms), created_ms),
+    token = IF({_FREE}, VALUES(token), token),
+    fingerprint = IF({_WON}, VALUES(fingerprint), fingerprint),
+    hold = IF({_WON}, VALUES(hold), hold),
+    watched = IF({_WON}, watched OR VALUES(watched), watched),
+    lease_until_ms = IF({_WON}, VALUES(lease_until_ms), lease_until_ms),
+    result = IF({_WON}, NULL, result),
+    state = IF({_WON}, VALUES(state), state),
+    version = IF({_WON}, VALUES(version), version),
+    expires_ms = IF({_WON}, VALUES(expires_ms), expires_ms)"""
+
+_RENEW = (
+    f"UPDATE {{table}} SET lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_RUNNING}"
+)
+_COMPLETE = (
+    f"UPDATE {{table}} SET state = :state, result = :result, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_SANE}"
+)
+_RELEASE = f"DELETE FROM {{table}} WHERE {_MINE} AND {_RUNNING}"
+_SETTLE = (
+    f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token, expires_ms = {{now}} + :keep"
+    f" WHERE id = :id AND {_UNRESOLVED}"
+)
+_FORGET = f"DELETE FROM {{table}} WHERE id = :id AND {_UNRESOLVED}"
+
+# The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
+_EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
+_PURGE = {
+    "postgresql": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED)",
+    "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
+    "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",
+}
+
+# The watchers are told in the same statement, and only if there are any: commits that notify queue up for one lock.
+_TOLD = (
+    "WITH ended AS ({statement} RETURNING watched)"
+    " SELECT CASE WHEN watched THEN pg_notify(:channel, :payload) IS NULL END FROM ended"
+)
+
+_TYPES = {
+    **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
+    **dict.fromkeys(("scope", "key", "token", "channel", "payload"), "text"),
+    **dict.fromkeys(("hold", "watched"), "boolean"),
+    **dict.fromkeys(("lease", "keep", "limit"), "bigint"),
+    "state": "smallint",
+}
+
+
+class Statements:
+    """The statements of one table in one dialect, made once. ``dialect`` must have connected, to know its server.
+
+    ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
+    writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
+    RETURNING, it is read afterwards.
+    """
+
+    def __init__(self, dialect: Dialect, table: Table) -> None:
+        family = "mysql" if dialect.name == "mariadb" else dialect.name
+        if family not in _NOW:
+            raise ConfigurationError(f"SQLStore knows PostgreSQL, MariaDB, MySQL and SQLite, not {dialect.name}")
+        quote = dialect.identifier_preparer
+        self._postgresql = family == "postgresql"
+        # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
+        self.bytes_as_hex = family == "mysql"
+        self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self.look_first = family == "sqlite"
+        self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
+        self.look = self._text(_LOOK)
+        self.claim, self.claim_watched = self._claims(family)
+        told = _TOLD if self._postgresql else "{statement}"
+        self.renew = self._text(_RENEW)
+        self.complete = self._text(told.format(statement=_COMPLETE))
+        self.release = self._text(told.format(statement=_RELEASE))
+        self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
+        self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
+        self.settle = self._text(_SETTLE)
+        self.forget = self._text(_FORGET)
+        self.purge = self._text(_PURGE[family])
+        self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
+
+    def _claims(self, family: str) -> tuple[TextClause, TextClause]:
+        if self._postgresql:
+            bare = self._text(_CLAIM_POSTGRESQL, r="r.", flag="", flagged="")
+            flag = _FLAG.format(**self._words)
+            return bare, self._text(_CLAIM_POSTGRESQL, r="r.", flag=flag, flagged=_FLAGGED)
+        if self.look_first:
+            claim = self._text(_CLAIM_SQLITE)
+        else:
+            claim = self._text(_CLAIM_MYSQL + (f" RETURNING {_FOUND}" if self.returns else ""))
+        return claim, claim
+
+    def _text(self, template: str, r: str = "", **words: str) -> TextClause:
+        sql = template.format(r=r, **self._words, **words)
+        if self._postgresql:
+            # The server infers a parameter's type from the first place it is used in, and must infer it everywhere.
+            sql = re.sub(r":(\w+)", lambda name: f"CAST({name[0]} AS {_TYPES[name[1]]})", sql)
+        if self.bytes_as_hex:
+            sql = re.sub(r":(id|fingerprint|result)\b", r"UNHEX(:\1)", sql)
+        return text(sql)

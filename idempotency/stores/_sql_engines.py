@@ -1,0 +1,235 @@
+"""Engines: opened from a URL, driven through one verb at a time, and their failures put into words."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.stores._sql_schema import create_schema
+from idempotency.stores._sql_verbs import Verbs
+
+T = TypeVar("T")
+Work = Callable[[Verbs, Connection], T]
+
+_NAMES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB", "sqlite": "SQLite"}
+_ASYNC = {
+    "postgresql": "postgresql+asyncpg:// (pip install 'asgi-idempotency[postgresql]')",
+    "mysql": "mysql+aiomysql:// (pip install 'asgi-idempotency[mysql]')",
+    "mariadb": "mariadb+aiomysql:// (pip install 'asgi-idempotency[mysql]')",
+    "sqlite": "sqlite+aiosqlite:// (pip install 'asgi-idempotency[sqlite]')",
+}
+_SYNC = {
+    "postgresql": "postgresql+psycopg:// (pip install 'psycopg[binary]')",
+    "mysql": "mysql+pymysql:// (pip install pymysql)",
+    "mariadb": "mariadb+pymysql:// (pip install pymysql)",
+    "sqlite": "sqlite://",
+}
+# Serialization failure, deadlock and lock wait time-out: the statement had no effect, and is sent again.
+_AGAIN = frozenset({"40001", "40P01", 1205, 1213})
+_NO_TABLE = frozenset({"42P01", "42703", 1146, 1054})
+_UNSIZED = 5
+_TRIES = 3
+
+
+def read_url(url: str | URL) -> URL:
+    """Check what can be checked of a URL without connecting: its form, its database and that the driver is there."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise ConfigurationError("the store's URL is none that SQLAlchemy can read") from error
+    try:
+        parsed.get_dialect().import_dbapi()
+    except NoSuchModuleError as error:
+        raise ConfigurationError(f"no driver {parsed.drivername!r} is known: {_remedy(_ASYNC, parsed)}") from error
+    except ImportError as error:
+        remedy = _remedy(_ASYNC, parsed)
+        raise ConfigurationError(f"{parsed.drivername} needs {error.name}: install it, or {remedy}") from error
+    if parsed.get_backend_name() not in _NAMES:
+        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {parsed.get_backend_name()}")
+    return parsed
+
+
+def open_async(url: URL, timeout: float) -> AsyncEngine:
+    """Open an async engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is synchronous."""
+    if not url.get_dialect(_is_async=True).is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
+        )
+    options = {"timeout": _busy(timeout)} if url.get_backend_name() == "sqlite" else {}
+    engine = create_async_engine(url, connect_args=options)
+    _prepare(engine.sync_engine)
+    return engine
+
+
+def open_sync(url: URL, timeout: float) -> Engine:
+    """Open a sync engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is asynchronous."""
+    dialect = url.get_dialect()
+    if dialect.is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is an asynchronous driver: {_remedy(_SYNC, url)}, or await the verbs"
+        )
+    options: dict[str, Any] = {}
+    if dialect.name == "sqlite":
+        options = {"timeout": _busy(timeout)}
+    elif dialect.driver == "pymysql":
+        options = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), timeout)
+    elif dialect.driver == "psycopg":
+        options = {"connect_timeout": max(2, round(timeout))}
+    engine = create_engine(url, connect_args=options)
+    _prepare(engine)
+    return engine
+
+
+def _remedy(drivers: dict[str, str], url: URL) -> str:
+    name = url.get_backend_name()
+    return f"use {drivers[name]}" if name in drivers else f"use one of {', '.join(drivers.values())}"
+
+
+def _busy(timeout: float) -> float:
+    # So that "database is locked" is heard before the verb is given up.
+    return timeout * 0.8
+
+
+def _prepare(engine: Engine) -> None:
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _write_ahead)
+
+
+def _write_ahead(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.close()
+
+
+class Database:
+    """One engine's way to the table: connect, run a verb, and say in words what went wrong.
+
+    :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
+    """
+
+    def __init__(self, engine: Engine, table: Table) -> None:
+        self.engine = engine
+        self._table = table
+        self._verbs: Verbs | None = None
+        self._sqlite = engine.dialect.name == "sqlite"
+        self._created = not self._sqlite
+        # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
+        postgresql = engine.dialect.name == "postgresql"
+        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT") if postgresql else None
+
+    @property
+    def width(self) -> int:
+        """How many verbs may run at once: fewer than the pool has connections, which the application needs too."""
+        if self._sqlite:
+            return 1
+        size: Callable[[], int] | None = getattr(self.engine.pool, "size", None)
+        return max(1, (size() or _UNSIZED) - 1) if size is not None else _UNSIZED - 1
+
+    def perform(self, work: Work[T], call: Call, transaction: bool = False) -> T:
+        """Run ``work``, and again where the database asks for it; every failure is a StoreError.
+
+        ``work`` must be one statement, unless ``transaction`` asks for several to be one.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return self._once(work, call, transaction)
+            except IdempotencyError:
+                raise
+            except Exception as error:  # a driver whose connection dies raises what it likes
+                if not tries_left or call.left or not _again(error):
+                    raise self._failure(error) from getattr(error, "orig", None) or error
+        raise AssertionError
+
+    def _once(self, work: Work[T], call: Call, transaction: bool) -> T:
+        if not self._created:
+            with self.engine.begin() as connection:
+                create_schema(connection, self._table)
+            self._created = True
+        autocommit = None if transaction else self._autocommit
+        with autocommit.connect() if autocommit else self.engine.begin() as connection:
+            if self._verbs is None:
+                self._verbs = Verbs(connection.dialect, self._table)
+            call.driver = connection.connection.driver_connection
+            return work(self._verbs, connection)
+
+    @property
+    def place(self) -> str:
+        """Name the server without its credentials."""
+        url = self.engine.url
+        name = _NAMES.get(url.get_backend_name(), url.get_backend_name())
+        if self._sqlite:
+            return f"{name} database {url.database or ':memory:'}"
+        port = f":{url.port}" if url.port else ""
+        return f"{name} at {url.host or 'the default host'}{port}, database {url.database or ''}"
+
+    def _failure(self, error: Exception) -> StoreError:
+        code, words = _code(error), str(getattr(error, "orig", ""))
+        if code in _NO_TABLE or "no such table" in words or "no such column" in words or "has no column" in words:
+            return StoreError(
+                f"{self.place} has no table {self._table.name} as it must be: call SQLStore.create_schema() or"
+                " create_schema_sync(), or hand idempotency.stores.sql.records_table to your migrations"
+            )
+        if isinstance(error, PoolTimeoutError):
+            return StoreError(
+                f"the engine's pool gave no connection to {self.place}: enlarge pool_size or max_overflow"
+            )
+        if "database is locked" in words:
+            return StoreError(f"{self.place} is locked by another writer")
+        if isinstance(error, OSError) or _unreachable(error):
+            return StoreError(f"{self.place} cannot be reached: start it, or correct the URL")
+        return StoreError(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
+
+
+class Call:
+    """One verb under way: the driver's connection it holds, and whether its caller has left."""
+
+    __slots__ = ("driver", "left")
+
+    def __init__(self) -> None:
+        self.driver: Any = None
+        self.left = False
+
+    def hang_up(self) -> None:
+        """Cut the connection without a word to a server that may not answer; the driver then fails by itself."""
+        self.left = True
+        # What a driver says of a connection that is gone already does not matter.
+        with suppress(Exception):
+            match type(self.driver).__module__.partition(".")[0]:
+                case "asyncpg":
+                    self.driver.terminate()
+                case "aiomysql" | "asyncmy":
+                    self.driver.close()
+                case "psycopg":
+                    # Not closed: another socket would get its number while the event loop still watches it.
+                    with socket.socket(fileno=os.dup(self.driver.fileno())) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _code(error: Exception) -> str | int | None:
+    cause = getattr(error, "orig", None)
+    if cause is None:
+        return None
+    if cause.args and isinstance(cause.args[0], int):
+        return cause.args[0]
+    state: str | None = getattr(cause, "sqlstate", None)
+    return state
+
+
+def _again(error: Exception) -> bool:
+    # A connection found dead is most often one that had idled in the pool while its server was restarted; every verb
+    # may be repeated, and the pool has dropped its other connections by now.
+    return _code(error) in _AGAIN or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def _unreachable(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or error.statement is None)

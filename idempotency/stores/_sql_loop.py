@@ -1,0 +1,93 @@
+"""One event loop's side of a store: its engine, its slots, and the time-out that no driver can break."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import TypeVar
+
+from sqlalchemy import Table
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
+
+from idempotency.errors import StoreError
+from idempotency.stores._sql_engines import Call, Database, Work
+from idempotency.stores._sql_listen import Watchers
+
+T = TypeVar("T")
+
+
+class Side:
+    """What a store holds on one event loop. ``owned`` says that the engine is disposed of at the end."""
+
+    def __init__(self, engine: AsyncEngine, table: Table, owned: bool) -> None:
+        self._engine = engine
+        self._owned = owned
+        self._database = Database(engine.sync_engine, table)
+        self._slots = asyncio.Semaphore(self._database.width)
+        self._left: set[asyncio.Task[None]] = set()
+        self._life = self._live()
+        self.watchers = Watchers(engine.sync_engine, table.name)
+
+    async def open(self) -> None:
+        """Begin. A loop that ends in an orderly way closes its generators: so the engine closes with its loop."""
+        await anext(self._life)
+
+    async def aclose(self) -> None:
+        """Stop listening, wait for what was left behind, and dispose of the engine if it is owned."""
+        await self._life.aclose()
+
+    async def _live(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            await self.watchers.aclose()
+            if self._left:
+                await asyncio.wait(self._left)
+            if self._owned:
+                await self._engine.dispose()
+
+    async def run(self, work: Work[T], timeout: float, transaction: bool = False) -> T:
+        """Run ``work``, for at most ``timeout`` seconds.
+
+        Drivers end a cancelled statement by talking to the server, and wait for its answer. So a statement is a task
+        of its own, which is left behind when its time is over.
+        """
+        call = Call()
+        task = asyncio.get_running_loop().create_task(self._perform(work, call, transaction))
+        try:
+            await asyncio.wait({task}, timeout=timeout)
+        except asyncio.CancelledError:
+            # A statement that was sent is seen to its end, so that a release which follows cannot overtake it.
+            try:
+                if call.driver is not None:
+                    await asyncio.wait({task}, timeout=timeout)
+            finally:
+                self._leave(task, call)
+            raise
+        if task.done():
+            return task.result()
+        self._leave(task, call)
+        raise StoreError(
+            f"{self._database.place} gave no answer within {timeout:g} s: is it running, and not overloaded?"
+        )
+
+    async def _perform(self, work: Work[T], call: Call, transaction: bool) -> T:
+        async with self._slots:
+            return await greenlet_spawn(self._database.perform, work, call, transaction)
+
+    def _leave(self, task: asyncio.Task[T], call: Call) -> None:
+        reaper = asyncio.get_running_loop().create_task(_reap(task, call))
+        self._left.add(reaper)
+        reaper.add_done_callback(self._left.discard)
+
+
+async def _reap(task: asyncio.Task[T], call: Call) -> None:
+    # Cancelled more than once: psycopg waits for the server also after its first cancellation.
+    while not task.done():
+        call.hang_up()
+        task.cancel()
+        await asyncio.wait({task}, timeout=1)
+    with suppress(asyncio.CancelledError, Exception):
+        task.result()

@@ -1,0 +1,180 @@
+"""The verbs as functions of a connection: what each sends, and how its answer is read, is written here once.
+
+The same function serves a connection of our own, sync or async (inside SQLAlchemy's greenlet), and one that is in a
+caller's transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, Literal
+
+from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
+
+from idempotency._core import FORMAT, Claim, Record, State
+from idempotency.errors import StoreError, UnreadableError
+from idempotency.stores._sql_dialects import Statements
+from idempotency.stores.base import Entry
+
+_TRIES = 10
+_ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
+
+
+class Verbs:
+    """The verbs over one table. ``dialect`` must have connected once."""
+
+    def __init__(self, dialect: Dialect, table: Table) -> None:
+        self._sql = Statements(dialect, table)
+        self._channel = {"channel": table.name} if dialect.name == "postgresql" else None
+
+    def claim(self, connection: Connection, claim: Claim) -> Record:
+        """See :meth:`~idempotency.stores.base.Store.claim`."""
+        statement = self._sql.claim_watched if claim.watched else self._sql.claim
+        values = {
+            "id": claim.id,
+            "scope": _storable(claim.scope),
+            "key": _storable(claim.key),
+            "token": claim.token,
+            "fingerprint": claim.fingerprint,
+            "hold": claim.hold,
+            "watched": claim.watched,
+            "lease": _ms(claim.lease),
+            "keep": None if claim.hold else _ms(claim.lease + claim.ttl),
+        }
+        for _ in range(_TRIES):
+            row = self._claimed(connection, statement, values)
+            if row is not None:
+                return _record(row)
+        raise StoreError(f"the claim lost against others {_TRIES} times in a row")
+
+    def _claimed(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> Row[Any] | None:
+        if self._sql.look_first:
+            row = self._execute(connection, self._sql.look, values).first()
+            if row is not None and not row.free:
+                return row
+        result = self._execute(connection, statement, values)
+        if self._sql.returns:
+            return result.first()
+        row = self._execute(connection, self._sql.look, values).first()
+        return None if row is None or (row.free and row.token != values["token"]) else row
+
+    def renew(self, connection: Connection, claim: Claim) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.renew`."""
+        keep = None if claim.hold else _ms(claim.lease + claim.ttl)
+        values = {"id": claim.id, "token": claim.token, "lease": _ms(claim.lease), "keep": keep}
+        return self._execute(connection, self._sql.renew, values).rowcount > 0
+
+    def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.complete`."""
+        keep = None if state is State.UNKNOWN else _ms(claim.ttl)
+        values = {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
+        return self._ended(connection, self._sql.complete, values)
+
+    def release(self, connection: Connection, claim: Claim) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.release`."""
+        return self._ended(connection, self._sql.release, {"id": claim.id, "token": claim.token})
+
+    def _ended(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> bool:
+        if self._channel is None:
+            return self._execute(connection, statement, values).rowcount > 0
+        told = {**values, **self._channel, "payload": values["id"].hex()}
+        return self._execute(connection, statement, told).first() is not None
+
+    def inspect(self, connection: Connection, record: bytes) -> Entry | None:
+        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
+        row = self._execute(connection, self._sql.inspect, {"id": record}).first()
+        return None if row is None else _entry(row)
+
+    def unresolved(self, connection: Connection, limit: int) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
+        return [_entry(row) for row in self._execute(connection, self._sql.unresolved, {"limit": limit})]
+
+    def resolve(
+        self,
+        connection: Connection,
+        record: bytes,
+        outcome: Literal["done", "release"],
+        result: bytes | None,
+        ttl: float,
+    ) -> bool:
+        """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
+        if outcome == "release":
+            return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
+        values = {"id": record, "result": result, "token": os.urandom(16).hex(), "keep": _ms(ttl)}
+        return self._execute(connection, self._sql.settle, values).rowcount > 0
+
+    def purge(self, connection: Connection, batch: int) -> int:
+        """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
+        return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+
+    def check(self, connection: Connection) -> None:
+        """Read every column of no row: the server answers, and the table is as it must be."""
+        self._execute(connection, self._sql.check, {}).all()
+
+    def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
+        if self._sql.bytes_as_hex:
+            values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
+        return connection.execute(statement, values)
+
+
+def _record(row: Row[Any]) -> Record:
+    # SQLite stores anything in any column, and a row may have been written by hand: nothing is taken for granted.
+    try:
+        if row.version > FORMAT:
+            return Record.unreadable(row.version)
+        record = Record(
+            token=row.token,
+            fingerprint=row.fingerprint,
+            state=State(row.state),
+            attempt=row.attempt,
+            lease_left=row.lease_left / 1000,
+            hold=bool(row.hold),
+            result=row.result,
+            version=row.version,
+        )
+        sane = record.version >= 1 and record.attempt >= 1
+    except (TypeError, ValueError):
+        return Record.unreadable()
+    typed = isinstance(record.token, str) and isinstance(record.fingerprint, bytes)
+    return record if sane and typed and isinstance(record.result, bytes | None) else Record.unreadable()
+
+
+def _entry(row: Row[Any]) -> Entry:
+    try:
+        return Entry(
+            id=row.id,
+            scope=_stored(row.scope),
+            key=_stored(row.key),
+            state=State(row.state),
+            attempt=row.attempt,
+            hold=bool(row.hold),
+            age=row.age / 1000,
+            lease_left=row.lease_left / 1000,
+            expires_in=None if row.expires_in is None else row.expires_in / 1000,
+            result_size=row.result_size,
+            version=row.version,
+        )
+    except (TypeError, ValueError) as error:
+        raise UnreadableError(f"the record {row.id.hex()[:12]} is damaged") from error
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _storable(value: str) -> str:
+    """Escape what a text column cannot hold everywhere: NUL and lone surrogates."""
+    if "\\" not in value and "\0" not in value and value.isascii():
+        return value
+    escaped = value.replace("\\", "\\\\").replace("\0", "\\0")
+    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _stored(value: str) -> str:
+    return _ESCAPED.sub(_unescaped, value)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    escape = found[1]
+    return {"\\": "\\", "0": "\0"}.get(escape) or chr(int(escape[1:], 16))

@@ -1,0 +1,199 @@
+"""Keep records in a SQL database, by the engine the application already has: PostgreSQL, MariaDB, MySQL or SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Literal, Self, TypeVar
+
+from sqlalchemy import Connection, Engine, MetaData
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from idempotency._core import Claim, Record, State
+from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_loop import Side
+from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores._sql_verbs import Verbs
+from idempotency.stores.base import Changed, Entry
+
+__all__ = ["SQLStore", "records_table", "schema_sql"]
+
+T = TypeVar("T")
+_Threads = tuple[Database, threading.BoundedSemaphore]
+
+
+class SQLStore:
+    """A store for asyncio and for threads, with housekeeping, on a SQL database.
+
+    ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
+    a verb of the other side raises :class:`~idempotency.errors.ConfigurationError`. It is never disposed of here, and
+    its pool is never used up: at most one connection fewer than ``pool_size`` is in use at a time.
+    ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
+    :meth:`create_schema` or by migrations (:func:`records_table`).
+    ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
+    :class:`~idempotency.errors.StoreError`, even if the server is frozen. A blocking verb ends when its driver gives
+    up; :meth:`from_url` sets the driver's own time-outs where it has any.
+    """
+
+    def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
+        if not isinstance(engine, AsyncEngine | Engine):
+            raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
+        self._set_up(engine, table, timeout)
+
+    @classmethod
+    def from_url(cls, url: str | URL, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> Self:
+        """Make a store that opens its engines itself, at the first use, and closes them.
+
+        ``url`` is any of SQLAlchemy's with a driver, as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
+        serves both sides), ``mysql+aiomysql://``, ``sqlite+aiosqlite:///file``. SQLite is opened in WAL mode.
+        Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
+        """
+        store = cls.__new__(cls)
+        store._set_up(read_url(url), table, timeout)
+        return store
+
+    def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
+        if timeout <= 0:
+            raise ConfigurationError(f"timeout must be positive, not {timeout!r}")
+        self._source = source
+        self._table = records_table(MetaData(), table)
+        self._timeout = timeout
+        self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
+        self._threads: _Threads | None = None
+        self._opening = threading.Lock()
+
+    async def claim(self, claim: Claim, /) -> Record:
+        """See :meth:`~idempotency.stores.base.Store.claim`."""
+        return await self._run(lambda verbs, connection: verbs.claim(connection, claim))
+
+    async def renew(self, claim: Claim, /) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.renew`."""
+        return await self._run(lambda verbs, connection: verbs.renew(connection, claim))
+
+    async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.complete`."""
+        return await self._run(lambda verbs, connection: verbs.complete(connection, claim, result, state))
+
+    async def release(self, claim: Claim, /) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.release`."""
+        return await self._run(lambda verbs, connection: verbs.release(connection, claim))
+
+    @asynccontextmanager
+    async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
+        side = await self._side()
+        async with side.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
+            yield changed
+
+    def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
+        """See :meth:`~idempotency.stores.base.Store.watch`. On PostgreSQL by LISTEN, elsewhere by polling."""
+        return self._watch(claim)
+
+    def claim_sync(self, claim: Claim, /) -> Record:
+        """See :meth:`~idempotency.stores.base.Store.claim`."""
+        return self._run_sync(lambda verbs, connection: verbs.claim(connection, claim))
+
+    def renew_sync(self, claim: Claim, /) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.renew`."""
+        return self._run_sync(lambda verbs, connection: verbs.renew(connection, claim))
+
+    def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.complete`."""
+        return self._run_sync(lambda verbs, connection: verbs.complete(connection, claim, result, state))
+
+    def release_sync(self, claim: Claim, /) -> bool:
+        """See :meth:`~idempotency.stores.base.Store.release`."""
+        return self._run_sync(lambda verbs, connection: verbs.release(connection, claim))
+
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`. A damaged record raises UnreadableError."""
+        return await self._run(lambda verbs, connection: verbs.inspect(connection, record))
+
+    async def unresolved(self, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
+        return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit))
+
+    async def resolve(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
+        return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, result, ttl))
+
+    async def purge(self, batch: int = 1000) -> int:
+        """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
+        return await self._run(lambda verbs, connection: verbs.purge(connection, batch))
+
+    async def check(self) -> None:
+        """Check that the server answers and the table is as it must be; else raise StoreError with what to do."""
+        await self._run(lambda verbs, connection: verbs.check(connection))
+
+    async def create_schema(self) -> None:
+        """Create the table and its index where they are missing; safe in any number of processes at once."""
+        await self._run(self._create, transaction=True)
+
+    def create_schema_sync(self) -> None:
+        """See :meth:`create_schema`."""
+        self._run_sync(self._create, transaction=True)
+
+    def _create(self, _: Verbs, connection: Connection) -> None:
+        create_schema(connection, self._table)
+
+    async def aclose(self) -> None:
+        """Dispose of the engine this store opened on the running loop, and stop listening."""
+        side = self._sides.pop(asyncio.get_running_loop(), None)
+        if side is not None:
+            await side.aclose()
+
+    def close(self) -> None:
+        """Dispose of the synchronous engine this store opened."""
+        threads, self._threads = self._threads, None
+        if threads is not None and isinstance(self._source, URL):
+            threads[0].engine.dispose()
+
+    async def _run(self, work: Work[T], transaction: bool = False) -> T:
+        side = await self._side()
+        return await side.run(work, self._timeout, transaction)
+
+    def _run_sync(self, work: Work[T], transaction: bool = False) -> T:
+        database, slots = self._threads or self._open_threads()
+        if not slots.acquire(timeout=self._timeout):
+            raise StoreError(f"{database.place}: no connection became free within {self._timeout:g} s")
+        try:
+            return database.perform(work, Call(), transaction)
+        finally:
+            slots.release()
+
+    async def _side(self) -> Side:
+        loop = asyncio.get_running_loop()
+        side = self._sides.get(loop)
+        if side is None:
+            for gone in [other for other in self._sides if other.is_closed()]:
+                del self._sides[gone]
+            engine, owned = self._async_engine()
+            side = self._sides[loop] = Side(engine, self._table, owned)
+            await side.open()
+        return side
+
+    def _async_engine(self) -> tuple[AsyncEngine, bool]:
+        if isinstance(self._source, URL):
+            return open_async(self._source, self._timeout), True
+        if isinstance(self._source, AsyncEngine):
+            return self._source, False
+        raise ConfigurationError(
+            "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
+        )
+
+    def _open_threads(self) -> _Threads:
+        with self._opening:
+            if self._threads is None:
+                if isinstance(self._source, AsyncEngine):
+                    raise ConfigurationError(
+                        "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
+                    )
+                engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
+                database = Database(engine, self._table)
+                self._threads = database, threading.BoundedSemaphore(database.width)
+            return self._threads
