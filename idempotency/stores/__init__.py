@@ -1,1 +1,94 @@
 """Where records live."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from idempotency.errors import ConfigurationError
+from idempotency.stores.base import Housekeeping, Store, SyncStore
+
+__all__ = ["AnyStore", "Housekeeping", "Store", "SyncStore", "open_store"]
+
+_REDIS = frozenset({"redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"})
+_SCHEMES = "memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or an SQLAlchemy URL"
+
+_DRIVERS = {
+    "MySQLdb": "mysqlclient",
+    "aiomysql": "asgi-idempotency[mysql]",
+    "aiosqlite": "asgi-idempotency[sqlite]",
+    "asyncpg": "asgi-idempotency[postgresql]",
+    "psycopg": "psycopg[binary]",
+}
+"""What to install for a driver's module, where that is not its name."""
+
+
+class AnyStore(Store, SyncStore, Housekeeping, Protocol):
+    """A store with all its faces; which verbs it answers natively is said by its URL's driver."""
+
+
+def open_store(url: str, **options: Any) -> AnyStore:
+    """Open the store a URL names; it connects at its first use, and ``aclose`` or ``close`` ends it.
+
+    ``url`` is memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or any SQLAlchemy URL;
+    ``options`` are those of the store's class. Raises :class:`~idempotency.errors.ConfigurationError` for a URL that
+    cannot be read, and when the extra or driver it needs is not installed, naming what to install.
+    """
+    scheme, separator, _ = url.partition("://")
+    scheme = scheme.lower()
+    if not separator:
+        raise ConfigurationError(f"a store URL starts with {_SCHEMES}")
+    if scheme == "memory":
+        return _open_memory(url, options)
+    if scheme in _REDIS:
+        return _open_redis(url, options)
+    return _open_sql(url, scheme, options)
+
+
+def _open_memory(url: str, options: dict[str, Any]) -> AnyStore:
+    from idempotency.stores.memory import MemoryStore
+
+    if url != "memory://":
+        raise ConfigurationError("memory:// takes no host, path or query; give its options as arguments")
+    return MemoryStore(**options)
+
+
+def _open_redis(url: str, options: dict[str, Any]) -> AnyStore:
+    try:
+        import redis  # noqa: F401
+    except ImportError as error:
+        raise _not_installed("redis://", "asgi-idempotency[redis]") from error
+    from idempotency.stores.redis import RedisStore
+
+    try:
+        return RedisStore.from_url(url, **options)
+    except ConfigurationError:
+        raise
+    except ValueError:
+        # The client's own message may quote the part of the URL that holds the password.
+        raise ConfigurationError(f"this {url.partition('://')[0]}:// URL cannot be read") from None
+
+
+def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
+    try:
+        from sqlalchemy import exc, make_url
+    except ImportError as error:
+        raise _not_installed(f"{scheme}://", "asgi-idempotency[sql]") from error
+    try:
+        dialect = make_url(url).get_dialect()
+    except exc.NoSuchModuleError:
+        raise ConfigurationError(f"no store is known for {scheme}://; a store URL starts with {_SCHEMES}") from None
+    except (exc.ArgumentError, ValueError):
+        # As above: SQLAlchemy quotes the URL it cannot parse.
+        raise ConfigurationError(f"this {scheme}:// URL cannot be read") from None
+    try:
+        dialect.import_dbapi()
+    except ImportError as error:
+        module = error.name or dialect.driver
+        raise _not_installed(f"{scheme}://", _DRIVERS.get(module, module)) from error
+    from idempotency.stores.sql import SQLStore
+
+    return SQLStore.from_url(url, **options)
+
+
+def _not_installed(scheme: str, requirement: str) -> ConfigurationError:
+    return ConfigurationError(f"{scheme} needs a package that is not installed: pip install '{requirement}'")

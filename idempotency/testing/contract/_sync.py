@@ -1,0 +1,141 @@
+"""The contract of the blocking verbs: the same promises, kept for threads."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from idempotency._core import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown, Verdict, judge
+from idempotency.stores.base import SyncStore
+from idempotency.testing.contract._claims import OTHER, PATIENCE, SHORT, new_claim, rival
+
+
+def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
+    """Claim, and say what the claim may do."""
+    return judge(claim, store.claim_sync(claim))
+
+
+def lapsed_sync(store: SyncStore, claim: Claim) -> None:
+    """Wait until the lease of ``claim`` is over by the store's clock; asks with a claim that can never own."""
+    probe = rival(claim, fingerprint=OTHER)
+    deadline = time.monotonic() + PATIENCE
+    while (record := store.claim_sync(probe)).lease_left > 0:
+        assert time.monotonic() < deadline, "the lease does not end"
+        time.sleep(min(record.lease_left, SHORT))
+
+
+class SyncStoreContract:
+    """Check a store for threads. Give the fixture ``store``."""
+
+    def test_absent_is_owned_sync(self, store: SyncStore) -> None:
+        """A claim of a new key owns it, and a repeated one still does."""
+        claim = new_claim()
+
+        record = store.claim_sync(claim)
+
+        assert (record.token, record.state, record.attempt) == (claim.token, State.RUNNING, 1)
+        assert 0 < record.lease_left <= 30
+        assert verdict_sync(store, claim) == Execute(1)
+
+    def test_running_is_in_progress_sync(self, store: SyncStore) -> None:
+        """A duplicate is told so, and another request that it does not match."""
+        claim = new_claim()
+        store.claim_sync(claim)
+
+        assert isinstance(verdict_sync(store, rival(claim)), InProgress)
+        assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Mismatch()
+
+    @pytest.mark.parametrize("result", [b"", bytes(range(256)), b"9007199254740993"], ids=len)
+    def test_done_is_replayed_sync(self, store: SyncStore, result: bytes) -> None:
+        """A result comes back byte for byte, and its completion may be repeated."""
+        claim = new_claim()
+        store.claim_sync(claim)
+
+        assert store.complete_sync(claim, result)
+        assert store.complete_sync(claim, result)
+        assert verdict_sync(store, rival(claim)) == Replay(result)
+        assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Mismatch()
+
+    def test_result_not_kept_is_completed_sync(self, store: SyncStore) -> None:
+        """A result that was not kept is no empty result."""
+        claim = new_claim()
+        store.claim_sync(claim)
+
+        assert store.complete_sync(claim, None)
+        assert verdict_sync(store, rival(claim)) == Completed()
+
+    def test_unknown_stays_unknown_sync(self, store: SyncStore) -> None:
+        """A key completed as unknown is neither run, renewed nor released."""
+        claim = new_claim()
+        store.claim_sync(claim)
+
+        assert store.complete_sync(claim, None, State.UNKNOWN)
+        assert not store.renew_sync(claim)
+        assert not store.release_sync(claim)
+        assert verdict_sync(store, rival(claim)) == Unknown()
+
+    def test_released_is_free_sync(self, store: SyncStore) -> None:
+        """A released key is new for any request."""
+        claim = new_claim()
+        store.claim_sync(claim)
+
+        assert store.release_sync(claim)
+        assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Execute(1)
+
+    def test_renew_starts_the_lease_anew_sync(self, store: SyncStore) -> None:
+        """A renewal counts from now, also when the lease is over and nobody took over."""
+        claim = new_claim(lease=SHORT)
+        store.claim_sync(claim)
+        lapsed_sync(store, claim)
+
+        assert store.renew_sync(rival(claim, token=claim.token))
+        assert isinstance(verdict_sync(store, rival(claim)), InProgress)
+
+    def test_zombie_writes_nothing_sync(self, store: SyncStore) -> None:
+        """Who lost the key cannot renew, complete or release it, and changes nothing by trying."""
+        zombie = new_claim(lease=SHORT)
+        store.claim_sync(zombie)
+        lapsed_sync(store, zombie)
+        owner = rival(zombie)
+
+        assert verdict_sync(store, owner) == Execute(2)
+        assert not store.renew_sync(zombie)
+        assert not store.complete_sync(zombie, b"zombie")
+        assert not store.release_sync(zombie)
+        assert store.complete_sync(owner, b"owner")
+        assert verdict_sync(store, rival(zombie)) == Replay(b"owner")
+
+    def test_held_is_unknown_once_lapsed_sync(self, store: SyncStore) -> None:
+        """An owner that asked for hold and vanished leaves the key unknown."""
+        claim = new_claim(lease=SHORT, hold=True)
+        store.claim_sync(claim)
+        lapsed_sync(store, claim)
+
+        assert verdict_sync(store, rival(claim)) == Unknown()
+
+    def test_expired_is_absent_sync(self, store: SyncStore) -> None:
+        """An expired record is new for any request."""
+        claim = new_claim(ttl=SHORT)
+        store.claim_sync(claim)
+        store.complete_sync(claim, b"result")
+        probe = rival(claim, fingerprint=OTHER)
+        deadline = time.monotonic() + PATIENCE
+
+        while (told := verdict_sync(store, probe)) == Mismatch():
+            assert time.monotonic() < deadline, "the record does not expire"
+            time.sleep(0.02)
+
+        assert told == Execute(1)
+
+    def test_one_owner_of_many_threads(self, store: SyncStore) -> None:
+        """Of fifty claims of a new key in eight threads one runs and the others are told so."""
+        claim = new_claim()
+        claims = [claim, *(rival(claim) for _ in range(49))]
+
+        with ThreadPoolExecutor(8) as threads:
+            told = list(threads.map(lambda each: verdict_sync(store, each), claims))
+
+        assert told.count(Execute(1)) == 1
+        assert sum(isinstance(each, InProgress) for each in told) == 49

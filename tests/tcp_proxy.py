@@ -1,0 +1,144 @@
+"""A TCP proxy for tests of what a network does: held traffic, cut connections, lost replies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Self
+
+LOOPBACK = "127.0.0.1"
+
+
+class Proxy:
+    """A TCP proxy to ``port`` that can hold traffic, cut connections and lose replies; runs in a thread of its own.
+
+    ``requests`` are the chunks clients sent, in order: a client that sends one command and waits for its reply makes
+    one of each round trip.
+    """
+
+    def __init__(self, port: int, host: str = LOOPBACK) -> None:
+        self.requests: list[bytes] = []
+        self._target = (host, port)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._lose = 0
+        self._swallow = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server = self._call(asyncio.start_server(self._serve, LOOPBACK, 0))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def pause(self) -> None:
+        """Hold the traffic in both directions: connections open, nothing arrives."""
+        self._do(self._flowing.clear)
+
+    def resume(self) -> None:
+        """Let held traffic, and replies swallowed from now on, go on."""
+
+        def go() -> None:
+            self._swallow = False
+            self._flowing.set()
+
+        self._do(go)
+
+    def cut(self) -> None:
+        """Abort every open connection; new ones are served."""
+        self._do(self._abort_all)
+
+    def lose_replies(self, count: int = 1) -> None:
+        """Lose the next ``count`` replies: each request reaches the server, then its connection is aborted."""
+
+        def arm() -> None:
+            self._lose = count
+
+        self._do(arm)
+
+    def swallow_replies(self) -> None:
+        """Drop every reply and keep the connections open, until :meth:`resume`."""
+
+        def arm() -> None:
+            self._swallow = True
+
+        self._do(arm)
+
+    def close(self) -> None:
+        """Abort every connection and end the thread."""
+        self._call(self._shutdown())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        async def act() -> None:
+            action()
+
+        self._call(act())
+
+    def _abort_all(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _shutdown(self) -> None:
+        self._server.close()
+        self._abort_all()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._writers.add(writer)
+        pair = [writer]
+        try:
+            await self._flowing.wait()
+            upstream, forward = await asyncio.open_connection(*self._target)
+            pair.append(forward)
+            self._writers.add(forward)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._requests(reader, forward))
+                group.create_task(self._replies(upstream, writer))
+        except* (OSError, _OverError):
+            pass
+        finally:
+            for each in pair:
+                each.transport.abort()
+                self._writers.discard(each)
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(1 << 16):
+            await self._flowing.wait()
+            self.requests.append(chunk)
+            writer.write(chunk)
+            await writer.drain()
+        raise _OverError
+
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(1 << 16):
+            await self._flowing.wait()
+            if self._lose:
+                self._lose -= 1
+                raise _OverError
+            if not self._swallow:
+                writer.write(chunk)
+                await writer.drain()
+        raise _OverError
+
+
+class _OverError(Exception):
+    """One side of a proxied connection ended, so the other must."""

@@ -1,0 +1,177 @@
+"""The rules of a key, cell by cell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from idempotency._core import (
+    Claim,
+    Completed,
+    Execute,
+    InProgress,
+    Mismatch,
+    Record,
+    Replay,
+    State,
+    Unknown,
+    Unreadable,
+    Verdict,
+    judge,
+    record_id,
+    takes_over,
+)
+
+ASKED = b"\x01" * 32
+OTHER = b"\x01" * 31 + b"\x02"
+
+LIVE = Record(token="first", fingerprint=ASKED, lease_left=4.5)
+LAPSED = replace(LIVE, lease_left=0.0)
+HELD_LIVE = replace(LIVE, hold=True)
+HELD_LAPSED = replace(LAPSED, hold=True)
+UNKNOWN = replace(LIVE, state=State.UNKNOWN)
+UNKNOWN_LAPSED = replace(LAPSED, state=State.UNKNOWN)
+DONE = replace(LIVE, state=State.DONE, result=b"result")
+DONE_EMPTY = replace(DONE, result=b"")
+DONE_NOT_KEPT = replace(DONE, result=None)
+NEWER = replace(LIVE, version=2)
+NEWER_DONE = replace(DONE, version=2)
+DAMAGED = Record.unreadable()
+DAMAGED_NEWER = Record.unreadable(7)
+
+
+def a_claim(fingerprint: bytes = ASKED, token: str = "second", hold: bool = False) -> Claim:
+    """Make a claim of the same key by somebody else."""
+    return Claim(scope="s", key="k", fingerprint=fingerprint, lease=30.0, ttl=60.0, hold=hold, token=token)
+
+
+@pytest.mark.parametrize(
+    ("record", "same", "other"),
+    [
+        (LIVE, InProgress(4.5), Mismatch()),
+        (HELD_LIVE, InProgress(4.5), Mismatch()),
+        (LAPSED, Unknown(), Mismatch()),
+        (HELD_LAPSED, Unknown(), Mismatch()),
+        (replace(HELD_LAPSED, lease_left=-1e9), Unknown(), Mismatch()),
+        (UNKNOWN, Unknown(), Mismatch()),
+        (UNKNOWN_LAPSED, Unknown(), Mismatch()),
+        (DONE, Replay(b"result"), Mismatch()),
+        (replace(DONE, lease_left=-1.0), Replay(b"result"), Mismatch()),
+        (DONE_EMPTY, Replay(b""), Mismatch()),
+        (DONE_NOT_KEPT, Completed(), Mismatch()),
+        (NEWER, Unreadable(2), Unreadable(2)),
+        (NEWER_DONE, Unreadable(2), Unreadable(2)),
+        (DAMAGED, Unreadable(1), Unreadable(1)),
+        (DAMAGED_NEWER, Unreadable(7), Unreadable(7)),
+    ],
+)
+@pytest.mark.parametrize("hold", [False, True])
+def test_duplicate_is_told(record: Record, same: Verdict, other: Verdict, hold: bool) -> None:
+    """A claim that does not own is told by the state found, and first by whether it asks the same."""
+    assert judge(a_claim(hold=hold), record) == same
+    assert judge(a_claim(OTHER, hold=hold), record) == other
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (LIVE, Execute(1)),
+        (LAPSED, Execute(1)),
+        (HELD_LAPSED, Execute(1)),
+        (replace(LIVE, attempt=3), Execute(3)),
+        (DONE, Replay(b"result")),
+        (DONE_NOT_KEPT, Completed()),
+        (UNKNOWN, Unknown()),
+        (NEWER, Unreadable(2)),
+    ],
+)
+def test_owner_is_told(record: Record, told: Verdict) -> None:
+    """The owner runs what is not finished, however its answer got lost, and nothing that is."""
+    assert judge(a_claim(token="first"), record) == told
+
+
+def test_owner_runs_whatever_the_fingerprint() -> None:
+    """A record that carries the claim's own token is the claim's."""
+    assert judge(a_claim(OTHER, token="first"), LIVE) == Execute(1)
+
+
+@pytest.mark.parametrize(
+    ("record", "token", "fingerprint", "hold", "passes"),
+    [
+        (LIVE, "second", ASKED, False, False),
+        (LIVE, "second", OTHER, False, False),
+        (LAPSED, "second", ASKED, False, True),
+        (LAPSED, "second", OTHER, False, False),
+        (LAPSED, "second", ASKED, True, False),
+        (HELD_LIVE, "second", ASKED, False, False),
+        (HELD_LAPSED, "second", ASKED, False, False),
+        (HELD_LAPSED, "second", ASKED, True, False),
+        (UNKNOWN_LAPSED, "second", ASKED, False, False),
+        (replace(DONE, lease_left=-1.0), "second", ASKED, False, False),
+        (replace(DONE_NOT_KEPT, lease_left=-1.0), "second", ASKED, False, False),
+        (replace(LAPSED, version=2), "second", ASKED, False, False),
+        (DAMAGED, "second", ASKED, False, False),
+        (LIVE, "first", ASKED, False, True),
+        (LAPSED, "first", ASKED, True, True),
+        (HELD_LAPSED, "first", ASKED, False, True),
+        (DONE, "first", ASKED, False, False),
+        (UNKNOWN, "first", ASKED, False, False),
+        (NEWER, "first", ASKED, False, False),
+    ],
+)
+def test_takes_over(record: Record, token: str, fingerprint: bytes, hold: bool, passes: bool) -> None:
+    """A record changes hands when its lease is over, nobody asks for hold, and the same is asked; or to its owner."""
+    assert takes_over(a_claim(fingerprint, token, hold), record) is passes
+
+
+@given(
+    st.builds(
+        Record,
+        token=st.sampled_from(["first", "second"]),
+        fingerprint=st.sampled_from([ASKED, OTHER]),
+        state=st.sampled_from(State),
+        attempt=st.integers(1, 5),
+        lease_left=st.floats(-10, 10),
+        hold=st.booleans(),
+        result=st.none() | st.binary(max_size=4),
+        version=st.integers(1, 3),
+        readable=st.booleans(),
+    ),
+    st.booleans(),
+)
+def test_nobody_runs_what_was_not_handed_over(record: Record, hold: bool) -> None:
+    """A claim whose token is not in the record is never told to run, whatever the record says."""
+    claim = a_claim(hold=hold)
+
+    if record.token != claim.token:
+        assert not isinstance(judge(claim, record), Execute)
+
+
+def test_every_claim_has_a_token_of_its_own() -> None:
+    """Two claims of one key are two owners."""
+    first, second = (Claim(scope="s", key="k", fingerprint=ASKED, lease=1.0, ttl=1.0) for _ in range(2))
+
+    assert first.token != second.token
+    assert len(first.token) == 32
+    assert first.id == second.id
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+@example("a", "bc", "ab", "c")
+@example("a:b", "c", "a", "b:c")
+@example("", "a", "a", "")
+@example("1:a", "", "", "1:a")
+@example("\ud800", "k", "\ud801", "k")
+def test_record_ids_are_injective(scope: str, key: str, other_scope: str, other_key: str) -> None:
+    """Two names have one record only when scope and key are both the same."""
+    same_id = record_id(scope, key) == record_id(other_scope, other_key)
+
+    assert same_id is ((scope, key) == (other_scope, other_key))
+
+
+def test_record_id_is_a_stored_format() -> None:
+    """The digest of a name never changes: it would make every key new."""
+    assert record_id("scope", "key").hex() == "111e098959451aa27f1def1948c08cb7b47dbf183a9a256584c63bb3f77b6b79"
