@@ -1,0 +1,86 @@
+"""What an installed package is: importable without extras, typed, small at the front, and told its version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import idempotency
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(idempotency.__file__).parent
+
+# -S leaves out site-packages: what imports here needs the standard library only.
+BLANK = [sys.executable, "-I", "-S", "-c"]
+IMPORT_ALL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import idempotency
+print(*(type(getattr(idempotency, name)).__name__ for name in idempotency.__all__))
+"""
+OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from idempotency import open_store
+from idempotency.errors import ConfigurationError
+try:
+    open_store(sys.argv[2])
+except ConfigurationError as error:
+    print(error)
+"""
+
+
+def blank(code: str, *arguments: str) -> str:
+    """Run ``code`` in an interpreter without site-packages and return what it prints."""
+    run = subprocess.run(
+        [*BLANK, code, str(PACKAGE.parent), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_everything_public_imports_without_an_extra() -> None:
+    """A blank interpreter reaches every public name."""
+    names = blank(IMPORT_ALL).split()
+
+    assert len(names) == len(idempotency.__all__)
+
+
+def test_a_missing_extra_is_named() -> None:
+    """Opening a store whose client is not installed says what to install."""
+    assert "asgi-idempotency[redis]" in blank(OPEN, "redis://localhost")
+    assert "asgi-idempotency[sql" in blank(OPEN, "sqlite+aiosqlite://")
+
+
+def test_public_names_are_sorted() -> None:
+    """The front door lists its names in order, each once."""
+    assert list(idempotency.__all__) == sorted(set(idempotency.__all__))
+
+
+def test_public_names_are_those_promised() -> None:
+    """What users are told to import from the top is there."""
+    assert {"IdempotencyMiddleware", "Policy", "current", "open_store"} <= set(idempotency.__all__)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    """Type checkers of users look for the marker of PEP 561."""
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_metadata_agrees_with_the_project_file() -> None:
+    """The installed distribution has the version and the Python floor of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    metadata = importlib.metadata.metadata("asgi-idempotency")
+
+    assert metadata["Version"] == project["version"]
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_the_changelog_knows_this_version() -> None:
+    """Every version that can be installed is described."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+    assert version in (ROOT / "CHANGELOG.md").read_text()
