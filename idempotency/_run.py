@@ -43,40 +43,47 @@ class Runner:
             # The effect has happened by now, or must not: a broken hook is no reason to answer otherwise.
             _logger.exception("the event hook failed")
 
-    async def claim(self, claim: Claim, wait: float = 0.0) -> Verdict:
+    async def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and say what follows; a duplicate waits up to ``wait`` seconds for the running owner.
+
+        The second value is the event loop's time before the store was asked for the last time: a lease that it gave
+        began no earlier.
 
         Raises :class:`~idempotency.errors.StoreError`. Then, or when cancelled, nothing runs under this claim, and
         whatever the store had taken of it is released.
         """
-        verdict = judge(claim, await self._claim(claim))
-        if wait <= 0 or not isinstance(verdict, InProgress):
-            return verdict
-        claim = replace(claim, watched=True)
-        deadline = asyncio.get_running_loop().time() + wait
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        try:
+            verdict = judge(claim, await self.store.claim(claim))
+        except (StoreError, asyncio.CancelledError):
+            self._let_go(claim)
+            raise
+        deadline = loop.time() + wait
         while isinstance(verdict, InProgress):
-            left = deadline - asyncio.get_running_loop().time()
+            left = deadline - loop.time()
             if left <= 0:
                 break
             leader = self._waits.get(claim.id)
             if leader is None:
-                verdict = await self._watch(claim, deadline)
+                verdict, asked = await self._watch(replace(claim, watched=True), deadline)
                 continue
             # One waiter per key asks the store; the others of this process wait for it.
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     record = await asyncio.shield(leader)
                     verdict = judge(claim, record) if record is not None else verdict
-        return verdict
+        return verdict, asked
 
-    async def _watch(self, claim: Claim, deadline: float) -> Verdict:
+    async def _watch(self, claim: Claim, deadline: float) -> tuple[Verdict, float]:
         loop = asyncio.get_running_loop()
         mine = self._waits[claim.id] = loop.create_future()
         try:
             async with self.store.watch(claim) as changed:
                 while True:
                     # The claim comes after the watch began, so an end in between is not missed.
-                    record = await self._claim(claim)
+                    asked = loop.time()
+                    record = await self.store.claim(claim)
                     verdict = judge(claim, record)
                     left = deadline - loop.time()
                     if not isinstance(verdict, InProgress) or left <= 0:
@@ -84,23 +91,22 @@ class Runner:
                     await changed(min(left, verdict.retry_after))
             if not isinstance(verdict, Execute | InProgress):
                 mine.set_result(record)
-            return verdict
-        except StoreError as error:
-            mine.set_exception(error)
-            mine.exception()  # followers may be none; an exception nobody asked for would be reported
+            return verdict, asked
+        except (StoreError, asyncio.CancelledError) as error:
+            # Also when the watch fails to end after the claim was won.
+            self._let_go(claim)
+            if isinstance(error, StoreError) and not mine.done():
+                mine.set_exception(error)
+                mine.exception()  # followers may be none; an exception nobody asked for would be reported
             raise
         finally:
             del self._waits[claim.id]
             if not mine.done():
                 mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
 
-    async def _claim(self, claim: Claim) -> Record:
-        try:
-            return await self.store.claim(claim)
-        except (StoreError, asyncio.CancelledError):
-            # The store may have applied the claim and only its answer is lost.
-            self.persist(lambda: self.store.release(claim), claim.lease)
-            raise
+    def _let_go(self, claim: Claim) -> None:
+        # The store may have applied the claim and only its answer is lost.
+        self.persist(lambda: self.store.release(claim), claim.lease)
 
     def persist(
         self,
@@ -198,6 +204,8 @@ class Lease:
         again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
         recorded, and the verdict says what is known instead. A cancellation does not undo the record.
         """
+        if self._ended:
+            return None
         self.stop()
         try:
             if await self._write(outcome, result):
@@ -218,7 +226,8 @@ class Lease:
             raise
 
     def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
-        return lambda written: self._emit(_KIND[outcome] if written else "superseded")
+        # A release that was applied, and only its answer lost, is refused when it is repeated.
+        return lambda written: self._emit(_KIND[outcome] if written or outcome == "release" else "superseded")
 
     def _emit(self, kind: EventKind, error: str = "") -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)

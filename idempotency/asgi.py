@@ -221,9 +221,8 @@ class _Exchange:
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
         )
-        claimed_at = asyncio.get_running_loop().time()
         try:
-            verdict = await self._shared.runner.claim(claim, self._wait())
+            verdict, claimed_at = await self._shared.runner.claim(claim, self._wait())
         except StoreError as error:
             if policy.on_store_error == "fail_open":
                 self._emit("unprotected", type(error).__name__)

@@ -63,7 +63,8 @@ def log_event(event: Event, /) -> None:
             level,
             "%s %s record=%s attempt=%d%s",
             event.kind,
-            event.operation,
+            # A path may hold anything once its escapes are undone: a line break would begin a line of its own.
+            event.operation if event.operation.isprintable() else ascii(event.operation),
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",

@@ -89,8 +89,8 @@ class _FileReplay:
 async def read_body(receive: Receive, limit: int, content_type: bytes | None = None) -> Body:
     """Read a whole request body; ``content_type`` decides what of it counts (see :class:`BodyHash`).
 
-    Raises :class:`DisconnectedError` when it ends early and :class:`~idempotency.errors.RequestTooLargeError` past ``limit``
-    bytes; then nothing is left behind.
+    Raises :class:`DisconnectedError` when it ends early and :class:`~idempotency.errors.RequestTooLargeError` past
+    ``limit`` bytes; then nothing is left behind.
     """
     message = await receive()
     digest = BodyHash(content_type)

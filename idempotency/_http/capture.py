@@ -48,26 +48,30 @@ class ResponseCapture:
 
     async def flush(self) -> None:
         """Pass on, unkept, what a returning application has begun and not finished."""
+        if self._late is not None:
+            await asyncio.wait([self._late])
         if self._settled is False and self._start is not None:
             await self._go_live()
 
     def drop(self) -> None:
-        """Forget what a raising application has begun; nothing of it was sent."""
+        """Forget what a raising application has begun and what is not sent of it."""
         self._disarm()
+        if self._late is not None:
+            self._late.cancel()
 
     async def _take(self, message: Message) -> None:
         kind = message["type"]
         if self._settled is not False:
             await self._pass(message)
         elif kind == "http.response.start":
-            self._start = message
+            # Once more, when the sending of another response was cancelled: this one stands in for it.
+            self._start, self._chunks, self._size = message, [], 0
             if message.get("trailers", False) or _is_event_stream(message):
                 await self._go_live()
-        elif kind == "http.response.body":
-            await self._take_body(message)
-        elif kind in ("http.response.pathsend", "http.response.zerocopysend"):
-            await self._go_live()
-            await self._pass(message)
+        elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
+            if self._start is None:
+                raise RuntimeError("The application sent a response body before the response start.")
+            await self._take_content(message)
         else:
             await self._send(message)  # early hints, server push, debug: not part of the response
 
@@ -75,9 +79,9 @@ class ResponseCapture:
         if self._settled:
             await self._send(message)
 
-    async def _take_body(self, message: Message) -> None:
+    async def _take_content(self, message: Message) -> None:
         chunk = message.get("body", b"")
-        if self._size + len(chunk) > self._limit:
+        if message["type"] != "http.response.body" or self._size + len(chunk) > self._limit:
             await self._go_live()
             await self._pass(message)
             return
@@ -111,8 +115,7 @@ class ResponseCapture:
         """Settle the response, then send its start, or what stands in for the whole."""
         self._disarm()
         start = self._start
-        if start is None:
-            raise RuntimeError("The application sent a response body before the response start.")
+        assert start is not None
         headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
         instead = await self._settle(start["status"], headers, body)
         if instead is None:
@@ -134,7 +137,7 @@ async def send_response(send: Send, response: StoredResponse, *extra: tuple[byte
 
 
 def _is_event_stream(start: Message) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream")
-        for name, value in start.get("headers", ())
-    )
+    for name, value in start.get("headers", ()):
+        if name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
+            return True
+    return False

@@ -79,21 +79,23 @@ class StoredResponse:
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Select the header pairs that are recorded: all but :data:`DROPPED` and what a Connection field lists."""
-    pairs = [(bytes(name), bytes(value)) for name, value in headers]
-    names = [name.lower() for name, _ in pairs]
-    listed: set[bytes] = set()
-    if b"connection" in names:
-        for name, (_, value) in zip(names, pairs, strict=True):
-            if name == b"connection":
-                listed.update(option.strip(b" \t").lower() for option in value.split(b","))
-    return [pair for name, pair in zip(names, pairs, strict=True) if name not in DROPPED and name not in listed]
+    dropped = DROPPED
+    pairs: list[tuple[bytes, bytes]] = []
+    for field, content in headers:
+        name, value = bytes(field), bytes(content)
+        lower = name.lower()
+        if lower not in DROPPED:
+            pairs.append((name, value))
+        elif lower == b"connection":
+            dropped |= {option.strip(b" \t").lower() for option in value.split(b",")}
+    return pairs if dropped is DROPPED else [pair for pair in pairs if pair[0].lower() not in dropped]
 
 
 def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
     """Write a response, with those of ``headers`` that are :func:`kept`, as a record of version 1."""
     texts = [text for pair in kept(headers) for text in pair]
-    prefix = _PREFIX.pack(VERSION, status, len(texts) // 2, len(body))
-    return b"".join((prefix, struct.pack(f">{len(texts)}I", *map(len, texts)), *texts, body))
+    head = struct.pack(f">BHII{len(texts)}I", VERSION, status, len(texts) // 2, len(body), *map(len, texts))
+    return b"".join((head, *texts, body))
 
 
 def decode_response(data: bytes) -> StoredResponse:

@@ -174,7 +174,7 @@ def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
 
 def _digest(domain: bytes, parts: Iterable[bytes], secret: bytes | None) -> bytes:
     # Length-prefixed, so that a delimiter in one part cannot imitate another.
-    text = domain + b"".join(b"%d:%b" % (len(part), part) for part in parts)
+    text = domain + b"".join([b"%d:%b" % (len(part), part) for part in parts])
     if secret:
         return hmac.digest(secret, text, "sha256")
     return hashlib.sha256(text).digest()
