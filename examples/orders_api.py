@@ -35,8 +35,7 @@ store = open_store(STORE)
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    if create_schema := getattr(store, "create_schema", None):
-        await create_schema()  # in production, a migration
+    await store.create_schema()  # in production, a migration
     async with aiosqlite.connect(DATABASE) as database:
         await database.execute("PRAGMA journal_mode = WAL")
         await database.execute(

@@ -64,7 +64,8 @@ class Address:
         _declare_ssl(options)
         if self.kind == "sentinel":
             guards = aiosentinel.Sentinel(self.hosts, sentinel_kwargs=self._of_sentinels(options, timeout))
-            return guards.master_for(self.service, **options)
+            primary: aioredis.Redis = guards.master_for(self.service, **options)
+            return primary
         # A node that went away is noticed by its time-out; the second half is for asking the others.
         options["socket_timeout"] = options["socket_timeout"] or timeout / 2
         nodes = [aiocluster.ClusterNode(*host) for host in self.hosts]

@@ -16,6 +16,7 @@ from idempotency.stores._sql_engines import Call, Database, Work
 from idempotency.stores._sql_listen import Watchers
 
 T = TypeVar("T")
+_FAREWELL = 2.0
 
 
 class Side:
@@ -46,7 +47,8 @@ class Side:
             if self._left:
                 await asyncio.wait(self._left)
             if self._owned:
-                await self._engine.dispose()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._engine.dispose(), _FAREWELL)
 
     async def run(self, work: Work[T], timeout: float, transaction: bool = False) -> T:
         """Run ``work``, for at most ``timeout`` seconds.

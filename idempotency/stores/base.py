@@ -7,7 +7,8 @@ A store decides ownership and nothing else; what a duplicate is told is decided 
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
-- Any verb may be repeated with the same claim, as a client does whose answer was lost, with the same effect and answer.
+- Any verb may be repeated with the same claim, as a client does whose answer was lost, with the same effect. The answer
+  is the same too, but for a release: repeated, it finds no record and answers False.
 - A store that cannot be reached, or gives no answer in time, raises :class:`~idempotency.errors.StoreError`.
   A record that makes no sense is no error: it is ``Record.unreadable()``.
 
@@ -131,6 +132,17 @@ class Housekeeping(Protocol):
 
         ``"done"``: the effect happened; duplicates get ``result``, or are told it was not kept. ``"release"``: it did
         not, and the next request runs. The vanished owner's token is replaced: should it return, it cannot write.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Ask whether the store can be used; :class:`~idempotency.errors.StoreError` says what to do if not."""
+        ...
+
+    async def create_schema(self) -> None:
+        """Create what the records need, where it is missing: a table in SQL, elsewhere nothing.
+
+        Safe in any number of processes at once.
         """
         ...
 

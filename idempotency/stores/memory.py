@@ -169,6 +169,12 @@ class MemoryStore:
         self._announce(record)
         return True
 
+    async def check(self) -> None:
+        """Do nothing: the memory is there."""
+
+    async def create_schema(self) -> None:
+        """Do nothing: there is no schema."""
+
     async def purge(self, batch: int = 1000) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`; claims drop expired records too."""
         with self._lock:

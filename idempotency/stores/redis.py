@@ -279,6 +279,9 @@ class RedisStore:
         key = self._prefix + record.hex().encode()
         return bool(await self._run(wire.resolve(key, outcome, result, ttl)))
 
+    async def create_schema(self) -> None:
+        """Do nothing: there is no schema."""
+
     async def purge(self, batch: int = 1000) -> int:
         """Return 0: the server expires records itself."""
         return 0

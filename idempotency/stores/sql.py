@@ -31,7 +31,8 @@ class SQLStore:
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
     a verb of the other side raises :class:`~idempotency.errors.ConfigurationError`. It is never disposed of here, and
-    its pool is never used up: at most one connection fewer than ``pool_size`` is in use at a time.
+    its pool is never used up: one connection fewer than ``pool_size``, but at least
+    one, is in use at a time.
     ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
     :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
@@ -170,8 +171,9 @@ class SQLStore:
         loop = asyncio.get_running_loop()
         side = self._sides.get(loop)
         if side is None:
-            for gone in [other for other in self._sides if other.is_closed()]:
-                del self._sides[gone]
+            for other in list(self._sides):
+                if other.is_closed():
+                    self._sides.pop(other, None)
             engine, owned = self._async_engine()
             side = self._sides[loop] = Side(engine, self._table, owned)
             await side.open()
