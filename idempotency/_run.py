@@ -20,6 +20,9 @@ from idempotency.stores.base import Store
 
 _logger = logging.getLogger("idempotency")
 
+_BACKLOG = 1000
+"""How many writes may be waiting in the background before no more claims are released there."""
+
 _KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
 
 
@@ -105,8 +108,10 @@ class Runner:
                 mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
 
     def _let_go(self, claim: Claim) -> None:
-        # The store may have applied the claim and only its answer is lost.
-        self.persist(lambda: self.store.release(claim), claim.lease)
+        # The store may have applied the claim and only its answer is lost. While it is away, every request comes here:
+        # beyond a number that is no burden to it, such claims are left to lapse.
+        if len(self._tasks) < _BACKLOG:
+            self.persist(lambda: self.store.release(claim), claim.lease)
 
     def persist(
         self,

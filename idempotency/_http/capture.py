@@ -65,8 +65,10 @@ class ResponseCapture:
             await self._pass(message)
         elif kind == "http.response.start":
             # Once more, when the sending of another response was cancelled: this one stands in for it.
-            self._start, self._chunks, self._size = message, [], 0
-            if message.get("trailers", False) or _is_event_stream(message):
+            # ASGI allows any iterable of headers, such as a generator: they are read more than once here.
+            self._start = {**message, "headers": [*message.get("headers", ())]}
+            self._chunks, self._size = [], 0
+            if message.get("trailers", False) or _is_event_stream(self._start):
                 await self._go_live()
         elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
             if self._start is None:
@@ -116,8 +118,7 @@ class ResponseCapture:
         self._disarm()
         start = self._start
         assert start is not None
-        headers = [(bytes(name), bytes(value)) for name, value in start.get("headers", ())]
-        instead = await self._settle(start["status"], headers, body)
+        instead = await self._settle(start["status"], start["headers"], body)
         if instead is None:
             self._settled = True
             await self._send(start)
@@ -137,7 +138,7 @@ async def send_response(send: Send, response: StoredResponse, *extra: tuple[byte
 
 
 def _is_event_stream(start: Message) -> bool:
-    for name, value in start.get("headers", ()):
+    for name, value in start["headers"]:
         if name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
             return True
     return False

@@ -31,8 +31,7 @@ class SQLStore:
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
     a verb of the other side raises :class:`~idempotency.errors.ConfigurationError`. It is never disposed of here, and
-    its pool is never used up: one connection fewer than ``pool_size``, but at least
-    one, is in use at a time.
+    its pool is never used up: at most one connection fewer than ``pool_size`` is used at a time, on SQLite one.
     ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
     :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
