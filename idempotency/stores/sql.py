@@ -59,6 +59,12 @@ class SQLStore:
     def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
         if timeout <= 0:
             raise ConfigurationError(f"timeout must be positive, not {timeout!r}")
+        url = source if isinstance(source, URL) else source.url
+        if url.get_backend_name() == "sqlite" and (
+            url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+        ):
+            # One connection for everybody, so a verb's commit would commit what a handler has open; or one each.
+            raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
         self._source = source
         self._table = records_table(MetaData(), table)
         self._timeout = timeout

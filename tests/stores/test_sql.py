@@ -898,3 +898,15 @@ def test_many_threads_open_one_engine(tmp_path: Any, table: str) -> None:
     store.close()
 
     assert states == [State.RUNNING] * 8
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite+aiosqlite://", "sqlite+aiosqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"]
+)
+def test_sqlite_in_memory_is_refused(url: str) -> None:
+    """A database in memory is refused, from a URL and as an engine, with what to use instead."""
+    with pytest.raises(ConfigurationError, match="name a file, or use memory://"):
+        SQLStore.from_url(url)
+    if "aiosqlite" in url:
+        with pytest.raises(ConfigurationError, match="name a file, or use memory://"):
+            SQLStore(create_async_engine(url))

@@ -1,0 +1,97 @@
+"""Measure what idempotency costs on each store, beside a bare application and raw round trips of the same client."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import overhead
+import report
+import table_size
+import throughput
+from sqlalchemy.exc import SQLAlchemyError
+from subjects import Subject, reference_url, subject_of
+
+from idempotency.errors import IdempotencyError
+
+_SERVERS = ((6379, "redis://127.0.0.1:6379/0"), (5432, "postgresql+asyncpg://postgres@127.0.0.1:5432/test"))
+
+
+def _reachable() -> list[str]:
+    urls = []
+    for port, url in _SERVERS:
+        with socket.socket() as probe:
+            probe.settimeout(0.5)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                urls.append(url)
+            else:
+                print(f"nothing listens on 127.0.0.1:{port}, so {url.partition(':')[0]} is left out", file=sys.stderr)
+    return urls
+
+
+@asynccontextmanager
+async def _opened(subject: Subject) -> AsyncIterator[Subject]:
+    await subject.open()
+    try:
+        yield subject
+    finally:
+        await subject.close()
+
+
+async def _run(urls: Sequence[str], *, quick: bool, table_only: bool) -> None:
+    place = f"idempotency_bench_{os.getpid()}"
+    subjects = [subject_of(url, f"{place}_{number}") for number, url in enumerate(urls)]
+    references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
+    print(report.NOISE)
+    if not table_only:
+        print(report.OVERHEAD)
+        for subject in subjects:
+            async with _opened(subject):
+                print(report.overhead_row(await overhead.measure(subject, 300 if quick else 1500)), flush=True)
+        print(report.OVERHEAD_TARGETS)
+        print(report.THROUGHPUT)
+        for subject in subjects:
+            async with _opened(subject):
+                ratios = await throughput.measure(subject, 3 if quick else 7)
+                print(report.throughput_row(subject.name, ratios), flush=True)
+    print(report.TABLE)
+    for subject, reference in zip(subjects, references, strict=True):
+        async with _opened(subject), _opened(reference):
+            async for costs in table_size.measure(subject, reference, largest=10**5 if quick else 10**6):
+                print(report.table_row(subject.name, costs), flush=True)
+    print(report.TABLE_TARGETS)
+
+
+def main() -> int:
+    """Return the exit status: 0 if everything was measured, 2 if a store could not be used."""
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        action="append",
+        help="a store to measure; repeatable; default: memory, a SQLite file, and a local Redis and PostgreSQL",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and tables of at most 100,000 records")
+    parser.add_argument("--table", action="store_true", help="measure only the cost against the size of the table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="idempotency-bench-") as directory:
+        sqlite = f"sqlite+aiosqlite:///{directory}/bench.sqlite3"
+        urls: list[str] = options.store or ["memory://", sqlite, *_reachable()]
+        try:
+            asyncio.run(_run(urls, quick=options.quick, table_only=options.table))
+        except (IdempotencyError, SQLAlchemyError, OSError) as error:
+            print(f"scripts/bench: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

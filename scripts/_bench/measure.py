@@ -1,0 +1,48 @@
+"""Interleaved measuring: every round runs every case once, so that a slow moment of the machine hits all alike.
+
+The order is another in each round, as what ran before leaves its traces in caches and servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed is ``run``, on each of ``repeat`` arguments that ``prepare`` made; ``check`` sees them after it."""
+
+    name: str
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Awaitable[Any]]
+    check: Callable[[Any], None] = lambda _: None
+    repeat: int = 1
+
+
+async def medians(cases: Sequence[Case], rounds: int, warm_up: int = 20) -> dict[str, float]:
+    """Return the median duration of one run of each case, in microseconds."""
+    samples: dict[str, list[float]] = {case.name: [] for case in cases}
+    random = Random(1)
+    for turn in range(warm_up + rounds):
+        for case in random.sample(cases, len(cases)):
+            took = await _time(case)
+            if turn >= warm_up:
+                samples[case.name].append(took)
+    return {name: median(values) for name, values in samples.items()}
+
+
+async def _time(case: Case) -> float:
+    run = case.run
+    arguments = [case.prepare() for _ in range(case.repeat)]
+    started = perf_counter_ns()
+    for argument in arguments:
+        await run(argument)
+    took = perf_counter_ns() - started
+    for argument in arguments:
+        case.check(argument)
+    return took / 1000 / case.repeat

@@ -1,0 +1,87 @@
+"""A Redis store, and raw commands of redis-py's asyncio client."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import redis.asyncio as aioredis
+from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
+
+from idempotency import open_store
+from idempotency._core import Claim, State
+from idempotency.stores import _redis_wire as wire
+
+_BATCH = 1000
+_FILL = """
+for i = 4, #ARGV do
+  redis.call('HSET', KEYS[1] .. ARGV[i], 'v', '1', 's', '2', 't', 'bench', 'f', ARGV[1], 'a', '1', 'l', '0', 'h', '0',
+    'c', 'bench', 'k', ARGV[i], 'n', '0', 'r', ARGV[2])
+  redis.call('PEXPIRE', KEYS[1] .. ARGV[i], ARGV[3])
+end"""
+
+
+class Redis(Subject):
+    """One Redis server; the store's connections are told apart from others by their name."""
+
+    name = "Redis"
+    purges = False
+
+    def __init__(self, url: str, place: str) -> None:
+        self._url = url
+        self._place = place
+
+    async def open(self) -> None:
+        """Open the store, and beside it a client as it comes: its time-out bounds a command, as the store's do."""
+        named = f"{self._url}{'&' if '?' in self._url else '?'}client_name={self._place}"
+        self.store = open_store(named, prefix=self._place)
+        self._client: Any = aioredis.Redis.from_url(self._url)
+        await self.store.check()
+
+    async def close(self) -> None:
+        """Unlink every key of the prefix."""
+        await self.store.aclose()
+        keys: list[bytes] = []
+        async for key in self._client.scan_iter(match=f"{self._place}:*", count=_BATCH):
+            keys.append(key)
+            if len(keys) == _BATCH:
+                await self._client.unlink(*keys)
+                keys.clear()
+        if keys:
+            await self._client.unlink(*keys)
+        await self._client.aclose()
+
+    async def fill(self, keys: Sequence[str]) -> None:
+        """Have a script write the records, in the store's format."""
+        for start in range(0, len(keys), _BATCH):
+            ids = [claim_of(key).id.hex() for key in keys[start : start + _BATCH]]
+            await self._client.eval(_FILL, 1, f"{self._place}:1:", FINGERPRINT, RESULT, 86_400_000, *ids)
+
+    def command(self, verb: Verb, claim: Claim) -> Any:
+        """Take the command from where the store takes it."""
+        key = f"{self._place}:1:{claim.id.hex()}".encode()
+        if verb == "complete":
+            script, rest = wire.complete(key, claim, RESULT, State.DONE)
+        else:
+            script, rest = wire.claim(key, claim)
+        return "EVALSHA", script.sha, *rest
+
+    async def send(self, command: Any) -> None:
+        """Send one command."""
+        await self._client.execute_command(*command)
+
+    async def cheapest(self, _: object) -> None:
+        """Get a key that is not there."""
+        await self._client.execute_command("GET", "idempotency-bench")
+
+    async def count(self, work: Callable[[], Awaitable[object]]) -> int:
+        """Watch the server's own log of commands for those of the store's connections."""
+        end = f"{self._place} end"
+        sent = 0
+        async with self._client.monitor() as monitor:
+            await work()
+            ours = {c["addr"] for c in await self._client.client_list() if c["name"] == self._place}
+            await self._client.echo(end)
+            while end not in (seen := await monitor.next_command())["command"]:
+                sent += f"{seen['client_address']}:{seen['client_port']}" in ours
+        return sent

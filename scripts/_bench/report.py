@@ -1,0 +1,83 @@
+"""The figures as text."""
+
+from __future__ import annotations
+
+from overhead import Overhead
+from table_size import Costs
+from throughput import CONCURRENCY
+
+NOISE = "Microseconds are indicative: other work on the machine moves them. The ratios are of one interleaved run."
+
+_LABEL = "{:<15}"
+_OVERHEAD = _LABEL + "{:>8}{:>8} |{:>7}{:>7}{:>10} |{:>7}{:>7}{:>10} |{:>9}"
+OVERHEAD = "\n".join(
+    (
+        "",
+        "One request at a time: µs over the bare application, and their ratio to raw round trips of the same client",
+        "(first execution: two, replay: one) that send the same commands as the store, or the cheapest there is (GET,",
+        "SELECT 1). Commands: those of an out-of-scope request, a first execution, a replay.",
+        "",
+        _OVERHEAD.format(
+            "", "out of", "no key", "first", "/same", "/cheapest", "replay", "/same", "/cheapest", "commands"
+        ),
+        _OVERHEAD.format("", "scope", *[""] * 8),
+    )
+)
+OVERHEAD_TARGETS = _OVERHEAD.format("at most", "3", "", "", "1.30", "", "", "1.40", "", "0/2/1")
+
+_THROUGHPUT = _LABEL + "{:>9}{:>9}" * len(CONCURRENCY)
+THROUGHPUT = "\n".join(
+    (
+        "",
+        "Throughput with so many requests at a time, as a ratio to a bare Starlette application.",
+        "",
+        _LABEL.format("") + "".join(f"{concurrency:>18}" for concurrency in CONCURRENCY),
+        _THROUGHPUT.format("", *("first", "replay") * len(CONCURRENCY)),
+    )
+)
+
+_TABLE = _LABEL + "{:>10} |" + "{:>8}{:>8} |" * 3
+TABLE = "\n".join(
+    (
+        "",
+        "One verb against the number of records, in µs (purge: per row), and its ratio to the same beside 1,000,",
+        "measured at the same time.",
+        "",
+        _TABLE.format("", "records", "claim", "", "replay", "", "purge", ""),
+    )
+)
+TABLE_TARGETS = _TABLE.format("at most", "", "", "x1.50", "", "x1.50", "", "")
+
+
+def overhead_row(cost: Overhead) -> str:
+    """Format one store's overhead."""
+    first, replay = cost.first, cost.replay
+    return _OVERHEAD.format(
+        cost.name,
+        f"{cost.out_of_scope:.2f}",
+        f"{cost.no_key:.2f}",
+        f"{first:.0f}",
+        _ratio(first, cost.same_first),
+        _ratio(first, cost.cheapest and 2 * cost.cheapest),
+        f"{replay:.0f}",
+        _ratio(replay, cost.same_replay),
+        _ratio(replay, cost.cheapest),
+        "-" if cost.commands is None else "/".join(map(str, cost.commands)),
+    )
+
+
+def throughput_row(name: str, ratios: dict[int, tuple[float, float]]) -> str:
+    """Format one store's throughput."""
+    return _THROUGHPUT.format(name, *(f"{ratio:.2f}" for pair in ratios.values() for ratio in pair))
+
+
+def table_row(name: str, costs: Costs) -> str:
+    """Format what verbs cost at one size."""
+    fields = [name, f"{costs.size:,}"]
+    for cost in (costs.claim, costs.replay, costs.purge):
+        fields += ["-", ""] if cost is None else [f"{cost.large:.1f}", f"x{cost.large / cost.small:.2f}"]
+    return _TABLE.format(*fields)
+
+
+def _ratio(value: float, floor: float | None) -> str:
+    return "-" if floor is None else f"{value / floor:.2f}"

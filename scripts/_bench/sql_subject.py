@@ -1,0 +1,175 @@
+"""A SQL store, and raw statements through SQLAlchemy's asyncio engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from sqlalchemy import Engine, MetaData, bindparam, event, func, make_url
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import create_async_engine
+from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
+
+from idempotency import open_store
+from idempotency._core import Claim
+from idempotency.stores.sql import records_table
+
+_BATCH = 10_000
+_DAY = 86_400_000
+_BINARY = ("id", "fingerprint", "result")
+_NAMES = {"postgresql": "PostgreSQL", "mysql": "MariaDB/MySQL", "mariadb": "MariaDB/MySQL", "sqlite": "SQLite"}
+_SETTLE = {
+    "postgresql": ("VACUUM (ANALYZE) {}", "CHECKPOINT"),
+    "sqlite": ("PRAGMA wal_checkpoint(TRUNCATE)",),
+    "mysql": ("ANALYZE TABLE {}",),
+}
+
+Statement = tuple[str, Any]
+
+
+class SQL(Subject):
+    """One SQL database. Raw statements are those the store was seen to send, with another key in their parameters."""
+
+    def __init__(self, url: str, place: str) -> None:
+        self._url = url
+        self._place = place
+        self._table = records_table(MetaData(), place)
+        self.name = _NAMES[make_url(url).get_backend_name()]
+
+    async def open(self) -> None:
+        """Create the table, open the store, and see what it sends."""
+        self.store = open_store(self._url, table=self._place)
+        await self.store.create_schema()
+        self._engine = create_async_engine(self._url)
+        self._sample = claim_of("sample")
+        await self.store.claim(claim_of("warm-up"))
+        self._seen: dict[Verb, list[Statement]] = {}
+        self._commits = False
+        verbs: dict[Verb, Callable[[], Awaitable[object]]] = {
+            "claim": lambda: self.store.claim(self._sample),
+            "complete": lambda: self.store.complete(self._sample, RESULT),
+            "replay": self._replay,
+        }
+        for verb, work in verbs.items():
+            with _statements() as seen, _commits() as commits:
+                await work()
+            self._seen[verb] = seen
+            self._commits = self._commits or bool(commits)
+        self._raw = self._engine if self._commits else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    async def _replay(self) -> None:
+        # The sample's own id, and a token that the parameters of a raw replay are recognised by.
+        self._again = claim_of("sample")
+        await self.store.claim(self._again)
+
+    async def close(self) -> None:
+        """Drop the table."""
+        await self.store.aclose()
+        async with self._engine.begin() as connection:
+            await connection.run_sync(self._table.drop, checkfirst=True)
+        await self._engine.dispose()
+
+    async def fill(self, keys: Sequence[str]) -> None:
+        """Insert finished records in batches."""
+        await self._insert(keys, _DAY)
+
+    async def settle(self) -> None:
+        """Gather statistics and write back what the inserts have left in memory and logs."""
+        statements = _SETTLE.get(self._engine.dialect.name, ())
+        async with self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            for statement in statements:
+                # CHECKPOINT needs a right that the user may not have, and is a courtesy.
+                with suppress(ProgrammingError):
+                    await connection.exec_driver_sql(statement.format(self._place))
+
+    async def fill_expired(self, keys: Sequence[str]) -> None:
+        """Insert records that expired a day ago."""
+        await self._insert(keys, -_DAY)
+
+    async def _insert(self, keys: Sequence[str], lasts: int) -> None:
+        now = round(time.time() * 1000)
+        common = {
+            "scope": "bench", "version": 1, "state": 2, "token": "bench", "fingerprint": FINGERPRINT, "attempt": 1,
+            "hold": False, "watched": False, "created_ms": now, "lease_until_ms": now, "expires_ms": now + lasts,
+            "result": RESULT,
+        }  # fmt: skip
+        insert = self._table.insert()
+        as_text = self._engine.dialect.name in ("mysql", "mariadb")
+        if as_text:  # aiomysql and the current PyMySQL under it disagree on how to escape bytes
+            insert = insert.values({name: func.unhex(bindparam(f"{name}_hex")) for name in _BINARY})
+        for start in range(0, len(keys), _BATCH):
+            rows = [{"id": claim_of(key).id, "key": key, **common} for key in keys[start : start + _BATCH]]
+            async with self._engine.begin() as connection:
+                await connection.execute(insert, [_hexed(row) for row in rows] if as_text else rows)
+
+    def command(self, verb: Verb, claim: Claim) -> list[Statement]:
+        """Take the statements from what the store was seen to send."""
+        sample = self._again if verb == "replay" else self._sample
+        other: dict[Hashable, Any] = {
+            sample.id: claim.id,
+            sample.id.hex(): claim.id.hex(),
+            sample.key: claim.key,
+            sample.token: claim.token,
+        }
+        return [(text, _replaced(parameters, other)) for text, parameters in self._seen[verb]]
+
+    async def send(self, command: list[Statement]) -> None:
+        """Execute the statements on one connection, in a transaction if the store opens one."""
+        async with self._raw.begin() if self._commits else self._raw.connect() as connection:
+            for text, parameters in command:
+                await connection.exec_driver_sql(text, parameters)
+
+    async def cheapest(self, _: object) -> None:
+        """Select a number."""
+        async with self._raw.begin() if self._commits else self._raw.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+
+    async def count(self, work: Callable[[], Awaitable[object]]) -> int:
+        """Count the statements that reach the driver."""
+        with _statements() as seen:
+            await work()
+        return len(seen)
+
+
+def _hexed(row: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}_hex" if name in _BINARY else name: _hex(value) for name, value in row.items()}
+
+
+def _hex(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+@contextmanager
+def _statements() -> Iterator[list[Statement]]:
+    seen: list[Statement] = []
+
+    def saw(_connection: Any, _cursor: Any, text: str, parameters: Any, _context: Any, _many: bool) -> None:
+        seen.append((text, parameters))
+
+    event.listen(Engine, "before_cursor_execute", saw)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "before_cursor_execute", saw)
+
+
+@contextmanager
+def _commits() -> Iterator[list[Any]]:
+    seen: list[Any] = []
+
+    def saw(connection: Any) -> None:
+        seen.append(connection)
+
+    event.listen(Engine, "commit", saw)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "commit", saw)
+
+
+def _replaced(parameters: Any, other: dict[Hashable, Any]) -> Any:
+    if isinstance(parameters, dict):
+        return {name: other.get(value, value) for name, value in parameters.items()}
+    return tuple(other.get(value, value) for value in parameters)
