@@ -70,10 +70,10 @@ class Deadline:
                 raise TimeoutError from error
 
 
-def sender(client: Any) -> Send:
-    """Choose how a client's commands are sent."""
+def sender(client: Any, own: bool) -> Send:
+    """Choose how a client's commands are sent; ``own`` says that nobody else uses the client."""
     if _is_plain(client):
-        return _direct(client.connection_pool)
+        return _direct(_Kept(client.connection_pool) if own else _Borrowed(client.connection_pool))
     return _through(client)
 
 
@@ -92,22 +92,71 @@ def _is_plain(client: Any) -> bool:
     )
 
 
-def _direct(pool: Any) -> Send:
-    """Send over a connection of the pool: 15 to 20 % less work than ``execute_command``.
+class _Borrowed:
+    """Connections of a pool that others use too: back in it after every command."""
 
-    ``send_packed_command`` and ``read_response`` disconnect when they fail or are cancelled, so a connection that goes
-    back to the pool never holds the reply to another command.
+    __slots__ = ("_pool", "give")
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self.give: Callable[[Any], Awaitable[None]] = pool.release
+
+    async def take(self) -> Any:
+        return await self._pool.get_connection(*_NAME)
+
+    async def drop(self) -> None:
+        pass  # the pool looks at each connection before it gives it out
+
+
+class _Kept:
+    """Connections of our own pool: kept, because taking one out and putting it back costs a tenth of a round trip."""
+
+    __slots__ = ("_idle", "_pool")
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._idle: list[Any] = []
+
+    async def take(self) -> Any:
+        if not self._idle:
+            return await self._pool.get_connection(*_NAME)
+        connection = self._idle.pop()
+        if not connection.is_connected:
+            try:
+                await connection.connect()
+            except BaseException:
+                self._idle.append(connection)
+                raise
+        return connection
+
+    async def give(self, connection: Any) -> None:
+        self._idle.append(connection)
+
+    async def drop(self) -> None:
+        dropped, self._idle = self._idle, []
+        for connection in dropped:
+            await connection.disconnect()
+            self._idle.append(connection)
+
+
+def _direct(connections: _Borrowed | _Kept) -> Send:
+    """Send over a connection of the pool: 15 to 30 % less work than ``execute_command``.
+
+    ``send_packed_command`` and ``read_response`` disconnect when they fail or are cancelled, so a connection that is
+    given back never holds the reply to another command.
     """
 
     async def send(command: Command) -> Any:
         try:
             return await once(command)
         except _AGAIN:
+            # Where one had idled too long, the others have as well.
+            await connections.drop()
             return await once(command)
 
     async def once(command: Command) -> Any:
         script, rest = command
-        connection = await pool.get_connection(*_NAME)
+        connection = await connections.take()
         try:
             await connection.send_packed_command(pack(b"EVALSHA", script.sha, rest))
             try:
@@ -120,7 +169,7 @@ def _direct(pool: Any) -> Send:
                 await connection.disconnect()
             raise
         finally:
-            await pool.release(connection)
+            await connections.give(connection)
 
     return send
 

@@ -56,11 +56,11 @@ class _Loop:
 
     __slots__ = ("client", "loop", "send", "turns", "watching")
 
-    def __init__(self, loop: AbstractEventLoop, client: AsyncClient) -> None:
+    def __init__(self, loop: AbstractEventLoop, client: AsyncClient, own: bool) -> None:
         room = room_of(client)
         self.loop = loop
         self.client = client
-        self.send: Send = sender(client)
+        self.send: Send = sender(client, own)
         self.turns = asyncio.Semaphore(max(1, min(_AT_ONCE, room - 1)))
         self.watching = Watching(client, room)
 
@@ -355,7 +355,7 @@ class RedisStore:
                 raise ConfigurationError("this RedisStore has only a blocking client: give it a redis.asyncio client")
             for closed in [other for other in self._loops if other.is_closed()]:
                 self._abandon(self._loops.pop(closed))
-            here = self._loops[loop] = _Loop(loop, client)
+            here = self._loops[loop] = _Loop(loop, client, self._address is not None)
         self._here = here
         return here
 
