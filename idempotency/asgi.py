@@ -249,7 +249,7 @@ class _Exchange:
         self._scope.setdefault("state", {})["idempotency"] = operation
         token = RUNNING.set(operation)
         try:
-            await self._shared.app(self._scope, receive, capture)
+            await self._shared.app(self._scope, capture.listening(receive), capture)
             await capture.flush()
             if not self._lease.ended:
                 await self._failed(RuntimeError("The application returned without a response."))

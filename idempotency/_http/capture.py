@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from idempotency._http.body import Message, Send
+from idempotency._http.body import Message, Receive, Send
 from idempotency._http.codec import Headers, StoredResponse
 
 PATIENCE = 2.0
@@ -24,7 +24,19 @@ class ResponseCapture:
     path, one with trailers, or one still unfinished after :data:`PATIENCE` is settled without its body, then live.
     """
 
-    __slots__ = ("_chunks", "_late", "_limit", "_lock", "_send", "_settle", "_settled", "_size", "_start", "_timer")
+    __slots__ = (
+        "_chunks",
+        "_gone",
+        "_late",
+        "_limit",
+        "_lock",
+        "_send",
+        "_settle",
+        "_settled",
+        "_size",
+        "_start",
+        "_timer",
+    )
 
     def __init__(self, send: Send, limit: int, settle: Settle) -> None:
         self._send = send
@@ -34,6 +46,7 @@ class ResponseCapture:
         self._start: Message | None = None
         self._chunks: list[bytes] = []
         self._size = 0
+        self._gone = False
         self._lock: asyncio.Lock | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._late: asyncio.Task[None] | None = None
@@ -45,6 +58,17 @@ class ResponseCapture:
             return
         async with self._lock:
             await self._take(message)
+
+    def listening(self, receive: Receive) -> Receive:
+        """Make the ``receive`` that tells this capture when the application is told that the client is gone."""
+
+        async def listen() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self._gone = True
+            return message
+
+        return listen
 
     async def flush(self) -> None:
         """Pass on, unkept, what a returning application has begun and not finished."""
@@ -90,12 +114,26 @@ class ResponseCapture:
         self._size += len(chunk)
         self._chunks.append(bytes(chunk))
         if not message.get("more_body", False):
+            if self._gone and not self._confirmed():
+                # Told that nobody reads, the application may have stopped in the middle, and BaseHTTPMiddleware ends
+                # what stopped as if it were complete.
+                await self._go_live()
+                await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             body = b"".join(self._chunks)
             await self._finish(body)
             await self._pass({"type": "http.response.body", "body": body, "more_body": False})
         elif self._timer is None:
             self._lock = asyncio.Lock()
             self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._lose_patience)
+
+    def _confirmed(self) -> bool:
+        """Say whether the response's own Content-Length says that all of it was collected."""
+        assert self._start is not None
+        length = b"%d" % self._size
+        return self._start["status"] in (204, 304) or any(
+            name.lower() == b"content-length" and value == length for name, value in self._start.get("headers", ())
+        )
 
     def _lose_patience(self) -> None:
         self._late = asyncio.get_running_loop().create_task(self._go_live_late())

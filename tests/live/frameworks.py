@@ -1,0 +1,102 @@
+"""The same small API in several frameworks; ``framework`` of the configuration says which."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from app import CONFIG, note, note_event
+from app import store as app_store
+
+from idempotency.asgi import IdempotencyMiddleware
+from idempotency.operation import current
+
+OPTIONS: dict[str, Any] = {"store": app_store, "on_event": note_event}
+
+
+@asynccontextmanager
+async def lifespan(app: Any) -> AsyncIterator[None]:
+    note(started=True)
+    yield
+    await app_store.aclose()
+
+
+def fastapi() -> Any:
+    from fastapi import FastAPI, HTTPException, Request
+    from pydantic import BaseModel
+
+    class Order(BaseModel):
+        amount: int
+
+    class Placed(BaseModel):
+        amount: int
+        number: str
+
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(IdempotencyMiddleware, **OPTIONS)
+
+    @app.middleware("http")
+    async def pass_on(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    @app.post("/order", status_code=201, response_model=Placed)
+    async def order(order: Order, request: Request) -> dict[str, Any]:
+        note(effect=request.state.idempotency.key)
+        return {"amount": order.amount, "number": os.urandom(8).hex(), "secret": "left out"}
+
+    @app.post("/threaded", status_code=201)
+    def threaded(order: Order) -> dict[str, Any]:
+        operation = current()
+        assert operation is not None
+        note(effect=operation.key)
+        return {"number": os.urandom(8).hex()}
+
+    @app.post("/missing")
+    async def missing(request: Request) -> None:
+        note(effect=request.state.idempotency.key)
+        raise HTTPException(404, {"number": os.urandom(8).hex()})
+
+    return app
+
+
+def litestar() -> Any:
+    from litestar import Litestar, Request, post
+    from litestar.middleware import DefineMiddleware
+
+    @post("/order", status_code=201)
+    async def order(request: Request[Any, Any, Any], data: dict[str, int]) -> dict[str, Any]:
+        operation = current()
+        assert operation is not None
+        note(effect=operation.key)
+        return {"amount": data["amount"], "number": os.urandom(8).hex()}
+
+    return Litestar([order], middleware=[DefineMiddleware(IdempotencyMiddleware, **OPTIONS)], lifespan=[lifespan])
+
+
+def quart() -> Any:
+    from quart import Quart, request
+
+    app = Quart(__name__)
+
+    @app.before_serving
+    async def started() -> None:
+        await asyncio.sleep(0)
+        note(started=True)
+
+    @app.after_serving
+    async def ended() -> None:
+        await app_store.aclose()
+
+    @app.post("/order")
+    async def order() -> tuple[dict[str, Any], int]:
+        operation = current()
+        assert operation is not None
+        note(effect=operation.key)
+        return {"amount": (await request.get_json())["amount"], "number": os.urandom(8).hex()}, 201
+
+    app.asgi_app = IdempotencyMiddleware(app.asgi_app, **OPTIONS)  # type: ignore[assignment, method-assign]
+    return app
+
+
+app = {"fastapi": fastapi, "litestar": litestar, "quart": quart}[CONFIG["framework"]]()
