@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,7 +12,14 @@ import redis
 import redis.asyncio as aioredis
 from redis.asyncio import cluster as aiocluster
 from redis.asyncio.connection import ConnectionPool
-from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    AskError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 
 from idempotency.stores._redis_wire import EVAL, EVALSHA, Command, pack
 
@@ -30,6 +38,9 @@ _INSIST = 0.1
 
 _AGAIN = (redis.ConnectionError, ReadOnlyError)
 """An idle connection that the server had dropped, or a primary that was demoted: verbs may be repeated."""
+
+_WRAPPED = re.compile(r"@user_script: ?\d+: -([A-Z]+) ")
+_WITHIN = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError, "NOPERM": NoPermissionError}
 
 RAW = {"NEVER_DECODE": True}
 """Replies are bytes, whatever the client is set to (an option of redis-py's ``execute_command``)."""
@@ -68,6 +79,13 @@ class Deadline:
             left = self._task.cancelling()
             if kind is asyncio.CancelledError and left <= self._before:
                 raise TimeoutError from error
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return the error of the command a script called, which Redis before 7 wraps in one of the script."""
+    found = _WRAPPED.search(str(error)) if isinstance(error, ResponseError) else None
+    kind = _WITHIN.get(found[1]) if found else None
+    return kind(str(error)) if kind is not None else error
 
 
 def sender(client: Any, own: bool) -> Send:
@@ -165,9 +183,10 @@ def _direct(connections: _Borrowed | _Kept) -> Send:
                 await connection.send_packed_command(pack(b"EVAL", script.text, rest))
                 return await connection.read_response(disable_decoding=True)
         except ResponseError as error:
-            if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
+            told = unwrapped(error)
+            if isinstance(told, ReadOnlyError):
                 await connection.disconnect()
-            raise
+            raise told from error
         finally:
             await connections.give(connection)
 
@@ -176,6 +195,16 @@ def _direct(connections: _Borrowed | _Kept) -> Send:
 
 def _through(client: Any) -> Send:
     async def send(command: Command) -> Any:
+        try:
+            return await once(command)
+        except (redis.ConnectionError, ResponseError) as error:
+            pool = _to_reconnect(error, client)
+            if pool is None:
+                raise
+            await pool.disconnect(inuse_connections=False)
+            return await once(command)
+
+    async def once(command: Command) -> Any:
         script, rest = command
         try:
             return await client.execute_command(EVALSHA, script.sha, *rest, **RAW)
@@ -185,14 +214,28 @@ def _through(client: Any) -> Send:
     return send
 
 
+def _to_reconnect(error: Exception, client: Any) -> Any:
+    """Return the pool whose connections are to be made anew before the command is sent again, or None.
+
+    A primary that was demoted is left by making a new connection from the pool: redis-py repeats a command on the old
+    one, to the same address. A cluster finds its way by itself.
+    """
+    if isinstance(unwrapped(error), _AGAIN):
+        return getattr(client, "connection_pool", None)
+    return None
+
+
 def sender_sync(client: Any) -> SendSync:
     """Make the sender of a blocking client."""
 
     def send(command: Command) -> Any:
         try:
             return once(command)
-        except _AGAIN:
-            # redis-py itself tries again at the same address, and asks the sentinels only for a new command.
+        except (redis.ConnectionError, ResponseError) as error:
+            pool = _to_reconnect(error, client)
+            if pool is None:
+                raise
+            pool.disconnect(inuse_connections=False)
             return once(command)
 
     def once(command: Command) -> Any:

@@ -37,7 +37,16 @@ from idempotency.stores._redis_open import (
     read_url,
     room_of,
 )
-from idempotency.stores._redis_send import RAW, Deadline, Send, send_and_wait, send_and_wait_sync, sender, sender_sync
+from idempotency.stores._redis_send import (
+    RAW,
+    Deadline,
+    Send,
+    send_and_wait,
+    send_and_wait_sync,
+    sender,
+    sender_sync,
+    unwrapped,
+)
 from idempotency.stores._redis_watch import Watching
 from idempotency.stores._redis_wire import Command, Durability
 from idempotency.stores.base import Changed, Entry
@@ -394,7 +403,7 @@ class RedisStore:
 
 def _told(error: BaseException, timeout: float) -> str:
     """Say what went wrong and what to do about it."""
-    match error:
+    match unwrapped(error):
         case AuthenticationError():
             return "the user or password is wrong; correct the URL"
         case NoPermissionError():

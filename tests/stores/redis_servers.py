@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ import redis
 
 
 def installed() -> str | None:
-    """Find the redis-server of this machine."""
-    return shutil.which("redis-server")
+    """Find the redis-server of this machine, which is not that of a wheel in the virtual environment."""
+    path = os.pathsep.join(each for each in os.get_exec_path() if not Path(each).is_relative_to(sys.prefix))
+    return shutil.which("redis-server", path=path)
 
 
 def embedded() -> str | None:
