@@ -36,12 +36,25 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def emit(
-        self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: str = ""
+        self,
+        kind: EventKind,
+        operation: str,
+        claim: Claim | None = None,
+        attempt: int = 0,
+        error: BaseException | None = None,
     ) -> None:
         """Deliver one event."""
-        record = claim.id.hex()[:12] if claim is not None else ""
+        event = Event(
+            kind=kind,
+            operation=operation,
+            record=claim.id.hex()[:12] if claim is not None else "",
+            attempt=attempt,
+            error=type(error).__name__ if error is not None else "",
+            # A store's words name a server and what to do; another error's may hold what the caller sent.
+            detail=str(error) if isinstance(error, StoreError) else "",
+        )
         try:
-            self._on_event(Event(kind=kind, operation=operation, record=record, attempt=attempt, error=error))
+            self._on_event(event)
         except Exception:
             # The effect has happened by now, or must not: a broken hook is no reason to answer otherwise.
             _logger.exception("the event hook failed")
@@ -202,7 +215,9 @@ class Lease:
         if self._task is not None:
             self._task.cancel()
 
-    async def end(self, outcome: Outcome, result: bytes | None = None, error: str = "") -> Told | None:
+    async def end(
+        self, outcome: Outcome, result: bytes | None = None, error: BaseException | None = None
+    ) -> Told | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
@@ -218,7 +233,7 @@ class Lease:
                 return None
             return await self._superseded(outcome, result)
         except StoreError as failure:
-            self._emit("unrecorded", type(failure).__name__)
+            self._emit("unrecorded", failure)
             self._runner.persist(lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome))
             return None
         except asyncio.CancelledError:
@@ -234,7 +249,7 @@ class Lease:
         # A release that was applied, and only its answer lost, is refused when it is repeated.
         return lambda written: self._emit(_KIND[outcome] if written or outcome == "release" else "superseded")
 
-    def _emit(self, kind: EventKind, error: str = "") -> None:
+    def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
 
     async def _write(self, outcome: Outcome, result: bytes | None) -> bool:

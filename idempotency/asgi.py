@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from idempotency._core import (
     Claim,
@@ -84,7 +84,7 @@ class IdempotencyMiddleware:
         store: Store | str,
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
-        scope: CallerScope | str | None = "authorization",
+        scope: CallerScope | Literal["authorization"] | None = "authorization",
         secret: bytes | str | None = None,
         header_name: str = "Idempotency-Key",
         replayed_header: str = "Idempotent-Replayed",
@@ -92,8 +92,12 @@ class IdempotencyMiddleware:
         docs: str = DRAFT,
         on_event: EventHook = log_event,
     ) -> None:
-        if isinstance(scope, str) and scope != "authorization":
+        if scope is not None and scope != "authorization" and not callable(scope):
             raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
+        if not isinstance(store, str) and not callable(getattr(store, "claim", None)):
+            raise ConfigurationError(f"store must be a Store or a URL, not {type(store).__name__}")
+        if not callable(on_event):
+            raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
         self.caller = scope
         self.secret = secret.encode() if isinstance(secret, str) else secret
@@ -225,7 +229,7 @@ class _Exchange:
             verdict, claimed_at = await self._shared.runner.claim(claim, self._wait())
         except StoreError as error:
             if policy.on_store_error == "fail_open":
-                self._emit("unprotected", type(error).__name__)
+                self._emit("unprotected", error)
                 await self._unprotected(body.receive(self._receive))
             else:
                 await self._refuse("unavailable", error, retry_after=1.0)
@@ -271,7 +275,7 @@ class _Exchange:
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.settle(self._policy.outcome_of_exception(error))
-        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, type(error).__name__)
+        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error)
 
     async def _unprotected(self, receive: Receive) -> None:
         self._scope.setdefault("state", {})["idempotency"] = None
@@ -303,10 +307,10 @@ class _Exchange:
         await send_response(self._send, self._problem(kind, error, retry_after))
 
     def _problem(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> StoredResponse:
-        self._emit(kind, type(error).__name__)
+        self._emit(kind, error)
         return problem_response(error, docs=self._shared.docs, retry_after=retry_after)
 
-    def _emit(self, kind: EventKind, error: str = "") -> None:
+    def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
         self._shared.runner.emit(kind, self._name(), self._claim, error=error)
 
     def _name(self) -> str:

@@ -68,7 +68,6 @@ class KeyReusedError(IdempotencyError):
     code = "key-reused"
     status = 422
     title = "This Idempotency-Key was used for a different request"
-    safe_new_key = True
 
 
 class OutcomeUnknownError(IdempotencyError):

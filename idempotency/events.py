@@ -38,8 +38,8 @@ _logger = logging.getLogger("idempotency")
 class Event:
     """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
 
-    ``operation`` names what was asked (``"POST /orders"``), ``attempt`` counts from 1 (0: not run), ``error`` is the
-    class name of the failure, if any.
+    ``operation`` names what was asked, with the actual path (``"POST /orders/7"``), ``attempt`` counts from 1 (0: not
+    run), ``error`` is the class name of the failure, if any, and ``detail`` what a failing store says of it.
     """
 
     kind: EventKind
@@ -47,6 +47,7 @@ class Event:
     record: str = ""
     attempt: int = 0
     error: str = ""
+    detail: str = ""
 
 
 class EventHook(Protocol):
@@ -61,11 +62,12 @@ def log_event(event: Event, /) -> None:
     if _logger.isEnabledFor(level):
         _logger.log(
             level,
-            "%s %s record=%s attempt=%d%s",
+            "%s %s record=%s attempt=%d%s%s",
             event.kind,
             # A path may hold anything once its escapes are undone: a line break would begin a line of its own.
             event.operation if event.operation.isprintable() else ascii(event.operation),
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",
+            f": {event.detail}" if event.detail else "",
         )

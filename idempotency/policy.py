@@ -60,7 +60,8 @@ class Policy:
     ``outcomes``: what becomes of a key by how its operation ended, over the defaults: a status (``404``), a class of
     statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default every
     response is stored, except 5xx and the transient 401, 403, 408, 409, 425, 429 and 503, which release the key, as
-    an exception does. An exact status wins over a class, a nearer exception class over a farther.
+    an exception does. An exact status wins over a class, a nearer exception class over a farther; an exception without
+    a rule follows the one for 500.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
@@ -85,14 +86,17 @@ class Policy:
     max_response: int = 1 << 20
 
     def __post_init__(self) -> None:
-        if self.ttl <= 0 or self.lease <= 0 or self.wait < 0:
-            raise ConfigurationError(
-                f"ttl and lease must be positive and wait not negative: {self.ttl!r}, {self.lease!r}, {self.wait!r}"
-            )
-        if self.max_request < 0 or self.max_response < 0:
-            raise ConfigurationError(
-                f"max_request and max_response must not be negative: {self.max_request!r}, {self.max_response!r}"
-            )
+        for name in ("ttl", "lease"):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"{name} must be positive, not {getattr(self, name)!r}")
+        if self.wait < 0:
+            raise ConfigurationError(f"wait must not be negative, not {self.wait!r}")
+        for name in ("max_request", "max_response"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise ConfigurationError(f"{name} must be a number of bytes, not {size!r}")
+        if not isinstance(self.required, bool):
+            raise ConfigurationError(f"required must be True or False, not {self.required!r}")
         if isinstance(self.methods, str):
             raise ConfigurationError(f"methods must be a set of names, not {self.methods!r}")
         object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
@@ -119,16 +123,17 @@ class Policy:
     def outcome_of_exception(self, error: BaseException) -> Outcome:
         """Say what becomes of a key whose operation raised ``error``.
 
-        What is no ``Exception`` (a cancellation, an exit) stopped the operation anywhere, like a crash: without a rule
-        of its own it follows ``on_crash``.
+        Without a rule of its own an ``Exception`` follows that for the status 500, which is what the client is
+        answered. What is none (a cancellation, an exit) stopped the operation anywhere, like a crash: it follows
+        ``on_crash``.
         """
         for kind in type(error).__mro__:
             rule = self.outcomes.get(kind)
             if rule is not None:
                 return rule
-        if isinstance(error, Exception) or self.on_crash == "rerun":
-            return "release"
-        return "hold"
+        if isinstance(error, Exception):
+            return self.outcome_of_status(500)
+        return "release" if self.on_crash == "rerun" else "hold"
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

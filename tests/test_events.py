@@ -217,7 +217,14 @@ async def test_each_outcome_is_one_event(scene, expected):
     """Of its kind, with the operation, the record where there is one, and the failure's class."""
     done = await scene()
     assert done.events == [
-        Event(kind=kind, operation="POST /orders", record=RECORD if known else "", attempt=attempt, error=error)
+        Event(
+            kind=kind,
+            operation="POST /orders",
+            record=RECORD if known else "",
+            attempt=attempt,
+            error=error,
+            detail="no connection to redis.internal" if error == "StoreError" else "",
+        )
         for kind, known, attempt, error in expected
     ]
     await settled()

@@ -10,6 +10,7 @@ from idempotency.errors import ConfigurationError
 from idempotency.policy import Policy
 
 _KEY = re.compile(r"(?:(?P<method>[A-Za-z]+) )?(?P<path>/[^\s?#]*)")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "QUERY"})
 _PARAMETER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*(?P<rest>:path)?\}")
 
 
@@ -76,6 +77,8 @@ class Routes:
         routes = sorted((_parse(key, value) for key, value in policies.items()), key=lambda route: route.order)
         _refuse_twins(routes)
         used = (policy, *(route.policy for route in routes if route.policy is not None))
+        if not isinstance(policy, Policy) or not isinstance(policies, Mapping):
+            raise ConfigurationError("policy must be a Policy, and policies a mapping of routes to policies")
         self.calls_back = any(callable(each.fingerprint) for each in used)
         """Whether any policy has a callable fingerprint, which is given a request object."""
         methods = set(policy.methods)
@@ -123,23 +126,25 @@ def _parse(key: str, policy: Policy | None) -> _Route:
     segments = tuple(_segment(text, key) for text in match["path"][1:].split("/"))
     if _REST in segments[:-1]:
         raise ConfigurationError(f"only the last segment of a path takes {{name:path}}: {key!r}")
-    method = match["method"]
-    return _Route(match["path"], method and method.upper(), segments, policy)
+    method = match["method"].upper() if match["method"] else None
+    if method is not None and method not in _METHODS and (policy is None or method not in policy.methods):
+        raise ConfigurationError(f"{method} is no method known to HTTP or to this policy's methods: {key!r}")
+    return _Route(match["path"], method, segments, policy)
 
 
 def _segment(text: str, key: str) -> _Segment:
     parameter = _PARAMETER.fullmatch(text)
     if parameter is not None:
         return _REST if parameter["rest"] else _ONE
-    if "{" in text or "}" in text:
+    if "{" in text or "}" in text or text == "*":
         raise ConfigurationError(f"a parameter is a whole segment, {{name}} or {{name:path}}: {text!r} in {key!r}")
     return _Segment(0, re.escape(text))
 
 
 def _refuse_twins(routes: list[_Route]) -> None:
-    seen: set[tuple[str | None, str]] = set()
+    seen: dict[tuple[str | None, str], str] = {}
     for route in routes:
         identity = (route.method, route.pattern)
         if identity in seen:
-            raise ConfigurationError(f"two keys of policies match the same requests as {route.key!r}")
-        seen.add(identity)
+            raise ConfigurationError(f"two keys of policies match the same paths: {seen[identity]!r} and {route.key!r}")
+        seen[identity] = route.key

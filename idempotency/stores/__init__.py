@@ -22,6 +22,14 @@ _DRIVERS = {
 """What to install for a driver's module, where that is not its name."""
 
 
+_EXTRAS = {
+    "sqlite+aiosqlite": "asgi-idempotency[sqlite]",
+    "postgresql+asyncpg": "asgi-idempotency[postgresql]",
+    "mysql+aiomysql": "asgi-idempotency[mysql]",
+    "mariadb+aiomysql": "asgi-idempotency[mysql]",
+}
+
+
 class AnyStore(Store, SyncStore, Housekeeping, Protocol):
     """A store with all its faces; which verbs it answers natively is said by its URL's driver."""
 
@@ -33,6 +41,10 @@ def open_store(url: str, **options: Any) -> AnyStore:
     ``options`` are those of the store's class. Raises :class:`~idempotency.errors.ConfigurationError` for a URL that
     cannot be read, and when the extra or driver it needs is not installed, naming what to install.
     """
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"open_store takes a URL, not {type(url).__name__}; a client or engine goes to its store"
+        )
     scheme, separator, _ = url.partition("://")
     scheme = scheme.lower()
     if not separator:
@@ -72,7 +84,7 @@ def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
     try:
         from sqlalchemy import exc, make_url
     except ImportError as error:
-        raise _not_installed(f"{scheme}://", "asgi-idempotency[sql]") from error
+        raise _not_installed(f"{scheme}://", _EXTRAS.get(scheme, "asgi-idempotency[sql]")) from error
     try:
         dialect = make_url(url).get_dialect()
     except exc.NoSuchModuleError:
@@ -83,6 +95,11 @@ def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
     try:
         dialect.import_dbapi()
     except ImportError as error:
+        if "+" not in scheme:
+            raise ConfigurationError(
+                f"{scheme}:// names no driver, and the default one is not installed; an ASGI application uses "
+                f"{', '.join(f'{name}://' for name in _EXTRAS)}"
+            ) from error
         module = error.name or dialect.driver
         raise _not_installed(f"{scheme}://", _DRIVERS.get(module, module)) from error
     from idempotency.stores.sql import SQLStore

@@ -36,7 +36,10 @@ _SYNC = {
 }
 # Serialization failure, deadlock and lock wait time-out: the statement had no effect, and is sent again.
 _AGAIN = frozenset({"40001", "40P01", 1205, 1213})
-_NO_TABLE = frozenset({"42P01", "42703", 1146, 1054})
+_NO_TABLE = frozenset({"42P01", 1146})
+_NO_COLUMN = frozenset({"42703", 1054})
+_NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
+_NO_DATABASE = frozenset({"3D000", 1049})
 _UNSIZED = 5
 _TRIES = 3
 
@@ -174,11 +177,22 @@ class Database:
 
     def _failure(self, error: Exception) -> StoreError:
         code, words = _code(error), str(getattr(error, "orig", ""))
-        if code in _NO_TABLE or "no such table" in words or "no such column" in words or "has no column" in words:
+        if code in _NO_TABLE or "no such table" in words:
             return StoreError(
-                f"{self.place} has no table {self._table.name} as it must be: call SQLStore.create_schema() or"
-                " create_schema_sync(), or hand idempotency.stores.sql.records_table to your migrations"
+                f"{self.place} has no table {self._table.name}: call SQLStore.create_schema() or create_schema_sync(),"
+                " or hand idempotency.stores.sql.records_table to your migrations"
             )
+        if code in _NO_COLUMN or "no such column" in words or "has no column" in words:
+            return StoreError(
+                f"{self.place} has a table {self._table.name} that lacks a column: bring it in step with"
+                " idempotency.stores.sql.records_table by a migration"
+            )
+        if code in _NO_DATABASE:
+            return StoreError(f"{self.place} does not exist: create it, or correct the URL")
+        if code in _NOT_ALLOWED:
+            return StoreError(f"{self.place} refused the user: correct the URL, or grant the rights")
+        if "unable to open database file" in words:
+            return StoreError(f"{self.place} cannot be opened: create its directory, or correct the URL")
         if isinstance(error, PoolTimeoutError):
             return StoreError(
                 f"the engine's pool gave no connection to {self.place}: enlarge pool_size or max_overflow"
@@ -216,9 +230,7 @@ class Call:
 
 
 def _code(error: Exception) -> str | int | None:
-    cause = getattr(error, "orig", None)
-    if cause is None:
-        return None
+    cause = getattr(error, "orig", None) or error
     if cause.args and isinstance(cause.args[0], int):
         return cause.args[0]
     state: str | None = getattr(cause, "sqlstate", None)

@@ -31,7 +31,7 @@ DOCS = "https://api.example/docs/idempotency"
         (KeyInvalidError(), 400, "key-invalid", False, True),
         (RequestTooLargeError(), 413, "request-too-large", False, True),
         (InProgressError(), 409, "in-progress", True, False),
-        (KeyReusedError(), 422, "key-reused", False, True),
+        (KeyReusedError(), 422, "key-reused", False, False),
         (OutcomeUnknownError(), 409, "outcome-unknown", False, False),
         (NotReplayableError(), 409, "completed-not-replayable", False, False),
         (UnreadableError(), 500, "record-unreadable", False, False),

@@ -180,7 +180,7 @@ def test_a_malformed_key_is_refused_at_construction(key):
 )
 def test_two_keys_for_the_same_requests_are_refused(twins):
     """One of the two would never be used."""
-    with pytest.raises(ConfigurationError, match="same requests"):
+    with pytest.raises(ConfigurationError, match="same paths"):
         Routes(DEFAULT, dict.fromkeys(twins, A))
 
 

@@ -53,13 +53,13 @@ async def test_scheme_picks_the_store(url: str, name: str) -> None:
     [
         ("redis://localhost", "redis", "pip install 'asgi-idempotency[redis]'"),
         ("redis+cluster://localhost", "redis", "pip install 'asgi-idempotency[redis]'"),
-        ("sqlite+aiosqlite:///records.sqlite3", "sqlalchemy", "pip install 'asgi-idempotency[sql]'"),
+        ("sqlite+aiosqlite:///records.sqlite3", "sqlalchemy", "pip install 'asgi-idempotency[sqlite]'"),
         ("sqlite+aiosqlite:///records.sqlite3", "aiosqlite", "pip install 'asgi-idempotency[sqlite]'"),
         ("postgresql+asyncpg://localhost/db", "asyncpg", "pip install 'asgi-idempotency[postgresql]'"),
         ("postgresql+psycopg://localhost/db", "psycopg", "pip install 'psycopg[binary]'"),
         ("mysql+aiomysql://localhost/db", "aiomysql", "pip install 'asgi-idempotency[mysql]'"),
         ("mysql+asyncmy://localhost/db", "asyncmy", "pip install 'asyncmy'"),
-        ("mysql://localhost/db", "MySQLdb", "pip install 'mysqlclient'"),
+        ("mysql://localhost/db", "MySQLdb", "postgresql+asyncpg://, mysql+aiomysql://, mariadb+aiomysql://"),
     ],
 )
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, module: str, install: str) -> None:
