@@ -36,6 +36,7 @@ store = open_store(STORE)
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     await store.create_schema()  # in production, a migration
+    await store.check()
     async with aiosqlite.connect(DATABASE) as database:
         await database.execute("PRAGMA journal_mode = WAL")
         await database.execute(

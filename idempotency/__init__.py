@@ -1,9 +1,22 @@
 """Make retried requests, redelivered messages and repeated calls take effect once."""
 
+from idempotency._http.codec import encode_response
 from idempotency.asgi import IdempotencyMiddleware
-from idempotency.errors import IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.events import Event
 from idempotency.operation import Operation, current
 from idempotency.policy import Policy
 from idempotency.stores import open_store
 
-__all__ = ["IdempotencyError", "IdempotencyMiddleware", "Operation", "Policy", "current", "open_store"]
+__all__ = [
+    "ConfigurationError",
+    "Event",
+    "IdempotencyError",
+    "IdempotencyMiddleware",
+    "Operation",
+    "Policy",
+    "StoreError",
+    "current",
+    "encode_response",
+    "open_store",
+]
