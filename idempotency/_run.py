@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,7 +23,23 @@ _logger = logging.getLogger("idempotency")
 _BACKLOG = 1000
 """How many writes may be waiting in the background before no more claims are released there."""
 
+_GRACE = 6.0
+"""Seconds beyond its time for which a waiter lets the store answer."""
+
+_HELD = 600.0
+"""Seconds for which a held claim is taken back whose answer was lost."""
+
+_MISSES = 5
+"""How often a write is repeated unchanged: a release that finds nothing, a result that is refused."""
+
+_MOMENT = 1.0
+"""Seconds for which a cancelled request waits for its record."""
+
 _KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
+
+
+class WaitFailedError(StoreError):
+    """The store failed while a duplicate waited: another owner is known to run the operation."""
 
 
 class Runner:
@@ -32,7 +48,7 @@ class Runner:
     def __init__(self, store: Store, on_event: EventHook) -> None:
         self.store = store
         self._on_event = on_event
-        self._waits: dict[bytes, asyncio.Future[Record | None]] = {}
+        self._waits: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[Record | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def emit(
@@ -69,31 +85,46 @@ class Runner:
         whatever the store had taken of it is released.
         """
         loop = asyncio.get_running_loop()
-        asked = loop.time()
+        verdict, asked = await self._ask(claim)
+        if isinstance(verdict, InProgress) and wait > 0:
+            verdict, asked = await self._wait(claim, verdict, asked, loop.time() + wait)
+        if isinstance(verdict, Execute) and loop.time() >= asked + claim.lease:
+            # The answer took longer than the lease it gave: the key may be another's by now.
+            verdict, asked = await self._ask(claim)
+            if isinstance(verdict, Execute) and loop.time() >= asked + claim.lease:
+                self._let_go(claim)
+                raise StoreError("the store takes longer to answer than a lease lasts")
+        return verdict, asked
+
+    async def _ask(self, claim: Claim) -> tuple[Verdict, float]:
+        asked = asyncio.get_running_loop().time()
         try:
-            verdict = judge(claim, await self.store.claim(claim))
+            return judge(claim, await self.store.claim(claim)), asked
         except (StoreError, asyncio.CancelledError):
             self._let_go(claim)
             raise
-        deadline = loop.time() + wait
-        while isinstance(verdict, InProgress):
-            left = deadline - loop.time()
-            if left <= 0:
-                break
-            leader = self._waits.get(claim.id)
-            if leader is None:
-                verdict, asked = await self._watch(replace(claim, watched=True), deadline)
-                continue
-            # One waiter per key asks the store; the others of this process wait for it.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    record = await asyncio.shield(leader)
-                    verdict = judge(claim, record) if record is not None else verdict
+
+    async def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
+        loop = asyncio.get_running_loop()
+        while isinstance(verdict, InProgress) and (left := deadline - loop.time()) > 0:
+            leader = self._waits.get((loop, claim.id))
+            try:
+                # The grace is for the last answer of the store; whatever else hangs does not hold the request.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left + _GRACE if leader is None else left):
+                        if leader is None:
+                            verdict, asked = await self._watch(replace(claim, watched=True), deadline)
+                        else:
+                            # One waiter per key asks the store; the others of this process wait for it.
+                            record = await asyncio.shield(leader)
+                            verdict = judge(claim, record) if record is not None else verdict
+            except StoreError as error:
+                raise WaitFailedError(str(error)) from error
         return verdict, asked
 
     async def _watch(self, claim: Claim, deadline: float) -> tuple[Verdict, float]:
         loop = asyncio.get_running_loop()
-        mine = self._waits[claim.id] = loop.create_future()
+        mine = self._waits[loop, claim.id] = loop.create_future()
         try:
             async with self.store.watch(claim) as changed:
                 while True:
@@ -116,7 +147,7 @@ class Runner:
                 mine.exception()  # followers may be none; an exception nobody asked for would be reported
             raise
         finally:
-            del self._waits[claim.id]
+            del self._waits[loop, claim.id]
             if not mine.done():
                 mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
 
@@ -124,33 +155,54 @@ class Runner:
         # The store may have applied the claim and only its answer is lost. While it is away, every request comes here:
         # beyond a number that is no burden to it, such claims are left to lapse.
         if len(self._tasks) < _BACKLOG:
-            self.persist(lambda: self.store.release(claim), claim.lease)
+            self._start(_retract(self.store, claim))
 
     def persist(
         self,
         write: Callable[[], Awaitable[object]],
         patience: float,
-        written: Callable[[object], None] = lambda _: None,
+        written: Callable[[object], None],
     ) -> asyncio.Task[None]:
         """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""
-        task = asyncio.get_running_loop().create_task(_persist(write, patience, written))
+        return self._start(_persist(write, patience, written))
+
+    def _start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
 
 async def _persist(write: Callable[[], Awaitable[object]], patience: float, written: Callable[[object], None]) -> None:
-    loop = asyncio.get_running_loop()
-    end, pause = loop.time() + patience, 0.05
-    while True:
-        try:
+    async for _ in _pauses(patience):
+        with suppress(StoreError):
             written(await write())
             return
-        except StoreError:
-            if loop.time() + pause > end:
+
+
+async def _retract(store: Store, claim: Claim) -> None:
+    """Release a claim whose answer was lost; and again, because the store may apply it after it was told to release."""
+    # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
+    misses = 0
+    async for _ in _pauses(max(claim.lease, _HELD) if claim.hold else claim.lease):
+        with suppress(StoreError):
+            if await store.release(claim):
                 return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 2.0)
+            misses += 1
+            if misses == _MISSES:
+                return
+
+
+async def _pauses(seconds: float) -> AsyncIterator[None]:
+    """Give a turn at once, and more after growing pauses, for so many seconds."""
+    loop = asyncio.get_running_loop()
+    end, pause = loop.time() + seconds, 0.05
+    while True:
+        yield
+        if loop.time() + pause > end:
+            return
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 2.0)
 
 
 class Lease:
@@ -234,16 +286,25 @@ class Lease:
             return await self._superseded(outcome, result)
         except StoreError as failure:
             self._emit("unrecorded", failure)
-            self._runner.persist(lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome))
+            self._record_late(outcome, result)
             return None
         except asyncio.CancelledError:
             # Every write is repeatable, so it is sent again where no cancellation reaches it.
-            task = self._runner.persist(
-                lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome)
-            )
+            task = self._record_late(outcome, result)
             with suppress(asyncio.CancelledError):
-                await asyncio.shield(task)
+                await asyncio.wait({task}, timeout=_MOMENT)
             raise
+
+    def _record_late(self, outcome: Outcome, result: bytes | None) -> asyncio.Task[None]:
+        tries = 0
+
+        async def write() -> bool:
+            nonlocal tries
+            tries += 1
+            # What a store keeps refusing may be the result. That the operation is done is worth more.
+            return await self._write(outcome, result if tries <= _MISSES else None)
+
+        return self._runner.persist(write, self._claim.lease, self._recorded(outcome))
 
     def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
         # A release that was applied, and only its answer lost, is refused when it is repeated.

@@ -25,7 +25,7 @@ from idempotency._http.fingerprint import authorization_scope, fingerprint, json
 from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.problem import DRAFT, check_docs, problem_response
 from idempotency._http.routes import Routes
-from idempotency._run import Lease, Runner
+from idempotency._run import Lease, Runner, WaitFailedError
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -114,9 +114,9 @@ class IdempotencyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
-            policy = self._routes.policy_for(scope["method"], _route_path(scope))
-            # Added twice (to an application and to one mounted in it), the outer one protects.
-            if policy is not None and not isinstance(scope.get("state", {}).get("idempotency"), Operation):
+            # Some servers hand on the method as it was sent, and some frameworks read "post" as POST.
+            policy = self._routes.policy_for(scope["method"].upper(), _route_path(scope))
+            if policy is not None:
                 await _Exchange(self, policy, scope, receive, send).run()
                 return
         elif scope["type"] == "lifespan" and self._opened:
@@ -131,6 +131,10 @@ class IdempotencyMiddleware:
             await send(message)
 
         return send_and_close
+
+
+class _NoResponse(BaseException):
+    """The application returned without a response, as some do when their client is gone: it was stopped anywhere."""
 
 
 class _Exchange:
@@ -150,6 +154,8 @@ class _Exchange:
         self._lease: Lease
 
     async def run(self) -> None:
+        if not isinstance(self._scope["headers"], list | tuple):
+            self._scope["headers"] = list(self._scope["headers"])  # any iterable by ASGI, and read more than once here
         try:
             key = read_key(self._scope["headers"], self._shared.header_name, strict=self._shared.strict)
             if key is None:
@@ -158,6 +164,9 @@ class _Exchange:
                         f"This operation needs a key in the header {self._shared.header_name.decode()}."
                     )
                 await self._unprotected(self._receive)
+                return
+            if self._is_protected_already(key):
+                await self._shared.app(self._scope, self._receive, self._send)
                 return
             caller = await self._caller()
             body = await self._read()
@@ -170,6 +179,11 @@ class _Exchange:
             await self._keyed(key, caller, body)
         finally:
             body.close()
+
+    def _is_protected_already(self, key: str) -> bool:
+        """Say whether the middleware was added twice, as to an application and one mounted in it."""
+        outer = self._scope.get("state", {}).get("idempotency")
+        return isinstance(outer, Operation) and (outer.key, outer.name) == (key, self._name())
 
     async def _caller(self) -> str:
         caller, secret = self._shared.caller, self._shared.secret
@@ -228,14 +242,14 @@ class _Exchange:
         try:
             verdict, claimed_at = await self._shared.runner.claim(claim, self._wait())
         except StoreError as error:
-            if policy.on_store_error == "fail_open":
+            if policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 self._emit("unprotected", error)
                 await self._unprotected(body.receive(self._receive))
             else:
                 await self._refuse("unavailable", error, retry_after=1.0)
             return
         if isinstance(verdict, Execute):
-            operation = Operation(claim, verdict.attempt)
+            operation = Operation(claim, verdict.attempt, self._name())
             self._lease = Lease(self._shared.runner, claim, operation, self._name(), claimed_at)
             await self._execute(operation, body.receive(self._receive))
         else:
@@ -250,13 +264,14 @@ class _Exchange:
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         capture = ResponseCapture(self._send, self._policy.max_response, self._settle)
-        self._scope.setdefault("state", {})["idempotency"] = operation
+        state = self._scope.setdefault("state", {})
+        before, state["idempotency"] = state.get("idempotency"), operation
         token = RUNNING.set(operation)
         try:
             await self._shared.app(self._scope, capture.listening(receive), capture)
             await capture.flush()
             if not self._lease.ended:
-                await self._failed(RuntimeError("The application returned without a response."))
+                await self._failed(_NoResponse())
         except BaseException as error:
             capture.drop()
             # Settled already: the response is recorded and sent, and a background task failed or was cancelled.
@@ -265,6 +280,8 @@ class _Exchange:
             raise
         finally:
             self._lease.stop()
+            # Requests that are made from this one's scope, as by a batch endpoint, share its state.
+            state["idempotency"] = before
             RUNNING.reset(token)
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:

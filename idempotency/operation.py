@@ -52,17 +52,22 @@ class Lost:
 class Operation:
     """One run of an operation under its idempotency key.
 
-    ``scope`` and ``key`` name its record, ``attempt`` counts its runs from 1 (more than 1: an earlier owner vanished,
-    and its effect may exist), ``lost`` tells that its lease is gone.
+    ``name`` says what was asked (``"POST /orders/7"``), ``scope`` and ``key`` name its record, ``attempt`` counts its
+    runs from 1 (more than 1: an earlier owner vanished, and its effect may exist), ``lost`` tells that its lease is
+    gone.
     """
 
-    __slots__ = ("_claim", "_word", "attempt", "lost")
+    __slots__ = ("_claim", "_word", "attempt", "lost", "name")
 
-    def __init__(self, claim: Claim, attempt: int) -> None:
+    def __init__(self, claim: Claim, attempt: int, name: str = "") -> None:
         self._claim = claim
+        self.name = name
         self._word: Outcome | None = None
         self.attempt = attempt
         self.lost = Lost()
+
+    def __repr__(self) -> str:
+        return f"<Operation {self.name} record={self._claim.id.hex()[:12]} attempt={self.attempt}>"
 
     @property
     def scope(self) -> str:

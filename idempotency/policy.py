@@ -16,8 +16,8 @@ Outcome = Literal["store", "release", "hold"]
 
 Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[bytes | str]]
 
-TRANSIENT = frozenset({401, 403, 408, 409, 425, 429, 503})
-"""Answers that say "not now" or "not you": a retry must be able to get another one."""
+TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
+"""Answers that say "not now", "not you" or "not here": the same request must be able to get another one."""
 
 
 class Seconds:
@@ -59,9 +59,9 @@ class Policy:
     ``on_store_error``: ``"fail_closed"`` (the default: 503, nothing runs) or ``"fail_open"`` (runs unprotected).
     ``outcomes``: what becomes of a key by how its operation ended, over the defaults: a status (``404``), a class of
     statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default every
-    response is stored, except 5xx and the transient 401, 403, 408, 409, 425, 429 and 503, which release the key, as
-    an exception does. An exact status wins over a class, a nearer exception class over a farther; an exception without
-    a rule follows the one for 500.
+    response is stored, except 5xx, the transient 401, 403, 408, 409, 425, 429 and 503, and the redirects 307 and 308
+    (the client sends the same request, key included, elsewhere): these release the key, as an exception does. An exact
+    status wins over a class, a nearer exception class over a farther; an exception without a rule follows that for 500.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that

@@ -11,7 +11,7 @@ from faults import FlakyStore
 from time_travel import now, others, settled, travelling, travelling_store
 
 from idempotency._core import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown
-from idempotency._run import Lease, Runner
+from idempotency._run import Lease, Runner, WaitFailedError
 from idempotency.errors import StoreError
 from idempotency.events import Event
 from idempotency.operation import Operation
@@ -505,8 +505,9 @@ async def test_a_failing_store_is_told_to_all_waiters_at_once():
     lease.stop()
     desk.store.inner._announce(lease._claim.id)
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [StoreError] * 20
+    assert [type(outcome) for outcome in outcomes] == [WaitFailedError] * 20
     assert desk.store.count("claim") == asked + 1
+    await asyncio.sleep(5)
 
 
 @travelling
@@ -515,9 +516,10 @@ async def test_without_followers_a_failed_watch_leaves_nothing_unread():
     desk = Desk()
     lease = await desk.own()
     desk.store.order("claim", None, "fail")
-    with pytest.raises(StoreError):
+    with pytest.raises(WaitFailedError):
         await desk.told(wait=5)
     lease.stop()
+    await asyncio.sleep(5)
 
 
 # A claim whose answer is lost
@@ -545,7 +547,7 @@ async def test_a_store_that_is_away_is_not_asked_by_thousands():
     assert {type(outcome) for outcome in outcomes} == {StoreError}
     assert len(others()) == 1000
     desk.store.down = False
-    await asyncio.sleep(1)
+    await asyncio.sleep(10)
     assert not others()
 
 
@@ -625,3 +627,60 @@ async def test_a_held_key_is_unknown_after_its_lease_and_forever():
     entry = await desk.store.inner.inspect(make_claim().id)
     assert entry is not None
     assert (entry.state, entry.unresolved) == (State.RUNNING, True)
+
+
+@travelling
+async def test_a_release_that_comes_before_its_claim_is_repeated():
+    """A cancelled claim may reach the store after the release that takes it back; nobody holds it in the end."""
+    desk = Desk()
+    desk.store.order("claim", "fail")
+    with pytest.raises(StoreError):
+        await desk.told()
+    await settled()
+    late = desk.store.claims[0]
+    await desk.store.inner.claim(late)
+    await asyncio.sleep(1)
+    assert await desk.told() == Execute(1)
+
+
+@travelling
+async def test_an_answer_later_than_its_lease_runs_nothing_at_once():
+    """The lease it gave is over, and another owner may have recorded meanwhile: the store is asked again."""
+    desk = Desk()
+    claim = make_claim()
+
+    async def answer_late() -> None:
+        await asyncio.sleep(claim.lease + 1)
+        other = make_claim()
+        await desk.store.inner.claim(other)
+        await desk.store.inner.complete(other, b"the other one's")
+
+    desk.store.order("claim", answer_late)
+    assert (await desk.runner.claim(claim))[0] == Replay(b"the other one's")
+
+
+@travelling
+async def test_a_store_slower_than_every_lease_runs_nothing():
+    """Asked twice, answered too late twice: nothing runs, and the key is given back."""
+    desk = Desk()
+    claim = make_claim()
+
+    async def answer_late() -> None:
+        await asyncio.sleep(claim.lease + 1)
+
+    desk.store.order("claim", answer_late, answer_late)
+    with pytest.raises(StoreError, match="longer to answer than a lease"):
+        await desk.runner.claim(claim)
+    await settled()
+    assert await desk.told() == Execute(1)
+
+
+@travelling
+async def test_a_result_that_is_always_refused_is_given_up_for_the_fact():
+    """What the store refuses may be the result: the operation is recorded as done without it."""
+    desk = Desk()
+    lease = await desk.own()
+    desk.store.order("complete", *["fail"] * 6)
+    assert await lease.end("store", b"too large") is None
+    await asyncio.sleep(20)
+    assert await desk.told() == Completed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import IO, Any
 
@@ -27,22 +28,22 @@ class DisconnectedError(Exception):
 class Body:
     """One request body: its digest, its bytes while it is small, and as many readings as needed."""
 
-    __slots__ = ("_file", "data", "digest")
+    __slots__ = ("_file", "_lock", "data", "digest")
 
     def __init__(self, digest: bytes, data: bytes | None, file: IO[bytes] | None = None) -> None:
         self.digest = digest
         self.data = data
         self._file = file
+        self._lock = threading.Lock()
 
     def receive(self, server: Receive) -> Receive:
         """Make the ASGI ``receive`` that gives the body from its start and after it whatever the server says.
 
-        Nothing is invented: a disconnect is told when the server tells it. Two readings of a body on disk must not
-        overlap.
+        Nothing is invented: a disconnect is told when the server tells it.
         """
         if self._file is None:
             return _Replay(self.data or b"", server)
-        return _FileReplay(self._file, server)
+        return _FileReplay(self._file, self._lock, server)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
@@ -65,10 +66,11 @@ class _Replay:
 
 
 class _FileReplay:
-    __slots__ = ("_at", "_file", "_server")
+    __slots__ = ("_at", "_file", "_lock", "_server")
 
-    def __init__(self, file: IO[bytes], server: Receive) -> None:
+    def __init__(self, file: IO[bytes], lock: threading.Lock, server: Receive) -> None:
         self._file = file
+        self._lock = lock
         self._server = server
         self._at: int | None = 0
 
@@ -82,8 +84,10 @@ class _FileReplay:
         return {"type": "http.request", "body": chunk, "more_body": more}
 
     def _read(self, at: int) -> bytes:
-        self._file.seek(at)
-        return self._file.read(_CHUNK)
+        # A reading that was cancelled may still be under way in its thread.
+        with self._lock:
+            self._file.seek(at)
+            return self._file.read(_CHUNK)
 
 
 async def read_body(receive: Receive, limit: int, content_type: bytes | None = None) -> Body:

@@ -122,39 +122,40 @@ class _Borrowed:
     async def take(self) -> Any:
         return await self._pool.get_connection(*_NAME)
 
-    async def drop(self) -> None:
+    def drop(self) -> None:
         pass  # the pool looks at each connection before it gives it out
 
 
 class _Kept:
     """Connections of our own pool: kept, because taking one out and putting it back costs a tenth of a round trip."""
 
-    __slots__ = ("_idle", "_pool")
+    __slots__ = ("_age", "_idle", "_pool")
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._idle: list[Any] = []
+        self._idle: list[tuple[Any, int]] = []
+        self._age = 0
 
     async def take(self) -> Any:
         if not self._idle:
             return await self._pool.get_connection(*_NAME)
-        connection = self._idle.pop()
-        if not connection.is_connected:
-            try:
+        connection, age = self._idle.pop()
+        try:
+            if age != self._age:
+                await connection.disconnect()
+            if not connection.is_connected:
                 await connection.connect()
-            except BaseException:
-                self._idle.append(connection)
-                raise
+        except BaseException:
+            self._idle.append((connection, age))
+            raise
         return connection
 
     async def give(self, connection: Any) -> None:
-        self._idle.append(connection)
+        self._idle.append((connection, self._age))
 
-    async def drop(self) -> None:
-        dropped, self._idle = self._idle, []
-        for connection in dropped:
-            await connection.disconnect()
-            self._idle.append(connection)
+    def drop(self) -> None:
+        # They are made anew as they are taken: here nothing can be interrupted, and lost.
+        self._age += 1
 
 
 def _direct(connections: _Borrowed | _Kept) -> Send:
@@ -169,7 +170,7 @@ def _direct(connections: _Borrowed | _Kept) -> Send:
             return await once(command)
         except _AGAIN:
             # Where one had idled too long, the others have as well.
-            await connections.drop()
+            connections.drop()
             return await once(command)
 
     async def once(command: Command) -> Any:

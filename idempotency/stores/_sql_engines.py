@@ -240,6 +240,8 @@ def _code(error: Exception) -> str | int | None:
 def _again(error: Exception) -> bool:
     # A connection found dead is most often one that had idled in the pool while its server was restarted; every verb
     # may be repeated, and the pool has dropped its other connections by now.
+    if getattr(getattr(error, "orig", None), "sqlite_errorname", None) == "SQLITE_BUSY_SNAPSHOT":
+        return True  # another process wrote between this transaction's first look and its write
     return _code(error) in _AGAIN or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 

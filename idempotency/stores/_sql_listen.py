@@ -152,5 +152,7 @@ class _Waiter:
         else:
             poll, self._poll = self._poll, min(self._poll * 2, _LAST_POLL)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), min(seconds, poll))
+            # Not asyncio.wait_for: that of Python 3.11 can swallow a cancellation.
+            async with asyncio.timeout(min(seconds, poll)):
+                await self._changed.wait()
         self._changed.clear()

@@ -1134,6 +1134,7 @@ async def test_a_store_that_fails_while_waiting_is_told_to_all_at_once():
     assert now() - began <= 10
     app.gate.set()
     assert (await first).status == 201
+    await asyncio.sleep(5)
 
 
 @travelling
@@ -1143,3 +1144,83 @@ async def test_nothing_is_left_of_a_request():
     for request in ({"key": "k"}, {"key": "k"}, {"key": "k", "body": b"x"}, {"key": '"'}, {}):
         await call(protected, **request)
         assert not others()
+
+
+@pytest.mark.parametrize("status", [307, 308])
+async def test_a_redirect_that_repeats_the_request_keeps_nothing(status):
+    """The client sends the same request, with its key, elsewhere: there it is the first one."""
+
+    async def app(scope, receive, send):
+        await read(receive)
+        await respond(send, status if scope["path"] == "/orders" else 201)
+
+    protected = protect(app)
+    assert (await call(protected, key="k")).status == status
+    assert (await call(protected, key="k", path="/orders/")).status == 201
+
+
+async def test_requests_made_from_one_scope_are_each_protected():
+    """A batch endpoint that calls the application with copies of its own scope shares its state with all of them."""
+    app = Effects()
+    protected = protect(app, policy=Policy(required=True))
+    outer = http_scope(key=None, path="/batch")
+    statuses = []
+    for key in (b"k1", b"k2", b"k2", None):
+        reply = Reply()
+        headers = [(b"idempotency-key", key)] if key else []
+        await protected({**outer, "path": "/orders", "headers": headers}, Client(), reply.send)
+        statuses.append((reply.status, reply.replayed))
+    assert statuses == [(201, False), (201, False), (201, True), (400, False)]
+    assert app.runs == 2
+
+
+async def test_an_application_without_an_answer_counts_as_a_crash():
+    """Some return silently when their client is gone, after the effect: a key that is held stays held."""
+
+    async def silent(scope, receive, send):
+        await read(receive)
+
+    app = Effects(silent)
+    protected = protect(app, policy=Policy(on_crash="hold"))
+    await call(protected, key="k")
+    assert (await call(protected, key="k")).code == "outcome-unknown"
+    assert app.runs == 1
+
+
+async def test_a_waiter_that_knows_of_an_owner_never_runs_unprotected():
+    """fail_open is for a store that is not there, not for a duplicate of what is running."""
+    app = Effects()
+    app.gate = asyncio.Event()
+    store = FlakyStore()
+    protected = protect(app, store, policy=Policy(wait=30, on_store_error="fail_open"))
+    first = asyncio.create_task(call(protected, key="k"))
+    await app.running.wait()
+    waiting = [asyncio.create_task(call(protected, key="k")) for _ in range(5)]
+    await asyncio.sleep(0.05)
+    store.order("claim", "fail")
+    store.inner._announce(store.claims[0].id)
+    assert {reply.code for reply in await asyncio.gather(*waiting)} == {"store-unavailable"}
+    app.gate.set()
+    assert (await first).status == 201
+    assert app.runs == 1
+
+
+async def test_a_method_in_lower_case_is_protected():
+    """Some servers hand it on as it was sent, and some frameworks read it as POST."""
+    app = Effects()
+    assert (await call(protect(app, policy=Policy(required=True)), method="post")).status == 400
+    assert app.runs == 0
+
+
+async def test_headers_may_be_read_once():
+    """ASGI promises an iterable, no list."""
+    app = Effects()
+    protected = protect(app)
+    bodies = []
+    for who in (b"Bearer alice", b"Bearer bob"):
+        scope, reply = http_scope(), Reply()
+        scope["headers"] = iter([(b"authorization", who), (b"idempotency-key", b"k")])
+        await protected(scope, Client(), reply.send)
+        bodies.append(reply.replayed)
+    assert bodies == [False, False]
+    assert app.runs == 2
