@@ -30,7 +30,7 @@ _HELD = 600.0
 """Seconds for which a held claim is taken back whose answer was lost."""
 
 _MISSES = 5
-"""How often a write is repeated unchanged: a release that finds nothing, a result that is refused."""
+"""How often a release that finds nothing is repeated."""
 
 _MOMENT = 1.0
 """Seconds for which a cancelled request waits for its record."""
@@ -296,13 +296,17 @@ class Lease:
             raise
 
     def _record_late(self, outcome: Outcome, result: bytes | None) -> asyncio.Task[None]:
-        tries = 0
+        loop = asyncio.get_running_loop()
+        halfway = loop.time() + self._claim.lease / 2
 
         async def write() -> bool:
-            nonlocal tries
-            tries += 1
-            # What a store keeps refusing may be the result. That the operation is done is worth more.
-            return await self._write(outcome, result if tries <= _MISSES else None)
+            try:
+                return await self._write(outcome, result)
+            except StoreError:
+                if result is None or loop.time() < halfway:
+                    raise
+                # What a store keeps refusing may be the result. That the operation is done is worth more.
+                return await self._write(outcome, None)
 
         return self._runner.persist(write, self._claim.lease, self._recorded(outcome))
 
