@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Verdict, judge
+from idempotency._transaction import Transaction
 from idempotency.errors import StoreError
 from idempotency.events import Event, EventHook, EventKind
 from idempotency.operation import Operation
@@ -138,13 +139,33 @@ async def _persist(write: Callable[[], Awaitable[object]], patience: float, writ
 class Lease:
     """The ownership of one running operation: renewed while it lasts, ended by one of complete, hold or release."""
 
-    __slots__ = ("_beat", "_claim", "_deadline", "_ended", "_expiry", "_name", "_runner", "_task", "operation")
+    __slots__ = (
+        "_beat",
+        "_claim",
+        "_deadline",
+        "_ended",
+        "_expiry",
+        "_name",
+        "_runner",
+        "_task",
+        "_transaction",
+        "operation",
+    )
 
-    def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        claim: Claim,
+        operation: Operation,
+        name: str,
+        claimed_at: float,
+        transaction: Transaction | None = None,
+    ) -> None:
         self.operation = operation
         self._runner = runner
         self._claim = claim
         self._name = name
+        self._transaction = transaction
         self._ended = False
         # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
@@ -197,15 +218,29 @@ class Lease:
         if self._task is not None:
             self._task.cancel()
 
+    async def close(self) -> None:
+        """Stop renewing, and give the transaction's connection back."""
+        self.stop()
+        if self._transaction is not None:
+            await self._transaction.close()
+
     async def end(self, outcome: Outcome, result: bytes | None = None, error: str = "") -> Told | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
         again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
         recorded, and the verdict says what is known instead. A cancellation does not undo the record.
+
+        In a transaction that was used, the effect is part of it: what is not stored is rolled back, and what cannot be
+        committed raises, the database's own error or :class:`~idempotency.errors.StoreError`.
         """
         if self._ended:
             return None
+        transaction = self._transaction
+        if transaction is not None and transaction.used:
+            if outcome == "store":
+                return await self._commit(transaction, result)
+            await transaction.roll_back()
         self.stop()
         try:
             if await self._write(outcome, result):
@@ -224,6 +259,28 @@ class Lease:
             with suppress(asyncio.CancelledError):
                 await asyncio.shield(task)
             raise
+
+    async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
+        await transaction.flush()
+        self.stop()
+        try:
+            if await transaction.commit(result):
+                self._emit("stored")
+                return None
+        except BaseException as error:
+            # Cancelled, the commit goes on; then this release is refused, or finds what was rolled back.
+            self._runner.persist(lambda: self._runner.store.release(self._claim), self._claim.lease)
+            if not isinstance(error, asyncio.CancelledError):
+                self._emit("released", type(error).__name__)
+            raise
+        self.operation.lost.set()
+        self._emit("superseded")
+        verdict = judge(self._claim, await self._runner.store.claim(self._claim))
+        if isinstance(verdict, Execute):
+            # The other owner is gone without a result. The effect was rolled back here, so a retry must run.
+            await self._runner.store.release(self._claim)
+            return InProgress(0.0)
+        return verdict
 
     def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
         # A release that was applied, and only its answer lost, is refused when it is repeated.

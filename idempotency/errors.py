@@ -102,3 +102,10 @@ class StoreError(IdempotencyError):
     status = 503
     title = "The idempotency store is unavailable"
     retryable = True
+
+
+class TransactionError(IdempotencyError):
+    """The operation tried to commit a session that is committed together with its record."""
+
+    code = "transaction"
+    title = "The session is committed with the idempotency record"

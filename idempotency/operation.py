@@ -7,9 +7,15 @@ import hashlib
 import uuid
 from collections.abc import Generator
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from idempotency._core import Claim
+from idempotency._transaction import Transaction
+from idempotency.errors import TransactionError
 from idempotency.policy import Outcome
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 RUNNING: ContextVar[Operation | None] = ContextVar("idempotency_operation", default=None)
 
@@ -56,10 +62,11 @@ class Operation:
     and its effect may exist), ``lost`` tells that its lease is gone.
     """
 
-    __slots__ = ("_claim", "_word", "attempt", "lost")
+    __slots__ = ("_claim", "_transaction", "_word", "attempt", "lost")
 
-    def __init__(self, claim: Claim, attempt: int) -> None:
+    def __init__(self, claim: Claim, attempt: int, transaction: Transaction | None = None) -> None:
         self._claim = claim
+        self._transaction = transaction
         self._word: Outcome | None = None
         self.attempt = attempt
         self.lost = Lost()
@@ -73,6 +80,16 @@ class Operation:
     def key(self) -> str:
         """Return the idempotency key as the caller sent it, without quotes."""
         return self._claim.key
+
+    @property
+    def session(self) -> AsyncSession:
+        """Return the session that is committed together with the record; never commit it yourself.
+
+        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``.
+        """
+        if self._transaction is None:
+            raise TransactionError("There is no session: give session=async_sessionmaker(engine) to the middleware.")
+        return self._transaction.session
 
     def derive(self, name: str) -> str:
         """Derive the idempotency key for a downstream call: the same for every attempt, other for another ``name``.

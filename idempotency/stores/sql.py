@@ -10,7 +10,8 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
@@ -65,6 +66,7 @@ class SQLStore:
         self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
+        self._joined: Verbs | None = None
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -81,6 +83,34 @@ class SQLStore:
     async def release(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
         return await self._run(lambda verbs, connection: verbs.release(connection, claim))
+
+    @property
+    def timeout(self) -> float:
+        """Return how long a verb may take, in seconds."""
+        return self._timeout
+
+    def check_shared(self, engine: object) -> None:
+        """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
+        mine = self._source if isinstance(self._source, URL) else self._source.url
+        other = getattr(engine, "url", mine)  # a factory that chooses its engine per session cannot be checked
+        if (mine.get_backend_name(), mine.host, mine.port, mine.database) != (
+            other.get_backend_name(),
+            other.host,
+            other.port,
+            other.database,
+        ):
+            raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
+
+    async def complete_in(self, session: AsyncSession, claim: Claim, result: bytes | None, /) -> bool:
+        """Record the end in the transaction of ``session``, which must be on this store's database; commit nothing."""
+
+        def complete(session: Session) -> bool:
+            connection = session.connection()
+            if self._joined is None:
+                self._joined = Verbs(connection.dialect, self._table)
+            return self._joined.complete(connection, claim, result, State.DONE)
+
+        return await session.run_sync(complete)
 
     @asynccontextmanager
     async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
