@@ -54,8 +54,12 @@ class RequestTooLargeError(IdempotencyError):
 
 
 class InProgressError(IdempotencyError):
-    """Another request with this key is still running (draft section 2.7)."""
+    """Another request with this key is still running (draft section 2.7).
 
+    ``retry_after``: seconds after which it may have ended.
+    """
+
+    retry_after: float = 1.0
     code = "in-progress"
     status = 409
     title = "A request with this Idempotency-Key is in progress"
@@ -85,6 +89,13 @@ class NotReplayableError(IdempotencyError):
     code = "completed-not-replayable"
     status = 409
     title = "The request with this Idempotency-Key is completed; its response was not kept"
+
+
+class RecordedFailureError(IdempotencyError):
+    """The operation failed, and by policy its failure is the recorded result; the message names the exception."""
+
+    code = "recorded-failure"
+    title = "The operation with this Idempotency-Key failed; the failure is recorded"
 
 
 class UnreadableError(IdempotencyError):

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
 from idempotency.stores._sql_verbs import Verbs
@@ -66,7 +67,7 @@ class SQLStore:
         self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
-        self._joined: Verbs | None = None
+        self._joined: Joined | None = None
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -100,17 +101,44 @@ class SQLStore:
             other.database,
         ):
             raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
+        options = engine.get_execution_options() if isinstance(engine, Engine | AsyncEngine) else {}
+        if options.get("isolation_level") == "AUTOCOMMIT":
+            raise ConfigurationError("the sessions are in AUTOCOMMIT: they have no transaction to commit as one")
 
-    async def complete_in(self, session: AsyncSession, claim: Claim, result: bytes | None, /) -> bool:
+    async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
+        """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
+
+        Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
+        whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
+        an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`; it is a
+        :class:`~idempotency.stores._sql_joined.ConflictError` where a transaction that begins anew can succeed.
+        """
+        return await session.run_sync(lambda sync_session: self.claim_in_sync(sync_session, claim, wait=wait))
+
+    def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
+        """See :meth:`claim_in`."""
+        joined = self._join(session)
+        with joined.failures():
+            return joined.claim_in(session.connection(), claim, wait)
+
+    async def complete_in(
+        self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
+    ) -> bool:
         """Record the end in the transaction of ``session``, which must be on this store's database; commit nothing."""
+        return await session.run_sync(lambda sync_session: self.complete_in_sync(sync_session, claim, result, state))
 
-        def complete(session: Session) -> bool:
-            connection = session.connection()
-            if self._joined is None:
-                self._joined = Verbs(connection.dialect, self._table)
-            return self._joined.complete(connection, claim, result, State.DONE)
+    def complete_in_sync(
+        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
+    ) -> bool:
+        """See :meth:`complete_in`."""
+        return self._join(session).complete(session.connection(), claim, result, state)
 
-        return await session.run_sync(complete)
+    def _join(self, session: Session) -> Joined:
+        if self._joined is None:
+            with connecting(session):
+                engine = session.connection().engine
+            self._joined = Joined(engine, self._table)
+        return self._joined
 
     @asynccontextmanager
     async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
@@ -151,6 +179,14 @@ class SQLStore:
     ) -> bool:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, result, ttl))
+
+    async def forget(self, record: bytes, /) -> bool:
+        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        return await self._run(lambda verbs, connection: verbs.forget(connection, record))
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`forget`."""
+        return self._run_sync(lambda verbs, connection: verbs.forget(connection, record))
 
     async def purge(self, batch: int = 1000) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
