@@ -2,8 +2,10 @@
 
 from idempotency._http.codec import encode_response
 from idempotency.asgi import IdempotencyMiddleware
+from idempotency.consumer import idempotent_consumer
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.events import Event
+from idempotency.function import idempotent
 from idempotency.operation import Operation, current
 from idempotency.policy import Policy
 from idempotency.stores import open_store
@@ -18,5 +20,7 @@ __all__ = [
     "StoreError",
     "current",
     "encode_response",
+    "idempotent",
+    "idempotent_consumer",
     "open_store",
 ]

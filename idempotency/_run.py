@@ -6,19 +6,18 @@ It is used from one event loop at a time and knows neither HTTP nor any one stor
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
 from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Verdict, judge
+from idempotency._tell import Failure, tell
+from idempotency._transaction import Transaction
 from idempotency.errors import StoreError
-from idempotency.events import Event, EventHook, EventKind
+from idempotency.events import EventHook, EventKind
 from idempotency.operation import Operation
 from idempotency.policy import Outcome
 from idempotency.stores.base import Store
-
-_logger = logging.getLogger("idempotency")
 
 _BACKLOG = 1000
 """How many writes may be waiting in the background before no more claims are released there."""
@@ -52,28 +51,10 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def emit(
-        self,
-        kind: EventKind,
-        operation: str,
-        claim: Claim | None = None,
-        attempt: int = 0,
-        error: BaseException | None = None,
+        self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
     ) -> None:
         """Deliver one event."""
-        event = Event(
-            kind=kind,
-            operation=operation,
-            record=claim.id.hex()[:12] if claim is not None else "",
-            attempt=attempt,
-            error=type(error).__name__ if error is not None else "",
-            # A store's words name a server and what to do; another error's may hold what the caller sent.
-            detail=str(error) if isinstance(error, StoreError) else "",
-        )
-        try:
-            self._on_event(event)
-        except Exception:
-            # The effect has happened by now, or must not: a broken hook is no reason to answer otherwise.
-            _logger.exception("the event hook failed")
+        tell(self._on_event, kind, operation, claim, attempt, error)
 
     async def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and say what follows; a duplicate waits up to ``wait`` seconds for the running owner.
@@ -92,7 +73,7 @@ class Runner:
             # The answer took longer than the lease it gave: the key may be another's by now.
             verdict, asked = await self._ask(claim)
             if isinstance(verdict, Execute) and loop.time() >= asked + claim.lease:
-                self._let_go(claim)
+                self.let_go(claim)
                 raise StoreError("the store takes longer to answer than a lease lasts")
         return verdict, asked
 
@@ -101,7 +82,7 @@ class Runner:
         try:
             return judge(claim, await self.store.claim(claim)), asked
         except (StoreError, asyncio.CancelledError):
-            self._let_go(claim)
+            self.let_go(claim)
             raise
 
     async def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
@@ -141,7 +122,7 @@ class Runner:
             return verdict, asked
         except (StoreError, asyncio.CancelledError) as error:
             # Also when the watch fails to end after the claim was won.
-            self._let_go(claim)
+            self.let_go(claim)
             if isinstance(error, StoreError) and not mine.done():
                 mine.set_exception(error)
                 mine.exception()  # followers may be none; an exception nobody asked for would be reported
@@ -151,7 +132,8 @@ class Runner:
             if not mine.done():
                 mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
 
-    def _let_go(self, claim: Claim) -> None:
+    def let_go(self, claim: Claim) -> None:
+        """Release a claim in the background that nothing runs under."""
         # The store may have applied the claim and only its answer is lost. While it is away, every request comes here:
         # beyond a number that is no burden to it, such claims are left to lapse.
         if len(self._tasks) < _BACKLOG:
@@ -208,13 +190,33 @@ async def _pauses(seconds: float) -> AsyncIterator[None]:
 class Lease:
     """The ownership of one running operation: renewed while it lasts, ended by one of complete, hold or release."""
 
-    __slots__ = ("_beat", "_claim", "_deadline", "_ended", "_expiry", "_name", "_runner", "_task", "operation")
+    __slots__ = (
+        "_beat",
+        "_claim",
+        "_deadline",
+        "_ended",
+        "_expiry",
+        "_name",
+        "_runner",
+        "_task",
+        "_transaction",
+        "operation",
+    )
 
-    def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        claim: Claim,
+        operation: Operation,
+        name: str,
+        claimed_at: float,
+        transaction: Transaction | None = None,
+    ) -> None:
         self.operation = operation
         self._runner = runner
         self._claim = claim
         self._name = name
+        self._transaction = transaction
         self._ended = False
         # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
@@ -267,17 +269,29 @@ class Lease:
         if self._task is not None:
             self._task.cancel()
 
-    async def end(
-        self, outcome: Outcome, result: bytes | None = None, error: BaseException | None = None
-    ) -> Told | None:
+    async def close(self) -> None:
+        """Stop renewing, and give the transaction's connection back."""
+        self.stop()
+        if self._transaction is not None:
+            await self._transaction.close()
+
+    async def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Told | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
         again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
         recorded, and the verdict says what is known instead. A cancellation does not undo the record.
+
+        In a transaction that was used, the effect is part of it: what is not stored is rolled back, and what cannot be
+        committed raises, the database's own error or :class:`~idempotency.errors.StoreError`.
         """
         if self._ended:
             return None
+        transaction = self._transaction
+        if transaction is not None and transaction.used:
+            if outcome == "store":
+                return await self._commit(transaction, result)
+            await transaction.roll_back()
         self.stop()
         try:
             if await self._write(outcome, result):
@@ -310,11 +324,33 @@ class Lease:
 
         return self._runner.persist(write, self._claim.lease, self._recorded(outcome))
 
+    async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
+        await transaction.flush()
+        self.stop()
+        try:
+            if await transaction.commit(result):
+                self._emit("stored")
+                return None
+        except BaseException as error:
+            # Cancelled, the commit goes on; then this release is refused, or finds what was rolled back.
+            self._runner.let_go(self._claim)
+            if not isinstance(error, asyncio.CancelledError):
+                self._emit("released", error)
+            raise
+        self.operation.lost.set()
+        self._emit("superseded")
+        verdict = judge(self._claim, await self._runner.store.claim(self._claim))
+        if isinstance(verdict, Execute):
+            # The other owner is gone without a result. The effect was rolled back here, so a retry must run.
+            await self._runner.store.release(self._claim)
+            return InProgress(0.0)
+        return verdict
+
     def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
         # A release that was applied, and only its answer lost, is refused when it is repeated.
         return lambda written: self._emit(_KIND[outcome] if written or outcome == "release" else "superseded")
 
-    def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
+    def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
 
     async def _write(self, outcome: Outcome, result: bytes | None) -> bool:

@@ -26,6 +26,7 @@ from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.problem import DRAFT, check_docs, problem_response
 from idempotency._http.routes import Routes
 from idempotency._run import Lease, Runner, WaitFailedError
+from idempotency._transaction import transactions
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -46,6 +47,7 @@ from idempotency.stores import open_store
 from idempotency.stores.base import Store
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from starlette.requests import Request
 
 Scope = MutableMapping[str, Any]
@@ -63,6 +65,9 @@ class IdempotencyMiddleware:
     then closed at the application's shutdown.
     ``policy``: what every protected route is given. ``policies``: other policies by route, ``"POST /payments/{id}"``
     or ``"/payments"``, as ``app`` sees its paths (without ``root_path``); None takes a route out of scope.
+    ``session``: makes the middleware transactional. ``store`` is then an :class:`~idempotency.stores.sql.SQLStore` on
+    the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
+    and committed with the recorded response, before the response is sent. Handlers do not commit it.
     ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
     async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name. None is the opt-out: one
     key space for all callers, in which one caller's key answers another with the first one's response.
@@ -84,6 +89,7 @@ class IdempotencyMiddleware:
         store: Store | str,
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
+        session: async_sessionmaker[AsyncSession] | None = None,
         scope: CallerScope | Literal["authorization"] | None = "authorization",
         secret: bytes | str | None = None,
         header_name: str = "Idempotency-Key",
@@ -110,6 +116,7 @@ class IdempotencyMiddleware:
         self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
+        self.transactions = None if session is None else transactions(self.runner.store, session)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -249,8 +256,9 @@ class _Exchange:
                 await self._refuse("unavailable", error, retry_after=1.0)
             return
         if isinstance(verdict, Execute):
-            operation = Operation(claim, verdict.attempt, self._name())
-            self._lease = Lease(self._shared.runner, claim, operation, self._name(), claimed_at)
+            transaction = self._shared.transactions(claim) if self._shared.transactions is not None else None
+            operation = Operation(claim, verdict.attempt, transaction, self._name())
+            self._lease = Lease(self._shared.runner, claim, operation, self._name(), claimed_at, transaction)
             await self._execute(operation, body.receive(self._receive))
         else:
             await send_response(self._send, self._answer(verdict))
@@ -279,15 +287,19 @@ class _Exchange:
                 await self._failed(error)
             raise
         finally:
-            self._lease.stop()
             # Requests that are made from this one's scope, as by a batch endpoint, share its state.
             state["idempotency"] = before
             RUNNING.reset(token)
+            await self._lease.close()
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         outcome = self._lease.operation.settle(self._policy.outcome_of_status(status))
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
-        told = await self._lease.end(outcome, result)
+        try:
+            told = await self._lease.end(outcome, result)
+        except StoreError as error:
+            # The transaction did not commit, or nobody can say: the same request may be sent again either way.
+            return self._problem("unavailable", error, retry_after=1.0)
         return None if told is None else self._answer(told)
 
     async def _failed(self, error: BaseException) -> None:

@@ -54,8 +54,12 @@ class RequestTooLargeError(IdempotencyError):
 
 
 class InProgressError(IdempotencyError):
-    """Another request with this key is still running (draft section 2.7)."""
+    """Another request with this key is still running (draft section 2.7).
 
+    ``retry_after``: seconds after which it may have ended.
+    """
+
+    retry_after: float = 1.0
     code = "in-progress"
     status = 409
     title = "A request with this Idempotency-Key is in progress"
@@ -86,6 +90,13 @@ class NotReplayableError(IdempotencyError):
     title = "The request with this Idempotency-Key is completed; its response was not kept"
 
 
+class RecordedFailureError(IdempotencyError):
+    """The operation failed, and by policy its failure is the recorded result; the message names the exception."""
+
+    code = "recorded-failure"
+    title = "The operation with this Idempotency-Key failed; the failure is recorded"
+
+
 class UnreadableError(IdempotencyError):
     """The record under the key is damaged, or of a newer format; the operation is not repeated."""
 
@@ -101,3 +112,10 @@ class StoreError(IdempotencyError):
     status = 503
     title = "The idempotency store is unavailable"
     retryable = True
+
+
+class TransactionError(IdempotencyError):
+    """The operation tried to commit a session that is committed together with its record."""
+
+    code = "transaction"
+    title = "The session is committed with the idempotency record"

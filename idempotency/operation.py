@@ -6,10 +6,23 @@ import asyncio
 import hashlib
 import uuid
 from collections.abc import Generator
+from contextlib import suppress
 from contextvars import ContextVar
+from typing import Any, Protocol
 
 from idempotency._core import Claim
+from idempotency.errors import TransactionError
 from idempotency.policy import Outcome
+
+
+class HasSession(Protocol):
+    """A transaction, as the operation needs it."""
+
+    @property
+    def session(self) -> Any:
+        """Return the session, made at the first call."""
+        ...
+
 
 RUNNING: ContextVar[Operation | None] = ContextVar("idempotency_operation", default=None)
 
@@ -22,31 +35,36 @@ def current() -> Operation | None:
 class Lost:
     """The signal that the lease is lost: another owner may be running the same operation.
 
-    A flag (``if operation.lost: ...``), also from a thread, and awaitable in the operation's event loop
-    (``await operation.lost``). Once set it stays set. Nothing is cancelled: what to do is the operation's to decide.
+    A flag (``if operation.lost: ...``), also from a thread, and awaitable in any event loop (``await operation.lost``).
+    Once set it stays set. Nothing is cancelled: what to do is the operation's to decide.
     """
 
-    __slots__ = ("_event", "_set")
+    __slots__ = ("_set", "_waiting")
 
     def __init__(self) -> None:
         self._set = False
-        self._event: asyncio.Event | None = None
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def __bool__(self) -> bool:
         return self._set
 
     def __await__(self) -> Generator[object, None, None]:
-        if self._event is None:
-            self._event = asyncio.Event()
-            if self._set:
-                self._event.set()
-        yield from self._event.wait().__await__()
+        event = asyncio.Event()
+        # Before the flag is read, so that a signal from another thread is not missed.
+        self._waiting.append((asyncio.get_running_loop(), event))
+        if not self._set:
+            yield from event.wait().__await__()
 
-    def set(self) -> None:
-        """Give the signal, in the operation's event loop."""
+    def set(self) -> bool:
+        """Give the signal, from any thread; False if it was given before."""
+        if self._set:
+            return False
         self._set = True
-        if self._event is not None:
-            self._event.set()
+        for loop, event in self._waiting:
+            # A loop that is closed has nobody left to tell.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(event.set)
+        return True
 
 
 class Operation:
@@ -57,10 +75,11 @@ class Operation:
     gone.
     """
 
-    __slots__ = ("_claim", "_word", "attempt", "lost", "name")
+    __slots__ = ("_claim", "_transaction", "_word", "attempt", "lost", "name")
 
-    def __init__(self, claim: Claim, attempt: int, name: str = "") -> None:
+    def __init__(self, claim: Claim, attempt: int, transaction: HasSession | None = None, name: str = "") -> None:
         self._claim = claim
+        self._transaction = transaction
         self.name = name
         self._word: Outcome | None = None
         self.attempt = attempt
@@ -78,6 +97,17 @@ class Operation:
     def key(self) -> str:
         """Return the idempotency key as the caller sent it, without quotes."""
         return self._claim.key
+
+    @property
+    def session(self) -> Any:
+        """Return the session that is committed together with the record; never commit it yourself.
+
+        An ``AsyncSession``, or in a synchronous function or consumer a ``Session``.
+        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``.
+        """
+        if self._transaction is None:
+            raise TransactionError("There is no session: give the middleware or decorator session=, a sessionmaker.")
+        return self._transaction.session
 
     def derive(self, name: str) -> str:
         """Derive the idempotency key for a downstream call: the same for every attempt, other for another ``name``.

@@ -227,7 +227,8 @@ def _to_reconnect(error: Exception, client: Any) -> Any:
 
 
 def sender_sync(client: Any) -> SendSync:
-    """Make the sender of a blocking client."""
+    """Choose how a blocking client's commands are sent."""
+    once = _direct_sync(client.connection_pool) if _is_plain_sync(client) else _through_sync(client)
 
     def send(command: Command) -> Any:
         try:
@@ -239,6 +240,45 @@ def sender_sync(client: Any) -> SendSync:
             pool.disconnect(inuse_connections=False)
             return once(command)
 
+    return send
+
+
+def _is_plain_sync(client: Any) -> bool:
+    """See :func:`_is_plain`."""
+    return (
+        type(client) is redis.Redis
+        and inspect.isfunction(redis.Redis.execute_command)
+        and not hasattr(redis.Redis.execute_command, "__wrapped__")
+        and client.connection is None
+        and type(client.connection_pool).__module__.startswith("redis.connection")
+        and client.connection_pool.connection_class.__module__.startswith("redis.connection")
+    )
+
+
+def _direct_sync(pool: Any) -> SendSync:
+    """Send over a connection of the pool; see :func:`_direct`."""
+
+    def once(command: Command) -> Any:
+        script, rest = command
+        connection = pool.get_connection(*_NAME)
+        try:
+            connection.send_packed_command((pack(b"EVALSHA", script.sha, rest),))
+            try:
+                return connection.read_response(disable_decoding=True)
+            except NoScriptError:
+                connection.send_packed_command((pack(b"EVAL", script.text, rest),))
+                return connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
+                connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+    return once
+
+
+def _through_sync(client: Any) -> SendSync:
     def once(command: Command) -> Any:
         script, rest = command
         try:
@@ -246,7 +286,7 @@ def sender_sync(client: Any) -> SendSync:
         except NoScriptError:
             return client.execute_command(EVAL, script.text, *rest, **RAW)
 
-    return send
+    return once
 
 
 async def send_and_wait(client: Any, command: Command, wait: Wait) -> list[Any]:

@@ -34,8 +34,8 @@ class Script:
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
 
-_CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE = map(
-    Script, ("claim", "renew", "complete", "release", "inspect", "resolve")
+_CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE, _FORGET = map(
+    Script, ("claim", "renew", "complete", "release", "inspect", "resolve", "forget")
 )
 
 Command = tuple[Script, tuple[bytes, ...]]
@@ -89,6 +89,11 @@ def resolve(key: bytes, outcome: str, result: bytes | None, ttl: float) -> Comma
     state = b"%d" % State.DONE if outcome == "done" else b"0"
     head = (b"1", key, _FORMAT, os.urandom(16).hex().encode(), state, _milliseconds(ttl))
     return _RESOLVE, head if result is None else (*head, result)
+
+
+def forget(key: bytes) -> Command:
+    """Make the command that forgets a record which is not being run; it replies 1 or 0."""
+    return _FORGET, (b"1", key)
 
 
 def record(claim: Claim, reply: Any) -> Record:

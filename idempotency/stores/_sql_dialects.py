@@ -81,6 +81,24 @@ WITH seen AS (
 ){{flag}}
 SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free{{flagged}}"""
 
+# In a transaction of the caller, whose lock_timeout is left as it was. It takes effect for a wait that begins after
+# it was set, also within one statement; a statement that fails takes it back. The last line is evaluated last, and
+# gives one row in any case, of NULLs when the claim has to be repeated.
+_CLAIM_BOUNDED = f"""
+WITH before AS MATERIALIZED (
+    SELECT current_setting('lock_timeout') AS setting
+), bound AS MATERIALIZED (
+    SELECT setting, set_config('lock_timeout', :wait, TRUE) AS applied FROM before
+), seen AS (
+    SELECT {_FOUND}, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
+), won AS (
+    INSERT INTO {{table}} AS r ({_COLUMNS})
+    SELECT {_VALUES} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
+), found AS (
+    SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free
+)
+SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN found ON TRUE"""
+
 # A watcher may rely on being told only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
     UPDATE {{table}} SET watched = TRUE
@@ -121,6 +139,7 @@ _SETTLE = (
     f" WHERE id = :id AND {_UNRESOLVED}"
 )
 _FORGET = f"DELETE FROM {{table}} WHERE id = :id AND {_UNRESOLVED}"
+_DROP = f"DELETE FROM {{table}} WHERE id = :id AND NOT {_EXPIRED} AND NOT ({_RUNNING} AND lease_until_ms > {{now}})"
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
 _EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
@@ -139,7 +158,7 @@ _TOLD = (
 
 _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
-    **dict.fromkeys(("scope", "key", "token", "channel", "payload"), "text"),
+    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "limit"), "bigint"),
     "state": "smallint",
@@ -166,7 +185,9 @@ class Statements:
         self.look_first = family == "sqlite"
         self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
         self.look = self._text(_LOOK)
+        self.look_locked = self._text(f"{_LOOK} FOR UPDATE") if family == "mysql" else self.look
         self.claim, self.claim_watched = self._claims(family)
+        self.claim_bounded = self._text(_CLAIM_BOUNDED, r="r.") if self._postgresql else self.claim
         told = _TOLD if self._postgresql else "{statement}"
         self.renew = self._text(_RENEW)
         self.complete = self._text(told.format(statement=_COMPLETE))
@@ -175,6 +196,7 @@ class Statements:
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
         self.settle = self._text(_SETTLE)
         self.forget = self._text(_FORGET)
+        self.drop = self._text(_DROP)
         self.purge = self._text(_PURGE[family])
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
 

@@ -35,7 +35,7 @@ _SYNC = {
     "sqlite": "sqlite://",
 }
 # Serialization failure, deadlock and lock wait time-out: the statement had no effect, and is sent again.
-_AGAIN = frozenset({"40001", "40P01", 1205, 1213})
+_AGAIN = frozenset({"40001", "40P01", 1205, 1213, 517})
 _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
@@ -150,7 +150,7 @@ class Database:
                 raise
             except Exception as error:  # a driver whose connection dies raises what it likes
                 if not tries_left or call.left or not _again(error):
-                    raise self._failure(error) from getattr(error, "orig", None) or error
+                    raise self.failure(error) from getattr(error, "orig", None) or error
         raise AssertionError
 
     def _once(self, work: Work[T], call: Call, transaction: bool) -> T:
@@ -175,8 +175,9 @@ class Database:
         port = f":{url.port}" if url.port else ""
         return f"{name} at {url.host or 'the default host'}{port}, database {url.database or ''}"
 
-    def _failure(self, error: Exception) -> StoreError:
-        code, words = _code(error), str(getattr(error, "orig", ""))
+    def failure(self, error: Exception) -> StoreError:
+        """Say in words what went wrong."""
+        code, words = error_code(error), str(getattr(error, "orig", ""))
         if code in _NO_TABLE or "no such table" in words:
             return StoreError(
                 f"{self.place} has no table {self._table.name}: call SQLStore.create_schema() or create_schema_sync(),"
@@ -229,8 +230,12 @@ class Call:
                         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _code(error: Exception) -> str | int | None:
+def error_code(error: Exception) -> str | int | None:
+    """Return the SQLSTATE, the number of MySQL, or the extended code of SQLite."""
     cause = getattr(error, "orig", None) or error
+    busy: int | None = getattr(cause, "sqlite_errorcode", None)
+    if busy is not None:
+        return busy
     if cause.args and isinstance(cause.args[0], int):
         return cause.args[0]
     state: str | None = getattr(cause, "sqlstate", None)
@@ -240,9 +245,7 @@ def _code(error: Exception) -> str | int | None:
 def _again(error: Exception) -> bool:
     # A connection found dead is most often one that had idled in the pool while its server was restarted; every verb
     # may be repeated, and the pool has dropped its other connections by now.
-    if getattr(getattr(error, "orig", None), "sqlite_errorname", None) == "SQLITE_BUSY_SNAPSHOT":
-        return True  # another process wrote between this transaction's first look and its write
-    return _code(error) in _AGAIN or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    return error_code(error) in _AGAIN or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
 def _unreachable(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores.base import Entry
 
-_TRIES = 10
+TRIES = 10
 _ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
@@ -31,22 +31,12 @@ class Verbs:
     def claim(self, connection: Connection, claim: Claim) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
-        values = {
-            "id": claim.id,
-            "scope": _storable(claim.scope),
-            "key": _storable(claim.key),
-            "token": claim.token,
-            "fingerprint": claim.fingerprint,
-            "hold": claim.hold,
-            "watched": claim.watched,
-            "lease": _ms(claim.lease),
-            "keep": None if claim.hold else _ms(claim.lease + claim.ttl),
-        }
-        for _ in range(_TRIES):
+        values = claim_values(claim)
+        for _ in range(TRIES):
             row = self._claimed(connection, statement, values)
             if row is not None:
-                return _record(row)
-        raise StoreError(f"the claim lost against others {_TRIES} times in a row")
+                return read_record(row)
+        raise StoreError(f"the claim lost against others {TRIES} times in a row")
 
     def _claimed(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> Row[Any] | None:
         if self._sql.look_first:
@@ -104,6 +94,10 @@ class Verbs:
         values = {"id": record, "result": result, "token": os.urandom(16).hex(), "keep": _ms(ttl)}
         return self._execute(connection, self._sql.settle, values).rowcount > 0
 
+    def forget(self, connection: Connection, record: bytes) -> bool:
+        """Delete a record, unless its owner is running."""
+        return self._execute(connection, self._sql.drop, {"id": record}).rowcount > 0
+
     def purge(self, connection: Connection, batch: int) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
         return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
@@ -118,7 +112,23 @@ class Verbs:
         return connection.execute(statement, values)
 
 
-def _record(row: Row[Any]) -> Record:
+def claim_values(claim: Claim) -> dict[str, Any]:
+    """Return the parameters of the statements that claim."""
+    return {
+        "id": claim.id,
+        "scope": _storable(claim.scope),
+        "key": _storable(claim.key),
+        "token": claim.token,
+        "fingerprint": claim.fingerprint,
+        "hold": claim.hold,
+        "watched": claim.watched,
+        "lease": _ms(claim.lease),
+        "keep": None if claim.hold else _ms(claim.lease + claim.ttl),
+    }
+
+
+def read_record(row: Row[Any]) -> Record:
+    """Read a row; one that makes no sense is ``Record.unreadable()``."""
     # SQLite stores anything in any column, and a row may have been written by hand: nothing is taken for granted.
     try:
         if row.version > FORMAT:

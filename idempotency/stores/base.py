@@ -135,6 +135,10 @@ class Housekeeping(Protocol):
         """
         ...
 
+    async def forget(self, record: bytes, /) -> bool:
+        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        ...
+
     async def check(self) -> None:
         """Ask whether the store can be used; :class:`~idempotency.errors.StoreError` says what to do if not."""
         ...

@@ -175,6 +175,21 @@ class MemoryStore:
     async def create_schema(self) -> None:
         """Do nothing: there is no schema."""
 
+    async def forget(self, record: bytes, /) -> bool:
+        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        return self.forget_sync(record)
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`forget`."""
+        with self._lock:
+            now = self._clock()
+            held = self._live(record, now)
+            if held is None or (held.state is State.RUNNING and held.lease_end > now):
+                return False
+            self._forget(record)
+        self._announce(record)
+        return True
+
     async def purge(self, batch: int = 1000) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`; claims drop expired records too."""
         with self._lock:

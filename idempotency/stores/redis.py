@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 from asyncio import AbstractEventLoop
 from collections.abc import Awaitable, Callable
@@ -41,6 +42,7 @@ from idempotency.stores._redis_send import (
     RAW,
     Deadline,
     Send,
+    SendSync,
     send_and_wait,
     send_and_wait_sync,
     sender,
@@ -72,6 +74,20 @@ class _Loop:
         self.send: Send = sender(client, own)
         self.turns = asyncio.Semaphore(max(1, min(_AT_ONCE, room - 1)))
         self.watching = Watching(client, room)
+
+
+class _Threads:
+    """What all threads share: the blocking client, and how many commands may use it at once."""
+
+    __slots__ = ("client", "send", "turns")
+
+    def __init__(self, client: SyncClient) -> None:
+        self.client = client
+        self.send: SendSync = sender_sync(client)
+        # A queue of so many turns: a threading.Semaphore costs ten times as much.
+        self.turns: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(max(1, min(_AT_ONCE, room_of(client)))):
+            self.turns.put(None)
 
 
 class RedisStore:
@@ -155,7 +171,7 @@ class RedisStore:
         self._durability = durability
         self._loops: dict[AbstractEventLoop, _Loop] = {}
         self._opening = threading.Lock()
-        self._turns: threading.Semaphore | None = None
+        self._threads: _Threads | None = None
 
     # The asyncio verbs.
 
@@ -251,7 +267,7 @@ class RedisStore:
         """Close the blocking client, if the store itself opened it."""
         if self._address is not None:
             with self._opening:
-                client, self._sync = self._sync, None
+                client, self._sync, self._threads = self._sync, None, None
             for each in clients_of(client) if client is not None else ():
                 with contextlib.suppress(*_FAILED):
                     each.close()
@@ -290,6 +306,14 @@ class RedisStore:
 
     async def create_schema(self) -> None:
         """Do nothing: there is no schema."""
+
+    async def forget(self, record: bytes, /) -> bool:
+        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        return bool(await self._run(wire.forget(self._prefix + record.hex().encode())))
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`forget`."""
+        return bool(self._run_sync(wire.forget(self._prefix + record.hex().encode())))
 
     async def purge(self, batch: int = 1000) -> int:
         """Return 0: the server expires records itself."""
@@ -334,21 +358,25 @@ class RedisStore:
             raise self._failed(error) from error
 
     def _run_sync(self, command: Command) -> Any:
-        return self._bounded_sync(lambda client: sender_sync(client)(command))
+        return self._bounded_sync(lambda threads: threads.send(command))
 
     def _run_durably_sync(self, command: Command, durability: Durability) -> list[Any]:
-        replies: list[Any] = self._bounded_sync(lambda client: send_and_wait_sync(client, command, durability.command))
+        replies: list[Any] = self._bounded_sync(
+            lambda threads: send_and_wait_sync(threads.client, command, durability.command)
+        )
         return replies
 
-    def _bounded_sync(self, action: Callable[[SyncClient], Any]) -> Any:
+    def _bounded_sync(self, action: Callable[[_Threads], Any]) -> Any:
         try:
-            client, turns = self._enter_sync()
-            if not turns.acquire(timeout=self._timeout):
-                raise TimeoutError
+            threads = self._threads or self._enter_sync()
             try:
-                return action(client)
+                threads.turns.get(timeout=self._timeout)
+            except queue.Empty:
+                raise TimeoutError from None
+            try:
+                return action(threads)
             finally:
-                turns.release()
+                threads.turns.put(None)
         except _FAILED as error:
             raise self._failed(error) from error
 
@@ -368,15 +396,15 @@ class RedisStore:
         self._here = here
         return here
 
-    def _enter_sync(self) -> tuple[SyncClient, threading.Semaphore]:
+    def _enter_sync(self) -> _Threads:
         with self._opening:
             if self._sync is None:
                 if self._address is None:
                     raise ConfigurationError("this RedisStore has only an asyncio client: give it a sync_client")
                 self._sync = self._address.open_sync(self._timeout)
-            if self._turns is None:
-                self._turns = threading.Semaphore(max(1, min(_AT_ONCE, room_of(self._sync))))
-            return self._sync, self._turns
+            if self._threads is None:
+                self._threads = _Threads(self._sync)
+            return self._threads
 
     def _abandon(self, here: _Loop) -> None:
         if self._address is None:

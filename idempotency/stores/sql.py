@@ -10,11 +10,13 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
 from idempotency.stores._sql_verbs import Verbs
@@ -71,6 +73,7 @@ class SQLStore:
         self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
+        self._joined: Joined | None = None
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -87,6 +90,61 @@ class SQLStore:
     async def release(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
         return await self._run(lambda verbs, connection: verbs.release(connection, claim))
+
+    @property
+    def timeout(self) -> float:
+        """Return how long a verb may take, in seconds."""
+        return self._timeout
+
+    def check_shared(self, engine: object) -> None:
+        """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
+        mine = self._source if isinstance(self._source, URL) else self._source.url
+        other = getattr(engine, "url", mine)  # a factory that chooses its engine per session cannot be checked
+        if (mine.get_backend_name(), mine.host, mine.port, mine.database) != (
+            other.get_backend_name(),
+            other.host,
+            other.port,
+            other.database,
+        ):
+            raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
+        options = engine.get_execution_options() if isinstance(engine, Engine | AsyncEngine) else {}
+        if options.get("isolation_level") == "AUTOCOMMIT":
+            raise ConfigurationError("the sessions are in AUTOCOMMIT: they have no transaction to commit as one")
+
+    async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
+        """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
+
+        Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
+        whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
+        an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`; it is a
+        :class:`~idempotency.stores._sql_joined.ConflictError` where a transaction that begins anew can succeed.
+        """
+        return await session.run_sync(lambda sync_session: self.claim_in_sync(sync_session, claim, wait=wait))
+
+    def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
+        """See :meth:`claim_in`."""
+        joined = self._join(session)
+        with joined.failures():
+            return joined.claim_in(session.connection(), claim, wait)
+
+    async def complete_in(
+        self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
+    ) -> bool:
+        """Record the end in the transaction of ``session``, which must be on this store's database; commit nothing."""
+        return await session.run_sync(lambda sync_session: self.complete_in_sync(sync_session, claim, result, state))
+
+    def complete_in_sync(
+        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
+    ) -> bool:
+        """See :meth:`complete_in`."""
+        return self._join(session).complete(session.connection(), claim, result, state)
+
+    def _join(self, session: Session) -> Joined:
+        if self._joined is None:
+            with connecting(session):
+                engine = session.connection().engine
+            self._joined = Joined(engine, self._table)
+        return self._joined
 
     @asynccontextmanager
     async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
@@ -127,6 +185,14 @@ class SQLStore:
     ) -> bool:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, result, ttl))
+
+    async def forget(self, record: bytes, /) -> bool:
+        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        return await self._run(lambda verbs, connection: verbs.forget(connection, record))
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`forget`."""
+        return self._run_sync(lambda verbs, connection: verbs.forget(connection, record))
 
     async def purge(self, batch: int = 1000) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""

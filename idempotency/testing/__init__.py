@@ -5,21 +5,46 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from idempotency.testing._points import crash_point
 from idempotency.testing.clock import ManualClock
 
 if TYPE_CHECKING:
     from idempotency.testing.contract import StoreContract, SyncStoreContract
+    from idempotency.testing.crash import Report, Scenario, assert_once, crash_everywhere
+    from idempotency.testing.faulty import FaultyStore
 
-__all__ = ["ManualClock", "StoreContract", "SyncStoreContract"]
+__all__ = [
+    "FaultyStore",
+    "ManualClock",
+    "Report",
+    "Scenario",
+    "StoreContract",
+    "SyncStoreContract",
+    "assert_once",
+    "crash_everywhere",
+    "crash_point",
+]
+
+_LAZY = {
+    "FaultyStore": "faulty",
+    "Report": "crash",
+    "Scenario": "crash",
+    "StoreContract": "contract",
+    "SyncStoreContract": "contract",
+    "assert_once": "crash",
+    "crash_everywhere": "crash",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    module = _LAZY.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import pytest
-    except ImportError as error:
-        raise ImportError(f"{name} needs pytest: pip install pytest pytest-asyncio") from error
-    # Only a module that is registered before its import explains its failed assertions.
-    pytest.register_assert_rewrite(f"{__name__}.contract")
-    return getattr(importlib.import_module("idempotency.testing.contract"), name)
+    if module == "contract":
+        try:
+            import pytest
+        except ImportError as error:
+            raise ImportError(f"{name} needs pytest: pip install pytest pytest-asyncio") from error
+        # Only a module that is registered before its import explains its failed assertions.
+        pytest.register_assert_rewrite(f"{__name__}.contract")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,165 @@
+"""What a decorated function and a consumer share: their claims, their results, and how a call can end."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from idempotency._core import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
+from idempotency._result import Results
+from idempotency._tell import Failure, tell
+from idempotency.errors import (
+    ConfigurationError,
+    IdempotencyError,
+    InProgressError,
+    KeyInvalidError,
+    KeyMissingError,
+    KeyReusedError,
+    NotReplayableError,
+    OutcomeUnknownError,
+    UnreadableError,
+)
+from idempotency.events import EventHook, EventKind
+from idempotency.policy import Outcome, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """The function ran here and returned ``value``."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The function ran here and raised ``error``; ``outcome`` is what became of its key."""
+
+    error: Exception
+    outcome: Outcome
+
+
+Ended = Ran | Raised | Told
+"""How a call ended: here, or as the record tells."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """What all calls of one decorated function share. ``name`` is what events call it."""
+
+    name: str
+    scope: str
+    policy: Policy
+    results: Results
+    on_event: EventHook
+
+    def claim(self, key: object, compared: object) -> Claim:
+        """Make the claim of one call.
+
+        Raises :class:`~idempotency.errors.KeyMissingError` or :class:`~idempotency.errors.KeyInvalidError`: a key is
+        never invented.
+        """
+        if key is None or key == "":
+            raise KeyMissingError(f"{self.name} was called without an idempotency key: key= returned {key!r}.")
+        if not isinstance(key, str):
+            raise KeyInvalidError(f"key= must return text, not {type(key).__name__}")
+        policy = self.policy
+        return Claim(
+            scope=self.scope,
+            key=key,
+            fingerprint=_digest(compared),
+            lease=policy.lease,
+            ttl=policy.ttl,
+            hold=policy.on_crash == "hold",
+        )
+
+    def emit(self, kind: EventKind, claim: Claim, attempt: int = 0, error: Failure = None) -> None:
+        """Deliver one event."""
+        tell(self.on_event, kind, self.name, claim, attempt, error)
+
+    def encode(self, value: Any) -> tuple[bytes | None, str]:
+        """Encode a result; None, and the name of what is wrong, where it cannot be kept.
+
+        The effect has happened: from here on nothing may fail because of what the function returned.
+        """
+        try:
+            result = self.results.encode(value)
+        except Exception as error:
+            return None, type(error).__name__
+        return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")
+
+
+_NOTHING = hashlib.sha256(b"call:1").digest()
+
+
+def _digest(compared: object) -> bytes:
+    match compared:
+        case None:
+            return _NOTHING
+        case str():
+            compared = compared.encode("utf-8", "surrogatepass")
+        case bytes():
+            pass
+        case _:
+            raise ConfigurationError(f"fingerprint= must return text or bytes, not {type(compared).__name__}")
+    return hashlib.sha256(b"call:1:%b" % compared).digest()
+
+
+KIND: dict[type[Told], EventKind] = {
+    Replay: "replayed",
+    Completed: "completed",
+    InProgress: "in-progress",
+    Mismatch: "mismatch",
+    Unknown: "unknown",
+    Unreadable: "unreadable",
+}
+"""The event of each verdict."""
+
+
+def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> IdempotencyError:
+    """Make the error of a verdict without a result."""
+    match told:
+        case Completed():
+            return NotReplayableError("The operation is completed; its result was not kept.")
+        case InProgress(retry_after):
+            error = InProgressError(f"The operation is in progress; try again in {max(retry_after, 0):.3g} s.")
+            error.retry_after = max(retry_after, 0.0)
+            return error
+        case Mismatch():
+            return KeyReusedError("The key was used for something else.")
+        case Unknown():
+            return OutcomeUnknownError("Nobody knows how the operation ended; it is not repeated until resolved.")
+        case Unreadable(version):
+            return UnreadableError(f"The record is damaged, or of a newer format ({version}).")
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Say whether a call of ``function`` is awaited; ConfigurationError for a generator, which has no one result."""
+    for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
+        plain = inspect.unwrap(each) if each is not None else None
+        if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+            raise ConfigurationError(f"{name_of(function)} is a generator: what it yields cannot be recorded")
+        if inspect.iscoroutinefunction(plain):
+            return True
+    return False
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what events call a function."""
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
+
+
+def takes_session(function: Callable[..., Any]) -> bool:
+    """Say whether a function is given the session as its keyword ``session``."""
+    parameter = inspect.signature(function).parameters.get("session")
+    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature that callers see: frameworks inject what they find in it."""
+    signature = inspect.signature(function)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "session"]
+    return signature.replace(parameters=kept)

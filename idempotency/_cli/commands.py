@@ -1,0 +1,278 @@
+"""``idempotency COMMAND``: each command opens the store, asks one thing of it, and says what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from idempotency._cli import show
+from idempotency._cli.doctor import examine
+from idempotency._cli.lookup import Operated, find, find_key, hexadecimal, one, open_named
+from idempotency._core import record_id
+from idempotency._http.codec import encode_response
+from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.stores.base import Entry
+
+T = TypeVar("T")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+schema = typer.Typer(help="Create the table of a SQL store, or print how.")
+app.add_typer(schema, name="schema")
+
+Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
+Table = Annotated[str | None, typer.Option(help="SQL: the table, default idempotency_record.")]
+Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix, default idempotency.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Listed(StrEnum):
+    """The state that can be listed."""
+
+    UNKNOWN = "unknown"
+
+
+class Outcome(StrEnum):
+    """What was found out about an unresolved operation."""
+
+    DONE = "done"
+    RELEASE = "release"
+
+
+@app.callback()
+def root() -> None:
+    """Look after the records of idempotency keys."""
+
+
+@app.command()
+def inspect(
+    key: Annotated[
+        str | None, typer.Argument(help="The key; without --scope in every scope, reading all records.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="The scope of the key.")] = None,
+    record: Annotated[str | None, typer.Option("--id", help="The record's id, or its first 12 digits.")] = None,
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the records of a key, or of an id; never their results."""
+
+    async def look(opened: Operated) -> list[Entry]:
+        if record is not None:
+            return await find(opened, hexadecimal(record))
+        if key is not None and scope is None:
+            return await find_key(opened, key)
+        found = await opened.inspect(record_id(scope or "", key or ""))
+        return [] if found is None else [found]
+
+    if (key is None) == (record is None) or (record is not None and scope is not None):
+        _fail("give a KEY, with or without --scope, or --id")
+    entries = _run(open_named, look, store, table, prefix)
+    if not entries:
+        _fail("there is no such record")
+    if as_json:
+        show.print_json([show.as_json(entry) for entry in entries])
+    elif len(entries) == 1:
+        show.print_entry(entries[0])
+    else:
+        show.print_entries(entries)
+
+
+@app.command("list")
+def list_(
+    state: Annotated[Listed, typer.Option(help="Whose outcome is unknown.")] = Listed.UNKNOWN,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the oldest first.")] = 100,
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the records that wait to be resolved."""
+    entries = _run(open_named, lambda opened: opened.unresolved(limit), store, table, prefix)
+    if as_json:
+        show.print_json([show.as_json(entry) for entry in entries])
+    else:
+        show.print_entries(entries)
+
+
+@app.command()
+def resolve(
+    record: Id,
+    outcome: Annotated[Outcome, typer.Argument(help="done: the effect happened. release: it did not.")],
+    status: Annotated[int | None, typer.Option(min=200, max=599, help="done: the response duplicates get.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="A header of it, as 'Name: value'; repeat it.")] = None,
+    body_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="The file with its body.")
+    ] = None,
+    ttl: Annotated[float, typer.Option(min=1, help="done: seconds for which it is kept.")] = 86400,
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+) -> None:
+    """Settle a record whose outcome is unknown."""
+
+    async def settle(opened: Operated) -> Entry:
+        entry = await one(opened, record)
+        if status is not None and not entry.scope.startswith("http:"):
+            raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
+        if not await opened.resolve(entry.id, outcome.value, result, ttl=ttl):
+            raise ConfigurationError(f"{record} is {show.state(entry)}, not unknown: nothing was changed")
+        return entry
+
+    if status is None and (header or body_file):
+        _fail("--header and --body-file need --status")
+    if status is not None and outcome is Outcome.RELEASE:
+        _fail("--status is for done: a released key has no response")
+    result = None if status is None else _response(status, header or [], body_file)
+    settled = _run(open_named, settle, store, table, prefix)
+    said = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
+    typer.echo(f"{settled.id.hex()} {said}")
+
+
+@app.command()
+def forget(
+    record: Id,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+) -> None:
+    """Forget a record nobody is running, done or not: the next request of its key runs again."""
+
+    async def drop(opened: Operated) -> Entry:
+        entry = await one(opened, record)
+        if not yes:
+            _confirm(entry)
+        if not await opened.forget(entry.id):
+            raise ConfigurationError(f"{record} is being run, or gone: nothing was forgotten")
+        return entry
+
+    typer.echo(f"{_run(open_named, drop, store, table, prefix).id.hex()} forgotten")
+
+
+@app.command()
+def purge(
+    batch: Annotated[int, typer.Option(min=1, help="How many records one statement deletes.")] = 1000,
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+) -> None:
+    """Delete every expired record; on Redis there is nothing to do."""
+
+    async def empty(opened: Operated) -> int:
+        total = 0
+        with _progress() as advance:
+            while gone := await opened.purge(batch):
+                total += gone
+                advance(gone)
+        return total
+
+    total = _run(open_named, empty, store, table, prefix)
+    typer.echo(f"purged {total} record{'' if total == 1 else 's'}")
+
+
+@app.command()
+def doctor(store: Url = None, table: Table = None, prefix: Prefix = None, as_json: AsJson = False) -> None:
+    """Examine the store and its server; exit code 1 when something must be fixed."""
+    findings = _run(open_named, examine, store, table, prefix)
+    if as_json:
+        show.print_json([show.finding_as_json(finding) for finding in findings])
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.level:<5}{finding.what}")
+    if any(finding.level == "fix" for finding in findings):
+        raise typer.Exit(1)
+
+
+@schema.command()
+def create(store: Url = None, table: Table = None) -> None:
+    """Create the table and its index where they are missing."""
+
+    async def make(opened: Any) -> str:
+        if not hasattr(opened, "complete_in"):
+            return "Redis needs no schema"
+        await opened.create_schema()
+        return f"table {opened._table.name} is there"
+
+    typer.echo(_run(lambda *names: open_named(*names, create=True), make, store, table, None))
+
+
+@schema.command()
+def sql(
+    dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
+    table: Table = None,
+) -> None:
+    """Print the statements that create the table; no store is asked."""
+    try:
+        from idempotency.stores.sql import schema_sql
+    except ImportError:
+        _fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
+    try:
+        typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
+    except IdempotencyError as error:
+        _fail(str(error))
+
+
+def _run(
+    opening: Callable[[str | None, str | None, str | None], Any],
+    work: Callable[[Any], Awaitable[T]],
+    *names: str | None,
+) -> T:
+    async def with_store() -> T:
+        opened = opening(*names)
+        try:
+            return await work(opened)
+        finally:
+            await opened.aclose()
+
+    try:
+        return asyncio.run(with_store())
+    except IdempotencyError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _confirm(entry: Entry) -> None:
+    question = f"Forget the {show.state(entry)} record of key {show.printable(entry.key)}, so that it runs again?"
+    try:
+        sure = typer.confirm(question, err=True)
+    except typer.Abort:
+        sure = False
+    if not sure:
+        raise ConfigurationError("not confirmed, nothing was forgotten; --yes forgets without a question")
+
+
+def _response(status: int, headers: list[str], body: Path | None) -> bytes:
+    pairs: list[tuple[bytes, bytes]] = []
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not name.strip() or not header.isascii() or not header.isprintable():
+            _fail(f"a header is 'Name: value', in printable ASCII, not {header!r}")
+        pairs.append((name.strip().encode(), value.strip().encode()))
+    return encode_response(status, pairs, body.read_bytes() if body else b"")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], object]]:
+    if not sys.stdout.isatty():
+        yield lambda _: None
+        return
+    # How many are expired is not known before they are deleted: the bar says that it goes on, and how far it is.
+    columns = (TextColumn("purging"), BarColumn(), TextColumn("{task.completed:.0f} records"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(), transient=True) as progress:
+        task = progress.add_task("purge", total=None)
+        yield lambda gone: progress.advance(task, gone)

@@ -1,0 +1,107 @@
+"""Records and findings as an operator reads them: lines, a table on a terminal, or JSON. Never a result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from idempotency._cli.doctor import Finding
+from idempotency._cli.lookup import LOGGED
+from idempotency.stores.base import Entry
+
+_LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"
+
+
+def on_terminal() -> bool:
+    """Say whether somebody reads along."""
+    return sys.stdout.isatty()
+
+
+def print_json(items: Sequence[dict[str, Any]]) -> None:
+    """Print a JSON array. Durations are seconds."""
+    typer.echo(json.dumps(items, indent=2))
+
+
+def as_json(entry: Entry) -> dict[str, Any]:
+    """Turn a record into what JSON can hold."""
+    return {**asdict(entry), "id": entry.id.hex(), "state": state(entry), "unresolved": entry.unresolved}
+
+
+def finding_as_json(finding: Finding) -> dict[str, Any]:
+    """Turn a finding into what JSON can hold."""
+    return asdict(finding)
+
+
+def print_entry(entry: Entry) -> None:
+    """Print everything that is known of one record."""
+    expires = "never" if entry.expires_in is None else f"in {duration(entry.expires_in)}"
+    lease = f"{duration(entry.lease_left)} left" if entry.lease_left > 0 else "over"
+    for name, value in (
+        ("id", entry.id.hex()),
+        ("key", printable(entry.key)),
+        ("scope", printable(entry.scope)),
+        ("state", state(entry)),
+        ("attempt", entry.attempt),
+        ("age", duration(entry.age)),
+        ("lease", lease),
+        ("on crash", "hold" if entry.hold else "rerun"),
+        ("expires", expires),
+        ("result", "none" if entry.result_size is None else f"{entry.result_size} bytes"),
+        ("format", entry.version),
+    ):
+        typer.echo(f"{name + ':':<10}{value}")
+
+
+def print_entries(entries: Sequence[Entry]) -> None:
+    """Print a line a record, or a table on a terminal."""
+    if not on_terminal():
+        for entry in entries:
+            typer.echo(_LINE.format(**_columns(entry)))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "state", "age", "attempt", "key", "scope"):
+        # A shortened key could not be given to the next command.
+        table.add_column(name, overflow="fold")
+    for entry in entries:
+        columns = {**_columns(entry), "id": entry.id.hex()[:LOGGED]}
+        table.add_row(*(Text(columns[str(column.header)]) for column in table.columns))
+    Console().print(table)
+
+
+def state(entry: Entry) -> str:
+    """Name the state; a held record that was left behind is called what it is: unknown."""
+    return "unknown" if entry.unresolved else entry.state.name.lower()
+
+
+def printable(text: str) -> str:
+    """Escape what would begin a new line or speak to the terminal."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in its two largest units."""
+    whole = max(0, round(seconds))
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    parts = [f"{value}{unit}" for value, unit in ((days, "d"), (hour, "h"), (minute, "m"), (second, "s")) if value]
+    return " ".join(parts[:2]) or "0s"
+
+
+def _columns(entry: Entry) -> dict[str, str]:
+    return {
+        "id": entry.id.hex(),
+        "state": state(entry),
+        "age": duration(entry.age),
+        "attempt": str(entry.attempt),
+        "key": printable(entry.key),
+        "scope": printable(entry.scope),
+    }

@@ -1,0 +1,306 @@
+"""Calls in one transaction with their record: claim, effect, result, one commit.
+
+The uncommitted row is the lock: there is no lease, no heartbeat, and nothing to take over after a crash, which rolls
+all of it back. A duplicate waits for the row up to ``lock_timeout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from idempotency._calls import Calls, Ended, Raised, Ran
+from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._result import encode_failure
+from idempotency._transaction import Transaction, check_sessions
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.events import EventKind
+from idempotency.operation import RUNNING, Operation
+from idempotency.policy import Outcome, Policy
+from idempotency.stores._sql_joined import ConflictError, conflicts
+from idempotency.stores.sql import SQLStore
+
+_AGAIN_AFTER = 1.0
+"""Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
+
+
+class Joined:
+    """The calls of one asynchronous function."""
+
+    def __init__(
+        self, store: object, calls: Calls, sessions: async_sessionmaker[AsyncSession], lock_timeout: float
+    ) -> None:
+        self._store = check_sessions(store, sessions, async_sessionmaker)
+        self._calls = replace(calls, policy=_without_lease(calls.policy, lock_timeout))
+        self._sessions = sessions
+        self._wait = lock_timeout
+
+    async def run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]]) -> Ended:
+        """Run ``work`` once and commit it with its record, or say what is known.
+
+        Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or nobody can say: the same call may
+        be made again.
+        """
+        transaction = Transaction(self._store, self._sessions, claim)
+        try:
+            verdict = await self._claim(claim, transaction)
+            if not isinstance(verdict, Execute):
+                return verdict
+            operation = Operation(claim, verdict.attempt, transaction)
+            keeps = _keeps_failures(self._calls.policy)
+            savepoint = await transaction.session.begin_nested() if keeps else None
+            token = RUNNING.set(operation)
+            try:
+                value = await work(transaction.session)
+                await transaction.flush()
+            except Exception as error:
+                if savepoint is not None and savepoint.is_active:
+                    await savepoint.rollback()
+                return await self._failed(claim, operation, transaction, error, savepoint is not None)
+            except BaseException as error:
+                self._calls.emit("released", claim, operation.attempt, error)
+                raise
+            finally:
+                RUNNING.reset(token)
+            return await self._returned(claim, operation, transaction, value)
+        finally:
+            await transaction.close()
+
+    async def _claim(self, claim: Claim, transaction: Transaction) -> Verdict:
+        deadline, tried = monotonic() + self._wait, False
+        while True:
+            try:
+                left = max(0.0, deadline - monotonic())
+                record = await self._store.claim_in(transaction.session, claim, wait=left)
+                return _judge(claim, record)
+            except ConflictError:
+                # Nothing of the caller's has run yet, so the transaction is begun anew.
+                await transaction.session.rollback()
+                if tried and monotonic() >= deadline:
+                    return InProgress(_AGAIN_AFTER)
+                tried = True
+            except StoreError as error:
+                self._calls.emit("unavailable", claim, error=error)
+                raise
+
+    async def _returned(self, claim: Claim, operation: Operation, transaction: Transaction, value: Any) -> Ended:
+        if operation.settle("store") == "release":
+            await transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt)
+            return Ran(value)
+        result, flaw = self._calls.encode(value)
+        try:
+            written = await transaction.commit(result)
+        except Exception as error:
+            self._calls.emit("released", claim, operation.attempt, error)
+            return _raised(error)
+        if not written:
+            self._calls.emit("superseded", claim, operation.attempt)
+            raise StoreError("the record was changed by another while the operation ran: nothing is committed")
+        self._calls.emit("stored", claim, operation.attempt, flaw)
+        return Ran(value)
+
+    async def _failed(
+        self, claim: Claim, operation: Operation, transaction: Transaction, error: Exception, held: bool
+    ) -> Raised:
+        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        if outcome == "release":
+            await transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt, error)
+            return _raised(error)
+        try:
+            if not held:
+                # Asked for while it ran: the effect is rolled back, and the row with it.
+                await transaction.session.rollback()
+                held = isinstance(await self._claim(claim, transaction), Execute)
+            written = held and await transaction.commit(*_kept(outcome, error))
+        except Exception as failure:
+            self._calls.emit("unrecorded", claim, operation.attempt, failure)
+        else:
+            kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
+            self._calls.emit(kind, claim, operation.attempt, error)
+        return Raised(error, outcome)
+
+
+class SyncJoined:
+    """The calls of one synchronous function."""
+
+    def __init__(self, store: object, calls: Calls, sessions: sessionmaker[Session], lock_timeout: float) -> None:
+        self._store = check_sessions(store, sessions, sessionmaker)
+        self._calls = replace(calls, policy=_without_lease(calls.policy, lock_timeout))
+        self._sessions = sessions
+        self._wait = lock_timeout
+
+    def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
+        """See :meth:`Joined.run`."""
+        transaction = _SyncTransaction(self._store, self._sessions, claim)
+        try:
+            verdict = self._claim(claim, transaction)
+            if not isinstance(verdict, Execute):
+                return verdict
+            operation = Operation(claim, verdict.attempt, transaction)
+            savepoint = transaction.session.begin_nested() if _keeps_failures(self._calls.policy) else None
+            token = RUNNING.set(operation)
+            try:
+                value = work(transaction.session)
+                transaction.session.flush()
+            except Exception as error:
+                if savepoint is not None and savepoint.is_active:
+                    savepoint.rollback()
+                return self._failed(claim, operation, transaction, error, savepoint is not None)
+            except BaseException as error:
+                self._calls.emit("released", claim, operation.attempt, error)
+                raise
+            finally:
+                RUNNING.reset(token)
+            return self._returned(claim, operation, transaction, value)
+        finally:
+            transaction.close()
+
+    def _claim(self, claim: Claim, transaction: _SyncTransaction) -> Verdict:
+        deadline, tried = monotonic() + self._wait, False
+        while True:
+            try:
+                left = max(0.0, deadline - monotonic())
+                return _judge(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
+            except ConflictError:
+                # Nothing of the caller's has run yet, so the transaction is begun anew.
+                transaction.session.rollback()
+                if tried and monotonic() >= deadline:
+                    return InProgress(_AGAIN_AFTER)
+                tried = True
+            except StoreError as error:
+                self._calls.emit("unavailable", claim, error=error)
+                raise
+
+    def _returned(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, value: Any) -> Ended:
+        if operation.settle("store") == "release":
+            transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt)
+            return Ran(value)
+        result, flaw = self._calls.encode(value)
+        try:
+            written = transaction.commit(result)
+        except Exception as error:
+            self._calls.emit("released", claim, operation.attempt, error)
+            return _raised(error)
+        if not written:
+            self._calls.emit("superseded", claim, operation.attempt)
+            raise StoreError("the record was changed by another while the operation ran: nothing is committed")
+        self._calls.emit("stored", claim, operation.attempt, flaw)
+        return Ran(value)
+
+    def _failed(
+        self, claim: Claim, operation: Operation, transaction: _SyncTransaction, error: Exception, held: bool
+    ) -> Raised:
+        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        if outcome == "release":
+            transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt, error)
+            return _raised(error)
+        try:
+            if not held:
+                # Asked for while it ran: the effect is rolled back, and the row with it.
+                transaction.session.rollback()
+                held = isinstance(self._claim(claim, transaction), Execute)
+            written = held and transaction.commit(*_kept(outcome, error))
+        except Exception as failure:
+            self._calls.emit("unrecorded", claim, operation.attempt, failure)
+        else:
+            kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
+            self._calls.emit(kind, claim, operation.attempt, error)
+        return Raised(error, outcome)
+
+
+class _SyncTransaction:
+    """A session that is committed once, here, together with the record."""
+
+    def __init__(self, store: SQLStore, sessions: sessionmaker[Session], claim: Claim) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._claim = claim
+        self._open = True
+        self.session: Session = sessions()
+        event.listen(self.session, "before_commit", self._before_commit)
+
+    def _before_commit(self, session: Session) -> None:
+        # A savepoint is the operation's own; the outermost commit would split the effect from its record.
+        if self._open and not session.in_nested_transaction():
+            raise TransactionError(
+                "This session is committed together with the idempotency record, after the function: use flush(), or "
+                "begin_nested() for a part that may fail."
+            )
+
+    def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
+        """See :meth:`idempotency._transaction.Transaction.commit`."""
+        try:
+            written = self._store.complete_in_sync(self.session, self._claim, result, state)
+            self._open = False
+            if written:
+                self.session.commit()
+            else:
+                self.session.rollback()
+            return written
+        except Exception as error:
+            # Rolled back first: a transaction that is still open holds the row that is asked for next.
+            with suppress(Exception):
+                self.roll_back()
+            # The commit may have been applied and only its answer lost. The record says so: they are one.
+            if self._committed(state):
+                return True
+            if isinstance(error, DBAPIError) and not error.connection_invalidated:
+                raise
+            raise StoreError("the transaction did not commit") from error
+
+    def _committed(self, state: State) -> bool:
+        with self._sessions() as session:
+            record = self._store.claim_in_sync(session, self._claim, wait=self._store.timeout)
+        return record is not None and record.token == self._claim.token and record.state is state
+
+    def roll_back(self) -> None:
+        """Undo the effect."""
+        self._open = False
+        self.session.rollback()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self.session.close()
+
+
+def _judge(claim: Claim, record: Record | None) -> Verdict:
+    return InProgress(_AGAIN_AFTER) if record is None else judge(claim, record)
+
+
+def _kept(outcome: Outcome, error: Exception) -> tuple[bytes | None, State]:
+    return (None, State.UNKNOWN) if outcome == "hold" else (encode_failure(error), State.DONE)
+
+
+def _raised(error: Exception) -> Raised:
+    """Name an error for what it is: one that a retry of the whole may not meet again is retryable."""
+    if isinstance(error, StoreError):
+        raise error
+    if conflicts(error):
+        raise ConflictError("the transaction met another: begin anew") from error
+    return Raised(error, "release")
+
+
+def _keeps_failures(policy: Policy) -> bool:
+    """Say whether a savepoint is needed, to undo the effect and keep the row."""
+    return any(isinstance(rule, type) and outcome != "release" for rule, outcome in policy.outcomes.items())
+
+
+def _without_lease(policy: Policy, lock_timeout: float) -> Policy:
+    if policy.on_store_error == "fail_open":
+        raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
+    if lock_timeout < 0:
+        raise ConfigurationError(f"lock_timeout must not be negative: {lock_timeout!r}")
+    # A crash rolls the effect back, so nothing of it is left to be unsure about.
+    return replace(policy, on_crash="rerun")

@@ -1,0 +1,137 @@
+"""Calls under a lease, for effects outside the database: claim, run with a heartbeat, then record the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from idempotency._calls import Calls, Ended, Raised, Ran
+from idempotency._core import Claim, Execute
+from idempotency._result import encode_failure
+from idempotency._run import Lease, Runner
+from idempotency._run_sync import SyncLease, SyncRunner
+from idempotency.errors import StoreError
+from idempotency.operation import RUNNING, Operation
+from idempotency.stores.base import Store, SyncStore
+
+
+class Leased:
+    """The calls of one asynchronous function."""
+
+    def __init__(self, store: Store, calls: Calls) -> None:
+        self._store = store
+        self._calls = calls
+        self._runners: WeakKeyDictionary[asyncio.AbstractEventLoop, Runner] = WeakKeyDictionary()
+
+    def _runner(self) -> Runner:
+        loop = asyncio.get_running_loop()
+        runner = self._runners.get(loop)
+        if runner is None:
+            runner = self._runners[loop] = Runner(self._store, self._calls.on_event)
+        return runner
+
+    async def run(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
+        """Run ``work`` once under ``claim``, or say what is known.
+
+        Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
+        """
+        calls, runner = self._calls, self._runner()
+        try:
+            verdict, claimed_at = await runner.claim(claim, calls.policy.wait)
+        except StoreError as error:
+            if calls.policy.on_store_error == "fail_open":
+                calls.emit("unprotected", claim, error=error)
+                return await _unprotected(work)
+            calls.emit("unavailable", claim, error=error)
+            raise
+        if not isinstance(verdict, Execute):
+            return verdict
+        operation = Operation(claim, verdict.attempt)
+        return await self._execute(Lease(runner, claim, operation, calls.name, claimed_at), operation, work)
+
+    async def _execute(self, lease: Lease, operation: Operation, work: Callable[..., Awaitable[Any]]) -> Ended:
+        token = RUNNING.set(operation)
+        try:
+            value = await work()
+        except BaseException as error:
+            outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+            await lease.end(outcome, encode_failure(error) if outcome == "store" else None, error)
+            if isinstance(error, Exception):
+                return Raised(error, outcome)
+            raise
+        else:
+            outcome = operation.settle("store")
+            result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
+            told = await lease.end(outcome, result, flaw)
+            return Ran(value) if told is None else told
+        finally:
+            RUNNING.reset(token)
+            await lease.close()
+
+
+async def _unprotected(work: Callable[..., Awaitable[Any]]) -> Ran | Raised:
+    token = RUNNING.set(None)
+    try:
+        return Ran(await work())
+    except Exception as error:
+        return Raised(error, "release")
+    finally:
+        RUNNING.reset(token)
+
+
+class SyncLeased:
+    """The calls of one synchronous function."""
+
+    def __init__(self, store: SyncStore, calls: Calls) -> None:
+        self._calls = calls
+        self._runner = SyncRunner(store, calls.on_event)
+
+    def run(self, claim: Claim, work: Callable[..., Any]) -> Ended:
+        """Run ``work`` once under ``claim``, or say what is known.
+
+        Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
+        """
+        calls, runner = self._calls, self._runner
+        try:
+            verdict, claimed_at = runner.claim(claim, calls.policy.wait)
+        except StoreError as error:
+            if calls.policy.on_store_error == "fail_open":
+                calls.emit("unprotected", claim, error=error)
+                return _unprotected_sync(work)
+            calls.emit("unavailable", claim, error=error)
+            raise
+        if not isinstance(verdict, Execute):
+            return verdict
+        operation = Operation(claim, verdict.attempt)
+        return self._execute(SyncLease(runner, claim, operation, calls.name, claimed_at), operation, work)
+
+    def _execute(self, lease: SyncLease, operation: Operation, work: Callable[..., Any]) -> Ended:
+        token = RUNNING.set(operation)
+        try:
+            value = work()
+        except BaseException as error:
+            outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+            lease.end(outcome, encode_failure(error) if outcome == "store" else None, error)
+            if isinstance(error, Exception):
+                return Raised(error, outcome)
+            raise
+        else:
+            outcome = operation.settle("store")
+            result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
+            told = lease.end(outcome, result, flaw)
+            return Ran(value) if told is None else told
+        finally:
+            RUNNING.reset(token)
+            lease.stop()
+
+
+def _unprotected_sync(work: Callable[..., Any]) -> Ran | Raised:
+    token = RUNNING.set(None)
+    try:
+        return Ran(work())
+    except Exception as error:
+        return Raised(error, "release")
+    finally:
+        RUNNING.reset(token)

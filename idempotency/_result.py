@@ -1,0 +1,116 @@
+"""The results of functions as bytes: versioned, explicit, and nothing in them that could be executed.
+
+A record begins with its version and its kind, one byte each: ``j`` JSON, ``b`` raw bytes, ``c`` whatever the caller's
+own codec wrote, ``e`` the class name of the exception with which the operation failed for good. The rest is the value.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol, get_type_hints
+
+from idempotency._shape import PLAIN, Shape, dump, load, shape_of
+from idempotency.errors import ConfigurationError, RecordedFailureError, UnreadableError
+
+_VERSION = b"\x01"
+_JSON, _BYTES, _CUSTOM, _FAILURE = b"j", b"b", b"c", b"e"
+
+
+class Codec(Protocol):
+    """Turn a result into bytes and back. What ``decode`` gives must be as good as what ``encode`` was given."""
+
+    def encode(self, value: Any, /) -> bytes:
+        """Encode a result; whatever is raised means "not kept"."""
+        ...
+
+    def decode(self, data: bytes, /) -> Any:
+        """Decode a result; whatever is raised means "unreadable"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """How the results of one function are kept. Its methods are the only ones that know the format."""
+
+    _kind: bytes
+    _encode: Callable[[Any], bytes]
+    _decode: Callable[[bytes], Any]
+
+    def encode(self, value: Any) -> bytes:
+        """Encode a result. Raises whatever the codec raises: the value cannot be kept."""
+        return _VERSION + self._kind + self._encode(value)
+
+    def decode(self, data: bytes) -> Any:
+        """Decode what is recorded.
+
+        Raises :class:`~idempotency.errors.RecordedFailureError` when that is a failure, and
+        :class:`~idempotency.errors.UnreadableError` when it makes no sense here.
+        """
+        head, body = data[:2], data[2:]
+        if head == _VERSION + _FAILURE:
+            name = body.decode("utf-8", "replace")
+            raise RecordedFailureError(
+                f"The operation failed with {name}; the failure is recorded and not tried again."
+            )
+        if head != _VERSION + self._kind:
+            raise UnreadableError("the result is of another version or kind than this function records")
+        try:
+            return self._decode(body)
+        except Exception as error:
+            raise UnreadableError("the recorded result is not what this function returns") from error
+
+
+def encode_failure(error: BaseException) -> bytes:
+    """Encode that the operation failed for good; of the exception only its name is kept, its text may be private."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return _VERSION + _FAILURE + name.encode()
+
+
+def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Results:
+    """Choose how the results of ``function`` are kept: by ``codec``, else by the annotation of what it returns.
+
+    A function without an annotation may return plain JSON values: None, bool, int, float, str, and lists and
+    string-keyed dicts of them. Raises :class:`~idempotency.errors.ConfigurationError` for an annotation of which
+    nothing here knows how to keep it.
+    """
+    if codec is not None:
+        return Results(_CUSTOM, codec.encode, codec.decode)
+    annotation = _return_annotation(function)
+    if annotation is bytes:
+        return Results(_BYTES, _exact_bytes, bytes)
+    shape = PLAIN if annotation is inspect.Signature.empty else shape_of(annotation, _name(function))
+    return Results(_JSON, *_through_json(shape))
+
+
+def _exact_bytes(value: Any) -> bytes:
+    if type(value) is not bytes:
+        raise TypeError(f"bytes expected, not {type(value).__name__}")
+    return value
+
+
+def _through_json(shape: Shape) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
+    to_json, from_json = shape.to_json, shape.from_json
+    return lambda value: dump(to_json(value)), lambda data: from_json(load(data))
+
+
+def _return_annotation(function: Callable[..., Any]) -> Any:
+    plain = inspect.unwrap(function)
+    annotation = getattr(plain, "__annotations__", {}).get("return", inspect.Signature.empty)
+    if annotation is inspect.Signature.empty:
+        return annotation
+    # Only this one: the parameters may name what is imported for type checkers alone.
+    only = SimpleNamespace(__annotations__={"return": annotation})
+    try:
+        return get_type_hints(only, getattr(plain, "__globals__", {}), include_extras=True)["return"]
+    except Exception as error:
+        raise ConfigurationError(
+            f"{_name(function)} returns {annotation!r}, which cannot be looked up here: {error}; give codec="
+        ) from error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -1,0 +1,267 @@
+"""Python values as JSON and back, by their annotation: what comes back equals what went in, or it does not go in."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import enum
+import json
+import sys
+import types
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from idempotency.errors import ConfigurationError
+
+_PLAIN = (type(None), bool, int, float, str)
+_SEQUENCES = (list, tuple, set, frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How values of one type go to JSON and come back. ``to_json`` raises TypeError or ValueError for any other."""
+
+    to_json: Callable[[Any], Any]
+    from_json: Callable[[Any], Any]
+
+
+_encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+
+
+def dump(value: Any) -> bytes:
+    """Write JSON; NaN and the infinities are refused, since JSON has none."""
+    return _encoder.encode(value).encode()
+
+
+load = json.loads
+
+
+def shape_of(annotation: Any, where: str) -> Shape:
+    """Find the shape of an annotation; ConfigurationError, naming ``where`` it is, when there is none."""
+    return _Finder(where).find(annotation)
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind is dict:
+        return {_exactly(str)(key): _plain(each) for key, each in value.items()}
+    if kind is list:
+        return [_plain(each) for each in value]
+    if kind not in _PLAIN:
+        raise TypeError(f"{kind.__name__} is no plain JSON value")
+    return value
+
+
+PLAIN = Shape(_plain, _plain)
+"""What JSON itself knows: None, bool, int, float, str, lists, and dicts with text for keys."""
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        # A subclass would come back as its base.
+        if type(value) is not kind:
+            raise TypeError(f"{kind.__name__} expected, not {type(value).__name__}")
+        return value
+
+    return check
+
+
+def _float(value: Any) -> float:
+    return float(value) if type(value) is int else _exactly(float)(value)
+
+
+def _by_text(kind: Any, write: Callable[[Any], str], read: Callable[[str], Any]) -> Shape:
+    check, text = _exactly(kind), _exactly(str)
+    return Shape(lambda value: write(check(value)), lambda found: read(text(found)))
+
+
+_SIMPLE: dict[Any, Shape] = {
+    **{kind: Shape(_exactly(kind), _exactly(kind)) for kind in (type(None), bool, int, str)},
+    None: Shape(_exactly(type(None)), _exactly(type(None))),
+    float: Shape(_float, _float),
+    Any: PLAIN,
+    object: PLAIN,
+    dict: PLAIN,
+    list: PLAIN,
+    bytes: _by_text(bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    datetime: _by_text(datetime, datetime.isoformat, datetime.fromisoformat),
+    date: _by_text(date, date.isoformat, date.fromisoformat),
+    time: _by_text(time, time.isoformat, time.fromisoformat),
+    timedelta: Shape(
+        lambda value: [value.days, value.seconds, value.microseconds], lambda found: timedelta(found[0], *found[1:])
+    ),
+    Decimal: _by_text(Decimal, str, Decimal),
+    uuid.UUID: _by_text(uuid.UUID, str, uuid.UUID),
+}
+
+
+class _Finder:
+    """Find the shapes of one annotation. A class that contains itself is found once."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._classes: dict[type, Shape] = {}
+
+    def find(self, annotation: Any) -> Shape:
+        annotation = _bare(annotation)
+        origin, arguments = get_origin(annotation), get_args(annotation)
+        if origin in (Union, types.UnionType):
+            return self._union(arguments)
+        if origin is Literal:
+            return self._literal(arguments)
+        if origin in _SEQUENCES:
+            return self._sequence(origin, arguments)
+        if origin is dict:
+            return self._dict(arguments)
+        if origin is None:
+            if annotation in _SIMPLE:
+                return _SIMPLE[annotation]
+            if isinstance(annotation, type):
+                return self._class(annotation)
+        raise self._refusal(annotation)
+
+    def _refusal(self, annotation: Any) -> ConfigurationError:
+        name = annotation.__qualname__ if isinstance(annotation, type) else repr(annotation)
+        return ConfigurationError(f"{self._where} returns {name}, which cannot be kept: give codec=")
+
+    def _union(self, members: tuple[Any, ...]) -> Shape:
+        shapes = [self.find(member) for member in members if member is not type(None)]
+        if len(shapes) < len(members) and len(shapes) == 1:
+            shape = shapes[0]
+            return Shape(
+                lambda value: None if value is None else shape.to_json(value),
+                lambda found: None if found is None else shape.from_json(found),
+            )
+        # Of several, the number of the member is written before the value.
+        shapes = [self.find(member) for member in members]
+        return Shape(lambda value: _numbered(shapes, value), lambda found: shapes[found[0]].from_json(found[1]))
+
+    def _literal(self, values: tuple[Any, ...]) -> Shape:
+        if not all(type(value) in _PLAIN for value in values):
+            raise self._refusal(Literal[values])
+        known = {(type(value), value) for value in values}
+
+        def check(value: Any) -> Any:
+            if (type(value), value) not in known:
+                raise ValueError("not one of the literals")
+            return value
+
+        return Shape(check, check)
+
+    def _sequence(self, kind: Any, arguments: tuple[Any, ...]) -> Shape:
+        check = _exactly(kind)
+        if kind is tuple and not (len(arguments) == 2 and arguments[1] is ...):
+            shapes = [self.find(each) for each in arguments]
+            return Shape(
+                lambda value: [shape.to_json(each) for shape, each in zip(shapes, check(value), strict=True)],
+                lambda found: tuple(shape.from_json(each) for shape, each in zip(shapes, found, strict=True)),
+            )
+        shape = self.find(arguments[0])
+        listed = _exactly(list)
+        return Shape(
+            lambda value: [shape.to_json(each) for each in check(value)],
+            lambda found: kind(shape.from_json(each) for each in listed(found)),
+        )
+
+    def _dict(self, arguments: tuple[Any, ...]) -> Shape:
+        if _bare(arguments[0]) is not str:
+            raise self._refusal(types.GenericAlias(dict, arguments))
+        check, text, shape = _exactly(dict), _exactly(str), self.find(arguments[1])
+        return Shape(
+            lambda value: {text(key): shape.to_json(each) for key, each in check(value).items()},
+            lambda found: {key: shape.from_json(each) for key, each in check(found).items()},
+        )
+
+    def _class(self, kind: type) -> Shape:
+        known = self._classes.get(kind)
+        if known is not None:
+            return known
+        # In place before its fields are looked at, so that one of them may be the class itself.
+        made: list[Shape] = []
+        self._classes[kind] = Shape(lambda value: made[0].to_json(value), lambda found: made[0].from_json(found))
+        if issubclass(kind, enum.Enum) and not issubclass(kind, enum.Flag):
+            shape = _by_text(kind, lambda value: value.name, kind.__getitem__)
+        elif _is_pydantic(kind):
+            shape = _pydantic(kind)
+        elif is_typeddict(kind):
+            shape = self._typed_dict(kind)
+        elif dataclasses.is_dataclass(kind):
+            shape = self._dataclass(kind)
+        else:
+            raise self._refusal(kind)
+        made.append(shape)
+        return shape
+
+    def _fields(self, kind: type, names: Iterable[str]) -> dict[str, Shape]:
+        try:
+            hints = get_type_hints(kind, include_extras=True)
+        except Exception as error:
+            raise ConfigurationError(f"{self._where} returns {kind.__qualname__}: {error}; give codec=") from error
+        return {name: self.find(hints[name]) for name in names}
+
+    def _dataclass(self, kind: type) -> Shape:
+        check = _exactly(kind)
+        fields = self._fields(kind, [field.name for field in dataclasses.fields(kind) if field.init])
+        return Shape(
+            lambda value: {name: shape.to_json(getattr(check(value), name)) for name, shape in fields.items()},
+            lambda found: kind(**{name: fields[name].from_json(each) for name, each in found.items()}),
+        )
+
+    def _typed_dict(self, kind: Any) -> Shape:
+        # Which keys must be there is the type checker's to say; what is there comes back.
+        check = _exactly(dict)
+        fields = self._fields(kind, kind.__annotations__)
+        return Shape(
+            lambda value: {name: fields[name].to_json(each) for name, each in check(value).items()},
+            lambda found: {name: fields[name].from_json(each) for name, each in check(found).items()},
+        )
+
+
+def _bare(annotation: Any) -> Any:
+    """Take off what only names or decorates a type."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        elif isinstance(annotation, NewType):
+            annotation = annotation.__supertype__
+        elif type(annotation).__name__ == "TypeAliasType":
+            annotation = annotation.__value__
+        elif getattr(get_origin(annotation), "__name__", "") in ("Required", "NotRequired"):
+            annotation = get_args(annotation)[0]
+        else:
+            return annotation
+
+
+def _numbered(shapes: list[Shape], value: Any) -> list[Any]:
+    for number, shape in enumerate(shapes):
+        try:
+            return [number, shape.to_json(value)]
+        except (TypeError, ValueError):
+            continue
+    raise TypeError(f"{type(value).__name__} is none of the union")
+
+
+def _is_pydantic(kind: type) -> bool:
+    # Who returns a model has imported pydantic.
+    pydantic = sys.modules.get("pydantic")
+    return pydantic is not None and issubclass(kind, pydantic.BaseModel)
+
+
+def _pydantic(kind: Any) -> Shape:
+    check = _exactly(kind)
+
+    def to_json(value: Any) -> Any:
+        found = json.loads(check(value).model_dump_json(by_alias=True))
+        # A serializer need not have a validator that reads what it wrote.
+        if from_json(found) != value:
+            raise ValueError(f"{kind.__name__} does not come back as it was")
+        return found
+
+    def from_json(found: Any) -> Any:
+        return kind.model_validate_json(json.dumps(found))
+
+    return Shape(to_json, from_json)

@@ -1,0 +1,157 @@
+"""The operation's own transaction: effect, result and record commit together, or none of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from idempotency._core import Claim, State
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from idempotency.stores.base import Store
+    from idempotency.stores.sql import SQLStore
+
+_LEFT: set[asyncio.Task[None]] = set()
+"""Commits that were not answered in time, until they are: the event loop alone does not keep a task."""
+
+
+def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
+    """Return what makes one transaction per operation; raise ConfigurationError if the two do not fit together."""
+    try:
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+    except ImportError as error:
+        raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
+    shared = check_sessions(store, sessions, async_sessionmaker)
+    return lambda claim: Transaction(shared, sessions, claim)
+
+
+def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
+    """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
+    from idempotency.stores.sql import SQLStore
+
+    if not isinstance(store, SQLStore):
+        raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
+    if not isinstance(sessions, kind):
+        raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
+    options: dict[str, Any] = getattr(sessions, "kw", {})
+    store.check_shared(options.get("bind"))
+    return store
+
+
+class Transaction:
+    """A session that begins at its first use and is committed once, here, together with the record."""
+
+    __slots__ = ("_claim", "_deadline", "_ending", "_open", "_session", "_sessions", "_store")
+
+    def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._claim = claim
+        self._session: AsyncSession | None = None
+        self._open = True
+        self._deadline = 0.0
+        self._ending: asyncio.Task[bool] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Say whether the operation has asked for the session."""
+        return self._session is not None
+
+    @property
+    def session(self) -> AsyncSession:
+        """Return the session, made at the first call."""
+        if self._session is None:
+            from sqlalchemy import event
+
+            self._session = self._sessions()
+            event.listen(self._session.sync_session, "before_commit", self._before_commit)
+        return self._session
+
+    def _before_commit(self, session: Any) -> None:
+        # A savepoint is the operation's own; the outermost commit would split the effect from its record.
+        if self._open and not session.in_nested_transaction():
+            raise TransactionError(
+                "This session is committed together with the idempotency record, after the handler: use flush(), or "
+                "begin_nested() for a part that may fail."
+            )
+
+    async def flush(self) -> None:
+        """Send what is pending, so that what the database refuses is raised as the operation's own error."""
+        await self.session.flush()
+
+    async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
+        """Write ``result`` behind the effect and commit both; False, and both rolled back, for a superseded owner.
+
+        A commit that was sent is seen to its end, whatever is cancelled. Raises the database's own error when it
+        refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
+        or nobody can say.
+        """
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + self._store.timeout
+        self._ending = loop.create_task(self._commit(result, state))
+        done, _ = await asyncio.wait({self._ending}, timeout=self._store.timeout)
+        if not done:
+            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s")
+        return self._ending.result()
+
+    async def _commit(self, result: bytes | None, state: State) -> bool:
+        from sqlalchemy.exc import DBAPIError
+
+        try:
+            written = await self._store.complete_in(self.session, self._claim, result, state)
+            self._open = False
+            if written:
+                await self.session.commit()
+            else:
+                await self.session.rollback()
+            return written
+        except Exception as error:
+            # Rolled back first: a transaction that is still open holds the row that is asked for next.
+            with suppress(Exception):
+                await self.roll_back()
+            # The commit may have been applied and only its answer lost. The record says so: they are one.
+            if await self._committed(state):
+                return True
+            if isinstance(error, DBAPIError) and not error.connection_invalidated:
+                raise
+            raise StoreError("the transaction did not commit") from error
+
+    async def _committed(self, state: State) -> bool:
+        # This claim waits for the row while the commit is still under way in the server, where a mere look would not,
+        # and is rolled back.
+        async with self._sessions() as session:
+            record = await self._store.claim_in(session, self._claim, wait=self._store.timeout)
+        return record is not None and record.token == self._claim.token and record.state is state
+
+    async def roll_back(self) -> None:
+        """Undo the effect, if there is one."""
+        self._open = False
+        if self._session is not None:
+            await self._session.rollback()
+
+    async def close(self) -> None:
+        """Give the connection back, after the commit under way if there is one.
+
+        A commit that is not answered in time holds up nobody: its connection is given back when it ends.
+        """
+        if self._ending is not None:
+            left = self._deadline - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait({self._ending}, timeout=max(0.0, left))
+            if not done:
+                task = asyncio.get_running_loop().create_task(self._see_off(self._ending))
+                _LEFT.add(task)
+                task.add_done_callback(_LEFT.discard)
+                return
+        if self._session is not None:
+            await self._session.close()
+
+    async def _see_off(self, ending: asyncio.Task[bool]) -> None:
+        await asyncio.wait({ending})
+        if not ending.cancelled():
+            ending.exception()  # told as unknown long ago; one that nobody asks for would be reported
+        await self.session.close()

@@ -1,0 +1,1 @@
+"""One flat module per framework or broker."""

@@ -1,0 +1,26 @@
+"""FastAPI dependencies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+
+from idempotency.errors import TransactionError
+from idempotency.operation import Operation
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+
+def session(request: Request) -> AsyncSession:
+    """Give an endpoint the session that is committed with its response: ``Annotated[AsyncSession, Depends(session)]``.
+
+    The endpoint never commits it. Raises :class:`~idempotency.errors.TransactionError` for a request that runs without
+    an idempotency key, which has no such session: protect the route with ``Policy(required=True)``.
+    """
+    operation = getattr(request.state, "idempotency", None)
+    if not isinstance(operation, Operation):
+        raise TransactionError("This request runs without an idempotency key: require one, with Policy(required=True).")
+    made: AsyncSession = operation.session
+    return made

@@ -1,0 +1,182 @@
+"""Idempotency keys for any function, synchronous or not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+from idempotency._calls import (
+    KIND,
+    Calls,
+    Ended,
+    Raised,
+    Ran,
+    is_async,
+    name_of,
+    refusal,
+    signature_without_session,
+    takes_session,
+)
+from idempotency._core import Claim, Replay
+from idempotency._leased import Leased, SyncLeased
+from idempotency._result import Codec, results_of
+from idempotency.errors import ConfigurationError, UnreadableError
+from idempotency.events import EventHook, log_event
+from idempotency.policy import Policy
+from idempotency.stores.base import Store, SyncStore
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DAY = Policy()
+
+
+def idempotent(
+    store: Store | SyncStore,
+    *,
+    key: Callable[..., str],
+    name: str | None = None,
+    fingerprint: Callable[..., bytes | str] | None = None,
+    policy: Policy = _DAY,
+    codec: Codec | None = None,
+    session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None = None,
+    lock_timeout: float = 5.0,
+    on_event: EventHook = log_event,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make calls of a function under one key take effect once; every later call gets the recorded result.
+
+    ``key`` is given the arguments and returns the key, not empty: ``lambda order_id, amount: f"charge:{order_id}"``.
+    All functions of a store share one space of keys, so that one may be renamed or moved; ``name`` makes a space of
+    its own. ``fingerprint`` is given the arguments and returns what a repeated call must have in common with the first;
+    by default nothing is compared.
+    ``policy``: its ``ttl``, ``lease``, ``wait``, ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and
+    ``max_response`` apply.
+    ``codec``: how the result becomes bytes, default by the annotation of what the function returns: JSON values,
+    dataclasses, pydantic models, datetime, Decimal, UUID, Enum, bytes. A result that cannot be kept is returned all the
+    same; later calls are told that the operation is completed.
+    ``session``: a sessionmaker on the database of ``store``, an SQLStore. The function's effect and its record are
+    then one transaction, whose session it gets as keyword ``session`` if it has that parameter, and as
+    ``current().session``. It does not commit it.
+    ``lock_timeout``: seconds a duplicate waits for such a transaction, default 5.
+
+    The decorated function raises, besides its own errors, :class:`~idempotency.errors.KeyMissingError`,
+    :class:`~idempotency.errors.InProgressError` (with ``retry_after``), :class:`~idempotency.errors.KeyReusedError`,
+    :class:`~idempotency.errors.OutcomeUnknownError`, :class:`~idempotency.errors.NotReplayableError`,
+    :class:`~idempotency.errors.RecordedFailureError`, :class:`~idempotency.errors.UnreadableError` and
+    :class:`~idempotency.errors.StoreError`. Raises :class:`~idempotency.errors.ConfigurationError` at the decoration
+    for what cannot work.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        calls = Calls(
+            name=name or name_of(function),
+            scope="function:1" if name is None else f"function:1:{name}",
+            policy=policy,
+            results=results_of(function, codec),
+            on_event=on_event,
+        )
+
+        def claim(args: Any, kwargs: Any) -> Claim:
+            compared = None if fingerprint is None else fingerprint(*args, **kwargs)
+            return calls.claim(key(*args, **kwargs), compared)
+
+        wrap = _wrap_async if is_async(function) else _wrap_sync
+        wrapper: Any = wrap(function, runner_of(function, store, calls, session, lock_timeout), calls, claim, session)
+        return cast(Callable[P, R], wrapper)
+
+    return decorate
+
+
+def runner_of(
+    function: Callable[..., Any], store: Any, calls: Calls, session: Any, lock_timeout: float
+) -> Callable[..., Any]:
+    """Choose how the calls of ``function`` are held: under a lease, or joined with the transaction of a session."""
+    verb = "claim" if is_async(function) else "claim_sync"
+    if not hasattr(store, verb):
+        raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {type(store).__name__}")
+    if session is None:
+        return Leased(store, calls).run if is_async(function) else SyncLeased(store, calls).run
+    try:
+        from idempotency._joined import Joined, SyncJoined
+    except ImportError as error:
+        raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
+    joined: type[Joined | SyncJoined] = Joined if is_async(function) else SyncJoined
+    return joined(store, calls, session, lock_timeout).run
+
+
+def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
+    """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
+    gives = session is not None and takes_session(function)
+
+    def bind(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        if session is None:
+            return lambda: function(*args, **kwargs)
+        if gives:
+            return lambda opened: function(*args, **{**kwargs, "session": opened})
+        return lambda _: function(*args, **kwargs)
+
+    return bind
+
+
+def dress(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
+    """Give a wrapper the name and signature of the function, as callers and frameworks see it."""
+    functools.update_wrapper(wrapper, function)
+    if session is not None and takes_session(function):
+        wrapper.__signature__ = signature_without_session(function)
+    return wrapper
+
+
+def _wrap_async(
+    function: Callable[..., Any],
+    run: Callable[..., Awaitable[Ended]],
+    calls: Calls,
+    claim_of: Callable[[Any, Any], Claim],
+    session: Any,
+) -> Any:
+    bind = work_of(function, session)
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        claim = claim_of(args, kwargs)
+        return _answer(calls, claim, await run(claim, bind(*args, **kwargs)))
+
+    return dress(call, function, session)
+
+
+def _wrap_sync(
+    function: Callable[..., Any],
+    run: Callable[..., Ended],
+    calls: Calls,
+    claim_of: Callable[[Any, Any], Claim],
+    session: Any,
+) -> Any:
+    bind = work_of(function, session)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        claim = claim_of(args, kwargs)
+        return _answer(calls, claim, run(claim, bind(*args, **kwargs)))
+
+    return dress(call, function, session)
+
+
+def _answer(calls: Calls, claim: Claim, ended: Ended) -> Any:
+    match ended:
+        case Ran(value):
+            return value
+        case Raised(error, _):
+            raise error
+        case Replay(result):
+            try:
+                value = calls.results.decode(result)
+            except UnreadableError as error:
+                calls.emit("unreadable", claim, error=type(error).__name__)
+                raise
+            calls.emit("replayed", claim)
+            return value
+        case told:
+            calls.emit(KIND[type(told)], claim)
+            raise refusal(told)

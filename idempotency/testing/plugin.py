@@ -1,0 +1,23 @@
+"""A pytest plugin: ``pytest_plugins = ["idempotency.testing.plugin"]`` in your ``conftest.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from idempotency.testing.crash import Report
+from idempotency.testing.crash import assert_once as prove
+
+
+@pytest.fixture
+def assert_once(request: pytest.FixtureRequest) -> Callable[..., Report]:
+    """Return :func:`idempotency.testing.assert_once`; its report is shown with the test's own, should it fail."""
+
+    def proven(scenario: Any, *args: str, **options: Any) -> Report:
+        report = prove(scenario, *args, **options)
+        request.node.add_report_section("call", "crash points", str(report))
+        return report
+
+    return proven

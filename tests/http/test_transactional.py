@@ -1,0 +1,244 @@
+"""Effect, response and record in one transaction, through the middleware."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import httpx
+import pytest
+import sqlalchemy
+from fastapi import Depends, FastAPI
+from servers import with_port
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+from targets import Target
+from tcp_proxy import Proxy
+
+from idempotency import ConfigurationError, IdempotencyMiddleware, Policy
+from idempotency.adapters.fastapi import session as session_of_request
+from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
+
+pytestmark = pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
+
+
+class Shop:
+    """An application with its orders in the store's database, and a client of it."""
+
+    def __init__(self, engine: AsyncEngine, store: SQLStore) -> None:
+        self.engine = engine
+        self.store = store
+        self.handle: Any = None
+        app = Starlette(routes=[Route("/orders", self._order, methods=["POST"])])
+        self.app = IdempotencyMiddleware(
+            app, store=store, session=async_sessionmaker(engine), policy=Policy(lease=5), on_event=lambda event: None
+        )
+
+    async def _order(self, request: Request) -> Any:
+        session = request.state.idempotency.session
+        await session.execute(text("INSERT INTO orders VALUES (:item)"), {"item": request.state.idempotency.key})
+        return await self.handle(request, session)
+
+    async def post(self, key: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return await client.post("/orders", headers={"Idempotency-Key": key})
+
+    async def orders(self) -> list[str]:
+        async with self.engine.connect() as connection:
+            return list((await connection.execute(text("SELECT item FROM orders"))).scalars())
+
+
+@asynccontextmanager
+async def open_shop(target: Target, url: str) -> AsyncIterator[Shop]:
+    engine = create_async_engine(url)
+    store = SQLStore(engine, table=f"{target.name}_records")
+    await store.create_schema()
+    async with engine.begin() as connection:
+        await connection.execute(text("DROP TABLE IF EXISTS orders"))
+        await connection.execute(text("CREATE TABLE orders (item VARCHAR(40) UNIQUE)"))
+    try:
+        yield Shop(engine, store)
+    finally:
+        assert engine.pool.checkedout() == 0, "a connection was left checked out"
+        await engine.dispose()
+
+
+@pytest.fixture
+async def shop(target: Target) -> AsyncIterator[Shop]:
+    async with open_shop(target, target.url) as shop:
+        yield shop
+
+
+async def done(request: Request, session: AsyncSession) -> JSONResponse:
+    return JSONResponse({"ordered": request.state.idempotency.key}, 201)
+
+
+async def test_effect_and_response_are_there_together(shop: Shop) -> None:
+    """The order is there once, and a retry is given its response."""
+    shop.handle = done
+    first, again = await shop.post("tea"), await shop.post("tea")
+
+    assert (first.status_code, first.json()) == (201, {"ordered": "tea"})
+    assert (again.status_code, again.json()) == (201, {"ordered": "tea"})
+    assert again.headers["idempotent-replayed"] == "true"
+    assert await shop.orders() == ["tea"]
+
+
+async def test_what_is_not_stored_is_rolled_back(shop: Shop) -> None:
+    """After an exception, or a 503, there is no order, and the retry runs."""
+
+    async def fail(request: Request, session: AsyncSession) -> JSONResponse:
+        raise ValueError
+
+    async def refuse(request: Request, session: AsyncSession) -> JSONResponse:
+        return JSONResponse({}, 503)
+
+    for handle, status in ((fail, 500), (refuse, 503)):
+        shop.handle = handle
+        assert (await shop.post("tea")).status_code == status
+        assert await shop.orders() == []
+    shop.handle = done
+    assert (await shop.post("tea")).status_code == 201
+    assert await shop.orders() == ["tea"]
+
+
+async def test_a_stored_refusal_commits_what_the_handler_did(shop: Shop) -> None:
+    """A 404 is a result like any other: it replays, and its session is committed."""
+
+    async def missing(request: Request, session: AsyncSession) -> JSONResponse:
+        raise HTTPException(404)
+
+    shop.handle = missing
+    assert [(await shop.post("tea")).status_code for _ in range(2)] == [404, 404]
+    assert await shop.orders() == ["tea"]
+
+
+async def test_a_commit_of_the_handler_is_refused(shop: Shop) -> None:
+    """It would split the effect from its record: an error instead, and nothing is there."""
+
+    async def commit(request: Request, session: AsyncSession) -> JSONResponse:
+        await session.commit()
+        return JSONResponse({}, 201)
+
+    shop.handle = commit
+    assert (await shop.post("tea")).status_code == 500
+    assert await shop.orders() == []
+
+
+async def test_a_savepoint_is_the_handlers_own(shop: Shop) -> None:
+    """A part that fails in a savepoint leaves the rest."""
+
+    async def nest(request: Request, session: AsyncSession) -> JSONResponse:
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            async with session.begin_nested():
+                await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+        async with session.begin_nested():
+            await session.execute(text("INSERT INTO orders VALUES ('cup')"))
+        return JSONResponse({}, 201)
+
+    shop.handle = nest
+    assert (await shop.post("tea")).status_code == 201
+    assert sorted(await shop.orders()) == ["cup", "tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_superseded_owner_is_rolled_back(shop: Shop) -> None:
+    """Its token is gone when it wants to commit: there is no effect of its own, and a retry runs."""
+
+    async def lose(request: Request, session: AsyncSession) -> JSONResponse:
+        shop.handle = done
+        async with shop.engine.begin() as connection:
+            await connection.execute(text(f"UPDATE {shop.store._table.name} SET token = 'another', lease_until_ms = 0"))
+        return JSONResponse({}, 201)
+
+    shop.handle = lose
+    assert (await shop.post("tea")).json()["code"] == "in-progress"
+    assert await shop.orders() == []
+    assert (await shop.post("tea")).status_code == 201
+    assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_a_commit_whose_acknowledgement_is_lost(target: Target) -> None:
+    """The record is read again: the answer is delivered, the retry replays, and there is one effect."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+            shop.handle = done
+            assert (await shop.post("cup")).status_code == 201
+            lose = [1]
+
+            async def cut_at_commit(request: Request, session: AsyncSession) -> JSONResponse:
+                connection = await session.connection()
+
+                @sqlalchemy.event.listens_for(connection.sync_connection, "commit")
+                def cut(_: Any) -> None:
+                    if lose:
+                        proxy.lose_replies(lose.pop())
+
+                return JSONResponse({"ordered": "tea"}, 201)
+
+            shop.handle = cut_at_commit
+            first, again = await shop.post("tea"), await shop.post("tea")
+
+            assert not lose
+            assert (first.status_code, first.json()) == (201, {"ordered": "tea"})
+            assert (again.json(), again.headers["idempotent-replayed"]) == ({"ordered": "tea"}, "true")
+            assert await shop.orders() == ["cup", "tea"]
+
+
+async def test_a_live_response_commits_before_its_first_byte(shop: Shop) -> None:
+    """A response that is not kept is remembered as completed, together with its effect."""
+
+    async def stream(request: Request, session: AsyncSession) -> StreamingResponse:
+        async def events() -> AsyncIterator[bytes]:
+            assert await shop.orders() == ["tea"]
+            yield b"data: 1\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    shop.handle = stream
+    assert (await shop.post("tea")).text == "data: 1\n\n"
+    again = await shop.post("tea")
+    assert (again.status_code, again.json()["code"]) == (409, "completed-not-replayable")
+    assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres")
+async def test_the_fastapi_dependency_gives_the_session(shop: Shop) -> None:
+    """``Depends(session)`` is the session that is committed; without a key it says what is missing."""
+    api = FastAPI()
+
+    @api.post("/orders", status_code=201)
+    async def order(session: Annotated[AsyncSession, Depends(session_of_request)]) -> dict[str, bool]:
+        await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+        return {"ok": True}
+
+    app = IdempotencyMiddleware(api, store=shop.store, session=async_sessionmaker(shop.engine))
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+        statuses = [(await client.post("/orders", headers={"Idempotency-Key": "k"})).status_code for _ in range(2)]
+        assert statuses == [201, 201]
+        assert (await client.post("/orders")).status_code == 500
+    assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres")
+async def test_what_cannot_commit_as_one_is_refused(shop: Shop) -> None:
+    """Another kind of store, another database, and what is no session factory."""
+    sessions = async_sessionmaker(shop.engine)
+    elsewhere = create_async_engine("postgresql+asyncpg://postgres@127.0.0.1:1/elsewhere")
+    for store, session in (
+        (MemoryStore(), sessions),
+        (shop.store, async_sessionmaker(elsewhere)),
+        (shop.store, lambda: None),
+    ):
+        with pytest.raises(ConfigurationError):
+            IdempotencyMiddleware(shop.app, store=store, session=session)  # type: ignore[arg-type]

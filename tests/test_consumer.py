@@ -1,0 +1,551 @@
+"""Message handlers: once in effect for each consumer, and settled once for each delivery."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import multiprocessing
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import servers
+from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
+from sqlalchemy import make_url
+from targets import Target
+from tcp_proxy import Proxy
+
+from idempotency import Policy, current, idempotent_consumer
+from idempotency._core import Claim
+from idempotency.consumer import DeadLetter, Delivered, Done, ExhaustedError, Failed, Replayed, Retry
+from idempotency.errors import (
+    ConfigurationError,
+    InProgressError,
+    KeyMissingError,
+    KeyReusedError,
+    OutcomeUnknownError,
+    RecordedFailureError,
+    StoreError,
+)
+from idempotency.stores.memory import MemoryStore
+
+PROCESSES = 4
+DELIVERIES = 16
+
+asynchronous = pytest.mark.stores(*JOINED_KINDS)
+synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
+everywhere = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
+
+_barrier: Any = None
+
+
+@pytest.fixture
+async def ledger(target: Target) -> AsyncIterator[Ledger]:
+    """A ledger for asyncio."""
+    async with open_ledger(target) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def sync_ledger(target: Target) -> Iterator[Ledger]:
+    """A ledger for threads."""
+    with open_sync_ledger(target) as ledger:
+        yield ledger
+
+
+def id_of(message: dict[str, Any]) -> str:
+    """Read what identifies a message."""
+    return str(message.get("id", ""))
+
+
+def billing(ledger: Ledger, consumer: str = "billing", **options: Any) -> Any:
+    """Make a joined consumer that has one effect."""
+
+    @idempotent_consumer(ledger.store, consumer=consumer, key=id_of, session=ledger.sessions, **options)
+    async def on_order(message: dict[str, Any], session: Any) -> dict[str, str]:
+        await session.execute(ledger.insert(f"{consumer} {message['id']}"))
+        return {"billed": message["id"]}
+
+    return on_order
+
+
+@asynchronous
+async def test_a_redelivery_is_replayed(ledger: Ledger) -> None:
+    """The first delivery is done, the second gives the recorded result back, and there is one effect."""
+    on_order = billing(ledger)
+
+    assert await on_order.deliver({"id": "1"}) == Done({"billed": "1"})
+    assert await on_order.deliver({"id": "1"}) == Replayed({"billed": "1"})
+    assert await on_order({"id": "1"}) == {"billed": "1"}
+    assert await ledger.effects() == ["billing 1"]
+
+
+@synchronous
+def test_a_redelivery_is_replayed_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous handler."""
+
+    @idempotent_consumer(sync_ledger.store, consumer="billing", key=id_of, session=sync_ledger.sessions)
+    def on_order(message: dict[str, Any], session: Any) -> dict[str, str]:
+        session.execute(sync_ledger.insert(message["id"]))
+        return {"billed": message["id"]}
+
+    assert on_order.deliver({"id": "1"}) == Done({"billed": "1"})
+    assert on_order.deliver({"id": "1"}) == Replayed({"billed": "1"})
+    assert on_order(message={"id": "1"}) == {"billed": "1"}
+    assert sync_ledger.effects_sync() == ["1"]
+
+
+@asynchronous
+async def test_two_consumers_of_one_message_both_run(ledger: Ledger) -> None:
+    """Consumers that share a store and a message id do not take it from each other."""
+    for consumer in ("billing", "shipping"):
+        assert await billing(ledger, consumer).deliver({"id": "1"}) == Done({"billed": "1"})
+
+    assert await ledger.effects() == ["billing 1", "shipping 1"]
+
+
+@asynchronous
+async def test_a_delivery_costs_one_commit(ledger: Ledger) -> None:
+    """Record, effect and result are one commit, and a replay is none."""
+    on_order = billing(ledger)
+    commits = ledger.count_commits()
+
+    await on_order.deliver({"id": "1"})
+    await on_order.deliver({"id": "1"})
+
+    assert len(commits) == 1
+
+
+@everywhere
+async def test_without_a_session_a_message_is_leased(store: Any) -> None:
+    """On any store, a handler without a session runs once, and is told apart by its consumer's name."""
+    runs: list[str] = []
+
+    def consumer(name: str) -> Any:
+        @idempotent_consumer(store, consumer=name, key=id_of)
+        async def handle(message: dict[str, Any]) -> str:
+            runs.append(name)
+            return name
+
+        return handle
+
+    first, second = consumer("first"), consumer("second")
+
+    assert await first.deliver({"id": "1"}) == Done("first")
+    assert await second.deliver({"id": "1"}) == Done("second")
+    assert await first.deliver({"id": "1"}) == Replayed("first")
+    assert runs == ["first", "second"]
+
+
+@everywhere
+def test_without_a_session_a_message_is_leased_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[str] = []
+
+    @idempotent_consumer(sync_store, consumer="c", key=id_of)
+    def handle(message: dict[str, Any]) -> str:
+        runs.append(message["id"])
+        return "done"
+
+    assert handle.deliver({"id": "1"}) == Done("done")
+    assert handle.deliver({"id": "1"}) == Replayed("done")
+    assert handle.forget("1")
+    assert handle.deliver({"id": "1"}) == Done("done")
+    assert runs == ["1", "1"]
+
+
+async def test_a_leased_message_in_progress_is_redelivered_later() -> None:
+    """While another handles the message, a delivery is retried after the lease's time left, and a call raises."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, policy=Policy(lease=60))
+    async def handle(message: dict[str, Any]) -> None:
+        running.set()
+        await finish.wait()
+
+    first = asyncio.create_task(handle.deliver({"id": "1"}))
+    await running.wait()
+    second = await handle.deliver({"id": "1"})
+    with pytest.raises(InProgressError):
+        await handle({"id": "1"})
+    finish.set()
+
+    assert isinstance(second, Retry)
+    assert 0 < second.after <= 60
+    assert await first == Done(None)
+
+
+@asynchronous
+async def test_a_joined_message_in_progress_is_redelivered_later(ledger: Ledger) -> None:
+    """A delivery waits for the uncommitted row as long as it may, and is then retried, never acknowledged."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, lock_timeout=1)
+    async def handle(message: dict[str, Any]) -> str:
+        running.set()
+        await finish.wait()
+        return "done"
+
+    first = asyncio.create_task(handle.deliver({"id": "1"}))
+    await running.wait()
+    assert await handle.deliver({"id": "1"}) == Retry(1.0)
+    finish.set()
+    assert await first == Done("done")
+    assert await handle.deliver({"id": "1"}) == Replayed("done")
+
+
+@synchronous
+def test_a_joined_message_in_progress_in_a_thread(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous handler."""
+    running, finish = threading.Event(), threading.Event()
+
+    @idempotent_consumer(sync_ledger.store, consumer="c", key=id_of, session=sync_ledger.sessions, lock_timeout=1)
+    def handle(message: dict[str, Any]) -> str:
+        running.set()
+        assert finish.wait(30)
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(handle.deliver, {"id": "1"})
+        assert running.wait(30)
+        assert handle.deliver({"id": "1"}) == Retry(1.0)
+        finish.set()
+        assert first.result(30) == Done("done")
+
+
+@asynchronous
+async def test_a_failed_message_is_rolled_back(ledger: Ledger) -> None:
+    """What the handler raises is the broker's to retry; nothing of the delivery is committed."""
+    error = ValueError("no stock")
+    fails = [True]
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions)
+    async def handle(message: dict[str, Any], session: Any) -> str:
+        await session.execute(ledger.insert("tea"))
+        if fails.pop() if fails else False:
+            raise error
+        return "done"
+
+    assert await handle.deliver({"id": "1"}) == Failed(error)
+    assert await ledger.effects() == []
+    assert await handle.deliver({"id": "1"}) == Done("done")
+    assert await ledger.effects() == ["tea"]
+
+
+async def test_attempts_are_exhausted() -> None:
+    """A message that fails at its last delivery is a dead letter, and one delivered more often does not run."""
+    error, runs = ValueError("poison"), []
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, max_attempts=3, attempt=lambda message: message["n"])
+    async def handle(message: dict[str, Any]) -> None:
+        runs.append(message["n"])
+        raise error
+
+    assert await handle.deliver({"id": "1", "n": 2}) == Failed(error)
+    assert await handle.deliver({"id": "1", "n": 1}, attempt=3) == DeadLetter("exhausted", error)
+    dead = await handle.deliver({"id": "1", "n": 4})
+
+    assert isinstance(dead, DeadLetter)
+    assert dead.reason == "exhausted"
+    assert isinstance(dead.error, ExhaustedError)
+    assert runs == [2, 1]
+    with pytest.raises(ValueError, match="poison"):
+        await handle({"id": "1", "n": 9})
+
+
+@pytest.mark.stores("sqlite")
+async def test_a_message_delivered_too_often_may_be_done(ledger: Ledger) -> None:
+    """A message whose acknowledgement was lost again and again is replayed, not dead-lettered."""
+    on_order = billing(ledger, max_attempts=2)
+
+    assert await on_order.deliver({"id": "1"}, attempt=1) == Done({"billed": "1"})
+    assert await on_order.deliver({"id": "1"}, attempt=5) == Replayed({"billed": "1"})
+    assert isinstance(await on_order.deliver({"id": "2"}, attempt=5), DeadLetter)
+    assert await on_order.deliver({"id": "2"}, attempt=1) == Done({"billed": "2"})
+
+
+def test_attempts_in_threads() -> None:
+    """A synchronous handler has the same limits, and ``"stop"`` raises instead."""
+    error = ValueError("poison")
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, max_attempts=1, on_exhausted="stop")
+    def handle(message: dict[str, Any]) -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="poison"):
+        handle.deliver({"id": "1"}, attempt=1)
+    with pytest.raises(ExhaustedError):
+        handle.deliver({"id": "1"}, attempt=2)
+    with pytest.raises(ConfigurationError, match="attempt="):
+        handle.deliver({"id": "1"})
+
+
+async def test_another_message_under_the_key_is_a_dead_letter() -> None:
+    """With a fingerprint, a message that differs is dead-lettered, or stops the consumer, and is never run."""
+
+    def handler(**options: Any) -> Any:
+        @idempotent_consumer(store, consumer="c", key=id_of, fingerprint=lambda message: message["body"], **options)
+        async def handle(message: dict[str, Any]) -> str:
+            return str(message["body"])
+
+        return handle
+
+    store = MemoryStore()
+    assert await handler().deliver({"id": "1", "body": "a"}) == Done("a")
+    dead = await handler().deliver({"id": "1", "body": "b"})
+
+    assert isinstance(dead, DeadLetter)
+    assert dead.reason == "key-reused"
+    with pytest.raises(KeyReusedError):
+        await handler(on_refused="stop").deliver({"id": "1", "body": "b"})
+    with pytest.raises(KeyReusedError):
+        await handler()({"id": "1", "body": "b"})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "told"),
+    [("store", "recorded-failure", RecordedFailureError), ("hold", "outcome-unknown", OutcomeUnknownError)],
+)
+async def test_a_failure_for_good_is_a_dead_letter_at_once(outcome: Any, reason: str, told: type[Exception]) -> None:
+    """A failure that is recorded, or leaves the key unknown, is not retried."""
+    error, runs = ValueError("poison"), []
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, policy=Policy(outcomes={ValueError: outcome}))
+    async def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        raise error
+
+    assert await handle.deliver({"id": "1"}) == DeadLetter(reason, error)
+    again = await handle.deliver({"id": "1"})
+    assert isinstance(again, DeadLetter)
+    assert again.reason == reason
+    with pytest.raises(told):
+        await handle({"id": "1"})
+    assert runs == [1]
+
+
+async def test_an_interrupted_owner_with_hold_is_a_dead_letter() -> None:
+    """Where the effect may have happened and must not be repeated, a redelivery is not run."""
+    running = asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, policy=Policy(on_crash="hold"))
+    async def handle(message: dict[str, Any]) -> None:
+        assert not running.is_set()
+        running.set()
+        await asyncio.Event().wait()
+
+    first = asyncio.create_task(handle.deliver({"id": "1"}))
+    await running.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+    dead = await handle.deliver({"id": "1"})
+    assert isinstance(dead, DeadLetter)
+    assert dead.reason == "outcome-unknown"
+
+
+async def test_a_result_that_was_not_kept_is_acknowledged() -> None:
+    """A handled message whose result cannot be kept is done, then replayed without one."""
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of)
+    async def handle(message: dict[str, Any]):
+        return {1, 2}
+
+    assert await handle.deliver({"id": "1"}) == Done({1, 2})
+    assert await handle.deliver({"id": "1"}) == Replayed(None)
+    assert await handle({"id": "1"}) is None
+
+
+async def test_a_store_that_is_away_is_retried() -> None:
+    """Without its store a message does not run and is redelivered; a plain call raises."""
+
+    class Away(MemoryStore):
+        def claim_sync(self, claim: Claim, /) -> Any:
+            raise StoreError("away")
+
+    @idempotent_consumer(Away(), consumer="c", key=id_of)
+    async def handle(message: dict[str, Any]) -> None:
+        raise AssertionError("it must not run")
+
+    @idempotent_consumer(Away(), consumer="c", key=id_of)
+    def handle_sync(message: dict[str, Any]) -> None:
+        raise AssertionError("it must not run")
+
+    assert await handle.deliver({"id": "1"}) == handle_sync.deliver({"id": "1"}) == Retry(1.0)
+    with pytest.raises(StoreError):
+        await handle({"id": "1"})
+
+
+@pytest.mark.parametrize("message", [{}, {"id": ""}])
+async def test_a_message_without_a_key_raises(message: dict[str, Any]) -> None:
+    """A key is never invented."""
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of)
+    async def handle(message: dict[str, Any]) -> None:
+        raise AssertionError("it must not run")
+
+    with pytest.raises(KeyMissingError):
+        await handle.deliver(message)
+    with pytest.raises(KeyMissingError):
+        await handle(message)
+
+
+@asynchronous
+async def test_a_forgotten_message_runs_again(ledger: Ledger) -> None:
+    """A dead letter that is sent again runs, once its record is forgotten."""
+    on_order = billing(ledger)
+    await on_order.deliver({"id": "1"})
+
+    assert await on_order.forget("1")
+    assert not await on_order.forget("1")
+
+    assert await on_order.deliver({"id": "1"}) == Done({"billed": "1"})
+    assert await ledger.effects() == ["billing 1", "billing 1"]
+
+
+def test_the_handler_looks_like_a_plain_function() -> None:
+    """Frameworks see the handler's name and parameters, and none that is given to it."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import sessionmaker
+
+    from idempotency.stores.sql import SQLStore
+
+    engine = create_engine("sqlite:///records.sqlite3")
+
+    @idempotent_consumer(SQLStore(engine), consumer="c", key=id_of, session=sessionmaker(engine))
+    def handle(message: dict[str, Any], session: Any) -> int:
+        """Handle."""
+        return 1
+
+    assert (handle.__name__, handle.__doc__) == ("handle", "Handle.")  # type: ignore[attr-defined]
+    assert list(inspect.signature(handle).parameters) == ["message"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"consumer": ""}, {"max_attempts": 0}, {"on_exhausted": "drop"}, {"on_refused": "ack"}]
+)
+def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
+    """Wrong options are refused where the consumer is made."""
+    with pytest.raises(ConfigurationError):
+        idempotent_consumer(MemoryStore(), **{"consumer": "c", "key": id_of, **options})
+
+
+def test_a_handler_takes_a_message() -> None:
+    """A function without a parameter is no handler."""
+    with pytest.raises(ConfigurationError, match="message"):
+        idempotent_consumer(MemoryStore(), consumer="c", key=id_of)(lambda: None)
+
+
+def test_records_of_messages_live_for_a_week() -> None:
+    """The default time to live is longer than brokers redeliver."""
+    seen: list[float] = []
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of)
+    def handle(message: dict[str, Any]) -> None:
+        operation = current()
+        assert operation is not None
+        seen.append(operation._claim.ttl)
+
+    handle({"id": "1"})
+    assert seen == [7 * 86400.0]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_a_lost_acknowledgement_of_the_commit(target: Target) -> None:
+    """The database is cut off while it commits: the delivery is retried or done, and a redelivery has no effect."""
+    from sqlalchemy import event
+
+    with Proxy(make_url(target.url).port or 0) as proxy:
+        async with open_ledger(target, servers.with_port(target.url, proxy.port)) as ledger:
+            on_order = billing(ledger)
+            lose = [2]
+
+            @event.listens_for(ledger.sync_engine, "commit")
+            def cut(_: Any) -> None:
+                if lose:
+                    proxy.lose_replies(lose.pop())
+
+            first = await on_order.deliver({"id": "1"})
+            second = await on_order.deliver({"id": "1"})
+
+            assert first in (Retry(1.0), Done({"billed": "1"}))
+            assert second == Replayed({"billed": "1"})
+            assert await ledger.effects() == ["billing 1"]
+
+
+def begin(barrier: Any) -> None:
+    """Keep the barrier at which the processes meet before each race."""
+    global _barrier
+    _barrier = barrier
+
+
+def deliver_all(target: Target, fail: bool) -> tuple[list[Delivered], list[list[str]]]:
+    """Deliver one message many times at once, and read the committed effects at each answer that acknowledges."""
+
+    async def main() -> tuple[list[Delivered], list[list[str]]]:
+        async with open_ledger(target, create=False, pool_size=6, max_overflow=0) as ledger:
+            seen: list[list[str]] = []
+
+            @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, lock_timeout=20)
+            async def handle(message: dict[str, Any], session: Any) -> str:
+                await session.execute(ledger.insert("once"))
+                await asyncio.sleep(0.3)  # long enough for all others to arrive
+                if fail and not failed.is_set():
+                    failed.set()
+                    raise ValueError("the winner fails")
+                return "done"
+
+            async def deliver() -> Delivered:
+                outcome = await handle.deliver({"id": "1"})
+                if isinstance(outcome, Done | Replayed):
+                    seen.append(await ledger.effects())
+                return outcome
+
+            await ledger.effects()
+            _barrier.wait(60)
+            return list(await asyncio.gather(*[deliver() for _ in range(DELIVERIES)])), seen
+
+    failed = threading.Event()
+    return asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Processes that were spawned and share nothing with us."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(PROCESSES)
+    with ProcessPoolExecutor(PROCESSES, context, initializer=begin, initargs=(barrier,)) as processes:
+        yield processes
+
+
+@pytest.mark.stores("sqlite", "postgres", "mariadb")
+async def test_one_effect_among_processes(pool: ProcessPoolExecutor, target: Target) -> None:
+    """Of 64 deliveries by four processes one is done; no other is acknowledged before its effect is committed."""
+    async with open_ledger(target) as ledger:
+        runs = [pool.submit(deliver_all, target, False) for _ in range(PROCESSES)]
+        outcomes = [await asyncio.wrap_future(run) for run in runs]
+
+        kinds = Counter(type(outcome) for told, _ in outcomes for outcome in told)
+        assert kinds[Done] == 1
+        assert kinds[Done] + kinds[Replayed] + kinds[Retry] == PROCESSES * DELIVERIES
+        assert all(effects == ["once"] for _, seen in outcomes for effects in seen)
+        assert await ledger.effects() == ["once"]
+
+
+@pytest.mark.stores("sqlite", "postgres", "mariadb")
+async def test_one_effect_among_processes_whose_winners_fail(pool: ProcessPoolExecutor, target: Target) -> None:
+    """When the first run in a process fails, another delivery runs: still one effect, acknowledged only when there."""
+    async with open_ledger(target) as ledger:
+        runs = [pool.submit(deliver_all, target, True) for _ in range(PROCESSES)]
+        outcomes = [await asyncio.wrap_future(run) for run in runs]
+
+        kinds = Counter(type(outcome) for told, _ in outcomes for outcome in told)
+        assert kinds[Done] == 1
+        assert 1 <= kinds[Failed] <= PROCESSES
+        assert sum(kinds[kind] for kind in (Done, Replayed, Retry, Failed)) == PROCESSES * DELIVERIES
+        assert all(effects == ["once"] for _, seen in outcomes for effects in seen)
+        assert await ledger.effects() == ["once"]

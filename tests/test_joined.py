@@ -1,0 +1,652 @@
+"""Functions in one transaction with their record, on every SQL database."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy
+from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
+from servers import with_driver, with_port
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
+from targets import Target
+from tcp_proxy import Proxy
+
+from idempotency import Policy, current, idempotent
+from idempotency._core import Claim, Execute, Replay, judge
+from idempotency.errors import (
+    ConfigurationError,
+    InProgressError,
+    NotReplayableError,
+    OutcomeUnknownError,
+    RecordedFailureError,
+    StoreError,
+    TransactionError,
+)
+from idempotency.events import Event
+from idempotency.stores._sql_joined import ConflictError
+from idempotency.stores.memory import MemoryStore
+
+asynchronous = pytest.mark.stores(*JOINED_KINDS)
+synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
+
+# What a session says of how long it waits for a lock.
+PATIENCE = {
+    "postgresql": "SHOW lock_timeout",
+    "mysql": "SELECT @@innodb_lock_wait_timeout",
+    "sqlite": "PRAGMA busy_timeout",
+}
+
+
+@pytest.fixture
+async def ledger(target: Target) -> AsyncIterator[Ledger]:
+    """A ledger for asyncio."""
+    async with open_ledger(target) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def sync_ledger(target: Target) -> Iterator[Ledger]:
+    """A ledger for threads."""
+    with open_sync_ledger(target) as ledger:
+        yield ledger
+
+
+def a_claim(key: str = "k") -> Claim:
+    """Make a claim with a token of its own."""
+    return Claim(scope="s", key=key, fingerprint=b"f" * 32, lease=30, ttl=60)
+
+
+def order_of(ledger: Ledger, **options: Any) -> Any:
+    """Make a joined function that has one effect."""
+
+    @idempotent(ledger.store, key=lambda what: f"order:{what}", session=ledger.sessions, **options)
+    async def order(what: str, *, session: Any) -> dict[str, str]:
+        await session.execute(ledger.insert(what))
+        return {"ordered": what}
+
+    return order
+
+
+@asynchronous
+async def test_effect_and_result_commit_together(ledger: Ledger) -> None:
+    """A repeated call has no second effect and gets the recorded result, for one commit in all."""
+    order = order_of(ledger)
+    commits = ledger.count_commits()
+
+    first, second = await order("tea"), await order("tea")
+
+    assert first == second == {"ordered": "tea"}
+    assert len(commits) == 1
+    assert await ledger.effects() == ["tea"]
+
+
+@synchronous
+def test_effect_and_result_commit_together_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function with a sessionmaker."""
+    commits = sync_ledger.count_commits()
+
+    @idempotent(sync_ledger.store, key=lambda what: what, session=sync_ledger.sessions)
+    def order(what: str) -> str:
+        operation = current()
+        assert operation is not None
+        operation.session.execute(sync_ledger.insert(what))
+        return f"ordered {what}"
+
+    assert order("tea") == order("tea") == "ordered tea"
+    assert len(commits) == 1
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@asynchronous
+async def test_a_failure_leaves_nothing(ledger: Ledger) -> None:
+    """An exception rolls back effect and record, and the next call runs."""
+    fails = [True]
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        if fails.pop() if fails else False:
+            raise ValueError("out of tea")
+
+    with pytest.raises(ValueError, match="out of tea"):
+        await order()
+    assert await ledger.effects() == []
+    await order()
+    assert await ledger.effects() == ["tea"]
+
+
+@synchronous
+def test_a_failure_leaves_nothing_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function."""
+    fails = [True]
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        if fails.pop() if fails else False:
+            raise ValueError("out of tea")
+
+    with pytest.raises(ValueError, match="out of tea"):
+        order()
+    order()
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@asynchronous
+async def test_a_duplicate_waits_for_the_lock_timeout(ledger: Ledger) -> None:
+    """A duplicate of a running call waits as long as it may and is then told that it is in progress."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=1)
+    async def order() -> str:
+        running.set()
+        await finish.wait()
+        return "done"
+
+    winner = asyncio.create_task(order())
+    await running.wait()
+    began = time.monotonic()
+    with pytest.raises(InProgressError) as refused:
+        await order()
+    waited = time.monotonic() - began
+    finish.set()
+
+    assert refused.value.retry_after == 1.0
+    assert 0.9 <= waited <= 5
+    assert await winner == await order() == "done"
+
+
+@synchronous
+def test_a_duplicate_in_a_thread_waits_for_the_lock_timeout(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function."""
+    running, finish = threading.Event(), threading.Event()
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, lock_timeout=1)
+    def order() -> str:
+        running.set()
+        assert finish.wait(30)
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        winner = pool.submit(order)
+        assert running.wait(30)
+        began = time.monotonic()
+        with pytest.raises(InProgressError):
+            order()
+        waited = time.monotonic() - began
+        finish.set()
+        assert winner.result(30) == order() == "done"
+    assert 0.9 <= waited <= 5
+
+
+@asynchronous
+async def test_a_duplicate_gets_the_result_of_a_winner_that_commits(ledger: Ledger) -> None:
+    """A duplicate that waits while the winner commits gets the winner's result."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> int:
+        await session.execute(ledger.insert("tea"))
+        running.set()
+        await finish.wait()
+        return 42
+
+    winner = asyncio.create_task(order())
+    await running.wait()
+    duplicates = [asyncio.create_task(order()) for _ in range(3)]
+    done, _ = await asyncio.wait(duplicates, timeout=0.2)
+    assert not done
+    finish.set()
+
+    assert await asyncio.gather(winner, *duplicates) == [42] * 4
+    assert await ledger.effects() == ["tea"]
+
+
+@asynchronous
+async def test_one_loser_runs_after_a_rolled_back_winner(ledger: Ledger) -> None:
+    """Of the duplicates that wait for a winner which fails, exactly one runs and the others get its result."""
+    running, fail = asyncio.Event(), asyncio.Event()
+    runs: list[int] = []
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> int:
+        runs.append(len(runs) + 1)
+        mine = len(runs)
+        await session.execute(ledger.insert(f"run {mine}"))
+        if mine == 1:
+            running.set()
+            await fail.wait()
+            raise ValueError("the winner fails")
+        return mine
+
+    winner = asyncio.create_task(order())
+    await running.wait()
+    losers = [asyncio.create_task(order()) for _ in range(4)]
+    done, _ = await asyncio.wait(losers, timeout=0.2)
+    assert not done
+    fail.set()
+
+    with pytest.raises(ValueError, match="the winner fails"):
+        await winner
+    assert await asyncio.gather(*losers) == [2] * 4
+    assert runs == [1, 2]
+    assert await ledger.effects() == ["run 2"]
+
+
+@asynchronous
+async def test_the_lock_timeout_is_not_the_functions_own(ledger: Ledger) -> None:
+    """The function's own statements wait as long as they always did."""
+    query = text(PATIENCE[ledger.sync_engine.dialect.name])
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=3)
+    async def patience(session: Any) -> str:
+        return str((await session.execute(query)).scalar_one())
+
+    async with ledger.sessions() as session:
+        before = str((await session.execute(query)).scalar_one())
+
+    assert await patience() == before
+
+
+@asynchronous
+async def test_a_look_at_a_done_key_leaves_the_lock_timeout(ledger: Ledger) -> None:
+    """A claim that finds a finished record restores the session's own patience too."""
+    query = text(PATIENCE[ledger.sync_engine.dialect.name])
+    await order_of(ledger)("tea")
+    async with ledger.sessions() as session:
+        before = (await session.execute(query)).scalar_one()
+        await session.rollback()
+        claim = Claim(scope="function:1", key="order:tea", fingerprint=b"", lease=30, ttl=60)
+
+        record = await ledger.store.claim_in(session, claim, wait=3)
+
+        assert record is not None
+        assert (await session.execute(query)).scalar_one() == before
+
+
+@asynchronous
+async def test_the_claim_is_part_of_the_callers_transaction(ledger: Ledger) -> None:
+    """``claim_in`` and ``complete_in`` take effect with the caller's commit, and not with a rollback."""
+    first, second, third = a_claim(), a_claim(), a_claim()
+    async with ledger.sessions() as session:
+        record = await ledger.store.claim_in(session, first, wait=1)
+        assert record is not None
+        assert judge(first, record) == Execute(1)
+        await session.rollback()
+
+        record = await ledger.store.claim_in(session, second, wait=1)
+        assert record is not None
+        assert judge(second, record) == Execute(1)
+        assert await ledger.store.complete_in(session, second, b"result")
+        await session.commit()
+
+        record = await ledger.store.claim_in(session, third, wait=1)
+        assert record is not None
+        assert judge(third, record) == Replay(b"result")
+
+
+@asynchronous
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_stricter_isolation_begins_anew(target: Target, level: str) -> None:
+    """Above READ COMMITTED a duplicate that waited begins its transaction again and gets the winner's result."""
+    if target.kind == "sqlite":
+        level = "SERIALIZABLE"
+    async with open_ledger(target, isolation_level=level) as ledger:
+        running, finish = asyncio.Event(), asyncio.Event()
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        async def order(session: Any) -> int:
+            await session.execute(ledger.insert("tea"))
+            running.set()
+            await finish.wait()
+            return 42
+
+        winner = asyncio.create_task(order())
+        await running.wait()
+        duplicates = [asyncio.create_task(order()) for _ in range(3)]
+        done, _ = await asyncio.wait(duplicates, timeout=0.2)
+        assert not done
+        finish.set()
+
+        assert await asyncio.gather(winner, *duplicates) == [42] * 4
+        assert await ledger.effects() == ["tea"]
+
+
+@pytest.mark.stores("postgres")
+async def test_a_conflict_in_the_function_is_retryable(target: Target) -> None:
+    """A serialization failure of the function's own statements is a StoreError that says so, and nothing is kept."""
+    async with open_ledger(target, isolation_level="SERIALIZABLE") as ledger:
+        met = [True]
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        async def order(session: Any) -> int:
+            seen = len((await session.execute(ledger.everything)).all())
+            if met.pop() if met else False:
+                async with ledger.sessions() as other:
+                    await other.execute(ledger.everything)
+                    await other.execute(ledger.insert("other"))
+                    await other.commit()
+            await session.execute(ledger.insert("mine"))
+            return seen
+
+        with pytest.raises(ConflictError) as conflict:
+            await order()
+        assert conflict.value.retryable
+        assert await order() == 1
+        assert await ledger.effects() == ["mine", "other"]
+
+
+@pytest.mark.stores("sqlite")
+async def test_sqlite_takes_the_write_lock_before_it_reads(target: Target) -> None:
+    """A session that begins deferred transactions itself never ends in SQLITE_BUSY_SNAPSHOT."""
+    async with open_ledger(target) as ledger:
+        engine = ledger.sync_engine
+
+        @sqlalchemy.event.listens_for(engine, "connect")
+        def no_implicit_begin(connection: Any, _: Any) -> None:
+            connection.isolation_level = None
+
+        @sqlalchemy.event.listens_for(engine, "begin")
+        def begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN")
+
+        await ledger.engine.dispose()  # type: ignore[misc]
+        order = order_of(ledger, lock_timeout=20)
+
+        results = await asyncio.gather(*[order(f"tea {number % 8}") for number in range(24)])
+
+        assert results == [{"ordered": f"tea {number % 8}"} for number in range(24)]
+        assert await ledger.effects() == [f"tea {number}" for number in range(8)]
+
+
+@asynchronous
+async def test_the_functions_own_commit_is_refused(ledger: Ledger) -> None:
+    """A function that commits its session gets an error, and nothing is committed."""
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        await session.commit()
+
+    with pytest.raises(TransactionError, match="flush"):
+        await order()
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_the_functions_own_commit_is_refused_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function, and a savepoint of its own is fine."""
+
+    @idempotent(sync_ledger.store, key=lambda commit: "k", session=sync_ledger.sessions)
+    def order(commit: bool, session: Any) -> None:
+        with session.begin_nested():
+            session.execute(sync_ledger.insert("tea"))
+        if commit:
+            session.commit()
+
+    with pytest.raises(TransactionError, match="flush"):
+        order(True)
+    assert sync_ledger.effects_sync() == []
+    order(False)
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@asynchronous
+@pytest.mark.parametrize(("outcome", "told"), [("store", RecordedFailureError), ("hold", OutcomeUnknownError)])
+async def test_a_kept_failure_has_no_effect(ledger: Ledger, outcome: Any, told: type[Exception]) -> None:
+    """A failure that is stored or held keeps its record and loses its effect."""
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, policy=Policy(outcomes={ValueError: outcome}))
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        raise ValueError("out of tea")
+
+    with pytest.raises(ValueError, match="out of tea"):
+        await order()
+    with pytest.raises(told):
+        await order()
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_a_stored_failure_is_named_in_threads(sync_ledger: Ledger) -> None:
+    """A synchronous function's stored failure is replayed by its name."""
+    policy = Policy(outcomes={LookupError: "store"})
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=policy)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        raise KeyError("secret")
+
+    with pytest.raises(KeyError):
+        order()
+    with pytest.raises(RecordedFailureError, match="KeyError") as replayed:
+        order()
+    assert "secret" not in str(replayed.value)
+    assert sync_ledger.effects_sync() == []
+
+
+@asynchronous
+async def test_a_word_of_the_function_counts(ledger: Ledger) -> None:
+    """``hold()`` before an exception leaves the key unknown, ``release()`` rolls a success back."""
+
+    @idempotent(ledger.store, key=lambda word: word, session=ledger.sessions)
+    async def order(word: str, session: Any) -> str:
+        operation = current()
+        assert operation is not None
+        await session.execute(ledger.insert(word))
+        if word == "release":
+            operation.release()
+            return "not now"
+        operation.hold()
+        raise ValueError(word)
+
+    assert await order("release") == "not now"
+    with pytest.raises(ValueError, match="hold"):
+        await order("hold")
+    with pytest.raises(OutcomeUnknownError):
+        await order("hold")
+    assert await ledger.effects() == []
+
+
+@asynchronous
+async def test_a_result_that_cannot_be_kept_keeps_the_effect(ledger: Ledger) -> None:
+    """A result that does not fit is returned, its effect commits, and later calls are told that it is completed."""
+    events: list[Event] = []
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, on_event=events.append)
+    async def order(session: Any):
+        await session.execute(ledger.insert("tea"))
+        return object
+
+    assert await order() is object
+    with pytest.raises(NotReplayableError):
+        await order()
+    assert await ledger.effects() == ["tea"]
+    assert [(event.kind, event.error) for event in events] == [("stored", "TypeError"), ("completed", "")]
+
+
+@asynchronous
+async def test_a_refused_flush_is_the_functions_failure(ledger: Ledger) -> None:
+    """What the database refuses rolls back, is raised as it is, and leaves the key free."""
+    wrong = [True]
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> str:
+        await session.execute(ledger.insert("tea"))
+        if wrong.pop() if wrong else False:
+            await session.execute(text("SELECT no_such_column FROM no_such_table"))
+        return "done"
+
+    with pytest.raises(sqlalchemy.exc.DBAPIError):
+        await order()
+    assert await order() == "done"
+    assert await ledger.effects() == ["tea"]
+
+
+@asynchronous
+async def test_a_cancelled_call_leaves_nothing(ledger: Ledger) -> None:
+    """A cancellation rolls back, whatever ``on_crash`` says of leases, and the next call runs."""
+    running = asyncio.Event()
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, policy=Policy(on_crash="hold"))
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        if not running.is_set():
+            running.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(order())
+    await running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await order()
+    assert await ledger.effects() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_lost_acknowledgement_of_the_commit(target: Target) -> None:
+    """The commit is applied and its answer lost: the record is read again, the call succeeds, and a retry replays."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_ledger(target, with_port(target.url, proxy.port)) as ledger:
+            order = order_of(ledger)
+            await order("before")
+            lose = [1]
+
+            @sqlalchemy.event.listens_for(ledger.sync_engine, "commit")
+            def cut(_: Any) -> None:
+                if lose:
+                    proxy.lose_replies(lose.pop())
+
+            assert await order("tea") == {"ordered": "tea"}
+            assert not lose
+            assert await order("tea") == {"ordered": "tea"}
+            assert await ledger.effects() == ["before", "tea"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+def test_a_lost_acknowledgement_of_the_commit_in_threads(target: Target) -> None:
+    """The same holds for a synchronous function."""
+    port = sqlalchemy.make_url(target.url).port or 0
+    with Proxy(port) as proxy, open_sync_ledger(target, with_port(target.sync_url, proxy.port)) as ledger:
+
+        @idempotent(ledger.store, key=lambda what: what, session=ledger.sessions)
+        def order(what: str, session: Any) -> str:
+            session.execute(ledger.insert(what))
+            return what
+
+        order("before")
+        lose = [1]
+
+        @sqlalchemy.event.listens_for(ledger.sync_engine, "commit")
+        def cut(_: Any) -> None:
+            if lose:
+                proxy.lose_replies(lose.pop())
+
+        assert order("tea") == "tea"
+        assert not lose
+        assert order("tea") == "tea"
+        assert ledger.effects_sync() == ["before", "tea"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_a_connection_lost_before_the_commit(target: Target) -> None:
+    """A connection that breaks before the commit leaves nothing; the error is retryable, and the retry runs."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_ledger(target, with_port(target.url, proxy.port)) as ledger:
+            breaks = [True]
+
+            @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+            async def order(session: Any) -> str:
+                await session.execute(ledger.insert("tea"))
+                if breaks.pop() if breaks else False:
+                    proxy.cut()
+                return "done"
+
+            with pytest.raises(StoreError):
+                await order()
+            assert await ledger.effects() == []
+            assert await order() == "done"
+            assert await ledger.effects() == ["tea"]
+
+
+@pytest.mark.stores("postgres")
+async def test_a_database_that_is_away(target: Target) -> None:
+    """Without a database nothing runs, and the error is a StoreError."""
+    ran = []
+    engine = create_async_engine(with_port(target.url, 1))
+    async with open_ledger(target) as ledger:
+        ledger.store._source = engine  # the same database, as far as anybody can see
+
+        @idempotent(ledger.store, key=lambda: "k", session=async_sessionmaker(engine))
+        async def order() -> None:
+            ran.append(1)
+
+        with pytest.raises(StoreError):
+            await order()
+    assert ran == []
+
+
+@synchronous
+def test_sessions_on_another_database_are_refused(sync_ledger: Ledger) -> None:
+    """What could not commit as one is refused when the function is decorated."""
+    elsewhere = sessionmaker(sqlalchemy.create_engine("sqlite:///elsewhere.db"))
+    asynchronous_sessions = async_sessionmaker(create_async_engine("sqlite+aiosqlite:///elsewhere.db"))
+    autocommit = sessionmaker(sync_ledger.sync_engine.execution_options(isolation_level="AUTOCOMMIT"))
+
+    for sessions in (elsewhere, asynchronous_sessions, autocommit):
+        with pytest.raises(ConfigurationError):
+            idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(lambda: None)
+    with pytest.raises(ConfigurationError, match="SQLStore"):
+        idempotent(MemoryStore(), key=lambda: "k", session=sync_ledger.sessions)(lambda: None)
+    with pytest.raises(ConfigurationError, match="fail_open"):
+        idempotent(
+            sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=Policy(on_store_error="fail_open")
+        )(lambda: None)
+    with pytest.raises(ConfigurationError, match="lock_timeout"):
+        idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, lock_timeout=-1)(lambda: None)
+
+
+@pytest.mark.stores("sqlite")
+def test_sqlite_creates_the_table_in_the_first_transaction(store_target: Target) -> None:
+    """A joined function on a new SQLite file needs no migration."""
+    with open_sync_ledger(store_target) as ledger:
+
+        @idempotent(ledger.store, key=lambda what: what, session=ledger.sessions)
+        def order(what: str, session: Any) -> str:
+            session.execute(ledger.insert(what))
+            return what
+
+        assert order("tea") == order("tea") == "tea"
+        assert ledger.effects_sync() == ["tea"]
+
+
+@pytest.mark.stores("postgres")
+async def test_a_store_of_its_own_engine_serves_both_sides(target: Target) -> None:
+    """One store opened by URL joins the sessions of async and of sync functions on the same database."""
+    async with target.opened() as store, open_ledger(target) as ledger:
+        engine = sqlalchemy.create_engine(with_driver(target.url, "postgresql+psycopg"))
+
+        @idempotent(store, key=lambda what: what, session=ledger.sessions)
+        async def order(what: str, session: Any) -> str:
+            await session.execute(ledger.insert(what))
+            return "async"
+
+        @idempotent(store, key=lambda what: what, session=sessionmaker(engine))
+        def order_sync(what: str, session: Any) -> str:
+            session.execute(ledger.insert(what))
+            return "sync"
+
+        assert await order("tea") == "async"
+        assert await asyncio.to_thread(order_sync, "tea") == "async"
+        engine.dispose()
+        assert await ledger.effects() == ["tea"]

@@ -1,0 +1,347 @@
+"""The runner for threads: waiting, renewal on one thread, lost leases, and writes that are repeated."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from idempotency._core import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
+from idempotency._run_sync import Beat, SyncLease, SyncRunner
+from idempotency.errors import StoreError
+from idempotency.events import Event
+from idempotency.operation import Operation
+from idempotency.stores.memory import MemoryStore
+
+
+def a_claim(key: str = "k", **changes: Any) -> Claim:
+    """Make a claim with a token of its own."""
+    return Claim(**{"scope": "s", "key": key, "fingerprint": b"f", "lease": 30.0, "ttl": 60.0, **changes})
+
+
+class Faulty:
+    """A memory store whose verbs fail while they are named in ``broken``; tells what was called."""
+
+    def __init__(self) -> None:
+        self.inner = MemoryStore()
+        self.broken: set[str] = set()
+        self.calls: list[str] = []
+        self.called = threading.Condition()
+
+    def _do(self, verb: str, work: Callable[[], Any]) -> Any:
+        with self.called:
+            self.calls.append(verb)
+            self.called.notify_all()
+        if verb in self.broken:
+            raise StoreError("broken")
+        return work()
+
+    def until(self, verb: str, times: int = 1) -> None:
+        """Wait until a verb was called so many times."""
+        with self.called:
+            assert self.called.wait_for(lambda: self.calls.count(verb) >= times, 20)
+
+    def claim_sync(self, claim: Claim, /) -> Record:
+        record: Record = self._do("claim", lambda: self.inner.claim_sync(claim))
+        return record
+
+    def renew_sync(self, claim: Claim, /) -> bool:
+        return bool(self._do("renew", lambda: self.inner.renew_sync(claim)))
+
+    def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
+        return bool(self._do("complete", lambda: self.inner.complete_sync(claim, result, state)))
+
+    def release_sync(self, claim: Claim, /) -> bool:
+        return bool(self._do("release", lambda: self.inner.release_sync(claim)))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Events:
+    """An event hook that keeps the kinds, and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event: Event, /) -> None:
+        with self._changed:
+            self.kinds.append(event.kind)
+            self._changed.notify_all()
+
+    def until(self, kind: str) -> None:
+        """Wait for an event."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: kind in self.kinds, 20)
+
+
+@pytest.fixture
+def store() -> Faulty:
+    """A store that can be broken."""
+    return Faulty()
+
+
+@pytest.fixture
+def events() -> Events:
+    """An event hook."""
+    return Events()
+
+
+@pytest.fixture
+def runner(store: Faulty, events: Events) -> SyncRunner:
+    """A runner on the store."""
+    return SyncRunner(store, events)
+
+
+def lease_of(runner: SyncRunner, claim: Claim) -> SyncLease:
+    """Claim, which must succeed, and hold the lease."""
+    verdict, claimed_at = runner.claim(claim)
+    assert isinstance(verdict, Execute)
+    return SyncLease(runner, claim, Operation(claim, verdict.attempt), "test", claimed_at)
+
+
+def test_a_completion_is_replayed(runner: SyncRunner, events: Events) -> None:
+    """What one owner records the next is told."""
+    assert lease_of(runner, a_claim()).end("store", b"result") is None
+
+    assert runner.claim(a_claim())[0] == Replay(b"result")
+    assert events.kinds == ["stored"]
+
+
+def test_the_first_end_counts(runner: SyncRunner, events: Events) -> None:
+    """A second end of one lease does nothing."""
+    lease = lease_of(runner, a_claim())
+
+    lease.end("store", b"result")
+    lease.end("release")
+
+    assert runner.claim(a_claim())[0] == Replay(b"result")
+    assert events.kinds == ["stored"]
+
+
+def test_a_duplicate_waits_for_the_result(runner: SyncRunner) -> None:
+    """A duplicate asks again until the owner has ended."""
+    lease = lease_of(runner, a_claim())
+    told: list[Any] = []
+    waiter = threading.Thread(target=lambda: told.append(runner.claim(a_claim(), wait=20)[0]))
+    waiter.start()
+    runner.store.until("claim", 3)  # type: ignore[attr-defined]
+    assert not told
+
+    lease.end("store", b"result")
+
+    waiter.join(20)
+    assert told == [Replay(b"result")]
+
+
+def test_a_duplicate_waits_no_longer_than_it_may(runner: SyncRunner) -> None:
+    """A duplicate of an owner that goes on is told so when its time is over."""
+    lease_of(runner, a_claim())
+    began = time.monotonic()
+
+    verdict, _ = runner.claim(a_claim(), wait=0.2)
+
+    assert isinstance(verdict, InProgress)
+    assert 0.2 <= time.monotonic() - began < 5
+
+
+def test_a_lease_is_renewed_while_it_lasts(runner: SyncRunner, store: Faulty) -> None:
+    """An owner that works longer than its lease keeps it."""
+    lease = lease_of(runner, a_claim(lease=0.3))
+
+    store.until("renew", 6)
+
+    assert not lease.operation.lost
+    assert isinstance(runner.claim(a_claim(lease=0.3))[0], InProgress)
+    assert lease.end("store", b"late") is None
+
+
+def test_one_thread_renews_all(runner: SyncRunner, store: Faulty) -> None:
+    """Any number of leases of one runner share a thread."""
+    before = set(threading.enumerate())
+
+    leases = [lease_of(runner, a_claim(f"key {number}", lease=0.3)) for number in range(20)]
+    store.until("renew", 60)
+
+    new = set(threading.enumerate()) - before
+    assert [thread.name for thread in new] == ["idempotency"]
+    assert [lease.end("store", b"") for lease in leases] == [None] * 20
+
+
+def test_an_ended_lease_is_not_renewed(runner: SyncRunner, store: Faulty) -> None:
+    """After the end nothing is sent any more: a lease that runs on is renewed, the ended one is not."""
+    lease_of(runner, a_claim("ended", lease=0.2)).end("store", b"")
+    going_on = lease_of(runner, a_claim(lease=0.2))
+
+    renewed: list[str] = []
+    store.inner.renew_sync = lambda claim: bool(renewed.append(claim.key)) or True  # type: ignore[method-assign]
+    store.until("renew", 4)
+
+    going_on.stop()
+    assert set(renewed) == {"k"}
+
+
+def test_short_operations_leave_nothing_behind(runner: SyncRunner) -> None:
+    """Thousands of ended leases do not wait for their turn to be renewed."""
+    for number in range(2000):
+        lease_of(runner, a_claim(f"key {number}")).end("store", b"")
+
+    assert len(runner.beat._due) < 200
+
+
+def test_a_store_error_does_not_lose_the_lease(runner: SyncRunner, store: Faulty) -> None:
+    """A renewal that fails is repeated; within the lease nothing is lost."""
+    lease = lease_of(runner, a_claim(lease=3))
+    store.broken = {"renew"}
+    store.until("renew", 2)
+    store.broken = set()
+    store.until("renew", 3)
+
+    assert not lease.operation.lost
+    assert lease.end("store", b"") is None
+
+
+def test_an_unreachable_store_loses_the_lease(runner: SyncRunner, store: Faulty, events: Events) -> None:
+    """An owner that could not renew for a whole lease is told, and a late record is refused if another took over."""
+    lease = lease_of(runner, a_claim(lease=0.2))
+    store.broken = {"renew"}
+    events.until("lease-lost")
+    assert lease.operation.lost
+
+    store.broken = set()
+    other = a_claim(lease=30)
+    while not isinstance(judge(other, store.inner.claim_sync(other)), Execute):
+        time.sleep(0.01)
+    store.inner.complete_sync(other, b"other")
+
+    assert lease.end("store", b"mine") == Replay(b"other")
+    assert events.kinds == ["lease-lost", "superseded"]
+
+
+def test_the_flag_does_not_wait_for_the_thread(runner: SyncRunner, store: Faulty) -> None:
+    """The signal is given in time also while the renewing thread hangs in a store that does not answer."""
+    hanging = threading.Event()
+    store.inner.renew_sync = lambda claim: hanging.wait(100)  # type: ignore[method-assign]
+    lease = lease_of(runner, a_claim(lease=0.2))
+    store.until("renew")
+
+    deadline = time.monotonic() + 10
+    while not lease.operation.lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    try:
+        assert lease.operation.lost
+    finally:
+        hanging.set()
+
+
+def test_an_unrecorded_completion_is_repeated(runner: SyncRunner, store: Faulty, events: Events) -> None:
+    """A store that fails after the effect is no failure of the operation: the record is tried again."""
+    lease = lease_of(runner, a_claim())
+    store.broken = {"complete"}
+
+    assert lease.end("store", b"result") is None
+    assert events.kinds == ["unrecorded"]
+    store.until("complete", 3)
+    store.broken = set()
+
+    events.until("stored")
+    assert runner.claim(a_claim())[0] == Replay(b"result")
+
+
+def test_a_claim_whose_answer_was_lost_is_released(runner: SyncRunner, store: Faulty) -> None:
+    """A claim that failed may have been applied, so it is released in the background."""
+    claim = a_claim()
+    real = store.inner.claim_sync
+
+    def apply_and_fail(_: Claim) -> Record:
+        real(claim)
+        raise StoreError("the answer is lost")
+
+    store.inner.claim_sync = apply_and_fail  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="lost"):
+        runner.claim(claim)
+    store.inner.claim_sync = real  # type: ignore[method-assign]
+
+    store.until("release")
+    deadline = time.monotonic() + 20
+    while not isinstance(verdict := runner.claim(a_claim())[0], Execute) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert verdict == Execute(1)
+
+
+def test_a_hold_is_recorded_without_a_result(runner: SyncRunner, events: Events) -> None:
+    """``hold`` leaves the key unknown, ``store`` without a result leaves it completed."""
+    lease_of(runner, a_claim("held")).end("hold")
+    lease_of(runner, a_claim("completed")).end("store", None)
+
+    assert type(runner.claim(a_claim("held"))[0]).__name__ == "Unknown"
+    assert runner.claim(a_claim("completed"))[0] == Completed()
+    assert events.kinds == ["held", "stored"]
+
+
+def test_a_broken_hook_changes_nothing(store: Faulty, caplog: pytest.LogCaptureFixture) -> None:
+    """An event hook that raises is logged and ignored."""
+
+    def hook(event: Event, /) -> None:
+        raise RuntimeError(event.kind)
+
+    runner = SyncRunner(store, hook)
+
+    assert lease_of(runner, a_claim()).end("store", b"") is None
+    assert "the event hook failed" in caplog.text
+
+
+def test_the_thread_survives_a_job_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """One background write that raises does not stop the others."""
+
+    class Job:
+        ended = False
+
+        def __init__(self, error: Exception | None) -> None:
+            self.error = error
+            self.done = threading.Event()
+
+        def __call__(self) -> float | None:
+            self.done.set()
+            if self.error is not None:
+                raise self.error
+            return None
+
+    beat, bad, good = Beat(), Job(ValueError("bad")), Job(None)
+
+    beat.at(time.monotonic(), bad)
+    beat.at(time.monotonic(), good)
+
+    assert bad.done.wait(20)
+    assert good.done.wait(20)
+    assert "a background write failed" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> None:
+    """A worker forked from a process that already held leases has a thread of its own."""
+    mine = lease_of(runner, a_claim("parent", lease=0.3))
+    store.until("renew")
+
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            assert runner.beat._thread is None
+            store.called = threading.Condition()
+            store.inner = MemoryStore()
+            store.calls.clear()
+            lease = lease_of(runner, a_claim("child", lease=0.3))
+            store.until("renew", 4)
+            status = 0 if lease.end("store", b"") is None and not lease.operation.lost else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert mine.end("store", b"") is None
