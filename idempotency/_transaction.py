@@ -12,6 +12,7 @@ from idempotency.errors import ConfigurationError, StoreError, TransactionError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session
 
     from idempotency.stores.base import Store
     from idempotency.stores.sql import SQLStore
@@ -82,7 +83,9 @@ class Transaction:
 
     async def flush(self) -> None:
         """Send what is pending, so that what the database refuses is raised as the operation's own error."""
-        await self.session.flush()
+        pending = self.session
+        if pending.new or pending.dirty or pending.deleted:
+            await pending.flush()
 
     async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """Write ``result`` behind the effect and commit both; False, and both rolled back, for a superseded owner.
@@ -103,13 +106,8 @@ class Transaction:
         from sqlalchemy.exc import DBAPIError
 
         try:
-            written = await self._store.complete_in(self.session, self._claim, result, state)
-            self._open = False
-            if written:
-                await self.session.commit()
-            else:
-                await self.session.rollback()
-            return written
+            # Both in one step of SQLAlchemy's, each of which is a switch to a greenlet and back.
+            return await self.session.run_sync(self._end, result, state)
         except Exception as error:
             # Rolled back first: a transaction that is still open holds the row that is asked for next.
             with suppress(Exception):
@@ -120,6 +118,15 @@ class Transaction:
             if isinstance(error, DBAPIError) and not error.connection_invalidated:
                 raise
             raise StoreError("the transaction did not commit") from error
+
+    def _end(self, session: Session, result: bytes | None, state: State) -> bool:
+        written = self._store.complete_in_sync(session, self._claim, result, state)
+        self._open = False
+        if written:
+            session.commit()
+        else:
+            session.rollback()
+        return written
 
     async def _committed(self, state: State) -> bool:
         # This claim waits for the row while the commit is still under way in the server, where a mere look would not,

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import calls
 import overhead
 import report
 import table_size
@@ -21,11 +22,12 @@ from subjects import Subject, reference_url, subject_of
 from idempotency.errors import IdempotencyError
 
 _SERVERS = ((6379, "redis://127.0.0.1:6379/0"), (5432, "postgresql+asyncpg://postgres@127.0.0.1:5432/test"))
+_MARIADB = (3306, "mysql+aiomysql://root@127.0.0.1:3306/test")
 
 
-def _reachable() -> list[str]:
+def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
     urls = []
-    for port, url in _SERVERS:
+    for port, url in servers:
         with socket.socket() as probe:
             probe.settimeout(0.5)
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -44,22 +46,41 @@ async def _opened(subject: Subject) -> AsyncIterator[Subject]:
         await subject.close()
 
 
-async def _run(urls: Sequence[str], *, quick: bool, table_only: bool) -> None:
+async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
     place = f"idempotency_bench_{os.getpid()}"
     subjects = [subject_of(url, f"{place}_{number}") for number, url in enumerate(urls)]
-    references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
     print(report.NOISE)
-    if not table_only:
-        print(report.OVERHEAD)
-        for subject in subjects:
-            async with _opened(subject):
-                print(report.overhead_row(await overhead.measure(subject, 300 if quick else 1500)), flush=True)
-        print(report.OVERHEAD_TARGETS)
-        print(report.THROUGHPUT)
-        for subject in subjects:
-            async with _opened(subject):
-                ratios = await throughput.measure(subject, 3 if quick else 7)
-                print(report.throughput_row(subject.name, ratios), flush=True)
+    if only is None:
+        await _requests(subjects, quick)
+    if only in (None, "calls"):
+        await _calls(subjects, quick)
+    if only in (None, "table"):
+        references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
+        await _tables(subjects, references, quick)
+
+
+async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
+    print(report.OVERHEAD)
+    for subject in subjects:
+        async with _opened(subject):
+            print(report.overhead_row(await overhead.measure(subject, 300 if quick else 1500)), flush=True)
+    print(report.OVERHEAD_TARGETS)
+    print(report.THROUGHPUT)
+    for subject in subjects:
+        async with _opened(subject):
+            ratios = await throughput.measure(subject, 3 if quick else 7)
+            print(report.throughput_row(subject.name, ratios), flush=True)
+
+
+async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
+    print(report.CALLS)
+    for subject in subjects:
+        async with _opened(subject):
+            async for cost in calls.measure(subject, 7 if quick else 21):
+                print(report.calls_row(subject.name, cost), flush=True)
+
+
+async def _tables(subjects: Sequence[Subject], references: Sequence[Subject], quick: bool) -> None:
     print(report.TABLE)
     for subject, reference in zip(subjects, references, strict=True):
         async with _opened(subject), _opened(reference):
@@ -75,16 +96,32 @@ def main() -> int:
         "--store",
         metavar="URL",
         action="append",
-        help="a store to measure; repeatable; default: memory, a SQLite file, and a local Redis and PostgreSQL",
+        help="a store to measure; repeatable; default: memory, a SQLite file, a local Redis and PostgreSQL, and for "
+        "--calls MariaDB",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and tables of at most 100,000 records")
-    parser.add_argument("--table", action="store_true", help="measure only the cost against the size of the table")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument(
+        "--table",
+        dest="only",
+        action="store_const",
+        const="table",
+        help="measure only the cost against the size of the table",
+    )
+    alone.add_argument(
+        "--calls",
+        dest="only",
+        action="store_const",
+        const="calls",
+        help="measure only functions: joined transactions, and calls on Redis",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="idempotency-bench-") as directory:
         sqlite = f"sqlite+aiosqlite:///{directory}/bench.sqlite3"
-        urls: list[str] = options.store or ["memory://", sqlite, *_reachable()]
+        servers = (*_SERVERS, _MARIADB) if options.only == "calls" else _SERVERS
+        urls: list[str] = options.store or ["memory://", sqlite, *_reachable(servers)]
         try:
-            asyncio.run(_run(urls, quick=options.quick, table_only=options.table))
+            asyncio.run(_run(urls, quick=options.quick, only=options.only))
         except (IdempotencyError, SQLAlchemyError, OSError) as error:
             print(f"scripts/bench: {error}", file=sys.stderr)
             return 2

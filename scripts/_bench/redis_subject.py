@@ -28,21 +28,21 @@ class Redis(Subject):
     purges = False
 
     def __init__(self, url: str, place: str) -> None:
-        self._url = url
-        self._place = place
+        self.url = url
+        self.place = place
 
     async def open(self) -> None:
         """Open the store, and beside it a client as it comes: its time-out bounds a command, as the store's do."""
-        named = f"{self._url}{'&' if '?' in self._url else '?'}client_name={self._place}"
-        self.store = open_store(named, prefix=self._place)
-        self._client: Any = aioredis.Redis.from_url(self._url)
+        named = f"{self.url}{'&' if '?' in self.url else '?'}client_name={self.place}"
+        self.store = open_store(named, prefix=self.place)
+        self._client: Any = aioredis.Redis.from_url(self.url)
         await self.store.check()
 
     async def close(self) -> None:
         """Unlink every key of the prefix."""
         await self.store.aclose()
         keys: list[bytes] = []
-        async for key in self._client.scan_iter(match=f"{self._place}:*", count=_BATCH):
+        async for key in self._client.scan_iter(match=f"{self.place}:*", count=_BATCH):
             keys.append(key)
             if len(keys) == _BATCH:
                 await self._client.unlink(*keys)
@@ -55,11 +55,11 @@ class Redis(Subject):
         """Have a script write the records, in the store's format."""
         for start in range(0, len(keys), _BATCH):
             ids = [claim_of(key).id.hex() for key in keys[start : start + _BATCH]]
-            await self._client.eval(_FILL, 1, f"{self._place}:1:", FINGERPRINT, RESULT, 86_400_000, *ids)
+            await self._client.eval(_FILL, 1, f"{self.place}:1:", FINGERPRINT, RESULT, 86_400_000, *ids)
 
     def command(self, verb: Verb, claim: Claim) -> Any:
         """Take the command from where the store takes it."""
-        key = f"{self._place}:1:{claim.id.hex()}".encode()
+        key = f"{self.place}:1:{claim.id.hex()}".encode()
         if verb == "complete":
             script, rest = wire.complete(key, claim, RESULT, State.DONE)
         else:
@@ -76,11 +76,11 @@ class Redis(Subject):
 
     async def count(self, work: Callable[[], Awaitable[object]]) -> int:
         """Watch the server's own log of commands for those of the store's connections."""
-        end = f"{self._place} end"
+        end = f"{self.place} end"
         sent = 0
         async with self._client.monitor() as monitor:
             await work()
-            ours = {c["addr"] for c in await self._client.client_list() if c["name"] == self._place}
+            ours = {c["addr"] for c in await self._client.client_list() if c["name"] == self.place}
             await self._client.echo(end)
             while end not in (seen := await monitor.next_command())["command"]:
                 sent += f"{seen['client_address']}:{seen['client_port']}" in ours

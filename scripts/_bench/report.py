@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calls import Throughput, Trips
 from overhead import Overhead
 from table_size import Costs
 from throughput import CONCURRENCY
@@ -48,6 +49,17 @@ TABLE = "\n".join(
 )
 TABLE_TARGETS = _TABLE.format("at most", "", "", "x1.50", "", "x1.50", "", "")
 
+_CALLS = "{:<25}{:>10} |{:>10}{:>10}{:>8}"
+CALLS = "\n".join(
+    (
+        "",
+        "Functions under idempotent(): calls per second of an INSERT in one transaction with its record (session=), or",
+        "of claim, INSERT and completion in three, with so many at a time; the ratio is to be at least 1.60.",
+        "",
+        _CALLS.format("", "at a time", "one", "three", "ratio"),
+    )
+)
+
 
 def overhead_row(cost: Overhead) -> str:
     """Format one store's overhead."""
@@ -69,6 +81,20 @@ def overhead_row(cost: Overhead) -> str:
 def throughput_row(name: str, ratios: dict[int, tuple[float, float]]) -> str:
     """Format one store's throughput."""
     return _THROUGHPUT.format(name, *(f"{ratio:.2f}" for pair in ratios.values() for ratio in pair))
+
+
+def calls_row(name: str, cost: Throughput | Trips) -> str:
+    """Format the throughput of calls in a transaction, or the duration of one on Redis."""
+    if isinstance(cost, Throughput):
+        figures = f"{cost.joined:.0f}", f"{cost.three:.0f}", f"{cost.joined / cost.three:.2f}"
+        return _CALLS.format(cost.name, cost.concurrency, *figures)
+    return "\n".join(
+        (
+            f"{name}: a blocking call {cost.call:.0f} µs; two raw round trips of its client (at most 1.30):",
+            f"  the same scripts {cost.scripts:.0f} µs, ratio {cost.call / cost.scripts:.2f}",
+            f"  GET {cost.gets:.0f} µs, ratio {cost.call / cost.gets:.2f}",
+        )
+    )
 
 
 def table_row(name: str, costs: Costs) -> str:

@@ -33,16 +33,16 @@ class SQL(Subject):
     """One SQL database. Raw statements are those the store was seen to send, with another key in their parameters."""
 
     def __init__(self, url: str, place: str) -> None:
-        self._url = url
-        self._place = place
+        self.url = url
+        self.place = place
         self._table = records_table(MetaData(), place)
         self.name = _NAMES[make_url(url).get_backend_name()]
 
     async def open(self) -> None:
         """Create the table, open the store, and see what it sends."""
-        self.store = open_store(self._url, table=self._place)
+        self.store = open_store(self.url, table=self.place)
         await self.store.create_schema()
-        self._engine = create_async_engine(self._url)
+        self._engine = create_async_engine(self.url)
         self._sample = claim_of("sample")
         await self.store.claim(claim_of("warm-up"))
         self._seen: dict[Verb, list[Statement]] = {}
@@ -82,7 +82,7 @@ class SQL(Subject):
             for statement in statements:
                 # CHECKPOINT needs a right that the user may not have, and is a courtesy.
                 with suppress(ProgrammingError):
-                    await connection.exec_driver_sql(statement.format(self._place))
+                    await connection.exec_driver_sql(statement.format(self.place))
 
     async def fill_expired(self, keys: Sequence[str]) -> None:
         """Insert records that expired a day ago."""
