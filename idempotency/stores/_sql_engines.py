@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -110,7 +111,9 @@ def _prepare(engine: Engine) -> None:
 
 def _write_ahead(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    # The mode is the file's. Where the switch is refused at once, another connection is making it.
+    with suppress(sqlite3.OperationalError):
+        cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()
 
 

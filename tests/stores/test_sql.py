@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tcp_proxy import Proxy
 
 from idempotency._core import Claim, Execute, InProgress, Record, Replay, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError, UnreadableError
+from idempotency.stores._sql_engines import _write_ahead
 from idempotency.stores.sql import SQLStore, records_table, schema_sql
 
 DRIVERS = {
@@ -910,3 +912,21 @@ def test_sqlite_in_memory_is_refused(url: str) -> None:
     if "aiosqlite" in url:
         with pytest.raises(ConfigurationError, match="name a file, or use memory://"):
             SQLStore(create_async_engine(url))
+
+
+def test_a_file_whose_mode_is_being_changed_can_be_opened(tmp_path: Path) -> None:
+    """Several processes open a new file at once: the one that may not switch it to WAL leaves that to the other."""
+    path = tmp_path / "records.db"
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+        closing(sqlite3.connect(path, timeout=0)) as late,
+    ):
+        other.execute("CREATE TABLE t (x)")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            late.execute("PRAGMA journal_mode=WAL")
+
+        _write_ahead(late, None)
+
+        other.execute("COMMIT")
+        assert late.execute("SELECT count(*) FROM t").fetchone() == (0,)
