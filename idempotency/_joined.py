@@ -54,7 +54,7 @@ class Joined:
             verdict = await self._claim(claim, transaction)
             if not isinstance(verdict, Execute):
                 return verdict
-            operation = Operation(claim, verdict.attempt, transaction)
+            operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
             keeps = _keeps_failures(self._calls.policy)
             savepoint = await transaction.session.begin_nested() if keeps else None
             token = RUNNING.set(operation)
@@ -146,7 +146,7 @@ class SyncJoined:
             verdict = self._claim(claim, transaction)
             if not isinstance(verdict, Execute):
                 return verdict
-            operation = Operation(claim, verdict.attempt, transaction)
+            operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
             savepoint = transaction.session.begin_nested() if _keeps_failures(self._calls.policy) else None
             token = RUNNING.set(operation)
             try:

@@ -48,7 +48,7 @@ class Leased:
             raise
         if not isinstance(verdict, Execute):
             return verdict
-        operation = Operation(claim, verdict.attempt)
+        operation = Operation(claim, verdict.attempt, name=calls.name)
         return await self._execute(Lease(runner, claim, operation, calls.name, claimed_at), operation, work)
 
     async def _execute(self, lease: Lease, operation: Operation, work: Callable[..., Awaitable[Any]]) -> Ended:
@@ -104,7 +104,7 @@ class SyncLeased:
             raise
         if not isinstance(verdict, Execute):
             return verdict
-        operation = Operation(claim, verdict.attempt)
+        operation = Operation(claim, verdict.attempt, name=calls.name)
         return self._execute(SyncLease(runner, claim, operation, calls.name, claimed_at), operation, work)
 
     def _execute(self, lease: SyncLease, operation: Operation, work: Callable[..., Any]) -> Ended:

@@ -275,7 +275,7 @@ class _Rules:
         try:
             value = self.calls.results.decode(told.result)
         except UnreadableError as error:
-            self.calls.emit("unreadable", claim, error=type(error).__name__)
+            self.calls.emit("unreadable", claim, error=error)
             raise
         self.calls.emit("replayed", claim)
         return value

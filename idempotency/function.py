@@ -173,7 +173,7 @@ def _answer(calls: Calls, claim: Claim, ended: Ended) -> Any:
             try:
                 value = calls.results.decode(result)
             except UnreadableError as error:
-                calls.emit("unreadable", claim, error=type(error).__name__)
+                calls.emit("unreadable", claim, error=error)
                 raise
             calls.emit("replayed", claim)
             return value

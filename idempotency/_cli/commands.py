@@ -16,10 +16,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
 from idempotency._cli.doctor import examine
-from idempotency._cli.lookup import Operated, find, find_key, hexadecimal, one, open_named
+from idempotency._cli.lookup import find, find_key, hexadecimal, is_sql, one, open_named
 from idempotency._core import record_id
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.stores import AnyStore
 from idempotency.stores.base import Entry
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ def inspect(
 ) -> None:
     """Show the records of a key, or of an id; never their results."""
 
-    async def look(opened: Operated) -> list[Entry]:
+    async def look(opened: AnyStore) -> list[Entry]:
         if record is not None:
             return await find(opened, hexadecimal(record))
         if key is not None and scope is None:
@@ -121,7 +122,7 @@ def resolve(
 ) -> None:
     """Settle a record whose outcome is unknown."""
 
-    async def settle(opened: Operated) -> Entry:
+    async def settle(opened: AnyStore) -> Entry:
         entry = await one(opened, record)
         if status is not None and not entry.scope.startswith("http:"):
             raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
@@ -149,7 +150,7 @@ def forget(
 ) -> None:
     """Forget a record nobody is running, done or not: the next request of its key runs again."""
 
-    async def drop(opened: Operated) -> Entry:
+    async def drop(opened: AnyStore) -> Entry:
         entry = await one(opened, record)
         if not yes:
             _confirm(entry)
@@ -169,7 +170,7 @@ def purge(
 ) -> None:
     """Delete every expired record; on Redis there is nothing to do."""
 
-    async def empty(opened: Operated) -> int:
+    async def empty(opened: AnyStore) -> int:
         total = 0
         with _progress() as advance:
             while gone := await opened.purge(batch):
@@ -199,7 +200,7 @@ def create(store: Url = None, table: Table = None) -> None:
     """Create the table and its index where they are missing."""
 
     async def make(opened: Any) -> str:
-        if not hasattr(opened, "complete_in"):
+        if not is_sql(opened):
             return "Redis needs no schema"
         await opened.create_schema()
         return f"table {opened._table.name} is there"

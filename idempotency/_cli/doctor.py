@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from idempotency._cli.lookup import ask, primaries
+from idempotency._cli.lookup import ask, is_sql, primaries
 from idempotency.errors import StoreError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ async def examine(store: Any) -> list[Finding]:
     """Examine the store and its server; a store that cannot be used is a finding too."""
     try:
         await store.check()
-        if hasattr(store, "complete_in"):
+        if is_sql(store):
             return [Finding("ok", "reachable, and the table has every column"), *await _sql(store)]
         return [Finding("ok", "reachable, and it runs the store's scripts"), *await _redis(store)]
     except StoreError as error:

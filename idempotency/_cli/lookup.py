@@ -5,11 +5,11 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from idempotency.errors import ConfigurationError
-from idempotency.stores import AnyStore, open_store
+from idempotency.stores import open_store
 from idempotency.stores.base import Entry
 
 if TYPE_CHECKING:
@@ -27,18 +27,6 @@ LOGGED = 12
 
 MANY = 20
 """How many candidates are shown."""
-
-
-class Operated(AnyStore, Protocol):
-    """What a command needs of a store."""
-
-    async def forget(self, record: bytes, /) -> bool:
-        """Forget a record that nobody is running."""
-        ...
-
-    async def check(self) -> None:
-        """Raise StoreError unless the store can be used."""
-        ...
 
 
 def open_named(url: str | None, table: str | None, prefix: str | None, *, create: bool = False) -> Any:
@@ -87,14 +75,12 @@ def _check_sqlite(url: str, store: Any) -> None:
 
 async def find(store: Any, start: str, limit: int = MANY) -> list[Entry]:
     """List the records whose id begins with the hex digits ``start``."""
-    return await _found(
-        store, _sql_ids(store, start, None) if _is_sql(store) else _redis_ids(store, start), None, limit
-    )
+    return await _found(store, _sql_ids(store, start, None) if is_sql(store) else _redis_ids(store, start), None, limit)
 
 
 async def find_key(store: Any, key: str, limit: int = MANY) -> list[Entry]:
     """List the records of ``key`` in every scope; the store reads all its records for it."""
-    return await _found(store, _sql_ids(store, "", key) if _is_sql(store) else _redis_ids(store, ""), key, limit)
+    return await _found(store, _sql_ids(store, "", key) if is_sql(store) else _redis_ids(store, ""), key, limit)
 
 
 async def one(store: Any, digits: str) -> Entry:
@@ -129,7 +115,8 @@ async def _found(store: Any, ids: AsyncIterator[bytes], key: str | None, limit: 
     return list(found.values())
 
 
-def _is_sql(store: Any) -> bool:
+def is_sql(store: Any) -> bool:
+    """Say whether the records are in a SQL database; else they are in Redis."""
     return hasattr(store, "complete_in")
 
 
