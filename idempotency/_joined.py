@@ -12,7 +12,6 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,12 +19,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._result import encode_failure
+from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, StoreError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import ConflictError, conflicts
+from idempotency.stores._sql_joined import ConflictError, allow_commit, conflicts, keep_commit
 from idempotency.stores.sql import SQLStore
 
 _AGAIN_AFTER = 1.0
@@ -49,9 +49,21 @@ class Joined:
         Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or nobody can say: the same call may
         be made again.
         """
+        turns, deadline = self._store.turns, monotonic() + self._wait
+        if turns is None:
+            return await self._run(claim, work, deadline)
+        # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
+        taken = await turns.take(self._wait)
+        try:
+            return await self._run(claim, work, deadline)
+        finally:
+            if taken:
+                turns.give()
+
+    async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], deadline: float) -> Ended:
         transaction = Transaction(self._store, self._sessions, claim)
         try:
-            verdict = await self._claim(claim, transaction)
+            verdict = await self._claim(claim, transaction, deadline)
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
@@ -62,9 +74,12 @@ class Joined:
                 value = await work(transaction.session)
                 await transaction.flush()
             except Exception as error:
+                # One that the operation has ended itself no longer undoes its effect.
+                held = False
                 if savepoint is not None and savepoint.is_active:
                     await savepoint.rollback()
-                return await self._failed(claim, operation, transaction, error, savepoint is not None)
+                    held = True
+                return await self._failed(claim, operation, transaction, error, held)
             except BaseException as error:
                 self._calls.emit("released", claim, operation.attempt, error)
                 raise
@@ -74,8 +89,8 @@ class Joined:
         finally:
             await transaction.close()
 
-    async def _claim(self, claim: Claim, transaction: Transaction) -> Verdict:
-        deadline, tried = monotonic() + self._wait, False
+    async def _claim(self, claim: Claim, transaction: Transaction, deadline: float) -> Verdict:
+        tried = False
         while True:
             try:
                 left = max(0.0, deadline - monotonic())
@@ -105,7 +120,7 @@ class Joined:
         if not written:
             self._calls.emit("superseded", claim, operation.attempt)
             raise StoreError("the record was changed by another while the operation ran: nothing is committed")
-        self._calls.emit("stored", claim, operation.attempt, flaw)
+        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
         return Ran(value)
 
     async def _failed(
@@ -120,7 +135,7 @@ class Joined:
             if not held:
                 # Asked for while it ran: the effect is rolled back, and the row with it.
                 await transaction.session.rollback()
-                held = isinstance(await self._claim(claim, transaction), Execute)
+                held = isinstance(await self._claim(claim, transaction, monotonic() + self._wait), Execute)
             written = held and await transaction.commit(*_kept(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)
@@ -141,9 +156,21 @@ class SyncJoined:
 
     def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
         """See :meth:`Joined.run`."""
+        turns, deadline = self._store.turns, monotonic() + self._wait
+        if turns is None:
+            return self._run(claim, work, deadline)
+        # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
+        taken = turns.take_sync(self._wait)
+        try:
+            return self._run(claim, work, deadline)
+        finally:
+            if taken:
+                turns.give_sync()
+
+    def _run(self, claim: Claim, work: Callable[[Session], Any], deadline: float) -> Ended:
         transaction = _SyncTransaction(self._store, self._sessions, claim)
         try:
-            verdict = self._claim(claim, transaction)
+            verdict = self._claim(claim, transaction, deadline)
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
@@ -153,9 +180,12 @@ class SyncJoined:
                 value = work(transaction.session)
                 transaction.session.flush()
             except Exception as error:
+                # One that the operation has ended itself no longer undoes its effect.
+                held = False
                 if savepoint is not None and savepoint.is_active:
                     savepoint.rollback()
-                return self._failed(claim, operation, transaction, error, savepoint is not None)
+                    held = True
+                return self._failed(claim, operation, transaction, error, held)
             except BaseException as error:
                 self._calls.emit("released", claim, operation.attempt, error)
                 raise
@@ -165,8 +195,8 @@ class SyncJoined:
         finally:
             transaction.close()
 
-    def _claim(self, claim: Claim, transaction: _SyncTransaction) -> Verdict:
-        deadline, tried = monotonic() + self._wait, False
+    def _claim(self, claim: Claim, transaction: _SyncTransaction, deadline: float) -> Verdict:
+        tried = False
         while True:
             try:
                 left = max(0.0, deadline - monotonic())
@@ -195,7 +225,7 @@ class SyncJoined:
         if not written:
             self._calls.emit("superseded", claim, operation.attempt)
             raise StoreError("the record was changed by another while the operation ran: nothing is committed")
-        self._calls.emit("stored", claim, operation.attempt, flaw)
+        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
         return Ran(value)
 
     def _failed(
@@ -210,7 +240,7 @@ class SyncJoined:
             if not held:
                 # Asked for while it ran: the effect is rolled back, and the row with it.
                 transaction.session.rollback()
-                held = isinstance(self._claim(claim, transaction), Execute)
+                held = isinstance(self._claim(claim, transaction, monotonic() + self._wait), Execute)
             written = held and transaction.commit(*_kept(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)
@@ -227,23 +257,14 @@ class _SyncTransaction:
         self._store = store
         self._sessions = sessions
         self._claim = claim
-        self._open = True
         self.session: Session = sessions()
-        event.listen(self.session, "before_commit", self._before_commit)
-
-    def _before_commit(self, session: Session) -> None:
-        # A savepoint is the operation's own; the outermost commit would split the effect from its record.
-        if self._open and not session.in_nested_transaction():
-            raise TransactionError(
-                "This session is committed together with the idempotency record, after the function: use flush(), or "
-                "begin_nested() for a part that may fail."
-            )
+        keep_commit(self.session)
 
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """See :meth:`idempotency._transaction.Transaction.commit`."""
         try:
             written = self._store.complete_in_sync(self.session, self._claim, result, state)
-            self._open = False
+            allow_commit(self.session)
             if written:
                 self.session.commit()
             else:
@@ -267,12 +288,21 @@ class _SyncTransaction:
 
     def roll_back(self) -> None:
         """Undo the effect."""
-        self._open = False
-        self.session.rollback()
+        allow_commit(self.session)
+        try:
+            self.session.rollback()
+        except Exception:
+            # The connection is gone, or was interrupted in mid-command: closed, it is rolled back by the server.
+            with suppress(Exception):
+                self.session.invalidate()
 
     def close(self) -> None:
         """Give the connection back."""
-        self.session.close()
+        try:
+            self.session.close()
+        except Exception:
+            with suppress(Exception):
+                self.session.invalidate()
 
 
 def _judge(claim: Claim, record: Record | None) -> Verdict:

@@ -12,7 +12,7 @@ from idempotency._core import Claim, Execute
 from idempotency._result import encode_failure
 from idempotency._run import Lease, Runner
 from idempotency._run_sync import SyncLease, SyncRunner
-from idempotency.errors import StoreError
+from idempotency.errors import StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation
 from idempotency.stores.base import Store, SyncStore
 
@@ -41,7 +41,7 @@ class Leased:
         try:
             verdict, claimed_at = await runner.claim(claim, calls.policy.wait)
         except StoreError as error:
-            if calls.policy.on_store_error == "fail_open":
+            if calls.policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 calls.emit("unprotected", claim, error=error)
                 return await _unprotected(work)
             calls.emit("unavailable", claim, error=error)
@@ -97,7 +97,7 @@ class SyncLeased:
         try:
             verdict, claimed_at = runner.claim(claim, calls.policy.wait)
         except StoreError as error:
-            if calls.policy.on_store_error == "fail_open":
+            if calls.policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 calls.emit("unprotected", claim, error=error)
                 return _unprotected_sync(work)
             calls.emit("unavailable", claim, error=error)

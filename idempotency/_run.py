@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Verdict, judge
-from idempotency._tell import Failure, tell
+from idempotency._tell import Failure, kind_of, tell
 from idempotency._transaction import Transaction
-from idempotency.errors import StoreError
+from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import EventHook, EventKind
 from idempotency.operation import Operation
 from idempotency.policy import Outcome
@@ -33,12 +33,6 @@ _MISSES = 5
 
 _MOMENT = 1.0
 """Seconds for which a cancelled request waits for its record."""
-
-_KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
-
-
-class WaitFailedError(StoreError):
-    """The store failed while a duplicate waited: another owner is known to run the operation."""
 
 
 class Runner:
@@ -139,14 +133,9 @@ class Runner:
         if len(self._tasks) < _BACKLOG:
             self._start(_retract(self.store, claim))
 
-    def persist(
-        self,
-        write: Callable[[], Awaitable[object]],
-        patience: float,
-        written: Callable[[object], None],
-    ) -> asyncio.Task[None]:
+    def persist(self, write: Callable[[], Awaitable[None]], patience: float) -> asyncio.Task[None]:
         """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""
-        return self._start(_persist(write, patience, written))
+        return self._start(_persist(write, patience))
 
     def _start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -155,10 +144,10 @@ class Runner:
         return task
 
 
-async def _persist(write: Callable[[], Awaitable[object]], patience: float, written: Callable[[object], None]) -> None:
+async def _persist(write: Callable[[], Awaitable[None]], patience: float) -> None:
     async for _ in _pauses(patience):
         with suppress(StoreError):
-            written(await write())
+            await write()
             return
 
 
@@ -295,7 +284,7 @@ class Lease:
         self.stop()
         try:
             if await self._write(outcome, result):
-                self._emit(_KIND[outcome], error)
+                self._emit(kind_of(outcome, result), error)
                 return None
             return await self._superseded(outcome, result)
         except StoreError as failure:
@@ -313,23 +302,27 @@ class Lease:
         loop = asyncio.get_running_loop()
         halfway = loop.time() + self._claim.lease / 2
 
-        async def write() -> bool:
+        async def write() -> None:
+            kept = result
             try:
-                return await self._write(outcome, result)
+                written = await self._write(outcome, kept)
             except StoreError:
-                if result is None or loop.time() < halfway:
+                if kept is None or loop.time() < halfway:
                     raise
                 # What a store keeps refusing may be the result. That the operation is done is worth more.
-                return await self._write(outcome, None)
+                kept = None
+                written = await self._write(outcome, kept)
+            # A release that was applied, and only its answer lost, is refused when it is repeated.
+            self._emit(kind_of(outcome, kept) if written or outcome == "release" else "superseded")
 
-        return self._runner.persist(write, self._claim.lease, self._recorded(outcome))
+        return self._runner.persist(write, self._claim.lease)
 
     async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
         await transaction.flush()
         self.stop()
         try:
             if await transaction.commit(result):
-                self._emit("stored")
+                self._emit(kind_of("store", result))
                 return None
         except BaseException as error:
             # Cancelled, the commit goes on; then this release is refused, or finds what was rolled back.
@@ -345,10 +338,6 @@ class Lease:
             await self._runner.store.release(self._claim)
             return InProgress(0.0)
         return verdict
-
-    def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
-        # A release that was applied, and only its answer lost, is refused when it is repeated.
-        return lambda written: self._emit(_KIND[outcome] if written or outcome == "release" else "superseded")
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
@@ -373,6 +362,6 @@ class Lease:
             return verdict
         # The other owner is gone without a result and the key was free: this result is the one to keep.
         if await self._write(outcome, result):
-            self._emit(_KIND[outcome])
+            self._emit(kind_of(outcome, result))
             return None
         return InProgress(self._claim.lease)

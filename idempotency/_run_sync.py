@@ -12,12 +12,13 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Protocol
 
 from idempotency._core import Claim, Execute, InProgress, State, Told, Verdict, judge
-from idempotency._tell import Failure, tell
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency._tell import Failure, kind_of, tell
+from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.events import EventHook, EventKind
 from idempotency.operation import Lost, Operation
 from idempotency.policy import Outcome
@@ -25,8 +26,17 @@ from idempotency.stores.base import SyncStore
 
 _logger = logging.getLogger("idempotency")
 
-_KIND: dict[Outcome, EventKind] = {"store": "stored", "release": "released", "hold": "held"}
+_BACKLOG = 1000
+"""How many writes may be waiting in the background before no more claims are released there."""
+
+_HELD = 600.0
+"""Seconds for which a held claim is taken back whose answer was lost."""
+
 _IDLE = 10.0
+"""Seconds after which the thread ends when nothing is due."""
+
+_MISSES = 5
+"""How often a release that finds nothing is repeated."""
 
 
 class SyncRunner:
@@ -35,6 +45,8 @@ class SyncRunner:
     def __init__(self, store: SyncStore, on_event: EventHook) -> None:
         self.store = store
         self.beat = Beat()
+        # Apart, as a slow store would keep the leases waiting behind them.
+        self.writes = Beat()
         self._on_event = on_event
 
     def emit(
@@ -52,31 +64,56 @@ class SyncRunner:
         Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and
         whatever the store had taken of it is released.
         """
-        asked = monotonic()
-        deadline, pause = asked + wait, 0.01
+        deadline = monotonic() + wait
         try:
-            verdict = judge(claim, self.store.claim_sync(claim))
-            while isinstance(verdict, InProgress) and (left := deadline - monotonic()) > 0:
-                sleep(min(left, pause, max(verdict.retry_after, 0.001)))
-                pause = min(pause * 1.5, 0.5)
-                asked = monotonic()
-                verdict = judge(claim, self.store.claim_sync(claim))
+            verdict, asked = self._ask(claim)
+            if isinstance(verdict, InProgress) and wait > 0:
+                verdict, asked = self._wait(claim, verdict, asked, deadline)
+            if isinstance(verdict, Execute) and monotonic() >= asked + claim.lease:
+                # The answer took longer than the lease it gave: the key may be another's by now.
+                verdict, asked = self._ask(claim)
+                if isinstance(verdict, Execute) and monotonic() >= asked + claim.lease:
+                    raise StoreError("the store takes longer to answer than a lease lasts")
         except BaseException as error:
             # The store may have applied the claim and only its answer is lost. A signal may have come at any point.
             if not isinstance(error, ConfigurationError):
-                self.persist(lambda: self.store.release_sync(claim), claim.lease)
+                self.let_go(claim)
             raise
         return verdict, asked
 
-    def persist(
-        self,
-        write: Callable[[], object],
-        patience: float,
-        written: Callable[[object], None] = lambda _: None,
-    ) -> None:
-        """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""
+    def _ask(self, claim: Claim) -> tuple[Verdict, float]:
+        asked = monotonic()
+        return judge(claim, self.store.claim_sync(claim)), asked
+
+    def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
+        pause = 0.01
+        while isinstance(verdict, InProgress) and (left := deadline - monotonic()) > 0:
+            sleep(min(left, pause, max(verdict.retry_after, 0.001)))
+            pause = min(pause * 1.5, 0.5)
+            try:
+                verdict, asked = self._ask(claim)
+            except StoreError as error:
+                raise WaitFailedError(str(error)) from error
+        return verdict, asked
+
+    def let_go(self, claim: Claim) -> None:
+        """Release a claim in the background that nothing runs under.
+
+        And again where nothing was found, because the store may apply the claim after it was told to release it.
+        """
+        # While the store is away, every call comes here: beyond a number that is no burden to it, such claims are left
+        # to lapse.
+        if self.writes.count(_Write) >= _BACKLOG:
+            return
+        misses = itertools.count(1)
+        # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
+        patience = max(claim.lease, _HELD) if claim.hold else claim.lease
+        self.persist(lambda: self.store.release_sync(claim) or next(misses) == _MISSES, patience)
+
+    def persist(self, write: Callable[[], bool], patience: float) -> None:
+        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds."""
         now = monotonic()
-        self.beat.at(now, _Write(write, now + patience, written))
+        self.writes.at(now, _Write(write, now + patience))
 
 
 class Job(Protocol):
@@ -126,6 +163,11 @@ class Beat:
                 heapq.heapify(self._due)
                 self._dropped = 0
 
+    def count(self, kind: type[Job]) -> int:
+        """Count the jobs of a kind that wait for their turn."""
+        with self._changed:
+            return sum(isinstance(job, kind) for _, _, job in self._due)
+
     def _work(self) -> None:
         while (job := self._next()) is not None:
             if job.ended:
@@ -164,24 +206,24 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Write:
-    __slots__ = ("_end", "_pause", "_write", "_written")
+    """A write that is repeated after growing pauses."""
+
+    __slots__ = ("_end", "_pause", "_write")
 
     ended = False
 
-    def __init__(self, write: Callable[[], object], end: float, written: Callable[[object], None]) -> None:
+    def __init__(self, write: Callable[[], bool], end: float) -> None:
         self._write = write
-        self._written = written
         self._end = end
         self._pause = 0.05
 
     def __call__(self) -> float | None:
-        try:
-            self._written(self._write())
-            return None
-        except StoreError:
-            again = monotonic() + self._pause
-            self._pause = min(self._pause * 2, 2.0)
-            return again if again <= self._end else None
+        with suppress(StoreError):
+            if self._write():
+                return None
+        again = monotonic() + self._pause
+        self._pause = min(self._pause * 2, 2.0)
+        return again if again <= self._end else None
 
 
 class _LeaseLost(Lost):
@@ -257,20 +299,35 @@ class SyncLease:
         self.stop()
         try:
             if self._write(outcome, result):
-                self._emit(_KIND[outcome], error)
+                self._emit(kind_of(outcome, result), error)
                 return None
             return self._superseded(outcome, result)
         except BaseException as failure:
             # Every write is repeatable, so it is sent again where no signal reaches it.
-            self._runner.persist(lambda: self._write(outcome, result), self._claim.lease, self._recorded(outcome))
+            self._record_late(outcome, result)
             if not isinstance(failure, StoreError):
                 raise
             self._emit("unrecorded", failure)
             return None
 
-    def _recorded(self, outcome: Outcome) -> Callable[[object], None]:
-        # A release that was applied, and only its answer lost, is refused when it is repeated.
-        return lambda written: self._emit(_KIND[outcome] if written or outcome == "release" else "superseded")
+    def _record_late(self, outcome: Outcome, result: bytes | None) -> None:
+        halfway = monotonic() + self._claim.lease / 2
+
+        def write() -> bool:
+            kept = result
+            try:
+                written = self._write(outcome, kept)
+            except StoreError:
+                if kept is None or monotonic() < halfway:
+                    raise
+                # What a store keeps refusing may be the result. That the operation is done is worth more.
+                kept = None
+                written = self._write(outcome, kept)
+            # A release that was applied, and only its answer lost, is refused when it is repeated.
+            self._emit(kind_of(outcome, kept) if written or outcome == "release" else "superseded")
+            return True
+
+        self._runner.persist(write, self._claim.lease)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
@@ -295,6 +352,6 @@ class SyncLease:
             return verdict
         # The other owner is gone without a result and the key was free: this result is the one to keep.
         if self._write(outcome, result):
-            self._emit(_KIND[outcome])
+            self._emit(kind_of(outcome, result))
             return None
         return InProgress(self._claim.lease)

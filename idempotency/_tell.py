@@ -1,4 +1,4 @@
-"""Deliver an event, whatever the hook does."""
+"""Name an event and deliver it, whatever the hook does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ import logging
 from idempotency._core import Claim
 from idempotency.errors import StoreError
 from idempotency.events import Event, EventHook, EventKind
+from idempotency.policy import Outcome
 
 Failure = BaseException | str | None
 """What went wrong, if anything; a text is its name."""
 
 _logger = logging.getLogger("idempotency")
+
+
+def kind_of(outcome: Outcome, result: bytes | None) -> EventKind:
+    """Name the event of an end that was recorded, with ``result`` or without one."""
+    match outcome:
+        case "store":
+            return "stored" if result is not None else "stored-without-result"
+        case "hold":
+            return "held"
+        case "release":
+            return "released"
 
 
 def tell(

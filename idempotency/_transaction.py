@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from idempotency._core import Claim, State
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, StoreError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -41,20 +41,21 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
         raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
     options: dict[str, Any] = getattr(sessions, "kw", {})
     store.check_shared(options.get("bind"))
+    if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
+        raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
     return store
 
 
 class Transaction:
     """A session that begins at its first use and is committed once, here, together with the record."""
 
-    __slots__ = ("_claim", "_deadline", "_ending", "_open", "_session", "_sessions", "_store")
+    __slots__ = ("_claim", "_deadline", "_ending", "_session", "_sessions", "_store")
 
     def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
         self._store = store
         self._sessions = sessions
         self._claim = claim
         self._session: AsyncSession | None = None
-        self._open = True
         self._deadline = 0.0
         self._ending: asyncio.Task[bool] | None = None
 
@@ -67,19 +68,11 @@ class Transaction:
     def session(self) -> AsyncSession:
         """Return the session, made at the first call."""
         if self._session is None:
-            from sqlalchemy import event
+            from idempotency.stores._sql_joined import keep_commit
 
             self._session = self._sessions()
-            event.listen(self._session.sync_session, "before_commit", self._before_commit)
+            keep_commit(self._session.sync_session)
         return self._session
-
-    def _before_commit(self, session: Any) -> None:
-        # A savepoint is the operation's own; the outermost commit would split the effect from its record.
-        if self._open and not session.in_nested_transaction():
-            raise TransactionError(
-                "This session is committed together with the idempotency record, after the handler: use flush(), or "
-                "begin_nested() for a part that may fail."
-            )
 
     async def flush(self) -> None:
         """Send what is pending, so that what the database refuses is raised as the operation's own error."""
@@ -120,8 +113,10 @@ class Transaction:
             raise StoreError("the transaction did not commit") from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
+        from idempotency.stores._sql_joined import allow_commit
+
         written = self._store.complete_in_sync(session, self._claim, result, state)
-        self._open = False
+        allow_commit(session)
         if written:
             session.commit()
         else:
@@ -137,16 +132,23 @@ class Transaction:
 
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
-        self._open = False
         if self._session is not None:
-            await self._session.rollback()
+            from idempotency.stores._sql_joined import allow_commit
+
+            allow_commit(self._session.sync_session)
+            try:
+                await self._session.rollback()
+            except Exception:
+                # The connection is gone, or was interrupted in mid-command: closed, it is rolled back by the server.
+                with suppress(Exception):
+                    await self._session.invalidate()
 
     async def close(self) -> None:
         """Give the connection back, after the commit under way if there is one.
 
         A commit that is not answered in time holds up nobody: its connection is given back when it ends.
         """
-        if self._ending is not None:
+        if self._ending is not None and not self._ending.done():
             left = self._deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait({self._ending}, timeout=max(0.0, left))
             if not done:
@@ -154,8 +156,13 @@ class Transaction:
                 _LEFT.add(task)
                 task.add_done_callback(_LEFT.discard)
                 return
-        if self._session is not None:
+        if self._session is None:
+            return
+        if self._session.in_transaction():
             await self._session.close()
+        else:
+            # There is no connection to give back, so nothing to wait for.
+            self._session.sync_session.close()
 
     async def _see_off(self, ending: asyncio.Task[bool]) -> None:
         await asyncio.wait({ending})

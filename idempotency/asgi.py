@@ -25,7 +25,7 @@ from idempotency._http.fingerprint import authorization_scope, fingerprint, json
 from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.problem import DRAFT, check_docs, problem_response
 from idempotency._http.routes import Routes
-from idempotency._run import Lease, Runner, WaitFailedError
+from idempotency._run import Lease, Runner
 from idempotency._transaction import transactions
 from idempotency.errors import (
     ConfigurationError,
@@ -39,6 +39,7 @@ from idempotency.errors import (
     RequestTooLargeError,
     StoreError,
     UnreadableError,
+    WaitFailedError,
 )
 from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation

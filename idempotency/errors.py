@@ -114,6 +114,10 @@ class StoreError(IdempotencyError):
     retryable = True
 
 
+class WaitFailedError(StoreError):
+    """The store failed while a duplicate waited: another owner is known to run the operation."""
+
+
 class TransactionError(IdempotencyError):
     """The operation tried to commit a session that is committed together with its record."""
 

@@ -1,6 +1,7 @@
 """What happened to a keyed operation: one event per outcome, delivered to a hook.
 
-Nothing else in the library logs. An event never carries a key or a body in clear.
+Nothing else in the library logs, but for what a message handler raised in a ``consume()`` loop. An event never carries
+a key or a body in clear.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal, Protocol
 
 EventKind = Literal[
     "stored",  # the operation ran and its result is recorded
+    "stored-without-result",  # the operation ran; that it is done is recorded, its result was not kept
     "released",  # the operation ran, and by policy its key is free again
     "held",  # the operation ran, and by policy or by the handler's word its key is unknown until resolved
     "replayed",  # a duplicate was given the recorded result
@@ -24,11 +26,25 @@ EventKind = Literal[
     "lease-lost",  # a running owner learned that its lease is gone
     "unavailable",  # the store failed before the operation, which did not run
     "unprotected",  # the store failed before the operation, which ran unprotected (fail_open)
+    "dead-lettered",  # no redelivery helps this message: it was handled in vain too often, or cannot be handled
+    "unsettled",  # the broker could not be told how a delivery ended; it delivers the message again
     "unrecorded",  # the store failed after the operation; its claim is kept and the record is tried again
 ]
 
 _WARNINGS: frozenset[EventKind] = frozenset(
-    {"held", "unknown", "unreadable", "superseded", "lease-lost", "unavailable", "unprotected", "unrecorded"}
+    {
+        "stored-without-result",
+        "held",
+        "unknown",
+        "unreadable",
+        "superseded",
+        "lease-lost",
+        "unavailable",
+        "unprotected",
+        "unrecorded",
+        "dead-lettered",
+        "unsettled",
+    }
 )
 
 _logger = logging.getLogger("idempotency")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -73,6 +74,18 @@ def order_of(ledger: Ledger, **options: Any) -> Any:
         return {"ordered": what}
 
     return order
+
+
+def listen(ledger: Ledger) -> list[str]:
+    """Return a list that is told of each statement that writes, and to which table."""
+    heard: list[str] = []
+
+    @sqlalchemy.event.listens_for(ledger.sync_engine, "after_cursor_execute")
+    def hear(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if written := re.search(r"(INSERT|UPDATE)(?: INTO)? (\w+)", statement):
+            heard.append(f"{written[1]} {'effects' if written[2] == ledger.name else 'record'}")
+
+    return heard
 
 
 @asynchronous
@@ -367,6 +380,59 @@ async def test_sqlite_takes_the_write_lock_before_it_reads(target: Target) -> No
         assert await ledger.effects() == [f"tea {number}" for number in range(8)]
 
 
+@pytest.mark.stores("sqlite")
+async def test_sqlite_wakes_the_next_writer(target: Target) -> None:
+    """A call waits for a call of another function of the store, up to its lock_timeout, and is woken by its end."""
+    async with open_ledger(target) as ledger:
+        running, finish = asyncio.Event(), asyncio.Event()
+
+        @idempotent(ledger.store, key=lambda what: what, session=ledger.sessions)
+        async def slow(what: str) -> str:
+            running.set()
+            await finish.wait()
+            return what
+
+        patient, impatient = order_of(ledger, lock_timeout=20), order_of(ledger, lock_timeout=0.1)
+        first = asyncio.create_task(slow("slow"))
+        await running.wait()
+        waiting = asyncio.create_task(patient("tea"))
+        with pytest.raises(InProgressError):
+            await impatient("milk")
+        cancelled = asyncio.create_task(patient("sugar"))
+        done, _ = await asyncio.wait({waiting, cancelled}, timeout=0.1)
+        assert not done
+        cancelled.cancel()
+        finish.set()
+
+        assert await first == "slow"
+        assert await waiting == {"ordered": "tea"}
+        assert await impatient("milk") == {"ordered": "milk"}
+        assert await ledger.effects() == ["milk", "tea"]
+
+
+@pytest.mark.stores("sqlite")
+def test_sqlite_wakes_the_next_writer_in_threads(target: Target) -> None:
+    """The same holds for threads, and a call within a call of the same store ends after its lock_timeout."""
+    with open_sync_ledger(target) as ledger:
+
+        @idempotent(ledger.store, key=lambda what: what, session=ledger.sessions, lock_timeout=0.1)
+        def inner(what: str) -> str:
+            return what
+
+        @idempotent(ledger.store, key=lambda what: what, session=ledger.sessions, lock_timeout=20)
+        def outer(what: str, session: Any) -> str:
+            session.execute(ledger.insert(what))
+            with pytest.raises(InProgressError):
+                inner("inner")
+            return what
+
+        with ThreadPoolExecutor(4) as pool:
+            names = [f"tea {number}" for number in range(4)]
+            assert list(pool.map(outer, names)) == names
+        assert inner("inner") == "inner"
+        assert ledger.effects_sync() == names
+
+
 @asynchronous
 async def test_the_functions_own_commit_is_refused(ledger: Ledger) -> None:
     """A function that commits its session gets an error, and nothing is committed."""
@@ -471,7 +537,10 @@ async def test_a_result_that_cannot_be_kept_keeps_the_effect(ledger: Ledger) -> 
     with pytest.raises(NotReplayableError):
         await order()
     assert await ledger.effects() == ["tea"]
-    assert [(event.kind, event.error) for event in events] == [("stored", "TypeError"), ("completed", "")]
+    assert [(event.kind, event.error) for event in events] == [
+        ("stored-without-result", "TypeError"),
+        ("completed", ""),
+    ]
 
 
 @asynchronous
@@ -579,6 +648,112 @@ async def test_a_connection_lost_before_the_commit(target: Target) -> None:
             assert await ledger.effects() == ["tea"]
 
 
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "mariadb_asyncmy")
+async def test_a_server_that_was_restarted_fails_one_call(target: Target) -> None:
+    """The first call that meets a lost connection drops its idle siblings too: the next one runs."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_ledger(target, with_port(target.url, proxy.port)) as ledger:
+            order = order_of(ledger)
+            await order("before")
+            opened = [ledger.sessions() for _ in range(3)]
+            for session in opened:
+                await session.execute(ledger.everything)
+            for session in opened:
+                await session.close()
+
+            proxy.cut()
+
+            with pytest.raises(StoreError):
+                await order("tea")
+            assert await order("tea") == {"ordered": "tea"}
+            assert await ledger.effects() == ["before", "tea"]
+
+
+@asynchronous
+async def test_a_cancelled_duplicate_leaves_no_broken_connection(target: Target) -> None:
+    """A connection that is cancelled while it waits for the row is not given to the next one."""
+    async with open_ledger(target, pool_size=2, max_overflow=0) as ledger:
+        running, finish = asyncio.Event(), asyncio.Event()
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=1)
+        async def order(session: Any) -> int:
+            await session.execute(ledger.insert("tea"))
+            running.set()
+            await finish.wait()
+            return 42
+
+        winner = asyncio.create_task(order())
+        await running.wait()
+        for _ in range(2):
+            duplicate = asyncio.create_task(order())
+            done, _ = await asyncio.wait({duplicate}, timeout=0.2)
+            assert not done
+            duplicate.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await duplicate
+        finish.set()
+
+        assert await winner == await order() == 42
+        assert await ledger.effects() == ["tea"]
+
+
+@asynchronous
+async def test_who_listens_to_statements_sees_those_of_the_record(ledger: Ledger) -> None:
+    """An engine that is listened to shows the claim before the effect and the completion after it."""
+    heard = listen(ledger)
+    order = order_of(ledger)
+
+    assert await order("tea") == await order("tea") == {"ordered": "tea"}
+    assert heard[:3] == ["INSERT record", "INSERT effects", "UPDATE record"]
+    assert await ledger.effects() == ["tea"]
+
+
+@synchronous
+def test_who_listens_to_statements_sees_those_of_the_record_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function."""
+    heard = listen(sync_ledger)
+
+    @idempotent(sync_ledger.store, key=lambda what: what, session=sync_ledger.sessions)
+    def order(what: str, session: Any) -> str:
+        session.execute(sync_ledger.insert(what))
+        return what
+
+    assert order("tea") == order("tea") == "tea"
+    assert heard[:3] == ["INSERT record", "INSERT effects", "UPDATE record"]
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@synchronous
+def test_another_session_of_the_same_maker_commits(sync_ledger: Ledger) -> None:
+    """Only the operation's own session is kept from committing."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> int:
+        session.execute(sync_ledger.insert("tea"))
+        with sync_ledger.sessions() as other:
+            seen = len(other.execute(sync_ledger.everything).all())
+            other.commit()
+        return seen
+
+    assert order() == 0
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@synchronous
+def test_a_commit_within_a_savepoint_is_refused(sync_ledger: Ledger) -> None:
+    """``commit()`` ends the savepoints it is called in, and then the transaction, which is refused."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        with session.begin_nested():
+            session.execute(sync_ledger.insert("tea"))
+            session.commit()
+
+    with pytest.raises(TransactionError, match="flush"):
+        order()
+    assert sync_ledger.effects_sync() == []
+
+
 @pytest.mark.stores("postgres")
 async def test_a_database_that_is_away(target: Target) -> None:
     """Without a database nothing runs, and the error is a StoreError."""
@@ -650,3 +825,134 @@ async def test_a_store_of_its_own_engine_serves_both_sides(target: Target) -> No
         assert await asyncio.to_thread(order_sync, "tea") == "async"
         engine.dispose()
         assert await ledger.effects() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_each_waiting_duplicate_holds_a_connection(ledger: Ledger) -> None:
+    """The owner has one connection of the pool, and so has every duplicate that waits for its row; then none has."""
+    running, finish = asyncio.Event(), asyncio.Event()
+    pool: Any = ledger.sync_engine.pool
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=20)
+    async def order() -> str:
+        running.set()
+        await finish.wait()
+        return "done"
+
+    winner = asyncio.create_task(order())
+    await running.wait()
+    assert pool.checkedout() == 1
+    duplicates = [asyncio.create_task(order()) for _ in range(3)]
+    async with asyncio.timeout(10):
+        while pool.checkedout() < 4:
+            await asyncio.sleep(0.01)
+    finish.set()
+
+    assert await asyncio.gather(winner, *duplicates) == ["done"] * 4
+    assert pool.checkedout() == 0
+
+
+@pytest.mark.stores("sqlite")
+async def test_sqlite_has_one_joined_operation_at_a_time(ledger: Ledger) -> None:
+    """Another one, under another key, waits for the first; one that is called inside it is told that it runs."""
+    running, finish = asyncio.Event(), asyncio.Event()
+    order = order_of(ledger, lock_timeout=20)
+    impatient = order_of(ledger, lock_timeout=0.2)
+
+    @idempotent(ledger.store, key=lambda: "outer", session=ledger.sessions)
+    async def outer(session: Any) -> str:
+        with pytest.raises(InProgressError):
+            await impatient("inside")
+        await session.execute(ledger.insert("outer"))
+        running.set()
+        await finish.wait()
+        return "done"
+
+    first = asyncio.create_task(outer())
+    await running.wait()
+    other = asyncio.create_task(order("beside"))
+    done, _ = await asyncio.wait({other}, timeout=0.2)
+    assert not done
+    finish.set()
+
+    assert (await first, await other) == ("done", {"ordered": "beside"})
+    assert await ledger.effects() == ["beside", "outer"]
+
+
+def _commit_past_the_savepoint(session: Any) -> None:
+    session.begin_nested()
+    session.get_transaction().commit()
+
+
+@pytest.mark.parametrize(
+    "commit",
+    [_commit_past_the_savepoint, lambda session: session.connection().commit()],
+    ids=["savepoint", "connection"],
+)
+@synchronous
+def test_a_commit_past_the_session_is_refused(sync_ledger: Ledger, commit: Any) -> None:
+    """The transaction cannot be committed by its connection, nor from within a savepoint; a later call runs anew."""
+    commits = [commit, None]
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        if (act := commits.pop(0)) is not None:
+            act(session)
+
+    with pytest.raises(TransactionError, match="flush"):
+        order()
+    assert sync_ledger.effects_sync() == []
+    order()
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@synchronous
+def test_a_kept_failure_after_a_refused_commit_has_no_effect(sync_ledger: Ledger) -> None:
+    """A commit that was refused has ended the savepoint, so that only the whole transaction undoes the effect."""
+    policy = Policy(outcomes={Exception: "store"})
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=policy)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        session.commit()
+
+    with pytest.raises(TransactionError):
+        order()
+    assert sync_ledger.effects_sync() == []
+    with pytest.raises(RecordedFailureError):
+        order()
+
+
+@pytest.mark.stores("sqlite", "postgres", "mariadb")
+def test_an_engine_that_commits_by_itself_is_refused(target: Target) -> None:
+    """However AUTOCOMMIT was set, the effect would stay behind a rollback, so nothing runs."""
+    engine = sqlalchemy.create_engine(target.sync_url, isolation_level="AUTOCOMMIT")
+    ledger = Ledger(target, engine)
+    ran: list[str] = []
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    def order() -> None:
+        ran.append("order")
+
+    with pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
+        order()
+    assert ran == []
+    engine.dispose()
+
+
+@pytest.mark.stores("sqlite")
+def test_sessions_on_two_databases_are_refused(sync_ledger: Ledger) -> None:
+    """What goes to another database is committed by itself."""
+
+    class Other:
+        pass
+
+    other = sqlalchemy.create_engine("sqlite://")
+    sessions = sessionmaker(sync_ledger.engine, binds={Other: other})
+
+    def order() -> None: ...
+
+    with pytest.raises(ConfigurationError, match="more than one bind"):
+        idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(order)
+    other.dispose()

@@ -11,8 +11,8 @@ from faults import FlakyStore
 from time_travel import now, others, settled, travelling, travelling_store
 
 from idempotency._core import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown
-from idempotency._run import Lease, Runner, WaitFailedError
-from idempotency.errors import StoreError
+from idempotency._run import Lease, Runner
+from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
 from idempotency.operation import Operation
 
@@ -197,7 +197,7 @@ async def test_a_vanished_owner_is_taken_over_at_the_end_of_its_lease():
     ("outcome", "result", "kind", "then"),
     [
         ("store", b"r", "stored", Replay(b"r")),
-        ("store", None, "stored", Completed()),
+        ("store", None, "stored-without-result", Completed()),
         ("hold", None, "held", Unknown()),
         ("release", None, "released", Execute()),
     ],
@@ -691,3 +691,4 @@ async def test_a_result_that_is_always_refused_is_given_up_for_the_fact():
     assert await lease.end("store", b"too large") is None
     await asyncio.sleep(30)
     assert await desk.told() == Completed()
+    assert desk.kinds == ["unrecorded", "stored-without-result"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from idempotency import _run_sync
 from idempotency._core import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
 from idempotency._run_sync import Beat, SyncLease, SyncRunner
-from idempotency.errors import StoreError
+from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
 from idempotency.operation import Operation
 from idempotency.stores.memory import MemoryStore
@@ -80,6 +81,24 @@ class Events:
             assert self._changed.wait_for(lambda: kind in self.kinds, 20)
 
 
+class Clock:
+    """A monotonic clock that can be put forward; ``time.monotonic`` for the runner."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The runner's clock."""
+    clock = Clock()
+    monkeypatch.setattr(_run_sync, "monotonic", clock)
+    return clock
+
+
 @pytest.fixture
 def store() -> Faulty:
     """A store that can be broken."""
@@ -103,6 +122,19 @@ def lease_of(runner: SyncRunner, claim: Claim) -> SyncLease:
     verdict, claimed_at = runner.claim(claim)
     assert isinstance(verdict, Execute)
     return SyncLease(runner, claim, Operation(claim, verdict.attempt), "test", claimed_at)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_free(runner: SyncRunner, **changes: Any) -> None:
+    """Expect that the key is soon nobody's, and was never run."""
+    until(lambda: runner.claim(a_claim(**changes))[0] == Execute(1))
 
 
 def test_a_completion_is_replayed(runner: SyncRunner, events: Events) -> None:
@@ -269,10 +301,161 @@ def test_a_claim_whose_answer_was_lost_is_released(runner: SyncRunner, store: Fa
     store.inner.claim_sync = real  # type: ignore[method-assign]
 
     store.until("release")
-    deadline = time.monotonic() + 20
-    while not isinstance(verdict := runner.claim(a_claim())[0], Execute) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert verdict == Execute(1)
+    assert_free(runner)
+
+
+def test_a_release_that_comes_before_its_claim_is_repeated(runner: SyncRunner, store: Faulty) -> None:
+    """A claim may reach the store after the release that takes it back; nobody holds it in the end."""
+    claim = a_claim()
+    store.broken = {"claim"}
+    with pytest.raises(StoreError):
+        runner.claim(claim)
+    store.broken = set()
+    store.until("release", 2)  # so the first one has found nothing
+
+    store.inner.claim_sync(claim)
+
+    assert_free(runner)
+
+
+def test_a_release_that_finds_nothing_is_not_repeated_for_long(runner: SyncRunner, store: Faulty) -> None:
+    """After five misses the claim has not arrived, and will not."""
+    store.broken = {"claim"}
+    with pytest.raises(StoreError):
+        runner.claim(a_claim())
+
+    until(lambda: not runner.writes.count(_run_sync._Write) and store.calls.count("release") >= 5)
+
+    assert store.calls.count("release") == 5
+
+
+def test_a_held_claim_is_taken_back_long_after_its_lease(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
+    """Left alone it would stay unknown until somebody looks, so a store that is away for minutes is waited for."""
+    claim = a_claim(hold=True)
+    store.broken = {"claim", "release"}
+    with pytest.raises(StoreError):
+        runner.claim(claim)
+    store.inner.claim_sync(claim)
+    store.until("release")
+
+    clock.ahead += 500
+    store.until("release", store.calls.count("release") + 2)
+    store.broken = set()
+
+    assert_free(runner, hold=True)
+
+
+def test_a_store_that_is_away_is_not_asked_by_thousands(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
+    """However many claims fail while it is away, those released in the background are limited, and given up."""
+    store.broken = {"claim", "release"}
+    for number in range(1100):
+        with pytest.raises(StoreError):
+            runner.claim(a_claim(f"k{number}"))
+
+    assert 990 <= runner.writes.count(_run_sync._Write) <= 1000
+    clock.ahead += 60
+    until(lambda: not runner.writes.count(_run_sync._Write))
+
+
+def test_releases_in_the_background_do_not_hold_up_a_renewal(runner: SyncRunner, store: Faulty) -> None:
+    """Leases are renewed by a thread of their own: a store that is slow to release does not cost one."""
+    releasing, go_on, renewed = threading.Event(), threading.Event(), threading.Event()
+
+    def release(_: Claim) -> bool:
+        releasing.set()
+        return go_on.wait(20)
+
+    runner.persist(lambda: release(a_claim()), 60.0)
+    assert releasing.wait(20)
+    runner.beat.at(time.monotonic(), Once(renewed))
+    assert renewed.wait(20)
+    go_on.set()
+
+
+class Once:
+    """A job that is done once."""
+
+    ended = False
+
+    def __init__(self, done: threading.Event) -> None:
+        self._done = done
+
+    def __call__(self) -> None:
+        self._done.set()
+
+
+def test_an_answer_later_than_its_lease_runs_nothing_at_once(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
+    """The lease it gave is over, and another owner may have recorded meanwhile: the store is asked again."""
+    store.inner = MemoryStore(clock=clock)
+    real = store.inner.claim_sync
+
+    def answer_late(claim: Claim) -> Record:
+        store.inner.claim_sync = real  # type: ignore[method-assign]
+        record = real(claim)
+        clock.ahead += claim.lease + 1
+        other = a_claim()
+        real(other)
+        store.inner.complete_sync(other, b"the other one's")
+        return record
+
+    store.inner.claim_sync = answer_late  # type: ignore[method-assign]
+
+    assert runner.claim(a_claim())[0] == Replay(b"the other one's")
+
+
+def test_a_store_slower_than_every_lease_runs_nothing(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
+    """Asked twice, answered too late twice: nothing runs, and the key is given back."""
+    real = store.inner.claim_sync
+
+    def answer_late(claim: Claim) -> Record:
+        record = real(claim)
+        clock.ahead += claim.lease + 1
+        return record
+
+    store.inner.claim_sync = answer_late  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="longer to answer than a lease"):
+        runner.claim(a_claim())
+    store.inner.claim_sync = real  # type: ignore[method-assign]
+
+    assert store.calls.count("claim") == 2
+    assert_free(runner)
+
+
+def test_a_wait_that_fails_is_told_apart(runner: SyncRunner, store: Faulty) -> None:
+    """The store failed while a duplicate waited: that another owner runs is known."""
+    lease_of(runner, a_claim())
+    real = store.inner.claim_sync
+
+    def then_fail(claim: Claim) -> Record:
+        store.broken = {"claim"}
+        return real(claim)
+
+    store.inner.claim_sync = then_fail  # type: ignore[method-assign]
+
+    with pytest.raises(WaitFailedError, match="broken"):
+        runner.claim(a_claim(), wait=20)
+
+
+def test_a_result_that_is_always_refused_is_given_up_for_the_fact(
+    runner: SyncRunner, store: Faulty, events: Events, clock: Clock
+) -> None:
+    """What the store refuses may be the result: after half a lease the operation is recorded as done without it."""
+    lease = lease_of(runner, a_claim())
+    real = store.inner.complete_sync
+
+    def complete(claim: Claim, result: bytes | None, state: State = State.DONE) -> bool:
+        if result is not None:
+            raise StoreError("larger than a packet")
+        return real(claim, result, state)
+
+    store.inner.complete_sync = complete  # type: ignore[method-assign]
+
+    assert lease.end("store", b"too large") is None
+    store.until("complete", 3)
+    assert events.kinds == ["unrecorded"]
+    clock.ahead += 16
+    events.until("stored-without-result")
+    assert runner.claim(a_claim())[0] == Completed()
 
 
 def test_a_hold_is_recorded_without_a_result(runner: SyncRunner, events: Events) -> None:
@@ -282,7 +465,7 @@ def test_a_hold_is_recorded_without_a_result(runner: SyncRunner, events: Events)
 
     assert type(runner.claim(a_claim("held"))[0]).__name__ == "Unknown"
     assert runner.claim(a_claim("completed"))[0] == Completed()
-    assert events.kinds == ["held", "stored"]
+    assert events.kinds == ["held", "stored-without-result"]
 
 
 def test_a_broken_hook_changes_nothing(store: Faulty, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import re
 from collections.abc import Awaitable, Callable
@@ -89,7 +90,7 @@ def unwrapped(error: BaseException) -> BaseException:
 
 
 def sender(client: Any, own: bool) -> Send:
-    """Choose how a client's commands are sent; ``own`` says that nobody else uses the client."""
+    """Choose how a client's commands are sent; ``own`` says that nothing else is sent through it at the same time."""
     if _is_plain(client):
         return _direct(_Kept(client.connection_pool) if own else _Borrowed(client.connection_pool))
     return _through(client)
@@ -226,21 +227,11 @@ def _to_reconnect(error: Exception, client: Any) -> Any:
     return None
 
 
-def sender_sync(client: Any) -> SendSync:
-    """Choose how a blocking client's commands are sent."""
-    once = _direct_sync(client.connection_pool) if _is_plain_sync(client) else _through_sync(client)
-
-    def send(command: Command) -> Any:
-        try:
-            return once(command)
-        except (redis.ConnectionError, ResponseError) as error:
-            pool = _to_reconnect(error, client)
-            if pool is None:
-                raise
-            pool.disconnect(inuse_connections=False)
-            return once(command)
-
-    return send
+def sender_sync(client: Any, own: bool = False) -> SendSync:
+    """Choose how a blocking client's commands are sent; see :func:`sender`."""
+    if _is_plain_sync(client):
+        return _direct_sync(_KeptSync(client.connection_pool) if own else _BorrowedSync(client.connection_pool))
+    return _through_sync(client)
 
 
 def _is_plain_sync(client: Any) -> bool:
@@ -255,12 +246,57 @@ def _is_plain_sync(client: Any) -> bool:
     )
 
 
-def _direct_sync(pool: Any) -> SendSync:
+class _BorrowedSync:
+    """See :class:`_Borrowed`."""
+
+    __slots__ = ("drop", "give", "take")
+
+    def __init__(self, pool: Any) -> None:
+        self.take: Callable[[], Any] = functools.partial(pool.get_connection, *_NAME)
+        self.give: Callable[[Any], None] = pool.release
+        self.drop: Callable[[], None] = functools.partial(pool.disconnect, inuse_connections=False)
+
+
+class _KeptSync:
+    """See :class:`_Kept`; of a blocking round trip, taking and putting back is a third."""
+
+    __slots__ = ("_age", "_idle", "_pool")
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._idle: list[tuple[Any, int]] = []
+        self._age = 0
+
+    def take(self) -> Any:
+        try:
+            connection, age = self._idle.pop()
+        except IndexError:  # not asked before: another thread may take the last one in between
+            return self._pool.get_connection(*_NAME)
+        if age != self._age:
+            connection.disconnect()
+        return connection  # sending connects it where it is not
+
+    def give(self, connection: Any) -> None:
+        self._idle.append((connection, self._age))
+
+    def drop(self) -> None:
+        self._age += 1
+
+
+def _direct_sync(connections: _BorrowedSync | _KeptSync) -> SendSync:
     """Send over a connection of the pool; see :func:`_direct`."""
+
+    def send(command: Command) -> Any:
+        try:
+            return once(command)
+        except _AGAIN:
+            # Where one had idled too long, the others have as well.
+            connections.drop()
+            return once(command)
 
     def once(command: Command) -> Any:
         script, rest = command
-        connection = pool.get_connection(*_NAME)
+        connection = connections.take()
         try:
             connection.send_packed_command((pack(b"EVALSHA", script.sha, rest),))
             try:
@@ -269,16 +305,31 @@ def _direct_sync(pool: Any) -> SendSync:
                 connection.send_packed_command((pack(b"EVAL", script.text, rest),))
                 return connection.read_response(disable_decoding=True)
         except ResponseError as error:
-            if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
+            told = unwrapped(error)
+            if isinstance(told, ReadOnlyError):
                 connection.disconnect()
+            raise told from error
+        except BaseException:
+            # A signal may have come between the command and its reply, which the next command would be given.
+            connection.disconnect()
             raise
         finally:
-            pool.release(connection)
+            connections.give(connection)
 
-    return once
+    return send
 
 
 def _through_sync(client: Any) -> SendSync:
+    def send(command: Command) -> Any:
+        try:
+            return once(command)
+        except (redis.ConnectionError, ResponseError) as error:
+            pool = _to_reconnect(error, client)
+            if pool is None:
+                raise
+            pool.disconnect(inuse_connections=False)
+            return once(command)
+
     def once(command: Command) -> Any:
         script, rest = command
         try:
@@ -286,7 +337,7 @@ def _through_sync(client: Any) -> SendSync:
         except NoScriptError:
             return client.execute_command(EVAL, script.text, *rest, **RAW)
 
-    return once
+    return send
 
 
 async def send_and_wait(client: Any, command: Command, wait: Wait) -> list[Any]:

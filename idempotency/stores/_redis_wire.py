@@ -202,9 +202,11 @@ def first_claimed(reply: Sequence[Any]) -> int:
 
 def pack(name: bytes, head: bytes, rest: tuple[bytes, ...]) -> bytes:
     """Write a command as a Redis client sends it (RESP: an array of bulk strings)."""
-    parts = [b"*%d\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(rest) + 2, len(name), name, len(head), head)]
-    parts += [b"$%d\r\n%b\r\n" % (len(part), part) for part in rest]
-    return b"".join(parts)
+    parts = (name, head, *rest)
+    # One format of the whole, which is faster than one of each part.
+    values: list[Any] = [len(parts)] * (2 * len(parts) + 1)
+    values[1::2], values[2::2] = map(len, parts), parts
+    return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(values)
 
 
 def _milliseconds(seconds: float) -> bytes:

@@ -191,6 +191,8 @@ class Statements:
         told = _TOLD if self._postgresql else "{statement}"
         self.renew = self._text(_RENEW)
         self.complete = self._text(told.format(statement=_COMPLETE))
+        # A row of what was hit, where the driver's way past its cursor counts none.
+        self.complete_in = self._text(f"{_COMPLETE} RETURNING 1") if self.look_first else self.complete
         self.release = self._text(told.format(statement=_RELEASE))
         self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")

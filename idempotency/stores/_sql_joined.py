@@ -7,22 +7,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
-from sqlalchemy import Connection, CursorResult, Engine, Row, Table, TextClause
+from sqlalchemy import Connection, Engine, Table, TextClause, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from idempotency._core import Claim, Record
-from idempotency.errors import IdempotencyError, StoreError
+from idempotency._core import Claim, Record, State
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
+from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_engines import Database, error_code
 from idempotency.stores._sql_schema import create_schema
-from idempotency.stores._sql_verbs import TRIES, Verbs, claim_values, read_record
+from idempotency.stores._sql_send import Sent, send
+from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 _BUSY_SNAPSHOT = 517
 # Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
+_KEPT = "idempotency: committed with its record"
 
 
 def conflicts(error: Exception) -> bool:
@@ -34,11 +38,11 @@ class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
 
 
-class Joined(Verbs):
+class Joined:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
     def __init__(self, engine: Engine, table: Table) -> None:
-        super().__init__(engine.dialect, table)
+        self._sql = Statements(engine.dialect, table)
         self._table = table
         self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
         self._database = Database(engine, table)
@@ -56,6 +60,7 @@ class Joined(Verbs):
             for _ in range(TRIES):
                 row = self._once(connection, values, max(0.0, deadline - monotonic()))
                 if row is not None:
+                    _check_transaction(connection)
                     return read_record(row)
         except DBAPIError as error:
             if error_code(error) in _LOCKED:
@@ -75,31 +80,43 @@ class Joined(Verbs):
                 raise ConflictError("the database asks for the transaction to be begun anew") from error
             raise self._database.failure(error) from error
 
-    def _once(self, connection: Connection, values: dict[str, Any], wait: float) -> Row[Any] | None:
+    def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
+        """Record the end; False for a superseded owner."""
+        values = complete_values(claim, result, state)
+        if self._family == "postgresql":
+            values |= told_values(claim, self._table)
+        gives = self._family in ("postgresql", "sqlite")
+        sent = self._send(connection, self._sql.complete_in, values, fetch=gives)
+        return sent.row is not None if gives else sent.hit > 0
+
+    def _once(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         if self._family == "postgresql":
             # A lock_timeout of 0 would mean to wait for ever.
             values = {**values, "wait": f"{max(1, round(wait * 1000))}ms"}
-            found = self._execute(connection, self._sql.claim_bounded, values).one()
-            return None if found.version is None else found
+            row = self._send(connection, self._sql.claim_bounded, values).row
+            return None if row is None or row[0] is None else Found(*row[:-1])
         if self._family == "sqlite":
             return self._once_sqlite(connection, values, wait)
         seconds = math.ceil(wait)
         if self._mariadb:
             bound = f"SET STATEMENT innodb_lock_wait_timeout={seconds:d} FOR "
-            return self._send(connection, self._sql.claim, values, bound).first()
+            return _found(self._send(connection, self._sql.claim, values, bound))
         with _setting(
             connection, "SET innodb_lock_wait_timeout = ", max(1, seconds), "SELECT @@innodb_lock_wait_timeout"
         ):
-            self._execute(connection, self._sql.claim, values)
-            row = self._execute(connection, self._sql.look_locked, values).first()
+            self._send(connection, self._sql.claim, values, fetch=False)
+            row = _found(self._send(connection, self._sql.look_locked, values))
         return None if row is None or (row.free and row.token != values["token"]) else row
 
-    def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
-        return self._send(connection, statement, values)
-
     def _send(
-        self, connection: Connection, statement: TextClause, values: dict[str, Any], prefix: str = ""
-    ) -> CursorResult[Any]:
+        self,
+        connection: Connection,
+        statement: TextClause,
+        values: dict[str, Any],
+        prefix: str = "",
+        *,
+        fetch: bool = True,
+    ) -> Sent:
         # Past SQLAlchemy's own cache of statements: finding a long text in it takes as long as the statement itself.
         drawer = statement, connection.dialect.driver
         compiled = self._compiled.get(drawer)
@@ -110,22 +127,83 @@ class Joined(Verbs):
         sql, names = compiled
         if self._sql.bytes_as_hex:
             values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
-        return connection.exec_driver_sql(
-            prefix + sql, values if names is None else tuple(map(values.__getitem__, names))
-        )
+        parameters = values if names is None else tuple(map(values.__getitem__, names))
+        return send(connection, prefix + sql, parameters, fetch=fetch)
 
-    def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Row[Any] | None:
+    def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         # It writes first and reads afterwards: a transaction that has read cannot wait for a writer, whose commit
         # would make what it read out of date.
         with _setting(connection, "PRAGMA busy_timeout = ", round(wait * 1000), "PRAGMA busy_timeout"):
             try:
-                result = self._execute(connection, self._sql.claim, values)
+                sent = self._send(connection, self._sql.claim, values)
             except DBAPIError as error:
                 if "no such table" not in str(error.orig):
                     raise
                 create_schema(connection, self._table)
-                result = self._execute(connection, self._sql.claim, values)
-            return result.first() or self._execute(connection, self._sql.look, values).first()
+                sent = self._send(connection, self._sql.claim, values)
+            return _found(sent) or _found(self._send(connection, self._sql.look, values))
+
+
+def _found(sent: Sent) -> Found | None:
+    return None if sent.row is None else Found(*sent.row)
+
+
+def _check_transaction(connection: Connection) -> None:
+    # Whatever set it, a driver that commits each statement by itself would leave the effect behind a rollback.
+    driver: Any = connection.connection.driver_connection
+    match connection.dialect.driver:
+        case "pysqlite" | "aiosqlite":
+            begun = driver.in_transaction
+        case "psycopg" | "psycopg_async":
+            begun = driver.info.transaction_status != 0
+        case "asyncpg":
+            begun = driver.is_in_transaction()
+        case "pymysql" | "aiomysql" | "asyncmy":
+            begun = not driver.get_autocommit()
+        case _:
+            return
+    if not begun:
+        raise ConfigurationError("the sessions are in AUTOCOMMIT: they have no transaction to commit as one")
+
+
+def keep_commit(session: Session) -> None:
+    """Refuse every commit of ``session``, until :func:`allow_commit`."""
+    session.info[_KEPT] = True
+
+
+def allow_commit(session: Session) -> None:
+    """Let ``session`` be committed again."""
+    session.info.pop(_KEPT, None)
+
+
+# Once for all sessions, as to listen to a session of its own takes as long as to make it.
+@event.listens_for(Session, "before_commit")
+def _refuse_kept(session: Session) -> None:
+    # A savepoint is the operation's own; the outermost commit would split the effect from its record.
+    if _KEPT in session.info and not session.in_nested_transaction():
+        raise TransactionError(_REFUSED)
+
+
+# A commit of the connection, or of the outermost transaction past an open savepoint, is seen by the engine alone.
+@event.listens_for(Session, "after_begin")
+def _guard_kept(session: Session, _: object, connection: Connection) -> None:
+    if _KEPT in session.info:
+        _guarded[connection] = ref(session)
+        if not event.contains(connection.engine, "commit", _refuse_guarded):
+            event.listen(connection.engine, "commit", _refuse_guarded)
+
+
+def _refuse_guarded(connection: Connection) -> None:
+    session = _guarded[connection]() if connection in _guarded else None
+    if session is not None and _KEPT in session.info:
+        raise TransactionError(_REFUSED)
+
+
+_guarded: WeakKeyDictionary[Connection, ref[Session]] = WeakKeyDictionary()
+_REFUSED = (
+    "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
+    " begin_nested() for a part that may fail."
+)
 
 
 @contextmanager
@@ -141,10 +219,12 @@ def connecting(session: Session) -> Iterator[None]:
 
 @contextmanager
 def _setting(connection: Connection, change: str, value: int, query: str) -> Iterator[None]:
-    before = connection.exec_driver_sql(query).scalar_one()
-    connection.exec_driver_sql(f"{change}{value:d}")
+    row = send(connection, query).row
+    before = row[0] if row else value
+    if before != value:
+        send(connection, f"{change}{value:d}", fetch=False)
     try:
         yield
     finally:
-        if not connection.invalidated:
-            connection.exec_driver_sql(f"{change}{before:d}")
+        if before != value and not connection.invalidated:
+            send(connection, f"{change}{before:d}", fetch=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
@@ -26,7 +26,8 @@ class Verbs:
 
     def __init__(self, dialect: Dialect, table: Table) -> None:
         self._sql = Statements(dialect, table)
-        self._channel = {"channel": table.name} if dialect.name == "postgresql" else None
+        self._table = table
+        self._tells = dialect.name == "postgresql"
 
     def claim(self, connection: Connection, claim: Claim) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -57,19 +58,16 @@ class Verbs:
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        keep = None if state is State.UNKNOWN else _ms(claim.ttl)
-        values = {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
-        return self._ended(connection, self._sql.complete, values)
+        return self._ended(connection, self._sql.complete, claim, complete_values(claim, result, state))
 
     def release(self, connection: Connection, claim: Claim) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
-        return self._ended(connection, self._sql.release, {"id": claim.id, "token": claim.token})
+        return self._ended(connection, self._sql.release, claim, {"id": claim.id, "token": claim.token})
 
-    def _ended(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> bool:
-        if self._channel is None:
+    def _ended(self, connection: Connection, statement: TextClause, claim: Claim, values: dict[str, Any]) -> bool:
+        if not self._tells:
             return self._execute(connection, statement, values).rowcount > 0
-        told = {**values, **self._channel, "payload": values["id"].hex()}
-        return self._execute(connection, statement, told).first() is not None
+        return self._execute(connection, statement, values | told_values(claim, self._table)).first() is not None
 
     def inspect(self, connection: Connection, record: bytes) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
@@ -127,7 +125,32 @@ def claim_values(claim: Claim) -> dict[str, Any]:
     }
 
 
-def read_record(row: Row[Any]) -> Record:
+def complete_values(claim: Claim, result: bytes | None, state: State) -> dict[str, Any]:
+    """Return the parameters of the statement that completes."""
+    keep = None if state is State.UNKNOWN else _ms(claim.ttl)
+    return {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
+
+
+def told_values(claim: Claim, table: Table) -> dict[str, Any]:
+    """Return the parameters by which the statements that end a claim tell its watchers, where they do."""
+    return {"channel": table.name, "payload": claim.id.hex()}
+
+
+class Found(NamedTuple):
+    """A row as the statements that claim and look give it, from a cursor that knows no names."""
+
+    version: Any
+    state: Any
+    token: Any
+    fingerprint: Any
+    attempt: Any
+    hold: Any
+    lease_left: Any
+    result: Any
+    free: Any = None
+
+
+def read_record(row: Row[Any] | Found) -> Record:
     """Read a row; one that makes no sense is ``Record.unreadable()``."""
     # SQLite stores anything in any column, and a row may have been written by hand: nothing is taken for granted.
     try:

@@ -140,6 +140,10 @@ class MemoryStore:
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
+        return self.inspect_sync(record)
+
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`inspect`."""
         with self._lock:
             now = self._clock()
             held = self._live(record, now)
@@ -266,6 +270,7 @@ class _Held:
         "created",
         "expires",
         "hold",
+        "lease",
         "lease_end",
         "queued",
         "result",
@@ -293,8 +298,13 @@ class _Held:
         self.start_lease(claim, now)
 
     def start_lease(self, claim: Claim, now: float) -> None:
+        self.lease = claim.lease
         self.lease_end = now + claim.lease
         self.expires = inf if self.hold else self.lease_end + claim.ttl
+
+    def lease_left(self, now: float) -> float:
+        # The difference of two readings of a clock can be longer than what was added, by its last digit.
+        return min(self.lease_end - now, self.lease)
 
     @property
     def size(self) -> int:
@@ -308,7 +318,7 @@ class _Held:
             fingerprint=self.claim.fingerprint,
             state=self.state,
             attempt=self.attempt,
-            lease_left=self.lease_end - now,
+            lease_left=self.lease_left(now),
             hold=self.hold,
             result=self.result,
             version=self.version,
@@ -323,7 +333,7 @@ class _Held:
             attempt=self.attempt,
             hold=self.hold,
             age=now - self.created,
-            lease_left=self.lease_end - now,
+            lease_left=self.lease_left(now),
             expires_in=None if self.expires == inf else self.expires - now,
             result_size=None if self.result is None else len(self.result),
             version=self.version,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 from asyncio import AbstractEventLoop
@@ -77,13 +78,17 @@ class _Loop:
 
 
 class _Threads:
-    """What all threads share: the blocking client, and how many commands may use it at once."""
+    """What all threads share: the blocking client, and how many commands may use it at once.
 
-    __slots__ = ("client", "send", "turns")
+    A forked child makes its own: turns may have been taken, and connections are the parent's.
+    """
 
-    def __init__(self, client: SyncClient) -> None:
+    __slots__ = ("client", "pid", "send", "turns")
+
+    def __init__(self, client: SyncClient, own: bool) -> None:
+        self.pid = os.getpid()
         self.client = client
-        self.send: SendSync = sender_sync(client)
+        self.send: SendSync = sender_sync(client, own)
         # A queue of so many turns: a threading.Semaphore costs ten times as much.
         self.turns: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(max(1, min(_AT_ONCE, room_of(client)))):
@@ -169,6 +174,8 @@ class RedisStore:
         self._prefix = f"{prefix}:1:".encode()
         self._timeout = timeout
         self._durability = durability
+        # Connections of our own are kept for single commands. Those that wait for copies take theirs from the pool.
+        self._keeps = self._address is not None and durability is None
         self._loops: dict[AbstractEventLoop, _Loop] = {}
         self._opening = threading.Lock()
         self._threads: _Threads | None = None
@@ -278,6 +285,10 @@ class RedisStore:
         """See :meth:`idempotency.stores.base.Housekeeping.inspect`; None also for a record that makes no sense."""
         return wire.entry(record, await self._look(record))
 
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`inspect`."""
+        return wire.entry(record, self._run_sync(wire.inspect(self._prefix + record.hex().encode())))
+
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`idempotency.stores.base.Housekeeping.unresolved`; it scans all keys of the database."""
         client: Any = self._enter().client
@@ -368,7 +379,9 @@ class RedisStore:
 
     def _bounded_sync(self, action: Callable[[_Threads], Any]) -> Any:
         try:
-            threads = self._threads or self._enter_sync()
+            threads = self._threads
+            if threads is None or threads.pid != os.getpid():
+                threads = self._enter_sync()
             try:
                 threads.turns.get(timeout=self._timeout)
             except queue.Empty:
@@ -392,7 +405,7 @@ class RedisStore:
                 raise ConfigurationError("this RedisStore has only a blocking client: give it a redis.asyncio client")
             for closed in [other for other in self._loops if other.is_closed()]:
                 self._abandon(self._loops.pop(closed))
-            here = self._loops[loop] = _Loop(loop, client, self._address is not None)
+            here = self._loops[loop] = _Loop(loop, client, self._keeps)
         self._here = here
         return here
 
@@ -402,8 +415,8 @@ class RedisStore:
                 if self._address is None:
                     raise ConfigurationError("this RedisStore has only an asyncio client: give it a sync_client")
                 self._sync = self._address.open_sync(self._timeout)
-            if self._threads is None:
-                self._threads = _Threads(self._sync)
+            if self._threads is None or self._threads.pid != os.getpid():
+                self._threads = _Threads(self._sync, self._keeps)
             return self._threads
 
     def _abandon(self, here: _Loop) -> None:

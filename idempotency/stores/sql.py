@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -19,12 +20,14 @@ from idempotency.stores._sql_engines import Call, Database, Work, open_async, op
 from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores._sql_turns import Turns
 from idempotency.stores._sql_verbs import Verbs
 from idempotency.stores.base import Changed, Entry
 
 __all__ = ["SQLStore", "records_table", "schema_sql"]
 
 T = TypeVar("T")
+_HEARD = 0.25
 _Threads = tuple[Database, threading.BoundedSemaphore]
 
 
@@ -74,6 +77,7 @@ class SQLStore:
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
         self._joined: Joined | None = None
+        self._turns = Turns() if url.get_backend_name() == "sqlite" else None
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -96,6 +100,11 @@ class SQLStore:
         """Return how long a verb may take, in seconds."""
         return self._timeout
 
+    @property
+    def turns(self) -> Turns | None:
+        """Return the queue that joined transactions stand in, where the database has one writer at a time."""
+        return self._turns
+
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
         mine = self._source if isinstance(self._source, URL) else self._source.url
@@ -117,15 +126,31 @@ class SQLStore:
         Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
         whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
         an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`; it is a
-        :class:`~idempotency.stores._sql_joined.ConflictError` where a transaction that begins anew can succeed.
+        :class:`~idempotency.stores._sql_joined.ConflictError` where a transaction that begins anew can succeed. A
+        server that does not answer within ``wait`` and the store's ``timeout`` loses the connection.
         """
-        return await session.run_sync(lambda sync_session: self.claim_in_sync(sync_session, claim, wait=wait))
+        call, bound = Call(), math.ceil(wait) + self._timeout
+        # Cut off, which the driver hears of at once, before it is cancelled: a driver ends a cancelled statement by
+        # asking the server to, and waits for its answer. What is only cancelled is still without a connection.
+        cut = asyncio.get_running_loop().call_later(bound, call.hang_up)
+        try:
+            async with asyncio.timeout(bound + _HEARD):
+                return await session.run_sync(self._claim_in, claim, wait, call)
+        except TimeoutError as error:
+            raise StoreError(f"the claim was not answered within {bound:g} s: is the database running?") from error
+        finally:
+            cut.cancel()
 
     def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
-        """See :meth:`claim_in`."""
+        """See :meth:`claim_in`. How long a server may leave it unanswered is the driver's to say."""
+        return self._claim_in(session, claim, wait, Call())
+
+    def _claim_in(self, session: Session, claim: Claim, wait: float, call: Call) -> Record | None:
         joined = self._join(session)
         with joined.failures():
-            return joined.claim_in(session.connection(), claim, wait)
+            connection = session.connection()
+            call.driver = connection.connection.driver_connection
+            return joined.claim_in(connection, claim, wait)
 
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
@@ -176,6 +201,10 @@ class SQLStore:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`. A damaged record raises UnreadableError."""
         return await self._run(lambda verbs, connection: verbs.inspect(connection, record))
 
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`inspect`."""
+        return self._run_sync(lambda verbs, connection: verbs.inspect(connection, record))
+
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
         return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit))
@@ -224,6 +253,13 @@ class SQLStore:
         threads, self._threads = self._threads, None
         if threads is not None and isinstance(self._source, URL):
             threads[0].engine.dispose()
+
+    def forked(self) -> None:
+        """Leave the blocking verbs' connections to the parent process; to be called in a child that was forked."""
+        threads, self._threads = self._threads, None
+        engine = threads[0].engine if threads is not None else self._source
+        if isinstance(engine, Engine):
+            engine.dispose(close=False)
 
     async def _run(self, work: Work[T], transaction: bool = False) -> T:
         side = await self._side()

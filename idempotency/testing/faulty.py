@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, cast
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import StoreError
-from idempotency.stores.base import Changed, Store, SyncStore
+from idempotency.stores.base import Changed, Entry, Store, SyncStore
 from idempotency.stores.memory import MemoryStore
 
 Fault = Literal["fail", "lost", "refuse"] | None
@@ -81,6 +81,26 @@ class FaultyStore:
         """See :meth:`~idempotency.stores.base.Store.release`."""
         return bool(self._called("release", lambda: self._sync.release_sync(claim)))
 
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`; fails only while ``down``."""
+        self._stay_down()
+        return await self._kept.inspect(record)
+
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`inspect`."""
+        self._stay_down()
+        return self._kept.inspect_sync(record)
+
+    async def forget(self, record: bytes, /) -> bool:
+        """See :meth:`~idempotency.stores.base.Housekeeping.forget`; fails only while ``down``."""
+        self._stay_down()
+        return await self._kept.forget(record)
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`forget`."""
+        self._stay_down()
+        return self._kept.forget_sync(record)
+
     def close(self) -> None:
         """Close the store within."""
         self._sync.close()
@@ -92,6 +112,15 @@ class FaultyStore:
     @property
     def _sync(self) -> SyncStore:
         return cast(SyncStore, self.inner)
+
+    @property
+    def _kept(self) -> MemoryStore:
+        # For its housekeeping, which stores of our own all have.
+        return cast(MemoryStore, self.inner)
+
+    def _stay_down(self) -> None:
+        if self.down:
+            raise StoreError("not applied, as ordered")
 
     async def _awaited(self, verb: Verb, apply: Callable[[], Awaitable[Any]]) -> Any:
         fault = self._next(verb)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -18,7 +19,7 @@ from sql_subject import SQL
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
-from subjects import RESULT, Subject, claim_of
+from subjects import Subject, claim_of
 
 from idempotency import idempotent
 from idempotency._core import Execute, judge
@@ -46,9 +47,12 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Trips:
-    """Medians in microseconds: a call, the scripts it sends, sent raw by the same client, and as many GETs."""
+    """Medians in microseconds, all blocking: a call on a store opened by URL, and on one that was given a client; the
+    scripts that a call sends, sent raw by that client, and as many GETs.
+    """
 
-    call: float
+    opened: float
+    given: float
     scripts: float
     gets: float
 
@@ -98,8 +102,9 @@ def _blocking_cases(url: Any, place: str) -> Iterator[_Batches]:
             _expect_ours(record is not None and isinstance(judge(claim, record), Execute))
             with sessions.begin() as session:
                 session.execute(effects.insert(), {"name": name})
+            result = json.dumps({"order": name}).encode()
             with sessions.begin() as session:
-                _expect_ours(store.complete_in_sync(session, claim, RESULT))
+                _expect_ours(store.complete_in_sync(session, claim, result))
 
         with ThreadPoolExecutor(max(CONCURRENCY)) as threads:
             yield partial(_in_threads, threads, one), partial(_in_threads, threads, three)
@@ -126,8 +131,9 @@ async def _async_cases(url: Any, place: str) -> AsyncIterator[_Batches]:
             _expect_ours(record is not None and isinstance(judge(claim, record), Execute))
             async with sessions.begin() as session:
                 await session.execute(effects.insert(), {"name": name})
+            result = json.dumps({"order": name}).encode()
             async with sessions.begin() as session:
-                _expect_ours(await store.complete_in(session, claim, RESULT))
+                _expect_ours(await store.complete_in(session, claim, result))
 
         yield partial(_in_tasks, one), partial(_in_tasks, three)
         await engine.dispose()
@@ -180,12 +186,11 @@ async def _in_tasks(function: Callable[..., Awaitable[Any]], concurrency: int, k
 
 
 async def trips(subject: Redis, rounds: int) -> Trips:
-    """Measure a blocking call, the two scripts that it sends, and two GETs, all by one blocking client."""
+    """Measure blocking calls, the two scripts that each sends, and two GETs, raw by a client as it comes."""
     client = redis.Redis.from_url(subject.url)
-
-    @idempotent(RedisStore(client, prefix=subject.place), key=lambda name: name)
-    def call(name: str) -> dict[str, str]:
-        return {"order": name}
+    store = RedisStore.from_url(subject.url, prefix=subject.place)
+    given = idempotent(RedisStore(client, prefix=subject.place), key=lambda name: name)(_order)
+    opened = idempotent(store, key=lambda name: name)(_order)
 
     def scripts() -> tuple[Any, Any]:
         claim = claim_of(_new_key())
@@ -197,14 +202,20 @@ async def trips(subject: Redis, rounds: int) -> Trips:
 
     names = [("GET", "idempotency-bench")] * 2
     cases = [
-        Case("call", _new_key, partial(_blocking, call), repeat=_TRIPS),
+        Case("opened", _new_key, partial(_blocking, opened), repeat=_TRIPS),
+        Case("given", _new_key, partial(_blocking, given), repeat=_TRIPS),
         Case("scripts", scripts, partial(_blocking, send_both), repeat=_TRIPS),
         Case("gets", lambda: names, partial(_blocking, send_both), repeat=_TRIPS),
     ]
     try:
         return Trips(**await medians(cases, rounds))
     finally:
+        store.close()
         client.close()
+
+
+def _order(name: str) -> dict[str, str]:
+    return {"order": name}
 
 
 async def _blocking(function: Callable[[Any], Any], argument: Any) -> None:

@@ -88,11 +88,15 @@ def calls_row(name: str, cost: Throughput | Trips) -> str:
     if isinstance(cost, Throughput):
         figures = f"{cost.joined:.0f}", f"{cost.three:.0f}", f"{cost.joined / cost.three:.2f}"
         return _CALLS.format(cost.name, cost.concurrency, *figures)
+    calls = {"of a store opened by URL": cost.opened, "of a store given a client": cost.given}
     return "\n".join(
         (
-            f"{name}: a blocking call {cost.call:.0f} µs; two raw round trips of its client (at most 1.30):",
-            f"  the same scripts {cost.scripts:.0f} µs, ratio {cost.call / cost.scripts:.2f}",
-            f"  GET {cost.gets:.0f} µs, ratio {cost.call / cost.gets:.2f}",
+            f"{name}: a blocking call, beside two raw round trips (at most 1.30): the same scripts "
+            f"{cost.scripts:.0f} µs, GET {cost.gets:.0f} µs",
+            *(
+                f"  {whose} {call:.0f} µs, ratios {call / cost.scripts:.2f} and {call / cost.gets:.2f}"
+                for whose, call in calls.items()
+            ),
         )
     )
 

@@ -910,7 +910,7 @@ async def test_an_application_that_ends_while_its_stream_goes_live(ending):
     assert [message["type"] for message in reply.messages] == (
         ["http.response.start", "http.response.body"] if ending == "return" else []
     )
-    assert [event.kind for event in events] == ["stored"]
+    assert [event.kind for event in events] == ["stored-without-result"]
     assert (await call(protected, key="k")).code == "completed-not-replayable"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from fastapi import Depends, FastAPI
 from servers import with_port
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,6 +29,17 @@ from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
 
 pytestmark = pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
+
+
+class Base(DeclarativeBase):
+    """What the mapped classes of this module share."""
+
+
+class Order(Base):
+    """One order."""
+
+    __tablename__ = "orders"
+    item: Mapped[str] = mapped_column(primary_key=True)
 
 
 class Shop:
@@ -242,3 +255,105 @@ async def test_what_cannot_commit_as_one_is_refused(shop: Shop) -> None:
     ):
         with pytest.raises(ConfigurationError):
             IdempotencyMiddleware(shop.app, store=store, session=session)  # type: ignore[arg-type]
+
+
+async def test_a_duplicate_is_told_at_once_and_holds_no_connection(shop: Shop) -> None:
+    """The claim is committed: duplicates neither wait for the transaction of the first, nor keep a connection."""
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    async def linger(request: Request, session: AsyncSession) -> JSONResponse:
+        running.set()
+        await finish.wait()
+        return JSONResponse({}, 201)
+
+    shop.handle = linger
+    first = asyncio.create_task(shop.post("tea"))
+    await running.wait()
+    async with asyncio.timeout(4):
+        told = [(await shop.post("tea")).json()["code"] for _ in range(5)]
+    held = shop.engine.pool.checkedout()  # type: ignore[attr-defined]
+    finish.set()
+
+    assert told == ["in-progress"] * 5
+    assert held == 1
+    assert (await first).status_code == 201
+    assert await shop.orders() == ["tea"]
+
+
+async def test_the_session_begins_at_its_first_use(shop: Shop) -> None:
+    """A handler holds a connection from its first statement on; one that never asks for the session, none at all."""
+    pool: Any = shop.engine.pool
+    held: list[int] = []
+
+    async def order(request: Request) -> JSONResponse:
+        held.append(pool.checkedout())
+        if "session" in request.query_params:
+            await request.state.idempotency.session.execute(text("INSERT INTO orders VALUES ('tea')"))
+            held.append(pool.checkedout())
+        return JSONResponse({}, 201)
+
+    app = IdempotencyMiddleware(
+        Starlette(routes=[Route("/orders", order, methods=["POST"])]),
+        store=shop.store,
+        session=async_sessionmaker(shop.engine),
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://shop") as client:
+        for path, key in (("/orders", "without"), ("/orders?session", "with")):
+            for _ in range(2):
+                assert (await client.post(path, headers={"Idempotency-Key": key})).status_code == 201
+
+    assert held == [0, 0, 1]
+    assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+@pytest.mark.parametrize("when", ["flush", "commit"])
+async def test_what_the_database_refuses_is_the_handlers_own_error(shop: Shop, when: str) -> None:
+    """A constraint that fails in the last flush, or in the commit, raises as in the handler; then a retry runs."""
+    async with shop.engine.begin() as connection:
+        await connection.execute(text("INSERT INTO orders VALUES ('cup')"))
+        if when == "commit":
+            await connection.execute(text("ALTER TABLE orders DROP CONSTRAINT orders_item_key"))
+            await connection.execute(text("ALTER TABLE orders ADD UNIQUE (item) DEFERRABLE INITIALLY DEFERRED"))
+
+    async def order_a_cup(request: Request, session: AsyncSession) -> JSONResponse:
+        session.add(Order(item="cup"))
+        return JSONResponse({}, 201)
+
+    shop.handle = order_a_cup
+    transport = httpx.ASGITransport(app=shop.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+        with pytest.raises(sqlalchemy.exc.IntegrityError, match="orders_item_key"):
+            await client.post("/orders", headers={"Idempotency-Key": "tea"})
+    assert await shop.orders() == ["cup"]
+    shop.handle = done
+    assert await first_answer(shop, "tea") == 201
+    assert sorted(await shop.orders()) == ["cup", "tea"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_a_connection_lost_before_the_commit_is_unavailable(target: Target) -> None:
+    """The record is read again, and is not there: 503, there is no effect, and the retry runs."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+
+            async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
+                proxy.cut()
+                return JSONResponse({}, 201)
+
+            shop.handle = lose_connection
+            answer = await shop.post("tea")
+
+            assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
+            assert await shop.orders() == []
+            shop.handle = done
+            assert await first_answer(shop, "tea") == 201
+            assert await shop.orders() == ["tea"]
+
+
+async def first_answer(shop: Shop, key: str) -> int:
+    """Ask until the key, which is released in the background, is free again."""
+    async with asyncio.timeout(20):
+        while (answer := await shop.post(key)).status_code == 409:
+            await asyncio.sleep(0.02)
+    return answer.status_code

@@ -227,8 +227,10 @@ def record_of(key: str) -> bytes:
 
 
 async def settled(live: Live, key: str) -> None:
-    """Wait until the record of the key is written."""
-    await live.bench.noted(event="stored", record=record_of(key).hex()[:12])
+    """Wait until the record of the key is written, with its response or without."""
+    record = record_of(key).hex()[:12]
+    kinds = ("stored", "stored-without-result")
+    await until(lambda: any(live.bench.lines(event=kind, record=record) for kind in kinds), f"the record {record}")
 
 
 def _runs(pid: int) -> bool:

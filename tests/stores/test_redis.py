@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from redis_servers import RedisServer, embedded, free_port, require
 from idempotency import _core
 from idempotency._core import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._redis_send import _KeptSync
 from idempotency.stores.redis import Durability, RedisStore
 
 
@@ -381,6 +383,96 @@ async def test_dropped_idle_connections_are_not_noticed(store: RedisStore, serve
             store.claim_sync(new_claim())
 
 
+def test_dropped_idle_connections_are_not_noticed_by_threads(server: RedisServer) -> None:
+    """So it is when many threads had connections: the first that finds its own dropped makes all anew."""
+    store = RedisStore.from_url(server.url)
+    together = threading.Barrier(8)
+
+    def claim_at_once(n: int) -> str:
+        together.wait(20)
+        return store.claim_sync(new_claim(f"{n}", token=f"{n}")).token
+
+    with ThreadPoolExecutor(8) as threads, server.client() as client:
+        for _ in range(3):
+            assert list(threads.map(claim_at_once, range(8))) == [f"{n}" for n in range(8)]
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        assert store.claim_sync(new_claim("0", token="0")).token == "0"
+    store.close()
+
+
+def test_kept_connections_are_made_anew_after_one_was_dropped(server: RedisServer) -> None:
+    """Whoever is given one later, while the thread that noticed sends its command again, has a fresh one too."""
+    with redis.Redis(port=server.port) as client, server.client() as other:
+        kept = _KeptSync(client.connection_pool)
+        for connection in [kept.take(), kept.take()]:
+            kept.give(connection)
+        other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        kept.drop()
+
+        for connection in [kept.take(), kept.take()]:
+            connection.send_command("PING")
+            assert connection.read_response() == b"PONG"
+
+
+def test_interrupted_command_leaves_no_reply_behind(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal between a command and its reply, as of a worker's time limit, gives the next command its own reply."""
+    store = RedisStore.from_url(server.url)
+    done = new_claim("done")
+    store.claim_sync(done)
+    store.complete_sync(done, b"of another key")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("redis.connection.Connection.read_response", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.claim_sync(new_claim("done"))
+
+    assert store.claim_sync(new_claim("other", token="t")).token == "t"
+    store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forked_child_has_connections_of_its_own(server: RedisServer) -> None:
+    """A process forked from one that has used the store neither reads nor sends on the connections of its parent."""
+    store = RedisStore.from_url(f"{server.url}?client_name=forked")
+    assert store.claim_sync(new_claim("before", token="t")).token == "t"
+    claimed, claims = os.pipe()
+    waited, waits = os.pipe()
+
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(waits)
+            os.write(claims, store.claim_sync(new_claim("child", token="c")).token.encode())
+            os.read(waited, 1)  # until the parent closes its end
+        finally:
+            os._exit(0)
+    os.close(claims)
+    try:
+        assert os.read(claimed, 1) == b"c"
+        assert store.claim_sync(new_claim("parent", token="p")).token == "p"
+        with server.client() as client:
+            assert len([each for each in client.client_list() if each["name"] == "forked"]) == 2
+    finally:
+        for end in (waits, waited, claimed):
+            os.close(end)
+        os.waitpid(child, 0)
+    assert store.renew_sync(new_claim("parent", token="p"))
+    store.close()
+
+
+def test_passed_client_has_its_connections_back(server: RedisServer) -> None:
+    """The connections of a client that was passed in are in its pool between commands."""
+    with redis.Redis(port=server.port, max_connections=1) as client:
+        store = RedisStore(client)
+        for n in range(3):
+            assert store.claim_sync(new_claim(f"{n}", token="t")).token == "t"
+            assert client.ping()
+
+
 async def test_cancelled_command_leaves_no_reply_behind(store: RedisStore) -> None:
     """Wherever a command is cancelled, no later one is given its reply."""
     claims = [new_claim(f"{n}", token=f"{n}") for n in range(10)]
@@ -693,6 +785,23 @@ async def test_durability_waits_for_the_replica() -> None:
         assert await store.inspect(new_claim("other").id) is None
         assert (await store.claim(new_claim())).result == b"result"
         await store.aclose()
+
+
+async def test_durable_claims_find_connections_after_many_heartbeats(server: RedisServer) -> None:
+    """The connections that single commands have used are there for those that wait for copies."""
+    store = RedisStore.from_url(server.url, durability=Durability(timeout=0.01))
+    claims = [new_claim(f"{n}") for n in range(64)]
+    with ThreadPoolExecutor(32) as threads:
+        await asyncio.gather(*(store.renew(claim) for claim in claims))
+        list(threads.map(store.renew_sync, claims))
+
+        refused = await asyncio.gather(*(store.claim(claim) for claim in claims), return_exceptions=True)
+        waiting = [threads.submit(store.claim_sync, claim) for claim in claims]
+        refused += [each.exception(20) for each in waiting]
+
+    # Without a replica no wait is met; that all were refused for that reason shows that all were sent.
+    assert [str(error) for error in refused if "too few copies" not in str(error)] == []
+    await store.aclose()
 
 
 async def test_durability_on_disk(server: RedisServer) -> None:

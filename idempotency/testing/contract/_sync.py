@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import pytest
 
-from idempotency._core import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown, Verdict, judge
-from idempotency.stores.base import SyncStore
+from idempotency._core import (
+    FORMAT,
+    Claim,
+    Completed,
+    Execute,
+    InProgress,
+    Mismatch,
+    Replay,
+    State,
+    Unknown,
+    Verdict,
+    judge,
+)
+from idempotency.stores.base import Entry, SyncStore
 from idempotency.testing.contract._claims import OTHER, PATIENCE, SHORT, new_claim, rival
+
+
+class KeptSyncStore(SyncStore, Protocol):
+    """A store that can be looked into, as a consumer with ``max_attempts`` does."""
+
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
+        ...
 
 
 def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
@@ -27,7 +48,7 @@ def lapsed_sync(store: SyncStore, claim: Claim) -> None:
 
 
 class SyncStoreContract:
-    """Check a store for threads. Give the fixture ``store``."""
+    """Check a store for threads, its ``inspect_sync`` included. Give the fixture ``store``."""
 
     def test_absent_is_owned_sync(self, store: SyncStore) -> None:
         """A claim of a new key owns it, and a repeated one still does."""
@@ -128,6 +149,47 @@ class SyncStoreContract:
             time.sleep(0.02)
 
         assert told == Execute(1)
+
+    def test_inspect_absent_sync(self, store: KeptSyncStore) -> None:
+        """There is nothing to see of a key that was never claimed, or was released."""
+        released = new_claim()
+        store.claim_sync(released)
+        store.release_sync(released)
+
+        assert store.inspect_sync(new_claim().id) is None
+        assert store.inspect_sync(released.id) is None
+
+    def test_inspect_running_sync(self, store: KeptSyncStore) -> None:
+        """A running record is shown with its names, times and attempt; looking at it changes nothing."""
+        claim = new_claim(scope="other contract", lease=SHORT, ttl=100.0)
+        store.claim_sync(claim)
+        lapsed_sync(store, claim)
+        owner = rival(claim, lease=20.0, ttl=100.0)
+        store.claim_sync(owner)
+
+        entry = store.inspect_sync(claim.id)
+
+        assert entry is not None
+        assert (entry.id, entry.scope, entry.key) == (claim.id, "other contract", claim.key)
+        assert (entry.state, entry.attempt, entry.hold) == (State.RUNNING, 2, False)
+        assert (entry.result_size, entry.version, entry.unresolved) == (None, FORMAT, False)
+        assert 0 < entry.lease_left <= 20
+        assert entry.expires_in is not None
+        assert 110 < entry.expires_in <= 120
+        assert verdict_sync(store, owner) == Execute(2)
+
+    def test_inspect_done_sync(self, store: KeptSyncStore) -> None:
+        """A finished record is shown with the size of its result and the time it is kept."""
+        claim = new_claim(ttl=100.0)
+        store.claim_sync(claim)
+        store.complete_sync(claim, b"\x00" * 1234)
+
+        entry = store.inspect_sync(claim.id)
+
+        assert entry is not None
+        assert (entry.state, entry.result_size, entry.unresolved) == (State.DONE, 1234, False)
+        assert entry.expires_in is not None
+        assert 90 < entry.expires_in <= 100
 
     def test_one_owner_of_many_threads(self, store: SyncStore) -> None:
         """Of fifty claims of a new key in eight threads one runs and the others are told so."""

@@ -1,0 +1,44 @@
+"""Whose turn it is to write to a SQLite database, which has one writer at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from weakref import WeakKeyDictionary
+
+
+class Turns:
+    """A queue of the transactions of one process: one queue for threads, and one in each event loop.
+
+    SQLite's own lock stays the one that counts, between them and beyond. Who waits for that one looks at it from time
+    to time and sleeps up to 0.1 s in between, in which nobody may be writing; here the next one is woken.
+    """
+
+    def __init__(self) -> None:
+        self._threads = threading.Lock()
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+    async def take(self, wait: float) -> bool:
+        """Wait up to ``wait`` seconds; False: it is still another's turn."""
+        turn = self._here()
+        try:
+            async with asyncio.timeout(wait):
+                await turn.acquire()
+        except TimeoutError:
+            return False
+        return True
+
+    def give(self) -> None:
+        """Let the next one of this event loop have its turn."""
+        self._here().release()
+
+    def take_sync(self, wait: float) -> bool:
+        """See :meth:`take`."""
+        return self._threads.acquire(timeout=min(wait, threading.TIMEOUT_MAX))
+
+    def give_sync(self) -> None:
+        """Let the next thread have its turn."""
+        self._threads.release()
+
+    def _here(self) -> asyncio.Lock:
+        return self._loops.setdefault(asyncio.get_running_loop(), asyncio.Lock())
