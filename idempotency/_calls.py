@@ -62,7 +62,10 @@ class Calls:
         never invented.
         """
         if key is None or key == "":
-            raise KeyMissingError(f"{self.name} was called without an idempotency key: key= returned {key!r}.")
+            raise KeyMissingError(
+                f"{self.name} was called without an idempotency key: key= returned {key!r}, or was not given; give it, "
+                "or consume through an adapter, which knows how its broker names a message"
+            )
         if not isinstance(key, str):
             raise KeyInvalidError(f"key= must return text, not {type(key).__name__}")
         policy = self.policy
@@ -91,13 +94,14 @@ class Calls:
         return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")
 
 
-_NOTHING = hashlib.sha256(b"call:1").digest()
+NOTHING = hashlib.sha256(b"call:1").digest()
+"""What is compared where nothing is."""
 
 
 def _digest(compared: object) -> bytes:
     match compared:
         case None:
-            return _NOTHING
+            return NOTHING
         case str():
             compared = compared.encode("utf-8", "surrogatepass")
         case bytes():
@@ -156,6 +160,13 @@ def takes_session(function: Callable[..., Any]) -> bool:
     """Say whether a function is given the session as its keyword ``session``."""
     parameter = inspect.signature(function).parameters.get("session")
     return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def needs_session(function: Callable[..., Any]) -> bool:
+    """Say whether a function cannot be called without the keyword ``session``."""
+    return takes_session(function) and (
+        inspect.signature(function).parameters["session"].default is inspect.Parameter.empty
+    )
 
 
 def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:

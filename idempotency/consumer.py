@@ -19,85 +19,45 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._calls import KIND, Calls, Ended, Raised, Ran, is_async, refusal
-from idempotency._core import Claim, Completed, InProgress, Replay, record_id
-from idempotency._result import Codec, results_of
-from idempotency.errors import (
-    ConfigurationError,
-    IdempotencyError,
-    OutcomeUnknownError,
-    RecordedFailureError,
-    StoreError,
-    UnreadableError,
+from idempotency._calls import is_async, name_of, needs_session
+from idempotency._consume import (
+    Consumer,
+    ConsumerOptions,
+    DeadLetter,
+    Delivered,
+    Done,
+    ExhaustedError,
+    Failed,
+    Final,
+    Replayed,
+    Retry,
+    SyncConsumer,
 )
-from idempotency.events import EventHook, log_event
-from idempotency.function import dress, runner_of, work_of
-from idempotency.operation import current
-from idempotency.policy import Outcome, Policy
+from idempotency.errors import ConfigurationError
+from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session, sessionmaker
+__all__ = [
+    "AsyncHandler",
+    "Consumer",
+    "ConsumerOptions",
+    "DeadLetter",
+    "Delivered",
+    "Done",
+    "ExhaustedError",
+    "Failed",
+    "Final",
+    "Replayed",
+    "Retry",
+    "SyncConsumer",
+    "SyncHandler",
+    "idempotent_consumer",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
-
-_WEEK = Policy(ttl=timedelta(days=7))
-_SOON = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The message was handled, and what it did is committed: ack."""
-
-    result: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not kept."""
-
-    result: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack."""
-
-    after: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The handler failed and what it did in the session is rolled back: the broker's own retry."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """The message is not to be delivered again: ``reason`` is stable, such as ``"exhausted"`` or ``"key-reused"``."""
-
-    reason: str
-    error: Exception
-
-
-Delivered = Done | Replayed | Retry | Failed | DeadLetter
-"""How a delivery is to be settled; each means one settlement."""
-
-Final = Literal["dead-letter", "stop"]
-"""What becomes of a message that no redelivery helps: a dead letter, or ``deliver`` raises and the consumer stops."""
-
-
-class ExhaustedError(IdempotencyError):
-    """The message was delivered more often than ``max_attempts`` and is not handled again."""
-
-    code = "exhausted"
-    title = "The message was delivered too often"
 
 
 class AsyncHandler(Protocol[P, R]):
@@ -107,12 +67,27 @@ class AsyncHandler(Protocol[P, R]):
         """Handle a message and return the result, recorded or new; raise where the message must be redelivered."""
         ...
 
-    async def deliver(self, message: Any, /, *, attempt: int | None = None) -> Delivered:
-        """Handle a message, and say how it is to be settled; ``attempt`` is the broker's count of its deliveries."""
+    async def deliver(
+        self, message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+    ) -> Delivered:
+        """Handle a message, and say how it is to be settled.
+
+        ``attempt`` is the broker's count of its deliveries, ``key`` says what identifies a message where the handler
+        was not given a ``key`` of its own.
+        """
         ...
 
     async def forget(self, key: str, /) -> bool:
         """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+        ...
+
+    def unsettled(self, error: BaseException, /) -> None:
+        """Tell the event hook that the broker could not be told how a delivery ended."""
+        ...
+
+    @property
+    def max_attempts(self) -> int | None:
+        """Return how often a message is handled before it is a dead letter; None: as often as it is delivered."""
         ...
 
 
@@ -123,12 +98,23 @@ class SyncHandler(Protocol[P, R]):
         """See :meth:`AsyncHandler.__call__`."""
         ...
 
-    def deliver(self, message: Any, /, *, attempt: int | None = None) -> Delivered:
+    def deliver(
+        self, message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+    ) -> Delivered:
         """See :meth:`AsyncHandler.deliver`."""
         ...
 
     def forget(self, key: str, /) -> bool:
         """See :meth:`AsyncHandler.forget`."""
+        ...
+
+    def unsettled(self, error: BaseException, /) -> None:
+        """See :meth:`AsyncHandler.unsettled`."""
+        ...
+
+    @property
+    def max_attempts(self) -> int | None:
+        """See :attr:`AsyncHandler.max_attempts`."""
         ...
 
 
@@ -148,150 +134,41 @@ def idempotent_consumer(
     store: Store | SyncStore,
     *,
     consumer: str,
-    key: Callable[[Any], str],
-    session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None = None,
-    policy: Policy = _WEEK,
-    codec: Codec | None = None,
+    key: Callable[[Any], object] | None = None,
     fingerprint: Callable[[Any], bytes | str] | None = None,
-    lock_timeout: float = 5.0,
-    max_attempts: int | None = None,
-    attempt: Callable[[Any], int] | None = None,
-    on_exhausted: Final = "dead-letter",
-    on_refused: Final = "dead-letter",
-    on_event: EventHook = log_event,
+    attempt: Callable[[Any], int | None] | None = None,
+    **options: Unpack[ConsumerOptions],
 ) -> Decorate:
     """Make a message handler, of one argument or more, take effect once for each message.
 
     ``consumer`` names who consumes: two consumers of one message both run. ``key`` is given the message and returns
     what identifies it, the same at every redelivery; without one the handler raises
-    :class:`~idempotency.errors.KeyMissingError`.
-    ``session``, ``lock_timeout``, ``policy``, ``codec``, ``fingerprint``: as for :func:`~idempotency.idempotent`. With
-    ``session`` the handler's effect and its record are one transaction, and what it raises rolls back both. Records
-    live for 7 days by default: longer than the broker can redeliver.
-    ``max_attempts``: how often a message may fail, by the broker's count of deliveries, counted from 1, which
-    ``attempt`` reads from the message if the adapter does not give it; default None, as often as the broker tries.
-    ``on_exhausted``: what then becomes of it. ``on_refused``: what becomes of a message whose key was used for another
-    message, whose outcome is unknown, or whose record cannot be read. Both ``"dead-letter"`` (the default) or
-    ``"stop"``: ``deliver`` raises, and the consumer stops.
+    :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` knows the identity its
+    broker gives a message, so that with one ``key`` may be left out.
+    ``fingerprint`` is given the message and returns what repeated ones must have in common with the first; by default
+    nothing is compared. ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the
+    first; an adapter knows it too.
+    The other options are :class:`ConsumerOptions`. With ``session=`` the handler's effect and its record are one
+    transaction, and what it raises rolls back both.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    if not isinstance(consumer, str) or not consumer:
-        raise ConfigurationError(f"consumer must be a name, not {consumer!r}")
-    if max_attempts is not None and max_attempts < 1:
-        raise ConfigurationError(f"max_attempts must be at least 1: {max_attempts!r}")
-    for option, value in (("on_exhausted", on_exhausted), ("on_refused", on_refused)):
-        if value not in ("dead-letter", "stop"):
-            raise ConfigurationError(f'{option} must be "dead-letter" or "stop", not {value!r}')
 
     def decorate(function: Callable[..., Any]) -> Any:
-        calls = Calls(
-            name=consumer,
-            scope=f"consumer:1:{consumer}",
-            policy=policy,
-            results=results_of(function, codec),
-            on_event=on_event,
-        )
-        rules = _Rules(calls, key, fingerprint, max_attempts, attempt, on_exhausted, on_refused)
-        run, bind = runner_of(function, store, calls, session, lock_timeout), work_of(function, session)
-        equip = _equip_async if is_async(function) else _equip_sync
-        return dress(equip(rules, store, run, bind, _first_parameter(function)), function, session)
+        session = options.get("session")
+        if session is None and needs_session(function):
+            raise ConfigurationError(
+                f"{name_of(function)} has a parameter session, and session= was not given: pass a sessionmaker"
+            )
+        bind = work_of(function, session)
+        read = _Reader(_first_parameter(function), key, fingerprint, attempt)
+        if is_async(function):
+            handler = _equip_async(Consumer(store, consumer, function, options), read, bind)
+        else:
+            handler = _equip_sync(SyncConsumer(store, consumer, function, options), read, bind)
+        return dress(handler, function, session)
 
     return cast(Decorate, decorate)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What does not depend on whether the handler is awaited."""
-
-    calls: Calls
-    key: Callable[[Any], str]
-    fingerprint: Callable[[Any], bytes | str] | None
-    max_attempts: int | None
-    attempt: Callable[[Any], int] | None
-    on_exhausted: Final
-    on_refused: Final
-
-    def claim(self, message: Any) -> Claim:
-        compared = None if self.fingerprint is None else self.fingerprint(message)
-        return self.calls.claim(self.key(message), compared)
-
-    def count(self, message: Any, attempt: int | None) -> int:
-        """Return which delivery this is; 0 where nobody counts."""
-        if self.max_attempts is None:
-            return 0
-        if attempt is None and self.attempt is not None:
-            attempt = self.attempt(message)
-        if attempt is None:
-            raise ConfigurationError("max_attempts needs the broker's count of deliveries: give attempt=")
-        return attempt
-
-    def admitted(self, count: int, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Refuse a message that was delivered too often: its handler may have taken the process down each time."""
-        if self.max_attempts is not None and count > self.max_attempts:
-            operation = current()
-            if operation is not None:
-                operation.release()
-            raise ExhaustedError(f"the message was delivered {count} times")
-        return work
-
-    def outcome(self, claim: Claim, ended: Ended, count: int) -> Delivered:
-        match ended:
-            case Ran(value):
-                return Done(value)
-            case Raised(error, outcome):
-                return self._failed(error, outcome, count)
-            case Completed() | Replay():
-                try:
-                    return Replayed(self.replay(claim, ended))
-                except (RecordedFailureError, UnreadableError) as error:
-                    return self._final(error, self.on_refused)
-            case InProgress(retry_after):
-                self.calls.emit("in-progress", claim)
-                return Retry(max(retry_after, 0.0))
-            case told:
-                self.calls.emit(KIND[type(told)], claim)
-                return self._final(refusal(told), self.on_refused)
-
-    def _failed(self, error: Exception, outcome: Outcome, count: int) -> Delivered:
-        # A redelivery would only be told what is recorded now.
-        if outcome != "release":
-            kept: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
-            return self._final(error, self.on_refused, kept.code)
-        if self.max_attempts is not None and count >= self.max_attempts:
-            return self._final(error, self.on_exhausted, ExhaustedError.code)
-        return Failed(error)
-
-    def _final(self, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
-        if rule == "stop":
-            raise error
-        return DeadLetter(reason or getattr(error, "code", "error"), error)
-
-    def replay(self, claim: Claim, told: Replay | Completed) -> Any:
-        """Return the recorded result; None where it was not kept."""
-        if isinstance(told, Completed):
-            self.calls.emit("completed", claim)
-            return None
-        try:
-            value = self.calls.results.decode(told.result)
-        except UnreadableError as error:
-            self.calls.emit("unreadable", claim, error=error)
-            raise
-        self.calls.emit("replayed", claim)
-        return value
-
-    def answer(self, claim: Claim, ended: Ended) -> Any:
-        """Return the result, or raise: a framework that knows nothing else redelivers what raises."""
-        match ended:
-            case Ran(value):
-                return value
-            case Raised(error, _):
-                raise error
-            case Completed() | Replay():
-                return self.replay(claim, ended)
-            case told:
-                self.calls.emit(KIND[type(told)], claim)
-                raise refusal(told)
 
 
 def _first_parameter(function: Callable[..., Any]) -> str:
@@ -301,49 +178,66 @@ def _first_parameter(function: Callable[..., Any]) -> str:
     return names[0]
 
 
-def _equip_async(
-    rules: _Rules, store: Any, run: Callable[..., Any], bind: Callable[..., Callable[..., Any]], first: str
-) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What is read from a message."""
+
+    first: str
+    key: Callable[[Any], object] | None
+    fingerprint: Callable[[Any], bytes | str] | None
+    attempt: Callable[[Any], int | None] | None
+
+    def message(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs[self.first]
+
+    def key_of(self, message: Any, otherwise: Callable[[Any], object] | None = None) -> object:
+        resolve = self.key or otherwise
+        return None if resolve is None else resolve(message)
+
+    def compared(self, message: Any) -> bytes | str | None:
+        return None if self.fingerprint is None else self.fingerprint(message)
+
+    def count(self, message: Any, attempt: int | None) -> int | None:
+        return self.attempt(message) if attempt is None and self.attempt is not None else attempt
+
+
+def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     async def handle(*args: Any, **kwargs: Any) -> Any:
-        claim = rules.claim(args[0] if args else kwargs[first])
-        return rules.answer(claim, await run(claim, bind(*args, **kwargs)))
+        message = read.message(args, kwargs)
+        return await consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
-    async def deliver(message: Any, /, *, attempt: int | None = None) -> Delivered:
-        count, claim, work = rules.count(message, attempt), rules.claim(message), bind(message)
-        try:
-            ended = await run(claim, lambda *session: rules.admitted(count, work)(*session))
-        except StoreError:
-            return Retry(_SOON)
-        return rules.outcome(claim, ended, count)
-
-    async def forget(key: str, /) -> bool:
-        forgotten: bool = await store.forget(record_id(rules.calls.scope, key))
-        return forgotten
+    async def deliver(
+        message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+    ) -> Delivered:
+        return await consumer.deliver(
+            read.key_of(message, key),
+            bind(message),
+            attempt=read.count(message, attempt),
+            compared=read.compared(message),
+        )
 
     handler: Any = handle
-    handler.deliver, handler.forget = deliver, forget
+    handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
+    handler.max_attempts = consumer.rules.max_attempts
     return handler
 
 
-def _equip_sync(
-    rules: _Rules, store: Any, run: Callable[..., Any], bind: Callable[..., Callable[..., Any]], first: str
-) -> Any:
+def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     def handle(*args: Any, **kwargs: Any) -> Any:
-        claim = rules.claim(args[0] if args else kwargs[first])
-        return rules.answer(claim, run(claim, bind(*args, **kwargs)))
+        message = read.message(args, kwargs)
+        return consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
-    def deliver(message: Any, /, *, attempt: int | None = None) -> Delivered:
-        count, claim, work = rules.count(message, attempt), rules.claim(message), bind(message)
-        try:
-            ended = run(claim, lambda *session: rules.admitted(count, work)(*session))
-        except StoreError:
-            return Retry(_SOON)
-        return rules.outcome(claim, ended, count)
-
-    def forget(key: str, /) -> bool:
-        forgotten: bool = store.forget_sync(record_id(rules.calls.scope, key))
-        return forgotten
+    def deliver(
+        message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+    ) -> Delivered:
+        return consumer.deliver(
+            read.key_of(message, key),
+            bind(message),
+            attempt=read.count(message, attempt),
+            compared=read.compared(message),
+        )
 
     handler: Any = handle
-    handler.deliver, handler.forget = deliver, forget
+    handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
+    handler.max_attempts = consumer.rules.max_attempts
     return handler

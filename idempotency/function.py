@@ -85,27 +85,27 @@ def idempotent(
             compared = None if fingerprint is None else fingerprint(*args, **kwargs)
             return calls.claim(key(*args, **kwargs), compared)
 
-        wrap = _wrap_async if is_async(function) else _wrap_sync
-        wrapper: Any = wrap(function, runner_of(function, store, calls, session, lock_timeout), calls, claim, session)
+        asynchronous = is_async(function)
+        run = runner_of(asynchronous, store, calls, session, lock_timeout)
+        wrap = _wrap_async if asynchronous else _wrap_sync
+        wrapper: Any = wrap(function, run, calls, claim, session)
         return cast(Callable[P, R], wrapper)
 
     return decorate
 
 
-def runner_of(
-    function: Callable[..., Any], store: Any, calls: Calls, session: Any, lock_timeout: float
-) -> Callable[..., Any]:
-    """Choose how the calls of ``function`` are held: under a lease, or joined with the transaction of a session."""
-    verb = "claim" if is_async(function) else "claim_sync"
+def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
+    """Choose how the calls are held: under a lease, or joined with the transaction of a session."""
+    verb = "claim" if asynchronous else "claim_sync"
     if not hasattr(store, verb):
         raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {type(store).__name__}")
     if session is None:
-        return Leased(store, calls).run if is_async(function) else SyncLeased(store, calls).run
+        return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
     try:
         from idempotency._joined import Joined, SyncJoined
     except ImportError as error:
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
-    joined: type[Joined | SyncJoined] = Joined if is_async(function) else SyncJoined
+    joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined
     return joined(store, calls, session, lock_timeout).run
 
 

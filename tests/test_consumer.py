@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import multiprocessing
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import servers
 from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from targets import Target
 from tcp_proxy import Proxy
 
@@ -31,15 +32,23 @@ from idempotency.errors import (
     StoreError,
 )
 from idempotency.stores.memory import MemoryStore
+from idempotency.testing import FaultyStore
 
 PROCESSES = 4
 DELIVERIES = 16
+POISON = ValueError("poison")
+PAUSE = 0.005
+"""Seconds between two deliveries of a message, as any broker takes them; within one millisecond they count as one."""
 
 asynchronous = pytest.mark.stores(*JOINED_KINDS)
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
 everywhere = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
 
 _barrier: Any = None
+
+
+class CrashError(BaseException):
+    """What nobody catches: the process is on its way out."""
 
 
 @pytest.fixture
@@ -235,52 +244,473 @@ async def test_a_failed_message_is_rolled_back(ledger: Ledger) -> None:
     assert await ledger.effects() == ["tea"]
 
 
-async def test_attempts_are_exhausted() -> None:
-    """A message that fails at its last delivery is a dead letter, and one delivered more often does not run."""
-    error, runs = ValueError("poison"), []
+def poison(store: Any, runs: list[int], **options: Any) -> Any:
+    """Make a consumer that always fails."""
 
-    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, max_attempts=3, attempt=lambda message: message["n"])
+    @idempotent_consumer(store, consumer="c", key=id_of, **options)
     async def handle(message: dict[str, Any]) -> None:
-        runs.append(message["n"])
-        raise error
+        runs.append(1)
+        raise POISON
 
-    assert await handle.deliver({"id": "1", "n": 2}) == Failed(error)
-    assert await handle.deliver({"id": "1", "n": 1}, attempt=3) == DeadLetter("exhausted", error)
-    dead = await handle.deliver({"id": "1", "n": 4})
+    return handle
 
-    assert isinstance(dead, DeadLetter)
-    assert dead.reason == "exhausted"
-    assert isinstance(dead.error, ExhaustedError)
-    assert runs == [2, 1]
+
+def sync_poison(store: Any, runs: list[int], **options: Any) -> Any:
+    """Make a synchronous consumer that always fails."""
+
+    @idempotent_consumer(store, consumer="c", key=id_of, **options)
+    def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        raise POISON
+
+    return handle
+
+
+async def redeliver(handle: Any, attempt: int | None) -> Delivered:
+    """Deliver a message again, after the broker's pause."""
+    await asyncio.sleep(PAUSE)
+    delivered: Delivered = await handle.deliver({"id": "1"}, attempt=attempt)
+    return delivered
+
+
+def redeliver_sync(handle: Any, attempt: int | None) -> Delivered:
+    """Deliver a message again, after the broker's pause."""
+    time.sleep(PAUSE)
+    delivered: Delivered = handle.deliver({"id": "1"}, attempt=attempt)
+    return delivered
+
+
+def is_refused(delivered: Delivered) -> bool:
+    """Say whether a message became a dead letter without being handled once more."""
+    return (
+        isinstance(delivered, DeadLetter)
+        and delivered.reason == "exhausted"
+        and isinstance(delivered.error, ExhaustedError)
+    )
+
+
+@everywhere
+async def test_a_message_is_handled_max_attempts_times(store: Any) -> None:
+    """A message that always fails is a dead letter at its last attempt, and is not handled again after it."""
+    runs: list[int] = []
+    handle = poison(store, runs, max_attempts=3)
+
+    assert await redeliver(handle, 1) == Failed(POISON)
+    assert await redeliver(handle, 2) == Failed(POISON)
+    assert await redeliver(handle, 3) == DeadLetter("exhausted", POISON)
+    assert is_refused(await redeliver(handle, 4))
+    assert is_refused(await redeliver(handle, 5))
+    assert len(runs) == 3
     with pytest.raises(ValueError, match="poison"):
-        await handle({"id": "1", "n": 9})
+        await handle({"id": "1"})
+
+
+@everywhere
+def test_a_message_is_handled_max_attempts_times_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[int] = []
+    handle = sync_poison(sync_store, runs, max_attempts=3)
+
+    assert redeliver_sync(handle, 1) == Failed(POISON)
+    assert redeliver_sync(handle, 2) == Failed(POISON)
+    assert redeliver_sync(handle, 3) == DeadLetter("exhausted", POISON)
+    assert is_refused(redeliver_sync(handle, 4))
+    assert len(runs) == 3
+
+
+@asynchronous
+async def test_a_joined_message_is_handled_max_attempts_times(ledger: Ledger) -> None:
+    """The count outlives the rollback of each attempt."""
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, max_attempts=2)
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        await session.execute(ledger.insert("tea"))
+        raise POISON
+
+    runs: list[int] = []
+    assert await redeliver(handle, 1) == Failed(POISON)
+    assert await redeliver(handle, 2) == DeadLetter("exhausted", POISON)
+    assert is_refused(await redeliver(handle, 3))
+    assert len(runs) == 2
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_a_joined_message_is_handled_max_attempts_times_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous handler."""
+
+    @idempotent_consumer(sync_ledger.store, consumer="c", key=id_of, session=sync_ledger.sessions, max_attempts=2)
+    def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        session.execute(sync_ledger.insert("tea"))
+        raise POISON
+
+    runs: list[int] = []
+    assert redeliver_sync(handle, 1) == Failed(POISON)
+    assert redeliver_sync(handle, 2) == DeadLetter("exhausted", POISON)
+    assert is_refused(redeliver_sync(handle, 3))
+    assert len(runs) == 2
+    assert sync_ledger.effects_sync() == []
+
+
+@pytest.mark.parametrize("attempts", [(None, None, None, None), (7, 7, 7, 7), (1, 9, 10, 2)], ids=str)
+async def test_the_count_is_not_the_broker_s(attempts: tuple[int | None, ...]) -> None:
+    """Whatever number the broker gives, or none: only whether it is the first delivery counts."""
+    runs: list[int] = []
+    handle = poison(MemoryStore(), runs, max_attempts=3)
+
+    delivered = [await redeliver(handle, attempt) for attempt in attempts]
+
+    assert delivered[:3] == [Failed(POISON), Failed(POISON), DeadLetter("exhausted", POISON)]
+    assert is_refused(delivered[3])
+    assert len(runs) == 3
+
+
+async def test_each_consumer_counts_by_itself() -> None:
+    """That a message is exhausted for one consumer is nothing to another."""
+    store, runs = MemoryStore(), list[int]()
+    handle = poison(store, runs, max_attempts=1)
+
+    @idempotent_consumer(store, consumer="other", key=id_of, max_attempts=1)
+    async def other(message: dict[str, Any]) -> str:
+        return "done"
+
+    assert await redeliver(handle, 1) == DeadLetter("exhausted", POISON)
+    assert await redeliver(other, 2) == Done("done")
+
+
+@everywhere
+async def test_a_busy_redelivery_is_no_attempt(store: Any) -> None:
+    """A message that met its running owner many times is handled as often as any other."""
+    runs, running, finish = list[int](), asyncio.Event(), asyncio.Event()
+
+    @idempotent_consumer(store, consumer="c", key=id_of, max_attempts=3)
+    async def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        running.set()
+        await finish.wait()
+        raise POISON
+
+    first = asyncio.create_task(handle.deliver({"id": "1"}, attempt=1))
+    await running.wait()
+    busy = [await redeliver(handle, attempt) for attempt in range(2, 12)]
+    await asyncio.sleep(PAUSE)
+    finish.set()
+
+    assert all(isinstance(each, Retry) for each in busy)
+    assert await first == Failed(POISON)
+    assert await redeliver(handle, 12) == Failed(POISON)
+    assert await redeliver(handle, 13) == DeadLetter("exhausted", POISON)
+    assert is_refused(await redeliver(handle, 14))
+    assert len(runs) == 3
+
+
+@everywhere
+def test_a_busy_redelivery_is_no_attempt_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+    runs, running, finish = list[int](), threading.Event(), threading.Event()
+
+    @idempotent_consumer(sync_store, consumer="c", key=id_of, max_attempts=2)
+    def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        running.set()
+        assert finish.wait(30)
+        raise POISON
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(handle.deliver, {"id": "1"}, attempt=1)
+        assert running.wait(30)
+        busy = [redeliver_sync(handle, attempt) for attempt in range(2, 12)]
+        time.sleep(PAUSE)
+        finish.set()
+        assert first.result(30) == Failed(POISON)
+
+    assert all(isinstance(each, Retry) for each in busy)
+    assert redeliver_sync(handle, 12) == DeadLetter("exhausted", POISON)
+    assert is_refused(redeliver_sync(handle, 13))
+    assert len(runs) == 2
+
+
+@everywhere
+async def test_a_crash_is_an_attempt_from_the_first_redelivery_on(store: Any) -> None:
+    """A message that takes the process down each time is refused at last: begun is counted before it is handled."""
+    runs: list[int] = []
+
+    @idempotent_consumer(store, consumer="c", key=id_of, max_attempts=2)
+    async def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        raise CrashError
+
+    for attempt in (1, 2, 3):
+        with pytest.raises(CrashError):
+            await redeliver(handle, attempt)
+    assert is_refused(await redeliver(handle, 4))
+    assert len(runs) == 3  # The first delivery costs nothing, so that its crash is not seen.
+
+
+@everywhere
+def test_a_crash_is_an_attempt_from_the_first_redelivery_on_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[int] = []
+
+    @idempotent_consumer(sync_store, consumer="c", key=id_of, max_attempts=2)
+    def handle(message: dict[str, Any]) -> None:
+        runs.append(1)
+        raise CrashError
+
+    for attempt in (1, 2, 3):
+        with pytest.raises(CrashError):
+            redeliver_sync(handle, attempt)
+    assert is_refused(redeliver_sync(handle, 4))
+    assert len(runs) == 3
+
+
+@asynchronous
+async def test_a_crash_of_a_joined_message_is_an_attempt(ledger: Ledger) -> None:
+    """The count is not part of the transaction that the crash undoes."""
+    runs: list[int] = []
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, max_attempts=1)
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        await session.execute(ledger.insert("tea"))
+        raise CrashError
+
+    with pytest.raises(CrashError):
+        await redeliver(handle, 2)
+    assert is_refused(await redeliver(handle, 3))
+    assert len(runs) == 1
+    assert await ledger.effects() == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fails", "verbs"),
+    [
+        (1, False, ["claim", "complete"]),
+        (1, True, ["claim", "release", "claim"]),
+        (2, False, ["claim", "claim", "complete"]),
+        (2, True, ["claim", "claim", "release"]),
+        (None, False, ["claim", "claim", "complete"]),
+    ],
+)
+async def test_a_first_delivery_costs_no_more_unless_it_fails(
+    attempt: int | None, fails: bool, verbs: list[str]
+) -> None:
+    """Counting is one command more: of a redelivery before, of a first delivery after it failed."""
+    store, sync_store = FaultyStore(), FaultyStore()
+
+    @idempotent_consumer(store, consumer="c", key=id_of, max_attempts=5)
+    async def handle(message: dict[str, Any]) -> None:
+        if fails:
+            raise POISON
+
+    @idempotent_consumer(sync_store, consumer="c", key=id_of, max_attempts=5)
+    def handle_sync(message: dict[str, Any]) -> None:
+        if fails:
+            raise POISON
+
+    expected = Failed(POISON) if fails else Done(None)
+    assert await handle.deliver({"id": "1"}, attempt=attempt) == expected
+    assert handle_sync.deliver({"id": "1"}, attempt=attempt) == expected
+    assert store.calls == sync_store.calls == verbs
+
+
+async def test_without_max_attempts_nothing_is_counted() -> None:
+    """A message that may fail for ever costs what its handling costs."""
+    store, runs = FaultyStore(), list[int]()
+    handle = poison(store, runs)
+
+    for attempt in (1, 2, 3, None):
+        assert await handle.deliver({"id": "1"}, attempt=attempt) == Failed(POISON)
+    assert store.calls == ["claim", "release"] * 4
+
+
+async def test_a_failure_that_could_not_be_counted_is_a_failure() -> None:
+    """A store that fails after the handler did changes nothing of the settlement."""
+    store, runs = FaultyStore(), list[int]()
+    handle, sync_handle = poison(store, runs, max_attempts=3), sync_poison(store, runs, max_attempts=3)
+
+    store.order("claim", None, "fail", None, "fail")
+    assert await handle.deliver({"id": "1"}, attempt=1) == Failed(POISON)
+    assert sync_handle.deliver({"id": "1"}, attempt=1) == Failed(POISON)
+    assert store.calls == ["claim", "release", "claim"] * 2
+
+
+@everywhere
+async def test_a_delivery_that_met_a_failing_store_is_no_attempt() -> None:
+    """What never began because the store failed does not use up the attempts."""
+    runs: list[int] = []
+    store = FaultyStore()
+    handle = poison(store, runs, max_attempts=2)
+
+    for _ in range(5):
+        store.order("claim", None, "fail")
+        assert isinstance(await handle.deliver({"id": "1"}, attempt=2), Retry)
+    assert runs == []
+    assert isinstance(await handle.deliver({"id": "1"}, attempt=2), Failed)
+    assert isinstance(await handle.deliver({"id": "1"}, attempt=2), DeadLetter)
+
+
+def test_a_delivery_that_met_a_failing_store_is_no_attempt_in_threads() -> None:
+    """The same, synchronous."""
+    runs: list[int] = []
+    store = FaultyStore()
+    handle = sync_poison(store, runs, max_attempts=2)
+
+    for _ in range(5):
+        store.order("claim", None, "fail")
+        assert isinstance(handle.deliver({"id": "1"}, attempt=2), Retry)
+    assert runs == []
+    assert isinstance(handle.deliver({"id": "1"}, attempt=2), Failed)
+    assert isinstance(handle.deliver({"id": "1"}, attempt=2), DeadLetter)
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_a_failure_on_a_dead_connection_is_a_failure(ledger: Ledger) -> None:
+    """A handler that fails when its connection is gone has failed, and the consumer goes on."""
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions)
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        backend = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+        async with ledger.sessions() as other:
+            await other.execute(text(f"SELECT pg_terminate_backend({backend})"))
+        raise ValueError("out of tea")
+
+    assert isinstance(await handle.deliver({"id": "1"}), Failed | Retry)
+
+
+async def test_forget_forgets_the_count(store: Any) -> None:
+    """A dead letter that is sent again has all its attempts before it."""
+    runs: list[int] = []
+    handle = poison(store, runs, max_attempts=2)
+    for attempt in (1, 2):
+        await redeliver(handle, attempt)
+    assert is_refused(await redeliver(handle, 3))
+    await asyncio.sleep(PAUSE)
+
+    assert not await handle.forget("1")
+
+    assert await redeliver(handle, 4) == Failed(POISON)
+    assert await redeliver(handle, 5) == DeadLetter("exhausted", POISON)
+    assert len(runs) == 4
+
+
+@everywhere
+def test_forget_forgets_the_count_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[int] = []
+    handle = sync_poison(sync_store, runs, max_attempts=2)
+    for attempt in (1, 2):
+        redeliver_sync(handle, attempt)
+    assert is_refused(redeliver_sync(handle, 3))
+    time.sleep(PAUSE)
+
+    assert not handle.forget("1")
+
+    assert redeliver_sync(handle, 4) == Failed(POISON)
+    assert redeliver_sync(handle, 5) == DeadLetter("exhausted", POISON)
+    assert len(runs) == 4
+
+
+@everywhere
+async def test_a_replay_is_never_refused_as_exhausted(store: Any) -> None:
+    """A message whose acknowledgement was lost again and again is replayed, not dead-lettered."""
+
+    @idempotent_consumer(store, consumer="c", key=id_of, max_attempts=2)
+    async def handle(message: dict[str, Any]) -> str:
+        return "done"
+
+    assert await redeliver(handle, 1) == Done("done")
+    for attempt in range(2, 7):
+        assert await redeliver(handle, attempt) == Replayed("done")
+
+
+@everywhere
+def test_a_replay_is_never_refused_as_exhausted_in_threads(sync_store: Any) -> None:
+    """The same holds for a synchronous handler."""
+
+    @idempotent_consumer(sync_store, consumer="c", key=id_of, max_attempts=2)
+    def handle(message: dict[str, Any]) -> str:
+        return "done"
+
+    assert redeliver_sync(handle, 1) == Done("done")
+    for attempt in range(2, 7):
+        assert redeliver_sync(handle, attempt) == Replayed("done")
 
 
 @pytest.mark.stores("sqlite")
-async def test_a_message_delivered_too_often_may_be_done(ledger: Ledger) -> None:
-    """A message whose acknowledgement was lost again and again is replayed, not dead-lettered."""
+async def test_a_joined_message_delivered_too_often_may_be_done(ledger: Ledger) -> None:
+    """The same holds where the record is part of the effect's transaction."""
     on_order = billing(ledger, max_attempts=2)
 
-    assert await on_order.deliver({"id": "1"}, attempt=1) == Done({"billed": "1"})
-    assert await on_order.deliver({"id": "1"}, attempt=5) == Replayed({"billed": "1"})
-    assert isinstance(await on_order.deliver({"id": "2"}, attempt=5), DeadLetter)
-    assert await on_order.deliver({"id": "2"}, attempt=1) == Done({"billed": "2"})
+    assert await redeliver(on_order, 1) == Done({"billed": "1"})
+    for attempt in range(2, 7):
+        assert await redeliver(on_order, attempt) == Replayed({"billed": "1"})
+    assert await ledger.effects() == ["billing 1"]
 
 
-def test_attempts_in_threads() -> None:
-    """A synchronous handler has the same limits, and ``"stop"`` raises instead."""
-    error = ValueError("poison")
-
-    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, max_attempts=1, on_exhausted="stop")
-    def handle(message: dict[str, Any]) -> None:
-        raise error
+async def test_an_exhausted_message_may_stop_the_consumer() -> None:
+    """``"stop"`` raises what the handler raised, and at each later delivery that it is exhausted."""
+    runs: list[int] = []
+    handle = poison(MemoryStore(), runs, max_attempts=1, on_exhausted="stop")
+    handle_sync = sync_poison(MemoryStore(), runs, max_attempts=1, on_exhausted="stop")
 
     with pytest.raises(ValueError, match="poison"):
-        handle.deliver({"id": "1"}, attempt=1)
-    with pytest.raises(ExhaustedError):
-        handle.deliver({"id": "1"}, attempt=2)
-    with pytest.raises(ConfigurationError, match="attempt="):
-        handle.deliver({"id": "1"})
+        await redeliver(handle, 1)
+    with pytest.raises(ValueError, match="poison"):
+        redeliver_sync(handle_sync, 1)
+    for attempt in (2, 3):
+        with pytest.raises(ExhaustedError):
+            await redeliver(handle, attempt)
+        with pytest.raises(ExhaustedError):
+            redeliver_sync(handle_sync, attempt)
+    assert len(runs) == 2
+
+
+async def test_the_decorator_may_read_the_attempt_from_the_message() -> None:
+    """``attempt=`` serves where no adapter does, and what an adapter says goes before."""
+    runs: list[int] = []
+    store = FaultyStore()
+    handle = poison(store, runs, max_attempts=5, attempt=lambda message: message["n"])
+
+    await handle.deliver({"id": "1", "n": 1})
+    assert store.calls == ["claim", "release", "claim"]
+    store.calls.clear()
+    await handle.deliver({"id": "2", "n": 1}, attempt=2)
+    assert store.calls == ["claim", "claim", "release"]
+
+
+async def test_an_adapter_s_key_serves_where_the_handler_has_none() -> None:
+    """``key=`` of the decorator goes before the one given with the delivery; with neither there is no key."""
+    keys: list[str] = []
+
+    def keep(message: dict[str, Any]) -> None:
+        operation = current()
+        assert operation is not None
+        keys.append(operation.key)
+
+    async def keep_async(message: dict[str, Any]) -> None:
+        keep(message)
+
+    def by_adapter(message: dict[str, Any]) -> str:
+        return f"adapter {message['id']}"
+
+    own, none = {"key": id_of}, dict[str, Any]()
+    for options in (own, none):
+        store = MemoryStore()
+        consumer: Any = idempotent_consumer(store, consumer="c", **options)
+        assert await consumer(keep_async).deliver({"id": "1"}, key=by_adapter) == Done(None)
+        assert consumer(keep).deliver({"id": "2"}, key=by_adapter) == Done(None)
+        assert await consumer(keep_async).deliver({"id": "1"}, key=by_adapter) == Replayed(None)
+
+    assert keys == ["1", "2", "adapter 1", "adapter 2"]
+    with pytest.raises(KeyMissingError):
+        await idempotent_consumer(MemoryStore(), consumer="c")(keep_async).deliver({"id": "1"})
+    with pytest.raises(KeyMissingError):
+        idempotent_consumer(MemoryStore(), consumer="c")(keep).deliver({"id": "1"})
+    with pytest.raises(KeyMissingError):
+        idempotent_consumer(MemoryStore(), consumer="c", key=lambda _: "")(keep).deliver({"id": "1"}, key=by_adapter)
 
 
 async def test_another_message_under_the_key_is_a_dead_letter() -> None:
@@ -429,9 +859,45 @@ def test_the_handler_looks_like_a_plain_function() -> None:
     "options", [{"consumer": ""}, {"max_attempts": 0}, {"on_exhausted": "drop"}, {"on_refused": "ack"}]
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
-    """Wrong options are refused where the consumer is made."""
+    """Wrong options are refused where the handler is decorated."""
+
+    def handle(message: dict[str, Any]) -> None: ...
+
     with pytest.raises(ConfigurationError):
-        idempotent_consumer(MemoryStore(), **{"consumer": "c", "key": id_of, **options})
+        idempotent_consumer(MemoryStore(), **{"consumer": "c", "key": id_of, **options})(handle)
+
+
+def test_a_session_that_is_not_given_is_refused() -> None:
+    """A handler that asks for a session is refused at its decoration, not with each message."""
+
+    async def handle(message: dict[str, Any], session: Any) -> None: ...
+
+    async def optional(message: dict[str, Any], session: Any = None) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="handle has a parameter session, and session= was not given"):
+        idempotent_consumer(MemoryStore(), consumer="c", key=id_of)(handle)
+    idempotent_consumer(MemoryStore(), consumer="c", key=id_of)(optional)
+
+
+def test_attempts_need_a_store_that_shows_its_records() -> None:
+    """A store with the four verbs alone cannot count."""
+
+    class Store:
+        async def claim(self, claim: Claim) -> None: ...
+
+    async def handle(message: dict[str, Any]) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="inspect"):
+        idempotent_consumer(Store(), consumer="c", max_attempts=3)(handle)  # type: ignore[arg-type]
+
+
+def test_an_unknown_option_is_refused() -> None:
+    """A misspelt option is not one that is left out."""
+
+    async def handle(message: dict[str, Any]) -> None: ...
+
+    with pytest.raises(TypeError, match="max_attempt"):
+        idempotent_consumer(MemoryStore(), consumer="c", max_attempt=3)(handle)  # type: ignore[call-arg]
 
 
 def test_a_handler_takes_a_message() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -372,6 +373,43 @@ async def test_a_store_that_is_away_refuses_or_lets_through() -> None:
     assert events == ["unavailable"] * 2 + ["unprotected"] * 4
 
 
+class Fading(Broken):
+    """A store that fails from the third claim on."""
+
+    claims = 0
+
+    def claim_sync(self, claim: Claim, /) -> Any:
+        self.claims += 1
+        if self.claims > 2:
+            raise StoreError("away")
+        return super().claim_sync(claim)
+
+
+async def test_a_duplicate_whose_wait_fails_never_runs() -> None:
+    """Also where the policy lets calls through without a store: that another owner runs is known by then."""
+    runs: list[bool] = []
+    events: list[str] = []
+    policy = Policy(on_store_error="fail_open", wait=5)
+
+    @idempotent(Fading(), key=lambda first: "k", policy=policy, on_event=lambda event: events.append(event.kind))
+    async def asynchronous(first: bool) -> str:
+        runs.append(first)
+        with pytest.raises(StoreError):
+            await asynchronous(False)
+        return "done"
+
+    @idempotent(Fading(), key=lambda first: "k", policy=policy, on_event=lambda event: events.append(event.kind))
+    def synchronous(first: bool) -> str:
+        runs.append(first)
+        with pytest.raises(StoreError):
+            synchronous(False)
+        return "done"
+
+    assert await asynchronous(True) == synchronous(True) == "done"
+    assert runs == [True, True]
+    assert events == ["unavailable", "stored"] * 2
+
+
 def _returns_an_unknown() -> Broken:
     raise AssertionError("it must not run")
 
@@ -415,7 +453,12 @@ async def test_a_result_that_cannot_be_kept_is_returned() -> None:
         wrong()
     with pytest.raises(NotReplayableError):
         await large()
-    assert events == [("stored", "TypeError"), ("stored", "ResultTooLarge"), ("completed", ""), ("completed", "")]
+    assert events == [
+        ("stored-without-result", "TypeError"),
+        ("stored-without-result", "ResultTooLarge"),
+        ("completed", ""),
+        ("completed", ""),
+    ]
 
 
 def test_an_unreadable_record_is_not_repeated() -> None:
@@ -479,6 +522,21 @@ async def test_the_operation_is_seen_in_tasks_and_threads_below() -> None:
             ]
 
     assert len(set(await work())) == 1
+
+
+@pytest.mark.skipif(getattr(sys.flags, "thread_inherit_context", False), reason="here threads inherit the context")
+def test_a_plain_thread_sees_no_operation() -> None:
+    """A ``threading.Thread`` begins with an empty context."""
+    seen: list[Operation | None] = []
+
+    @idempotent(MemoryStore(), key=lambda: "k")
+    def work() -> None:
+        thread = threading.Thread(target=lambda: seen.append(current()))
+        thread.start()
+        thread.join(20)
+
+    work()
+    assert seen == [None]
 
 
 def test_an_operation_without_a_session_says_so() -> None:

@@ -1,0 +1,380 @@
+"""What becomes of a delivered message: one of five outcomes, each of which means one settlement.
+
+Below the decorator and every adapter: :class:`Consumer` and :class:`SyncConsumer` are given a key and what is to be
+done under it, and say how the broker is to be answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+
+from idempotency._calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
+from idempotency._core import Claim, Completed, InProgress, Replay, record_id
+from idempotency._result import Codec, results_of
+from idempotency._tell import tell
+from idempotency.errors import (
+    ConfigurationError,
+    IdempotencyError,
+    OutcomeUnknownError,
+    RecordedFailureError,
+    StoreError,
+    UnreadableError,
+)
+from idempotency.events import EventHook, log_event
+from idempotency.function import runner_of
+from idempotency.operation import current
+from idempotency.policy import Outcome, Policy
+from idempotency.stores.base import Entry
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
+
+_WEEK = Policy(ttl=timedelta(days=7))
+_SOON = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The message was handled, and what it did is committed: ack."""
+
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not kept."""
+
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack."""
+
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The handler failed and what it did in the session is rolled back: the broker's own retry."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """The message is not to be delivered again: ``reason`` is stable, such as ``"exhausted"`` or ``"key-reused"``."""
+
+    reason: str
+    error: Exception
+
+
+Delivered = Done | Replayed | Retry | Failed | DeadLetter
+"""How a delivery is to be settled; each means one settlement."""
+
+Final = Literal["dead-letter", "stop"]
+"""What becomes of a message that no redelivery helps: a dead letter, or an error that stops the consumer."""
+
+
+class ExhaustedError(IdempotencyError):
+    """The message was handled ``max_attempts`` times, in vain, and is not handled again."""
+
+    code = "exhausted"
+    title = "The message was handled too often"
+
+
+class ConsumerOptions(TypedDict, total=False):
+    """What every consumer can be told, by the decorator and by each adapter.
+
+    ``session``: a sessionmaker on the database of the store, an SQLStore: the handler's effect and its record are then
+    one transaction. Default None: leased. ``lock_timeout``: seconds a duplicate waits for such a transaction, default
+    5. ``policy``: its ``ttl`` (default here 7 days: longer than the broker can redeliver), ``lease``, ``wait``,
+    ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and ``max_response`` apply. ``codec``: how the
+    result becomes bytes, default by the annotation of what the handler returns.
+    ``max_attempts``: how often a message is handled, counted in the store: each failure, and each redelivery that was
+    begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: what then becomes of it.
+    ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, or whose
+    record cannot be read. Both ``"dead-letter"`` (the default) or ``"stop"``: an error is raised, the consumer stops.
+    ``on_event``: as everywhere.
+    """
+
+    session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None
+    policy: Policy
+    codec: Codec | None
+    lock_timeout: float
+    max_attempts: int | None
+    on_exhausted: Final
+    on_refused: Final
+    on_event: EventHook
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What of a consumer does not depend on whether its handler is awaited."""
+
+    calls: Calls
+    max_attempts: int | None
+    on_exhausted: Final
+    on_refused: Final
+
+    def counts(self, attempt: int | None) -> bool:
+        """Say whether the store counts this delivery before it is handled: a first one costs nothing unless it fails.
+
+        The broker's own count is no help further on: it includes deliveries that met a running owner.
+        """
+        return self.max_attempts is not None and attempt != 1
+
+    def uncounted(self, attempt: int | None, ended: Ended) -> bool:
+        """Say whether this is a failure that is still to be counted, also the last: its dead letter may not arrive."""
+        failed = isinstance(ended, Raised) and ended.outcome == "release"
+        return failed and self.max_attempts is not None and attempt == 1
+
+    def tally(self, kind: Literal["begun", "busy"], claim: Claim) -> Claim:
+        """Make a claim that counts by its attempt: it is over at once, so the next one takes it over."""
+        calls = self.calls
+        return Claim(
+            scope=f"{kind}:1:{calls.scope}", key=claim.key, fingerprint=NOTHING, lease=0.0, ttl=calls.policy.ttl
+        )
+
+    def look_at_busy(self, begun: int) -> bool:
+        """Say whether it matters how many of these met a running owner and so were none."""
+        return self.max_attempts is not None and begun >= self.max_attempts
+
+    def admitted(self, begun: int, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse a message that was begun too often: its handler may have taken the process down each time."""
+
+        def refuse(*_: Any) -> Any:
+            operation = current()
+            if operation is not None:
+                operation.release()
+            raise ExhaustedError(f"the message was begun {begun - 1} times and never finished")
+
+        return refuse if self.max_attempts is not None and begun > self.max_attempts else work
+
+    def outcome(self, claim: Claim, ended: Ended, begun: int) -> Delivered:
+        """Say how a delivery is to be settled."""
+        match ended:
+            case Ran(value):
+                return Done(value)
+            case Raised(error, outcome):
+                return self._failed(claim, error, outcome, begun)
+            case Completed() | Replay():
+                try:
+                    return Replayed(self.replay(claim, ended))
+                except (RecordedFailureError, UnreadableError) as error:
+                    return self._final(claim, error, self.on_refused)
+            case InProgress(retry_after):
+                self.calls.emit("in-progress", claim)
+                return Retry(max(retry_after, 0.0))
+            case told:
+                self.calls.emit(KIND[type(told)], claim)
+                return self._final(claim, refusal(told), self.on_refused)
+
+    def _failed(self, claim: Claim, error: Exception, outcome: Outcome, begun: int) -> Delivered:
+        # A redelivery would only be told what is recorded now.
+        if outcome != "release":
+            kept: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
+            return self._final(claim, error, self.on_refused, kept.code)
+        if self.max_attempts is not None and begun >= self.max_attempts:
+            return self._final(claim, error, self.on_exhausted, ExhaustedError.code)
+        return Failed(error)
+
+    def _final(self, claim: Claim, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
+        if rule == "stop":
+            raise error
+        self.calls.emit("dead-lettered", claim, error=error)
+        return DeadLetter(reason or (error.code if isinstance(error, IdempotencyError) else "error"), error)
+
+    def unsettled(self, error: BaseException) -> None:
+        """Tell the event hook that the broker could not be told how a delivery ended: it delivers the message again."""
+        tell(self.calls.on_event, "unsettled", self.calls.name, error=error)
+
+    def replay(self, claim: Claim, told: Replay | Completed) -> Any:
+        """Return the recorded result; None where it was not kept."""
+        if isinstance(told, Completed):
+            self.calls.emit("completed", claim)
+            return None
+        try:
+            value = self.calls.results.decode(told.result)
+        except UnreadableError as error:
+            self.calls.emit("unreadable", claim, error=error)
+            raise
+        self.calls.emit("replayed", claim)
+        return value
+
+    def answer(self, claim: Claim, ended: Ended) -> Any:
+        """Return the result, or raise: a framework that knows nothing else redelivers what raises."""
+        match ended:
+            case Ran(value):
+                return value
+            case Raised(error, _):
+                raise error
+            case Completed() | Replay():
+                return self.replay(claim, ended)
+            case told:
+                self.calls.emit(KIND[type(told)], claim)
+                raise refusal(told)
+
+
+class Consumer:
+    """One consumer of messages, by name, whose handling is awaited. ``returns``: the function whose result is kept."""
+
+    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+        self.rules = _rules(consumer, returns, options)
+        self._store = store
+        self._run = _runner(store, self.rules.calls, options, asynchronous=True)
+        _check_counts(store, self.rules, "inspect")
+
+    async def deliver(
+        self,
+        key: object,
+        work: Callable[..., Awaitable[Any]],
+        *,
+        attempt: int | None = None,
+        compared: bytes | str | None = None,
+    ) -> Delivered:
+        """Do ``work`` once under ``key``, and say how the delivery is to be settled.
+
+        ``work`` is given the session where there is one. ``attempt`` is the broker's count of deliveries, 1 for the
+        first, None where it has none. ``compared`` is what repeated messages must have in common with the first.
+        Raises :class:`~idempotency.errors.KeyMissingError`, and what ``"stop"`` asks for.
+        """
+        rules = self.rules
+        claim = rules.calls.claim(key, compared)
+        try:
+            begun = await self._begun(claim, attempt)
+            ended = await self._run(claim, rules.admitted(begun, work))
+            if isinstance(ended, InProgress) and rules.counts(attempt):
+                await self._store.claim(rules.tally("busy", claim))
+        except StoreError:
+            return await self._not_begun(claim, attempt)
+        if rules.uncounted(attempt, ended):
+            with suppress(StoreError):
+                await self._store.claim(rules.tally("begun", claim))
+        return rules.outcome(claim, ended, begun)
+
+    async def call(self, key: object, work: Callable[..., Awaitable[Any]], compared: bytes | str | None = None) -> Any:
+        """Do ``work`` once under ``key``, and return the result, recorded or new; raise what a redelivery may mend."""
+        claim = self.rules.calls.claim(key, compared)
+        return self.rules.answer(claim, await self._run(claim, work))
+
+    async def forget(self, key: str) -> bool:
+        """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+        for each in ("begun", "busy"):
+            await self._store.forget(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
+
+    async def _begun(self, claim: Claim, attempt: int | None) -> int:
+        rules = self.rules
+        if not rules.counts(attempt):
+            return 1
+        begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
+        if rules.look_at_busy(begun):
+            begun -= _count(await self._store.inspect(rules.tally("busy", claim).id))
+        return begun
+
+    async def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
+        if self.rules.counts(attempt):
+            with suppress(StoreError):
+                await self._store.claim(self.rules.tally("busy", claim))
+        return Retry(_SOON)
+
+
+class SyncConsumer:
+    """One consumer of messages, by name, whose handling is called. ``returns``: the function whose result is kept."""
+
+    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+        self.rules = _rules(consumer, returns, options)
+        self._store = store
+        self._run = _runner(store, self.rules.calls, options, asynchronous=False)
+        _check_counts(store, self.rules, "inspect_sync")
+
+    def deliver(
+        self,
+        key: object,
+        work: Callable[..., Any],
+        *,
+        attempt: int | None = None,
+        compared: bytes | str | None = None,
+    ) -> Delivered:
+        """See :meth:`Consumer.deliver`."""
+        rules = self.rules
+        claim = rules.calls.claim(key, compared)
+        try:
+            begun = self._begun(claim, attempt)
+            ended = self._run(claim, rules.admitted(begun, work))
+            if isinstance(ended, InProgress) and rules.counts(attempt):
+                self._store.claim_sync(rules.tally("busy", claim))
+        except StoreError:
+            return self._not_begun(claim, attempt)
+        if rules.uncounted(attempt, ended):
+            with suppress(StoreError):
+                self._store.claim_sync(rules.tally("begun", claim))
+        return rules.outcome(claim, ended, begun)
+
+    def call(self, key: object, work: Callable[..., Any], compared: bytes | str | None = None) -> Any:
+        """See :meth:`Consumer.call`."""
+        claim = self.rules.calls.claim(key, compared)
+        return self.rules.answer(claim, self._run(claim, work))
+
+    def forget(self, key: str) -> bool:
+        """See :meth:`Consumer.forget`."""
+        for each in ("begun", "busy"):
+            self._store.forget_sync(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
+
+    def _begun(self, claim: Claim, attempt: int | None) -> int:
+        rules = self.rules
+        if not rules.counts(attempt):
+            return 1
+        begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
+        if rules.look_at_busy(begun):
+            begun -= _count(self._store.inspect_sync(rules.tally("busy", claim).id))
+        return begun
+
+    def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
+        if self.rules.counts(attempt):
+            with suppress(StoreError):
+                self._store.claim_sync(self.rules.tally("busy", claim))
+        return Retry(_SOON)
+
+
+def _count(entry: Entry | None) -> int:
+    return 0 if entry is None else entry.attempt
+
+
+def _rules(consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> Rules:
+    if not isinstance(consumer, str) or not consumer:
+        raise ConfigurationError(f"consumer must be a name, not {consumer!r}")
+    max_attempts = options.get("max_attempts")
+    if max_attempts is not None and max_attempts < 1:
+        raise ConfigurationError(f"max_attempts must be at least 1: {max_attempts!r}")
+    on_exhausted, on_refused = options.get("on_exhausted", "dead-letter"), options.get("on_refused", "dead-letter")
+    for name, value in (("on_exhausted", on_exhausted), ("on_refused", on_refused)):
+        if value not in ("dead-letter", "stop"):
+            raise ConfigurationError(f'{name} must be "dead-letter" or "stop", not {value!r}')
+    unknown = set(options) - ConsumerOptions.__optional_keys__
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    calls = Calls(
+        name=consumer,
+        scope=f"consumer:1:{consumer}",
+        policy=options.get("policy", _WEEK),
+        results=results_of(returns, options.get("codec")),
+        on_event=options.get("on_event", log_event),
+    )
+    return Rules(calls, max_attempts, on_exhausted, on_refused)
+
+
+def _check_counts(store: Any, rules: Rules, verb: str) -> None:
+    if rules.max_attempts is not None and not hasattr(store, verb):
+        raise ConfigurationError(f"max_attempts needs a store with {verb}(), which {type(store).__name__} has not")
+
+
+def _runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
+    return runner_of(asynchronous, store, calls, options.get("session"), options.get("lock_timeout", 5.0))
