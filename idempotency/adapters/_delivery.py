@@ -1,0 +1,225 @@
+"""The seam of the message adapters: one delivery of one message, and its one settlement.
+
+An adapter says what its broker can do, as a :class:`Delivery`; :func:`handle` and :func:`handle_sync` do the rest:
+
+    key, attempt -> handler.deliver -> one of five outcomes -> settle
+                    meanwhile: extend
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Protocol
+
+from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, SyncHandler
+from idempotency.errors import ConfigurationError, KeyMissingError
+
+_logger = logging.getLogger("idempotency")
+
+KEY_HEADERS = ("Idempotency-Key", "id")
+"""Headers of a message that name it: what HTTP clients send, and what an outbox stamps (Debezium's ``id``)."""
+
+REASON = "Idempotency-Reason"
+"""The header, or attribute, of a dead letter that says why it is one."""
+
+
+class Told(Protocol):
+    """What every delivery can be asked."""
+
+    @property
+    def message(self) -> Any:
+        """Return what the handler is given."""
+        ...
+
+    @property
+    def attempt(self) -> int | None:
+        """Return 1 for a first delivery, more for a later one, None where the broker does not tell."""
+        ...
+
+    @property
+    def heartbeat(self) -> float | None:
+        """Return after how many seconds the delivery is to be extended; None: the broker waits without."""
+        ...
+
+    def key(self, message: Any, /) -> str:
+        """Return what identifies the message at every redelivery; KeyMissingError, with the remedy, if nothing does."""
+        ...
+
+
+class Delivery(Told, Protocol):
+    """One delivery, for asyncio."""
+
+    async def settle(self, delivered: Delivered, /) -> None:
+        """Tell the broker, by one settlement; whatever is raised means that it redelivers."""
+        ...
+
+    async def extend(self) -> None:
+        """Tell the broker that the message is still being handled."""
+        ...
+
+
+class SyncDelivery(Told, Protocol):
+    """One delivery, for threads."""
+
+    def settle(self, delivered: Delivered, /) -> None:
+        """See :meth:`Delivery.settle`."""
+        ...
+
+    def extend(self) -> None:
+        """See :meth:`Delivery.extend`; called in a thread of its own."""
+        ...
+
+
+async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
+    """Handle one delivery and settle it. What is raised stops the consumer, and leaves the delivery unsettled."""
+    async with _extended(delivery):
+        delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+        _log_failure(delivered)
+        try:
+            await delivery.settle(delivered)
+        except Exception as error:
+            # What was done is committed, or rolled back. The redelivery meets the record of it.
+            handler.unsettled(error)
+
+
+def handle_sync(handler: SyncHandler[Any, Any], delivery: SyncDelivery) -> None:
+    """See :func:`handle`."""
+    with _extended_sync(delivery):
+        delivered = handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+        _log_failure(delivered)
+        try:
+            delivery.settle(delivered)
+        except Exception as error:
+            handler.unsettled(error)
+
+
+def _log_failure(delivered: Delivered) -> None:
+    # No framework is above that would: the handler's own error, of which an event tells the name only.
+    if isinstance(delivered, Failed | DeadLetter):
+        _logger.error("the handling of a message failed", exc_info=delivered.error)
+
+
+async def handle_all(
+    handler: AsyncHandler[Any, Any],
+    deliveries: AsyncIterator[Delivery],
+    concurrency: int,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Handle deliveries, up to ``concurrency`` at a time, until there are no more, ``stop`` is set, or one raises.
+
+    Either way those in hand are handled to their end. A cancellation reaches them; they are not settled, and so
+    redelivered.
+    """
+    stop, failed = stop or asyncio.Event(), asyncio.Event()
+    free, running, errors = asyncio.Semaphore(concurrency), set[asyncio.Task[None]](), list[BaseException]()
+
+    def ended(task: asyncio.Task[None]) -> None:
+        running.discard(task)
+        free.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            errors.append(error)
+            failed.set()
+
+    try:
+        # Before the next is taken: a delivery that waits here is one that another consumer cannot have.
+        while await free.acquire() and (delivery := await _next(deliveries, stop, failed)) is not None:
+            task = asyncio.create_task(handle(handler, delivery))
+            running.add(task)
+            task.add_done_callback(ended)
+        while running:
+            await asyncio.wait(running)
+    finally:
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+    if errors:
+        raise errors[0]
+
+
+async def _next(deliveries: AsyncIterator[Delivery], *stops: asyncio.Event) -> Delivery | None:
+    if any(stop.is_set() for stop in stops):
+        return None
+    taking = asyncio.create_task(_take(deliveries))
+    waiting = [taking, *(asyncio.create_task(stop.wait()) for stop in stops)]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return taking.result() if taking.done() else None
+    finally:
+        for task in waiting:
+            task.cancel()
+        # What it was waiting on is to be let go of before the caller closes it.
+        await asyncio.wait(waiting)
+
+
+async def _take(deliveries: AsyncIterator[Delivery]) -> Delivery | None:
+    return await anext(deliveries, None)
+
+
+def needs(handler: Any, *, asynchronous: bool) -> None:
+    """Refuse a handler that an adapter cannot call."""
+    if not hasattr(handler, "deliver"):
+        raise ConfigurationError("the handler must be decorated with idempotent_consumer")
+    if asyncio.iscoroutinefunction(handler.deliver) is not asynchronous:
+        raise ConfigurationError(f"the handler must {'' if asynchronous else 'not '}be a coroutine function here")
+
+
+def header(headers: Mapping[str, Any] | None) -> str | None:
+    """Return the first header that names a message, as text."""
+    for name in KEY_HEADERS:
+        value = (headers or {}).get(name)
+        if value:
+            return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    return None
+
+
+def missing(what: str, remedy: str) -> KeyMissingError:
+    """Make the error of a message without an identity."""
+    return KeyMissingError(f"{what} has no identity, so a redelivery could not be told from another message: {remedy}")
+
+
+@asynccontextmanager
+async def _extended(delivery: Delivery) -> AsyncIterator[None]:
+    if delivery.heartbeat is None:
+        yield
+        return
+    task = asyncio.create_task(_extend(delivery, delivery.heartbeat))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _extend(delivery: Delivery, every: float) -> None:
+    while True:
+        await asyncio.sleep(every)
+        # The broker redelivers a message that could not be extended: a duplicate, which is what all this is for.
+        with suppress(Exception):
+            await delivery.extend()
+
+
+@contextmanager
+def _extended_sync(delivery: SyncDelivery) -> Iterator[None]:
+    if delivery.heartbeat is None:
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(
+        target=_extend_sync, args=(delivery, delivery.heartbeat, ended), name="idempotency-extend", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _extend_sync(delivery: SyncDelivery, every: float, ended: threading.Event) -> None:
+    while not ended.wait(every):
+        with suppress(Exception):
+            delivery.extend()

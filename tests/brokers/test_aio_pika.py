@@ -1,0 +1,256 @@
+"""RabbitMQ through aio-pika: what the contract does not ask of every adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pika
+import pytest
+from aio_pika import Message, connect, connect_robust
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
+from servers import missing, with_port
+from targets import unique_name
+from tcp_proxy import Proxy
+
+from brokers.adapters import missing_broker
+from brokers.rabbitmq import URL
+from idempotency import Event, idempotent_consumer
+from idempotency.adapters.aio_pika import consume
+from idempotency.errors import ConfigurationError, KeyMissingError
+from idempotency.stores.memory import MemoryStore
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "consumer_aio_pika.py"
+
+
+@pytest.fixture(autouse=True)
+def _rabbitmq() -> None:
+    if reason := missing_broker("aio_pika"):
+        missing(reason)
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[AbstractChannel]:
+    async with await connect_robust(URL) as connection:
+        yield await connection.channel()
+
+
+@pytest.fixture
+async def queue(channel: AbstractChannel) -> AsyncIterator[AbstractQueue]:
+    queue = await channel.declare_queue(unique_name("aio_pika"))
+    yield queue
+    async with await connect_robust(URL) as connection:
+        await (await connection.channel()).queue_delete(queue.name)
+
+
+async def send(channel: AbstractChannel, queue: AbstractQueue, message: Message) -> None:
+    await channel.default_exchange.publish(message, queue.name)
+
+
+async def left_in(queue: AbstractQueue) -> int | None:
+    """Count the messages of a queue that nobody consumes any more."""
+    async with await connect_robust(URL) as connection:
+        channel = await connection.channel()
+        return (await channel.declare_queue(queue.name, passive=True)).declaration_result.message_count
+
+
+async def consumers_of(queue: AbstractQueue) -> int | None:
+    async with await connect(URL) as connection:
+        channel = await connection.channel()
+        return (await channel.declare_queue(queue.name, passive=True)).declaration_result.consumer_count
+
+
+async def test_a_message_without_an_identity_stops_the_consumer(channel: AbstractChannel, queue: AbstractQueue) -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        raise AssertionError("handled")
+
+    with pika.BlockingConnection(pika.URLParameters(URL)) as connection:
+        connection.channel().basic_publish("", queue.name, b"order")
+    with pytest.raises(KeyMissingError, match="message_id=, or give key="):
+        await consume(queue, on_order)
+    await channel.close()
+    assert await left_in(queue) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        (Message(b"", message_id="m-1"), "m-1"),
+        (Message(b"", message_id="m-1", headers={"Idempotency-Key": "h-1", "id": "other"}), "h-1"),
+        (Message(b"", headers={"id": "h-2"}), "h-2"),
+    ],
+)
+async def test_the_key_is_a_header_or_the_message_id(
+    channel: AbstractChannel, queue: AbstractQueue, message: Message, key: str
+) -> None:
+    stop, seen = asyncio.Event(), []
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(_: AbstractIncomingMessage) -> None:
+        from idempotency import current
+
+        operation = current()
+        assert operation is not None
+        seen.append(operation.key)
+        stop.set()
+
+    await send(channel, queue, message)
+    await consume(queue, on_order, stop=stop)
+    assert seen == [key]
+    assert await left_in(queue) == 0
+
+
+async def test_stop_finishes_what_is_in_hand_and_gives_the_rest_back(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    stop, begun, gate, handled = asyncio.Event(), asyncio.Event(), asyncio.Event(), []
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        begun.set()
+        await gate.wait()
+        handled.append(message.message_id)
+
+    for number in range(3):
+        await send(channel, queue, Message(b"", message_id=str(number)))
+    consuming = asyncio.create_task(consume(queue, on_order, concurrency=1, stop=stop))
+    await begun.wait()
+    stop.set()
+    gate.set()
+    await consuming
+    assert handled == ["0"]
+    assert await left_in(queue) == 2
+
+
+async def test_a_cancelled_consumer_leaves_its_message_to_be_redelivered(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    begun = asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    await send(channel, queue, Message(b"", message_id="1"))
+    consuming = asyncio.create_task(consume(queue, on_order))
+    await begun.wait()
+    consuming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await consuming
+    await channel.close()
+    assert await left_in(queue) == 1
+
+
+async def test_a_connection_lost_before_the_ack_replays_and_the_consumer_goes_on(queue: AbstractQueue) -> None:
+    """The effect is committed, the ack cannot be sent: the redelivery over the new connection is acknowledged."""
+    parts = urlsplit(URL)
+    events: list[str] = []
+    handled: list[str | None] = []
+    stop = asyncio.Event()
+
+    def hear(event: Event) -> None:
+        events.append(event.kind)
+        if event.kind == "replayed":
+            stop.set()
+
+    with Proxy(parts.port or 5672, parts.hostname or "") as proxy:
+
+        @idempotent_consumer(MemoryStore(), consumer="billing", on_event=hear)
+        async def on_order(message: AbstractIncomingMessage) -> None:
+            handled.append(message.message_id)
+            proxy.cut()
+            await asyncio.wait_for(lost.wait(), 10)
+
+        lost = asyncio.Event()
+        async with await connect_robust(with_port(URL, proxy.port)) as connection:
+            connection.close_callbacks.add(lambda *_: lost.set())
+            channel = await connection.channel()
+            await send(channel, queue, Message(b"", message_id="1"))
+            consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order, stop=stop))
+            await asyncio.wait_for(consuming, 20)
+    assert handled == ["1"]
+    assert events == ["stored", "unsettled", "replayed"]
+    assert await left_in(queue) == 0
+
+
+async def test_an_error_that_stops_the_consumer_does_not_interrupt_the_others(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    handled, both, failing = [], asyncio.Barrier(2), list[asyncio.Task[Any]]()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing", max_attempts=1, on_exhausted="stop")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        if message.message_id == "poison":
+            failing.extend(filter(None, [asyncio.current_task()]))
+            await both.wait()
+            raise ValueError(message.message_id)
+        await both.wait()
+        await asyncio.wait(failing)
+        # Whoever waits for that task is told in the turns of the loop that follow.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        handled.append(message.message_id)
+
+    for name in ("poison", "good"):
+        await send(channel, queue, Message(b"", message_id=name))
+    with pytest.raises(ValueError, match="poison"):
+        await asyncio.wait_for(consume(queue, on_order, concurrency=2), 10)
+    assert handled == ["good"]
+    await channel.close()
+    assert await left_in(queue) == 1
+
+
+async def test_a_closed_channel_ends_the_consumer_with_an_error(queue: AbstractQueue) -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None: ...
+
+    async with await connect(URL) as connection:
+        channel = await connection.channel()
+        consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order))
+        async with asyncio.timeout(10):
+            while not await consumers_of(queue):
+                await asyncio.sleep(0.01)
+        await channel.close()
+        with pytest.raises(ConnectionError, match="closed"):
+            await asyncio.wait_for(consuming, 10)
+
+
+async def test_what_a_handler_raised_is_logged(
+    channel: AbstractChannel, queue: AbstractQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing", max_attempts=1)
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        stop.set()
+        raise ValueError("bad order")
+
+    await send(channel, queue, Message(b"", message_id="1"))
+    await consume(queue, on_order, stop=stop)
+    assert [record.exc_info[1].args for record in caplog.records if record.exc_info and record.exc_info[1]] == [
+        ("bad order",)
+    ]
+
+
+async def test_a_handler_that_cannot_be_awaited_is_refused(queue: AbstractQueue) -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    def on_order(message: AbstractIncomingMessage) -> None: ...
+
+    async def undecorated(message: AbstractIncomingMessage) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="must be a coroutine function"):
+        await consume(queue, on_order)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="idempotent_consumer"):
+        await consume(queue, undecorated)  # type: ignore[arg-type]
+
+
+def test_the_example_runs() -> None:
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 deliveries, 1 invoice\n"
