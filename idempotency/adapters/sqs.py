@@ -1,0 +1,276 @@
+"""Amazon SQS through boto3; behind AWS Lambda: :mod:`idempotency.adapters.aws_lambda`.
+
+    @idempotent_consumer(store, consumer="billing", session=Session, max_attempts=5)
+    def on_order(message, session): ...
+
+    consume(boto3.client("sqs"), queue_url, on_order, dead_letter=dead_letter_url)
+
+Key: the message attribute ``Idempotency-Key`` or ``id``, else the deduplication id that the producer gave a FIFO queue,
+else the message id; see :func:`message_key`. A message id names one send: its redeliveries are caught, but an order
+that was sent twice is two. ``key=`` of the decorator wins; behind SNS, without raw delivery, the attributes are inside
+of the body, so that it is needed.
+The message is deleted after the commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
+
+from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_sync, header, needs
+from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
+from idempotency.errors import ConfigurationError
+
+_LONGEST = 43200
+_MOST_ATTRIBUTES = 10
+_MOST_RECEIVED = 10
+_AGAIN = 1.0
+
+
+def consume(
+    client: Any,
+    queue_url: str,
+    handler: SyncHandler[Any, Any],
+    *,
+    concurrency: int = 10,
+    pause: float = 1.0,
+    poll: int = 5,
+    dead_letter: str | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Handle the messages of a queue until ``stop`` is set or a handler's error stops the consumer.
+
+    ``client``: ``boto3.client("sqs")``. ``handler`` is decorated with :func:`~idempotency.idempotent_consumer` and is
+    given the message as ``receive_message`` returns it. ``concurrency``: how many are handled at a time, each in a
+    thread. ``pause``: seconds before a message that failed is delivered again, rounded up to whole ones. ``poll``:
+    seconds that SQS waits for messages, and that a stop may take besides the messages in hand.
+    ``dead_letter``: URL of the queue for dead letters, which keep their attributes and group. Default None: SQS sends
+    them there by the queue's redrive policy; until then each is delivered again, and not handled. With neither it is
+    delivered until the queue's retention ends, and a handler with ``max_attempts`` is refused. The redrive policy
+    counts every delivery, also those that met a running handler: let its maxReceiveCount be well above.
+    The client must be allowed GetQueueAttributes, on both queues. Raises
+    :class:`~idempotency.errors.ConfigurationError` for what cannot work, and what boto3 raises, but for failures of the
+    network and of SQS while it polls: then it polls again.
+    """
+    needs(handler, asynchronous=False)
+    _check(concurrency=(concurrency, 1, math.inf), pause=(pause, 0, _LONGEST), poll=(poll, 1, 20))
+    queue = _Queue.open(client, queue_url, pause, poll, dead_letter)
+    queue.check(handler.max_attempts)
+    _consume(queue, handler, concurrency, stop or threading.Event())
+
+
+def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, stop: threading.Event) -> None:
+    running: set[Future[None]] = set()
+
+    def over() -> bool:
+        return stop.is_set() or any(each.done() and each.exception() for each in running)
+
+    with ThreadPoolExecutor(concurrency, "idempotency-sqs") as threads:
+        while not over():
+            # Not more than there are threads: a message that waits here is one that another consumer cannot have.
+            if len(running) == concurrency:
+                wait(running, return_when=FIRST_COMPLETED)
+            else:
+                deliveries = queue.receive(concurrency - len(running))
+                if over():
+                    queue.give_back(deliveries)
+                else:
+                    running.update(threads.submit(handle_sync, handler, each) for each in deliveries)
+            running.difference_update([each for each in running if each.done() and not each.exception()])
+    for each in running:
+        each.result()
+
+
+def message_key(queue: str, message: Mapping[str, Any]) -> str:
+    """Return what identifies a message of the queue of that name. The format is stored: a change makes every key new.
+
+    The attribute's text; ``orders.fifo customer-7 order-42``: queue, group and deduplication id, none of which has a
+    space (its producer may use an id in each group, by the queue's deduplication scope); or the message id.
+    """
+    named = header(_values(message))
+    if named is not None:
+        return named
+    attributes = message["Attributes"]
+    given = attributes.get("MessageDeduplicationId")
+    # What SQS derives from the body names no message: two orders may be equal.
+    if given and given != hashlib.sha256(message["Body"].encode()).hexdigest():
+        return f"{queue} {attributes['MessageGroupId']} {given}"
+    identity: str = message["MessageId"]
+    return identity
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """A queue that is polled. ``deliveries``: after how many its redrive policy makes a message a dead letter."""
+
+    client: Any
+    url: str
+    visibility: int
+    deliveries: int | None
+    pause: float
+    poll: int
+    dead_letter: str | None
+
+    @classmethod
+    def open(cls, client: Any, url: str, pause: float, poll: int, dead_letter: str | None) -> _Queue:
+        names = ["VisibilityTimeout", "RedrivePolicy"]
+        found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+        if dead_letter is not None:
+            client.get_queue_attributes(QueueUrl=dead_letter, AttributeNames=["QueueArn"])
+        redrive = json.loads(found.get("RedrivePolicy") or "{}").get("maxReceiveCount")
+        deliveries = None if redrive is None else int(redrive)
+        return cls(client, url, int(found["VisibilityTimeout"]), deliveries, pause, poll, dead_letter)
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def ordered(self) -> bool:
+        return self.name.endswith(".fifo")
+
+    def check(self, max_attempts: int | None) -> None:
+        if not self.visibility:
+            raise ConfigurationError(f"{self.name}: the queue's VisibilityTimeout is 0, so that every message repeats")
+        if self.dead_letter == self.url:
+            raise ConfigurationError(f"{self.name}: its dead letters cannot go to the same queue")
+        if self.dead_letter is not None and self.dead_letter.endswith(".fifo") and not self.ordered:
+            raise ConfigurationError(f"{self.name}: its messages have no group, and dead_letter= is a FIFO queue")
+        if max_attempts is None:
+            return
+        if self.dead_letter is None and self.deliveries is None:
+            raise ConfigurationError(f"{self.name}: max_attempts needs dead_letter=, or a redrive policy of the queue")
+        if self.deliveries is not None and self.deliveries < max_attempts:
+            raise ConfigurationError(
+                f"{self.name}: the queue's maxReceiveCount is {self.deliveries}, which is less than"
+                f" max_attempts={max_attempts}; deliveries that meet a running handler count too"
+            )
+
+    def receive(self, most: int) -> list[_Delivery]:
+        try:
+            answer = self.client.receive_message(
+                QueueUrl=self.url,
+                # SQS keeps a group's order by not delivering beyond a message in flight. One received with it would
+                # have to be given back when the first fails, again and again, and the redrive policy counts that.
+                MaxNumberOfMessages=1 if self.ordered else min(most, _MOST_RECEIVED),
+                WaitTimeSeconds=self.poll,
+                MessageAttributeNames=["All"],
+                MessageSystemAttributeNames=["All"],
+            )
+        except (BotoCoreError, ClientError) as error:
+            if not _passes(error):
+                raise
+            time.sleep(_AGAIN)
+            return []
+        return [_Delivery(self, message) for message in answer.get("Messages", ())]
+
+    def give_back(self, deliveries: list[_Delivery]) -> None:
+        for delivery in deliveries:
+            # Else SQS delivers it when its visibility time-out is over.
+            with suppress(BotoCoreError, ClientError):
+                self.hide(delivery.message, 0)
+
+    def hide(self, message: Mapping[str, Any], seconds: float) -> None:
+        self.client.change_message_visibility(
+            QueueUrl=self.url,
+            ReceiptHandle=message["ReceiptHandle"],
+            VisibilityTimeout=min(math.ceil(seconds), _LONGEST),
+        )
+
+    def delete(self, message: Mapping[str, Any]) -> None:
+        self.client.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
+
+
+class _Delivery:
+    """One message of a queue that is polled."""
+
+    def __init__(self, queue: _Queue, message: Mapping[str, Any]) -> None:
+        self.message = message
+        self.heartbeat = queue.visibility / 3
+        self._queue = queue
+        self._telling = threading.Lock()
+        self._settled = False
+
+    @property
+    def attempt(self) -> int:
+        return int(self.message["Attributes"]["ApproximateReceiveCount"])
+
+    def key(self, message: Mapping[str, Any], /) -> str:
+        return message_key(self._queue.name, message)
+
+    def settle(self, delivered: Delivered, /) -> None:
+        with self._telling:
+            # An extension after it would hide the message for longer than was asked.
+            self._settled = True
+            self._settle(delivered)
+
+    def _settle(self, delivered: Delivered) -> None:
+        queue, message = self._queue, self.message
+        match delivered:
+            case Done() | Replayed():
+                queue.delete(message)
+            case Retry(after):
+                # A redrive policy counts this one too: faster than SQS by itself, and a store that is away for some
+                # seconds would make every message a dead letter.
+                queue.hide(message, after if queue.deliveries is None else max(after, queue.visibility))
+            case DeadLetter(reason) if queue.dead_letter is not None:
+                bury(queue.client, queue.dead_letter, message, self.key(message), reason)
+                queue.delete(message)
+            case Failed():
+                queue.hide(message, queue.pause)
+            case DeadLetter():
+                # SQS delivers it again and again, at its own pace, until the redrive policy takes it.
+                pass
+
+    def extend(self) -> None:
+        with self._telling:
+            if not self._settled:
+                self._queue.hide(self.message, self._queue.visibility)
+
+
+def bury(client: Any, url: str, message: Mapping[str, Any], key: str, reason: str) -> None:
+    """Send a dead letter: with its identity, since the copy has a new message id, and may be sent back one day."""
+    attributes = dict(message.get("MessageAttributes", {}))
+    added = {REASON: reason} if header(_values(message)) else {KEY_HEADERS[0]: key, REASON: reason}
+    for name, value in added.items():
+        if name in attributes or len(attributes) < _MOST_ATTRIBUTES:
+            attributes[name] = {"DataType": "String", "StringValue": value}
+    ordered = {}
+    if url.endswith(".fifo"):
+        # As SQS itself does it: by the producer's deduplication id, a message that was sent back and failed again
+        # within five minutes would be dropped here, and then deleted there.
+        ordered = {
+            "MessageGroupId": message["Attributes"]["MessageGroupId"],
+            "MessageDeduplicationId": message["MessageId"],
+        }
+    client.send_message(QueueUrl=url, MessageBody=message["Body"], MessageAttributes=attributes, **ordered)
+
+
+def _values(message: Mapping[str, Any]) -> dict[str, Any]:
+    attributes: Mapping[str, Any] = message.get("MessageAttributes", {})
+    return {name: value.get("StringValue") or value.get("BinaryValue") for name, value in attributes.items()}
+
+
+def _passes(error: Exception) -> bool:
+    """Say whether a poll that failed may succeed when it is repeated."""
+    if not isinstance(error, ClientError):
+        return isinstance(error, ConnectionError | HTTPClientError)
+    code = error.response.get("Error", {}).get("Code", "")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status == 429 or "Throttl" in code or code == "OverLimit"
+
+
+def _check(**options: tuple[float, float, float]) -> None:
+    for name, (value, least, most) in options.items():
+        if not least <= value <= most:
+            raise ConfigurationError(f"{name} must be from {least} to {most}, not {value!r}")
