@@ -1,0 +1,61 @@
+"""The consumer program of both Celery rigs: ``python -m celery -A brokers.celery_app worker``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from celery.signals import worker_process_init, worker_ready
+
+from brokers.celery_queue import application
+from brokers.kit import Ledger, Work
+from idempotency.adapters.celery import idempotent_task
+from idempotency.testing._points import CRASH_AT, arm, watch
+
+work = Work()
+place, extra = work.setting.place, work.setting.extra
+store, options = work.open(asynchronous=False)
+app = application(place, extra["url"])
+base = idempotent_task(
+    store,
+    key=(lambda order: extra["key"]) if "key" in extra else None,
+    consumer="billing",
+    pause=0.1,
+    dead_letter=extra["dead_letter"],
+    **options,
+)
+
+
+@app.task(name="bill", **({"acks_late": True, "reject_on_worker_lost": True} if extra.get("plain") else {"base": base}))
+def bill(order: dict[str, Any]) -> dict[str, Any]:
+    return work.handle_sync(order)
+
+
+@worker_process_init.connect
+def count_over_a_connection_of_its_own(**_: Any) -> None:
+    work.ledger = Ledger(work.setting)
+
+
+def die_alone(passed: str) -> None:
+    """Kill the child, in which the task runs, and not the worker that started it."""
+    if passed == extra["child_dies_at"] and work.ledger.note("killed") <= extra["child_dies"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@worker_ready.connect
+def look_for_dead_children_often(sender: Any, **_: Any) -> None:
+    """Celery does every five seconds."""
+    look = getattr(getattr(sender.pool, "_pool", None), "maintain_pool", None)
+    if look is not None:
+        sender.timer.call_repeatedly(0.1, look)
+
+
+if label := os.environ.get(CRASH_AT):
+    # Not only the child of the process that was started: the machine goes down.
+    arm(label, announce=lambda: os.killpg(0, signal.SIGKILL))
+elif "child_dies_at" in extra:
+    watch(die_alone)
+
+if extra.get("used_before_fork"):
+    store.inspect_sync(b"0" * 32)
