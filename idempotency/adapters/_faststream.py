@@ -1,0 +1,347 @@
+"""What FastStream's brokers tell of a message: how it came, what identifies it, and whether it can come again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from inspect import unwrap
+from typing import Any
+
+from faststream import AckPolicy
+from faststream.message import StreamMessage
+
+from idempotency.adapters._delivery import KEY_HEADERS, REASON, header, missing
+from idempotency.errors import ConfigurationError
+
+_FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
+_NATS_ID = "Nats-Msg-Id"
+
+
+class Source:
+    """One handler of one subscriber. ``place``: what ``publish()`` of this broker calls the place it publishes to."""
+
+    place = "topic"
+    redelivers = True
+    dead_letters = False
+    remedy = "publish it with the header Idempotency-Key, or give key= to IdempotencyMiddleware"
+
+    def __init__(self, subscriber: Any, handler: Any) -> None:
+        self.subscriber = subscriber
+        self.function: Callable[..., Any] = unwrap(handler._original_call)
+        self.prefix: str = subscriber._outer_config.prefix
+
+    def check(self) -> None:
+        """Refuse a subscriber whose messages cannot be handled once and then settled once."""
+        policy = self.subscriber.ack_policy
+        if any("Batch" in kind.__name__ for kind in type(self.subscriber).__mro__):
+            raise self.refusal("it takes batches: a batch is several messages, of which each has its own record")
+        if self.redelivers and policy not in _FREE:
+            raise self.refusal(
+                f"ack_policy={policy} acknowledges or drops a message that is not handled yet: "
+                "use AckPolicy.NACK_ON_ERROR, or REJECT_ON_ERROR"
+            )
+
+    def refusal(self, why: str) -> ConfigurationError:
+        """Make the error of a subscriber that cannot be right."""
+        return ConfigurationError(f"the subscriber of {self.function.__qualname__} cannot be idempotent: {why}")
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        """Name what delivers one message once: part of the scope of its record."""
+        raise NotImplementedError
+
+    def named(self, message: StreamMessage[Any]) -> str | None:
+        """Return what identifies a message at every redelivery, where no header does."""
+        return None
+
+    def prepare(self, message: StreamMessage[Any]) -> None:
+        """Mend how the message is settled."""
+
+    def key(self, message: StreamMessage[Any]) -> str:
+        """Return the key of a message; KeyMissingError, with the remedy, if nothing identifies it."""
+        found = header(message.headers) or self.named(message)
+        if found is None:
+            raise missing(f"a message for {self.function.__qualname__}", self.remedy)
+        return found
+
+    def attempt(self, message: StreamMessage[Any]) -> int | None:
+        """Return 1 for a first delivery, more for a later one, None where nobody can tell."""
+        return None
+
+    async def heartbeat(self) -> float | None:
+        """Return after how many seconds a message is to be extended."""
+        return None
+
+    async def nack(self, message: StreamMessage[Any], after: float) -> None:
+        """Have the message delivered again in about ``after`` seconds."""
+        await asyncio.sleep(after)
+        await message.nack()
+
+    async def bury(self, broker: Any, place: str, message: StreamMessage[Any], named: str, reason: str) -> None:
+        """Send a dead letter, and wait until it is taken."""
+        headers = {KEY_HEADERS[0]: named} | message.headers | {REASON: reason}
+        await broker.publish(message.body, headers=headers, **{self.place: place}, **self.forwarded(message))
+
+    def forwarded(self, message: StreamMessage[Any]) -> dict[str, Any]:
+        """Say what of a dead letter goes on besides its body and headers."""
+        return {}
+
+
+class Rabbit(Source):
+    """A queue of RabbitMQ, which has dead-letter exchanges of its own."""
+
+    dead_letters = True
+    remedy = "publish it with message_id= or the header Idempotency-Key, or give key= to IdempotencyMiddleware"
+
+    def check(self) -> None:
+        super().check()
+        if not self.subscriber.queue.name:
+            raise self.refusal("its queue has no name: what is not handled when it stops is gone")
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        return f"rabbitmq:{self.subscriber.queue.add_prefix(self.prefix).name}"
+
+    def named(self, message: StreamMessage[Any]) -> str | None:
+        found: str | None = message.raw_message.message_id
+        return found
+
+    def attempt(self, message: StreamMessage[Any]) -> int:
+        return 1 + bool(message.raw_message.redelivered)
+
+
+class JetStream(Source):
+    """A durable consumer of a stream of NATS."""
+
+    remedy = (
+        "publish it with the header Nats-Msg-Id or Idempotency-Key, or give key= to IdempotencyMiddleware, such as "
+        "sequence_key, which tells redeliveries apart but not a repeated publish"
+    )
+    _heartbeat: float | None = None
+
+    def check(self) -> None:
+        super().check()
+        subscriber = self.subscriber
+        if not self._durable or subscriber.extra_options.get("ordered_consumer"):
+            raise self.refusal("its consumer is not durable: give durable=, or queue= without a pull_sub")
+        self._check_consumer(subscriber.config)
+
+    @property
+    def _durable(self) -> str | None:
+        subscriber = self.subscriber
+        queue = None if hasattr(subscriber, "pull_sub") else subscriber.queue
+        return subscriber.config.durable_name or queue
+
+    def _check_consumer(self, config: Any) -> None:
+        if config.ack_policy != "explicit":
+            raise self.refusal(f"its consumer has the ack policy {config.ack_policy}: it must be explicit")
+        if (config.max_deliver or 0) > 0:
+            raise self.refusal(
+                f"its consumer has max_deliver={config.max_deliver}, which also counts deliveries that met a running "
+                "handler, and then gives the message up: use max_deliver=-1, and max_attempts= of the middleware"
+            )
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        return f"nats:{self.subscriber.stream.name}:{self._durable}"
+
+    def named(self, message: StreamMessage[Any]) -> str | None:
+        return message.headers.get(_NATS_ID) or None
+
+    def attempt(self, message: StreamMessage[Any]) -> int | None:
+        raw = message.raw_message
+        # Else it is a test's.
+        return int(raw.metadata.num_delivered) if raw.reply.startswith("$JS.ACK") else None
+
+    async def heartbeat(self) -> float | None:
+        if self._heartbeat is None and self.subscriber.subscription is not None:
+            try:
+                config = (await self.subscriber.subscription.consumer_info()).config
+            except Exception:
+                # Without, a long handler only has its message redelivered, which meets its record.
+                return None
+            # The server's own: a durable consumer need not be as it is declared here.
+            self._check_consumer(config)
+            self._heartbeat = min(config.backoff or [config.ack_wait]) / 3
+        return self._heartbeat
+
+    async def nack(self, message: StreamMessage[Any], after: float) -> None:
+        nack: Any = message.nack
+        await nack(delay=after)
+
+    async def bury(self, broker: Any, place: str, message: StreamMessage[Any], named: str, reason: str) -> None:
+        # Other headers of the server's own tell it what to do with the message, which was for the first publish.
+        kept = {name: value for name, value in message.headers.items() if not name.startswith("Nats-")}
+        found = message.raw_message.metadata
+        # A termination that is lost makes a second dead letter, which the server drops.
+        own = {REASON: reason, _NATS_ID: f"dead:{found.stream}:{found.consumer}:{found.sequence.stream}"}
+        # Not the broker's publish(), which does not wait until the message is stored.
+        await self.subscriber.jetstream.publish(place, message.body, headers={KEY_HEADERS[0]: named} | kept | own)
+
+
+def sequence_key(message: StreamMessage[Any]) -> str:
+    """Return the identity of a message of JetStream, or where it has none its place in the stream: ``orders:42``."""
+    metadata = message.raw_message.metadata
+    named = header(message.headers) or message.headers.get(_NATS_ID)
+    return named or f"{metadata.stream}:{metadata.sequence.stream}"
+
+
+class Transient(Source):
+    """A source that keeps nothing: what is taken from it is gone, and so is held while it is handled again."""
+
+    redelivers = False
+
+    def __init__(self, subscriber: Any, handler: Any, place: str, subscription: str) -> None:
+        super().__init__(subscriber, handler)
+        self.place = place
+        self._subscription = subscription
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        return self._subscription
+
+    def attempt(self, message: StreamMessage[Any]) -> int:
+        return 1
+
+
+class RedisStream(Source):
+    """A consumer group of a stream of Redis."""
+
+    place = "stream"
+
+    def check(self) -> None:
+        if not self.subscriber.stream_sub.group:
+            raise self.refusal("it has no group: give StreamSub group= and consumer=")
+        super().check()
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        stream = self.subscriber.stream_sub
+        return f"redis-stream:{stream.name}:{stream.group}"
+
+    def named(self, message: StreamMessage[Any]) -> str | None:
+        entries = message.raw_message["message_ids"]
+        return f"{message.raw_message['channel']}:{entries[0].decode()}" if entries else None
+
+    def attempt(self, message: StreamMessage[Any]) -> int:
+        delivered = message.raw_message.get("delivery_counts")
+        if delivered is not None:
+            return 1 + int(delivered[0])
+        return 1 + (self.subscriber.stream_sub.min_idle_time is not None)
+
+    async def nack(self, message: StreamMessage[Any], after: float) -> None:
+        # It stays pending, and is claimed when it has been idle for as long as the claiming subscriber says.
+        await message.nack()
+
+
+class Kafka(Source):
+    """The partitions of a topic, through aiokafka."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.subscriber.group_id:
+            raise self.refusal("it has no group_id, so no offset of it is kept")
+
+    def subscription(self, message: StreamMessage[Any]) -> str:
+        return f"kafka:{self.position(message)[0]}:{self.subscriber.group_id}"
+
+    def named(self, message: StreamMessage[Any]) -> str:
+        topic, partition, offset = self.position(message)
+        return f"{topic}:{partition}:{offset}"
+
+    def position(self, message: StreamMessage[Any]) -> tuple[str, int, int]:
+        """Return where the message is."""
+        raw = message.raw_message
+        return raw.topic, raw.partition, raw.offset
+
+    def forwarded(self, message: StreamMessage[Any]) -> dict[str, Any]:
+        return {"key": message.raw_message.key}
+
+
+class Confluent(Kafka):
+    """The partitions of a topic, through confluent-kafka."""
+
+    def position(self, message: StreamMessage[Any]) -> tuple[str, int, int]:
+        raw = message.raw_message
+        return raw.topic(), raw.partition(), raw.offset()
+
+    def prepare(self, message: StreamMessage[Any]) -> None:
+        settled: Any = message
+        # Else it is a test's.
+        if hasattr(settled.consumer, "consumer"):
+            settled.consumer = _ExactConsumer(settled.consumer, self.position(message))
+
+    def forwarded(self, message: StreamMessage[Any]) -> dict[str, Any]:
+        return {"key": message.raw_message.key()}
+
+
+class _ExactConsumer:
+    """Commit the offset of one message.
+
+    FastStream commits what was polled last, in all partitions: after a seek too, and so past a message that failed.
+    """
+
+    def __init__(self, consumer: Any, position: tuple[str, int, int]) -> None:
+        self._consumer = consumer
+        self._position = position
+
+    async def commit(self) -> None:
+        topic, partition, offset = self._position
+        # Not before it is needed: the package is an extra of FastStream.
+        from confluent_kafka import TopicPartition
+
+        commit = partial(
+            self._consumer.consumer.commit,
+            offsets=[TopicPartition(topic, partition, offset + 1)],
+            asynchronous=False,
+        )
+        # Its only thread: the consumer may not be closed meanwhile.
+        await asyncio.get_running_loop().run_in_executor(self._consumer._thread_pool, commit)
+
+    async def seek(self, topic: str, partition: int, offset: int) -> None:
+        await self._consumer.seek(topic=topic, partition=partition, offset=offset)
+
+
+def source_of(subscriber: Any, handler: Any) -> Source:
+    """Find what a subscriber is, and refuse what it cannot be.
+
+    Raises :class:`~idempotency.errors.ConfigurationError`.
+    """
+    source = _sort(subscriber, handler)
+    source.check()
+    return source
+
+
+def _sort(subscriber: Any, handler: Any) -> Source:
+    match broker_of(subscriber):
+        case "rabbit":
+            return Rabbit(subscriber, handler)
+        case "kafka":
+            return Kafka(subscriber, handler)
+        case "confluent":
+            return Confluent(subscriber, handler)
+        case "nats" if hasattr(subscriber, "stream"):
+            return JetStream(subscriber, handler)
+        case "nats" if hasattr(subscriber, "queue"):
+            name = f"nats-core:{subscriber.subject.broker_address}:{subscriber.queue or _name(handler)}"
+            return Transient(subscriber, handler, "subject", name)
+        case "redis" if hasattr(subscriber, "stream_sub"):
+            return RedisStream(subscriber, handler)
+        case "redis" if hasattr(subscriber, "list_sub"):
+            return Transient(subscriber, handler, "list", f"redis-list:{subscriber.list_sub.name}")
+        case "redis":
+            name = f"redis-channel:{subscriber.channel.name}:{_name(handler)}"
+            return Transient(subscriber, handler, "channel", name)
+        case _:
+            raise ConfigurationError(f"{type(subscriber).__qualname__} is a subscriber that this adapter does not know")
+
+
+def broker_of(subscriber: Any) -> str:
+    """Return which of FastStream's brokers a subscriber belongs to, by the name of its package."""
+    for kind in type(subscriber).__mro__:
+        package, _, rest = kind.__module__.partition(".")
+        if package == "faststream" and not rest.startswith("_"):
+            return rest.partition(".")[0]
+    return ""
+
+
+def _name(handler: Any) -> str:
+    # Each subscriber is given every message here, so that only the handler tells two of them apart.
+    function = unwrap(handler._original_call)
+    return f"{function.__module__}.{function.__qualname__}"

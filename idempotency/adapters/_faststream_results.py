@@ -1,0 +1,132 @@
+"""The results of FastStream's handlers as bytes.
+
+A record begins with one byte: ``p`` a value as the handler's annotation says, ``w`` a value as it would be published,
+``r`` a Response, ``a`` an AckMessage, which publishes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from faststream.message import encode_message
+from faststream.response import Response
+
+from idempotency._result import Codec, Results, results_of
+from idempotency.errors import ConfigurationError
+
+_TEXT, _JSON = "text/plain", "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A recorded result: what was not kept is None."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """What a handler did that raised AckMessage: it is done, and publishes nothing."""
+
+    options: dict[str, Any]
+
+
+class ResultCodec:
+    """How the results of one handler are kept, so that they can be published again."""
+
+    def __init__(self, function: Callable[..., Any], codec: Codec | None, broker: str) -> None:
+        self._results = _results(function, codec)
+        self._broker = broker
+
+    def encode(self, value: Any) -> bytes:
+        """Encode what the handler returned; raises for what cannot be published again as it is."""
+        if isinstance(value, Acked):
+            return b"a"
+        if isinstance(value, Response):
+            return b"r" + self._encode_response(value)
+        return b"w" + _to_wire(value) if self._results is None else b"p" + self._results.encode(value)
+
+    def decode(self, data: bytes) -> Kept:
+        """Decode what :meth:`encode` wrote."""
+        kind, rest = data[:1], data[1:]
+        if kind == b"a":
+            return Kept(Acked({}))
+        if kind == b"r":
+            return Kept(self._decode_response(rest))
+        if (self._results is None) != (kind == b"w"):
+            raise ValueError("the handler's annotation has changed")
+        return Kept(_from_wire(rest) if self._results is None else self._results.decode(rest))
+
+    def _encode_response(self, response: Response) -> bytes:
+        kind = type(response)
+        if self._response(kind.__name__) is not kind:
+            raise TypeError(f"{kind.__qualname__} is a Response of nobody's making but the application's")
+        given = dict(vars(response))
+        body = _to_wire(given.pop("body"))
+        options = given | given.pop("message_options", {}) | given.pop("publish_options", {})
+        usual = {name: each.default for name, each in inspect.signature(kind).parameters.items()}
+        changed = {
+            name: _plain(value)
+            for name, value in options.items()
+            if name not in ("message_options", "publish_options") and value is not usual.get(name)
+        }
+        head = json.dumps([kind.__name__, changed]).encode()
+        return b"%d:%b%b" % (len(head), head, body)
+
+    def _decode_response(self, data: bytes) -> Response:
+        length, _, rest = data.partition(b":")
+        name, options = json.loads(rest[: int(length)])
+        given = {each: base64.b64decode(value) if kind == "b" else value for each, (kind, value) in options.items()}
+        response: Response = self._response(name)(_from_wire(rest[int(length) :]), **given)
+        return response
+
+    def _response(self, name: str) -> Any:
+        if name == Response.__name__:
+            return Response
+        found = getattr(import_module(f"faststream.{self._broker}"), name, None)
+        return found if isinstance(found, type) and issubclass(found, Response) else None
+
+
+def _results(function: Callable[..., Any], codec: Codec | None) -> Results | None:
+    if codec is None and getattr(function, "__annotations__", {}).get("return") is None:
+        return None
+    try:
+        return results_of(function, codec)
+    except ConfigurationError:
+        # Such as a Response, or what only FastStream's serializer knows how to send.
+        return None
+
+
+def _to_wire(value: Any) -> bytes:
+    if value is None:
+        return b"n"
+    body, content_type = encode_message(value, None)
+    return {None: b"b", _TEXT: b"t", _JSON: b"j"}[content_type] + body
+
+
+def _from_wire(data: bytes) -> Any:
+    kind, body = data[:1], data[1:]
+    match kind:
+        case b"n":
+            return None
+        case b"b":
+            return body
+        case b"t":
+            return body.decode()
+        case b"j":
+            return json.loads(body)
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _plain(value: Any) -> tuple[str, Any]:
+    if isinstance(value, bytes):
+        return "b", base64.b64encode(value).decode()
+    if json.loads(json.dumps(value)) != value:
+        raise TypeError(f"{type(value).__name__} is an option of a Response that cannot be kept")
+    return "j", value
