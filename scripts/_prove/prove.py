@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import broker_contract
 import scenarios
 import servers
 from sqlalchemy import text
@@ -158,7 +159,7 @@ def run(places: list[Place], quick: bool) -> bool:
 
 
 def main() -> int:
-    """Return the exit status: 0 if nothing was lost, doubled or stuck, 1 if something was, 2 if it could not run."""
+    """Return the exit status: 0 if no line is wrong, 1 if one is, 2 if it could not run."""
     parser = argparse.ArgumentParser(prog="scripts/prove", description=__doc__)
     parser.add_argument(
         "--store",
@@ -168,8 +169,16 @@ def main() -> int:
         "Default: SQLite, an embedded PostgreSQL, and the servers that run here",
     )
     parser.add_argument("--quick", action="store_true", help="fewer modes, and without --store no running servers")
+    parser.add_argument(
+        "--brokers",
+        metavar="ADAPTER",
+        nargs="*",
+        help="prove the message adapters instead, all or the named ones, over the brokers that run here",
+    )
     options = parser.parse_args()
     try:
+        if options.brokers is not None:
+            return 0 if broker_contract.run(options.brokers) else 1
         with given_places(options.store) if options.store else default_places(options.quick) as places:
             return 0 if run(places, options.quick) else 1
     except IdempotencyError as error:
