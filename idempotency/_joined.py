@@ -49,21 +49,21 @@ class Joined:
         Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or nobody can say: the same call may
         be made again.
         """
-        turns, deadline = self._store.turns, monotonic() + self._wait
+        turns = self._store.turns
         if turns is None:
-            return await self._run(claim, work, deadline)
+            return await self._run(claim, work, self._wait)
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        taken = await turns.take(self._wait)
+        left = await turns.take(self._wait)
         try:
-            return await self._run(claim, work, deadline)
+            return await self._run(claim, work, left or 0.0)
         finally:
-            if taken:
+            if left is not None:
                 turns.give()
 
-    async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], deadline: float) -> Ended:
+    async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], wait: float) -> Ended:
         transaction = Transaction(self._store, self._sessions, claim)
         try:
-            verdict = await self._claim(claim, transaction, deadline)
+            verdict = await self._claim(claim, transaction, wait)
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
@@ -89,11 +89,11 @@ class Joined:
         finally:
             await transaction.close()
 
-    async def _claim(self, claim: Claim, transaction: Transaction, deadline: float) -> Verdict:
-        tried = False
+    async def _claim(self, claim: Claim, transaction: Transaction, wait: float) -> Verdict:
+        # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
+        deadline, tried, left = monotonic() + wait, False, wait
         while True:
             try:
-                left = max(0.0, deadline - monotonic())
                 record = await self._store.claim_in(transaction.session, claim, wait=left)
                 return _judge(claim, record)
             except ConflictError:
@@ -101,7 +101,7 @@ class Joined:
                 await transaction.session.rollback()
                 if tried and monotonic() >= deadline:
                     return InProgress(_AGAIN_AFTER)
-                tried = True
+                tried, left = True, max(0.0, deadline - monotonic())
             except StoreError as error:
                 self._calls.emit("unavailable", claim, error=error)
                 raise
@@ -135,7 +135,7 @@ class Joined:
             if not held:
                 # Asked for while it ran: the effect is rolled back, and the row with it.
                 await transaction.session.rollback()
-                held = isinstance(await self._claim(claim, transaction, monotonic() + self._wait), Execute)
+                held = isinstance(await self._claim(claim, transaction, self._wait), Execute)
             written = held and await transaction.commit(*_kept(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)
@@ -156,21 +156,21 @@ class SyncJoined:
 
     def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
         """See :meth:`Joined.run`."""
-        turns, deadline = self._store.turns, monotonic() + self._wait
+        turns = self._store.turns
         if turns is None:
-            return self._run(claim, work, deadline)
+            return self._run(claim, work, self._wait)
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        taken = turns.take_sync(self._wait)
+        left = turns.take_sync(self._wait)
         try:
-            return self._run(claim, work, deadline)
+            return self._run(claim, work, left or 0.0)
         finally:
-            if taken:
+            if left is not None:
                 turns.give_sync()
 
-    def _run(self, claim: Claim, work: Callable[[Session], Any], deadline: float) -> Ended:
+    def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
         transaction = _SyncTransaction(self._store, self._sessions, claim)
         try:
-            verdict = self._claim(claim, transaction, deadline)
+            verdict = self._claim(claim, transaction, wait)
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
@@ -195,18 +195,18 @@ class SyncJoined:
         finally:
             transaction.close()
 
-    def _claim(self, claim: Claim, transaction: _SyncTransaction, deadline: float) -> Verdict:
-        tried = False
+    def _claim(self, claim: Claim, transaction: _SyncTransaction, wait: float) -> Verdict:
+        # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
+        deadline, tried, left = monotonic() + wait, False, wait
         while True:
             try:
-                left = max(0.0, deadline - monotonic())
                 return _judge(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
                 transaction.session.rollback()
                 if tried and monotonic() >= deadline:
                     return InProgress(_AGAIN_AFTER)
-                tried = True
+                tried, left = True, max(0.0, deadline - monotonic())
             except StoreError as error:
                 self._calls.emit("unavailable", claim, error=error)
                 raise
@@ -240,7 +240,7 @@ class SyncJoined:
             if not held:
                 # Asked for while it ran: the effect is rolled back, and the row with it.
                 transaction.session.rollback()
-                held = isinstance(self._claim(claim, transaction, monotonic() + self._wait), Execute)
+                held = isinstance(self._claim(claim, transaction, self._wait), Execute)
             written = held and transaction.commit(*_kept(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)

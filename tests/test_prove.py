@@ -64,7 +64,7 @@ def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
     assert (len(report.labels), report.found) == (27, 27)
 
 
-LABELS = {"postgres_url": 11, "mariadb_url": 11, "sqlite_url": 17}
+LABELS = {"postgres_url": 11, "mariadb_url": 11, "sqlite_url": 13}
 JOINED = ("JoinedConsumer", "JoinedFunction", "JoinedConsumerSync", "JoinedFunctionSync")
 
 
@@ -132,8 +132,8 @@ def test_the_script_prints_a_line_per_mode_and_succeeds(
     assert status == 0
     assert lines[0].split()[:8] == ["mode", "store", "labels", "expected", "found", "lost", "doubled", "stuck"]
     assert lines[1].startswith(f"joined function, sync  {sqlite_url} ")
-    assert lines[1].split()[4:10] == ["17", "17", "17", "0", "0", "0"]
-    assert lines[-1].startswith("17 processes killed, one per label, in ")
+    assert lines[1].split()[4:10] == ["13", "13", "13", "0", "0", "0"]
+    assert lines[-1].startswith("13 processes killed, one per label, in ")
     assert lines[-1].endswith(": none lost, doubled or stuck")
 
 

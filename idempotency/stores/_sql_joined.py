@@ -54,14 +54,15 @@ class Joined:
 
         Raises :class:`ConflictError` where the isolation level does not let this transaction see what is there now.
         """
-        deadline = monotonic() + wait
+        deadline, left = monotonic() + wait, wait
         values = claim_values(claim)
         try:
             for _ in range(TRIES):
-                row = self._once(connection, values, max(0.0, deadline - monotonic()))
+                row = self._once(connection, values, left)
                 if row is not None:
                     _check_transaction(connection)
                     return read_record(row)
+                left = max(0.0, deadline - monotonic())
         except DBAPIError as error:
             if error_code(error) in _LOCKED:
                 return None

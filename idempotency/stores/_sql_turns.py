@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from time import monotonic
 from weakref import WeakKeyDictionary
 
 
@@ -18,23 +19,31 @@ class Turns:
         self._threads = threading.Lock()
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
-    async def take(self, wait: float) -> bool:
-        """Wait up to ``wait`` seconds; False: it is still another's turn."""
-        turn = self._here()
+    async def take(self, wait: float) -> float | None:
+        """Wait up to ``wait`` seconds, and return how many of them are left; None: it is still another's turn."""
+        turn, since = self._here(), monotonic()
+        if not turn.locked():
+            await turn.acquire()
+            return wait
         try:
             async with asyncio.timeout(wait):
                 await turn.acquire()
         except TimeoutError:
-            return False
-        return True
+            return None
+        return max(0.0, since + wait - monotonic())
 
     def give(self) -> None:
         """Let the next one of this event loop have its turn."""
         self._here().release()
 
-    def take_sync(self, wait: float) -> bool:
+    def take_sync(self, wait: float) -> float | None:
         """See :meth:`take`."""
-        return self._threads.acquire(timeout=min(wait, threading.TIMEOUT_MAX))
+        if self._threads.acquire(blocking=False):
+            return wait
+        since = monotonic()
+        if not self._threads.acquire(timeout=min(wait, threading.TIMEOUT_MAX)):
+            return None
+        return max(0.0, since + wait - monotonic())
 
     def give_sync(self) -> None:
         """Let the next thread have its turn."""
