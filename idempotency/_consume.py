@@ -6,6 +6,7 @@ done under it, and say how the broker is to be answered.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from idempotency._tell import tell
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
+    KeyInvalidError,
     OutcomeUnknownError,
     RecordedFailureError,
     StoreError,
@@ -54,9 +56,13 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack."""
+    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack.
+
+    ``reason``: another is handling it just now, or the store does not answer.
+    """
 
     after: float
+    reason: Literal["in-progress", "unavailable"] = "in-progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,9 @@ class ConsumerOptions(TypedDict, total=False):
     result becomes bytes, default by the annotation of what the handler returns.
     ``max_attempts``: how often a message is handled, counted in the store: each failure, and each redelivery that was
     begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: what then becomes of it.
-    ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, or whose
-    record cannot be read. Both ``"dead-letter"`` (the default) or ``"stop"``: an error is raised, the consumer stops.
+    ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, whose
+    record cannot be read, or of which ``key`` or ``fingerprint`` raises. Both ``"dead-letter"`` (the default) or
+    ``"stop"``: an error is raised, the consumer stops.
     ``on_event``: as everywhere.
     """
 
@@ -121,6 +128,12 @@ class Rules:
     max_attempts: int | None
     on_exhausted: Final
     on_refused: Final
+    joined: bool
+
+    @property
+    def open(self) -> bool:
+        """Say whether messages are handled while the store does not answer; a transaction needs it."""
+        return self.calls.policy.on_store_error == "fail_open" and not self.joined
 
     def counts(self, attempt: int | None) -> bool:
         """Say whether the store counts this delivery before it is handled: a first one costs nothing unless it fails.
@@ -152,7 +165,10 @@ class Rules:
             operation = current()
             if operation is not None:
                 operation.release()
-            raise ExhaustedError(f"the message was begun {begun - 1} times and never finished")
+            raise ExhaustedError(
+                f"the message was begun {begun - 1} times (max_attempts={self.max_attempts}) and never completed; "
+                "forget its key to have it handled again"
+            )
 
         return refuse if self.max_attempts is not None and begun > self.max_attempts else work
 
@@ -167,28 +183,39 @@ class Rules:
                 try:
                     return Replayed(self.replay(claim, ended))
                 except (RecordedFailureError, UnreadableError) as error:
-                    return self._final(claim, error, self.on_refused)
+                    return self._final(claim, begun, error, self.on_refused)
             case InProgress(retry_after):
                 self.calls.emit("in-progress", claim)
                 return Retry(max(retry_after, 0.0))
             case told:
                 self.calls.emit(KIND[type(told)], claim)
-                return self._final(claim, refusal(told), self.on_refused)
+                return self._final(claim, begun, refusal(told), self.on_refused)
 
     def _failed(self, claim: Claim, error: Exception, outcome: Outcome, begun: int) -> Delivered:
         # A redelivery would only be told what is recorded now.
         if outcome != "release":
             kept: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
-            return self._final(claim, error, self.on_refused, kept.code)
+            return self._final(claim, begun, error, self.on_refused, kept.code)
         if self.max_attempts is not None and begun >= self.max_attempts:
-            return self._final(claim, error, self.on_exhausted, ExhaustedError.code)
+            return self._final(claim, begun, error, self.on_exhausted, ExhaustedError.code)
         return Failed(error)
 
-    def _final(self, claim: Claim, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
+    def _final(self, claim: Claim, begun: int, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
         if rule == "stop":
             raise error
-        self.calls.emit("dead-lettered", claim, error=error)
+        self.calls.emit("dead-lettered", claim, begun, error)
         return DeadLetter(reason or (error.code if isinstance(error, IdempotencyError) else "error"), error)
+
+    def unnamed(self, error: Exception) -> DeadLetter:
+        """Say what becomes of a message that ``key`` or ``fingerprint`` could not read.
+
+        Raises :class:`~idempotency.errors.KeyMissingError` and the like as they are: what names no message at all is
+        the application's mistake, and not this message's.
+        """
+        if isinstance(error, IdempotencyError) or self.on_refused == "stop":
+            raise error
+        tell(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
+        return DeadLetter(KeyInvalidError.code, error)
 
     def unsettled(self, error: BaseException) -> None:
         """Tell the event hook that the broker could not be told how a delivery ended: it delivers the message again."""
@@ -248,11 +275,16 @@ class Consumer:
         claim = rules.calls.claim(key, compared)
         try:
             begun = await self._begun(claim, attempt)
-            ended = await self._run(claim, rules.admitted(begun, work))
+            ended = await self._run(claim, rules.admitted(begun, _uncancelled(work)))
             if isinstance(ended, InProgress) and rules.counts(attempt):
                 await self._store.claim(rules.tally("busy", claim))
         except StoreError:
             return await self._not_begun(claim, attempt)
+        except asyncio.CancelledError:
+            # The consumer is told to end, which is no fault of the message.
+            with suppress(Exception):
+                await asyncio.wait_for(self._not_begun(claim, attempt), _SOON)
+            raise
         if rules.uncounted(attempt, ended):
             with suppress(StoreError):
                 await self._store.claim(rules.tally("begun", claim))
@@ -273,16 +305,22 @@ class Consumer:
         rules = self.rules
         if not rules.counts(attempt):
             return 1
-        begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
-        if rules.look_at_busy(begun):
-            begun -= _count(await self._store.inspect(rules.tally("busy", claim).id))
+        try:
+            begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
+            if rules.look_at_busy(begun):
+                begun -= _count(await self._store.inspect(rules.tally("busy", claim).id))
+        except StoreError as error:
+            rules.calls.emit("unavailable", claim, error=error)
+            if rules.open:
+                return 1
+            raise
         return begun
 
     async def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
         if self.rules.counts(attempt):
             with suppress(StoreError):
                 await self._store.claim(self.rules.tally("busy", claim))
-        return Retry(_SOON)
+        return Retry(_SOON, "unavailable")
 
 
 class SyncConsumer:
@@ -332,16 +370,37 @@ class SyncConsumer:
         rules = self.rules
         if not rules.counts(attempt):
             return 1
-        begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
-        if rules.look_at_busy(begun):
-            begun -= _count(self._store.inspect_sync(rules.tally("busy", claim).id))
+        try:
+            begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
+            if rules.look_at_busy(begun):
+                begun -= _count(self._store.inspect_sync(rules.tally("busy", claim).id))
+        except StoreError as error:
+            rules.calls.emit("unavailable", claim, error=error)
+            if rules.open:
+                return 1
+            raise
         return begun
 
     def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
         if self.rules.counts(attempt):
             with suppress(StoreError):
                 self._store.claim_sync(self.rules.tally("busy", claim))
-        return Retry(_SOON)
+        return Retry(_SOON, "unavailable")
+
+
+def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Tell a handler that something within it cancelled from a consumer that is told to end: the former has failed."""
+
+    async def handle(*args: Any) -> Any:
+        try:
+            return await work(*args)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RuntimeError("the handler was cancelled from within") from error
+
+    return handle
 
 
 def _count(entry: Entry | None) -> int:
@@ -368,7 +427,7 @@ def _rules(consumer: str, returns: Callable[..., Any], options: ConsumerOptions)
         results=results_of(returns, options.get("codec")),
         on_event=options.get("on_event", log_event),
     )
-    return Rules(calls, max_attempts, on_exhausted, on_refused)
+    return Rules(calls, max_attempts, on_exhausted, on_refused, options.get("session") is not None)
 
 
 def _check_counts(store: Any, rules: Rules, verb: str) -> None:

@@ -6,8 +6,8 @@ all of it back. A duplicate waits for the row up to ``lock_timeout``.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -98,7 +98,8 @@ class Joined:
                 return _judge(claim, record)
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
-                await transaction.session.rollback()
+                with _begun_anew():
+                    await transaction.session.rollback()
                 if tried and monotonic() >= deadline:
                     return InProgress(_AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -203,7 +204,8 @@ class SyncJoined:
                 return _judge(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
-                transaction.session.rollback()
+                with _begun_anew():
+                    transaction.session.rollback()
                 if tried and monotonic() >= deadline:
                     return InProgress(_AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -305,6 +307,14 @@ class _SyncTransaction:
                 self.session.invalidate()
 
 
+@contextmanager
+def _begun_anew() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StoreError("the connection was lost before the operation") from error
+
+
 def _judge(claim: Claim, record: Record | None) -> Verdict:
     return InProgress(_AGAIN_AFTER) if record is None else judge(claim, record)
 
@@ -319,6 +329,8 @@ def _raised(error: Exception) -> Raised:
         raise error
     if conflicts(error):
         raise ConflictError("the transaction met another: begin anew") from error
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        raise StoreError("the connection was lost while the operation ran: nothing is committed") from error
     return Raised(error, "release")
 
 

@@ -158,11 +158,16 @@ class Transaction:
                 return
         if self._session is None:
             return
-        if self._session.in_transaction():
-            await self._session.close()
-        else:
+        if not self._session.in_transaction():
             # There is no connection to give back, so nothing to wait for.
             self._session.sync_session.close()
+            return
+        try:
+            await self._session.close()
+        except Exception:
+            # Lost: there is nothing to give back either.
+            with suppress(Exception):
+                await self._session.invalidate()
 
     async def _see_off(self, ending: asyncio.Task[bool]) -> None:
         await asyncio.wait({ending})

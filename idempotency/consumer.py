@@ -86,6 +86,11 @@ class AsyncHandler(Protocol[P, R]):
         ...
 
     @property
+    def consumer(self) -> str:
+        """Return the name of the consumer."""
+        ...
+
+    @property
     def max_attempts(self) -> int | None:
         """Return how often a message is handled before it is a dead letter; None: as often as it is delivered."""
         ...
@@ -110,6 +115,11 @@ class SyncHandler(Protocol[P, R]):
 
     def unsettled(self, error: BaseException, /) -> None:
         """See :meth:`AsyncHandler.unsettled`."""
+        ...
+
+    @property
+    def consumer(self) -> str:
+        """See :attr:`AsyncHandler.consumer`."""
         ...
 
     @property
@@ -209,16 +219,15 @@ def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable
     async def deliver(
         message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
     ) -> Delivered:
-        return await consumer.deliver(
-            read.key_of(message, key),
-            bind(message),
-            attempt=read.count(message, attempt),
-            compared=read.compared(message),
-        )
+        try:
+            named, compared = read.key_of(message, key), read.compared(message)
+        except Exception as error:
+            return consumer.rules.unnamed(error)
+        return await consumer.deliver(named, bind(message), attempt=read.count(message, attempt), compared=compared)
 
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
-    handler.max_attempts = consumer.rules.max_attempts
+    handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
     return handler
 
 
@@ -230,14 +239,13 @@ def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Calla
     def deliver(
         message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
     ) -> Delivered:
-        return consumer.deliver(
-            read.key_of(message, key),
-            bind(message),
-            attempt=read.count(message, attempt),
-            compared=read.compared(message),
-        )
+        try:
+            named, compared = read.key_of(message, key), read.compared(message)
+        except Exception as error:
+            return consumer.rules.unnamed(error)
+        return consumer.deliver(named, bind(message), attempt=read.count(message, attempt), compared=compared)
 
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
-    handler.max_attempts = consumer.rules.max_attempts
+    handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
     return handler

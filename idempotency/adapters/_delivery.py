@@ -3,7 +3,7 @@
 An adapter says what its broker can do, as a :class:`Delivery`; :func:`handle` and :func:`handle_sync` do the rest:
 
     key, attempt -> handler.deliver -> one of five outcomes -> settle
-                    meanwhile: extend
+                    meanwhile: extend; while the store does not answer: hold
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
-from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, SyncHandler
+from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError, KeyMissingError
 
 _logger = logging.getLogger("idempotency")
 
 KEY_HEADERS = ("Idempotency-Key", "id")
 """Headers of a message that name it: what HTTP clients send, and what an outbox stamps (Debezium's ``id``)."""
+
+LONGEST_HOLD = 600.0
+"""Seconds for which a message is held while the store does not answer. RabbitMQ gives a consumer half an hour."""
 
 REASON = "Idempotency-Reason"
 """The header, or attribute, of a dead letter that says why it is one."""
@@ -61,6 +64,13 @@ class Delivery(Told, Protocol):
         """Tell the broker that the message is still being handled."""
         ...
 
+    async def hold(self) -> bool:
+        """Wait a moment before a message that the store did not let begin is handled again here; False: do not.
+
+        For a broker that counts what is given back to it, and in the end gives it up.
+        """
+        ...
+
 
 class SyncDelivery(Told, Protocol):
     """One delivery, for threads."""
@@ -78,7 +88,9 @@ async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
     """Handle one delivery and settle it. What is raised stops the consumer, and leaves the delivery unsettled."""
     async with _extended(delivery):
         delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
-        _log_failure(delivered)
+        while unavailable(delivered) and await delivery.hold():
+            delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+        _log_failure(handler.consumer, delivered)
         try:
             await delivery.settle(delivered)
         except Exception as error:
@@ -90,17 +102,25 @@ def handle_sync(handler: SyncHandler[Any, Any], delivery: SyncDelivery) -> None:
     """See :func:`handle`."""
     with _extended_sync(delivery):
         delivered = handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
-        _log_failure(delivered)
+        _log_failure(handler.consumer, delivered)
         try:
             delivery.settle(delivered)
         except Exception as error:
             handler.unsettled(error)
 
 
-def _log_failure(delivered: Delivered) -> None:
+def unavailable(delivered: Delivered) -> bool:
+    """Say whether a message was not handled because the store does not answer."""
+    return isinstance(delivered, Retry) and delivered.reason == "unavailable"
+
+
+def _log_failure(consumer: str, delivered: Delivered) -> None:
     # No framework is above that would: the handler's own error, of which an event tells the name only.
-    if isinstance(delivered, Failed | DeadLetter):
-        _logger.error("the handling of a message failed", exc_info=delivered.error)
+    match delivered:
+        case Failed(error):
+            _logger.error("%s failed to handle a message, which is delivered again", consumer, exc_info=error)
+        case DeadLetter(reason, error):
+            _logger.error("%s has a dead letter: %s", consumer, reason, exc_info=error)
 
 
 async def handle_all(

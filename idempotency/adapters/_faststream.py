@@ -19,10 +19,15 @@ _NATS_ID = "Nats-Msg-Id"
 
 
 class Source:
-    """One handler of one subscriber. ``place``: what ``publish()`` of this broker calls the place it publishes to."""
+    """One handler of one subscriber.
+
+    ``place``: what ``publish()`` of this broker calls the place it publishes to. ``redelivers``: the broker delivers
+    again what is given back to it; ``gives_up``: but not for ever.
+    """
 
     place = "topic"
     redelivers = True
+    gives_up = False
     dead_letters = False
     remedy = "publish it with the header Idempotency-Key, or give key= to IdempotencyMiddleware"
 
@@ -91,6 +96,8 @@ class Rabbit(Source):
     """A queue of RabbitMQ, which has dead-letter exchanges of its own."""
 
     dead_letters = True
+    # A quorum queue has a delivery-limit.
+    gives_up = True
     remedy = "publish it with message_id= or the header Idempotency-Key, or give key= to IdempotencyMiddleware"
 
     def check(self) -> None:

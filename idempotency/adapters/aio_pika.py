@@ -9,18 +9,21 @@ Key: the header ``Idempotency-Key`` or ``id``, else the AMQP property ``message_
 aio-pika gives each ``Message`` a new ``message_id`` unless it is told one: it then names the publishing, and a message
 that is published again is another.
 The message is acknowledged after the commit. A dead letter is rejected without requeue: give the queue a dead-letter
-exchange, without one RabbitMQ drops it.
+exchange, without one RabbitMQ drops it. While the store does not answer, messages are held, up to 10 minutes: a quorum
+queue counts what is requeued towards its delivery-limit.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue
 
-from idempotency.adapters._delivery import handle_all, header, missing, needs
+from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, header, missing, needs
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 
 
@@ -42,22 +45,26 @@ async def consume(
     await queue.channel.set_qos(prefetch_count=concurrency)
     stop = stop or asyncio.Event()
     async with queue.iterator() as messages:
-        await handle_all(handler, _deliveries(messages, pause), concurrency, stop)
+        await handle_all(handler, _deliveries(messages, pause, stop), concurrency, stop)
     if not stop.is_set():
         raise ConnectionError(f"the channel or the queue {queue.name!r} was closed")
 
 
-async def _deliveries(messages: AsyncIterator[AbstractIncomingMessage], pause: float) -> AsyncIterator[_Delivery]:
+async def _deliveries(
+    messages: AsyncIterator[AbstractIncomingMessage], pause: float, stop: asyncio.Event
+) -> AsyncIterator[_Delivery]:
     async for message in messages:
-        yield _Delivery(message, pause)
+        yield _Delivery(message, pause, stop)
 
 
 class _Delivery:
     heartbeat = None
 
-    def __init__(self, message: AbstractIncomingMessage, pause: float) -> None:
+    def __init__(self, message: AbstractIncomingMessage, pause: float, stop: asyncio.Event) -> None:
         self.message = message
         self._pause = pause
+        self._stop = stop
+        self._until = monotonic() + LONGEST_HOLD
 
     @property
     def attempt(self) -> int:
@@ -87,3 +94,8 @@ class _Delivery:
 
     async def extend(self) -> None:
         """Nothing: RabbitMQ waits for as long as the consumer's time-out allows, half an hour by default."""
+
+    async def hold(self) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), self._pause)
+        return not self._stop.is_set() and not self.message.channel.is_closed and monotonic() < self._until

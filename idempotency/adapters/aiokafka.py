@@ -241,6 +241,10 @@ class _Delivery:
     async def extend(self) -> None:
         """Nothing: the group waits for as long as its members ask for messages."""
 
+    async def hold(self) -> bool:
+        """No: what is delivered again is handled again here anyway."""
+        return False
+
 
 def _place(message: ConsumerRecord) -> str:
     return place(message.topic, message.partition, message.offset)

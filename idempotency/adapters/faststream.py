@@ -33,21 +33,26 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from time import monotonic
 from typing import Any, Unpack
 
 from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
+from idempotency.adapters._delivery import LONGEST_HOLD, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.stores.base import Store
 
 __all__ = ["IdempotencyMiddleware", "check", "sequence_key"]
+
+_logger = logging.getLogger("idempotency")
 
 Key = Callable[[StreamMessage[Any]], str | Awaitable[str]]
 
@@ -175,8 +180,8 @@ class _Delivery(BaseMiddleware[Any, Any]):
             source.prepare(msg)
             consumer = self._shared.consumer(source, msg)
             delivered = await self._handle(source, consumer, call_next, msg)
-        except Exception:
-            await self._stop(subscriber, msg)
+        except Exception as error:
+            await self._stop(subscriber, msg, error)
             raise
         return await self._settle(source, consumer, delivered, msg)
 
@@ -195,18 +200,22 @@ class _Delivery(BaseMiddleware[Any, Any]):
 
         key = await self._key(source, msg)
         attempt = source.attempt(msg)
+        until = monotonic() + LONGEST_HOLD
         async with _extended(source, msg):
             delivered = await consumer.deliver(key, work, attempt=attempt)
-            while self._held(source, delivered):
+            while self._held(source, delivered, until):
                 await asyncio.sleep(self._shared.pause)
-                attempt = 1 + bool(attempt)
+                if not unavailable(delivered):
+                    attempt = 1 + bool(attempt)
                 delivered = await consumer.deliver(key, work, attempt=attempt)
         return delivered
 
-    def _held(self, source: Source, delivered: Delivered) -> bool:
-        """Say whether a message that comes only once is to be handled again, here and now."""
-        if source.redelivers or not source.subscriber.running:
+    def _held(self, source: Source, delivered: Delivered, until: float) -> bool:
+        """Say whether a message is to be handled again, here and now: its broker would lose it, now or in the end."""
+        if not source.subscriber.running:
             return False
+        if source.redelivers:
+            return source.gives_up and unavailable(delivered) and monotonic() < until
         match delivered:
             case Retry():
                 return True
@@ -253,7 +262,9 @@ class _Delivery(BaseMiddleware[Any, Any]):
                     raise
                 raise AckMessage from error
 
-    async def _stop(self, subscriber: Any, msg: StreamMessage[Any]) -> None:
+    async def _stop(self, subscriber: Any, msg: StreamMessage[Any], error: Exception) -> None:
+        # FastStream may have no logger, and ends as if it had been asked to.
+        _logger.error("a message stops its subscriber, and the app", exc_info=error)
         if subscriber.running:
             app = self.context.get("app")
             if app is not None:

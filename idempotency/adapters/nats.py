@@ -169,3 +169,7 @@ class _Delivery:
         # After a settlement it would put off the redelivery.
         if not self.message.is_acked:
             await self.message.in_progress()
+
+    async def hold(self) -> bool:
+        """No: NATS delivers as often as it takes."""
+        return False
