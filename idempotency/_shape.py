@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import enum
+import inspect
 import json
 import sys
 import types
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -71,7 +73,12 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
 
 
 def _float(value: Any) -> float:
-    return float(value) if type(value) is int else _exactly(float)(value)
+    if type(value) is not int:
+        return float(_exactly(float)(value))
+    # Beyond 2**53 not every integer is one.
+    if abs(value) > 2**53:
+        raise ValueError("an integer that no float stands for")
+    return float(value)
 
 
 def _by_text(kind: Any, write: Callable[[Any], str], read: Callable[[str], Any]) -> Shape:
@@ -138,7 +145,9 @@ class _Finder:
             )
         # Of several, the number of the member is written before the value.
         shapes = [self.find(member) for member in members]
-        return Shape(lambda value: _numbered(shapes, value), lambda found: shapes[found[0]].from_json(found[1]))
+        # An int is a float too, and would come back as one.
+        tried = sorted(enumerate(shapes), key=lambda each: _bare(members[each[0]]) is float)
+        return Shape(lambda value: _numbered(tried, value), lambda found: shapes[found[0]].from_json(found[1]))
 
     def _literal(self, values: tuple[Any, ...]) -> Shape:
         if not all(type(value) in _PLAIN for value in values):
@@ -205,11 +214,28 @@ class _Finder:
 
     def _dataclass(self, kind: type) -> Shape:
         check = _exactly(kind)
-        fields = self._fields(kind, [field.name for field in dataclasses.fields(kind) if field.init])
-        return Shape(
-            lambda value: {name: shape.to_json(getattr(check(value), name)) for name, shape in fields.items()},
-            lambda found: kind(**{name: fields[name].from_json(each) for name, each in found.items()}),
-        )
+        given = [field.name for field in dataclasses.fields(kind) if field.init]
+        fields = self._fields(kind, [field.name for field in dataclasses.fields(kind)])
+        for each in inspect.signature(kind).parameters.values():
+            if each.name not in given and each.default is inspect.Parameter.empty:
+                raise ConfigurationError(
+                    f"{self._where} returns {kind.__qualname__}, whose parameter {each.name} is not kept: give codec="
+                )
+
+        def to_json(value: Any) -> Any:
+            found = written(check(value))
+            # What its __post_init__ makes of the fields need not be what they were.
+            if written(from_json({name: found[name] for name in given})) != found:
+                raise ValueError(f"{kind.__name__} does not come back as it was")
+            return {name: found[name] for name in given}
+
+        def written(value: Any) -> dict[str, Any]:
+            return {name: shape.to_json(getattr(value, name)) for name, shape in fields.items()}
+
+        def from_json(found: Any) -> Any:
+            return kind(**{name: fields[name].from_json(each) for name, each in found.items()})
+
+        return Shape(to_json, from_json)
 
     def _typed_dict(self, kind: Any) -> Shape:
         # Which keys must be there is the type checker's to say; what is there comes back.
@@ -236,12 +262,11 @@ def _bare(annotation: Any) -> Any:
             return annotation
 
 
-def _numbered(shapes: list[Shape], value: Any) -> list[Any]:
-    for number, shape in enumerate(shapes):
-        try:
+def _numbered(shapes: list[tuple[int, Shape]], value: Any) -> list[Any]:
+    for number, shape in shapes:
+        # Whatever another class of the union says of it.
+        with suppress(Exception):
             return [number, shape.to_json(value)]
-        except (TypeError, ValueError):
-            continue
     raise TypeError(f"{type(value).__name__} is none of the union")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -112,15 +113,33 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
 def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
     """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
     gives = session is not None and takes_session(function)
+    call = function if is_async(function) else _ended(function)
 
     def bind(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         if session is None:
-            return lambda: function(*args, **kwargs)
+            return lambda: call(*args, **kwargs)
         if gives:
-            return lambda opened: function(*args, **{**kwargs, "session": opened})
-        return lambda _: function(*args, **kwargs)
+            return lambda opened: call(*args, **{**kwargs, "session": opened})
+        return lambda _: call(*args, **kwargs)
 
     return bind
+
+
+def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a result that stands for work yet to be done: it would be recorded before it is."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        value = function(*args, **kwargs)
+        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+            if hasattr(value, "close"):
+                value.close()
+            raise ConfigurationError(
+                f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
+                "coroutine function itself, or give what wraps it functools.wraps"
+            )
+        return value
+
+    return call
 
 
 def dress(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:

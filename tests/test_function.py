@@ -693,3 +693,31 @@ def test_a_forgotten_key_runs_again_in_threads(sync_store: Any) -> None:
     assert not sync_store.forget_sync(claim.id)
 
     assert judge(again, sync_store.claim_sync(again)) == Execute(1)
+
+
+def _retrying(function: Any) -> Any:
+    """Decorate without functools.wraps, which hides that the function is awaited."""
+    return lambda *args: function(*args)
+
+
+async def _charging(key: str) -> str:
+    raise ValueError("provider away")
+
+
+def _counting(key: str) -> Any:
+    yield key
+
+
+@pytest.mark.parametrize("function", [_charging, _counting])
+def test_a_result_that_is_work_yet_to_be_done_is_refused(function: Any) -> None:
+    """A coroutine or generator that a wrapper returns is not recorded as done; the key is free again."""
+    events: list[str] = []
+    call = idempotent(MemoryStore(), key=str, name="charge", on_event=lambda event: events.append(event.kind))(
+        _retrying(function)
+    )
+
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"functools\.wraps"):
+            call("k")
+
+    assert events == ["released", "released"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NewType, NotRequired, TypedDict, TypeVar
@@ -72,8 +72,39 @@ class OneWay(BaseModel):
         return f"the {at.day}th"
 
 
+@dataclass
+class Status:
+    id: int
+    state: str = field(init=False, default="new")
+
+
+@dataclass
+class Cents:
+    amount: int
+
+    def __post_init__(self) -> None:
+        self.amount *= 100
+
+
+@dataclass
+class Hashed:
+    id: int
+    secret: InitVar[str]
+
+
+class Sent(TypedDict):
+    parcel: int
+
+
 class Opaque:
     pass
+
+
+def paid() -> Status:
+    """Make a status that its own fields do not tell."""
+    status = Status(1)
+    status.state = "paid"
+    return status
 
 
 def returning(annotation: Any) -> Any:
@@ -110,7 +141,11 @@ KEPT = [
     (int | None, 5),
     (int | str, "5"),
     (int | str | None, None),
+    (float | int, 3),
+    (float | int, 10**400),
+    (Address | Sent, {"parcel": 1}),
     (Line | Order, Line("a", Decimal("1.10"))),
+    (Status, Status(1)),
     (Literal["a", 1], 1),
     (Annotated[int, "positive"], 1),
     (OrderId, OrderId(7)),
@@ -161,6 +196,9 @@ def test_what_went_in_comes_back(annotation: Any, value: Any) -> None:
         (Address, {"street": "Elm", "town": "x"}),
         (Colour, "r"),
         (OneWay, OneWay(at=date(2026, 1, 5))),
+        (Status, paid()),
+        (Cents, Cents(5)),
+        (float, 2**53 + 1),
         (None, 0),
     ],
 )
@@ -183,7 +221,9 @@ def test_without_an_annotation_only_json_is_kept(value: Any) -> None:
         results.encode(value)
 
 
-@pytest.mark.parametrize("annotation", [Opaque, list[Opaque], dict[int, str], T, Flags, "Missing", Literal[b"x"], type])
+@pytest.mark.parametrize(
+    "annotation", [Opaque, list[Opaque], dict[int, str], T, Flags, "Missing", Literal[b"x"], type, Hashed]
+)
 def test_an_annotation_that_cannot_be_kept_is_refused(annotation: Any) -> None:
     """What no value of could be kept is refused before the function ever runs."""
     with pytest.raises(ConfigurationError, match="codec="):

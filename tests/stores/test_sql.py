@@ -563,8 +563,10 @@ async def test_a_users_sqlite_engine_keeps_its_pragmas(store: SQLStore, engine: 
 @pytest.mark.parametrize("driver", ["sqlite"])
 async def test_locked_sqlite_is_a_store_error(url: str, table: str) -> None:
     """A database that another connection keeps locked is named after the time-out, and usable afterwards."""
+    before = SQLStore.from_url(url, table=table)
+    await before.claim(new_claim("before"))
+    await before.aclose()
     store = SQLStore.from_url(url, table=table, timeout=0.5)
-    await store.claim(new_claim("before"))
     with sqlite3.connect(make_url(url).database or "", isolation_level=None) as writer:
         writer.execute("BEGIN IMMEDIATE")
         begun = time.monotonic()
@@ -577,7 +579,8 @@ async def test_locked_sqlite_is_a_store_error(url: str, table: str) -> None:
     record = await store.claim(mine := new_claim())
     await store.aclose()
 
-    assert took < 0.7
+    # The driver's own time-out is 5 seconds.
+    assert took < 3
     assert judge(mine, record) == Execute()
 
 
