@@ -63,8 +63,7 @@ class Calls:
         """
         if key is None or key == "":
             raise KeyMissingError(
-                f"{self.name} was called without an idempotency key: key= returned {key!r}, or was not given; give it, "
-                "or consume through an adapter, which knows how its broker names a message"
+                f"{self.name} was called without an idempotency key: key= returned {key!r}; a key is never invented"
             )
         if not isinstance(key, str):
             raise KeyInvalidError(f"key= must return text, not {type(key).__name__}")
@@ -134,7 +133,10 @@ def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> I
         case Mismatch():
             return KeyReusedError("The key was used for something else.")
         case Unknown():
-            return OutcomeUnknownError("Nobody knows how the operation ended; it is not repeated until resolved.")
+            return OutcomeUnknownError(
+                "Nobody knows how the operation ended; it is not repeated until somebody has found out and "
+                "resolved it: see the command idempotency, list and resolve."
+            )
         case Unreadable(version):
             return UnreadableError(f"The record is damaged, or of a newer format ({version}).")
 

@@ -60,7 +60,10 @@ class Results:
         try:
             return self._decode(body)
         except Exception as error:
-            raise UnreadableError("the recorded result is not what this function returns") from error
+            raise UnreadableError(
+                "the recorded result is not what this function returns: its annotation has changed, or another "
+                "function uses the same key, which name= tells apart"
+            ) from error
 
 
 def encode_failure(error: BaseException) -> bytes:

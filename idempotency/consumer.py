@@ -35,7 +35,7 @@ from idempotency._consume import (
     Retry,
     SyncConsumer,
 )
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
 
@@ -202,7 +202,12 @@ class _Reader:
 
     def key_of(self, message: Any, otherwise: Callable[[Any], object] | None = None) -> object:
         resolve = self.key or otherwise
-        return None if resolve is None else resolve(message)
+        if resolve is None:
+            raise KeyMissingError(
+                "a message came to a consumer without key=: give it, or consume through an adapter, which knows how "
+                "its broker names a message"
+            )
+        return resolve(message)
 
     def compared(self, message: Any) -> bytes | str | None:
         return None if self.fingerprint is None else self.fingerprint(message)

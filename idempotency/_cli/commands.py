@@ -102,6 +102,8 @@ def list_(
     entries = _run(open_named, lambda opened: opened.unresolved(limit), store, table, prefix)
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
+    elif not entries:
+        typer.echo("no record waits to be resolved", err=True)
     else:
         show.print_entries(entries)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from idempotency._cli.doctor import Finding
 from idempotency._cli.lookup import LOGGED
+from idempotency._core import State
 from idempotency.stores.base import Entry
 
 _LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"
@@ -44,6 +45,8 @@ def print_entry(entry: Entry) -> None:
     """Print everything that is known of one record."""
     expires = "never" if entry.expires_in is None else f"in {duration(entry.expires_in)}"
     lease = f"{duration(entry.lease_left)} left" if entry.lease_left > 0 else "over"
+    if entry.state is not State.RUNNING:
+        lease = "ended"
     for name, value in (
         ("id", entry.id.hex()),
         ("key", printable(entry.key)),

@@ -17,7 +17,7 @@ _DRIVERS = {
     "aiomysql": "asgi-idempotency[mysql]",
     "aiosqlite": "asgi-idempotency[sqlite]",
     "asyncpg": "asgi-idempotency[postgresql]",
-    "psycopg": "psycopg[binary]",
+    "psycopg": "asgi-idempotency[psycopg]",
 }
 """What to install for a driver's module, where that is not its name."""
 
@@ -97,8 +97,8 @@ def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
     except ImportError as error:
         if "+" not in scheme:
             raise ConfigurationError(
-                f"{scheme}:// names no driver, and the default one is not installed; an ASGI application uses "
-                f"{', '.join(f'{name}://' for name in _EXTRAS)}"
+                f"{scheme}:// names no driver, and the default one is not installed; synchronous code uses one such as "
+                f"postgresql+psycopg://, an ASGI application {', '.join(f'{name}://' for name in _EXTRAS)}"
             ) from error
         module = error.name or dialect.driver
         raise _not_installed(f"{scheme}://", _DRIVERS.get(module, module)) from error

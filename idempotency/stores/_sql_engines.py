@@ -183,8 +183,9 @@ class Database:
         code, words = error_code(error), str(getattr(error, "orig", ""))
         if code in _NO_TABLE or "no such table" in words:
             return StoreError(
-                f"{self.place} has no table {self._table.name}: call SQLStore.create_schema() or create_schema_sync(),"
-                " or hand idempotency.stores.sql.records_table to your migrations"
+                f"{self.place} has no table {self._table.name}: run `idempotency schema create`, call"
+                " SQLStore.create_schema() or create_schema_sync(), or hand idempotency.stores.sql.records_table to"
+                " your migrations"
             )
         if code in _NO_COLUMN or "no such column" in words or "has no column" in words:
             return StoreError(

@@ -56,7 +56,7 @@ async def test_scheme_picks_the_store(url: str, name: str) -> None:
         ("sqlite+aiosqlite:///records.sqlite3", "sqlalchemy", "pip install 'asgi-idempotency[sqlite]'"),
         ("sqlite+aiosqlite:///records.sqlite3", "aiosqlite", "pip install 'asgi-idempotency[sqlite]'"),
         ("postgresql+asyncpg://localhost/db", "asyncpg", "pip install 'asgi-idempotency[postgresql]'"),
-        ("postgresql+psycopg://localhost/db", "psycopg", "pip install 'psycopg[binary]'"),
+        ("postgresql+psycopg://localhost/db", "psycopg", "pip install 'asgi-idempotency[psycopg]'"),
         ("mysql+aiomysql://localhost/db", "aiomysql", "pip install 'asgi-idempotency[mysql]'"),
         ("mysql+asyncmy://localhost/db", "asyncmy", "pip install 'asyncmy'"),
         ("mysql://localhost/db", "MySQLdb", "postgresql+asyncpg://, mysql+aiomysql://, mariadb+aiomysql://"),
