@@ -88,7 +88,7 @@ def test_a_label_that_is_not_passed_again_proves_nothing(tmp_path: Path) -> None
 
     assert report.missed == report.labels
     assert not report.ok
-    assert "the owner ended otherwise (wait status 0)" in str(report)
+    assert "the owner did not end there (wait status 0)" in str(report)
 
 
 def test_a_second_pass_is_a_label_of_its_own(tmp_path: Path) -> None:

@@ -104,7 +104,11 @@ class Proof:
         said = owner.answers()
         ended = stopped if paused else os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if not ended or said[:1] != [label]:
-            return Trial(label=label, missed=f"the owner ended otherwise (wait status {status}): {said}")
+            return Trial(
+                label=label,
+                missed=f"the owner did not end there (wait status {status}): {said}; what is done once for all keys, "
+                "such as making a table, belongs into prepare()",
+            )
         settled = self._answer(lambda write: write(self._settle(key, self._job.patience)))
         if settled is None:
             settled = {"held": False, "fault": "a delivery came to no end"}
