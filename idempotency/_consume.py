@@ -52,6 +52,7 @@ class Replayed:
     """The message had been handled before: ack. ``result`` is the recorded one, None where it was not kept."""
 
     result: Any
+    kept: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class Rules:
                 return self._failed(claim, error, outcome, begun)
             case Completed() | Replay():
                 try:
-                    return Replayed(self.replay(claim, ended))
+                    return Replayed(self.replay(claim, ended), isinstance(ended, Replay))
                 except (RecordedFailureError, UnreadableError) as error:
                     return self._final(claim, begun, error, self.on_refused)
             case InProgress(retry_after):
