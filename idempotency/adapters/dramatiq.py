@@ -8,7 +8,14 @@
 
 Key: the message's ``message_id``, which retries and redeliveries keep; two ``send`` calls are two messages, unless
 ``key=`` finds the same in their arguments. The message is acknowledged after the commit, after the result is stored
-and the rest of the pipeline is enqueued.
+and the rest of the pipeline is enqueued. Where one of these fails, and where a callback of ``on_success`` or of a group
+cannot be enqueued, that is a failure: the retry handles nothing again, but passes the recorded result on.
+
+What follows is so sent at least once: the rest of a pipeline under the same ``message_id``, ``on_success`` under a new
+one. A group counts each of its members once, so that a duplicate completes none; a worker that is killed just between
+the two steps of counting leaves the group waiting. A result that was not kept, being too large or of no type that can
+be recorded, cannot be passed on to the rest of a pipeline by a duplicate, which is then a dead letter
+(``completed-not-replayable``); it leaves what the result backend has.
 
 A failure goes to the middleware ``Retries`` (15 s and more between attempts by default, see ``min_backoff``), and what
 ``max_retries``, ``throws`` and ``retry_when`` say holds beside ``max_attempts``: whichever ends it first. A dead letter
@@ -21,39 +28,27 @@ chance (``maintenance_chance``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
+import functools
+import logging
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from dramatiq import Actor, Broker, Message
-from dramatiq.asyncio import async_to_sync
-from dramatiq.broker import MessageProxy
-from dramatiq.errors import BrokerConnectionError
-from dramatiq.middleware import Middleware, MiddlewareError, Retries, SkipMessage
+from dramatiq import Actor, Broker
+from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 
 from idempotency._calls import is_async
+from idempotency._consume import Rules
 from idempotency.adapters._delivery import missing
-from idempotency.consumer import (
-    Consumer,
-    ConsumerOptions,
-    DeadLetter,
-    Delivered,
-    Done,
-    Failed,
-    Replayed,
-    Retry,
-    SyncConsumer,
-)
+from idempotency.adapters._dramatiq import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
+from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
 
-_AGAIN = "idempotency_again"
+__all__ = ["DeadLetteredError", "IdempotentActor", "NotPassedOnError", "idempotent_actor"]
 
-
-class DeadLetteredError(Exception):
-    """The message is not handled again: it goes to the dead-letter queue. The cause says why."""
+_logger = logging.getLogger("idempotency")
 
 
 class IdempotentActor(Actor[Any, Any]):
@@ -74,14 +69,16 @@ def idempotent_actor(
 ) -> Callable[..., IdempotentActor]:
     """Make the ``actor_class`` of an actor whose messages take effect once.
 
-    ``consumer``: who consumes, default the actor's name. ``key`` is given the actor's arguments and returns what
-    identifies the message, default its ``message_id``. ``fingerprint`` is given them too, and returns what repeated
-    messages must have in common with the first; by default nothing is compared. ``pause``: seconds, at most, before a
-    message whose duplicate is being handled is delivered again; that is no retry. The other options are
+    ``consumer``: who consumes; the actor's name belongs to it, so that two actors never share a record. ``key`` is
+    given the actor's arguments and returns what identifies the message, default its ``message_id``; a message that it
+    cannot read becomes a dead letter. ``fingerprint`` is given them too, and returns what repeated messages must have
+    in common with the first; by default nothing is compared. ``pause``: seconds, at most, before a message whose
+    duplicate is being handled is delivered again; that is no retry. The other options are
     :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
 
     An actor that is called, not sent to, needs ``key``; it returns or raises as its function does, or raises
-    :class:`~idempotency.errors.InProgressError` and the like. The session, where there is one, is the keyword
+    :class:`~idempotency.errors.InProgressError` and the like. ``forget(key)`` works in any process, for an asynchronous
+    actor outside of a worker on an event loop of its own. The session, where there is one, is the keyword
     ``session`` of the function if it has that parameter, and ``current().session``.
 
     Raises :class:`~idempotency.errors.ConfigurationError`, when the actor is declared, for what cannot work.
@@ -94,20 +91,29 @@ def idempotent_actor(
     def declare(
         function: Callable[..., Any], *, actor_name: str, broker: Broker, options: dict[str, Any], **declared: Any
     ) -> IdempotentActor:
-        _prepare(broker)
-        verbs = _verbs(store, consumer or actor_name, function, given)
+        prepare(broker)
+        name = actor_name if consumer is None else f"{consumer}:{actor_name}"
+        verbs = _verbs(store, name, function, given)
         bind = work_of(function, given.get("session"))
 
+        def compared(args: Any, kwargs: Any) -> bytes | str | None:
+            return None if fingerprint is None else fingerprint(*args, **kwargs)
+
+        def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Delivered:
+            try:
+                named = delivery.message.message_id if key is None else key(*args, **kwargs)
+                same = compared(args, kwargs)
+            except Exception as error:
+                return verbs.rules.unnamed(error)
+            return verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=same)
+
         def handle(*args: Any, **kwargs: Any) -> Any:
-            delivery = _begin(actor_name, pause, verbs.unsettled)
-            if delivery is None and key is None:
+            delivery = begin(actor_name, options, pause, verbs.rules)
+            if delivery is not None:
+                return delivery.settle(deliver(delivery, args, kwargs), pause)
+            if key is None:
                 raise missing(f"a call of {actor_name!r}", "send() a message, or give key= to idempotent_actor")
-            named = key(*args, **kwargs) if key is not None else delivery and delivery.message.message_id
-            compared = None if fingerprint is None else fingerprint(*args, **kwargs)
-            if delivery is None:
-                return verbs.call(named, bind(*args, **kwargs), compared)
-            delivered = verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=compared)
-            return delivery.settle(delivered, pause)
+            return verbs.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
 
         dress(handle, function, given.get("session"))
         throws = options.get("throws") or ()
@@ -119,112 +125,40 @@ def idempotent_actor(
     return declare
 
 
-def _prepare(broker: Broker) -> None:
-    if not any(isinstance(each, Retries) for each in broker.middleware):
-        raise ConfigurationError("the broker needs the middleware Retries: without it, a message that fails is lost")
-    if getattr(broker, "confirm_delivery", True) is False:
-        raise ConfigurationError(
-            "RabbitmqBroker needs confirm_delivery=True: a message is acknowledged when its retry is enqueued, and "
-            "would be lost if RabbitMQ never got that"
-        )
-    if not any(isinstance(each, _Redelivery) for each in broker.middleware):
-        broker.add_middleware(_Redelivery())
-
-
-@dataclass(slots=True)
-class _Delivery:
-    """One delivery to this worker thread. ``owed``: what is to be enqueued, ``after`` seconds, before it is acked."""
-
-    message: MessageProxy
-    begun: bool = False
-    owed: Message[Any] | None = None
-    after: float = 0.0
-    unsettled: Callable[[BaseException], None] | None = None
-
-    @property
-    def attempt(self) -> int | None:
-        """Return 1 for a first delivery; Redis does not tell, nor do we after a retry, which is a new message."""
-        options = self.message.options
-        new = not options.get("retries") and not options.get(_AGAIN)
-        return 1 if new and getattr(self.message, "redelivered", None) is False else None
-
-    def settle(self, delivered: Delivered, pause: float) -> Any:
-        """Return the result, or raise what makes dramatiq settle the message."""
-        match delivered:
-            case Done(result) | Replayed(result):
-                self.owed = None
-                return result
-            case Retry(after):
-                self.after = min(after, pause)
-                # This delivery has no result; the Results middleware would store None.
-                self.message.options["store_results"] = False
-                raise SkipMessage("the message is being handled by another worker")
-            case Failed(error):
-                raise error
-            case DeadLetter(reason, error):
-                self.owed = None
-                raise DeadLetteredError(f"{reason}: {error!r}") from error
-
-
-_DELIVERY: ContextVar[_Delivery | None] = ContextVar("idempotency_dramatiq_delivery", default=None)
-
-
-class _NotEnqueuedError(MiddlewareError, BrokerConnectionError):
-    """The broker does not take a message that must be delivered again: dramatiq tries to settle it later."""
-
-
-class _Redelivery(Middleware):
-    """Know the delivery of this thread, and enqueue what it owes before it is acknowledged."""
-
-    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        _DELIVERY.set(_Delivery(message))
-
-    def after_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
-        delivery = _DELIVERY.get()
-        if delivery is not None and delivery.message.message_id == message.message_id:
-            delivery.owed = None
-
-    def before_ack(self, broker: Broker, message: MessageProxy) -> None:
-        delivery = _DELIVERY.get()
-        if delivery is None or delivery.message is not message or delivery.owed is None:
-            return
-        try:
-            broker.enqueue(delivery.owed, delay=int(delivery.after * 1000))
-        except Exception as error:
-            if delivery.unsettled is not None:
-                delivery.unsettled(error)
-            raise _NotEnqueuedError(f"the message was not enqueued again: {error!r}") from error  # type: ignore[no-untyped-call]
-
-
 @dataclass(frozen=True, slots=True)
 class _Verbs:
-    """What can be asked of a consumer, from a worker thread."""
+    """What can be asked of a consumer, from a thread."""
 
     deliver: Callable[..., Delivered]
     call: Callable[..., Any]
     forget: Callable[[str], bool]
-    unsettled: Callable[[BaseException], None]
+    rules: Rules
 
 
 def _verbs(store: Any, consumer: str, function: Callable[..., Any], options: ConsumerOptions) -> _Verbs:
     if is_async(function):
         awaited = Consumer(store, consumer, function, options)
         return _Verbs(
-            async_to_sync(awaited.deliver),
-            async_to_sync(awaited.call),
-            async_to_sync(awaited.forget),
-            awaited.rules.unsettled,
+            async_to_sync(awaited.deliver), async_to_sync(awaited.call), _anywhere(awaited.forget), awaited.rules
         )
     called = SyncConsumer(store, consumer, function, options)
-    return _Verbs(called.deliver, called.call, called.forget, called.rules.unsettled)
+    return _Verbs(called.deliver, called.call, called.forget, called.rules)
 
 
-def _begin(actor_name: str, pause: float, unsettled: Callable[[BaseException], None]) -> _Delivery | None:
-    """Find the delivery that this is the handling of; None for a call, which may be from inside another actor."""
-    delivery = _DELIVERY.get()
-    if delivery is None or delivery.begun or delivery.message.actor_name != actor_name:
-        return None
-    # Until it is known to be done: whatever is raised, or interrupts the thread, must not end in an ack.
-    delivery.owed = delivery.message.copy(options={_AGAIN: True})
-    delivery.begun, delivery.after, delivery.unsettled = True, pause, unsettled
-    return delivery
+def _anywhere(forget: Callable[[str], Coroutine[Any, Any, bool]]) -> Callable[[str], bool]:
+    """Let a coroutine function be called in a worker, on its event loop, and outside of one."""
+
+    def call(key: str) -> bool:
+        thread = get_event_loop_thread() or _event_loop()
+        return thread.run_coroutine(forget(key))
+
+    return call
+
+
+@functools.cache
+def _event_loop() -> EventLoopThread:
+    """Start the event loop of a process that is no worker: always the same one, as a store's connections are its."""
+    thread = EventLoopThread(_logger)
+    thread.daemon = True
+    thread.start(timeout=1.0)
+    return thread

@@ -20,7 +20,8 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.brokers.stub import StubBroker
 from dramatiq.errors import ConnectionClosed
-from dramatiq.middleware import AsyncIO, Retries, TimeLimit, default_middleware
+from dramatiq.middleware import AsyncIO, GroupCallbacks, Retries, TimeLimit, default_middleware
+from dramatiq.rate_limits.backends import StubBackend as StubCounters
 from dramatiq.results import ResultMissing, Results
 from dramatiq.results.backends import StubBackend
 from servers import missing
@@ -29,7 +30,7 @@ from targets import unique_name
 from brokers.adapters import missing_broker
 from brokers.kit import until
 from brokers.rabbitmq import URL
-from idempotency import Event
+from idempotency import Event, Policy
 from idempotency.adapters import dramatiq as adapter
 from idempotency.adapters.dramatiq import DeadLetteredError, IdempotentActor, idempotent_actor
 from idempotency.consumer import SyncConsumer
@@ -290,6 +291,246 @@ def test_a_replay_gives_its_result_to_the_rest_of_the_pipeline(broker: StubBroke
     assert shipped == ["invoice of A-1"]
 
 
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str) -> list[str]:
+    """Have a method raise at its first call; returns what was raised."""
+    raised: list[str] = []
+    work = getattr(owner, method)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if not raised:
+            raised.append(method)
+            raise ConnectionError("away for a moment")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, fail)
+    return raised
+
+
+def test_the_rest_of_a_pipeline_is_sent_once_the_broker_takes_messages_again(
+    rabbitmq: RabbitmqBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, dramatiq acknowledges a message whose next in the pipeline it could not enqueue."""
+    queue, billed, shipped, events = unique_name("dramatiq"), [], [], []
+    done, enqueue, refused = threading.Event(), rabbitmq.enqueue, list[str]()
+
+    @dramatiq.actor(
+        broker=rabbitmq,
+        queue_name=queue,
+        actor_class=once(on_event=lambda event: events.append(event.kind)),
+        min_backoff=50,
+    )
+    def bill(order: str) -> str:
+        billed.append(order)
+        return f"invoice of {order}"
+
+    @dramatiq.actor(broker=rabbitmq, queue_name=queue)
+    def ship(invoice: str) -> None:
+        shipped.append(invoice)
+        done.set()
+
+    def refuse(message: dramatiq.Message[Any], *, delay: int | None = None) -> dramatiq.Message[Any]:
+        if message.actor_name == "ship" and not refused:
+            refused.append(message.message_id)
+            raise ConnectionClosed("the broker takes no messages now")
+        return enqueue(message, delay=delay)
+
+    flow = dramatiq.pipeline([bill.message("A-1"), ship.message()], broker=rabbitmq)
+    flow.run()
+    monkeypatch.setattr(rabbitmq, "enqueue", refuse)
+    with working(rabbitmq):
+        assert done.wait(10)
+        rabbitmq.join(queue)
+    assert refused == [flow.messages[1].message_id]
+    assert (billed, shipped) == (["A-1"], ["invoice of A-1"])
+    assert events == ["stored", "unsettled", "replayed"]
+    assert rabbitmq.get_queue_message_counts(queue) == (0, 0, 0)
+
+
+def test_a_result_that_was_not_stored_is_stored_by_a_retry(broker: StubBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, dramatiq acknowledges a message whose result the backend did not take; what the actor throws is not it."""
+    backend, handled = StubBackend(), []
+    broker.add_middleware(Results(backend=backend))
+
+    @dramatiq.actor(broker=broker, actor_class=once(), store_results=True, min_backoff=10, throws=OSError)
+    def bill(order: str) -> str:
+        handled.append(order)
+        return f"billed {order}"
+
+    raised = failing_once(monkeypatch, backend, "store_result")
+    message = bill.send("A-1")
+    with working(broker):
+        broker.join("default")
+    assert raised == ["store_result"]
+    assert handled == ["A-1"]
+    assert backend.get_result(message) == "billed A-1"
+    assert broker.dead_letters == []
+
+
+def test_a_callback_that_was_not_sent_is_sent_by_a_retry(broker: StubBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor of ``on_success`` hears of a message also where the first attempt to tell it failed."""
+    handled, told = [], []
+
+    @dramatiq.actor(broker=broker)
+    def on_success(message: dict[str, Any], result: str) -> None:
+        told.append(result)
+
+    @dramatiq.actor(broker=broker, actor_class=once(), on_success="on_success", min_backoff=10)
+    def bill(order: str) -> str:
+        handled.append(order)
+        return f"billed {order}"
+
+    raised = failing_once(monkeypatch, on_success, "send")
+    bill.send("A-1")
+    with working(broker):
+        broker.join("default")
+    assert raised == ["send"]
+    assert (handled, told) == (["A-1"], ["billed A-1"])
+
+
+def test_what_can_never_be_passed_on_is_a_dead_letter(broker: StubBroker) -> None:
+    """A retry that cannot help is given up as that of a failure is, and the message kept."""
+    handled = []
+
+    @dramatiq.actor(broker=broker, actor_class=once(), min_backoff=10, max_retries=2)
+    def bill(order: str) -> str:
+        handled.append(order)
+        return f"billed {order}"
+
+    gone = dramatiq.Message(queue_name="gone", actor_name="ship", args=(), kwargs={}, options={})
+    broker.enqueue(bill.message("A-1").copy(options={"pipe_target": gone.asdict()}))
+    with working(broker):
+        dead = dead_letter(broker)
+        broker.join("default")
+    assert handled == ["A-1"]
+    assert dead.options["retries"] == 3
+    assert "QueueNotFound" in dead.options["traceback"]
+
+
+def test_a_duplicate_in_a_group_completes_no_other_member(broker: StubBroker) -> None:
+    """Alone, dramatiq counts a member that is delivered twice as two, so that the group ends while one still runs."""
+    gate, events, completed = Gate(), [], []
+    broker.add_middleware(GroupCallbacks(StubCounters()))
+
+    @dramatiq.actor(broker=broker, actor_class=once(on_event=lambda event: events.append(event.kind)))
+    def bill(order: str) -> None:
+        if order == "slow":
+            gate(order)
+
+    @dramatiq.actor(broker=broker)
+    def complete() -> None:
+        completed.append(gate.open.is_set())
+
+    group = dramatiq.group([bill.message("fast"), bill.message("slow")], broker=broker)
+    group.add_completion_callback(complete.message())
+    fast = watched(broker, "fast")
+    group.run()
+    with working(broker):
+        assert gate.begun.wait(10)
+        until(lambda: events == ["stored"], "the first ended")
+        resend(broker, fast[0])
+        until(lambda: events == ["stored", "replayed"], "its duplicate ended")
+        gate.open.set()
+        broker.join("default")
+    assert completed == [True]
+
+
+def watched(broker: StubBroker, order: str) -> list[dramatiq.Message[Any]]:
+    """Note the messages of an order as they are sent."""
+    sent: list[dramatiq.Message[Any]] = []
+    enqueue = broker.enqueue
+
+    def note(message: dramatiq.Message[Any], *, delay: int | None = None) -> dramatiq.Message[Any]:
+        if message.args == (order,):
+            sent.append(message)
+        return enqueue(message, delay=delay)
+
+    broker.enqueue = note  # type: ignore[method-assign]
+    return sent
+
+
+@pytest.mark.parametrize("method", ["add", "decr"])
+def test_a_group_whose_counter_was_away_is_completed(
+    broker: StubBroker, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A member that could not be counted is counted by a retry, without being handled again."""
+    counters, handled, completed = StubCounters(), [], []
+    broker.add_middleware(GroupCallbacks(counters))
+
+    @dramatiq.actor(broker=broker, actor_class=once(), min_backoff=10)
+    def bill(order: str) -> None:
+        handled.append(order)
+
+    @dramatiq.actor(broker=broker)
+    def complete() -> None:
+        completed.append(sorted(handled))
+
+    group = dramatiq.group([bill.message("A-1"), bill.message("A-2")], broker=broker)
+    group.add_completion_callback(complete.message())
+    group.run()
+    raised = failing_once(monkeypatch, counters, method)
+    with working(broker):
+        broker.join("default")
+    assert raised == [method]
+    assert completed == [["A-1", "A-2"]]
+
+
+def test_a_pipeline_is_not_fed_with_a_result_that_was_not_kept(broker: StubBroker) -> None:
+    """A duplicate whose recorded result was too large is a dead letter; what the backend has stays as it is."""
+    backend, events, shipped = StubBackend(), [], []
+    broker.add_middleware(Results(backend=backend))
+    small = once(policy=Policy(max_response=10), on_event=lambda event: events.append(event.kind))
+
+    @dramatiq.actor(broker=broker, actor_class=small, store_results=True)
+    def bill(order: str) -> str:
+        return f"invoice of {order}"
+
+    @dramatiq.actor(broker=broker, actor_class=once())
+    def ship(invoice: str) -> None:
+        shipped.append(invoice)
+
+    alone = bill.send("A-1")
+    flow = dramatiq.pipeline([bill.message("A-2"), ship.message()], broker=broker)
+    flow.run()
+    with working(broker):
+        broker.join("default")
+        resend(broker, alone)
+        broker.join("default")
+        assert (broker.dead_letters, backend.get_result(alone)) == ([], "invoice of A-1")
+        resend(broker, flow.messages[0])
+        dead = dead_letter(broker)
+    assert shipped == ["invoice of A-2"]
+    assert str(dead._exception).startswith("completed-not-replayable: ")
+    assert events[-2:] == ["completed", "dead-lettered"]
+
+
+@pytest.mark.parametrize("on", ["target", "actor"])
+def test_a_pipeline_that_ignores_the_result_goes_on_without_it(broker: StubBroker, on: str) -> None:
+    """Where the next actor is not given the result, a duplicate sends it also if the result was not kept."""
+    shipped = []
+
+    @dramatiq.actor(
+        broker=broker,
+        actor_class=once(policy=Policy(max_response=10)),
+        **({"pipe_ignore": True} if on == "actor" else {}),
+    )
+    def bill(order: str) -> str:
+        return f"invoice of {order}"
+
+    @dramatiq.actor(broker=broker)
+    def ship(order: str) -> None:
+        shipped.append(order)
+
+    ignoring = {"pipe_ignore": True} if on == "target" else {}
+    flow = dramatiq.pipeline([bill.message("A-1"), ship.message_with_options(args=("A-1",), **ignoring)], broker=broker)
+    flow.run()
+    with working(broker):
+        broker.join("default")
+        resend(broker, flow.messages[0])
+        broker.join("default")
+    assert broker.dead_letters == []
+    assert shipped == ["A-1", "A-1"]
+
+
 def test_a_handler_that_its_time_limit_interrupts_is_retried() -> None:
     broker = StubBroker(middleware=[TimeLimit(interval=20), Retries(min_backoff=10)], fail_fast_default=False)
     broker.emit_after("process_boot")
@@ -376,19 +617,56 @@ def test_two_messages_with_one_key_take_effect_once(broker: StubBroker) -> None:
     assert str(dead._exception).startswith("key-reused: ")
 
 
-def test_two_actors_of_one_store_do_not_share_a_key(broker: StubBroker) -> None:
+@pytest.mark.parametrize("consumer", [None, "billing"])
+def test_two_actors_of_one_store_do_not_share_a_key(broker: StubBroker, consumer: str | None) -> None:
+    """The actor is part of the scope, also where two are given the same consumer."""
     store, handled = MemoryStore(), []
     for name in ("bill", "ship"):
         actor = dramatiq.actor(
             lambda order, name=name: handled.append(name),
             broker=broker,
             actor_name=name,
-            actor_class=once(store=store, key=lambda order: order),
+            actor_class=once(store=store, consumer=consumer, key=lambda order: order),
         )
         actor.send("A-1")
     with working(broker):
         broker.join("default")
     assert sorted(handled) == ["bill", "ship"]
+
+
+@pytest.mark.parametrize("option", ["key", "fingerprint"])
+def test_a_message_that_cannot_be_named_is_a_dead_letter_at_once(broker: StubBroker, option: str) -> None:
+    """What ``key`` or ``fingerprint`` raises over a malformed message is not retried."""
+    handled, events = [], []
+    read = {option: lambda order: str(order["id"])}
+
+    @dramatiq.actor(broker=broker, actor_class=once(on_event=lambda event: events.append(event.kind), **read))
+    def bill(order: dict[str, str]) -> None:
+        handled.append(order)
+
+    bill.send({"no": "id"})
+    with working(broker):
+        dead = dead_letter(broker)
+    assert str(dead._exception) == "key-invalid: KeyError('id')"
+    assert (handled, events) == ([], ["dead-lettered"])
+
+
+def test_an_asynchronous_actor_forgets_outside_of_a_worker() -> None:
+    """A process that runs no worker, and so has no event loop of dramatiq's, can have a message sent again."""
+    broker = StubBroker(middleware=[*(each() for each in default_middleware), AsyncIO()], fail_fast_default=False)
+    handled = []
+
+    @dramatiq.actor(broker=broker, actor_class=once(key=lambda order: order))
+    async def bill(order: str) -> None:
+        handled.append(order)
+
+    for _ in range(2):
+        bill.send("A-1")
+        with working(broker):
+            broker.join("default")
+        assert bill.forget("A-1")
+        assert not bill.forget("A-1")
+    assert handled == ["A-1", "A-1"]
 
 
 def test_a_call_is_no_delivery(broker: StubBroker) -> None:
