@@ -8,8 +8,14 @@
 
 Key: the ``task_id``, which a redelivery keeps; two ``kiq`` calls are two tasks, unless ``key=`` finds the same in their
 arguments, or ``kicker().with_task_id()`` names them. taskiq acknowledges a message whatever its task did, after the
-commit and after the result is saved. So what is to be handled again is sent again before: the same task, under the same
-id, by the same broker. While the broker takes nothing, the message waits in the worker, unacknowledged.
+commit and after it has tried to save the result: where the result backend fails, taskiq logs that, acknowledges all the
+same, and the result is missing until the task is sent again under its id, which saves the recorded one. What is to be
+handled again is sent again before the acknowledgement: the same task, under the same id, by the same broker. While the
+broker takes nothing, the message waits in the worker, unacknowledged.
+
+Dependencies (``TaskiqDepends``) belong to the work: they are opened after the message is known to be new, and closed
+before it is recorded as handled, within the session where there is one. One that cannot be opened, or that fails as it
+is closed, is a failure of the task. What the task raises reaches them, also with ``--no-propagate-errors``.
 
 The retries are ours, every ``pause`` seconds, ``max_attempts`` of them: the retry middlewares of taskiq do not see what
 failed here. taskiq's label ``timeout`` interrupts the task as a failure does. Its brokers that do not acknowledge
@@ -19,18 +25,18 @@ failed here. taskiq's label ``timeout`` interrupts the task as a failure does. I
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar, Unpack, cast, get_type_hints
+from typing import Any, ParamSpec, TypeVar, Unpack, cast
 
 import anyio
-from taskiq import Context, TaskiqDepends, TaskiqMessage
+from taskiq import Context, TaskiqMessage
 from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 
 from idempotency._calls import is_async, name_of
 from idempotency.adapters._delivery import missing
+from idempotency.adapters._taskiq import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
 from idempotency.function import dress, work_of
@@ -42,7 +48,6 @@ R = TypeVar("R")
 SendDeadLetter = Callable[[TaskiqMessage, str], Awaitable[Any]]
 """Keeps a message that is not handled again, and a stable reason such as ``"exhausted"``; what it raises is retried."""
 
-_CONTEXT = "idempotency_context"
 _logger = logging.getLogger("idempotency")
 
 
@@ -58,12 +63,15 @@ def idempotent_task(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a coroutine function, under ``@broker.task``, a task whose messages take effect once.
 
-    ``consumer`` names who consumes. ``dead_letter`` is called with a message that is not handled again, before it is
-    acknowledged: taskiq has no place for those. ``key`` is given the task's arguments and returns what identifies the
-    message, default its ``task_id``. ``fingerprint`` is given them too, and returns what repeated messages must have in
-    common with the first; by default nothing is compared. ``pause``: seconds before a message that failed, and at most
-    before one whose duplicate is being handled, is sent again; until then it holds one of the worker's tasks. The other
-    options are :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
+    ``consumer`` names who consumes; the function's name belongs to it (``__qualname__``, without the module: code may
+    move), so that two tasks share no record. Where the functions of two tasks have one name, the second to be handled
+    by a worker is refused: give them two consumers. ``dead_letter`` is called with a message that is not handled again,
+    before it is acknowledged: taskiq has no place for those. ``key`` is given the arguments of the message, without
+    dependencies, and returns what identifies it, default its ``task_id``; a message that it cannot read becomes a dead
+    letter. ``fingerprint`` is given them too, and returns what repeated messages must have in common with the first; by
+    default nothing is compared. ``pause``: seconds before a message that failed, and at most before one whose duplicate
+    is being handled, is sent again; until then it holds one of the worker's tasks. The other options are
+    :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
 
     The task has a method ``forget(key)``. One that is called, not sent to, needs ``key``; it returns or raises as its
     function does, or raises :class:`~idempotency.errors.InProgressError` and the like.
@@ -77,28 +85,41 @@ def idempotent_task(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if not is_async(function):
             raise ConfigurationError(f"{name_of(function)} must be a coroutine function: its message is sent again")
-        made = Consumer(store, consumer, function, options)
+        scope = f"{consumer}:{name_of(function)}"
+        made = Consumer(store, scope, function, options)
         bind = work_of(function, options.get("session"))
+        this = object()
+
+        def compared(args: Any, kwargs: Any) -> bytes | str | None:
+            return None if fingerprint is None else fingerprint(*args, **kwargs)
+
+        async def deliver(context: Context, args: Any, kwargs: Any) -> Delivered:
+            _refuse_acknowledged(context)
+            _refuse_shared((id(store), scope), this, context.message.task_name)
+            try:
+                named = context.message.task_id if key is None else key(*args, **kwargs)
+                same = compared(args, kwargs)
+            except Exception as error:
+                return made.rules.unnamed(error)
+            limit = context.message.labels.get("timeout")
+
+            async def work(*session: Any) -> Any:
+                with anyio.fail_after(None if limit is None else float(limit)):
+                    return await given.give(context, lambda more: bind(*args, **{**more, **kwargs})(*session))
+
+            return await made.deliver(named, work, compared=same)
 
         async def task(*args: Any, **kwargs: Any) -> Any:
-            context = kwargs.pop(_CONTEXT, None)
-            if not isinstance(context, Context):
-                if key is None:
-                    raise missing(f"a call of {name_of(function)}", "kiq() the task, or give key= to idempotent_task")
-                compared = None if fingerprint is None else fingerprint(*args, **kwargs)
-                return await made.call(key(*args, **kwargs), bind(*args, **kwargs), compared)
-
-            async def handle() -> Delivered:
-                _refuse_acknowledged(context)
-                named = delivery.message.task_id if key is None else key(*args, **kwargs)
-                compared = None if fingerprint is None else fingerprint(*args, **kwargs)
-                return await made.deliver(named, bind(*args, **kwargs), compared=compared)
-
-            delivery = _Delivery(context, dead_letter, pause, made.rules.unsettled)
-            return await delivery.handled(handle)
+            context = kwargs.pop(CONTEXT, None)
+            if isinstance(context, Context):
+                delivery = _Delivery(context, dead_letter, pause, made.rules.unsettled)
+                return await delivery.handled(lambda: deliver(context, args, kwargs))
+            if key is None:
+                raise missing(f"a call of {name_of(function)}", "kiq() the task, or give key= to idempotent_task")
+            return await made.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
 
         dress(task, function, options.get("session"))
-        _ask_for_context(task, function)
+        given = take_dependencies(task, function)
         cast(Any, task).forget = made.forget
         return cast(Callable[P, R], task)
 
@@ -113,16 +134,18 @@ def _refuse_acknowledged(context: Context) -> None:
         )
 
 
-def _ask_for_context(task: Any, function: Callable[..., Any]) -> None:
-    """Have taskiq inject its context, beside the parameters of the function."""
-    signature = inspect.signature(task)
-    seen = {*signature.parameters, "return"}
-    task.__annotations__ = {name: each for name, each in function.__annotations__.items() if name in seen}
-    # taskiq reads annotations of a signature as they are: of one that is made by hand, they must be no text.
-    hints = get_type_hints(task, include_extras=True)
-    parameters = [each.replace(annotation=hints.get(name, Any)) for name, each in signature.parameters.items()]
-    parameters.append(inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, default=TaskiqDepends(Context)))
-    task.__signature__ = signature.replace(parameters=sorted(parameters, key=lambda each: each.kind))
+_TASKS: dict[tuple[int, str], tuple[object, str]] = {}
+"""Which task was the first to use a scope of a store: the task itself, and its name."""
+
+
+def _refuse_shared(scope: tuple[int, str], task: object, name: str) -> None:
+    # A task may have two names, and be on two brokers.
+    first, called = _TASKS.setdefault(scope, (task, name))
+    if first is not task and called != name:
+        raise ConfigurationError(
+            f"the functions of the tasks {called!r} and {name!r} have one name, so that they would share "
+            "their records: give each a consumer= of its own"
+        )
 
 
 class _Delivery:
@@ -144,20 +167,22 @@ class _Delivery:
 
     async def handled(self, handle: Callable[[], Awaitable[Delivered]]) -> Any:
         """Return the result, or raise, once whatever else must precede the acknowledgement is done."""
-        try:
-            delivered = await handle()
-        except Exception as error:
-            delivered = DeadLetter(getattr(error, "code", "error"), error)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._send_again(self._pause)
-            raise
-        # The label timeout limits the task, not its settlement.
+        # The label timeout limits the task, which sees to that itself, and not its settlement.
         with anyio.CancelScope(shield=True):
+            try:
+                delivered = await handle()
+            except Exception as error:
+                delivered = DeadLetter(getattr(error, "code", "error"), error)
+            except BaseException:
+                await self._send_again(self._pause)
+                raise
             return await self._settle(delivered)
 
     async def _settle(self, delivered: Delivered) -> Any:
         match delivered:
+            case Replayed(kept=False):
+                # None is not what the task returned, and would be saved in its place.
+                raise NoResultError
             case Done(result) | Replayed(result):
                 return result
             case Retry(after):

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BaseModel
 from servers import missing
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from taskiq import (
     AckableMessage,
     AsyncBroker,
@@ -23,17 +25,19 @@ from taskiq import (
     SimpleRetryMiddleware,
     TaskiqDepends,
     TaskiqMessage,
+    TaskiqState,
 )
 from taskiq.acks import AcknowledgeType
 from taskiq.brokers.inmemory_broker import InmemoryResultBackend
 from taskiq.receiver import Receiver
 
 from brokers.adapters import missing_broker
-from idempotency import Event, current
+from idempotency import Event, Policy, current
 from idempotency.adapters.taskiq import idempotent_task
 from idempotency.consumer import ExhaustedError
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "consumer_taskiq.py"
 
@@ -85,16 +89,23 @@ class Office:
     def _hear(self, event: Event) -> None:
         self.events.append(event.kind)
 
-    def task(self, function: Callable[..., Any], *, labels: dict[str, Any] | None = None, **options: Any) -> Any:
+    def task(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        labels: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         once = idempotent_task(
             options.pop("store", None) or MemoryStore(),
-            consumer="billing",
+            consumer=options.pop("consumer", "billing"),
             dead_letter=self._dead_letter,
             pause=0.01,
             on_event=self._hear,
             **options,
         )
-        return self.broker.task(function.__name__, **(labels or {}))(once(function))
+        return self.broker.task(name or function.__name__, **(labels or {}))(once(function))
 
     @asynccontextmanager
     async def open(self, ack_type: AcknowledgeType | None = None) -> AsyncIterator[None]:
@@ -303,6 +314,274 @@ async def test_arguments_and_dependencies_arrive_as_taskiq_makes_them() -> None:
     async with office.open():
         pass
     assert handled == [(Order(id="A-1", amount=5), (1, 2), "Hamburg", {"note": "urgent"})] * 2
+
+
+async def test_a_dependency_that_cannot_be_opened_is_a_failure() -> None:
+    """Alone, taskiq acknowledges a message whose dependency raised."""
+    office, opened, handled = Office(), [], []
+
+    async def connection() -> str:
+        opened.append("opened")
+        if len(opened) == 1:
+            raise ConnectionError("the pool is exhausted")
+        return "connection"
+
+    async def bill(order: str, through: str = TaskiqDepends(connection)) -> None:
+        handled.append((order, through))
+
+    sent = await office.task(bill).kiq("A-1")
+    async with office.open():
+        pass
+    assert handled == [("A-1", "connection")]
+    assert office.events == ["released", "stored"]
+    assert not (await office.broker.result_backend.get_result(sent.task_id)).is_err
+
+
+async def test_dependencies_are_closed_before_the_message_is_recorded() -> None:
+    """A unit of work that fails to commit as it is closed is a failure of the task, and is handled again."""
+    office, committed, units = Office(), [], []
+
+    async def unit() -> AsyncGenerator[list[str], None]:
+        operation = current()
+        assert operation is not None
+        pending: list[str] = []
+        units.append(operation.key)
+        yield pending
+        if len(units) == 1:
+            raise ConnectionError("the commit failed")
+        committed.extend([*pending, *office.events])
+
+    async def bill(order: str, work: list[str] = TaskiqDepends(unit)) -> None:  # noqa: B008
+        work.append(order)
+
+    sent = await office.task(bill).kiq("A-1")
+    async with office.open():
+        pass
+    assert committed == ["A-1", "released"]
+    assert units == [sent.task_id] * 2
+    assert office.events == ["released", "stored"]
+
+
+async def test_dependencies_share_the_transaction_of_the_task(tmp_path: Path) -> None:
+    """What a dependency writes to the session is undone with the task, and committed with its record."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE log (line text)"))
+    office, handled = Office(), []
+
+    async def log() -> None:
+        operation = current()
+        assert operation is not None
+        await operation.session.execute(text("INSERT INTO log VALUES ('opened')"))
+
+    async def bill(order: str, logged: None = TaskiqDepends(log), *, session: Any) -> None:
+        handled.append(order)
+        if len(handled) == 1:
+            raise OSError("out of stock")
+
+    await office.task(bill, store=SQLStore(engine), session=async_sessionmaker(engine)).kiq("A-1")
+    async with office.open():
+        pass
+    async with engine.connect() as connection:
+        assert list(await connection.scalars(text("SELECT line FROM log"))) == ["opened"]
+    assert handled == ["A-1", "A-1"]
+    await engine.dispose()
+
+
+async def test_dependencies_are_told_of_a_failure_and_closed_after_a_time_limit() -> None:
+    """What a task is given is rolled back when it fails, and has the time to be when the task has none left."""
+    office, told, handled = Office(), [], []
+
+    async def unit() -> AsyncGenerator[None, None]:
+        try:
+            yield
+        except BaseException as error:
+            told.append(type(error).__name__)
+            await asyncio.sleep(0)
+            told.append("rolled back")
+            raise
+
+    async def bill(order: str, unit: None = TaskiqDepends(unit)) -> None:
+        handled.append(order)
+        if len(handled) == 1:
+            raise OSError("out of stock")
+        if len(handled) == 2:
+            await asyncio.Event().wait()
+
+    await office.task(bill, labels={"timeout": 0.05}).kiq("A-1")
+    async with office.open():
+        pass
+    assert told == ["OSError", "rolled back", "CancelledError", "rolled back"]
+    assert office.events == ["released", "released", "stored"]
+
+
+async def test_a_replay_opens_no_dependency() -> None:
+    """What a duplicate does not need is not opened for it."""
+    office, opened = Office(), []
+
+    async def bill(order: str, place: int | None = TaskiqDepends(lambda: opened.append("opened"))) -> str:
+        return f"billed {order}"
+
+    task = office.task(bill)
+    sent = await task.kiq("A-1")
+    async with office.open():
+        await task.kicker().with_task_id(sent.task_id).kiq("A-1")
+    assert sorted(office.events) in (["replayed", "stored"], ["in-progress", "replayed", "stored"])
+    assert opened == ["opened"]
+
+
+class Stock:
+    def __init__(self, state: TaskiqState = TaskiqDepends()) -> None:  # noqa: B008
+        self.rows = state.rows
+
+
+def number(context: Context = TaskiqDepends()) -> object:  # noqa: B008
+    context.state.numbers = context.state.get("numbers", 0) + 1
+    return context.state.numbers
+
+
+def clock() -> str:
+    return "now"
+
+
+async def test_dependencies_are_what_taskiq_would_resolve() -> None:
+    """The state, what the broker was given, overrides, nested and uncached dependencies arrive; so do arguments."""
+    office, handled = Office(), []
+    office.broker.add_dependency_context({str: "from the broker"})
+    office.broker.dependency_overrides[clock] = lambda: "later"
+
+    async def bill(
+        order: Order,
+        stock: Annotated[Stock, TaskiqDepends()],
+        first: Annotated[int, TaskiqDepends(number)],
+        cached: Annotated[int, TaskiqDepends(number)],
+        another: Annotated[int, TaskiqDepends(number, use_cache=False)],
+        place: Annotated[str, TaskiqDepends(str)],
+        when: Annotated[str, TaskiqDepends(clock)],
+        note: Annotated[str, TaskiqDepends(warehouse)] = "",
+    ) -> None:
+        handled.append((order, stock.rows, first, cached, another, place, when, note))
+
+    office.broker.state.rows = 7
+    await office.task(bill).kiq(Order(id="A-1", amount=5), note="urgent")
+    async with office.open():
+        pass
+    ((order, rows, first, cached, another, place, when, note),) = handled
+    assert order == Order(id="A-1", amount=5)
+    assert (rows, first == cached, {first, another}) == (7, True, {1, 2})
+    assert (place, when, note) == ("from the broker", "later", "urgent")
+
+
+async def test_a_result_that_was_not_saved_is_saved_when_the_task_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """taskiq acknowledges a message whose result the backend did not take; the recorded one is there to be had."""
+    office, handled = Office(), []
+    backend = office.broker.result_backend
+    save, refused = backend.set_result, list[str]()
+
+    async def refuse(task_id: str, result: Any) -> None:
+        if not refused:
+            refused.append(task_id)
+            raise ConnectionError("the backend is away")
+        await save(task_id, result)
+
+    monkeypatch.setattr(backend, "set_result", refuse)
+
+    async def bill(order: str) -> str:
+        handled.append(order)
+        return f"billed {order}"
+
+    task = office.task(bill)
+    sent = await task.kiq("A-1")
+    async with office.open():
+        pass
+    assert office.broker.settling == ["sent", "acknowledged"]
+    assert not await backend.is_result_ready(sent.task_id)
+    await task.kicker().with_task_id(sent.task_id).kiq("A-1")
+    async with office.open():
+        pass
+    assert (await backend.get_result(sent.task_id)).return_value == "billed A-1"
+    assert (refused, handled) == ([sent.task_id], ["A-1"])
+
+
+async def test_a_replay_without_a_kept_result_leaves_the_saved_one() -> None:
+    """A result that was too large to be kept is not replaced by None."""
+    office = Office()
+
+    async def bill(order: str) -> str:
+        return f"billed {order}"
+
+    task = office.task(bill, policy=Policy(max_response=5))
+    sent = await task.kiq("A-1")
+    async with office.open():
+        pass
+    await task.kicker().with_task_id(sent.task_id).kiq("A-1")
+    async with office.open():
+        pass
+    assert office.events == ["stored-without-result", "completed"]
+    assert (await office.broker.result_backend.get_result(sent.task_id)).return_value == "billed A-1"
+
+
+@pytest.mark.parametrize("option", ["key", "fingerprint"])
+async def test_a_message_that_cannot_be_named_is_a_dead_letter(option: str) -> None:
+    """What ``key`` or ``fingerprint`` raises over a malformed message has a reason of its own."""
+    office = Office()
+
+    async def bill(order: dict[str, str]) -> None:
+        raise AssertionError("handled")
+
+    await office.task(bill, **{option: lambda order: str(order["id"])}).kiq({"no": "id"})
+    async with office.open():
+        pass
+    assert [(message.args, reason) for message, reason in office.dead] == [([{"no": "id"}], "key-invalid")]
+    assert office.events == ["dead-lettered"]
+
+
+async def test_two_tasks_of_one_consumer_do_not_share_a_key() -> None:
+    """The function's name is part of the scope, for messages and for calls."""
+    office, store, handled = Office(), MemoryStore(), []
+
+    async def bill(order: str) -> None:
+        handled.append("bill")
+
+    async def ship(order: str) -> None:
+        handled.append("ship")
+
+    billing = office.task(bill, store=store, key=lambda order: order)
+    shipping = office.task(ship, store=store, key=lambda order: order)
+    await billing.kiq("A-1")
+    async with office.open():
+        pass
+    await shipping("A-1")
+    await billing("A-1")
+    await shipping.kiq("A-1")
+    async with office.open():
+        pass
+    assert handled == ["bill", "ship"]
+
+
+async def test_two_functions_of_one_name_need_two_consumers() -> None:
+    """What would silently share its records with another task is a dead letter; one task may have two names."""
+    office, store, handled = Office(), MemoryStore(), []
+
+    def task_of(region: str, **options: Any) -> Any:
+        async def bill(order: str) -> None:
+            handled.append(region)
+
+        return office.task(bill, name=f"bill-{region}", store=store, key=lambda order: order, **options)
+
+    north, south, east = task_of("north"), task_of("south"), task_of("east", consumer="billing-east")
+    old_name = office.broker.register_task(north.original_func, "bill-the-north")
+    for task in (north, south, east):
+        await task.kiq("A-1")
+        async with office.open():
+            pass
+    await old_name.kiq("A-2")
+    async with office.open():
+        pass
+    assert [(message.task_name, reason) for message, reason in office.dead] == [("bill-south", "configuration")]
+    assert handled == ["north", "east", "north"]
 
 
 async def test_a_delayed_task_is_sent_again_without_its_delay_and_with_its_other_labels() -> None:
