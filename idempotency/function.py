@@ -131,8 +131,9 @@ def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-            if hasattr(value, "close"):
-                value.close()
+            close = getattr(value, "close", None)
+            if close is not None:
+                close()
             raise ConfigurationError(
                 f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
                 "coroutine function itself, or give what wraps it functools.wraps"
