@@ -95,6 +95,11 @@ class AsyncHandler(Protocol[P, R]):
         """Return how often a message is handled before it is a dead letter; None: as often as it is delivered."""
         ...
 
+    @property
+    def ttl(self) -> float:
+        """Return for how many seconds the record of a message is kept."""
+        ...
+
 
 class SyncHandler(Protocol[P, R]):
     """A decorated synchronous handler."""
@@ -125,6 +130,11 @@ class SyncHandler(Protocol[P, R]):
     @property
     def max_attempts(self) -> int | None:
         """See :attr:`AsyncHandler.max_attempts`."""
+        ...
+
+    @property
+    def ttl(self) -> float:
+        """See :attr:`AsyncHandler.ttl`."""
         ...
 
 
@@ -233,6 +243,7 @@ def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
     handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
+    handler.ttl = consumer.rules.calls.policy.ttl
     return handler
 
 
@@ -253,4 +264,5 @@ def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Calla
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
     handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
+    handler.ttl = consumer.rules.calls.policy.ttl
     return handler

@@ -127,14 +127,14 @@ async def handle_all(
     handler: AsyncHandler[Any, Any],
     deliveries: AsyncIterator[Delivery],
     concurrency: int,
-    stop: asyncio.Event | None = None,
+    *stops: asyncio.Event,
 ) -> None:
-    """Handle deliveries, up to ``concurrency`` at a time, until there are no more, ``stop`` is set, or one raises.
+    """Handle deliveries, up to ``concurrency`` at a time, until there are no more, a stop is set, or one raises.
 
     Either way those in hand are handled to their end. A cancellation reaches them; they are not settled, and so
     redelivered.
     """
-    stop, failed = stop or asyncio.Event(), asyncio.Event()
+    failed = asyncio.Event()
     free, running, errors = asyncio.Semaphore(concurrency), set[asyncio.Task[None]](), list[BaseException]()
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -146,7 +146,7 @@ async def handle_all(
 
     try:
         # Before the next is taken: a delivery that waits here is one that another consumer cannot have.
-        while await free.acquire() and (delivery := await _next(deliveries, stop, failed)) is not None:
+        while await free.acquire() and (delivery := await _next(deliveries, failed, *stops)) is not None:
             task = asyncio.create_task(handle(handler, delivery))
             running.add(task)
             task.add_done_callback(ended)
@@ -188,11 +188,27 @@ def needs(handler: Any, *, asynchronous: bool) -> None:
         raise ConfigurationError(f"the handler must {'' if asynchronous else 'not '}be a coroutine function here")
 
 
+def outlived(handler: Any, kept: float, where: str) -> None:
+    """Warn where a broker may deliver a message again after its record is gone; ``kept``: seconds, of the broker."""
+    if kept > handler.ttl:
+        _logger.warning(
+            "%s keeps messages for %.0f s, and %s their records for %.0f s: one that is delivered again after that is "
+            "handled again; give it policy=Policy(ttl=...)",
+            where,
+            kept,
+            handler.consumer,
+            handler.ttl,
+        )
+
+
 def header(headers: Mapping[str, Any] | None) -> str | None:
-    """Return the first header that names a message, as text."""
-    for name in KEY_HEADERS:
-        value = (headers or {}).get(name)
-        if value:
+    """Return the first header that names a message, as text; gateways from HTTP may have lower-cased the first."""
+    headers = headers or {}
+    first, *others = KEY_HEADERS
+    for name in (first, *(name for name in headers if name.lower() == first.lower()), *others):
+        value = headers.get(name)
+        # An order may have the number 0.
+        if value or type(value) is int:
             return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
     return None
 

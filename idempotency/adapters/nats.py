@@ -20,15 +20,15 @@ from typing import Any
 
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig
-from nats.js.errors import FetchTimeoutError, ServiceUnavailableError
+from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
+from nats.js.errors import FetchTimeoutError, NotFoundError, ServiceUnavailableError
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_all, header, missing, needs
+from idempotency.adapters._delivery import handle_all, missing, needs, outlived
+from idempotency.adapters._nats import MESSAGE_ID, dead_headers, matches, named
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
 
 _POLL = 1.0
-_MESSAGE_ID = "Nats-Msg-Id"
 
 
 async def consume(
@@ -48,22 +48,42 @@ async def consume(
     before a message that failed, or whose duplicate is being handled, is delivered again. A stop may take a second
     besides the messages in hand.
 
-    The consumer must acknowledge explicitly and without ``max_deliver``; its ``ack_wait`` may be short: a message that
-    is being handled is extended. Raises :class:`~idempotency.errors.ConfigurationError` otherwise.
+    The consumer must acknowledge explicitly and without ``max_deliver``, and must not be given its own dead letters;
+    its ``ack_wait`` may be short: a message that is being handled is extended. The server is asked about the consumer,
+    its stream, and the stream of ``dead_letter``. Raises :class:`~idempotency.errors.ConfigurationError` for what
+    cannot work.
     """
     needs(handler, asynchronous=True)
-    ack_wait = _ack_wait((await subscription.consumer_info()).config)
+    info = await subscription.consumer_info()
+    ack_wait = _ack_wait(info.config)
+    await _check_dead_letters(jetstream, info, dead_letter)
+    with suppress(NotFoundError):
+        # None or 0: for ever.
+        kept = (await jetstream.stream_info(info.stream_name)).config.max_age or 0.0
+        outlived(handler, kept, f"the stream {info.stream_name}")
+    # Python 3.11: wait_for(), by which nats-py waits for answers, loses a cancellation that comes with the answer.
+    if (task := asyncio.current_task()) and task.cancelling():
+        raise asyncio.CancelledError
     places = _Places(jetstream, dead_letter, pause, ack_wait / 3)
-    await handle_all(handler, _deliveries(subscription, places), concurrency, stop)
+    await handle_all(handler, _deliveries(subscription, places), concurrency, stop or asyncio.Event())
 
 
 def sequence_key(message: Msg) -> str:
     """Return the message's identity where it has one, else its place in the stream, such as ``orders:42``."""
-    return _named(message) or f"{message.metadata.stream}:{message.metadata.sequence.stream}"
+    return named(message.headers) or f"{message.metadata.stream}:{message.metadata.sequence.stream}"
 
 
-def _named(message: Msg) -> str | None:
-    return header(message.headers) or (message.headers or {}).get(_MESSAGE_ID)
+async def _check_dead_letters(jetstream: JetStreamContext, info: ConsumerInfo, dead_letter: str) -> None:
+    """Refuse what would be an endless loop."""
+    try:
+        stream = await jetstream.find_stream_name_by_subject(dead_letter)
+    except NotFoundError:
+        return
+    filters = info.config.filter_subjects or [info.config.filter_subject or ">"]
+    if stream == info.stream_name and any(matches(each, dead_letter) for each in filters):
+        raise ConfigurationError(
+            f"the dead letters of {info.stream_name} cannot go to {dead_letter!r}, which the same consumer reads"
+        )
 
 
 def _ack_wait(config: ConsumerConfig) -> float:
@@ -90,18 +110,10 @@ class _Places:
 
     async def bury(self, message: Msg, reason: str) -> None:
         """Publish a dead letter, and wait until it is stored."""
-        # Other headers of the server's own tell it what to do with the message, which was for the first publish.
-        kept = {name: value for name, value in (message.headers or {}).items() if not name.startswith("Nats-")}
-        place = message.metadata
-        own = {
-            KEY_HEADERS[0]: sequence_key(message),
-            REASON: reason,
-            # A termination that is lost makes a second dead letter, which the server drops.
-            _MESSAGE_ID: f"dead:{place.stream}:{place.consumer}:{place.sequence.stream}",
-        }
-        if header(kept) is not None:
-            del own[KEY_HEADERS[0]]
-        await self._jetstream.publish(self._dead_letter, message.data, headers=kept | own)
+        # There is no other way to ask.
+        most = self._jetstream._nc.max_payload
+        headers = dead_headers(message, sequence_key(message), reason, most)
+        await self._jetstream.publish(self._dead_letter, message.data, headers=headers)
 
 
 async def _deliveries(subscription: JetStreamContext.PullSubscription, places: _Places) -> AsyncIterator[_Delivery]:
@@ -143,14 +155,14 @@ class _Delivery:
         return self.message.metadata.num_delivered
 
     def key(self, message: Msg, /) -> str:
-        named = _named(message)
-        if named is None:
+        identity = named(message.headers)
+        if identity is None:
             raise missing(
                 f"a message on {message.subject!r}",
-                f"publish it with the header {_MESSAGE_ID} or Idempotency-Key, or give idempotent_consumer key=, such "
+                f"publish it with the header {MESSAGE_ID} or Idempotency-Key, or give idempotent_consumer key=, such "
                 "as sequence_key, which tells redeliveries apart but not a repeated publish",
             )
-        return named
+        return identity
 
     async def settle(self, delivered: Delivered, /) -> None:
         match delivered:
