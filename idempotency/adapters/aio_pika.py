@@ -8,7 +8,8 @@
 Key: the header ``Idempotency-Key`` or ``id``, else the AMQP property ``message_id``; ``key=`` of the decorator wins.
 aio-pika gives each ``Message`` a new ``message_id`` unless it is told one: it then names the publishing, and a message
 that is published again is another.
-The message is acknowledged after the commit. A dead letter is rejected without requeue: give the queue a dead-letter
+The message is acknowledged after the commit. What is in hand when the consumer ends by an error or a cancellation is
+requeued. A dead letter is rejected without requeue: give the queue a dead-letter
 exchange, without one RabbitMQ drops it. While the store does not answer, messages are held, up to 10 minutes: a quorum
 queue counts what is requeued towards its delivery-limit.
 """
@@ -17,14 +18,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
-from aio_pika.abc import AbstractIncomingMessage, AbstractQueue
+from aio_pika.abc import AbstractIncomingMessage, AbstractQueue, AbstractRobustChannel
+from aio_pika.exceptions import ChannelInvalidStateError
 
 from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, header, missing, needs
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
+
+_LOOK = 1.0
 
 
 async def consume(
@@ -40,30 +45,66 @@ async def consume(
     ``handler`` is decorated with :func:`~idempotency.idempotent_consumer`. ``concurrency``: how many are handled at a
     time, and the channel's prefetch count. ``pause``: seconds before a message that failed, or whose duplicate is
     being handled, is requeued; until then it holds one of those places.
+
+    Raises :class:`ConnectionError` when the channel is closed or the queue is deleted; over ``connect_robust()``
+    aio-pika opens the channel again, and waits until the queue is there again.
     """
     needs(handler, asynchronous=True)
     await queue.channel.set_qos(prefetch_count=concurrency)
-    stop = stop or asyncio.Event()
-    async with queue.iterator() as messages:
-        await handle_all(handler, _deliveries(messages, pause, stop), concurrency, stop)
+    stop, taken, tag = stop or asyncio.Event(), set[_Delivery](), f"idempotency-{uuid4().hex}"
+    try:
+        async with queue.iterator(consumer_tag=tag) as messages, _watched(queue, tag) as gone:
+            await handle_all(handler, _deliveries(messages, pause, stop, taken), concurrency, stop, gone)
+    finally:
+        # Not sooner: they would be delivered here again. Nobody else would have them while the channel is open.
+        for each in taken:
+            with suppress(Exception):
+                await each.message.nack(requeue=True)
     if not stop.is_set():
         raise ConnectionError(f"the channel or the queue {queue.name!r} was closed")
 
 
+@asynccontextmanager
+async def _watched(queue: AbstractQueue, tag: str) -> AsyncIterator[asyncio.Event]:
+    """Look whether the broker ends the consumer; aio-pika itself only does over a robust connection."""
+    gone = asyncio.Event()
+
+    async def watch() -> None:
+        channel: Any = await queue.channel.get_underlay_channel()
+        # Only newer versions would call back; all of them forget the consumer.
+        while tag in channel.consumers:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK)
+        gone.set()
+
+    if isinstance(queue.channel, AbstractRobustChannel):
+        yield gone
+        return
+    watching = asyncio.create_task(watch())
+    try:
+        yield gone
+    finally:
+        watching.cancel()
+
+
 async def _deliveries(
-    messages: AsyncIterator[AbstractIncomingMessage], pause: float, stop: asyncio.Event
+    messages: AsyncIterator[AbstractIncomingMessage], pause: float, stop: asyncio.Event, taken: set[_Delivery]
 ) -> AsyncIterator[_Delivery]:
     async for message in messages:
-        yield _Delivery(message, pause, stop)
+        delivery = _Delivery(message, pause, stop, taken)
+        taken.add(delivery)
+        yield delivery
 
 
 class _Delivery:
     heartbeat = None
 
-    def __init__(self, message: AbstractIncomingMessage, pause: float, stop: asyncio.Event) -> None:
+    def __init__(
+        self, message: AbstractIncomingMessage, pause: float, stop: asyncio.Event, taken: set[_Delivery]
+    ) -> None:
         self.message = message
         self._pause = pause
         self._stop = stop
+        self._taken = taken
         self._until = monotonic() + LONGEST_HOLD
 
     @property
@@ -80,6 +121,15 @@ class _Delivery:
         return named
 
     async def settle(self, delivered: Delivered, /) -> None:
+        try:
+            await self._settle(delivered)
+        except Exception:
+            # Its channel is closed, and what was on it delivered again.
+            self._taken.discard(self)
+            raise
+        self._taken.discard(self)
+
+    async def _settle(self, delivered: Delivered) -> None:
         match delivered:
             case Done() | Replayed():
                 await self.message.ack()
@@ -98,4 +148,10 @@ class _Delivery:
     async def hold(self) -> bool:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._pause)
-        return not self._stop.is_set() and not self.message.channel.is_closed and monotonic() < self._until
+        return not self._stop.is_set() and self._open() and monotonic() < self._until
+
+    def _open(self) -> bool:
+        try:
+            return not self.message.channel.is_closed
+        except ChannelInvalidStateError:
+            return False

@@ -24,6 +24,7 @@ from idempotency import Event, idempotent_consumer
 from idempotency.adapters.aio_pika import consume
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.memory import MemoryStore
+from idempotency.testing import FaultyStore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "consumer_aio_pika.py"
 
@@ -84,6 +85,11 @@ async def test_a_message_without_an_identity_stops_the_consumer(channel: Abstrac
         (Message(b"", message_id="m-1"), "m-1"),
         (Message(b"", message_id="m-1", headers={"Idempotency-Key": "h-1", "id": "other"}), "h-1"),
         (Message(b"", headers={"id": "h-2"}), "h-2"),
+        (Message(b"", headers={"id": "other", "idempotency-key": "h-3"}), "h-3"),
+        (Message(b"", message_id="m-1", headers={"id": 0}), "0"),
+        (Message(b"", message_id="m-1", headers={"id": ""}), "m-1"),
+        (Message(b"", message_id="m-1", headers={"id": None}), "m-1"),
+        (Message(b"", message_id="m-1", headers={"id": False}), "m-1"),
     ],
 )
 async def test_the_key_is_a_header_or_the_message_id(
@@ -146,6 +152,65 @@ async def test_a_cancelled_consumer_leaves_its_message_to_be_redelivered(
         await consuming
     await channel.close()
     assert await left_in(queue) == 1
+
+
+@pytest.mark.parametrize("ending", ["error", "cancellation"])
+async def test_what_is_in_hand_when_the_consumer_ends_is_given_back_at_once(
+    channel: AbstractChannel, queue: AbstractQueue, ending: str
+) -> None:
+    """The channel stays open, and the next consumer on it is given the messages again."""
+    begun, ended, stop, again = asyncio.Event(), asyncio.Event(), asyncio.Event(), []
+
+    @idempotent_consumer(MemoryStore(), consumer="billing", max_attempts=1, on_exhausted="stop")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        if ended.is_set():
+            again.append((message.message_id, message.redelivered))
+            stop.set()
+            return
+        begun.set()
+        if ending == "error":
+            raise ValueError(message.message_id)
+        await asyncio.Event().wait()
+
+    await send(channel, queue, Message(b"", message_id="1"))
+    consuming = asyncio.create_task(consume(queue, on_order, concurrency=1))
+    await begun.wait()
+    if ending == "cancellation":
+        consuming.cancel()
+    await asyncio.wait([consuming])
+    ended.set()
+    restarted = idempotent_consumer(MemoryStore(), consumer="billing")(on_order.__wrapped__)  # type: ignore[attr-defined]
+    await asyncio.wait_for(consume(queue, restarted, concurrency=1, stop=stop), 10)
+    assert again == [("1", True)]
+    assert await left_in(queue) == 0
+
+
+async def test_a_handler_that_is_cancelled_from_within_keeps_no_place(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    """Its message has failed: it is settled, and those after it are handled."""
+    stop, handled, events = asyncio.Event(), list[str | None](), list[str]()
+
+    def hear(event: Event) -> None:
+        events.append(event.kind)
+        if {"stored", "dead-lettered"} <= set(events):
+            stop.set()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing", max_attempts=2, on_event=hear)
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        handled.append(message.message_id)
+        if message.message_id == "last":
+            return
+        other = asyncio.create_task(asyncio.Event().wait())
+        await asyncio.sleep(0)
+        other.cancel()
+        await other
+
+    for name in ("bad", "last"):
+        await send(channel, queue, Message(b"", message_id=name))
+    await asyncio.wait_for(consume(queue, on_order, concurrency=1, pause=0, stop=stop), 10)
+    assert sorted(handled, key=str) == ["bad", "bad", "last"]
+    assert await left_in(queue) == 0
 
 
 async def test_a_connection_lost_before_the_ack_replays_and_the_consumer_goes_on(queue: AbstractQueue) -> None:
@@ -220,6 +285,76 @@ async def test_a_closed_channel_ends_the_consumer_with_an_error(queue: AbstractQ
         await channel.close()
         with pytest.raises(ConnectionError, match="closed"):
             await asyncio.wait_for(consuming, 10)
+
+
+async def test_a_queue_that_is_deleted_ends_the_consumer_with_an_error(queue: AbstractQueue) -> None:
+    """The broker cancels the consumer, and the channel stays open."""
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None: ...
+
+    async with await connect(URL) as connection:
+        channel = await connection.channel()
+        consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order))
+        async with asyncio.timeout(10):
+            while not await consumers_of(queue):
+                await asyncio.sleep(0.01)
+        await queue.delete(if_unused=False)
+        with pytest.raises(ConnectionError, match=queue.name):
+            await asyncio.wait_for(consuming, 10)
+        assert not channel.is_closed
+
+
+async def test_a_robust_connection_consumes_again_when_a_deleted_queue_is_there_again(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    stop = asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        stop.set()
+
+    consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order, stop=stop))
+    async with await connect(URL) as connection:
+        other = await connection.channel()
+        async with asyncio.timeout(30):
+            while not await consumers_of(queue):
+                await asyncio.sleep(0.01)
+            await other.queue_delete(queue.name)
+            await send(other, await other.declare_queue(queue.name), Message(b"", message_id="1"))
+            await consuming
+    assert await left_in(queue) == 0
+
+
+async def test_a_message_that_is_held_does_not_stop_the_consumer_when_its_connection_is_lost(
+    queue: AbstractQueue,
+) -> None:
+    """It is delivered again over the new connection."""
+    parts, stop, store = urlsplit(URL), asyncio.Event(), FaultyStore()
+    handled, met, away = list[bool](), asyncio.Event(), asyncio.Event()
+    store.down = True
+
+    @idempotent_consumer(store, consumer="billing", on_event=lambda _: met.set())
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        handled.append(bool(message.redelivered))
+        stop.set()
+
+    with Proxy(parts.port or 5672, parts.hostname or "") as proxy:
+        async with await connect_robust(with_port(URL, proxy.port)) as connection:
+            connection.close_callbacks.add(lambda *_: away.set())
+            channel = await connection.channel()
+            await send(channel, queue, Message(b"", message_id="1"))
+            consuming = asyncio.create_task(
+                consume(await channel.get_queue(queue.name), on_order, pause=0.1, stop=stop)
+            )
+            await asyncio.wait_for(met.wait(), 10)
+            proxy.cut()
+            await asyncio.wait_for(away.wait(), 10)
+            met.clear()
+            await asyncio.wait([asyncio.create_task(met.wait()), consuming], timeout=20, return_when="FIRST_COMPLETED")
+            store.down = False
+            await asyncio.wait_for(consuming, 20)
+    assert handled == [True]
 
 
 async def test_what_a_handler_raised_is_logged(
