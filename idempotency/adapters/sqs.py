@@ -27,7 +27,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_sync, header, needs
+from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_sync, header, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -66,6 +66,7 @@ def consume(
     _check(concurrency=(concurrency, 1, math.inf), pause=(pause, 0, _LONGEST), poll=(poll, 1, 20))
     queue = _Queue.open(client, queue_url, pause, poll, dead_letter)
     queue.check(handler.max_attempts)
+    outlived(handler, queue.retention, f"the queue {queue.name}")
     _consume(queue, handler, concurrency, stop or threading.Event())
 
 
@@ -111,25 +112,41 @@ def message_key(queue: str, message: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """A queue that is polled. ``deliveries``: after how many its redrive policy makes a message a dead letter."""
+    """A queue that is polled. ``deliveries``: after how many its redrive policy makes a message a dead letter.
+
+    ``circular``: whether its dead letters would come back to it.
+    """
 
     client: Any
     url: str
     visibility: int
+    retention: int
     deliveries: int | None
     pause: float
     poll: int
     dead_letter: str | None
+    circular: bool
 
     @classmethod
     def open(cls, client: Any, url: str, pause: float, poll: int, dead_letter: str | None) -> _Queue:
-        names = ["VisibilityTimeout", "RedrivePolicy"]
-        found = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
-        if dead_letter is not None:
-            client.get_queue_attributes(QueueUrl=dead_letter, AttributeNames=["QueueArn"])
+        def ask(url: str, *names: str) -> dict[str, str]:
+            found: dict[str, str] = client.get_queue_attributes(QueueUrl=url, AttributeNames=names)["Attributes"]
+            return found
+
+        found = ask(url, "VisibilityTimeout", "MessageRetentionPeriod", "RedrivePolicy", "QueueArn")
         redrive = json.loads(found.get("RedrivePolicy") or "{}").get("maxReceiveCount")
-        deliveries = None if redrive is None else int(redrive)
-        return cls(client, url, int(found["VisibilityTimeout"]), deliveries, pause, poll, dead_letter)
+        return cls(
+            client,
+            url,
+            int(found["VisibilityTimeout"]),
+            int(found["MessageRetentionPeriod"]),
+            None if redrive is None else int(redrive),
+            pause,
+            poll,
+            dead_letter,
+            # One queue has many URLs.
+            dead_letter is not None and ask(dead_letter, "QueueArn")["QueueArn"] == found["QueueArn"],
+        )
 
     @property
     def name(self) -> str:
@@ -142,7 +159,7 @@ class _Queue:
     def check(self, max_attempts: int | None) -> None:
         if not self.visibility:
             raise ConfigurationError(f"{self.name}: the queue's VisibilityTimeout is 0, so that every message repeats")
-        if self.dead_letter == self.url:
+        if self.circular:
             raise ConfigurationError(f"{self.name}: its dead letters cannot go to the same queue")
         if self.dead_letter is not None and self.dead_letter.endswith(".fifo") and not self.ordered:
             raise ConfigurationError(f"{self.name}: its messages have no group, and dead_letter= is a FIFO queue")

@@ -19,7 +19,7 @@ from targets import unique_name
 
 from brokers.kit import until
 from brokers.sqs import connect, count, moto, text
-from idempotency import Event, idempotent_consumer
+from idempotency import Event, Policy, idempotent_consumer
 from idempotency.adapters import sqs
 from idempotency.adapters.sqs import bury, consume, message_key
 from idempotency.errors import ConfigurationError, KeyMissingError
@@ -508,8 +508,27 @@ def test_a_queue_that_cannot_keep_the_promise_is_refused(client: Client, create:
         consume(client, hasty, on_order)
     with pytest.raises(ConfigurationError, match="VisibilityTimeout is 0"):
         consume(client, create(VisibilityTimeout="0"), on_order, dead_letter=dead)
+    again = create()
+    with pytest.raises(ConfigurationError, match="same queue"):
+        consume(client, again, on_order, dead_letter=again.replace("127.0.0.1", "localhost"))
     with pytest.raises(ConfigurationError, match="have no group"):
         consume(client, create(), on_order, dead_letter=create(".fifo"))
+
+
+@pytest.mark.parametrize(("retention", "warned"), [(3600, False), (3601, True)])
+def test_records_that_are_gone_before_their_messages_are_warned_of(
+    client: Client, create: Create, caplog: pytest.LogCaptureFixture, retention: int, warned: bool
+) -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing", policy=Policy(ttl=3600))
+    def on_order(message: dict[str, Any]) -> None: ...
+
+    url, stop = create(MessageRetentionPeriod=str(retention)), threading.Event()
+    stop.set()
+    consume(client, url, on_order, stop=stop)
+    said = [record.getMessage() for record in caplog.records if record.name == "idempotency"]
+    assert [each.startswith(f"the queue {url.rpartition('/')[2]} keeps messages for 3601 s") for each in said] == (
+        [True] if warned else []
+    )
 
 
 def test_a_handler_that_must_be_awaited_is_refused(client: Client) -> None:
