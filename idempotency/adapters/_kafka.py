@@ -32,7 +32,12 @@ def dead_headers(headers: Iterable[tuple[str, bytes | None]] | None, place: str,
     own = {REASON: reason.encode()}
     if header(dict(headers or ())) is None:
         own[KEY_HEADERS[0]] = place.encode()
-    return [(name, value or b"") for name, value in headers or () if name not in own] + list(own.items())
+    return [(name, value) for name, value in own_headers(headers) if name not in own] + list(own.items())
+
+
+def own_headers(headers: Iterable[tuple[str, bytes | None]] | None) -> Headers:
+    """Return the headers of a dead letter that is too large with what is added: the message's own."""
+    return [(name, value or b"") for name, value in headers or ()]
 
 
 def check_settings(topics: Collection[str], dead_letter: str, auto_commit: object, reset: object) -> None:

@@ -24,18 +24,20 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.errors import CommitFailedError
+from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
 from idempotency.adapters._delivery import handle, needs
-from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, place
+from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
 from idempotency.errors import ConfigurationError
 
 _POLL_MS = 1000
+_AFTER_HALT = 5.0
 
 
 async def consume(
@@ -53,9 +55,11 @@ async def consume(
 
     ``consumer`` is started, in a group, with auto-commit off and the offset reset ``"earliest"``, and not subscribed.
     ``handler`` is decorated with :func:`~idempotency.idempotent_consumer`. ``dead_letter``: the topic to which
-    ``producer`` sends messages that no redelivery helps. ``concurrency``: how many are handled at a time, each of
-    another partition. ``pause``: seconds before a message that failed, or whose duplicate is being handled, is tried
-    again. Its partition waits for it, without ``max_attempts`` for as long as it fails, and others go on.
+    ``producer`` sends messages that no redelivery helps: not with ``acks=0``, and both accept messages as large as
+    those of ``topics``. ``concurrency``: how many are handled at a time, each of another partition. ``pause``: seconds
+    before a message that failed, or whose duplicate is being handled, is tried again. Its partition waits for it,
+    without ``max_attempts`` for as long as it fails, and others go on. While the broker is away a stop may take 10
+    seconds besides the messages in hand.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
@@ -66,6 +70,9 @@ async def consume(
         raise ConfigurationError("the consumer needs a group_id: its offsets are kept under it")
     if consumer.subscription():
         raise ConfigurationError("the consumer is subscribed already: give its topics to consume() only")
+    # Nor here.
+    if producer._sender._acks == 0:
+        raise ConfigurationError("the producer has acks=0: a dead letter that is not stored would be lost")
     group = _Group(consumer, handler, producer, dead_letter, concurrency, pause)
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -137,10 +144,14 @@ class _Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def bury(self, message: ConsumerRecord, reason: str) -> None:
         """Send a dead letter, and wait until it is stored."""
-        headers = dead_headers(message.headers, _place(message), reason)
         # The producer refuses a message with neither.
         value = b"" if message.value is None and message.key is None else message.value
-        await self._producer.send_and_wait(self._dead_letter, value, message.key, headers=headers)
+        send = partial(self._producer.send_and_wait, self._dead_letter, value, message.key)
+        try:
+            await send(headers=dead_headers(message.headers, _place(message), reason))
+        except MessageSizeTooLargeError:
+            # As it came it fitted; the reason is logged.
+            await send(headers=own_headers(message.headers))
 
 
 class _Run:
@@ -205,7 +216,21 @@ class _Run:
 
     async def commit(self, message: ConsumerRecord) -> None:
         self.check()
-        await self.group.consumer.commit({self.partition: message.offset + 1})
+        await self._told(self.group.consumer.commit({self.partition: message.offset + 1}))
+
+    async def bury(self, message: ConsumerRecord, reason: str) -> None:
+        self.check()
+        await self._told(self.group.bury(message, reason))
+
+    async def _told(self, telling: Coroutine[Any, Any, None]) -> None:
+        """Wait for the broker, after a halt for some seconds: aiokafka tries for as long as it is away."""
+        task, halted = asyncio.create_task(telling), asyncio.create_task(self.halted.wait())
+        try:
+            await asyncio.wait([task, halted], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait_for(task, _AFTER_HALT)
+        finally:
+            task.cancel()
+            halted.cancel()
 
     def check(self) -> None:
         """Refuse to settle what is not ours any more: an offset of ours could undo the next owner's."""
@@ -233,8 +258,7 @@ class _Delivery:
             case Failed():
                 return
             case DeadLetter(reason, _):
-                self._run.check()
-                await self._run.group.bury(self.message, reason)
+                await self._run.bury(self.message, reason)
         await self._run.commit(self.message)
         self.again = None
 

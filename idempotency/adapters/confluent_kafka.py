@@ -20,18 +20,21 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from idempotency.adapters._delivery import handle_sync, needs
-from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, place
+from idempotency.adapters._kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
 _POLL = 0.1
 _TURN = 0.02
 _BATCH = 500
+_LONGEST_BURIAL = 330.0
+_HALTED_BURIAL = 5.0
 _DEFAULTS = {
     "enable.auto.commit": False,
     "auto.offset.reset": "earliest",
@@ -61,7 +64,11 @@ def consume(
     ``config``: of the :class:`confluent_kafka.Consumer` that is made here, with auto-commit off and the offset reset
     ``"earliest"``, which are the defaults here. ``handler`` is decorated with
     :func:`~idempotency.idempotent_consumer` and called in threads. ``dead_letter``: the topic to which ``producer``
-    sends messages that no redelivery helps. ``concurrency``: how many are handled at a time, each of another partition.
+    sends messages that no redelivery helps; both accept messages as large as those of ``topics``. It reports what it
+    has stored: with ``acks=0``, which cannot be seen here, a dead letter may be lost, and with
+    ``delivery.report.only.error`` it is sent again every 330 seconds, which is for how long a report is waited for: let
+    its ``message.timeout.ms`` be less, as is its default. ``concurrency``: how many are handled at a time, each of
+    another partition.
     ``pause``: seconds before a message that failed, or whose duplicate is being handled, is tried again. Its partition
     waits for it, without ``max_attempts`` for as long as it fails, and others go on.
 
@@ -181,9 +188,17 @@ class _Group:
         while self._threads:
             self._poll()
 
-    def bury(self, message: Message, reason: str) -> None:
+    def bury(self, message: Message, reason: str, halted: threading.Event) -> None:
         """Send a dead letter, and wait until it is stored."""
-        headers = dead_headers(_headers(message), place(*_where(message)), reason)
+        try:
+            self._send(message, dead_headers(_headers(message), place(*_where(message)), reason), halted)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.MSG_SIZE_TOO_LARGE:
+                raise
+            # As it came it fitted; the reason is logged.
+            self._send(message, own_headers(_headers(message)), halted)
+
+    def _send(self, message: Message, headers: Headers, halted: threading.Event) -> None:
         sent: list[KafkaError | None] = []
         self._producer.produce(
             self._dead_letter,
@@ -192,7 +207,10 @@ class _Group:
             headers=list(headers),
             on_delivery=lambda error, _: sent.append(error),
         )
+        began = monotonic()
         while not sent:
+            if monotonic() - began > (_HALTED_BURIAL if halted.is_set() else _LONGEST_BURIAL):
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the dead letter was not confirmed"))
             self._producer.poll(_POLL)
         if sent[0] is not None:
             raise KafkaException(sent[0])
@@ -300,7 +318,7 @@ class _Delivery:
                 return
             case DeadLetter(reason, _):
                 self._run.check()
-                self._run.group.bury(self.message, reason)
+                self._run.group.bury(self.message, reason, self._run.halted)
         self._run.commit(self.message)
         self.again = None
 

@@ -53,6 +53,11 @@ class MockCluster:
             self._mock, ctypes.c_int32(_BROKER), ctypes.c_int16(api), ctypes.c_size_t(1), ctypes.c_int(error), 0
         )
 
+    def away(self, yes: bool) -> None:
+        """Close the broker's connections and accept none, or accept them again."""
+        change = self._lib.rd_kafka_mock_broker_set_down if yes else self._lib.rd_kafka_mock_broker_set_up
+        change(self._mock, ctypes.c_int32(_BROKER))
+
     def failed(self, api: int) -> bool:
         """Say whether that request came."""
         left = ctypes.c_size_t()

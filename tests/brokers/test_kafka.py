@@ -32,7 +32,8 @@ CLIENTS = ("aiokafka", "confluent_kafka")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAUSE = 0.05
 OFFSET_COMMIT, PRODUCE, HEARTBEAT = 8, 0, 12
-MESSAGE_TOO_LARGE, ILLEGAL_GENERATION, UNKNOWN_MEMBER = 10, 22, 25
+MESSAGE_TOO_LARGE, ILLEGAL_GENERATION, UNKNOWN_MEMBER, POLICY_VIOLATION = 10, 22, 25, 44
+LARGEST = 2000
 
 Work = Callable[[str, int, int], None]
 
@@ -44,15 +45,17 @@ class Member:
         self.events: list[Event] = []
         self.attempts: list[tuple[int, int, int | None]] = []
         self.raised: BaseException | None = None
+        self.ended = False
         self._rig, self._work = rig, work
         self._stop = threading.Event()
         self._decorate = idempotent_consumer(store, consumer="billing", **{"on_event": self.events.append, **options})
         self._settings: dict[str, Any] = {}
+        self._producer: dict[str, Any] = {}
         run = self._run_aiokafka if client == "aiokafka" else self._run_confluent
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
 
-    def start(self, **settings: Any) -> Member:
-        self._settings = settings
+    def start(self, producer: dict[str, Any] | None = None, **settings: Any) -> Member:
+        self._settings, self._producer = settings, producer or {}
         self._thread.start()
         return self
 
@@ -93,8 +96,9 @@ class Member:
             **servers,
             **{name.replace("_", "."): value for name, value in self._settings.items()},
         }
-        producer = Producer({**servers, "linger.ms": 0})
+        producer = Producer({**servers, "linger.ms": 0, **self._producer})
         confluent_kafka.consume(config, [self._rig.place], handler, producer=producer, stop=self._stop, **self._places)
+        self.ended = True
 
     def _run_aiokafka(self) -> None:
         @self._decorate
@@ -114,10 +118,12 @@ class Member:
             stopping = asyncio.ensure_future(asyncio.to_thread(self._stop.wait))
             stopping.add_done_callback(lambda _: stop.set())
             try:
-                async with AIOKafkaProducer(bootstrap_servers=cluster().servers) as producer, member() as consumer:
+                producing = AIOKafkaProducer(bootstrap_servers=cluster().servers, **self._producer)
+                async with producing as producer, member() as consumer:
                     await aiokafka.consume(
                         consumer, [self._rig.place], handler, producer=producer, stop=stop, **self._places
                     )
+                    self.ended = True
             finally:
                 self._stop.set()
 
@@ -320,10 +326,115 @@ def test_a_dead_letter_that_cannot_be_sent_leaves_the_message_where_it_is(group:
         raise RuntimeError("always")
 
     group.publish("poison")
-    cluster().fail_next(PRODUCE, MESSAGE_TOO_LARGE)
+    cluster().fail_next(PRODUCE, POLICY_VIOLATION)
     member = group.member(work, max_attempts=1).start()
     until(group.settled, "it is settled")
     assert (member.heard("unsettled"), group.rig.dead()) == (1, 1)
+
+
+@pytest.mark.parametrize("whose", ["broker", "producer"])
+def test_a_dead_letter_that_is_too_large_with_what_is_added_keeps_its_own_headers(group: Group, whose: str) -> None:
+    """By the broker's limit or by the producer's own, under which the message without is as large as may be."""
+
+    def work(value: str, partition: int, offset: int) -> None:
+        raise RuntimeError("always")
+
+    limits: dict[str, tuple[dict[str, Any], int]] = {
+        "aiokafka": ({"max_request_size": LARGEST}, LARGEST - 100),
+        "confluent_kafka": ({"message.max.bytes": LARGEST}, LARGEST - 60),
+    }
+    limit, fits = limits[group.client]
+    poison = "x" * fits
+    group.publish(poison, trace="7")
+    if whose == "broker":
+        cluster().fail_next(PRODUCE, MESSAGE_TOO_LARGE)
+    member = group.member(work, max_attempts=1).start(producer=limit if whose == "producer" else {})
+    until(group.settled, "it is settled")
+    [letter] = group.rig.dead_letters.read()
+    assert (letter.value(), letter.headers()) == (poison.encode(), [("trace", b"7")])
+    assert member.heard("unsettled") == 0
+
+
+def test_a_report_that_never_comes_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dead letter counts as not sent, its message stays; a stop does not wait for as long."""
+
+    def work(value: str, partition: int, offset: int) -> None:
+        raise RuntimeError("always")
+
+    group, unreporting = Group("confluent_kafka"), {"delivery.report.only.error": True}
+    monkeypatch.setattr(confluent_kafka, "_LONGEST_BURIAL", 0.2)
+    monkeypatch.setattr(confluent_kafka, "_HALTED_BURIAL", 0.2)
+    try:
+        group.publish("poison")
+        member = group.member(work, max_attempts=1).start(producer=unreporting)
+        until(lambda: member.heard("unsettled"), "it is given up")
+        member.stop()
+        assert member.raised is None
+        assert group.rig.topic.committed() == [0, 0]
+        monkeypatch.setattr(confluent_kafka, "_LONGEST_BURIAL", 1000.0)
+        stopped = group.member(work, max_attempts=1).start(producer=unreporting)
+        until(lambda: stopped.heard("dead-lettered"), "its report is waited for")
+        stopped.stop()
+        assert stopped.raised is None
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize(("value", "ending"), [("order-1", "stored"), ("poison", "dead-lettered")])
+def test_a_stop_does_not_wait_for_a_broker_that_is_away(
+    group: Group, monkeypatch: pytest.MonkeyPatch, value: str, ending: str
+) -> None:
+    """The message in hand is handled, and its offset not committed, or its dead letter not sent."""
+    monkeypatch.setattr(aiokafka, "_AFTER_HALT", 0.2)
+    monkeypatch.setattr(confluent_kafka, "_HALTED_BURIAL", 0.2)
+    begun, gate = threading.Event(), threading.Event()
+
+    def work(value: str, partition: int, offset: int) -> None:
+        begun.set()
+        assert gate.wait(20)
+        if value == "poison":
+            raise RuntimeError("always")
+
+    group.publish(value)
+    member = group.member(work, max_attempts=1).start()
+    assert begun.wait(20)
+    cluster().away(True)
+    try:
+        member._stop.set()
+        gate.set()
+        until(lambda: member.ended, "consume() returned")
+    finally:
+        cluster().away(False)
+    # What aiokafka's own stop() makes of it is another matter.
+    member.join()
+    assert [event.kind for event in member.events if event.kind != "released"] == [ending, "unsettled"]
+    assert group.rig.topic.committed() == [0, 0]
+
+
+def test_a_handler_that_is_cancelled_from_within_keeps_its_partition_going() -> None:
+    """Its message has failed: it is settled, and those after it are handled."""
+    group = Group("aiokafka")
+
+    async def cancelled(message: Any) -> None:
+        group.runs[message.value.decode()] += 1
+        if message.value == b"bad":
+            other = asyncio.create_task(asyncio.Event().wait())
+            await asyncio.sleep(0)
+            other.cancel()
+            await other
+
+    try:
+        for value in ("bad", "order-1"):
+            group.publish(value)
+        member = group.member(max_attempts=2)
+        decorate = member._decorate
+        member._decorate = lambda _: decorate(cancelled)  # type: ignore[assignment]
+        member.start()
+        until(group.settled, "both are settled")
+        assert group.runs == {"bad": 2, "order-1": 1}
+        assert group.rig.dead() == 1
+    finally:
+        group.close()
 
 
 def test_a_commit_that_the_group_refuses_is_made_again_after_a_replay(group: Group) -> None:
@@ -485,6 +596,22 @@ async def test_aiokafka_settings_that_lose_messages_are_refused(change: dict[str
     consumer = AIOKafkaConsumer(bootstrap_servers=servers, **{**settings, **change})
     with pytest.raises(ConfigurationError, match=says):
         await aiokafka.consume(consumer, ["orders"], handler, producer=None, dead_letter="dead")  # type: ignore[arg-type]
+    await consumer.stop()
+
+
+async def test_an_aiokafka_producer_that_confirms_nothing_is_refused() -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def handler(message: Any) -> None:
+        """Nothing."""
+
+    servers = cluster().servers
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=servers, group_id="billing", enable_auto_commit=False, auto_offset_reset="earliest"
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=servers, acks=0)
+    with pytest.raises(ConfigurationError, match="acks=0"):
+        await aiokafka.consume(consumer, ["orders"], handler, producer=producer, dead_letter="dead")
+    await producer.stop()
     await consumer.stop()
 
 
