@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guarantees.md", "docs/http.md", "docs/transactions.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guarantees.md", "docs/http.md", "docs/messages.md", "docs/transactions.md"]
+)
 def test_every_test_named_in_a_document_exists(page: str) -> None:
     """A claim names the test that shows it, and that test is there."""
     named = set(re.findall(r"\b(test_\w+)\b(?!\.py)", (ROOT / page).read_text()))

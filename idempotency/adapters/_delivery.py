@@ -26,6 +26,9 @@ KEY_HEADERS = ("Idempotency-Key", "id")
 LONGEST_HOLD = 600.0
 """Seconds for which a message is held while the store does not answer. RabbitMQ gives a consumer half an hour."""
 
+AGAIN = 2
+"""The attempt of a message that is handled again without having been delivered again."""
+
 REASON = "Idempotency-Reason"
 """The header, or attribute, of a dead letter that says why it is one."""
 
@@ -89,7 +92,8 @@ async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
     async with _extended(delivery):
         delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
         while unavailable(delivered) and await delivery.hold():
-            delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+            # The store may have failed after the handler had begun, which counts from the second time on.
+            delivered = await handler.deliver(delivery.message, attempt=AGAIN, key=delivery.key)
         _log_failure(handler.consumer, delivered)
         try:
             await delivery.settle(delivered)
