@@ -326,6 +326,36 @@ async def test_a_robust_connection_consumes_again_when_a_deleted_queue_is_there_
     assert await left_in(queue) == 0
 
 
+async def test_a_message_is_held_while_the_store_is_away(channel: AbstractChannel) -> None:
+    """An outage longer than the delivery-limit of a quorum queue costs no message, and no attempt."""
+    store, stop, away = FaultyStore(), asyncio.Event(), asyncio.Event()
+    handled, kinds = list[bool](), list[str]()
+    queue = await channel.declare_queue(
+        unique_name("aio_pika"), durable=True, arguments={"x-queue-type": "quorum", "x-delivery-limit": 2}
+    )
+
+    def heard(event: Event) -> None:
+        kinds.append(event.kind)
+        if kinds.count("unavailable") == 6:
+            away.set()
+
+    @idempotent_consumer(store, consumer="billing", max_attempts=1, on_event=heard)
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        handled.append(bool(message.redelivered))
+        stop.set()
+
+    store.down = True
+    await send(channel, queue, Message(b"", message_id="1"))
+    consuming = asyncio.create_task(consume(queue, on_order, pause=0.05, stop=stop))
+    await asyncio.wait_for(away.wait(), 20)
+    store.down = False
+    await asyncio.wait_for(consuming, 20)
+    await channel.queue_delete(queue.name)
+
+    assert handled == [False]
+    assert kinds[-1] == "stored"
+
+
 async def test_a_message_that_is_held_does_not_stop_the_consumer_when_its_connection_is_lost(
     queue: AbstractQueue,
 ) -> None:
