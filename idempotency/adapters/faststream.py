@@ -34,14 +34,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from time import monotonic
 from typing import Any, Unpack
 
 from faststream import BaseMiddleware
-from faststream.exceptions import AckMessage, IgnoredException, NackMessage, RejectMessage
+from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
 from idempotency.adapters._delivery import LONGEST_HOLD, unavailable
@@ -70,8 +70,8 @@ class IdempotencyMiddleware:
     The other options are :class:`~idempotency.consumer.ConsumerOptions`; with ``session=`` handlers and dependencies
     find the session as ``current().session``.
 
-    A message without an identity, and what ``"stop"`` asks for, stops the subscriber, and the app if there is one. The
-    message is not lost, where the broker keeps messages.
+    A message without an identity, and what ``"stop"`` asks for, stops the subscriber, and the app if it is FastStream's
+    own. The message is not lost, where the broker keeps messages.
     """
 
     def __init__(
@@ -183,18 +183,25 @@ class _Delivery(BaseMiddleware[Any, Any]):
         except Exception as error:
             await self._stop(subscriber, msg, error)
             raise
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException:
+            # Such as sys.exit() in a handler, at which FastStream stops the subscriber and the app.
+            await _give_back(msg)
+            raise
         return await self._settle(source, consumer, delivered, msg)
 
     async def after_processed(self, exc_type: Any = None, exc_val: Any = None, exc_tb: Any = None) -> bool:
         """Have a message delivered again whose result could not be published."""
-        if self._redeliver is not None and isinstance(exc_val, Exception) and not isinstance(exc_val, IgnoredException):
+        if self._redeliver is not None and isinstance(exc_val, Exception) and not isinstance(exc_val, HandlerException):
             await self._redeliver(exc_val)
         return False
 
     async def _handle(self, source: Source, consumer: Consumer, call_next: Any, msg: StreamMessage[Any]) -> Delivered:
         async def work(*_: Any) -> Any:
             try:
-                return await call_next(msg)
+                with _unacknowledged(msg):
+                    return await call_next(msg)
             except AckMessage as told:
                 return Acked(told.extra_options)
 
@@ -246,8 +253,8 @@ class _Delivery(BaseMiddleware[Any, Any]):
                 await _redeliver(source, consumer, msg, min(after, pause))
                 raise NackMessage
             case Failed(error):
-                # What else FastStream knows by an exception is the handler's own word.
-                if not isinstance(error, IgnoredException):
+                # An AckMessage and the like is the handler's own word; at anything else FastStream rejects.
+                if not isinstance(error, HandlerException):
                     await redeliver(error)
                 raise error
             case DeadLetter(reason, error):
@@ -266,22 +273,46 @@ class _Delivery(BaseMiddleware[Any, Any]):
         # FastStream may have no logger, and ends as if it had been asked to.
         _logger.error("a message stops its subscriber, and the app", exc_info=error)
         if subscriber.running:
-            app = self.context.get("app")
-            if app is not None:
-                app.exit()
-            else:
-                # Not awaited: it waits for this message.
-                stopping = asyncio.create_task(subscriber.stop())
-                _STOPPING.add(stopping)
-                stopping.add_done_callback(_STOPPING.discard)
+            # Not awaited: it waits for this message.
+            stopping = asyncio.create_task(_end(subscriber, self.context.get("app")))
+            _STOPPING.add(stopping)
+            stopping.add_done_callback(_STOPPING.discard)
             # Else the message would be back before the subscriber has stopped.
             await asyncio.sleep(self._shared.pause)
-        # Before the ack policy drops it.
-        with suppress(Exception):
-            await msg.nack()
+        await _give_back(msg)
 
 
 _STOPPING: set[asyncio.Task[None]] = set()
+
+
+async def _end(subscriber: Any, app: Any) -> None:
+    """Stop a subscriber and then the app, which would stop it at the same time."""
+    try:
+        await subscriber.stop()
+    finally:
+        # FastAPI's has no such method, and that of an AsgiFastStream in another server does nothing.
+        if hasattr(app, "exit"):
+            app.exit()
+
+
+@contextmanager
+def _unacknowledged(msg: StreamMessage[Any]) -> Iterator[None]:
+    """Put off what a handler acknowledges by hand: its effect is not committed yet."""
+
+    async def later(*_: Any, **__: Any) -> None: ...
+
+    own = vars(msg)
+    own.update(ack=later, ack_sync=later)
+    try:
+        yield
+    finally:
+        del own["ack"], own["ack_sync"]
+
+
+async def _give_back(msg: StreamMessage[Any]) -> None:
+    """Have a message delivered again, before the ack policy drops it."""
+    with suppress(Exception):
+        await msg.nack()
 
 
 def _nothing() -> None: ...

@@ -10,23 +10,31 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
+import nats
 import pika
 import pytest
 import redis
 from confluent_kafka import Producer
-from faststream import AckPolicy, BaseMiddleware, Depends, FastStream, Response
+from fastapi import FastAPI
+from faststream import AckPolicy, BaseMiddleware, Context, Depends, ExceptionMiddleware, FastStream, Response
+from faststream.asgi import AsgiFastStream
 from faststream.confluent import KafkaBroker as ConfluentBroker
-from faststream.exceptions import AckMessage, RejectMessage
-from faststream.nats import JStream, NatsBroker, PullSub
-from faststream.rabbit import RabbitBroker, RabbitExchange, RabbitQueue, RabbitResponse
+from faststream.exceptions import AckMessage, RejectMessage, StopApplication, StopConsume
+from faststream.nats import JStream, NatsBroker, PullSub, TestNatsBroker
+from faststream.rabbit import RabbitBroker, RabbitExchange, RabbitQueue, RabbitResponse, RabbitRouter
 from faststream.rabbit.message import RabbitMessage
 from faststream.redis import ListSub, RedisBroker, StreamSub
 from nats.js.api import ConsumerConfig
+from pydantic import BaseModel, Field, computed_field
 from servers import missing
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -39,7 +47,7 @@ from brokers.rabbitmq import URL
 from idempotency import Event, current
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.adapters.faststream import IdempotencyMiddleware, check, sequence_key
-from idempotency.errors import ConfigurationError, KeyMissingError
+from idempotency.errors import ConfigurationError, KeyMissingError, NotReplayableError
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
 
@@ -320,8 +328,9 @@ async def test_a_key_of_ones_own_may_be_read_from_the_body(rabbit: Rabbit, heard
 
 @pytest.mark.parametrize("in_an_app", [False, True])
 async def test_a_message_without_an_identity_stops_the_consumer_and_is_kept(
-    rabbit: Rabbit, heard: Heard, in_an_app: bool
+    rabbit: Rabbit, heard: Heard, in_an_app: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """An app ends as if it had been asked to, so that the log is what tells."""
     orders, logged = rabbit.queue(), Logged()
     broker = rabbit_broker(heard, logged=logged)
 
@@ -338,6 +347,92 @@ async def test_a_message_without_an_identity_stops_the_consumer_and_is_kept(
     await until(lambda: rabbit.left(orders) == 1)
     assert isinstance(logged.errors[0], KeyMissingError)
     assert "publish it with message_id= or the header Idempotency-Key" in str(logged.errors[0])
+    assert ("idempotency", logging.ERROR, "a message stops its subscriber, and the app") in caplog.record_tuples
+
+
+@pytest.mark.filterwarnings("ignore:The integration has been moved:DeprecationWarning")
+async def test_within_fastapi_a_message_without_an_identity_stops_the_subscriber_and_is_kept(
+    rabbit: Rabbit, heard: Heard
+) -> None:
+    from faststream.rabbit.fastapi import RabbitRouter
+
+    orders = rabbit.queue()
+    router = RabbitRouter(URL, middlewares=idempotency(pause=0.05, on_event=heard), logger=None)
+
+    @router.subscriber(orders)
+    async def on_order(_: dict[str, Any]) -> None:
+        raise AssertionError("handled")
+
+    app = FastAPI()
+    app.include_router(router)
+    async with app.router.lifespan_context(app):
+        rabbit.send(orders)
+        await until(lambda: not router.broker.subscribers[0].running)
+    await until(lambda: rabbit.left(orders) == 1)
+
+
+async def test_within_another_asgi_server_a_message_that_stops_the_consumer_comes_once(
+    rabbit: Rabbit, heard: Heard
+) -> None:
+    """The server does not hear of the app's exit."""
+    asked: list[Any] = []
+
+    def nothing(message: Any) -> Any:
+        asked.append(message)
+
+    orders = rabbit.queue()
+    broker = rabbit_broker(heard, key=nothing)
+    handled(broker, orders)
+    async with AsgiFastStream(broker, logger=None).start_lifespan_context():
+        await until(lambda: broker.subscribers[0].running)
+        rabbit.send(orders)
+        await until(lambda: not broker.subscribers[0].running)
+    await until(lambda: rabbit.left(orders) == 1)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("told", [StopConsume(), StopApplication(), SystemExit(3)])
+async def test_a_message_whose_handler_stops_the_consumer_is_delivered_again(
+    rabbit: Rabbit, heard: Heard, told: BaseException
+) -> None:
+    """What FastStream knows by such an exception it rejects, but for AckMessage and the like."""
+    orders = rabbit.queue()
+    broker = rabbit_broker(heard)
+
+    @broker.subscriber(orders)
+    async def on_order(_: dict[str, Any]) -> None:
+        raise told
+
+    rabbit.send(orders, message_id="1")
+    if isinstance(told, StopConsume):
+        async with started(broker):
+            await until(lambda: heard and not broker.subscribers[0].running)
+    else:
+        await asyncio.wait_for(FastStream(broker, logger=None).run(), 20)
+    await until(lambda: rabbit.left(orders) == 1)
+    assert heard == ["released"]
+
+
+async def test_what_a_handler_acknowledges_by_hand_is_acknowledged_after_the_commit(
+    rabbit: Rabbit, heard: Heard
+) -> None:
+    failures = [OSError("after its own ack")]
+    orders = rabbit.queue()
+    broker = rabbit_broker(heard)
+
+    @broker.subscriber(orders)
+    async def on_order(_: dict[str, Any], message: Annotated[RabbitMessage, Context("message")]) -> None:
+        await message.ack()
+        if failures:
+            raise failures.pop()
+
+    async with started(broker):
+        rabbit.send(orders, message_id="1")
+        await until(lambda: "stored" in heard)
+    assert heard == ["released", "stored"]
+    assert rabbit.left(orders) == 0
+
+
 
 
 async def test_the_word_of_a_handler_is_passed_on(rabbit: Rabbit, heard: Heard) -> None:
