@@ -56,7 +56,7 @@ async def main(directory: str) -> None:
     url = os.environ.get("AMQP_URL", "amqp://guest:guest@localhost/")
     broker = RabbitBroker(url, middlewares=[idempotency], logger=None)
     app = FastStream(broker, logger=None)
-    queue = RabbitQueue(f"orders-{uuid.uuid4().hex}", auto_delete=True)
+    queue = RabbitQueue(f"orders-{uuid.uuid4().hex}")
 
     @broker.subscriber(queue)
     async def on_order(order: Order) -> None:
@@ -72,6 +72,9 @@ async def main(directory: str) -> None:
     check(broker)
     await app.run()
 
+    # A real queue stays, with what is not handled yet.
+    async with RabbitBroker(url, logger=None) as cleaner:
+        await (await cleaner.declare_queue(queue)).delete(if_empty=False)
     async with sessions() as session:
         invoices = await session.scalar(select(func.count()).select_from(Invoice))
     print(f"{deliveries} deliveries, {invoices} invoice")

@@ -102,8 +102,14 @@ class Rabbit(Source):
 
     def check(self) -> None:
         super().check()
-        if not self.subscriber.queue.name:
-            raise self.refusal("its queue has no name: what is not handled when it stops is gone")
+        queue = self.subscriber.queue
+        for flaw, flawed in (
+            ("has no name", not queue.name),
+            ("is auto_delete", queue.auto_delete),
+            ("is exclusive", queue.exclusive),
+        ):
+            if flawed:
+                raise self.refusal(f"its queue {flaw}: what is not handled when it stops is gone")
 
     def subscription(self, message: StreamMessage[Any]) -> str:
         return f"rabbitmq:{self.subscriber.queue.add_prefix(self.prefix).name}"

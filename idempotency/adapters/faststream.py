@@ -6,7 +6,8 @@
     async def on_order(order: Order) -> Invoice:
         current().session.add(...)
 
-Give it to a broker or to a router, as the first of its middlewares. Key: the header ``Idempotency-Key`` or ``id``, else
+Give it to a broker as the first of its middlewares, or so to a router of a broker that has none. Key: the header
+``Idempotency-Key`` or ``id``, else
 
     RabbitMQ           the property message_id
     NATS JetStream     the header Nats-Msg-Id; sequence_key tells redeliveries apart by the place in the stream
@@ -105,8 +106,7 @@ class IdempotencyMiddleware:
         source = self._sources.get((subscriber, handler))
         if source is None:
             source = source_of(subscriber, handler)
-            if sum(isinstance(each, IdempotencyMiddleware) for each in subscriber._broker_middlewares) > 1:
-                raise source.refusal("it has more than one IdempotencyMiddleware, of its broker and its routers")
+            _check_order(source)
             self._check_dead_letters(source)
             self._sources[subscriber, handler] = source
         return source
@@ -158,6 +158,19 @@ def check(broker: Any) -> None:
             if isinstance(middleware, IdempotencyMiddleware):
                 for call in subscriber.calls:
                     middleware.source(subscriber, call.handler)
+
+
+def _check_order(source: Source) -> None:
+    middlewares = source.subscriber._broker_middlewares
+    if sum(isinstance(each, IdempotencyMiddleware) for each in middlewares) > 1:
+        raise source.refusal("it has more than one IdempotencyMiddleware, of its broker and its routers")
+    first = middlewares[0]
+    if not isinstance(first, IdempotencyMiddleware):
+        raise source.refusal(
+            f"{getattr(first, '__qualname__', type(first).__qualname__)} comes before IdempotencyMiddleware, and by an "
+            "exception that it swallows a message is lost: give IdempotencyMiddleware first, also before telemetry; "
+            "a broker's middlewares come before those of its routers"
+        )
 
 
 class _Delivery(BaseMiddleware[Any, Any]):

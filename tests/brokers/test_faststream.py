@@ -549,6 +549,18 @@ def handled(broker: Any, *args: Any, **options: Any) -> None:
     check(broker)
 
 
+def routed(**options: Any) -> None:
+    """Declare a handler in a router of a broker that has a middleware, and check the broker."""
+    router = RabbitRouter(**options)
+
+    @router.subscriber("orders")
+    async def on_order(_: dict[str, Any]) -> None: ...
+
+    broker = RabbitBroker(middlewares=[BaseMiddleware])
+    broker.include_router(router)
+    check(broker)
+
+
 def idempotency(**options: Any) -> list[IdempotencyMiddleware]:
     return [IdempotencyMiddleware(MemoryStore(), consumer="billing", **options)]
 
@@ -566,6 +578,13 @@ def test_an_ack_policy_that_loses_messages_is_refused_at_the_start(policy: AckPo
         (lambda: handled(RabbitBroker(middlewares=idempotency()), ""), "no name"),
         (lambda: handled(RabbitBroker(middlewares=idempotency(dead_letter="dead")), "orders"), "dead-letter exchange"),
         (lambda: handled(RabbitBroker(middlewares=[*idempotency(), *idempotency()]), "orders"), "more than one"),
+        (lambda: handled(RabbitBroker(middlewares=idempotency()), RabbitQueue("q", auto_delete=True)), "auto_delete"),
+        (lambda: handled(RabbitBroker(middlewares=idempotency()), RabbitQueue("q", exclusive=True)), "exclusive"),
+        (
+            lambda: handled(RabbitBroker(middlewares=[BaseMiddleware, *idempotency()]), "orders"),
+            "BaseMiddleware comes before .*: give IdempotencyMiddleware first, also before telemetry",
+        ),
+        (lambda: routed(middlewares=idempotency()), "broker's middlewares come before those of its routers"),
         (
             lambda: handled(ConfluentBroker(middlewares=idempotency()), "orders", group_id="billing"),
             "ack_policy=AckPolicy.ACK_FIRST",
@@ -627,6 +646,33 @@ async def test_without_a_check_a_subscriber_is_refused_with_its_first_message(ra
         await until(lambda: not broker.subscribers[0].running)
     await until(lambda: rabbit.left(orders) == 1)
     assert isinstance(logged.errors[0], ConfigurationError)
+
+
+async def test_what_a_middleware_before_would_swallow_stops_the_consumer_with_the_first_message(
+    rabbit: Rabbit, heard: Heard
+) -> None:
+    swallowed: list[Exception] = []
+
+    class Swallowing(BaseMiddleware[Any, Any]):
+        async def consume_scope(self, call_next: Any, msg: Any) -> Any:
+            try:
+                return await call_next(msg)
+            except Exception as error:
+                swallowed.append(error)
+
+    orders = rabbit.queue()
+    broker = rabbit_broker(heard)
+    broker.insert_middleware(Swallowing)
+
+    @broker.subscriber(orders)
+    async def on_order(_: dict[str, Any]) -> None:
+        raise AssertionError("handled")
+
+    rabbit.send(orders, message_id="1")
+    async with started(broker):
+        await until(lambda: swallowed)
+    await until(lambda: rabbit.left(orders) == 1)
+    assert isinstance(swallowed[0], ConfigurationError)
 
 
 @pytest.fixture
