@@ -11,7 +11,7 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.message import StreamMessage
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, header, missing
+from idempotency.adapters._delivery import REASON, header, missing
 from idempotency.errors import ConfigurationError
 
 _FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
@@ -82,9 +82,11 @@ class Source:
         await asyncio.sleep(after)
         await message.nack()
 
-    async def bury(self, broker: Any, place: str, message: StreamMessage[Any], named: str, reason: str) -> None:
+    async def bury(
+        self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
+    ) -> None:
         """Send a dead letter, and wait until it is taken."""
-        headers = {KEY_HEADERS[0]: named} | message.headers | {REASON: reason}
+        headers = headers | {REASON: reason}
         await broker.publish(message.body, headers=headers, **{self.place: place}, **self.forwarded(message))
 
     def forwarded(self, message: StreamMessage[Any]) -> dict[str, Any]:
@@ -129,6 +131,7 @@ class JetStream(Source):
         "publish it with the header Nats-Msg-Id or Idempotency-Key, or give key= to IdempotencyMiddleware, such as "
         "sequence_key, which tells redeliveries apart but not a repeated publish"
     )
+    place = "subject"
     _heartbeat: float | None = None
 
     def check(self) -> None:
@@ -160,9 +163,7 @@ class JetStream(Source):
         return message.headers.get(_NATS_ID) or None
 
     def attempt(self, message: StreamMessage[Any]) -> int | None:
-        raw = message.raw_message
-        # Else it is a test's.
-        return int(raw.metadata.num_delivered) if raw.reply.startswith("$JS.ACK") else None
+        return int(message.raw_message.metadata.num_delivered) if _of_a_stream(message) else None
 
     async def heartbeat(self) -> float | None:
         if self._heartbeat is None and self.subscriber.subscription is not None:
@@ -180,14 +181,28 @@ class JetStream(Source):
         nack: Any = message.nack
         await nack(delay=after)
 
-    async def bury(self, broker: Any, place: str, message: StreamMessage[Any], named: str, reason: str) -> None:
+    async def bury(
+        self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
+    ) -> None:
+        if not _of_a_stream(message):
+            return await super().bury(broker, place, message, headers, reason)
         # Other headers of the server's own tell it what to do with the message, which was for the first publish.
-        kept = {name: value for name, value in message.headers.items() if not name.startswith("Nats-")}
-        found = message.raw_message.metadata
+        kept = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
         # A termination that is lost makes a second dead letter, which the server drops.
-        own = {REASON: reason, _NATS_ID: f"dead:{found.stream}:{found.consumer}:{found.sequence.stream}"}
+        own = {REASON: reason, _NATS_ID: _dead_id(message.raw_message.metadata)}
         # Not the broker's publish(), which does not wait until the message is stored.
-        await self.subscriber.jetstream.publish(place, message.body, headers={KEY_HEADERS[0]: named} | kept | own)
+        await self.subscriber.jetstream.publish(place, message.body, headers=kept | own)
+
+
+def _dead_id(found: Any) -> str:
+    """Identify a dead letter, also by its time: the sequence of a stream that is made anew begins again."""
+    microseconds = round(found.timestamp.timestamp() * 1_000_000)
+    return f"dead:{found.stream}:{found.consumer}:{found.sequence.stream}:{microseconds}"
+
+
+def _of_a_stream(message: StreamMessage[Any]) -> bool:
+    # Else it is a test's.
+    return bool(message.raw_message.reply.startswith("$JS.ACK"))
 
 
 def sequence_key(message: StreamMessage[Any]) -> str:

@@ -45,7 +45,7 @@ from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
-from idempotency.adapters._delivery import LONGEST_HOLD, unavailable
+from idempotency.adapters._delivery import KEY_HEADERS, LONGEST_HOLD, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
@@ -179,6 +179,7 @@ class _Delivery(BaseMiddleware[Any, Any]):
     def __init__(self, shared: IdempotencyMiddleware, msg: Any, context: Any) -> None:
         super().__init__(msg, context=context)
         self._shared = shared
+        self._named: dict[str, str] = {}
         self._redeliver: Callable[[Exception], Awaitable[None]] | None = None
 
     async def consume_scope(self, call_next: Any, msg: StreamMessage[Any]) -> Any:
@@ -218,7 +219,11 @@ class _Delivery(BaseMiddleware[Any, Any]):
             except AckMessage as told:
                 return Acked(told.extra_options)
 
-        key = await self._key(source, msg)
+        try:
+            key = await self._key(source, msg)
+        except Exception as error:
+            return consumer.rules.unnamed(error)
+        self._named = {KEY_HEADERS[0]: str(key)}
         attempt = source.attempt(msg)
         until = monotonic() + LONGEST_HOLD
         async with _extended(source, msg):
@@ -275,8 +280,7 @@ class _Delivery(BaseMiddleware[Any, Any]):
                 if place is None:
                     raise RejectMessage from error
                 try:
-                    named = str(await self._key(source, msg))
-                    await source.bury(self.context.get("broker"), place, msg, named, reason)
+                    await source.bury(self.context.get("broker"), place, msg, self._named | msg.headers, reason)
                 except Exception as failure:
                     await redeliver(failure)
                     raise

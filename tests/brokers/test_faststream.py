@@ -433,6 +433,28 @@ async def test_what_a_handler_acknowledges_by_hand_is_acknowledged_after_the_com
     assert rabbit.left(orders) == 0
 
 
+def unreadable(message: Any) -> str:
+    return json.loads(message.body)["order"]
+
+
+@pytest.mark.parametrize("on_refused", ["dead-letter", "stop"])
+async def test_a_message_of_which_the_key_cannot_be_read_is_refused(
+    rabbit: Rabbit, heard: Heard, on_refused: str
+) -> None:
+    dead, logged = rabbit.queue(), Logged()
+    orders = rabbit.queue(**{"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    broker = rabbit_broker(heard, logged=logged, key=unreadable, on_refused=on_refused)
+    handled(broker, RabbitQueue(orders, declare=False))
+    async with started(broker):
+        rabbit.send(orders, b"{")
+        if on_refused == "stop":
+            await until(lambda: not broker.subscribers[0].running)
+        else:
+            rabbit.send(orders, b'{"order": "1"}')
+            await until(lambda: "stored" in heard and rabbit.left(dead) == 1)
+    await until(lambda: rabbit.left(orders) == (on_refused == "stop"))
+    assert sorted(heard) == ([] if on_refused == "stop" else ["dead-lettered", "stored"])
+    assert [type(error) for error in logged.errors] == ([json.JSONDecodeError] if on_refused == "stop" else [])
 
 
 async def test_the_word_of_a_handler_is_passed_on(rabbit: Rabbit, heard: Heard) -> None:
@@ -763,6 +785,65 @@ async def test_on_nats_a_long_handler_is_not_interrupted_by_redeliveries(stream:
         await broker.publish({}, stream, headers={"id": "1"})
         await until(lambda: "stored" in heard)
     assert heard == ["stored"]
+
+
+async def test_on_nats_a_stream_that_is_made_anew_has_dead_letters_of_its_own(stream: str, heard: Heard) -> None:
+    """Its messages have the places of those before, by which the server would take the second for a repetition."""
+    broker = nats_broker(heard, max_attempts=1, dead_letter=f"{stream}_dead")
+
+    @broker.subscriber(stream, **pulled(stream))
+    async def on_order(_: dict[str, Any]) -> None:
+        raise OSError("poison")
+
+    async with await nats.connect(nats_server.url()) as connection:
+        jetstream = connection.jetstream()
+        for number in (1, 2):
+            async with started(broker):
+                await broker.publish({}, stream, headers={"id": str(number)})
+                await until(lambda number=number: heard.count("dead-lettered") == number)
+                await until_settled(lambda: jetstream.consumer_info(stream, stream))
+            assert (await jetstream.stream_info(f"{stream}_dead")).state.messages == number
+            await jetstream.delete_stream(stream)
+            await jetstream.add_stream(name=stream, subjects=[stream])
+
+
+async def test_on_nats_a_message_of_which_the_key_cannot_be_read_is_a_dead_letter_without_one(
+    stream: str, heard: Heard
+) -> None:
+    broker = nats_broker(heard, key=unreadable, dead_letter=f"{stream}_dead")
+
+    @broker.subscriber(stream, **pulled(stream))
+    async def on_order(_: dict[str, Any]) -> None:
+        raise AssertionError("handled")
+
+    async with started(broker), await nats.connect(nats_server.url()) as connection:
+        await broker.publish(b"{", stream, headers={"Nats-Msg-Id": "m-1", "trace": "t-1"})
+        dead = await connection.jetstream().pull_subscribe(f"{stream}_dead", stream=f"{stream}_dead")
+        (letter,) = await dead.fetch(1, timeout=20)
+    assert heard == ["dead-lettered"]
+    assert letter.data == b"{"
+    headers = letter.headers or {}
+    assert (headers.get("Idempotency-Reason"), headers.get("trace")) == ("key-invalid", "t-1")
+    assert "Idempotency-Key" not in headers
+
+
+async def test_with_the_broker_for_tests_a_dead_letter_arrives(heard: Heard) -> None:
+    """Its messages are of no stream."""
+    broker, letters = nats_broker(heard, max_attempts=1, dead_letter="dead"), []
+
+    @broker.subscriber("orders", **pulled("orders"))
+    async def on_order(_: dict[str, Any]) -> None:
+        raise OSError("poison")
+
+    @broker.subscriber("dead", **pulled("dead"))
+    async def on_dead(_: dict[str, Any], headers: Annotated[dict[str, str], Context("message.headers")]) -> None:
+        letters.append((headers["Idempotency-Key"], headers["Idempotency-Reason"]))
+
+    async with TestNatsBroker(broker):
+        for _ in range(2):
+            with suppress(OSError):
+                await broker.publish({}, "orders", headers={"Nats-Msg-Id": "m-1"})
+    assert letters == [("m-1", "exhausted")]
 
 
 @pytest.fixture
