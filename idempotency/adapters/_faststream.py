@@ -35,6 +35,7 @@ class Source:
         self.subscriber = subscriber
         self.function: Callable[..., Any] = unwrap(handler._original_call)
         self.prefix: str = subscriber._outer_config.prefix
+        self._handler = handler
 
     def check(self) -> None:
         """Refuse a subscriber whose messages cannot be handled once and then settled once."""
@@ -50,6 +51,17 @@ class Source:
     def refusal(self, why: str) -> ConfigurationError:
         """Make the error of a subscriber that cannot be right."""
         return ConfigurationError(f"the subscriber of {self.function.__qualname__} cannot be idempotent: {why}")
+
+    @property
+    def serializer(self) -> Any:
+        """Return with what results are published; None: with a codec of the application's own."""
+        config = self.subscriber._outer_config
+        return None if config.broker_codec else config.fd_config._serializer
+
+    def publishes(self, message: StreamMessage[Any]) -> bool:
+        """Say whether the result of a message goes anywhere."""
+        replies = message.reply_to and not self.subscriber._no_reply
+        return bool(replies or self._handler._publishers)
 
     def subscription(self, message: StreamMessage[Any]) -> str:
         """Name what delivers one message once: part of the scope of its record."""

@@ -1,7 +1,7 @@
 """The results of FastStream's handlers as bytes.
 
-A record begins with one byte: ``p`` a value as the handler's annotation says, ``w`` a value as it would be published,
-``r`` a Response, ``a`` an AckMessage, which publishes nothing.
+A record begins with one byte: ``p`` a value as the handler's annotation says, ``w`` a value as it is published, which
+the annotation cannot say or is not there to say, ``r`` a Response, ``a`` an AckMessage, which publishes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import base64
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from importlib import import_module
 from typing import Any
 
@@ -38,11 +40,15 @@ class Acked:
 
 
 class ResultCodec:
-    """How the results of one handler are kept, so that they can be published again."""
+    """How the results of one handler are kept, so that they can be published again.
 
-    def __init__(self, function: Callable[..., Any], codec: Codec | None, broker: str) -> None:
+    ``serializer``: with what the broker publishes them; None: plain JSON values only.
+    """
+
+    def __init__(self, function: Callable[..., Any], codec: Codec | None, broker: str, serializer: Any = None) -> None:
         self._results = _results(function, codec)
         self._broker = broker
+        self._serializer = serializer
 
     def encode(self, value: Any) -> bytes:
         """Encode what the handler returned; raises for what cannot be published again as it is."""
@@ -50,7 +56,11 @@ class ResultCodec:
             return b"a"
         if isinstance(value, Response):
             return b"r" + self._encode_response(value)
-        return b"w" + _to_wire(value) if self._results is None else b"p" + self._results.encode(value)
+        if self._results is not None:
+            # Else it is not what the annotation says, or not all of it: an alias, what a middleware put in its place.
+            with suppress(Exception):
+                return b"p" + self._results.encode(value)
+        return b"w" + _to_wire(value, self._serializer)
 
     def decode(self, data: bytes) -> Kept:
         """Decode what :meth:`encode` wrote."""
@@ -59,16 +69,18 @@ class ResultCodec:
             return Kept(Acked({}))
         if kind == b"r":
             return Kept(self._decode_response(rest))
-        if (self._results is None) != (kind == b"w"):
+        if kind == b"w":
+            return Kept(_from_wire(rest))
+        if self._results is None:
             raise ValueError("the handler's annotation has changed")
-        return Kept(_from_wire(rest) if self._results is None else self._results.decode(rest))
+        return Kept(self._results.decode(rest))
 
     def _encode_response(self, response: Response) -> bytes:
         kind = type(response)
         if self._response(kind.__name__) is not kind:
             raise TypeError(f"{kind.__qualname__} is a Response of nobody's making but the application's")
         given = dict(vars(response))
-        body = _to_wire(given.pop("body"))
+        body = _to_wire(given.pop("body"), self._serializer)
         options = given | given.pop("message_options", {}) | given.pop("publish_options", {})
         usual = {name: each.default for name, each in inspect.signature(kind).parameters.items()}
         changed = {
@@ -103,10 +115,10 @@ def _results(function: Callable[..., Any], codec: Codec | None) -> Results | Non
         return None
 
 
-def _to_wire(value: Any) -> bytes:
+def _to_wire(value: Any, serializer: Any) -> bytes:
     if value is None:
         return b"n"
-    body, content_type = encode_message(value, None)
+    body, content_type = encode_message(value, serializer)
     return {None: b"b", _TEXT: b"t", _JSON: b"j"}[content_type] + body
 
 
@@ -120,7 +132,12 @@ def _from_wire(data: bytes) -> Any:
         case b"t":
             return body.decode()
         case b"j":
-            return json.loads(body)
+            found = json.loads(body)
+            if not isinstance(found, str):
+                return found
+            # A time, a UUID: as a str it would be published as a text, which it was not.
+            published: Any = Enum("published", {"JSON": found})
+            return published.JSON
     raise ValueError(f"unknown kind {kind!r}")
 
 

@@ -45,10 +45,12 @@ from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
+from idempotency._tell import tell
 from idempotency.adapters._delivery import KEY_HEADERS, LONGEST_HOLD, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
+from idempotency.errors import NotReplayableError
 from idempotency.stores.base import Store
 
 __all__ = ["IdempotencyMiddleware", "check", "sequence_key"]
@@ -117,7 +119,9 @@ class IdempotencyMiddleware:
         consumer = self._consumers.get((subscription, source.function))
         if consumer is None:
             options = self._options.copy()
-            options["codec"] = ResultCodec(source.function, options.get("codec"), broker_of(source.subscriber))
+            options["codec"] = ResultCodec(
+                source.function, options.get("codec"), broker_of(source.subscriber), source.serializer
+            )
             if self._nowhere(source):
                 options["on_refused"] = "stop"
             consumer = self._named(f"{self._consumer}:{subscription}", options, source.function)
@@ -233,6 +237,8 @@ class _Delivery(BaseMiddleware[Any, Any]):
                 if not unavailable(delivered):
                     attempt = 1 + bool(attempt)
                 delivered = await consumer.deliver(key, work, attempt=attempt)
+        if isinstance(delivered, Replayed) and delivered.result is None and source.publishes(msg):
+            return _unpublished(consumer)
         return delivered
 
     def _held(self, source: Source, delivered: Delivered, until: float) -> bool:
@@ -265,7 +271,7 @@ class _Delivery(BaseMiddleware[Any, Any]):
                 self._redeliver = redeliver
                 return result
             case Replayed():
-                # What it returned was not kept, and so cannot be published again.
+                # What it returned was not kept, and nobody waits for it.
                 raise AckMessage
             case Retry(after):
                 await _redeliver(source, consumer, msg, min(after, pause))
@@ -341,6 +347,19 @@ def _handler_of(call: Any) -> Any:
         call = call.args[0]
     found = getattr(call, "__self__", None)
     return found if hasattr(found, "_original_call") else None
+
+
+def _unpublished(consumer: Consumer) -> DeadLetter:
+    """Say what becomes of a message whose result may have been lost on the way, and was not kept."""
+    rules = consumer.rules
+    error = NotReplayableError(
+        "The message is handled; its result was not kept, and cannot be published again. "
+        "Return what can be kept, or give codec=."
+    )
+    if rules.on_refused == "stop":
+        raise error
+    tell(rules.calls.on_event, "dead-lettered", rules.calls.name, error=error)
+    return DeadLetter(error.code, error)
 
 
 async def _redeliver(
