@@ -11,7 +11,7 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.message import StreamMessage
 
-from idempotency.adapters._delivery import REASON, header, missing
+from idempotency.adapters._delivery import KEY_HEADERS, REASON, header, missing
 from idempotency.errors import ConfigurationError
 
 _FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
@@ -198,18 +198,13 @@ class JetStream(Source):
     ) -> None:
         if not _of_a_stream(message):
             return await super().bury(broker, place, message, headers, reason)
-        # Other headers of the server's own tell it what to do with the message, which was for the first publish.
-        kept = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
-        # A termination that is lost makes a second dead letter, which the server drops.
-        own = {REASON: reason, _NATS_ID: _dead_id(message.raw_message.metadata)}
+        # Not before it is needed: the package is an extra of FastStream.
+        from idempotency.adapters._nats import dead_headers
+
+        jetstream = self.subscriber.jetstream
+        own = dead_headers(message.raw_message, headers.get(KEY_HEADERS[0]), reason, jetstream._nc.max_payload)
         # Not the broker's publish(), which does not wait until the message is stored.
-        await self.subscriber.jetstream.publish(place, message.body, headers=kept | own)
-
-
-def _dead_id(found: Any) -> str:
-    """Identify a dead letter, also by its time: the sequence of a stream that is made anew begins again."""
-    microseconds = round(found.timestamp.timestamp() * 1_000_000)
-    return f"dead:{found.stream}:{found.consumer}:{found.sequence.stream}:{microseconds}"
+        await jetstream.publish(place, message.raw_message.data, headers=own)
 
 
 def _of_a_stream(message: StreamMessage[Any]) -> bool:

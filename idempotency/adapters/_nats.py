@@ -16,11 +16,11 @@ def named(headers: Mapping[str, str] | None) -> str | None:
     return header(headers) or (headers or {}).get(MESSAGE_ID) or None
 
 
-def dead_headers(message: Msg, key: str, reason: str, most: int) -> dict[str, str] | None:
+def dead_headers(message: Msg, key: str | None, reason: str, most: int) -> dict[str, str] | None:
     """Return the headers of a dead letter: the message's own, why it is one, and its ``key`` for when it is sent again.
 
-    ``most``: how many bytes of headers and data the server accepts. The server closes the connection of whoever sends
-    more, so that a message that is nearly as large is sent without what is added.
+    ``key``: None where it could not be read. ``most``: how many bytes of headers and data the server accepts. It closes
+    the connection of whoever sends more, so that a message that is nearly as large is sent without what is added.
     """
     # Other headers of the server's own tell it what to do with the message, which was for the first publish.
     kept = {name: value for name, value in (message.headers or {}).items() if not name.startswith("Nats-")}
@@ -28,7 +28,7 @@ def dead_headers(message: Msg, key: str, reason: str, most: int) -> dict[str, st
     added = {REASON: reason, MESSAGE_ID: dead_id(message)}
     identity = (message.headers or {}).get(MESSAGE_ID)
     fitting = (
-        kept | ({KEY_HEADERS[0]: key} if unnamed else {}) | added,
+        kept | ({KEY_HEADERS[0]: key} if unnamed and key is not None else {}) | added,
         # Shorter than the message's own.
         kept | ({KEY_HEADERS[1]: identity} if unnamed and identity else {}),
         None,

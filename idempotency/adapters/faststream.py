@@ -46,7 +46,7 @@ from faststream.exceptions import AckMessage, HandlerException, IgnoredException
 from faststream.message import StreamMessage
 
 from idempotency._tell import tell
-from idempotency.adapters._delivery import KEY_HEADERS, LONGEST_HOLD, unavailable
+from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
@@ -228,15 +228,12 @@ class _Delivery(BaseMiddleware[Any, Any]):
         except Exception as error:
             return consumer.rules.unnamed(error)
         self._named = {KEY_HEADERS[0]: str(key)}
-        attempt = source.attempt(msg)
         until = monotonic() + LONGEST_HOLD
         async with _extended(source, msg):
-            delivered = await consumer.deliver(key, work, attempt=attempt)
+            delivered = await consumer.deliver(key, work, attempt=source.attempt(msg))
             while self._held(source, delivered, until):
                 await asyncio.sleep(self._shared.pause)
-                if not unavailable(delivered):
-                    attempt = 1 + bool(attempt)
-                delivered = await consumer.deliver(key, work, attempt=attempt)
+                delivered = await consumer.deliver(key, work, attempt=AGAIN)
         if isinstance(delivered, Replayed) and delivered.result is None and source.publishes(msg):
             return _unpublished(consumer)
         return delivered
