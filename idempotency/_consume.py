@@ -49,7 +49,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not kept."""
+    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not ``kept``."""
 
     result: Any
     kept: bool = True
@@ -182,7 +182,7 @@ class Rules:
                 return self._failed(claim, error, outcome, begun)
             case Completed() | Replay():
                 try:
-                    return Replayed(self.replay(claim, ended), isinstance(ended, Replay))
+                    return Replayed(self.replay(claim, ended), kept=isinstance(ended, Replay))
                 except (RecordedFailureError, UnreadableError) as error:
                     return self._final(claim, begun, error, self.on_refused)
             case InProgress(retry_after):

@@ -786,7 +786,7 @@ async def test_a_result_that_was_not_kept_is_acknowledged() -> None:
         return {1, 2}
 
     assert await handle.deliver({"id": "1"}) == Done({1, 2})
-    assert await handle.deliver({"id": "1"}) == Replayed(None)
+    assert await handle.deliver({"id": "1"}) == Replayed(None, kept=False)
     assert await handle({"id": "1"}) is None
 
 
