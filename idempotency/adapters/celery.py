@@ -89,7 +89,7 @@ def idempotent_task(
     """Make a base class whose tasks take effect once: for ``@app.task(base=...)`` or ``Celery(task_cls=...)``.
 
     ``key`` and ``fingerprint`` are given the task's arguments: ``lambda order_id: f"bill:{order_id}"``. By default the
-    key is the task's id, and nothing is compared. ``consumer``: by default the task's name.
+    key is the task's id, and nothing is compared. ``consumer``: a name that precedes the task's own in the record.
     ``pause``: seconds before a task that failed, or whose duplicate is running, is tried again. Default 1.
     ``dead_letter``: the queue that gets the message of a task that failed for good, with the header
     ``idempotency-reason``. A worker on that queue runs it again, after ``task.forget(key)`` where attempts are counted.
@@ -142,7 +142,8 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             cls.__header__ = app.type_checker(dress(lambda: None, cls.run, session), bound=bound)
         # With pydantic=True a model is a dict of plain JSON when it comes from run().
         returns = (lambda: None) if getattr(cls, "_dump_pydantic_arguments", None) else cls.run
-        cls._consumer = SyncConsumer(given.store, given.consumer or cls.name, returns, given.options)
+        name = f"{given.consumer}:{cls.name}" if given.consumer else cls.name
+        cls._consumer = SyncConsumer(given.store, name, returns, given.options)
 
     @classmethod
     def forget(cls, key: str) -> bool:

@@ -431,6 +431,26 @@ def test_the_next_of_a_chain_goes_out_again_with_its_id(shop: Shop) -> None:
     shop.settled()
 
 
+def test_two_tasks_of_one_consumer_both_run(shop: Shop) -> None:
+    """The task is part of the scope: one key in two tasks of a consumer names two messages."""
+    base = shop.base(consumer="orders", key=lambda order: order)
+
+    @shop.app.task(shared=False, name="bill", base=base)
+    def bill(order: str) -> str:
+        shop.effect(f"bill {order}")
+        return "billed"
+
+    @shop.app.task(shared=False, name="ship", base=base)
+    def ship(order: str) -> str:
+        shop.effect(f"ship {order}")
+        return "shipped"
+
+    with shop.working():
+        assert [outcome(each.delay("A-1")) for each in (bill, ship)] == ["billed", "shipped"]
+    assert shop.effects() == ["bill A-1", "ship A-1"]
+    shop.settled()
+
+
 # Without a broker.
 
 
