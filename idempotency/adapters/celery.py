@@ -15,7 +15,8 @@ What the task raises is rolled back. ``self.retry()`` and ``autoretry_for`` are 
 what else is raised is tried again up to ``max_attempts`` times, as ``self.retry()`` does it. ``Ignore`` and ``Reject``
 are passed on, also rolled back. A task that fails for good is a failure in the result backend. Its message is sent to
 ``dead_letter=`` if given; else rejected, so that a dead-letter exchange of RabbitMQ gets it (Celery before 5.7
-acknowledges it), while Redis drops it. What a hard time limit kills is for Celery failed for good, and acknowledged.
+acknowledges it), while Redis drops it. A hard time limit is as
+a killed worker: the task is run again, up to ``max_attempts`` times (Celery before 5.7 acknowledges it).
 
 At a replay the task returns its recorded result, None where that could not be kept, and what follows it goes out again:
 the next one of a chain with the same id, a ``link`` with a new one, for which that task needs a ``key=``. Called
@@ -123,6 +124,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
 
     acks_late = True
     reject_on_worker_lost = True
+    acks_on_timeout = False
 
     _given: _Given
     _consumer: SyncConsumer

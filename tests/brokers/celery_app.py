@@ -27,7 +27,10 @@ base = idempotent_task(
 )
 
 
-@app.task(name="bill", **({"acks_late": True, "reject_on_worker_lost": True} if extra.get("plain") else {"base": base}))
+kind = {"acks_late": True, "reject_on_worker_lost": True} if extra.get("plain") else {"base": base}
+
+
+@app.task(name="bill", time_limit=extra.get("time_limit"), **kind)
 def bill(order: dict[str, Any]) -> dict[str, Any]:
     return work.handle_sync(order)
 

@@ -149,6 +149,22 @@ def test_a_task_without_a_key_shuts_the_worker_down_and_stays_in_its_queue(
         assert running.rig.unsettled() == 1
 
 
+def test_a_task_that_a_hard_time_limit_kills_is_run_again(adapter: str, postgres_url: str, redis_url: str) -> None:
+    """A hard time limit is as a killed worker: the message comes back, and is a dead letter in the end."""
+    with case(adapter, "joined", postgres_url, redis_url, time_limit=2, pool=PREFORK) as running:
+        running.publish("order-1", "wait")
+        running.publish("order-2", "wait", effects=0)
+        with running.worker():
+            until(lambda: running.ledger.count("started", "order-1") >= 2, "it is run again")
+            running.ledger.note("open", "order-1")
+            running.heard("stored")
+            until(lambda: running.rig.dead() == 1, "a dead letter")
+        # A slow one may have been killed before it was begun.
+        assert 2 <= running.ledger.count("started", "order-2") <= ATTEMPTS + 1
+        counted = running.counted()
+    assert (counted.effects, counted.unsettled, counted.dead) == (1, 0, 1)
+
+
 # With a worker in this process.
 
 
