@@ -13,9 +13,9 @@ longer than the ``visibility_timeout`` of Redis.
 
 What the task raises is rolled back. ``self.retry()`` and ``autoretry_for`` are Celery's own, with its ``max_retries``;
 what else is raised is tried again up to ``max_attempts`` times, as ``self.retry()`` does it. ``Ignore`` and ``Reject``
-are passed on, also rolled back. A task that fails for good is a failure in the result backend. Its message is sent to
-``dead_letter=`` if given; else rejected, so that a dead-letter exchange of RabbitMQ gets it (Celery before 5.7
-acknowledges it), while Redis drops it. A hard time limit is as
+are passed on, also rolled back; ``self.replace()`` is refused. A task that fails for good is a failure in the result
+backend. Its message is sent to ``dead_letter=`` if given; else rejected, so that a dead-letter exchange of RabbitMQ
+gets it (Celery before 5.7 acknowledges it), while Redis drops it. A hard time limit is as
 a killed worker: the task is run again, up to ``max_attempts`` times (Celery before 5.7 acknowledges it).
 
 At a replay the task returns its recorded result, None where that could not be kept, and what follows it goes out again:
@@ -181,6 +181,19 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             if not self.request.called_directly:
                 self.request.given_up = error
             raise
+
+    def replace(self, sig: Any) -> NoReturn:
+        """Refuse: Celery sends the replacement and drops the task, which is rolled back.
+
+        Raises :class:`~idempotency.errors.ConfigurationError`.
+        """
+        error = ConfigurationError(
+            f"{self.name} cannot replace itself, as it would be rolled back: return, and let a chain or a link go on "
+            f"({self.name}.s(...) | {sig.task}.s()), or send the other task with a task_id of its own"
+        )
+        if not self.request.called_directly:
+            self.request.given_up = error
+        raise error
 
     def _work(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         def work(*opened: Any) -> Any:

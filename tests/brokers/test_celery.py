@@ -467,6 +467,28 @@ def test_two_tasks_of_one_consumer_both_run(shop: Shop) -> None:
     shop.settled()
 
 
+def test_a_task_that_replaces_itself_is_refused(shop: Shop) -> None:
+    """A replacement is not sent for a task that is rolled back; the error says what to do instead."""
+
+    @shop.app.task(shared=False, name="ship", base=shop.base())
+    def ship(order: str) -> None:
+        shop.effect(f"ship {order}")
+
+    @shop.app.task(shared=False, name="bill", bind=True, base=shop.base(max_attempts=3))
+    def bill(self: Any, order: str) -> None:
+        shop.effect(f"bill {order}")
+        self.replace(ship.s(order))
+
+    with shop.working():
+        result = bill.delay("A-1")
+        with pytest.raises(Exception, match=r"let a chain or a link go on \(bill\.s"):
+            outcome(result)
+        until(lambda: shop.rig.dead() == 1, "a dead letter")
+    assert shop.effects() == []
+    assert shop.events == ["released"]
+    shop.settled()
+
+
 # Without a broker.
 
 
