@@ -7,20 +7,23 @@ A base class, not a decorator: it stands outside of ``autoretry_for``, whose ret
 the settings without which a killed worker loses its message, ``acks_late`` and ``reject_on_worker_lost``.
 
 Key: the task's id, the same at every retry and redelivery, or what ``key=`` makes of the arguments. Consumer: the
-task's name. The message is acknowledged after the commit. A duplicate of a task that is running is sent again with the
-same id and number of retries, and then acknowledged; the result of the running one is left alone. So a task may last
-longer than the ``visibility_timeout`` of Redis.
+task's name, after ``consumer=`` if given. The message is acknowledged after the commit. A duplicate of a task that is
+running is sent again with the same id and number of retries, and then acknowledged; the result of the running one is
+left alone. So a task may last longer than the ``visibility_timeout`` of Redis.
 
 What the task raises is rolled back. ``self.retry()`` and ``autoretry_for`` are Celery's own, with its ``max_retries``;
 what else is raised is tried again up to ``max_attempts`` times, as ``self.retry()`` does it. ``Ignore`` and ``Reject``
 are passed on, also rolled back; ``self.replace()`` is refused. A task that fails for good is a failure in the result
 backend. Its message is sent to ``dead_letter=`` if given; else rejected, so that a dead-letter exchange of RabbitMQ
-gets it (Celery before 5.7 acknowledges it), while Redis drops it. A hard time limit is as
+gets it (Celery before 5.7 acknowledges it), while Redis drops it.
+
+What fails around the task has its message delivered again: a hook, the result backend, sending the retry or what
+follows. The result backend may call the task failed until then. The replay sends what follows. A hard time limit is as
 a killed worker: the task is run again, up to ``max_attempts`` times (Celery before 5.7 acknowledges it).
 
-At a replay the task returns its recorded result, None where that could not be kept, and what follows it goes out again:
-the next one of a chain with the same id, a ``link`` with a new one, for which that task needs a ``key=``. Called
-directly, ``bill(7)`` is the plain function.
+At a replay the task returns its recorded result, and what follows it goes out again: the next one of a chain with the
+same id, a ``link`` with a new one, for which that task needs a ``key=``. Where the result could not be kept it is None;
+if something that takes it follows, the message is a dead letter. Called directly, ``bill(7)`` is the plain function.
 """
 
 from __future__ import annotations
@@ -36,8 +39,22 @@ from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded, TaskPredicate
 from celery.exceptions import Retry as TaskRetry
 from celery.signals import worker_process_init
+from celery.utils.imports import symbol_by_name
 
-from idempotency._calls import is_async, takes_session
+from idempotency._calls import takes_session
+from idempotency._tell import tell
+from idempotency.adapters._celery import (
+    NEVER_ENCODED,
+    StopWorker,
+    Tracer,
+    as_it_came,
+    check,
+    decided,
+    guarded,
+    hands_on,
+    leave_connections,
+    request_of,
+)
 from idempotency.consumer import (
     ConsumerOptions,
     DeadLetter,
@@ -48,7 +65,7 @@ from idempotency.consumer import (
     Retry,
     SyncConsumer,
 )
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, NotReplayableError
 from idempotency.function import dress
 from idempotency.operation import current
 from idempotency.stores.base import Store, SyncStore
@@ -75,6 +92,14 @@ class _Passed:
     """A task ended by telling Celery something: a retry that is sent already, or that its message be dropped."""
 
     signal: TaskPredicate
+
+
+class _Unsent(Reject):  # type: ignore[misc]
+    """The task told Celery to retry it, which could not be sent."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error, requeue=True)
+        self.error = error
 
 
 def idempotent_task(
@@ -105,18 +130,9 @@ def idempotent_task(
     if pause <= 0:
         raise ConfigurationError(f"pause must be positive: {pause!r}")
     given = _Given(store, key, consumer, fingerprint, pause, dead_letter, options)
-    worker_process_init.connect(lambda **_: _leave_connections(given), weak=False)
+    worker_process_init.connect(lambda **_: leave_connections(store, options.get("session")), weak=False)
     # A failure whose message is kept elsewhere is acknowledged.
     return type("IdempotentTask", (_IdempotentTask,), {"_given": given, "acks_on_failure": dead_letter is not None})
-
-
-def _leave_connections(given: _Given) -> None:
-    """Leave to the parent process the connections that its fork has brought here."""
-    if hasattr(given.store, "forked"):
-        given.store.forked()
-    bind = getattr(given.options.get("session"), "kw", {}).get("bind")
-    if bind is not None:
-        bind.dispose(close=False)
 
 
 class _IdempotentTask(Task):  # type: ignore[misc]
@@ -129,6 +145,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
     _given: _Given
     _consumer: SyncConsumer
     _takes_session: bool
+    _tracer: Tracer | None = None
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -136,7 +153,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         if cls.name is None:
             return
         given = cls._given
-        _check(cls, app, given)
+        check(cls, app, _IdempotentTask, given.pause)
         session = given.options.get("session")
         cls._takes_session = session is not None and takes_session(cls.run)
         if cls._takes_session:
@@ -146,6 +163,16 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         returns = (lambda: None) if getattr(cls, "_dump_pydantic_arguments", None) else cls.run
         name = f"{given.consumer}:{cls.name}" if given.consumer else cls.name
         cls._consumer = SyncConsumer(given.store, name, returns, given.options)
+        cls.Request = request_of(symbol_by_name(cls.Request))
+
+    @property
+    def __trace__(self) -> Tracer | None:
+        """What Celery runs the task with, and makes when the worker starts."""
+        return self._tracer
+
+    @__trace__.setter
+    def __trace__(self, tracer: Tracer | None) -> None:
+        self._tracer = None if tracer is None else guarded(tracer, self._outside)
 
     @classmethod
     def forget(cls, key: str) -> bool:
@@ -153,33 +180,34 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         return cls._consumer.forget(key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        request, given = self.request, self._given
+        request = self.request
         # The second is Celery's own mark of a task that is in its body, and so calls itself as a function.
         if request.called_directly or request._protected:
             return super().__call__(*args, **kwargs)
         request._protected = 1
-        try:
-            key = request.id if given.key is None else given.key(*args, **kwargs)
-            compared = None if given.fingerprint is None else given.fingerprint(*args, **kwargs)
-            work = self._work(args, kwargs)
-            if request.is_eager:
-                return _value(self._consumer.call(key, work, compared))
-            delivered = self._consumer.deliver(key, work, attempt=self._attempt(), compared=compared)
-        except Exception as error:
-            if request.is_eager:
-                raise
-            self._stop(error)
-        return self._settle(delivered)
+        if request.is_eager:
+            key, compared = self._named(args, kwargs)
+            return _value(self._consumer.call(key, self._work(args, kwargs), compared))
+        return self._settle(self._deliver(args, kwargs))
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """See Celery. What it raises when there were too many retries is remembered: it is final."""
-        try:
+        """See Celery. What it raises when there were too many retries is final; a retry that is not sent is none."""
+        request = self.request
+        if request.called_directly or request.is_eager:
             return super().retry(*args, **kwargs)
-        except TaskPredicate:
-            raise
+        try:
+            with self._confirmed() as connection:
+                return super().retry(*args, **{**as_it_came(request), "connection": connection, **kwargs})
+        except TaskPredicate as signal:
+            unsent = signal.reason if isinstance(signal, Reject) else None
+            if not isinstance(unsent, Exception) or unsent is not signal.__context__:
+                raise
+            if isinstance(unsent, NEVER_ENCODED):
+                self._give_up(unsent)
+                raise unsent from None
+            raise _Unsent(unsent) from unsent
         except Exception as error:
-            if not self.request.called_directly:
-                self.request.given_up = error
+            self._give_up(error)
             raise
 
     def replace(self, sig: Any) -> NoReturn:
@@ -191,9 +219,32 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             f"{self.name} cannot replace itself, as it would be rolled back: return, and let a chain or a link go on "
             f"({self.name}.s(...) | {sig.task}.s()), or send the other task with a task_id of its own"
         )
+        self._give_up(error)
+        raise error
+
+    def _give_up(self, error: Exception) -> None:
         if not self.request.called_directly:
             self.request.given_up = error
-        raise error
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bytes | str | None]:
+        given = self._given
+        key = self.request.id if given.key is None else given.key(*args, **kwargs)
+        return key, None if given.fingerprint is None else given.fingerprint(*args, **kwargs)
+
+    def _deliver(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Delivered:
+        try:
+            try:
+                key, compared = self._named(args, kwargs)
+            except SoftTimeLimitExceeded:
+                raise
+            except Exception as error:
+                return self._consumer.rules.unnamed(error)
+            return self._consumer.deliver(key, self._work(args, kwargs), attempt=self._attempt(), compared=compared)
+        except Exception as error:
+            # It may have ended while it waited for another; its own failure is here only where "stop" is asked for.
+            if isinstance(error, SoftTimeLimitExceeded) and error is not self.request.get("failed"):
+                self._requeue(error)
+            self._requeue(error, StopWorker)
 
     def _work(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         def work(*opened: Any) -> Any:
@@ -205,6 +256,9 @@ class _IdempotentTask(Task):  # type: ignore[misc]
                 if operation is not None:
                     operation.release()
                 return _Passed(signal)
+            except SoftTimeLimitExceeded as error:
+                self.request.failed = error
+                raise
 
         return work
 
@@ -217,19 +271,47 @@ class _IdempotentTask(Task):  # type: ignore[misc]
     def _settle(self, delivered: Delivered) -> Any:
         given, retries = self._given, self.request.retries
         match delivered:
+            case Done(_Passed(_Unsent(error=error))):
+                self._consumer.rules.unsettled(error)
+                self._requeue(error)
+            case Replayed(kept=False) if hands_on(self.request):
+                self._not_kept()
             case Done(value) | Replayed(value):
                 return _value(value)
             case Retry(after):
                 self._send_again(min(after, given.pause), retries)
-                raise Ignore("a duplicate of a running task, sent again")
+                raise decided(Ignore("a duplicate of a running task, sent again"))
             case Failed(error):
                 final = given.options.get("max_attempts") is None or self.request.get("given_up") is error
                 if final:
                     self._bury("failed", error)
                 self._send_again(given.pause, retries + 1)
-                raise TaskRetry(exc=error, when=given.pause) from error
+                raise decided(TaskRetry(exc=error, when=given.pause)) from error
             case DeadLetter(reason, error):
                 self._bury(reason, error)
+
+    def _not_kept(self) -> NoReturn:
+        """Refuse to give None to what follows this task."""
+        rules, error = self._consumer.rules, NotReplayableError("the result, which what follows is given, was not kept")
+        if rules.on_refused == "stop":
+            self._requeue(error, StopWorker)
+        tell(rules.calls.on_event, "dead-lettered", rules.calls.name, error=error)
+        self._bury(error.code, error)
+
+    def _outside(self, error: Exception, request: Any) -> Exception:
+        """Say what becomes of the message when something around this task has failed."""
+        stack: Any = self.request_stack
+        stack.push(request)
+        try:
+            # What follows is not encoded by a second try either.
+            if isinstance(error, NEVER_ENCODED):
+                self._bury("failed", error)
+            self._consumer.rules.unsettled(error)
+            self._requeue(error)
+        except Exception as signal:
+            return signal
+        finally:
+            stack.pop()
 
     def _send_again(self, countdown: float, retries: int) -> None:
         signature = self.signature_from_request(countdown=countdown, retries=retries)
@@ -240,51 +322,35 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         if self._given.dead_letter is not None:
             # An expired one would not reach the queue.
             signature = self.signature_from_request(queue=self._given.dead_letter, expires=None)
-            self._send(signature, {_REASON: reason})
-        raise error
+            self._send(signature, {_REASON: reason}, final=error)
+        raise decided(error)
 
-    def _send(self, signature: Any, headers: dict[str, str]) -> None:
+    def _send(self, signature: Any, headers: dict[str, str], final: Exception | None = None) -> None:
         """Send the message of this task. The one in hand may be acknowledged when the broker has confirmed it."""
         signature.options["headers"] = {**(signature.options.get("headers") or {}), **headers}
-        confirmed = {"confirm_publish": True}
+        signature.options.update(as_it_came(self.request))
         try:
-            with self.app.connection_for_write(transport_options=confirmed) as connection:
+            with self._confirmed() as connection:
                 signature.apply_async(connection=connection, add_to_parent=False)
         except Exception as error:
+            if final is not None and isinstance(error, NEVER_ENCODED):
+                # It would come back for ever; as it is, the broker may have a place for it.
+                raise decided(Reject(repr(final), requeue=False)) from final
             self._consumer.rules.unsettled(error)
             self._requeue(error)
 
-    def _stop(self, error: Exception) -> NoReturn:
-        with suppress(Exception):
-            self.app.control.shutdown(destination=[self.request.hostname])
-        self._requeue(error)
+    def _confirmed(self) -> Any:
+        return self.app.connection_for_write(transport_options={"confirm_publish": True})
 
-    def _requeue(self, error: Exception) -> NoReturn:
+    def _requeue(self, error: Exception, how: type[Reject] = Reject) -> NoReturn:
         # So that a message which only comes back does not keep the worker busy.
         # A soft time limit that ends only now must not make a failure of it, which is not delivered again.
         with suppress(SoftTimeLimitExceeded):
             time.sleep(self._given.pause)
-        raise Reject(repr(error), requeue=True) from error
+        raise decided(how(repr(error), requeue=True)) from error
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, _Passed):
-        raise value.signal
+        raise decided(value.signal)
     return value
-
-
-def _check(task: Any, app: Any, given: _Given) -> None:
-    """Refuse what would lose messages."""
-    if not task.acks_late or not (task.reject_on_worker_lost or getattr(task, "retry_on_worker_lost", None)):
-        raise ConfigurationError(
-            f"{task.name} needs acks_late and reject_on_worker_lost, which its base class sets: else the message of a "
-            "task whose worker is killed is lost"
-        )
-    if is_async(task.run):
-        raise ConfigurationError(f"{task.name} is a coroutine function, which Celery does not await")
-    timeout = app.conf.broker_transport_options.get("visibility_timeout")
-    if timeout is not None and timeout <= given.pause:
-        raise ConfigurationError(f"pause ({given.pause:g} s) must be shorter than visibility_timeout ({timeout:g} s)")
-    later = task.__mro__[task.__mro__.index(_IdempotentTask) + 1 : task.__mro__.index(Task)]
-    if any("__call__" in vars(each) for each in later):
-        raise ConfigurationError(f"{task.name} has a base class whose __call__ would not be called: name it first")

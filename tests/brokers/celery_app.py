@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
+from celery.backends.base import BaseBackend
 from celery.signals import worker_process_init, worker_ready
 
 from brokers.celery_queue import application
@@ -16,10 +18,30 @@ from idempotency.testing._points import CRASH_AT, arm, watch
 work = Work()
 place, extra = work.setting.place, work.setting.extra
 store, options = work.open(asynchronous=False)
-app = application(place, extra["url"])
+if "wait" in extra:
+    options["policy"] = replace(options["policy"], wait=extra["wait"])
+app = application(place, extra["url"], worker_enable_remote_control=not extra.get("deaf"))
+
+
+def name(order: dict[str, Any]) -> Any:
+    work.ledger.note("named")
+    return extra["key"]
+
+
+class Unsteady(BaseBackend):
+    """A result backend that is away until a replay comes."""
+
+    def _store_result(self, *args: Any, **kwargs: Any) -> None:
+        if not work.ledger.count("replayed"):
+            raise ConnectionError("the result backend is away")
+
+
+if extra.get("unsteady"):
+    app.backend_cls = Unsteady
+
 base = idempotent_task(
     store,
-    key=(lambda order: extra["key"]) if "key" in extra else None,
+    key=name if "key" in extra else None,
     consumer="billing",
     pause=0.1,
     dead_letter=extra["dead_letter"],
@@ -27,7 +49,16 @@ base = idempotent_task(
 )
 
 
-kind = {"acks_late": True, "reject_on_worker_lost": True} if extra.get("plain") else {"base": base}
+class Hooked(base):
+    def before_start(self, *_: Any) -> None:
+        if work.ledger.note("hook") <= extra["hook_fails"]:
+            raise ConnectionError("the hook failed")
+
+
+if extra.get("plain"):
+    kind = {"acks_late": True, "reject_on_worker_lost": True}
+else:
+    kind = {"base": Hooked if "hook_fails" in extra else base}
 
 
 @app.task(name="bill", time_limit=extra.get("time_limit"), **kind)

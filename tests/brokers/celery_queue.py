@@ -13,6 +13,7 @@ VISIBILITY = 2
 
 PREFORK = ["--pool", "prefork", "--concurrency", "2"]
 SOLO = ["--pool", "solo"]
+THREADS = ["--pool", "threads", "--concurrency", "2"]
 
 _WORKER = ["-m", "celery", "-A", "brokers.celery_app", "--quiet", "worker", "--loglevel", "WARNING"]
 _ALONE = ["--without-gossip", "--without-mingle", "--without-heartbeat"]

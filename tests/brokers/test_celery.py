@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from celery import Celery, Task
 from celery.contrib.testing.worker import start_worker, test_worker_started
 from celery.exceptions import Ignore, Reject
 from celery.signals import setup_logging
+from kombu.exceptions import OperationalError
+from kombu.serialization import registry
 from pydantic import BaseModel
 from servers import missing
 from sqlalchemy import create_engine, text
@@ -26,11 +29,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from targets import unique_name
 
 from brokers.adapters import missing_broker
-from brokers.celery_queue import PREFORK
+from brokers.celery_queue import PREFORK, SOLO, THREADS
 from brokers.contract import POINTS, Case, Places
 from brokers.kit import ATTEMPTS, PATIENCE, until
 from brokers.rabbitmq import URL
-from idempotency import Event, current
+from idempotency import Event, Policy, current
 from idempotency.adapters.celery import idempotent_task
 from idempotency.errors import ConfigurationError, InProgressError
 from idempotency.stores.memory import MemoryStore
@@ -138,15 +141,50 @@ def test_a_store_that_was_used_before_the_fork(adapter: str, mode: str, postgres
     assert (counted.effects, counted.lost, counted.unsettled, counted.dead) == (20, 0, 0, 0)
 
 
+POOLS = pytest.mark.parametrize("pool", [PREFORK, SOLO, THREADS], ids=["prefork", "solo", "threads"])
+
+
+@POOLS
 def test_a_task_without_a_key_shuts_the_worker_down_and_stays_in_its_queue(
-    adapter: str, postgres_url: str, redis_url: str
+    adapter: str, pool: list[str], postgres_url: str, redis_url: str
 ) -> None:
-    with case(adapter, "leased", postgres_url, redis_url, key="") as running:
+    """What is no message at all stops the worker, in every pool, also one that hears no commands."""
+    with case(adapter, "leased", postgres_url, redis_url, key="", deaf=True, pool=pool) as running:
         running.publish("order-1", effects=0)
         with running.worker() as worker:
             assert worker._process.wait(PATIENCE) == 0
         assert running.ledger.count("started", "order-1") == 0
         assert running.rig.unsettled() == 1
+
+
+@POOLS
+def test_a_result_backend_that_is_away_is_no_failure_of_the_task(
+    adapter: str, pool: list[str], postgres_url: str, redis_url: str
+) -> None:
+    """While results and retries cannot be noted, a task is retried as often as it fails, and replayed after that."""
+    with case(adapter, "joined", postgres_url, redis_url, unsteady=True, pool=pool) as running:
+        running.publish("order-1", "fail", times=2)
+        with running.worker():
+            running.heard("unsettled")
+            running.heard("replayed")
+        assert running.ledger.count("started", "order-1") == 3
+        counted = running.counted()
+    assert (counted.effects, counted.unsettled, counted.dead) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("adapter", ["celery_redis"], indirect=True)
+@POOLS
+def test_a_hook_that_fails_before_the_task_leaves_the_message_in_its_queue(
+    adapter: str, pool: list[str], postgres_url: str, redis_url: str
+) -> None:
+    """A task that was never run is neither acknowledged nor a dead letter."""
+    with case(adapter, "joined", postgres_url, redis_url, hook_fails=2, pool=pool) as running:
+        running.publish("order-1")
+        with running.worker():
+            running.heard("stored")
+        assert running.ledger.count("unsettled") == 2
+        counted = running.counted()
+    assert (counted.effects, counted.unsettled, counted.dead) == (1, 0, 0)
 
 
 def test_a_task_that_a_hard_time_limit_kills_is_run_again(adapter: str, postgres_url: str, redis_url: str) -> None:
@@ -165,11 +203,46 @@ def test_a_task_that_a_hard_time_limit_kills_is_run_again(adapter: str, postgres
     assert (counted.effects, counted.unsettled, counted.dead) == (1, 0, 1)
 
 
+def test_a_duplicate_whose_soft_time_limit_ends_while_it_waits_goes_back(
+    adapter: str, postgres_url: str, redis_url: str
+) -> None:
+    """The limit of a task that only waits for another one neither fails it nor stops the worker."""
+    with case(adapter, "leased", postgres_url, redis_url, key="order-1", wait=20, pool=PREFORK) as running:
+        running.publish("order-1", "wait")
+        with running.worker() as worker:
+            until(lambda: running.ledger.count("started", "order-1") == 1, "it runs")
+            with running.rig.app.connection_for_write() as connection:  # type: ignore[attr-defined]
+                again = [{"key": "order-1", "do": "wait"}]
+                running.rig.app.send_task("bill", again, soft_time_limit=1, connection=connection)  # type: ignore[attr-defined]
+            until(lambda: running.ledger.count("named") >= 3, "the duplicate came back")
+            running.ledger.note("open", "order-1")
+            running.heard("stored")
+            running.heard("replayed")
+            assert worker._process.poll() is None
+        counted = running.counted()
+    assert (counted.effects, counted.unsettled, counted.dead) == (1, 0, 0)
+
+
 # With a worker in this process.
 
 
 class Invoice(BaseModel):
     number: int
+
+
+class Refusing:
+    """A connection over which nothing can be sent."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
 
 
 class Shop:
@@ -380,6 +453,39 @@ def test_a_message_that_cannot_be_sent_again_goes_back_to_its_queue(
     shop.settled()
 
 
+@pytest.mark.parametrize("by", ["retry", "autoretry"])
+def test_a_retry_that_celery_cannot_send_goes_back_to_its_queue(
+    shop: Shop, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry that was not sent has its message delivered again, not dropped."""
+    connect, refusals, runs = shop.app.connection_for_write, [OSError("full")] * 2, []
+
+    def connection_for_write(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("transport_options") == {"confirm_publish": True} and refusals:
+            return Refusing(refusals.pop())
+        return connect(*args, **kwargs)
+
+    automatic = {"autoretry_for": (LookupError,)} if by == "autoretry" else {}
+
+    @shop.app.task(shared=False, name="bill", bind=True, base=shop.base(), default_retry_delay=0.01, **automatic)
+    def bill(self: Any, order: str) -> str:
+        shop.effect(order)
+        runs.append(self.request.retries)
+        if len(runs) < 4:
+            raise LookupError(order) if automatic else self.retry()
+        return order
+
+    monkeypatch.setattr(shop.app, "connection_for_write", connection_for_write)
+    with shop.working():
+        assert outcome(bill.delay("A-1")) == "A-1"
+    # Two were not sent, the third was.
+    assert runs == [0, 0, 0, 1]
+    assert shop.events.count("unsettled") == 2
+    assert shop.effects() == ["A-1"]
+    assert shop.rig.dead() == 0
+    shop.settled()
+
+
 def test_a_dead_letter_can_be_run_again(shop: Shop) -> None:
     broken, runs = [True], []
     dead = f"{shop.place}_dead"
@@ -447,6 +553,83 @@ def test_the_next_of_a_chain_goes_out_again_with_its_id(shop: Shop) -> None:
     shop.settled()
 
 
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_a_chain_whose_next_task_cannot_be_sent_goes_on_at_a_replay(
+    shop: Shop, pool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message of a committed task comes back until what follows it was sent."""
+    send, refusals = shop.app.amqp.send_task_message, [OperationalError("full")] * 2
+
+    def send_task_message(producer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "ship" and refusals:
+            raise refusals.pop()
+        return send(producer, name, *args, **kwargs)
+
+    @shop.app.task(shared=False, name="bill", base=shop.base())
+    def bill(order: str) -> str:
+        shop.effect(f"bill {order}")
+        return order
+
+    @shop.app.task(shared=False, name="ship", base=shop.base())
+    def ship(order: str) -> str:
+        shop.effect(f"ship {order}")
+        return order
+
+    monkeypatch.setattr(shop.app.amqp, "send_task_message", send_task_message)
+    with shop.working(pool=pool):
+        result = (bill.s("A-1") | ship.s()).apply_async()
+        until(lambda: shop.effects() == ["bill A-1", "ship A-1"], "both have had their effect")
+        until(lambda: result.state == "SUCCESS" and result.parent.state == "SUCCESS", "both results are known")
+    assert (shop.events.count("stored"), shop.events.count("replayed"), shop.events.count("unsettled")) == (2, 2, 2)
+    assert shop.rig.dead() == 0
+    shop.settled()
+
+
+def test_a_result_that_cannot_be_sent_on_is_a_dead_letter_and_no_loop(shop: Shop) -> None:
+    """What the next task of a chain is given must be encoded, which a second try does not help."""
+
+    @shop.app.task(shared=False, name="bill", base=shop.base())
+    def bill(order: str) -> object:
+        shop.effect(order)
+        return object()
+
+    @shop.app.task(shared=False, name="ship", base=shop.base())
+    def ship(order: str) -> None: ...
+
+    with shop.working():
+        (bill.s("A-1") | ship.s()).apply_async()
+        until(lambda: shop.rig.dead() == 1, "a dead letter")
+    assert shop.effects() == ["A-1"]
+    assert "unsettled" not in shop.events
+    shop.settled()
+
+
+@pytest.mark.parametrize(("taken", "kinds"), [(True, ["dead-lettered"]), (False, ["completed", "stored"])])
+def test_a_result_that_was_not_kept_is_not_sent_on(shop: Shop, taken: bool, kinds: list[str]) -> None:
+    """At a replay without a result the next task is not given None; one that takes none goes out again."""
+
+    @shop.app.task(shared=False, name="bill", base=shop.base(policy=Policy(max_response=1)))
+    def bill(order: str) -> str:
+        return order
+
+    given: list[Any] = []
+
+    @shop.app.task(shared=False, name="ship", base=shop.base())
+    def ship(*order: str) -> str:
+        given.append(order)
+        return "shipped"
+
+    with shop.working():
+        bill.apply_async(("A-1",), task_id=shop.one)
+        until(lambda: "stored-without-result" in shop.events, "it was handled")
+        following = ship.s() if taken else ship.si()
+        bill.apply_async(("A-1",), task_id=shop.one, chain=[following])
+        until(lambda: set(kinds) <= set(shop.events), "its duplicate was handled")
+        until(lambda: shop.rig.dead() == taken, "it is settled")
+    assert given == ([] if taken else [()])
+    shop.settled()
+
+
 def test_two_tasks_of_one_consumer_both_run(shop: Shop) -> None:
     """The task is part of the scope: one key in two tasks of a consumer names two messages."""
     base = shop.base(consumer="orders", key=lambda order: order)
@@ -486,6 +669,57 @@ def test_a_task_that_replaces_itself_is_refused(shop: Shop) -> None:
         until(lambda: shop.rig.dead() == 1, "a dead letter")
     assert shop.effects() == []
     assert shop.events == ["released"]
+    shop.settled()
+
+
+def test_a_message_that_the_key_cannot_read_is_a_dead_letter_and_the_worker_goes_on(shop: Shop) -> None:
+    """One malformed message does not stop the worker."""
+
+    @shop.app.task(shared=False, name="bill", base=shop.base(key=lambda order: order["id"]))
+    def bill(order: dict[str, str]) -> str:
+        shop.effect(order["id"])
+        return order["id"]
+
+    with shop.working():
+        malformed = bill.delay({})
+        with pytest.raises(KeyError):
+            outcome(malformed)
+        assert outcome(bill.delay({"id": "A-1"})) == "A-1"
+        until(lambda: shop.rig.dead() == 1, "a dead letter")
+    assert shop.events == ["dead-lettered", "stored"]
+    shop.settled()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["as it came", "never again"])
+def test_a_message_in_another_encoding_is_a_dead_letter_and_no_loop(shop: Shop, again: bool) -> None:
+    """It is sent again as it came; where it cannot be encoded, the broker's own dead letters have it."""
+    encoded: list[Any] = []
+
+    def encode(body: Any) -> bytes:
+        encoded.append(body)
+        if len(encoded) > 1 and not again:
+            raise TypeError("cannot be encoded")
+        return pickle.dumps(body)
+
+    dead_letter, runs = shop.dead_letter or f"{shop.place}_dead", []
+    registry.register("odd", encode, pickle.loads, "application/x-odd", "binary")
+    shop.app.conf.accept_content = ["json", "odd"]
+
+    @shop.app.task(shared=False, name="bill", base=shop.base(max_attempts=2, dead_letter=dead_letter))
+    def bill(order: set[str]) -> None:
+        runs.append(order)
+        raise LookupError
+
+    # A rejected message is dropped on Redis.
+    dead = again or not shop.dead_letter
+    try:
+        with shop.working():
+            bill.apply_async(({"A-1"},), serializer="odd")
+            until(lambda: "dead-lettered" in shop.events, "it was handled too often")
+            until(lambda: shop.rig.dead() == dead, "it is settled")
+    finally:
+        registry.unregister("odd")
+    assert runs == [{"A-1"}] * 2
     shop.settled()
 
 
