@@ -133,6 +133,11 @@ _RENEW = (
 _COMPLETE = (
     f"UPDATE {{table}} SET state = :state, result = :result, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_SANE}"
 )
+# The row is the transaction's own by its lock, or by its token: nobody else's claim found it expired.
+_COMPLETE_IN = (
+    "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep"
+    f" WHERE id = :id AND token = :token AND {_SANE}"
+)
 _RELEASE = f"DELETE FROM {{table}} WHERE {_MINE} AND {_RUNNING}"
 _SETTLE = (
     f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token, expires_ms = {{now}} + :keep"
@@ -192,7 +197,8 @@ class Statements:
         self.renew = self._text(_RENEW)
         self.complete = self._text(told.format(statement=_COMPLETE))
         # A row of what was hit, where the driver's way past its cursor counts none.
-        self.complete_in = self._text(f"{_COMPLETE} RETURNING 1") if self.look_first else self.complete
+        hit = f"{_COMPLETE_IN} RETURNING 1" if self.look_first else _COMPLETE_IN
+        self.complete_in = self._text(told.format(statement=hit))
         self.release = self._text(told.format(statement=_RELEASE))
         self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
