@@ -6,6 +6,7 @@ all of it back. A duplicate waits for the row up to ``lock_timeout``.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -13,23 +14,34 @@ from time import monotonic
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._result import encode_failure
 from idempotency._tell import kind_of
-from idempotency._transaction import Transaction, check_sessions
+from idempotency._transaction import Transaction, check_left, check_sessions
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import ConflictError, allow_commit, conflicts, keep_commit
+from idempotency.stores._sql_joined import (
+    ConflictError,
+    allow_commit,
+    conflicts,
+    failure_of,
+    finish,
+    give_back,
+    keep_commit,
+)
 from idempotency.stores.sql import SQLStore
 
 _AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
+
+_KEEPING: set[asyncio.Task[None]] = set()
+"""What interrupted operations are still to record: the event loop alone does not keep a task."""
 
 
 class Joined:
@@ -53,8 +65,9 @@ class Joined:
         if turns is None:
             return await self._run(claim, work, self._wait)
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        left = await turns.take(self._wait)
+        left = None
         try:
+            left = await turns.take(self._wait)
             return await self._run(claim, work, left or 0.0)
         finally:
             if left is not None:
@@ -67,6 +80,7 @@ class Joined:
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
+            transaction.bind()
             keeps = _keeps_failures(self._calls.policy)
             savepoint = await transaction.session.begin_nested() if keeps else None
             token = RUNNING.set(operation)
@@ -74,14 +88,11 @@ class Joined:
                 value = await work(transaction.session)
                 await transaction.flush()
             except Exception as error:
-                # One that the operation has ended itself no longer undoes its effect.
-                held = False
-                if savepoint is not None and savepoint.is_active:
-                    await savepoint.rollback()
-                    held = True
-                return await self._failed(claim, operation, transaction, error, held)
+                outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+                held = outcome != "release" and await _undone(savepoint)
+                return await self._failed(claim, operation, transaction, error, outcome, held)
             except BaseException as error:
-                self._calls.emit("released", claim, operation.attempt, error)
+                await self._stopped(claim, operation, transaction, error)
                 raise
             finally:
                 RUNNING.reset(token)
@@ -116,8 +127,12 @@ class Joined:
         try:
             written = await transaction.commit(result)
         except Exception as error:
-            self._calls.emit("released", claim, operation.attempt, error)
-            return _raised(error)
+            outcome = _left_by(operation, self._calls.policy, error)
+            return await self._failed(claim, operation, transaction, error, outcome, held=False)
+        except BaseException as error:
+            if operation.settle("release") != "release":
+                await self._stopped(claim, operation, transaction, error)
+            raise
         if not written:
             self._calls.emit("superseded", claim, operation.attempt)
             raise StoreError("the record was changed by another while the operation ran: nothing is committed")
@@ -125,17 +140,57 @@ class Joined:
         return Ran(value)
 
     async def _failed(
-        self, claim: Claim, operation: Operation, transaction: Transaction, error: Exception, held: bool
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: Transaction,
+        error: Exception,
+        outcome: Outcome,
+        held: bool,
     ) -> Raised:
-        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
         if outcome == "release":
             await transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt, error)
             return _raised(error)
+        await self._keep(claim, operation, transaction, error, outcome, held)
+        return Raised(error, outcome)
+
+    async def _stopped(
+        self, claim: Claim, operation: Operation, transaction: Transaction, error: BaseException
+    ) -> None:
+        """Leave nothing of what was interrupted, unless its key is to be kept."""
+        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        if outcome == "release":
+            self._calls.emit("released", claim, operation.attempt, error)
+            return
+        # First, as this waits for a commit under way, and gives the row free that is claimed again.
+        await transaction.close()
+        task = asyncio.get_running_loop().create_task(self._keep_anew(claim, operation, error, outcome))
+        _KEEPING.add(task)
+        task.add_done_callback(_KEEPING.discard)
+        await asyncio.wait({task}, timeout=self._store.timeout)
+
+    async def _keep_anew(self, claim: Claim, operation: Operation, error: BaseException, outcome: Outcome) -> None:
+        transaction = Transaction(self._store, self._sessions, claim)
+        try:
+            await self._keep(claim, operation, transaction, error, outcome, held=False)
+        finally:
+            await transaction.close()
+
+    async def _keep(
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: Transaction,
+        error: BaseException,
+        outcome: Outcome,
+        held: bool,
+    ) -> None:
+        """Record a failure; ``held``: the effect is undone, and the transaction still holds the row."""
         try:
             if not held:
-                # Asked for while it ran: the effect is rolled back, and the row with it.
-                await transaction.session.rollback()
+                # The effect is rolled back, and the row with it.
+                await transaction.begin_anew()
                 held = isinstance(await self._claim(claim, transaction, self._wait), Execute)
             written = held and await transaction.commit(*_kept(outcome, error))
         except Exception as failure:
@@ -143,7 +198,6 @@ class Joined:
         else:
             kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
             self._calls.emit(kind, claim, operation.attempt, error)
-        return Raised(error, outcome)
 
 
 class SyncJoined:
@@ -161,8 +215,9 @@ class SyncJoined:
         if turns is None:
             return self._run(claim, work, self._wait)
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        left = turns.take_sync(self._wait)
+        left = None
         try:
+            left = turns.take_sync(self._wait)
             return self._run(claim, work, left or 0.0)
         finally:
             if left is not None:
@@ -175,20 +230,18 @@ class SyncJoined:
             if not isinstance(verdict, Execute):
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
+            transaction.bind()
             savepoint = transaction.session.begin_nested() if _keeps_failures(self._calls.policy) else None
             token = RUNNING.set(operation)
             try:
                 value = work(transaction.session)
-                transaction.session.flush()
+                transaction.flush()
             except Exception as error:
-                # One that the operation has ended itself no longer undoes its effect.
-                held = False
-                if savepoint is not None and savepoint.is_active:
-                    savepoint.rollback()
-                    held = True
-                return self._failed(claim, operation, transaction, error, held)
+                outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+                held = outcome != "release" and _undone_sync(savepoint)
+                return self._failed(claim, operation, transaction, error, outcome, held)
             except BaseException as error:
-                self._calls.emit("released", claim, operation.attempt, error)
+                self._stopped(claim, operation, transaction, error)
                 raise
             finally:
                 RUNNING.reset(token)
@@ -222,8 +275,12 @@ class SyncJoined:
         try:
             written = transaction.commit(result)
         except Exception as error:
-            self._calls.emit("released", claim, operation.attempt, error)
-            return _raised(error)
+            outcome = _left_by(operation, self._calls.policy, error)
+            return self._failed(claim, operation, transaction, error, outcome, held=False)
+        except BaseException as error:
+            if operation.settle("release") != "release":
+                self._stopped(claim, operation, transaction, error)
+            raise
         if not written:
             self._calls.emit("superseded", claim, operation.attempt)
             raise StoreError("the record was changed by another while the operation ran: nothing is committed")
@@ -231,17 +288,43 @@ class SyncJoined:
         return Ran(value)
 
     def _failed(
-        self, claim: Claim, operation: Operation, transaction: _SyncTransaction, error: Exception, held: bool
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: _SyncTransaction,
+        error: Exception,
+        outcome: Outcome,
+        held: bool,
     ) -> Raised:
-        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
         if outcome == "release":
             transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt, error)
             return _raised(error)
+        self._keep(claim, operation, transaction, error, outcome, held)
+        return Raised(error, outcome)
+
+    def _stopped(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, error: BaseException) -> None:
+        """Leave nothing of what was interrupted, unless its key is to be kept."""
+        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        if outcome == "release":
+            self._calls.emit("released", claim, operation.attempt, error)
+        else:
+            self._keep(claim, operation, transaction, error, outcome, held=False)
+
+    def _keep(
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: _SyncTransaction,
+        error: BaseException,
+        outcome: Outcome,
+        held: bool,
+    ) -> None:
+        """Record a failure; ``held``: the effect is undone, and the transaction still holds the row."""
         try:
             if not held:
-                # Asked for while it ran: the effect is rolled back, and the row with it.
-                transaction.session.rollback()
+                # The effect is rolled back, and the row with it.
+                transaction.begin_anew()
                 held = isinstance(self._claim(claim, transaction, self._wait), Execute)
             written = held and transaction.commit(*_kept(outcome, error))
         except Exception as failure:
@@ -249,7 +332,6 @@ class SyncJoined:
         else:
             kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
             self._calls.emit(kind, claim, operation.attempt, error)
-        return Raised(error, outcome)
 
 
 class _SyncTransaction:
@@ -260,7 +342,22 @@ class _SyncTransaction:
         self._sessions = sessions
         self._claim = claim
         self.session: Session = sessions()
+        self._root: SessionTransaction | None = None
         keep_commit(self.session)
+
+    def bind(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.bind`."""
+        self._root = self.session.get_transaction()
+
+    def begin_anew(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.begin_anew`."""
+        self.roll_back()
+        keep_commit(self.session)
+
+    def flush(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.flush`."""
+        check_left(self.session, self._root)
+        self.session.flush()
 
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """See :meth:`idempotency._transaction.Transaction.commit`."""
@@ -271,6 +368,7 @@ class _SyncTransaction:
                 self.session.commit()
             else:
                 self.session.rollback()
+            finish(self.session)
             return written
         except Exception as error:
             # Rolled back first: a transaction that is still open holds the row that is asked for next.
@@ -279,9 +377,10 @@ class _SyncTransaction:
             # The commit may have been applied and only its answer lost. The record says so: they are one.
             if self._committed(state):
                 return True
-            if isinstance(error, DBAPIError) and not error.connection_invalidated:
+            failure = failure_of(error)
+            if failure is error:
                 raise
-            raise StoreError("the transaction did not commit") from error
+            raise failure from error
 
     def _committed(self, state: State) -> bool:
         with self._sessions() as session:
@@ -291,6 +390,7 @@ class _SyncTransaction:
     def roll_back(self) -> None:
         """Undo the effect."""
         allow_commit(self.session)
+        finish(self.session)
         try:
             self.session.rollback()
         except Exception:
@@ -300,11 +400,7 @@ class _SyncTransaction:
 
     def close(self) -> None:
         """Give the connection back."""
-        try:
-            self.session.close()
-        except Exception:
-            with suppress(Exception):
-                self.session.invalidate()
+        give_back(self.session)
 
 
 @contextmanager
@@ -319,7 +415,38 @@ def _judge(claim: Claim, record: Record | None) -> Verdict:
     return InProgress(_AGAIN_AFTER) if record is None else judge(claim, record)
 
 
-def _kept(outcome: Outcome, error: Exception) -> tuple[bytes | None, State]:
+async def _undone(savepoint: AsyncSessionTransaction | None) -> bool:
+    """Undo the effect and keep the row; False where only the whole transaction can be undone.
+
+    So it is where the operation has ended the savepoint, or the database everything, as a deadlock does.
+    """
+    if savepoint is None or not savepoint.is_active:
+        return False
+    try:
+        await savepoint.rollback()
+    except Exception:
+        return False
+    return True
+
+
+def _undone_sync(savepoint: SessionTransaction | None) -> bool:
+    """See :func:`_undone`."""
+    if savepoint is None or not savepoint.is_active:
+        return False
+    try:
+        savepoint.rollback()
+    except Exception:
+        return False
+    return True
+
+
+def _left_by(operation: Operation, policy: Policy, error: Exception) -> Outcome:
+    """Say what becomes of the key when the commit failed: what a retry may not meet again is no result to store."""
+    passing = isinstance(error, StoreError)
+    return operation.settle("release" if passing else policy.outcome_of_exception(error))
+
+
+def _kept(outcome: Outcome, error: BaseException) -> tuple[bytes | None, State]:
     return (None, State.UNKNOWN) if outcome == "hold" else (encode_failure(error), State.DONE)
 
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from idempotency._core import Claim, State
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import Session, SessionTransaction
 
     from idempotency.stores.base import Store
     from idempotency.stores.sql import SQLStore
@@ -28,7 +28,28 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
     except ImportError as error:
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     shared = check_sessions(store, sessions, async_sessionmaker)
+    _check_level(sessions)
     return lambda claim: Transaction(shared, sessions, claim)
+
+
+def _check_level(sessions: Any) -> None:
+    from idempotency.stores._sql_engines import level_of
+    from idempotency.stores._sql_joined import COMMITS_BY_ITSELF
+
+    engine = sessions.kw.get("bind")
+    if engine is None:
+        return
+    options = {**engine.get_execution_options(), **(sessions.kw.get("execution_options") or {})}
+    level = level_of(engine.dialect, options)
+    if level == "AUTOCOMMIT":
+        raise ConfigurationError(COMMITS_BY_ITSELF)
+    # The claim is committed before, and its row renewed while the handler runs: a snapshot taken in between could not
+    # be completed. SQLite, which has no other level, does not wait for its writer and so never sees an older row.
+    if level in ("REPEATABLE READ", "SERIALIZABLE") and engine.dialect.name != "sqlite":
+        raise ConfigurationError(
+            f"the sessions are {level}, under which the record cannot be completed once its lease was renewed: give"
+            ' session= an engine with isolation_level="READ COMMITTED"'
+        )
 
 
 def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
@@ -43,13 +64,15 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     store.check_shared(options.get("bind"))
     if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
+    if not options.get("autobegin", True):
+        raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
     return store
 
 
 class Transaction:
     """A session that begins at its first use and is committed once, here, together with the record."""
 
-    __slots__ = ("_claim", "_deadline", "_ending", "_session", "_sessions", "_store")
+    __slots__ = ("_claim", "_deadline", "_ending", "_root", "_session", "_sessions", "_store", "settled")
 
     def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
         self._store = store
@@ -58,6 +81,8 @@ class Transaction:
         self._session: AsyncSession | None = None
         self._deadline = 0.0
         self._ending: asyncio.Task[bool] | None = None
+        self._root: SessionTransaction | None = None
+        self.settled = False
 
     @property
     def used(self) -> bool:
@@ -66,7 +91,13 @@ class Transaction:
 
     @property
     def session(self) -> AsyncSession:
-        """Return the session, made at the first call."""
+        """Return the session, made at the first call; TransactionError once nobody would commit it."""
+        if self.settled:
+            raise TransactionError("The operation is settled: open a session of your own for work after the response.")
+        return self._opened
+
+    @property
+    def _opened(self) -> AsyncSession:
         if self._session is None:
             from idempotency.stores._sql_joined import keep_commit
 
@@ -74,9 +105,24 @@ class Transaction:
             keep_commit(self._session.sync_session)
         return self._session
 
+    def bind(self) -> None:
+        """Insist on the transaction that is open now, because the record is in it."""
+        self._root = self._opened.sync_session.get_transaction()
+
+    async def begin_anew(self) -> None:
+        """Undo everything, and let the same session begin once more."""
+        from idempotency.stores._sql_joined import keep_commit
+
+        await self.roll_back()
+        keep_commit(self._opened.sync_session)
+
     async def flush(self) -> None:
-        """Send what is pending, so that what the database refuses is raised as the operation's own error."""
-        pending = self.session
+        """Send what is pending, so that what the database refuses is raised as the operation's own error.
+
+        Raises :class:`~idempotency.errors.TransactionError` where the operation has thrown its effect away by itself.
+        """
+        pending = self._opened
+        check_left(pending.sync_session, self._root)
         if pending.new or pending.dirty or pending.deleted:
             await pending.flush()
 
@@ -96,11 +142,11 @@ class Transaction:
         return self._ending.result()
 
     async def _commit(self, result: bytes | None, state: State) -> bool:
-        from sqlalchemy.exc import DBAPIError
+        from idempotency.stores._sql_joined import failure_of
 
         try:
             # Both in one step of SQLAlchemy's, each of which is a switch to a greenlet and back.
-            return await self.session.run_sync(self._end, result, state)
+            return await self._opened.run_sync(self._end, result, state)
         except Exception as error:
             # Rolled back first: a transaction that is still open holds the row that is asked for next.
             with suppress(Exception):
@@ -108,12 +154,13 @@ class Transaction:
             # The commit may have been applied and only its answer lost. The record says so: they are one.
             if await self._committed(state):
                 return True
-            if isinstance(error, DBAPIError) and not error.connection_invalidated:
+            failure = failure_of(error)
+            if failure is error:
                 raise
-            raise StoreError("the transaction did not commit") from error
+            raise failure from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        from idempotency.stores._sql_joined import allow_commit
+        from idempotency.stores._sql_joined import allow_commit, finish
 
         written = self._store.complete_in_sync(session, self._claim, result, state)
         allow_commit(session)
@@ -121,6 +168,7 @@ class Transaction:
             session.commit()
         else:
             session.rollback()
+        finish(session)
         return written
 
     async def _committed(self, state: State) -> bool:
@@ -133,9 +181,10 @@ class Transaction:
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
         if self._session is not None:
-            from idempotency.stores._sql_joined import allow_commit
+            from idempotency.stores._sql_joined import allow_commit, finish
 
             allow_commit(self._session.sync_session)
+            finish(self._session.sync_session)
             try:
                 await self._session.rollback()
             except Exception:
@@ -162,15 +211,22 @@ class Transaction:
             # There is no connection to give back, so nothing to wait for.
             self._session.sync_session.close()
             return
-        try:
-            await self._session.close()
-        except Exception:
-            # Lost: there is nothing to give back either.
-            with suppress(Exception):
-                await self._session.invalidate()
+        from idempotency.stores._sql_joined import give_back
+
+        await self._session.run_sync(give_back)
 
     async def _see_off(self, ending: asyncio.Task[bool]) -> None:
         await asyncio.wait({ending})
         if not ending.cancelled():
             ending.exception()  # told as unknown long ago; one that nobody asks for would be reported
-        await self.session.close()
+        from idempotency.stores._sql_joined import give_back
+
+        await self._opened.run_sync(give_back)
+
+
+def check_left(session: Session, root: SessionTransaction | None) -> None:
+    """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
+    from idempotency.stores._sql_joined import LEFT, was_closed
+
+    if was_closed(session) or (root is not None and session.get_transaction() is not root):
+        raise TransactionError(LEFT)

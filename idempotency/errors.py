@@ -119,7 +119,7 @@ class WaitFailedError(StoreError):
 
 
 class TransactionError(IdempotencyError):
-    """The operation tried to commit a session that is committed together with its record."""
+    """The operation tried to commit the session that is committed with its record, closed it, or came too late."""
 
     code = "transaction"
     title = "The session is committed with the idempotency record"

@@ -103,7 +103,8 @@ class Operation:
         """Return the session that is committed together with the record; never commit it yourself.
 
         An ``AsyncSession``, or in a synchronous function or consumer a ``Session``.
-        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``.
+        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and in HTTP
+        once the response is recorded: nobody would commit what is done from there on.
         """
         if self._transaction is None:
             raise TransactionError("There is no session: give the middleware or decorator session=, a sessionmaker.")

@@ -956,3 +956,249 @@ def test_sessions_on_two_databases_are_refused(sync_ledger: Ledger) -> None:
     with pytest.raises(ConfigurationError, match="more than one bind"):
         idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(order)
     other.dispose()
+
+
+@asynchronous
+async def test_nothing_is_left_open_in_the_pool(target: Target) -> None:
+    """A transaction that a refused commit has ended half-way is rolled back before anybody else gets its connection."""
+    async with open_ledger(target, pool_size=1, max_overflow=0) as ledger:
+        running = asyncio.Event()
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        async def order(session: Any) -> None:
+            await session.execute(ledger.insert("tea"))
+            if running.is_set():
+                return
+            with pytest.raises(TransactionError):
+                await (await session.connection()).commit()
+            running.set()
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(order())
+        await running.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with ledger.sessions() as other:
+            await other.execute(ledger.everything)
+            await other.commit()
+
+        assert await ledger.effects() == []
+        await order()
+        assert await ledger.effects() == ["tea"]
+
+
+@synchronous
+def test_nothing_is_left_open_in_the_pool_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for an interrupt that comes while the commit is about to be sent."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+
+    interrupts = [KeyboardInterrupt()]
+
+    @sqlalchemy.event.listens_for(sync_ledger.sync_engine, "commit")
+    def interrupt(_: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+
+    with pytest.raises(KeyboardInterrupt):
+        order()
+    with sync_ledger.sessions() as other:
+        other.execute(sync_ledger.everything)
+        other.commit()
+
+    assert sync_ledger.effects_sync() == []
+    order()
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@pytest.mark.parametrize("end", ["close", "rollback"])
+@pytest.mark.parametrize("kept", [False, True], ids=["", "savepoint"])
+@asynchronous
+async def test_a_session_that_was_ended_is_refused(ledger: Ledger, end: str, kept: bool) -> None:
+    """The record went with it, so the function has failed, and nothing of it is there; a later call runs."""
+    ends = [end]
+    policy = Policy(outcomes={LookupError: "store"} if kept else {})
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, policy=policy)
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        if ends:
+            await getattr(session, ends.pop())()
+            await session.execute(ledger.insert("cup"))
+
+    with pytest.raises(TransactionError, match="begin_nested"):
+        await order()
+    assert await ledger.effects() == []
+    await order()
+    assert await ledger.effects() == ["tea"]
+
+
+@pytest.mark.parametrize("end", ["close", "rollback"])
+@synchronous
+def test_a_session_that_was_ended_is_refused_in_threads(sync_ledger: Ledger, end: str) -> None:
+    """The same holds for a synchronous function."""
+    ends = [end]
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        if ends:
+            getattr(session, ends.pop())()
+            session.execute(sync_ledger.insert("cup"))
+
+    with pytest.raises(TransactionError, match="begin_nested"):
+        order()
+    order()
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@asynchronous
+async def test_a_held_call_that_is_cancelled_is_unknown(ledger: Ledger) -> None:
+    """The word of the function outlives its cancellation."""
+    running = asyncio.Event()
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> None:
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        await session.execute(ledger.insert("tea"))
+        running.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(order())
+    await running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(OutcomeUnknownError):
+        await order()
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_a_held_call_that_is_interrupted_is_unknown(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function and a KeyboardInterrupt."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        session.execute(sync_ledger.insert("tea"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        order()
+    with pytest.raises(OutcomeUnknownError):
+        order()
+    assert sync_ledger.effects_sync() == []
+
+
+def check_at_the_commit(ledger: Ledger) -> Any:
+    """Make the statement after which PostgreSQL refuses equal effects, and no earlier than at their commit."""
+    return text(f"ALTER TABLE {ledger.name} ADD UNIQUE (what) DEFERRABLE INITIALLY DEFERRED")
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_a_held_call_whose_commit_is_refused_is_unknown(ledger: Ledger) -> None:
+    """So is one that said that its effect elsewhere has happened, whatever the database says of the rest."""
+    async with ledger.engine.begin() as connection:  # type: ignore[union-attr]
+        await connection.execute(check_at_the_commit(ledger))
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> None:
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        for _ in range(2):
+            await session.execute(ledger.insert("tea"))
+
+    with pytest.raises(sqlalchemy.exc.IntegrityError):
+        await order()
+    with pytest.raises(OutcomeUnknownError):
+        await order()
+    assert await ledger.effects() == []
+
+
+@pytest.mark.stores("postgres")
+def test_a_held_call_whose_commit_is_refused_is_unknown_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function."""
+    with sync_ledger.sync_engine.begin() as connection:
+        connection.execute(check_at_the_commit(sync_ledger))
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        for _ in range(2):
+            session.execute(sync_ledger.insert("tea"))
+
+    with pytest.raises(sqlalchemy.exc.IntegrityError):
+        order()
+    with pytest.raises(OutcomeUnknownError):
+        order()
+    assert sync_ledger.effects_sync() == []
+
+
+@asynchronous
+async def test_a_call_longer_than_its_record_would_live_is_recorded(ledger: Ledger) -> None:
+    """The row is the call's own for as long as it is locked, whatever the time it would expire at."""
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> str:
+        await session.execute(text(f"UPDATE {ledger.store._table.name} SET lease_until_ms = 1, expires_ms = 1"))
+        await session.execute(ledger.insert("tea"))
+        return "done"
+
+    assert await order() == await order() == "done"
+    assert await ledger.effects() == ["tea"]
+
+
+@asynchronous
+async def test_a_failure_is_kept_where_its_savepoint_is_gone(ledger: Ledger) -> None:
+    """Where the server has rolled everything back, as at a deadlock, the failure is recorded in a new transaction."""
+    policy = Policy(outcomes={ValueError: "store"})
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, policy=policy)
+    async def order(session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        await session.execute(text("ROLLBACK"))
+        raise ValueError("out of tea")
+
+    with pytest.raises(ValueError, match="out of tea"):
+        await order()
+    with pytest.raises(RecordedFailureError):
+        await order()
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_a_failure_is_kept_where_its_savepoint_is_gone_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous function."""
+    policy = Policy(outcomes={ValueError: "store"})
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=policy)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+        session.execute(text("ROLLBACK"))
+        raise ValueError("out of tea")
+
+    with pytest.raises(ValueError, match="out of tea"):
+        order()
+    with pytest.raises(RecordedFailureError):
+        order()
+    assert sync_ledger.effects_sync() == []
+
+
+@pytest.mark.stores("sqlite")
+def test_sessions_that_do_not_begin_by_themselves_are_refused(sync_ledger: Ledger) -> None:
+    """Nobody would begin their transaction."""
+    sessions = sessionmaker(sync_ledger.sync_engine, autobegin=False)
+
+    with pytest.raises(ConfigurationError, match="autobegin"):
+        idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(lambda: None)

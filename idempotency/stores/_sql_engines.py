@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import Connection, Dialect, Engine, Table, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -244,6 +244,12 @@ def error_code(error: Exception) -> str | int | None:
         return cause.args[0]
     state: str | None = getattr(cause, "sqlstate", None)
     return state
+
+
+def level_of(dialect: Dialect, options: Mapping[str, Any]) -> str:
+    """Return the isolation level that an engine or a connection was told to use; empty where it was told none."""
+    told = options.get("isolation_level") or getattr(dialect, "_on_connect_isolation_level", None) or ""
+    return str(told).replace("_", " ").upper()
 
 
 def _again(error: Exception) -> bool:

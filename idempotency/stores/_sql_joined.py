@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from sqlalchemy import Connection, Engine, Table, TextClause, event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
-from idempotency.stores._sql_engines import Database, error_code
+from idempotency.stores._sql_engines import Database, error_code, level_of
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
@@ -27,6 +27,9 @@ _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
 _KEPT = "idempotency: committed with its record"
+_UNDONE = "idempotency: the transaction that was rolled back"
+_CLOSED = "idempotency: closed by its operation"
+_OVER = "idempotency: its operation is settled"
 
 
 def conflicts(error: Exception) -> bool:
@@ -36,6 +39,21 @@ def conflicts(error: Exception) -> bool:
 
 class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
+
+
+def failure_of(error: Exception) -> Exception:
+    """Name the failure of a commit that is known not to have been applied.
+
+    What the operation made of its session, and what the database refuses, is the operation's own failure; whatever a
+    retry may not meet again is a StoreError.
+    """
+    if conflicts(error):
+        return ConflictError("the transaction met another: begin anew")
+    if isinstance(error, IdempotencyError | InvalidRequestError):
+        return error
+    if isinstance(error, DBAPIError) and not error.connection_invalidated:
+        return error
+    return StoreError("the transaction did not commit")
 
 
 class Joined:
@@ -164,17 +182,45 @@ def _check_transaction(connection: Connection) -> None:
         case _:
             return
     if not begun:
-        raise ConfigurationError("the sessions are in AUTOCOMMIT: they have no transaction to commit as one")
+        raise ConfigurationError(COMMITS_BY_ITSELF)
 
 
 def keep_commit(session: Session) -> None:
-    """Refuse every commit of ``session``, until :func:`allow_commit`."""
+    """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
+    for mark in (_UNDONE, _CLOSED, _OVER):
+        session.info.pop(mark, None)
     session.info[_KEPT] = True
 
 
 def allow_commit(session: Session) -> None:
     """Let ``session`` be committed again."""
     session.info.pop(_KEPT, None)
+
+
+def was_closed(session: Session) -> bool:
+    """Say whether a transaction of ``session`` was closed since :func:`keep_commit`, and not rolled back."""
+    return _CLOSED in session.info
+
+
+def finish(session: Session) -> None:
+    """Refuse every further transaction of ``session``: nobody would commit it."""
+    session.info[_OVER] = True
+
+
+def give_back(session: Session) -> None:
+    """Return the connection of ``session`` to its pool, with nothing left open."""
+    try:
+        # A close alone relies on the pool, which leaves out its own rollback for a transaction that looks ended: as
+        # it does after whatever is raised from within a commit, before the driver is told to commit.
+        if session.in_transaction():
+            session.rollback()
+        session.close()
+    except BaseException as error:
+        # Lost, or interrupted in mid-command: the server rolls back what is cut off.
+        with suppress(Exception):
+            session.invalidate()
+        if not isinstance(error, Exception):
+            raise
 
 
 # Once for all sessions, as to listen to a session of its own takes as long as to make it.
@@ -188,7 +234,11 @@ def _refuse_kept(session: Session) -> None:
 # A commit of the connection, or of the outermost transaction past an open savepoint, is seen by the engine alone.
 @event.listens_for(Session, "after_begin")
 def _guard_kept(session: Session, _: object, connection: Connection) -> None:
+    if _OVER in session.info:
+        raise TransactionError(_TOO_LATE)
     if _KEPT in session.info:
+        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
+            raise ConfigurationError(COMMITS_BY_ITSELF)
         _guarded[connection] = ref(session)
         if not event.contains(connection.engine, "commit", _refuse_guarded):
             event.listen(connection.engine, "commit", _refuse_guarded)
@@ -200,11 +250,33 @@ def _refuse_guarded(connection: Connection) -> None:
         raise TransactionError(_REFUSED)
 
 
+# A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
+@event.listens_for(Session, "after_rollback")
+def _note_rollback(session: Session) -> None:
+    if _KEPT in session.info and not session.in_nested_transaction():
+        session.info[_UNDONE] = session.get_transaction()
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _note_close(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None and _KEPT in session.info and session.info.pop(_UNDONE, None) is not transaction:
+        session.info[_CLOSED] = True
+
+
 _guarded: WeakKeyDictionary[Connection, ref[Session]] = WeakKeyDictionary()
 _REFUSED = (
     "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
     " begin_nested() for a part that may fail."
 )
+_TOO_LATE = (
+    "The operation is settled: what this session does from here on would be committed by nobody. Open a session of"
+    " your own for work after the response or result."
+)
+LEFT = (
+    "The session was closed inside the handler, or rolled back together with its record, and its effect is gone: leave"
+    " both to the library; use begin_nested() for a part that may fail."
+)
+COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
 
 
 @contextmanager
@@ -212,6 +284,8 @@ def connecting(session: Session) -> Iterator[None]:
     """Say in words why there is no first connection, as a StoreError."""
     try:
         yield
+    except IdempotencyError:
+        raise
     except Exception as error:
         raise StoreError(
             f"the session has no connection: {type(getattr(error, 'orig', None) or error).__name__}"
