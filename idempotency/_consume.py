@@ -148,6 +148,15 @@ class Rules:
         failed = isinstance(ended, Raised) and ended.outcome == "release"
         return failed and self.max_attempts is not None and attempt == 1
 
+    def missing(self, attempt: int | None, ran: bool) -> Literal["begun", "busy"] | None:
+        """Say what is still to be counted of a delivery that met a failing store, before its handler or after it.
+
+        A first one that ran was not counted yet, and a later one that did not run was counted for nothing.
+        """
+        if ran:
+            return "begun" if self.max_attempts is not None and attempt == 1 else None
+        return "busy" if self.counts(attempt) else None
+
     def tally(self, kind: Literal["begun", "busy"], claim: Claim) -> Claim:
         """Make a claim that counts by its attempt: it is over at once, so the next one takes it over."""
         calls = self.calls
@@ -273,18 +282,18 @@ class Consumer:
         Raises :class:`~idempotency.errors.KeyMissingError`, and what ``"stop"`` asks for.
         """
         rules = self.rules
-        claim = rules.calls.claim(key, compared)
+        claim, ran = rules.calls.claim(key, compared), list[bool]()
         try:
             begun = await self._begun(claim, attempt)
-            ended = await self._run(claim, rules.admitted(begun, _uncancelled(work)))
+            ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
             if isinstance(ended, InProgress) and rules.counts(attempt):
                 await self._store.claim(rules.tally("busy", claim))
         except StoreError:
-            return await self._not_begun(claim, attempt)
+            return await self._again(claim, attempt, bool(ran))
         except asyncio.CancelledError:
             # The consumer is told to end, which is no fault of the message.
             with suppress(Exception):
-                await asyncio.wait_for(self._not_begun(claim, attempt), _SOON)
+                await asyncio.wait_for(self._again(claim, attempt, ran=False), _SOON)
             raise
         if rules.uncounted(attempt, ended):
             with suppress(StoreError):
@@ -317,10 +326,11 @@ class Consumer:
             raise
         return begun
 
-    async def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
-        if self.rules.counts(attempt):
+    async def _again(self, claim: Claim, attempt: int | None, ran: bool) -> Retry:
+        kind = self.rules.missing(attempt, ran)
+        if kind is not None:
             with suppress(StoreError):
-                await self._store.claim(self.rules.tally("busy", claim))
+                await self._store.claim(self.rules.tally(kind, claim))
         return Retry(_SOON, "unavailable")
 
 
@@ -343,14 +353,14 @@ class SyncConsumer:
     ) -> Delivered:
         """See :meth:`Consumer.deliver`."""
         rules = self.rules
-        claim = rules.calls.claim(key, compared)
+        claim, ran = rules.calls.claim(key, compared), list[bool]()
         try:
             begun = self._begun(claim, attempt)
-            ended = self._run(claim, rules.admitted(begun, work))
+            ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
             if isinstance(ended, InProgress) and rules.counts(attempt):
                 self._store.claim_sync(rules.tally("busy", claim))
         except StoreError:
-            return self._not_begun(claim, attempt)
+            return self._again(claim, attempt, bool(ran))
         if rules.uncounted(attempt, ended):
             with suppress(StoreError):
                 self._store.claim_sync(rules.tally("begun", claim))
@@ -382,11 +392,22 @@ class SyncConsumer:
             raise
         return begun
 
-    def _not_begun(self, claim: Claim, attempt: int | None) -> Retry:
-        if self.rules.counts(attempt):
+    def _again(self, claim: Claim, attempt: int | None, ran: bool) -> Retry:
+        kind = self.rules.missing(attempt, ran)
+        if kind is not None:
             with suppress(StoreError):
-                self._store.claim_sync(self.rules.tally("busy", claim))
+                self._store.claim_sync(self.rules.tally(kind, claim))
         return Retry(_SOON, "unavailable")
+
+
+def _noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
+    """Note that the handler was called: from there on a store that fails is no reason not to count."""
+
+    def handle(*args: Any) -> Any:
+        ran.append(True)
+        return work(*args)
+
+    return handle
 
 
 def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import servers
 from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
-from sqlalchemy import make_url, text
+from sqlalchemy import Column, MetaData, String, Table, make_url, text
+from sqlalchemy.exc import IntegrityError, PendingRollbackError
+from sqlalchemy.orm import registry
 from targets import Target
 from tcp_proxy import Proxy
 
@@ -1015,3 +1017,119 @@ async def test_one_effect_among_processes_whose_winners_fail(pool: ProcessPoolEx
         assert sum(kinds[kind] for kind in (Done, Replayed, Retry, Failed)) == PROCESSES * DELIVERIES
         assert all(effects == ["once"] for _, seen in outcomes for effects in seen)
         assert await ledger.effects() == ["once"]
+
+
+def mapped(ledger: Ledger) -> type[Any]:
+    """Map a class to the ledger's table."""
+
+    class Effect:
+        def __init__(self, what: str) -> None:
+            self.what = what
+
+    registry().map_imperatively(Effect, Table(ledger.name, MetaData(), Column("what", String(100), primary_key=True)))
+    return Effect
+
+
+def unique(ledger: Ledger) -> tuple[Any, Any]:
+    """Make the statements after which an effect cannot happen once more."""
+    return text(f"CREATE UNIQUE INDEX {ledger.name}_once ON {ledger.name} (what)"), ledger.insert("tea")
+
+
+@asynchronous
+async def test_a_failure_that_the_handler_swallowed_counts(ledger: Ledger) -> None:
+    """A session that a failed flush has left unusable is the handler's own failure, up to max_attempts."""
+    effect, runs = mapped(ledger), list[int]()
+    async with ledger.engine.begin() as connection:  # type: ignore[union-attr]
+        for statement in unique(ledger):
+            await connection.execute(statement)
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, max_attempts=2)
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        session.add(effect("tea"))
+        with pytest.raises(IntegrityError):
+            await session.flush()
+
+    first, second = await redeliver(handle, 1), await redeliver(handle, 2)
+
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, PendingRollbackError)
+    assert isinstance(second, DeadLetter)
+    assert second.reason == "exhausted"
+    assert is_refused(await redeliver(handle, 3))
+    assert len(runs) == 2
+
+
+@synchronous
+def test_a_failure_that_the_handler_swallowed_counts_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous handler."""
+    effect, runs = mapped(sync_ledger), list[int]()
+    with sync_ledger.sync_engine.begin() as connection:
+        for statement in unique(sync_ledger):
+            connection.execute(statement)
+
+    @idempotent_consumer(sync_ledger.store, consumer="c", key=id_of, session=sync_ledger.sessions, max_attempts=2)
+    def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        session.add(effect("tea"))
+        with pytest.raises(IntegrityError):
+            session.flush()
+
+    first, second = redeliver_sync(handle, 1), redeliver_sync(handle, 2)
+
+    assert isinstance(first, Failed)
+    assert isinstance(first.error, PendingRollbackError)
+    assert isinstance(second, DeadLetter)
+    assert is_refused(redeliver_sync(handle, 3))
+    assert len(runs) == 2
+
+
+@asynchronous
+async def test_a_store_that_fails_after_the_handler_counts(ledger: Ledger) -> None:
+    """The message is delivered again, and not for ever: its handler ran each time."""
+    runs: list[int] = []
+
+    @idempotent_consumer(ledger.store, consumer="c", key=id_of, session=ledger.sessions, max_attempts=2)
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        await session.execute(ledger.insert("tea"))
+        raise StoreError("away")
+
+    for attempt in (1, 2):
+        assert await redeliver(handle, attempt) == Retry(1.0, "unavailable")
+    assert is_refused(await redeliver(handle, 3))
+    assert len(runs) == 2
+    assert await ledger.effects() == []
+
+
+@synchronous
+def test_a_store_that_fails_after_the_handler_counts_in_threads(sync_ledger: Ledger) -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[int] = []
+
+    @idempotent_consumer(sync_ledger.store, consumer="c", key=id_of, session=sync_ledger.sessions, max_attempts=2)
+    def handle(message: dict[str, Any], session: Any) -> None:
+        runs.append(1)
+        session.execute(sync_ledger.insert("tea"))
+        raise StoreError("away")
+
+    for attempt in (1, 2):
+        assert redeliver_sync(handle, attempt) == Retry(1.0, "unavailable")
+    assert is_refused(redeliver_sync(handle, 3))
+    assert len(runs) == 2
+
+
+@asynchronous
+async def test_a_message_whose_savepoint_is_gone_is_settled(ledger: Ledger) -> None:
+    """A failure that is stored is a dead letter also where the server has rolled everything back before."""
+
+    @idempotent_consumer(
+        ledger.store, consumer="c", key=id_of, session=ledger.sessions, policy=Policy(outcomes={ValueError: "store"})
+    )
+    async def handle(message: dict[str, Any], session: Any) -> None:
+        await session.execute(ledger.insert("tea"))
+        await session.execute(text("ROLLBACK"))
+        raise POISON
+
+    assert await handle.deliver({"id": "1"}) == DeadLetter("recorded-failure", POISON)
+    assert await ledger.effects() == []
