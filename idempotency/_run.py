@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
-from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Verdict, judge
+from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency._transaction import Transaction
 from idempotency.errors import StoreError, WaitFailedError
@@ -185,7 +185,9 @@ class Lease:
         "_deadline",
         "_ended",
         "_expiry",
+        "_failure",
         "_name",
+        "_outcome_of",
         "_runner",
         "_task",
         "_transaction",
@@ -200,13 +202,16 @@ class Lease:
         name: str,
         claimed_at: float,
         transaction: Transaction | None = None,
+        outcome_of: Callable[[BaseException], Outcome] = lambda _: "release",
     ) -> None:
         self.operation = operation
         self._runner = runner
         self._claim = claim
         self._name = name
         self._transaction = transaction
+        self._outcome_of = outcome_of
         self._ended = False
+        self._failure: Exception | None = None
         # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
         self._beat = asyncio.get_running_loop().call_later(claim.lease / 3, self._renew_soon)
@@ -252,6 +257,8 @@ class Lease:
     def stop(self) -> None:
         """Stop renewing."""
         self._ended = True
+        if self._transaction is not None:
+            self._transaction.settled = True
         self._beat.cancel()
         if self._expiry is not None:
             self._expiry.cancel()
@@ -264,21 +271,27 @@ class Lease:
         if self._transaction is not None:
             await self._transaction.close()
 
-    async def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Told | None:
+    async def end(
+        self, outcome: Outcome, result: bytes | None = None, error: Failure = None, *, failed: bool = False
+    ) -> Told | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
         again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
         recorded, and the verdict says what is known instead. A cancellation does not undo the record.
 
-        In a transaction that was used, the effect is part of it: what is not stored is rolled back, and what cannot be
-        committed raises, the database's own error or :class:`~idempotency.errors.StoreError`.
+        In a transaction that was used, the effect is part of it: what is not stored, or ``failed``, is rolled back.
+        What cannot be committed raises, now and whenever it is ended again:
+        :class:`~idempotency.errors.StoreError`, or what the database refused. With the latter the key is still the
+        caller's to end, as failed.
         """
         if self._ended:
+            if self._failure is not None:
+                raise self._failure
             return None
         transaction = self._transaction
         if transaction is not None and transaction.used:
-            if outcome == "store":
+            if outcome == "store" and not failed:
                 return await self._commit(transaction, result)
             await transaction.roll_back()
         self.stop()
@@ -318,26 +331,44 @@ class Lease:
         return self._runner.persist(write, self._claim.lease)
 
     async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
-        await transaction.flush()
-        self.stop()
         try:
+            await transaction.flush()
+            self.stop()
             if await transaction.commit(result):
                 self._emit(kind_of("store", result))
                 return None
         except BaseException as error:
-            # Cancelled, the commit goes on; then this release is refused, or finds what was rolled back.
-            self._runner.let_go(self._claim)
-            if not isinstance(error, asyncio.CancelledError):
-                self._emit("released", error)
+            if isinstance(error, Exception) and not isinstance(error, StoreError):
+                self._failure, self._ended = error, False
+            elif self._ended:
+                self._failure = error if isinstance(error, StoreError) else StoreError("the commit was interrupted")
+                self._let_go(error)
             raise
         self.operation.lost.set()
         self._emit("superseded")
         verdict = judge(self._claim, await self._runner.store.claim(self._claim))
         if isinstance(verdict, Execute):
             # The other owner is gone without a result. The effect was rolled back here, so a retry must run.
-            await self._runner.store.release(self._claim)
-            return InProgress(0.0)
+            word = self.operation.settle("release")
+            await self._write(word, None)
+            return Unknown() if word == "hold" else InProgress(0.0)
         return verdict
+
+    def _let_go(self, error: BaseException) -> None:
+        """Settle in the background a key of whose commit nobody can say whether it is applied in the end."""
+        if self.operation.settle(self._outcome_of(error)) == "hold":
+            self._runner.persist(self._hold_uncommitted, self._claim.lease)
+            self._emit("held", error)
+            return
+        # Cancelled, the commit goes on; then this release is refused, or finds what was rolled back.
+        self._runner.let_go(self._claim)
+        if not isinstance(error, asyncio.CancelledError):
+            self._emit("released", error)
+
+    async def _hold_uncommitted(self) -> None:
+        # The claim waits for the row while the commit is under way, and tells whether it was applied.
+        if isinstance(judge(self._claim, await self._runner.store.claim(replace(self._claim, hold=True))), Execute):
+            await self._write("hold", None)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)

@@ -259,7 +259,15 @@ class _Exchange:
         if isinstance(verdict, Execute):
             transaction = self._shared.transactions(claim) if self._shared.transactions is not None else None
             operation = Operation(claim, verdict.attempt, transaction, self._name())
-            self._lease = Lease(self._shared.runner, claim, operation, self._name(), claimed_at, transaction)
+            self._lease = Lease(
+                self._shared.runner,
+                claim,
+                operation,
+                self._name(),
+                claimed_at,
+                transaction,
+                policy.outcome_of_exception,
+            )
             await self._execute(operation, body.receive(self._receive))
         else:
             await send_response(self._send, self._answer(verdict))
@@ -297,15 +305,21 @@ class _Exchange:
         outcome = self._lease.operation.settle(self._policy.outcome_of_status(status))
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
-            told = await self._lease.end(outcome, result)
+            # A 5xx is how frameworks answer an exception, so it is a failure, whatever is recorded of it.
+            told = await self._lease.end(outcome, result, failed=status >= 500)
         except StoreError as error:
             # The transaction did not commit, or nobody can say: the same request may be sent again either way.
             return self._problem("unavailable", error, retry_after=1.0)
+        except Exception as error:
+            # Refused by the database at the last moment: the operation's own failure, as if its code had raised it.
+            if not self._lease.ended:
+                await self._failed(error)
+            raise
         return None if told is None else self._answer(told)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.settle(self._policy.outcome_of_exception(error))
-        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error)
+        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error, failed=True)
 
     async def _unprotected(self, receive: Receive) -> None:
         self._scope.setdefault("state", {})["idempotency"] = None

@@ -142,7 +142,8 @@ class ResponseCapture:
         assert self._lock is not None
         async with self._lock:
             if self._settled is False:
-                with suppress(OSError):  # the client is gone; the application learns it at its own next send
+                # The client is gone, or nothing was committed: the application learns it at its own next send.
+                with suppress(Exception):
                     await self._go_live()
 
     async def _go_live(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -25,6 +26,8 @@ from tcp_proxy import Proxy
 
 from idempotency import ConfigurationError, IdempotencyMiddleware, Policy
 from idempotency.adapters.fastapi import session as session_of_request
+from idempotency.errors import TransactionError
+from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
 
@@ -49,9 +52,45 @@ class Shop:
         self.engine = engine
         self.store = store
         self.handle: Any = None
-        app = Starlette(routes=[Route("/orders", self._order, methods=["POST"])])
-        self.app = IdempotencyMiddleware(
-            app, store=store, session=async_sessionmaker(engine), policy=Policy(lease=5), on_event=lambda event: None
+        self.protect(Starlette(routes=[Route("/orders", self._order, methods=["POST"])]), Policy(lease=5))
+
+    def protect(self, app: Any, policy: Policy, on_event: Callable[[Event], None] = lambda event: None) -> None:
+        """Serve ``app`` from now on."""
+        sessions = async_sessionmaker(self.engine)
+        self.app = IdempotencyMiddleware(app, store=self.store, session=sessions, policy=policy, on_event=on_event)
+
+    def serve(self, handle: Callable[[AsyncSession], Awaitable[None]], policy: Policy) -> None:
+        """Serve, from now on, an application without a framework: what it raises comes out of it, else it is 201."""
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await handle(scope["state"]["idempotency"].session)
+            await send({"type": "http.response.start", "status": 201, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        self.protect(app, policy)
+
+    async def raised(self, key: str) -> Exception | None:
+        """Post, and return what comes out of the application."""
+        transport = httpx.ASGITransport(app=self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            try:
+                await client.post("/orders", headers={"Idempotency-Key": key})
+            except Exception as error:
+                return error
+        return None
+
+    async def execute(self, *statements: str) -> None:
+        """Commit statements by a connection of its own."""
+        async with self.engine.begin() as connection:
+            for statement in statements:
+                await connection.execute(text(statement))
+
+    async def check_items_at_the_commit(self) -> None:
+        """Have a cup ordered, and a second one refused by PostgreSQL no earlier than at its commit."""
+        await self.execute(
+            "INSERT INTO orders VALUES ('cup')",
+            "ALTER TABLE orders DROP CONSTRAINT orders_item_key",
+            "ALTER TABLE orders ADD UNIQUE (item) DEFERRABLE INITIALLY DEFERRED",
         )
 
     async def _order(self, request: Request) -> Any:
@@ -357,3 +396,261 @@ async def first_answer(shop: Shop, key: str) -> int:
         while (answer := await shop.post(key)).status_code == 409:
             await asyncio.sleep(0.02)
     return answer.status_code
+
+
+INSERT_A_CUP = text("INSERT INTO orders VALUES ('cup')")
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_a_commit_refused_behind_the_application_raises_at_its_next_send(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A response in pieces that could not be committed is not sent: no client holds a success without its effect."""
+    monkeypatch.setattr("idempotency._http.capture.PATIENCE", 0.01)
+    await shop.check_items_at_the_commit()
+    released = asyncio.Event()
+    raised: list[Exception] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await scope["state"]["idempotency"].session.execute(INSERT_A_CUP)
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b"one ", "more_body": True})
+        await released.wait()
+        try:
+            await send({"type": "http.response.body", "body": b"cup"})
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    shop.protect(app, Policy(lease=5), lambda event: released.set() if event.kind == "released" else None)
+
+    assert (await shop.post("tea")).status_code == 500
+    assert [type(error) for error in raised] == [sqlalchemy.exc.IntegrityError]
+    assert await shop.orders() == ["cup"]
+
+
+async def close(session: AsyncSession) -> None:
+    await session.execute(INSERT_A_CUP)
+    await session.close()
+
+
+async def leave(session: AsyncSession) -> None:
+    async with session:
+        await session.execute(INSERT_A_CUP)
+
+
+async def forget_what_was_added(session: AsyncSession) -> None:
+    async with session:
+        session.add(Order(item="cup"))
+
+
+async def close_and_go_on(session: AsyncSession) -> None:
+    await close(session)
+    await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+
+
+@pytest.mark.parametrize("handle", [close, leave, forget_what_was_added, close_and_go_on])
+async def test_a_session_that_the_handler_closed_is_refused(shop: Shop, handle: Any) -> None:
+    """Its effect is gone, so nothing is recorded: an error that says what to do, and a retry runs."""
+    shop.serve(handle, Policy(lease=5))
+
+    error = await shop.raised("k")
+
+    assert isinstance(error, TransactionError)
+    assert "begin_nested()" in str(error)
+    assert await shop.orders() == []
+    assert isinstance(await shop.raised("k"), TransactionError)
+
+
+async def test_a_rollback_of_the_handler_is_its_own_word(shop: Shop) -> None:
+    """What it undid is gone by its own wish; what it does afterwards commits with the response."""
+
+    async def think_again(session: AsyncSession) -> None:
+        await session.execute(INSERT_A_CUP)
+        await session.rollback()
+        await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+
+    shop.serve(think_again, Policy(lease=5))
+
+    assert [(await shop.post("k")).status_code for _ in range(2)] == [201, 201]
+    assert await shop.orders() == ["tea"]
+
+
+async def test_a_failed_flush_that_was_rolled_back_may_be_answered(shop: Shop) -> None:
+    """A handler that is told of a duplicate, rolls back and answers 400, has its answer recorded."""
+
+    async def refuse(request: Request, session: AsyncSession) -> JSONResponse:
+        session.add(Order(item="tea"))  # as has been ordered already
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            await session.flush()
+        await session.rollback()
+        return JSONResponse({}, 400)
+
+    shop.handle = refuse
+
+    answers = [await shop.post("tea") for _ in range(2)]
+
+    assert [(answer.status_code, "idempotent-replayed" in answer.headers) for answer in answers] == [
+        (400, False),
+        (400, True),
+    ]
+    assert await shop.orders() == []
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_snapshot_older_than_the_renewal_is_unavailable(shop: Shop) -> None:
+    """Where the isolation level does not let the record be completed: 503, no effect, and a retry may succeed."""
+
+    async def see_too_little(session: AsyncSession) -> None:
+        await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        if shop.engine.dialect.name == "mysql":
+            await session.execute(text("SET SESSION innodb_snapshot_isolation = ON"))
+        await session.execute(text("SELECT * FROM orders"))
+        await shop.execute(f"UPDATE {shop.store._table.name} SET lease_until_ms = lease_until_ms + 1")
+        await session.execute(INSERT_A_CUP)
+
+    shop.serve(see_too_little, Policy(lease=5))
+    answer = await shop.post("tea")
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
+    assert await shop.orders() == []
+
+    async def see(session: AsyncSession) -> None:
+        await session.execute(INSERT_A_CUP)
+
+    shop.serve(see, Policy(lease=5))
+    assert await first_answer(shop, "tea") == 201
+    assert await shop.orders() == ["cup"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
+async def test_isolation_that_cannot_be_completed_is_refused(shop: Shop) -> None:
+    """AUTOCOMMIT has no transaction, and a snapshot is older than the renewals of its record, but on SQLite."""
+    url = shop.engine.url
+    refused = {"AUTOCOMMIT": "AUTOCOMMIT"}
+    if url.get_backend_name() != "sqlite":
+        refused |= {"REPEATABLE READ": "READ COMMITTED", "SERIALIZABLE": "READ COMMITTED"}
+    for level, words in refused.items():
+        for engine in (
+            create_async_engine(url, isolation_level=level),
+            shop.engine.execution_options(isolation_level=level),
+        ):
+            with pytest.raises(ConfigurationError, match=words):
+                IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(engine))
+    allowed = create_async_engine(url, isolation_level="SERIALIZABLE" if len(refused) == 1 else "READ COMMITTED")
+    IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(allowed))
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
+async def test_a_handler_that_asks_for_autocommit_is_refused(shop: Shop) -> None:
+    """Its connection would commit each statement by itself, so it gets none."""
+
+    async def commit_at_once(session: AsyncSession) -> None:
+        await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        await session.execute(INSERT_A_CUP)
+
+    shop.serve(commit_at_once, Policy(lease=5))
+
+    assert isinstance(await shop.raised("k"), ConfigurationError)
+    assert await shop.orders() == []
+
+
+@pytest.mark.stores("postgres")
+async def test_sessions_that_do_not_begin_by_themselves_are_refused(shop: Shop) -> None:
+    """Nobody would begin their transaction."""
+    with pytest.raises(ConfigurationError, match="autobegin"):
+        IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(shop.engine, autobegin=False))
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+@pytest.mark.parametrize("by", ["word", "policy"])
+async def test_what_is_held_stays_held_when_its_commit_is_refused(shop: Shop, by: str) -> None:
+    """An effect elsewhere that the handler told of, or the policy fears, is not repeated because of the database."""
+    await shop.check_items_at_the_commit()
+
+    async def order_a_cup(request: Request, session: AsyncSession) -> JSONResponse:
+        if by == "word":
+            request.state.idempotency.hold()
+        await session.execute(INSERT_A_CUP)
+        return JSONResponse({}, 201)
+
+    shop.handle = order_a_cup
+    shop.protect(shop.app.app, Policy(lease=5, outcomes={"5xx": "hold"} if by == "policy" else {}))
+
+    assert isinstance(await shop.raised("tea"), sqlalchemy.exc.IntegrityError)
+    assert (await shop.post("tea")).json()["code"] == "outcome-unknown"
+    assert await shop.orders() == ["cup"]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_what_is_held_stays_held_when_its_commit_gets_no_answer(target: Target) -> None:
+    """The connection is lost before the commit: 503, and from then on the outcome is unknown."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+
+            async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
+                request.state.idempotency.hold()
+                proxy.cut()
+                return JSONResponse({}, 201)
+
+            shop.handle = lose_connection
+
+            assert (await shop.post("tea")).status_code == 503
+            async with asyncio.timeout(20):
+                while (code := (await shop.post("tea")).json()["code"]) in ("in-progress", "store-unavailable"):
+                    await asyncio.sleep(0.02)
+            assert code == "outcome-unknown"
+            assert await shop.orders() == []
+
+
+@pytest.mark.parametrize("rule", [ValueError, "5xx"])
+async def test_a_stored_exception_is_rolled_back(shop: Shop, rule: Any) -> None:
+    """That it failed is recorded and replayed as 500, without the half of its effect."""
+
+    async def fail(session: AsyncSession) -> None:
+        await session.execute(INSERT_A_CUP)
+        raise ValueError("no tea")
+
+    shop.serve(fail, Policy(lease=5, outcomes={rule: "store"}))
+
+    assert isinstance(await shop.raised("tea"), ValueError)
+    again = await shop.post("tea")
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (500, "true")
+    assert await shop.orders() == []
+
+
+async def test_a_stored_5xx_is_rolled_back(shop: Shop) -> None:
+    """As an exception is which a framework inside answers with 500: its own error comes out, and 500 is replayed."""
+
+    async def order_twice(request: Request, session: AsyncSession) -> JSONResponse:
+        await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+        raise AssertionError("unreachable")
+
+    shop.handle = order_twice
+    shop.protect(shop.app.app, Policy(lease=5, outcomes={"5xx": "store"}))
+
+    assert isinstance(await shop.raised("tea"), sqlalchemy.exc.IntegrityError)
+    again = await shop.post("tea")
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (500, "true")
+    assert await shop.orders() == []
+
+
+async def test_the_session_is_over_with_the_response(shop: Shop) -> None:
+    """Work after the response would be committed by nobody: it gets an error."""
+    refused: list[str] = []
+
+    async def after(request: Request, session: AsyncSession) -> None:
+        with pytest.raises(TransactionError):
+            await session.execute(INSERT_A_CUP)
+        with pytest.raises(TransactionError):
+            _ = request.state.idempotency.session
+        refused.append("both")
+
+    async def answer(request: Request, session: AsyncSession) -> JSONResponse:
+        return JSONResponse({}, 201, background=BackgroundTask(after, request, session))
+
+    shop.handle = answer
+
+    assert (await shop.post("tea")).status_code == 201
+    assert refused == ["both"]
+    assert await shop.orders() == ["tea"]
