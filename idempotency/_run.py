@@ -339,6 +339,7 @@ class Lease:
                 return None
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, StoreError):
+                # Nothing of it is left, for certain. What becomes of the key depends on the error, as the caller knows.
                 self._failure, self._ended = error, False
             elif self._ended:
                 self._failure = error if isinstance(error, StoreError) else StoreError("the commit was interrupted")

@@ -1098,6 +1098,43 @@ def test_a_held_call_that_is_interrupted_is_unknown(sync_ledger: Ledger) -> None
     assert sync_ledger.effects_sync() == []
 
 
+@pytest.mark.stores("postgres", "mariadb")
+async def test_a_duplicate_that_waits_overtakes_a_hold(ledger: Ledger) -> None:
+    """The row is free between the rollback of the effect and the record of the hold, but not under a policy's rule."""
+
+    def run(**options: Any) -> Any:
+        running, fail, runs = asyncio.Event(), asyncio.Event(), list[int]()
+
+        @idempotent(ledger.store, session=ledger.sessions, key=lambda: "rule" if options else "word", **options)
+        async def order() -> str:
+            runs.append(1)
+            if len(runs) > 1:
+                return "ran again"
+            operation = current()
+            assert operation is not None
+            operation.hold()
+            running.set()
+            await fail.wait()
+            raise LookupError
+
+        async def twice() -> tuple[Any, Any]:
+            first = asyncio.create_task(order())
+            await running.wait()
+            second = asyncio.create_task(order())
+            done, _ = await asyncio.wait({second}, timeout=0.2)
+            assert not done
+            fail.set()
+            ended = await asyncio.gather(first, second, return_exceptions=True)
+            return ended[0], ended[1]
+
+        return twice()
+
+    failed, overtook = await run()
+    assert (type(failed), overtook) == (LookupError, "ran again")
+    failed, told = await run(policy=Policy(outcomes={LookupError: "hold"}))
+    assert (type(failed), type(told)) == (LookupError, OutcomeUnknownError)
+
+
 def check_at_the_commit(ledger: Ledger) -> Any:
     """Make the statement after which PostgreSQL refuses equal effects, and no earlier than at their commit."""
     return text(f"ALTER TABLE {ledger.name} ADD UNIQUE (what) DEFERRABLE INITIALLY DEFERRED")
