@@ -7,8 +7,8 @@ done under it, and say how the broker is to be answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
@@ -17,6 +17,7 @@ from idempotency._calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
 from idempotency._core import Claim, Completed, InProgress, Replay, record_id
 from idempotency._result import Codec, results_of
 from idempotency._tell import tell
+from idempotency._turns import Turns
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 
 _WEEK = Policy(ttl=timedelta(days=7))
 _SOON = 1.0
+_TURN = 60.0
+"""Seconds for which a suspect waits for its turn before it is given back."""
+
+Tally = Literal["begun", "busy", "failed"]
+"""What is counted of a message: how often it was begun, how often that was in vain, and how often it failed."""
+
+_TALLIES: tuple[Tally, ...] = ("begun", "busy", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +151,28 @@ class Rules:
         """
         return self.max_attempts is not None and attempt != 1
 
-    def uncounted(self, attempt: int | None, ended: Ended) -> bool:
-        """Say whether this is a failure that is still to be counted, also the last: its dead letter may not arrive."""
-        failed = isinstance(ended, Raised) and ended.outcome == "release"
-        return failed and self.max_attempts is not None and attempt == 1
+    def uncounted(self, attempt: int | None, ended: Ended) -> tuple[Tally, ...]:
+        """Say what is still to be counted of a delivery, also of the last: its dead letter may not arrive."""
+        match ended:
+            case Raised(_, "release"):
+                return self.missing(attempt, ran=True)
+            case InProgress():
+                return self.missing(attempt, ran=False)
+            case _:
+                return ()
 
-    def missing(self, attempt: int | None, ran: bool) -> Literal["begun", "busy"] | None:
-        """Say what is still to be counted of a delivery that met a failing store, before its handler or after it.
+    def missing(self, attempt: int | None, ran: bool) -> tuple[Tally, ...]:
+        """Say what is still to be counted of a delivery whose handler ``ran`` in vain, or was not called.
 
         A first one that ran was not counted yet, and a later one that did not run was counted for nothing.
         """
+        if self.max_attempts is None:
+            return ()
         if ran:
-            return "begun" if self.max_attempts is not None and attempt == 1 else None
-        return "busy" if self.counts(attempt) else None
+            return ("begun", "failed") if attempt == 1 else ("failed",)
+        return ("busy",) if attempt != 1 else ()
 
-    def tally(self, kind: Literal["begun", "busy"], claim: Claim) -> Claim:
+    def tally(self, kind: Tally, claim: Claim) -> Claim:
         """Make a claim that counts by its attempt: it is over at once, so the next one takes it over."""
         calls = self.calls
         return Claim(
@@ -265,6 +280,7 @@ class Consumer:
         self.rules = _rules(consumer, returns, options)
         self._store = store
         self._run = _runner(store, self.rules.calls, options, asynchronous=True)
+        self._turns = Turns()
         _check_counts(store, self.rules, "inspect")
 
     async def deliver(
@@ -284,20 +300,20 @@ class Consumer:
         rules = self.rules
         claim, ran = rules.calls.claim(key, compared), list[bool]()
         try:
-            begun = await self._begun(claim, attempt)
-            ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
-            if isinstance(ended, InProgress) and rules.counts(attempt):
-                await self._store.claim(rules.tally("busy", claim))
+            async with self._turn(await self._suspect(claim, attempt)) as mine:
+                if not mine:
+                    return Retry(_SOON)
+                begun = await self._begun(claim, attempt)
+                ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
         except StoreError:
-            return await self._again(claim, attempt, bool(ran))
+            await self._count(claim, rules.missing(attempt, bool(ran)))
+            return Retry(_SOON, "unavailable")
         except asyncio.CancelledError:
             # The consumer is told to end, which is no fault of the message.
             with suppress(Exception):
-                await asyncio.wait_for(self._again(claim, attempt, ran=False), _SOON)
+                await asyncio.wait_for(self._count(claim, rules.missing(attempt, ran=False)), _SOON)
             raise
-        if rules.uncounted(attempt, ended):
-            with suppress(StoreError):
-                await self._store.claim(rules.tally("begun", claim))
+        await self._count(claim, rules.uncounted(attempt, ended))
         return rules.outcome(claim, ended, begun)
 
     async def call(self, key: object, work: Callable[..., Awaitable[Any]], compared: bytes | str | None = None) -> Any:
@@ -307,9 +323,28 @@ class Consumer:
 
     async def forget(self, key: str) -> bool:
         """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
-        for each in ("begun", "busy"):
+        for each in _TALLIES:
             await self._store.forget(record_id(f"{each}:1:{self.rules.calls.scope}", key))
         return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
+
+    async def _suspect(self, claim: Claim, attempt: int | None) -> bool:
+        """Say whether the message was begun and never ended, as by one that takes its process down."""
+        if not self.rules.counts(attempt):
+            return False
+        with suppress(StoreError):
+            begun = await self._counted("begun", claim)
+            return begun > 0 and begun > await self._counted("busy", claim) + await self._counted("failed", claim)
+        return False
+
+    @asynccontextmanager
+    async def _turn(self, suspect: bool) -> AsyncIterator[bool]:
+        """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
+        left = await self._turns.take(_TURN) if suspect else _TURN
+        try:
+            yield left is not None
+        finally:
+            if suspect and left is not None:
+                self._turns.give()
 
     async def _begun(self, claim: Claim, attempt: int | None) -> int:
         rules = self.rules
@@ -318,7 +353,7 @@ class Consumer:
         try:
             begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
             if rules.look_at_busy(begun):
-                begun -= _count(await self._store.inspect(rules.tally("busy", claim).id))
+                begun -= await self._counted("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)
             if rules.open:
@@ -326,12 +361,14 @@ class Consumer:
             raise
         return begun
 
-    async def _again(self, claim: Claim, attempt: int | None, ran: bool) -> Retry:
-        kind = self.rules.missing(attempt, ran)
-        if kind is not None:
-            with suppress(StoreError):
+    async def _counted(self, kind: Tally, claim: Claim) -> int:
+        found: Entry | None = await self._store.inspect(self.rules.tally(kind, claim).id)
+        return 0 if found is None else found.attempt
+
+    async def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        with suppress(StoreError):
+            for kind in kinds:
                 await self._store.claim(self.rules.tally(kind, claim))
-        return Retry(_SOON, "unavailable")
 
 
 class SyncConsumer:
@@ -341,6 +378,7 @@ class SyncConsumer:
         self.rules = _rules(consumer, returns, options)
         self._store = store
         self._run = _runner(store, self.rules.calls, options, asynchronous=False)
+        self._turns = Turns()
         _check_counts(store, self.rules, "inspect_sync")
 
     def deliver(
@@ -355,15 +393,15 @@ class SyncConsumer:
         rules = self.rules
         claim, ran = rules.calls.claim(key, compared), list[bool]()
         try:
-            begun = self._begun(claim, attempt)
-            ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
-            if isinstance(ended, InProgress) and rules.counts(attempt):
-                self._store.claim_sync(rules.tally("busy", claim))
+            with self._turn(self._suspect(claim, attempt)) as mine:
+                if not mine:
+                    return Retry(_SOON)
+                begun = self._begun(claim, attempt)
+                ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
         except StoreError:
-            return self._again(claim, attempt, bool(ran))
-        if rules.uncounted(attempt, ended):
-            with suppress(StoreError):
-                self._store.claim_sync(rules.tally("begun", claim))
+            self._count(claim, rules.missing(attempt, bool(ran)))
+            return Retry(_SOON, "unavailable")
+        self._count(claim, rules.uncounted(attempt, ended))
         return rules.outcome(claim, ended, begun)
 
     def call(self, key: object, work: Callable[..., Any], compared: bytes | str | None = None) -> Any:
@@ -373,9 +411,28 @@ class SyncConsumer:
 
     def forget(self, key: str) -> bool:
         """See :meth:`Consumer.forget`."""
-        for each in ("begun", "busy"):
+        for each in _TALLIES:
             self._store.forget_sync(record_id(f"{each}:1:{self.rules.calls.scope}", key))
         return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
+
+    def _suspect(self, claim: Claim, attempt: int | None) -> bool:
+        """Say whether the message was begun and never ended, as by one that takes its process down."""
+        if not self.rules.counts(attempt):
+            return False
+        with suppress(StoreError):
+            begun = self._counted("begun", claim)
+            return begun > 0 and begun > self._counted("busy", claim) + self._counted("failed", claim)
+        return False
+
+    @contextmanager
+    def _turn(self, suspect: bool) -> Iterator[bool]:
+        """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
+        left = self._turns.take_sync(_TURN) if suspect else _TURN
+        try:
+            yield left is not None
+        finally:
+            if suspect and left is not None:
+                self._turns.give_sync()
 
     def _begun(self, claim: Claim, attempt: int | None) -> int:
         rules = self.rules
@@ -384,7 +441,7 @@ class SyncConsumer:
         try:
             begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
             if rules.look_at_busy(begun):
-                begun -= _count(self._store.inspect_sync(rules.tally("busy", claim).id))
+                begun -= self._counted("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)
             if rules.open:
@@ -392,12 +449,14 @@ class SyncConsumer:
             raise
         return begun
 
-    def _again(self, claim: Claim, attempt: int | None, ran: bool) -> Retry:
-        kind = self.rules.missing(attempt, ran)
-        if kind is not None:
-            with suppress(StoreError):
+    def _counted(self, kind: Tally, claim: Claim) -> int:
+        found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
+        return 0 if found is None else found.attempt
+
+    def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        with suppress(StoreError):
+            for kind in kinds:
                 self._store.claim_sync(self.rules.tally(kind, claim))
-        return Retry(_SOON, "unavailable")
 
 
 def _noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
@@ -423,10 +482,6 @@ def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
             raise RuntimeError("the handler was cancelled from within") from error
 
     return handle
-
-
-def _count(entry: Entry | None) -> int:
-    return 0 if entry is None else entry.attempt
 
 
 def _rules(consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> Rules:

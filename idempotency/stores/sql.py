@@ -15,12 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from idempotency._core import Claim, Record, State
+from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
 from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
-from idempotency.stores._sql_turns import Turns
 from idempotency.stores._sql_verbs import Verbs
 from idempotency.stores.base import Changed, Entry
 
@@ -102,7 +102,11 @@ class SQLStore:
 
     @property
     def turns(self) -> Turns | None:
-        """Return the queue that joined transactions stand in, where the database has one writer at a time."""
+        """Return the queue that joined transactions stand in, where the database has one writer at a time: SQLite.
+
+        Its own lock stays the one that counts. Who waits for that one looks at it from time to time and sleeps up to
+        0.1 s in between, in which nobody may be writing; here the next one is woken.
+        """
         return self._turns
 
     def check_shared(self, engine: object) -> None:

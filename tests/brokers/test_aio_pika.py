@@ -19,6 +19,7 @@ from targets import unique_name
 from tcp_proxy import Proxy
 
 from brokers.adapters import missing_broker
+from brokers.neighbours import NEIGHBOURS
 from brokers.rabbitmq import URL
 from idempotency import Event, idempotent_consumer
 from idempotency.adapters.aio_pika import consume
@@ -324,6 +325,44 @@ async def test_a_robust_connection_consumes_again_when_a_deleted_queue_is_there_
             await send(other, await other.declare_queue(queue.name), Message(b"", message_id="1"))
             await consuming
     assert await left_in(queue) == 0
+
+
+async def test_a_message_that_takes_its_process_down_takes_no_others_with_it(
+    channel: AbstractChannel, redis_url: str, tmp_path: Path
+) -> None:
+    """It is a dead letter in the end; those that were in hand each time are handled."""
+    name = unique_name("aio_pika")
+    dead = await channel.declare_queue(f"{name}_dead")
+    routing = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead.name}
+    queue = await channel.declare_queue(name, arguments=routing)
+    orders = ["poison", *(f"order-{number}" for number in range(NEIGHBOURS))]
+    for order in orders:
+        await send(channel, queue, Message(order.encode(), message_id=order))
+
+    deaths, letter = 0, None
+    while letter is None:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "brokers.neighbours", name, name, redis_url, str(tmp_path)),
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.DEVNULL,
+        )
+        died = asyncio.create_task(process.wait())
+        while not died.done() and letter is None:
+            letter = await dead.get(fail=False)
+            await asyncio.wait({died}, timeout=0.05)
+        deaths += letter is None
+        if deaths == 2:
+            (tmp_path / "gate").touch()
+    while len(list(tmp_path.glob("done-*"))) < NEIGHBOURS:
+        await asyncio.sleep(0.05)
+    process.terminate()
+    await asyncio.wait_for(died, 20)
+
+    assert (letter.message_id, deaths) == ("poison", 3)
+    assert await left_in(queue) == await left_in(dead) == 0
+    await letter.ack()
+    await channel.queue_delete(name)
+    await channel.queue_delete(dead.name)
 
 
 async def test_a_message_is_held_while_the_store_is_away(channel: AbstractChannel) -> None:

@@ -1,4 +1,4 @@
-"""Whose turn it is to write to a SQLite database, which has one writer at a time."""
+"""Whose turn it is, among the operations of one process that only one at a time may do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from weakref import WeakKeyDictionary
 
 
 class Turns:
-    """A queue of the transactions of one process: one queue for threads, and one in each event loop.
-
-    SQLite's own lock stays the one that counts, between them and beyond. Who waits for that one looks at it from time
-    to time and sleeps up to 0.1 s in between, in which nobody may be writing; here the next one is woken.
-    """
+    """A queue for the threads of one process, and one in each of its event loops."""
 
     def __init__(self) -> None:
         self._threads = threading.Lock()
