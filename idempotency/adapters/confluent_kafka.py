@@ -35,7 +35,9 @@ _TURN = 0.02
 _BATCH = 500
 _LONGEST_BURIAL = 330.0
 _HALTED_BURIAL = 5.0
-_DEFAULTS = {
+_LONGEST_COMMIT = 5.0
+_LONGEST_CLOSE = 10.0
+_DEFAULTS: dict[str, Any] = {
     "enable.auto.commit": False,
     "auto.offset.reset": "earliest",
     # What was fetched ahead is dropped when its partition is paused, and fetched again.
@@ -80,12 +82,29 @@ def consume(
     check_settings(topics, dead_letter, auto_commit, config["auto.offset.reset"])
     if not config.get("group.id"):
         raise ConfigurationError("the consumer needs a group.id: its offsets are kept under it")
-    consumer = Consumer(config)
+    told = _Told(config.get("on_commit"))
+    consumer = Consumer(config | {"on_commit": told})
     try:
         stop = stop or threading.Event()
-        _Group(consumer, handler, producer, dead_letter, concurrency, pause, stop).run(topics)
+        _Group(consumer, told, handler, producer, dead_letter, concurrency, pause, stop).run(topics)
     finally:
-        consumer.close()
+        # It waits for the broker; whom it cannot say good-bye to finds out by the session time-out.
+        closing = threading.Thread(target=consumer.close, name="idempotency-kafka-close", daemon=True)
+        closing.start()
+        closing.join(_LONGEST_CLOSE)
+
+
+class _Told:
+    """What the consumer told, when it was polled, of the commit that was asked for last."""
+
+    def __init__(self, heard: Callable[[KafkaError | None, list[TopicPartition]], None] | None) -> None:
+        self.errors: list[KafkaError | None] = []
+        self._heard = heard
+
+    def __call__(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        self.errors.append(error or next((each.error for each in partitions if each.error), None))
+        if self._heard is not None:
+            self._heard(error, partitions)
 
 
 class _Group:
@@ -98,6 +117,7 @@ class _Group:
     def __init__(
         self,
         consumer: Consumer,
+        told: _Told,
         handler: SyncHandler[Any, Any],
         producer: Producer,
         dead_letter: str,
@@ -108,6 +128,7 @@ class _Group:
         self.consumer = consumer
         self.handler = handler
         self.pause = pause
+        self._told = told
         self.stop = stop
         self.free = threading.Semaphore(concurrency)
         self.error: BaseException | None = None
@@ -143,6 +164,24 @@ class _Group:
 
         self._asked.put(answer)
         done.result()
+
+    def commit(self, after: TopicPartition) -> None:
+        """Commit an offset; to be asked of the thread that polls."""
+        if not self.stop.is_set():
+            for done in self.consumer.commit(offsets=[after], asynchronous=False):
+                if done.error is not None:
+                    raise KafkaException(done.error)
+            return
+        # Nobody can say how long the other way waits for a broker that is away.
+        self._told.errors.clear()
+        self.consumer.commit(offsets=[after], asynchronous=True)
+        began = monotonic()
+        while not self._told.errors:
+            if monotonic() - began > _LONGEST_COMMIT:
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the commit was not answered"))
+            self.consumer.poll(_TURN)
+        if self._told.errors[0] is not None:
+            raise KafkaException(self._told.errors[0])
 
     def _assigned(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         self._runs |= {(each.topic, each.partition): _Run(self, each) for each in partitions}
@@ -286,10 +325,7 @@ class _Run:
 
     def _commit(self, topic: str, partition: int, offset: int) -> None:
         self.check()
-        after = TopicPartition(topic, partition, offset + 1)
-        for done in self.group.consumer.commit(offsets=[after], asynchronous=False):
-            if done.error is not None:
-                raise KafkaException(done.error)
+        self.group.commit(TopicPartition(topic, partition, offset + 1))
 
     def check(self) -> None:
         """Refuse to settle what is not ours any more: an offset of ours could undo the next owner's."""
