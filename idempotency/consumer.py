@@ -23,7 +23,6 @@ from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from idempotency._calls import is_async, name_of, needs_session
 from idempotency._consume import (
-    Consumer,
     ConsumerOptions,
     DeadLetter,
     Delivered,
@@ -33,8 +32,8 @@ from idempotency._consume import (
     Final,
     Replayed,
     Retry,
-    SyncConsumer,
 )
+from idempotency._consumers import Consumer, SyncConsumer
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore

@@ -103,7 +103,8 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
     if session is None:
         return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
     try:
-        from idempotency._joined import Joined, SyncJoined
+        from idempotency._joined import Joined
+        from idempotency._joined_sync import SyncJoined
     except ImportError as error:
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined

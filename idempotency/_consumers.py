@@ -1,0 +1,242 @@
+"""The consumers: given a key and what is to be done under it, they say what becomes of a delivered message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, cast
+
+from idempotency._calls import Calls
+from idempotency._consume import SOON, TALLIES, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
+from idempotency._core import Claim, record_id
+from idempotency._turns import Turns
+from idempotency.errors import (
+    ConfigurationError,
+    StoreError,
+)
+from idempotency.function import runner_of
+from idempotency.stores.base import Entry
+
+_TURN = 60.0
+"""Seconds for which a suspect waits for its turn before it is given back."""
+
+
+class Consumer:
+    """One consumer of messages, by name, whose handling is awaited. ``returns``: the function whose result is kept."""
+
+    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+        self.rules = rules_of(consumer, returns, options)
+        self._store = store
+        self._run = _runner(store, self.rules.calls, options, asynchronous=True)
+        self._turns = Turns()
+        _check_counts(store, self.rules, "inspect")
+
+    async def deliver(
+        self,
+        key: object,
+        work: Callable[..., Awaitable[Any]],
+        *,
+        attempt: int | None = None,
+        compared: bytes | str | None = None,
+    ) -> Delivered:
+        """Do ``work`` once under ``key``, and say how the delivery is to be settled.
+
+        ``work`` is given the session where there is one. ``attempt`` is the broker's count of deliveries, 1 for the
+        first, None where it has none. ``compared`` is what repeated messages must have in common with the first.
+        Raises :class:`~idempotency.errors.KeyMissingError`, and what ``"stop"`` asks for.
+        """
+        rules = self.rules
+        claim, ran = rules.calls.claim(key, compared), list[bool]()
+        try:
+            async with self._turn(await self._suspect(claim, attempt)) as mine:
+                if not mine:
+                    return Retry(SOON)
+                begun = await self._begun(claim, attempt)
+                ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
+        except StoreError:
+            await self._count(claim, rules.missing(attempt, bool(ran)))
+            return Retry(SOON, "unavailable")
+        except asyncio.CancelledError:
+            # The consumer is told to end, which is no fault of the message.
+            with suppress(Exception):
+                await asyncio.wait_for(self._count(claim, rules.missing(attempt, ran=False)), SOON)
+            raise
+        await self._count(claim, rules.uncounted(attempt, ended))
+        return rules.outcome(claim, ended, begun)
+
+    async def call(self, key: object, work: Callable[..., Awaitable[Any]], compared: bytes | str | None = None) -> Any:
+        """Do ``work`` once under ``key``, and return the result, recorded or new; raise what a redelivery may mend."""
+        claim = self.rules.calls.claim(key, compared)
+        return self.rules.answer(claim, await self._run(claim, work))
+
+    async def forget(self, key: str) -> bool:
+        """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+        for each in TALLIES:
+            await self._store.forget(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
+
+    async def _suspect(self, claim: Claim, attempt: int | None) -> bool:
+        """Say whether the message was begun and never ended, as by one that takes its process down."""
+        if not self.rules.counts(attempt):
+            return False
+        with suppress(StoreError):
+            begun = await self._counted("begun", claim)
+            return begun > 0 and begun > await self._counted("busy", claim) + await self._counted("failed", claim)
+        return False
+
+    @asynccontextmanager
+    async def _turn(self, suspect: bool) -> AsyncIterator[bool]:
+        """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
+        left = await self._turns.take(_TURN) if suspect else _TURN
+        try:
+            yield left is not None
+        finally:
+            if suspect and left is not None:
+                self._turns.give()
+
+    async def _begun(self, claim: Claim, attempt: int | None) -> int:
+        rules = self.rules
+        if not rules.counts(attempt):
+            return 1
+        try:
+            begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
+            if rules.look_at_busy(begun):
+                begun -= await self._counted("busy", claim)
+        except StoreError as error:
+            rules.calls.emit("unavailable", claim, error=error)
+            if rules.open:
+                return 1
+            raise
+        return begun
+
+    async def _counted(self, kind: Tally, claim: Claim) -> int:
+        found: Entry | None = await self._store.inspect(self.rules.tally(kind, claim).id)
+        return 0 if found is None else found.attempt
+
+    async def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        with suppress(StoreError):
+            for kind in kinds:
+                await self._store.claim(self.rules.tally(kind, claim))
+
+
+class SyncConsumer:
+    """One consumer of messages, by name, whose handling is called. ``returns``: the function whose result is kept."""
+
+    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+        self.rules = rules_of(consumer, returns, options)
+        self._store = store
+        self._run = _runner(store, self.rules.calls, options, asynchronous=False)
+        self._turns = Turns()
+        _check_counts(store, self.rules, "inspect_sync")
+
+    def deliver(
+        self,
+        key: object,
+        work: Callable[..., Any],
+        *,
+        attempt: int | None = None,
+        compared: bytes | str | None = None,
+    ) -> Delivered:
+        """See :meth:`Consumer.deliver`."""
+        rules = self.rules
+        claim, ran = rules.calls.claim(key, compared), list[bool]()
+        try:
+            with self._turn(self._suspect(claim, attempt)) as mine:
+                if not mine:
+                    return Retry(SOON)
+                begun = self._begun(claim, attempt)
+                ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
+        except StoreError:
+            self._count(claim, rules.missing(attempt, bool(ran)))
+            return Retry(SOON, "unavailable")
+        self._count(claim, rules.uncounted(attempt, ended))
+        return rules.outcome(claim, ended, begun)
+
+    def call(self, key: object, work: Callable[..., Any], compared: bytes | str | None = None) -> Any:
+        """See :meth:`Consumer.call`."""
+        claim = self.rules.calls.claim(key, compared)
+        return self.rules.answer(claim, self._run(claim, work))
+
+    def forget(self, key: str) -> bool:
+        """See :meth:`Consumer.forget`."""
+        for each in TALLIES:
+            self._store.forget_sync(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
+
+    def _suspect(self, claim: Claim, attempt: int | None) -> bool:
+        """Say whether the message was begun and never ended, as by one that takes its process down."""
+        if not self.rules.counts(attempt):
+            return False
+        with suppress(StoreError):
+            begun = self._counted("begun", claim)
+            return begun > 0 and begun > self._counted("busy", claim) + self._counted("failed", claim)
+        return False
+
+    @contextmanager
+    def _turn(self, suspect: bool) -> Iterator[bool]:
+        """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
+        left = self._turns.take_sync(_TURN) if suspect else _TURN
+        try:
+            yield left is not None
+        finally:
+            if suspect and left is not None:
+                self._turns.give_sync()
+
+    def _begun(self, claim: Claim, attempt: int | None) -> int:
+        rules = self.rules
+        if not rules.counts(attempt):
+            return 1
+        try:
+            begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
+            if rules.look_at_busy(begun):
+                begun -= self._counted("busy", claim)
+        except StoreError as error:
+            rules.calls.emit("unavailable", claim, error=error)
+            if rules.open:
+                return 1
+            raise
+        return begun
+
+    def _counted(self, kind: Tally, claim: Claim) -> int:
+        found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
+        return 0 if found is None else found.attempt
+
+    def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        with suppress(StoreError):
+            for kind in kinds:
+                self._store.claim_sync(self.rules.tally(kind, claim))
+
+
+def _noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
+    """Note that the handler was called: from there on a store that fails is no reason not to count."""
+
+    def handle(*args: Any) -> Any:
+        ran.append(True)
+        return work(*args)
+
+    return handle
+
+
+def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Tell a handler that something within it cancelled from a consumer that is told to end: the former has failed."""
+
+    async def handle(*args: Any) -> Any:
+        try:
+            return await work(*args)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise RuntimeError("the handler was cancelled from within") from error
+
+    return handle
+
+
+def _check_counts(store: Any, rules: Rules, verb: str) -> None:
+    if rules.max_attempts is not None and not hasattr(store, verb):
+        raise ConfigurationError(f"max_attempts needs a store with {verb}(), which {type(store).__name__} has not")
+
+
+def _runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
+    return runner_of(asynchronous, store, calls, options.get("session"), options.get("lock_timeout", 5.0))

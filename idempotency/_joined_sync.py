@@ -1,0 +1,244 @@
+"""Calls of synchronous functions in one transaction with their record; see :mod:`idempotency._joined`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+
+from idempotency._calls import Calls, Ended, Raised, Ran
+from idempotency._core import Claim, Execute, InProgress, State, Verdict
+from idempotency._joined import AGAIN_AFTER, begun_anew, judged, keeps_failures, kept_as, left_by, raised, without_lease
+from idempotency._tell import kind_of
+from idempotency._transaction import check_left, check_sessions
+from idempotency.errors import StoreError
+from idempotency.events import EventKind
+from idempotency.operation import RUNNING, Operation
+from idempotency.policy import Outcome
+from idempotency.stores._sql_joined import (
+    ConflictError,
+    allow_commit,
+    failure_of,
+    finish,
+    give_back,
+    keep_commit,
+)
+from idempotency.stores.sql import SQLStore
+
+
+class SyncJoined:
+    """The calls of one synchronous function."""
+
+    def __init__(self, store: object, calls: Calls, sessions: sessionmaker[Session], lock_timeout: float) -> None:
+        self._store = check_sessions(store, sessions, sessionmaker)
+        self._calls = replace(calls, policy=without_lease(calls.policy, lock_timeout))
+        self._sessions = sessions
+        self._wait = lock_timeout
+
+    def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
+        """See :meth:`Joined.run`."""
+        turns = self._store.turns
+        if turns is None:
+            return self._run(claim, work, self._wait)
+        # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
+        left = None
+        try:
+            left = turns.take_sync(self._wait)
+            return self._run(claim, work, left or 0.0)
+        finally:
+            if left is not None:
+                turns.give_sync()
+
+    def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
+        transaction = _SyncTransaction(self._store, self._sessions, claim)
+        try:
+            verdict = self._claim(claim, transaction, wait)
+            if not isinstance(verdict, Execute):
+                return verdict
+            operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
+            transaction.bind()
+            savepoint = transaction.session.begin_nested() if keeps_failures(self._calls.policy) else None
+            token = RUNNING.set(operation)
+            try:
+                value = work(transaction.session)
+                transaction.flush()
+            except Exception as error:
+                outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+                held = outcome != "release" and _undone_sync(savepoint)
+                return self._failed(claim, operation, transaction, error, outcome, held)
+            except BaseException as error:
+                self._stopped(claim, operation, transaction, error)
+                raise
+            finally:
+                RUNNING.reset(token)
+            return self._returned(claim, operation, transaction, value)
+        finally:
+            transaction.close()
+
+    def _claim(self, claim: Claim, transaction: _SyncTransaction, wait: float) -> Verdict:
+        # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
+        deadline, tried, left = monotonic() + wait, False, wait
+        while True:
+            try:
+                return judged(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
+            except ConflictError:
+                # Nothing of the caller's has run yet, so the transaction is begun anew.
+                with begun_anew():
+                    transaction.session.rollback()
+                if tried and monotonic() >= deadline:
+                    return InProgress(AGAIN_AFTER)
+                tried, left = True, max(0.0, deadline - monotonic())
+            except StoreError as error:
+                self._calls.emit("unavailable", claim, error=error)
+                raise
+
+    def _returned(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, value: Any) -> Ended:
+        if operation.settle("store") == "release":
+            transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt)
+            return Ran(value)
+        result, flaw = self._calls.encode(value)
+        try:
+            written = transaction.commit(result)
+        except Exception as error:
+            outcome = left_by(operation, self._calls.policy, error)
+            return self._failed(claim, operation, transaction, error, outcome, held=False)
+        except BaseException as error:
+            if operation.settle("release") != "release":
+                self._stopped(claim, operation, transaction, error)
+            raise
+        if not written:
+            self._calls.emit("superseded", claim, operation.attempt)
+            raise StoreError("the record was changed by another while the operation ran: nothing is committed")
+        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
+        return Ran(value)
+
+    def _failed(
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: _SyncTransaction,
+        error: Exception,
+        outcome: Outcome,
+        held: bool,
+    ) -> Raised:
+        if outcome == "release":
+            transaction.roll_back()
+            self._calls.emit("released", claim, operation.attempt, error)
+            return raised(error)
+        self._keep(claim, operation, transaction, error, outcome, held)
+        return Raised(error, outcome)
+
+    def _stopped(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, error: BaseException) -> None:
+        """Leave nothing of what was interrupted, unless its key is to be kept."""
+        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        if outcome == "release":
+            self._calls.emit("released", claim, operation.attempt, error)
+        else:
+            self._keep(claim, operation, transaction, error, outcome, held=False)
+
+    def _keep(
+        self,
+        claim: Claim,
+        operation: Operation,
+        transaction: _SyncTransaction,
+        error: BaseException,
+        outcome: Outcome,
+        held: bool,
+    ) -> None:
+        """Record a failure; ``held``: the effect is undone, and the transaction still holds the row."""
+        try:
+            if not held:
+                # The effect is rolled back, and the row with it.
+                transaction.begin_anew()
+                held = isinstance(self._claim(claim, transaction, self._wait), Execute)
+            written = held and transaction.commit(*kept_as(outcome, error))
+        except Exception as failure:
+            self._calls.emit("unrecorded", claim, operation.attempt, failure)
+        else:
+            kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
+            self._calls.emit(kind, claim, operation.attempt, error)
+
+
+class _SyncTransaction:
+    """A session that is committed once, here, together with the record."""
+
+    def __init__(self, store: SQLStore, sessions: sessionmaker[Session], claim: Claim) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._claim = claim
+        self.session: Session = sessions()
+        self._root: SessionTransaction | None = None
+        keep_commit(self.session)
+
+    def bind(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.bind`."""
+        self._root = self.session.get_transaction()
+
+    def begin_anew(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.begin_anew`."""
+        self.roll_back()
+        keep_commit(self.session)
+
+    def flush(self) -> None:
+        """See :meth:`idempotency._transaction.Transaction.flush`."""
+        check_left(self.session, self._root)
+        self.session.flush()
+
+    def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
+        """See :meth:`idempotency._transaction.Transaction.commit`."""
+        try:
+            written = self._store.complete_in_sync(self.session, self._claim, result, state)
+            allow_commit(self.session)
+            if written:
+                self.session.commit()
+            else:
+                self.session.rollback()
+            finish(self.session)
+            return written
+        except Exception as error:
+            # Rolled back first: a transaction that is still open holds the row that is asked for next.
+            with suppress(Exception):
+                self.roll_back()
+            # The commit may have been applied and only its answer lost. The record says so: they are one.
+            if self._committed(state):
+                return True
+            failure = failure_of(error)
+            if failure is error:
+                raise
+            raise failure from error
+
+    def _committed(self, state: State) -> bool:
+        with self._sessions() as session:
+            record = self._store.claim_in_sync(session, self._claim, wait=self._store.timeout)
+        return record is not None and record.token == self._claim.token and record.state is state
+
+    def roll_back(self) -> None:
+        """Undo the effect."""
+        allow_commit(self.session)
+        finish(self.session)
+        try:
+            self.session.rollback()
+        except Exception:
+            # The connection is gone, or was interrupted in mid-command: closed, it is rolled back by the server.
+            with suppress(Exception):
+                self.session.invalidate()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        give_back(self.session)
+
+
+def _undone_sync(savepoint: SessionTransaction | None) -> bool:
+    """See :func:`_undone`."""
+    if savepoint is None or not savepoint.is_active:
+        return False
+    try:
+        savepoint.rollback()
+    except Exception:
+        return False
+    return True
