@@ -224,10 +224,16 @@ class Rules:
         Raises :class:`~idempotency.errors.KeyMissingError` and the like as they are: what names no message at all is
         the application's mistake, and not this message's.
         """
-        if isinstance(error, IdempotencyError) or self.on_refused == "stop":
+        if isinstance(error, IdempotencyError):
+            raise error
+        return self.refused(error, KeyInvalidError.code)
+
+    def refused(self, error: Exception, reason: str) -> DeadLetter:
+        """Say what becomes of a message that no redelivery helps, and of which no record tells."""
+        if self.on_refused == "stop":
             raise error
         tell(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
-        return DeadLetter(KeyInvalidError.code, error)
+        return DeadLetter(reason, error)
 
     def unsettled(self, error: BaseException) -> None:
         """Tell the event hook that the broker could not be told how a delivery ended: it delivers the message again."""

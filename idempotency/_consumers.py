@@ -11,11 +11,8 @@ from idempotency._calls import Calls
 from idempotency._consume import SOON, TALLIES, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._core import Claim, record_id
 from idempotency._turns import Turns
-from idempotency.errors import (
-    ConfigurationError,
-    StoreError,
-)
-from idempotency.function import runner_of
+from idempotency.errors import ConfigurationError, StoreError, UnreadableError
+from idempotency.function import check_side, runner_of
 from idempotency.stores.base import Entry
 
 _TURN = 60.0
@@ -30,7 +27,7 @@ class Consumer:
         self._store = store
         self._run = _runner(store, self.rules.calls, options, asynchronous=True)
         self._turns = Turns()
-        _check_counts(store, self.rules, "inspect")
+        _check_counts(store, self.rules, asynchronous=True)
 
     async def deliver(
         self,
@@ -47,20 +44,22 @@ class Consumer:
         Raises :class:`~idempotency.errors.KeyMissingError`, and what ``"stop"`` asks for.
         """
         rules = self.rules
-        claim, ran = rules.calls.claim(key, compared), list[bool]()
+        claim, ran, counted = rules.calls.claim(key, compared), list[bool](), list[bool]()
         try:
             async with self._turn(await self._suspect(claim, attempt)) as mine:
                 if not mine:
                     return Retry(SOON)
-                begun = await self._begun(claim, attempt)
+                begun = await self._begun(claim, attempt, counted)
                 ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
         except StoreError:
-            await self._count(claim, rules.missing(attempt, bool(ran)))
+            if ran or counted:
+                await self._count(claim, rules.missing(attempt, bool(ran)))
             return Retry(SOON, "unavailable")
         except asyncio.CancelledError:
             # The consumer is told to end, which is no fault of the message.
-            with suppress(Exception):
-                await asyncio.wait_for(self._count(claim, rules.missing(attempt, ran=False)), SOON)
+            if counted:
+                with suppress(Exception):
+                    await asyncio.wait_for(self._count(claim, rules.missing(attempt, ran=False)), SOON)
             raise
         await self._count(claim, rules.uncounted(attempt, ended))
         return rules.outcome(claim, ended, begun)
@@ -95,12 +94,13 @@ class Consumer:
             if suspect and left is not None:
                 self._turns.give()
 
-    async def _begun(self, claim: Claim, attempt: int | None) -> int:
+    async def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
         if not rules.counts(attempt):
             return 1
         try:
             begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
+            counted.append(True)
             if rules.look_at_busy(begun):
                 begun -= await self._counted("busy", claim)
         except StoreError as error:
@@ -111,7 +111,11 @@ class Consumer:
         return begun
 
     async def _counted(self, kind: Tally, claim: Claim) -> int:
-        found: Entry | None = await self._store.inspect(self.rules.tally(kind, claim).id)
+        try:
+            found: Entry | None = await self._store.inspect(self.rules.tally(kind, claim).id)
+        except UnreadableError:
+            # A count that is damaged is none.
+            return 0
         return 0 if found is None else found.attempt
 
     async def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
@@ -128,7 +132,7 @@ class SyncConsumer:
         self._store = store
         self._run = _runner(store, self.rules.calls, options, asynchronous=False)
         self._turns = Turns()
-        _check_counts(store, self.rules, "inspect_sync")
+        _check_counts(store, self.rules, asynchronous=False)
 
     def deliver(
         self,
@@ -140,15 +144,16 @@ class SyncConsumer:
     ) -> Delivered:
         """See :meth:`Consumer.deliver`."""
         rules = self.rules
-        claim, ran = rules.calls.claim(key, compared), list[bool]()
+        claim, ran, counted = rules.calls.claim(key, compared), list[bool](), list[bool]()
         try:
             with self._turn(self._suspect(claim, attempt)) as mine:
                 if not mine:
                     return Retry(SOON)
-                begun = self._begun(claim, attempt)
+                begun = self._begun(claim, attempt, counted)
                 ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
         except StoreError:
-            self._count(claim, rules.missing(attempt, bool(ran)))
+            if ran or counted:
+                self._count(claim, rules.missing(attempt, bool(ran)))
             return Retry(SOON, "unavailable")
         self._count(claim, rules.uncounted(attempt, ended))
         return rules.outcome(claim, ended, begun)
@@ -183,12 +188,13 @@ class SyncConsumer:
             if suspect and left is not None:
                 self._turns.give_sync()
 
-    def _begun(self, claim: Claim, attempt: int | None) -> int:
+    def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
         if not rules.counts(attempt):
             return 1
         try:
             begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
+            counted.append(True)
             if rules.look_at_busy(begun):
                 begun -= self._counted("busy", claim)
         except StoreError as error:
@@ -199,7 +205,11 @@ class SyncConsumer:
         return begun
 
     def _counted(self, kind: Tally, claim: Claim) -> int:
-        found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
+        try:
+            found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
+        except UnreadableError:
+            # A count that is damaged is none.
+            return 0
         return 0 if found is None else found.attempt
 
     def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
@@ -233,8 +243,12 @@ def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return handle
 
 
-def _check_counts(store: Any, rules: Rules, verb: str) -> None:
-    if rules.max_attempts is not None and not hasattr(store, verb):
+def _check_counts(store: Any, rules: Rules, *, asynchronous: bool) -> None:
+    if rules.max_attempts is None:
+        return
+    check_side(store, asynchronous)
+    verb = "inspect" if asynchronous else "inspect_sync"
+    if not hasattr(store, verb):
         raise ConfigurationError(f"max_attempts needs a store with {verb}(), which {type(store).__name__} has not")
 
 

@@ -82,8 +82,12 @@ class Joined:
                 await transaction.flush()
             except Exception as error:
                 outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
-                held = outcome != "release" and await _undone(savepoint)
-                return await self._failed(claim, operation, transaction, error, outcome, held)
+                try:
+                    held = outcome != "release" and await _undone(savepoint)
+                    return await self._failed(claim, operation, transaction, error, outcome, held)
+                except asyncio.CancelledError:
+                    await self._stopped(claim, operation, transaction, error)
+                    raise
             except BaseException as error:
                 await self._stopped(claim, operation, transaction, error)
                 raise
@@ -121,7 +125,11 @@ class Joined:
             written = await transaction.commit(result)
         except Exception as error:
             outcome = left_by(operation, self._calls.policy, error)
-            return await self._failed(claim, operation, transaction, error, outcome, held=False)
+            try:
+                return await self._failed(claim, operation, transaction, error, outcome, held=False)
+            except asyncio.CancelledError:
+                await self._stopped(claim, operation, transaction, error)
+                raise
         except BaseException as error:
             if operation.settle("release") != "release":
                 await self._stopped(claim, operation, transaction, error)

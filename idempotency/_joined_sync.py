@@ -204,17 +204,17 @@ class _SyncTransaction:
             # Rolled back first: a transaction that is still open holds the row that is asked for next.
             with suppress(Exception):
                 self.roll_back()
-            # The commit may have been applied and only its answer lost. The record says so: they are one.
-            if self._committed(state):
-                return True
             failure = failure_of(error)
+            # See there.
+            if self._committed(state, 0.0 if failure is error else self._store.timeout):
+                return True
             if failure is error:
                 raise
             raise failure from error
 
-    def _committed(self, state: State) -> bool:
+    def _committed(self, state: State, wait: float) -> bool:
         with self._sessions() as session:
-            record = self._store.claim_in_sync(session, self._claim, wait=self._store.timeout)
+            record = self._store.claim_in_sync(session, self._claim, wait=wait)
         return record is not None and record.token == self._claim.token and record.state is state
 
     def roll_back(self) -> None:

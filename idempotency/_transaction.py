@@ -151,10 +151,11 @@ class Transaction:
             # Rolled back first: a transaction that is still open holds the row that is asked for next.
             with suppress(Exception):
                 await self.roll_back()
-            # The commit may have been applied and only its answer lost. The record says so: they are one.
-            if await self._committed(state):
-                return True
             failure = failure_of(error)
+            # The commit may have been applied and only its answer lost. The record says so: they are one. What was
+            # answered is not under way: a row that is held by now is another's.
+            if await self._committed(state, 0.0 if failure is error else self._store.timeout):
+                return True
             if failure is error:
                 raise
             raise failure from error
@@ -171,11 +172,11 @@ class Transaction:
         finish(session)
         return written
 
-    async def _committed(self, state: State) -> bool:
+    async def _committed(self, state: State, wait: float) -> bool:
         # This claim waits for the row while the commit is still under way in the server, where a mere look would not,
         # and is rolled back.
         async with self._sessions() as session:
-            record = await self._store.claim_in(session, self._claim, wait=self._store.timeout)
+            record = await self._store.claim_in(session, self._claim, wait=wait)
         return record is not None and record.token == self._claim.token and record.state is state
 
     async def roll_back(self) -> None:

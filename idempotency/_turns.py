@@ -7,6 +7,9 @@ import threading
 from time import monotonic
 from weakref import WeakKeyDictionary
 
+_MOMENT = 0.01
+"""Seconds that count as none: whoever waited for nobody has all of the wait left."""
+
 
 class Turns:
     """A queue for the threads of one process, and one in each of its event loops."""
@@ -18,15 +21,13 @@ class Turns:
     async def take(self, wait: float) -> float | None:
         """Wait up to ``wait`` seconds, and return how many of them are left; None: it is still another's turn."""
         turn, since = self._here(), monotonic()
-        if not turn.locked():
-            await turn.acquire()
-            return wait
         try:
             async with asyncio.timeout(wait):
                 await turn.acquire()
         except TimeoutError:
             return None
-        return max(0.0, since + wait - monotonic())
+        waited = monotonic() - since
+        return max(0.0, wait - waited) if waited > _MOMENT else wait
 
     def give(self) -> None:
         """Let the next one of this event loop have its turn."""

@@ -101,6 +101,7 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
     if not hasattr(store, verb):
         raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {type(store).__name__}")
     if session is None:
+        check_side(store, asynchronous)
         return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
     try:
         from idempotency._joined import Joined
@@ -109,6 +110,12 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined
     return joined(store, calls, session, lock_timeout).run
+
+
+def check_side(store: Any, asynchronous: bool) -> None:
+    """Refuse an SQLStore whose engine serves only the other kind of function by itself."""
+    if hasattr(store, "check_side"):
+        store.check_side(asynchronous)
 
 
 def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:

@@ -132,13 +132,14 @@ async def handle_all(
     deliveries: AsyncIterator[Delivery],
     concurrency: int,
     *stops: asyncio.Event,
+    failed: asyncio.Event | None = None,
 ) -> None:
     """Handle deliveries, up to ``concurrency`` at a time, until there are no more, a stop is set, or one raises.
 
     Either way those in hand are handled to their end. A cancellation reaches them; they are not settled, and so
     redelivered.
     """
-    failed = asyncio.Event()
+    failed = failed or asyncio.Event()
     free, running, errors = asyncio.Semaphore(concurrency), set[asyncio.Task[None]](), list[BaseException]()
 
     def ended(task: asyncio.Task[None]) -> None:

@@ -21,7 +21,6 @@ from dramatiq.middleware import (
 from dramatiq.results import Results
 
 from idempotency._consume import Rules
-from idempotency._tell import tell
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError, NotReplayableError
 
@@ -94,8 +93,7 @@ class Delivery:
         self.message.options["store_results"] = False
         if self.feeds and self.rules is not None:
             error = NotReplayableError("The result was not kept, so the rest of the pipeline cannot be given it.")
-            tell(self.rules.calls.on_event, "dead-lettered", self.rules.calls.name, error=error)
-            self.settle(DeadLetter(error.code, error), 0)
+            self.settle(self.rules.refused(error, error.code), 0)
 
 
 _DELIVERY: ContextVar[Delivery | None] = ContextVar("idempotency_dramatiq_delivery", default=None)

@@ -51,10 +51,17 @@ async def consume(
     """
     needs(handler, asynchronous=True)
     await queue.channel.set_qos(prefetch_count=concurrency)
-    stop, taken, tag = stop or asyncio.Event(), set[_Delivery](), f"idempotency-{uuid4().hex}"
+    stop, failed, taken, tag = stop or asyncio.Event(), asyncio.Event(), set[_Delivery](), f"idempotency-{uuid4().hex}"
     try:
         async with queue.iterator(consumer_tag=tag) as messages, _watched(queue, tag) as gone:
-            await handle_all(handler, _deliveries(messages, pause, stop, taken), concurrency, stop, gone)
+            await handle_all(
+                handler,
+                _deliveries(messages, pause, (stop, gone, failed), taken),
+                concurrency,
+                stop,
+                gone,
+                failed=failed,
+            )
     finally:
         # Not sooner: they would be delivered here again. Nobody else would have them while the channel is open.
         for each in taken:
@@ -87,10 +94,13 @@ async def _watched(queue: AbstractQueue, tag: str) -> AsyncIterator[asyncio.Even
 
 
 async def _deliveries(
-    messages: AsyncIterator[AbstractIncomingMessage], pause: float, stop: asyncio.Event, taken: set[_Delivery]
+    messages: AsyncIterator[AbstractIncomingMessage],
+    pause: float,
+    ends: tuple[asyncio.Event, ...],
+    taken: set[_Delivery],
 ) -> AsyncIterator[_Delivery]:
     async for message in messages:
-        delivery = _Delivery(message, pause, stop, taken)
+        delivery = _Delivery(message, pause, ends, taken)
         taken.add(delivery)
         yield delivery
 
@@ -99,11 +109,11 @@ class _Delivery:
     heartbeat = None
 
     def __init__(
-        self, message: AbstractIncomingMessage, pause: float, stop: asyncio.Event, taken: set[_Delivery]
+        self, message: AbstractIncomingMessage, pause: float, ends: tuple[asyncio.Event, ...], taken: set[_Delivery]
     ) -> None:
         self.message = message
         self._pause = pause
-        self._stop = stop
+        self._ends = ends
         self._taken = taken
         self._until = monotonic() + LONGEST_HOLD
 
@@ -121,23 +131,18 @@ class _Delivery:
         return named
 
     async def settle(self, delivered: Delivered, /) -> None:
-        try:
-            await self._settle(delivered)
-        except Exception:
-            # Its channel is closed, and what was on it delivered again.
-            self._taken.discard(self)
-            raise
+        match delivered:
+            case Retry(after):
+                await asyncio.sleep(min(after, self._pause))
+            case Failed():
+                await asyncio.sleep(self._pause)
+        # From here on the broker may have been told, also where waiting for that is cancelled: a second settlement
+        # would have it close the channel.
         self._taken.discard(self)
-
-    async def _settle(self, delivered: Delivered) -> None:
         match delivered:
             case Done() | Replayed():
                 await self.message.ack()
-            case Retry(after):
-                await asyncio.sleep(min(after, self._pause))
-                await self.message.nack(requeue=True)
-            case Failed():
-                await asyncio.sleep(self._pause)
+            case Retry() | Failed():
                 await self.message.nack(requeue=True)
             case DeadLetter():
                 await self.message.reject(requeue=False)
@@ -146,9 +151,8 @@ class _Delivery:
         """Nothing: RabbitMQ waits for as long as the consumer's time-out allows, half an hour by default."""
 
     async def hold(self) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), self._pause)
-        return not self._stop.is_set() and self._open() and monotonic() < self._until
+        await asyncio.sleep(self._pause)
+        return not any(each.is_set() for each in self._ends) and self._open() and monotonic() < self._until
 
     def _open(self) -> bool:
         try:

@@ -42,7 +42,6 @@ from celery.signals import worker_process_init
 from celery.utils.imports import symbol_by_name
 
 from idempotency._calls import takes_session
-from idempotency._tell import tell
 from idempotency.adapters._celery import (
     NEVER_ENCODED,
     StopWorker,
@@ -187,7 +186,11 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         request._protected = 1
         if request.is_eager:
             key, compared = self._named(args, kwargs)
-            return _value(self._consumer.call(key, self._work(args, kwargs), compared))
+            value = self._consumer.call(key, self._work(args, kwargs), compared)
+            if isinstance(value, _Passed):
+                # Not decided(): it may run within a task whose message is in hand.
+                raise value.signal
+            return value
         return self._settle(self._deliver(args, kwargs))
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,11 +295,12 @@ class _IdempotentTask(Task):  # type: ignore[misc]
 
     def _not_kept(self) -> NoReturn:
         """Refuse to give None to what follows this task."""
-        rules, error = self._consumer.rules, NotReplayableError("the result, which what follows is given, was not kept")
-        if rules.on_refused == "stop":
+        error = NotReplayableError("the result, which what follows is given, was not kept")
+        try:
+            letter = self._consumer.rules.refused(error, error.code)
+        except NotReplayableError:
             self._requeue(error, StopWorker)
-        tell(rules.calls.on_event, "dead-lettered", rules.calls.name, error=error)
-        self._bury(error.code, error)
+        self._bury(letter.reason, error)
 
     def _outside(self, error: Exception, request: Any) -> Exception:
         """Say what becomes of the message when something around this task has failed."""

@@ -45,7 +45,6 @@ from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
-from idempotency._tell import tell
 from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
@@ -348,15 +347,11 @@ def _handler_of(call: Any) -> Any:
 
 def _unpublished(consumer: Consumer) -> DeadLetter:
     """Say what becomes of a message whose result may have been lost on the way, and was not kept."""
-    rules = consumer.rules
     error = NotReplayableError(
         "The message is handled; its result was not kept, and cannot be published again. "
         "Return what can be kept, or give codec=."
     )
-    if rules.on_refused == "stop":
-        raise error
-    tell(rules.calls.on_event, "dead-lettered", rules.calls.name, error=error)
-    return DeadLetter(error.code, error)
+    return consumer.rules.refused(error, error.code)
 
 
 async def _redeliver(

@@ -28,6 +28,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, Unpack, cast
+from weakref import WeakKeyDictionary
 
 import anyio
 from taskiq import Context, TaskiqMessage
@@ -95,7 +96,7 @@ def idempotent_task(
 
         async def deliver(context: Context, args: Any, kwargs: Any) -> Delivered:
             _refuse_acknowledged(context)
-            _refuse_shared((id(store), scope), this, context.message.task_name)
+            _refuse_shared(store, scope, this, context.message.task_name)
             try:
                 named = context.message.task_id if key is None else key(*args, **kwargs)
                 same = compared(args, kwargs)
@@ -134,13 +135,13 @@ def _refuse_acknowledged(context: Context) -> None:
         )
 
 
-_TASKS: dict[tuple[int, str], tuple[object, str]] = {}
+_TASKS: WeakKeyDictionary[Any, dict[str, tuple[object, str]]] = WeakKeyDictionary()
 """Which task was the first to use a scope of a store: the task itself, and its name."""
 
 
-def _refuse_shared(scope: tuple[int, str], task: object, name: str) -> None:
+def _refuse_shared(store: Any, scope: str, task: object, name: str) -> None:
     # A task may have two names, and be on two brokers.
-    first, called = _TASKS.setdefault(scope, (task, name))
+    first, called = _TASKS.setdefault(store, {}).setdefault(scope, (task, name))
     if first is not task and called != name:
         raise ConfigurationError(
             f"the functions of the tasks {called!r} and {name!r} have one name, so that they would share "

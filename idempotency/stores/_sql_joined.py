@@ -27,7 +27,6 @@ _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
 _KEPT = "idempotency: committed with its record"
-_UNDONE = "idempotency: the transaction that was rolled back"
 _CLOSED = "idempotency: closed by its operation"
 _OVER = "idempotency: its operation is settled"
 
@@ -187,7 +186,7 @@ def _check_transaction(connection: Connection) -> None:
 
 def keep_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
-    for mark in (_UNDONE, _CLOSED, _OVER):
+    for mark in (_CLOSED, _OVER):
         session.info.pop(mark, None)
     session.info[_KEPT] = True
 
@@ -231,36 +230,40 @@ def _refuse_kept(session: Session) -> None:
         raise TransactionError(_REFUSED)
 
 
-# A commit of the connection, or of the outermost transaction past an open savepoint, is seen by the engine alone.
+# A commit of the connection, or of the outermost transaction past an open savepoint, is seen by the connection alone.
 @event.listens_for(Session, "after_begin")
 def _guard_kept(session: Session, _: object, connection: Connection) -> None:
     if _OVER in session.info:
+        # Given back here: nobody closes this session any more, and what goes on in it would not come by here again.
+        connection.close()
         raise TransactionError(_TOO_LATE)
     if _KEPT in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
+        # Not on its engine, all of whose transactions would pay for it.
+        if connection not in _guarded:
+            event.listen(connection, "commit", _refuse_guarded)
         _guarded[connection] = ref(session)
-        if not event.contains(connection.engine, "commit", _refuse_guarded):
-            event.listen(connection.engine, "commit", _refuse_guarded)
 
 
 def _refuse_guarded(connection: Connection) -> None:
-    session = _guarded[connection]() if connection in _guarded else None
+    session = _guarded[connection]()
     if session is not None and _KEPT in session.info:
         raise TransactionError(_REFUSED)
 
 
 # A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
-@event.listens_for(Session, "after_rollback")
-def _note_rollback(session: Session) -> None:
-    if _KEPT in session.info and not session.in_nested_transaction():
-        session.info[_UNDONE] = session.get_transaction()
-
-
 @event.listens_for(Session, "after_transaction_end")
 def _note_close(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None and _KEPT in session.info and session.info.pop(_UNDONE, None) is not transaction:
-        session.info[_CLOSED] = True
+    if transaction.parent is None and _KEPT in session.info:
+        session.info.setdefault(_CLOSED, transaction)
+
+
+# Only what was asked for: a failed flush undoes as much by itself.
+@event.listens_for(Session, "after_soft_rollback")
+def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
+    if session.info.get(_CLOSED) is transaction:
+        del session.info[_CLOSED]
 
 
 _guarded: WeakKeyDictionary[Connection, ref[Session]] = WeakKeyDictionary()

@@ -109,6 +109,15 @@ class SQLStore:
         """
         return self._turns
 
+    def check_side(self, asynchronous: bool) -> None:
+        """Raise ConfigurationError where this store was given an engine of the other side."""
+        if asynchronous and isinstance(self._source, Engine):
+            raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
+        if not asynchronous and isinstance(self._source, AsyncEngine):
+            raise ConfigurationError(
+                "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
+            )
+
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
         mine = self._source if isinstance(self._source, URL) else self._source.url
