@@ -34,6 +34,7 @@ from idempotency.errors import (
 from idempotency.events import Event
 from idempotency.stores._sql_joined import ConflictError
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 
 asynchronous = pytest.mark.stores(*JOINED_KINDS)
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
@@ -1239,3 +1240,99 @@ def test_sessions_that_do_not_begin_by_themselves_are_refused(sync_ledger: Ledge
 
     with pytest.raises(ConfigurationError, match="autobegin"):
         idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(lambda: None)
+
+
+@asynchronous
+async def test_a_session_that_is_used_again_holds_no_connection_and_commits_nothing(target: Target) -> None:
+    """What a task makes of the session after its operation is refused, each time, and leaves the pool alone."""
+    async with open_ledger(target, pool_size=1, max_overflow=0) as ledger:
+        kept: list[Any] = []
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        async def order(session: Any) -> None:
+            kept.append(session)
+            await session.execute(ledger.insert("tea"))
+
+        await order()
+        for refused in (TransactionError, sqlalchemy.exc.InvalidRequestError):
+            with pytest.raises(refused):
+                await kept[0].execute(ledger.insert("cup"))
+
+        # The only connection of the pool.
+        assert await ledger.effects() == ["tea"]
+
+
+@asynchronous
+async def test_a_held_call_that_is_cancelled_while_it_is_recorded_is_unknown(ledger: Ledger) -> None:
+    """The word of the function outlives a cancellation that comes after its failure."""
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+    async def order(session: Any) -> None:
+        operation, task = current(), asyncio.current_task()
+        assert operation is not None
+        assert task is not None
+        operation.hold()
+        await session.execute(ledger.insert("tea"))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        raise ValueError("out of tea")
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(order())
+    with pytest.raises(OutcomeUnknownError):
+        await order()
+    assert await ledger.effects() == []
+
+
+@pytest.mark.stores("postgres")
+async def test_a_refused_commit_is_told_as_such_beside_a_duplicate_that_waits(ledger: Ledger) -> None:
+    """What the database refused is the function's own failure, though another has the row by now."""
+    running, go_on, second = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=30)
+    async def order(session: Any) -> None:
+        if running.is_set():
+            await second.wait()
+            return
+        running.set()
+        await go_on.wait()
+        with pytest.raises(sqlalchemy.exc.DBAPIError):
+            await session.execute(text("SELECT 1 / 0"))
+
+    first = asyncio.create_task(order())
+    await running.wait()
+    duplicate = asyncio.create_task(order())
+    async with ledger.sessions() as watcher:
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        while not (await watcher.execute(waiting)).scalar_one():
+            await watcher.rollback()
+    go_on.set()
+
+    with pytest.raises(sqlalchemy.exc.DBAPIError, match="aborted"):
+        await asyncio.wait_for(first, 20)
+    second.set()
+    await duplicate
+
+
+@asynchronous
+async def test_transactions_of_others_are_not_listened_to(ledger: Ledger) -> None:
+    """What refuses a commit is bound to the connection of the operation, not to the application's engine."""
+    await order_of(ledger)("tea")
+
+    assert not ledger.sync_engine.dispatch.commit
+
+
+@pytest.mark.parametrize("url", ["sqlite+aiosqlite://", "sqlite://"])
+def test_a_store_whose_engine_serves_the_other_kind_of_function_is_refused(url: str) -> None:
+    """Without a session the store's own engine is used, also to count attempts."""
+    awaited = url.startswith("sqlite://")
+    path = url + "/records.db"
+    store = SQLStore(sqlalchemy.create_engine(path) if awaited else create_async_engine(path))
+
+    async def order_async() -> None: ...
+
+    def order() -> None: ...
+
+    with pytest.raises(ConfigurationError, match="is awaited" if awaited else "is not awaited"):
+        idempotent(store, key=lambda: "k")(order_async if awaited else order)  # type: ignore[arg-type]

@@ -303,3 +303,19 @@ def test_a_codec_of_the_callers_own() -> None:
         results.encode("€")
     with pytest.raises(UnreadableError):
         results_of(returning(int)).decode(results.encode("é"))
+
+
+@dataclass
+class Node:
+    value: int
+    below: Node | None = None
+
+
+def test_a_deep_result_takes_no_longer_than_it_is_large() -> None:
+    """The depth of classes within classes is not an exponent: this would take longer than anybody waits."""
+    deep = Node(0)
+    for value in range(1, 41):
+        deep = Node(value, deep)
+    results = results_of(returning(Node))
+
+    assert results.decode(results.encode(deep)) == deep

@@ -449,7 +449,15 @@ async def close_and_go_on(session: AsyncSession) -> None:
     await session.execute(text("INSERT INTO orders VALUES ('tea')"))
 
 
-@pytest.mark.parametrize("handle", [close, leave, forget_what_was_added, close_and_go_on])
+async def close_after_a_failed_flush(session: AsyncSession) -> None:
+    async with session:
+        await session.execute(INSERT_A_CUP)
+        session.add(Order(item="cup"))
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            await session.flush()
+
+
+@pytest.mark.parametrize("handle", [close, leave, forget_what_was_added, close_and_go_on, close_after_a_failed_flush])
 async def test_a_session_that_the_handler_closed_is_refused(shop: Shop, handle: Any) -> None:
     """Its effect is gone, so nothing is recorded: an error that says what to do, and a retry runs."""
     shop.serve(handle, Policy(lease=5))
