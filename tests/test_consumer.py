@@ -1133,3 +1133,74 @@ async def test_a_message_whose_savepoint_is_gone_is_settled(ledger: Ledger) -> N
 
     assert await handle.deliver({"id": "1"}) == DeadLetter("recorded-failure", POISON)
     assert await ledger.effects() == []
+
+
+async def test_a_begin_that_could_not_be_counted_is_not_counted_as_given_back() -> None:
+    """A store that fails for a moment only, while a delivery is begun, leaves the number of attempts as it was."""
+    runs: list[int] = []
+    store = FaultyStore()
+    handle = poison(store, runs, max_attempts=2)
+
+    for _ in range(5):
+        store.order("claim", "fail")
+        assert await redeliver(handle, 2) == Retry(1.0, "unavailable")
+    assert runs == []
+    assert await redeliver(handle, 2) == Failed(POISON)
+    assert await redeliver(handle, 2) == DeadLetter("exhausted", POISON)
+
+
+def test_a_begin_that_could_not_be_counted_is_not_counted_as_given_back_in_threads() -> None:
+    """The same holds for a synchronous handler."""
+    runs: list[int] = []
+    store = FaultyStore()
+    handle = sync_poison(store, runs, max_attempts=2)
+
+    for _ in range(5):
+        store.order("claim", "fail")
+        assert redeliver_sync(handle, 2) == Retry(1.0, "unavailable")
+    assert runs == []
+    assert redeliver_sync(handle, 2) == Failed(POISON)
+    assert redeliver_sync(handle, 2) == DeadLetter("exhausted", POISON)
+
+
+async def test_a_suspect_that_is_cancelled_while_it_waits_for_its_turn_is_not_counted_as_given_back() -> None:
+    """It was not begun once more, and stays suspect: what takes its process down is handled no more often for it."""
+    runs: list[str] = []
+    begun, gate, asked = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Watched(MemoryStore):
+        async def inspect(self, record: bytes, /) -> Any:
+            asked.set()
+            return await super().inspect(record)
+
+    @idempotent_consumer(Watched(), consumer="c", key=id_of, max_attempts=2)
+    async def handle(message: dict[str, Any]) -> None:
+        runs.append(message["id"])
+        if message["id"] == "1" and len(runs) > 2:
+            begun.set()
+            await gate.wait()
+            return
+        raise CrashError
+
+    for name in ("1", "2"):
+        with pytest.raises(CrashError):
+            await handle.deliver({"id": name}, attempt=2)
+    first = asyncio.create_task(handle.deliver({"id": "1"}, attempt=3))
+    await begun.wait()
+    asked.clear()
+    second = asyncio.create_task(handle.deliver({"id": "2"}, attempt=3))
+    await asked.wait()
+    # It does not give way to this test before it waits for its turn.
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    gate.set()
+    assert await first == Done(None)
+    assert runs == ["1", "2", "1"]
+
+    await asyncio.sleep(PAUSE)
+    with pytest.raises(CrashError):
+        await handle.deliver({"id": "2"}, attempt=4)
+    await asyncio.sleep(PAUSE)
+    assert is_refused(await handle.deliver({"id": "2"}, attempt=5))
+    assert runs == ["1", "2", "1", "2"]

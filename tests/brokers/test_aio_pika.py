@@ -186,6 +186,37 @@ async def test_what_is_in_hand_when_the_consumer_ends_is_given_back_at_once(
     assert await left_in(queue) == 0
 
 
+async def test_a_consumer_that_is_cancelled_while_it_acknowledges_leaves_its_channel_open(
+    queue: AbstractQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker closes the channel of who settles a message twice."""
+    acknowledged = asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        ack = message.channel.basic_ack
+
+        async def basic_ack(*args: Any, **kwargs: Any) -> None:
+            await ack(*args, **kwargs)
+            acknowledged.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(message.channel, "basic_ack", basic_ack)
+
+    # Not a robust one, which opens its channel again.
+    async with await connect(URL) as connection:
+        channel = await connection.channel()
+        await send(channel, queue, Message(b"", message_id="1"))
+        consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order, concurrency=1))
+        await asyncio.wait_for(acknowledged.wait(), 10)
+        consuming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await consuming
+        # Answered after whatever the consumer has sent.
+        await channel.declare_queue(queue.name, passive=True)
+    assert await left_in(queue) == 0
+
+
 async def test_a_handler_that_is_cancelled_from_within_keeps_no_place(
     channel: AbstractChannel, queue: AbstractQueue
 ) -> None:
@@ -393,6 +424,28 @@ async def test_a_message_is_held_while_the_store_is_away(channel: AbstractChanne
 
     assert handled == [False]
     assert kinds[-1] == "stored"
+
+
+async def test_a_message_that_is_held_does_not_keep_a_consumer_from_ending_by_an_error(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    """A message without an identity stops the consumer also while the store is away; both are left."""
+    store, met = FaultyStore(), asyncio.Event()
+    store.down = True
+
+    @idempotent_consumer(store, consumer="billing", on_event=lambda _: met.set())
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        raise AssertionError("handled")
+
+    await send(channel, queue, Message(b"", message_id="1"))
+    consuming = asyncio.create_task(consume(queue, on_order, pause=0.05))
+    await asyncio.wait_for(met.wait(), 10)
+    with pika.BlockingConnection(pika.URLParameters(URL)) as connection:
+        connection.channel().basic_publish("", queue.name, b"order")
+    with pytest.raises(KeyMissingError, match="message_id="):
+        await asyncio.wait_for(consuming, 10)
+    await channel.close()
+    assert await left_in(queue) == 2
 
 
 async def test_a_message_that_is_held_does_not_stop_the_consumer_when_its_connection_is_lost(

@@ -19,6 +19,7 @@ import pytest
 from celery import Celery, Task
 from celery.contrib.testing.worker import start_worker, test_worker_started
 from celery.exceptions import Ignore, Reject
+from celery.exceptions import Retry as TaskRetry
 from celery.signals import setup_logging
 from kombu.exceptions import OperationalError
 from kombu.serialization import registry
@@ -582,6 +583,43 @@ def test_a_chain_whose_next_task_cannot_be_sent_goes_on_at_a_replay(
         until(lambda: result.state == "SUCCESS" and result.parent.state == "SUCCESS", "both results are known")
     assert (shop.events.count("stored"), shop.events.count("replayed"), shop.events.count("unsettled")) == (2, 2, 2)
     assert shop.rig.dead() == 0
+    shop.settled()
+
+
+@pytest.mark.parametrize(
+    "signal", [Ignore(), Reject("no", requeue=False), TaskRetry("later")], ids=["ignore", "reject", "retry"]
+)
+def test_what_an_eager_task_tells_celery_says_nothing_about_the_message_of_the_task_around_it(
+    shop: Shop, signal: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message of the outer task comes back until what follows it was sent."""
+    send, refusals = shop.app.amqp.send_task_message, [OperationalError("full")]
+
+    def send_task_message(producer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "ship" and refusals:
+            raise refusals.pop()
+        return send(producer, name, *args, **kwargs)
+
+    @shop.app.task(shared=False, name="charge", base=idempotent_task(MemoryStore()))
+    def charge(order: str) -> None:
+        raise signal
+
+    @shop.app.task(shared=False, name="bill", base=shop.base())
+    def bill(order: str) -> str:
+        charge.apply((order,))
+        shop.effect(f"bill {order}")
+        return order
+
+    @shop.app.task(shared=False, name="ship", base=shop.base())
+    def ship(order: str) -> None:
+        shop.effect(f"ship {order}")
+
+    monkeypatch.setattr(shop.app.amqp, "send_task_message", send_task_message)
+    with shop.working():
+        (bill.s("A-1") | ship.s()).apply_async()
+        until(lambda: shop.events.count("stored") == 2, "both were handled")
+    assert shop.effects() == ["bill A-1", "ship A-1"]
+    assert (shop.events.count("unsettled"), shop.events.count("replayed")) == (1, 1)
     shop.settled()
 
 

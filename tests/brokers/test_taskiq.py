@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -582,6 +583,30 @@ async def test_two_functions_of_one_name_need_two_consumers() -> None:
         pass
     assert [(message.task_name, reason) for message, reason in office.dead] == [("bill-south", "configuration")]
     assert handled == ["north", "east", "north"]
+
+
+async def test_a_function_of_one_name_is_not_refused_because_of_a_store_that_is_gone() -> None:
+    """A new store may have the address of an old one, and its tasks are others all the same."""
+    handled, dead = list[str](), list[str]()
+
+    async def dead_letter(message: TaskiqMessage, reason: str) -> None:
+        dead.append(reason)
+
+    async def bill_with_a_new_store(name: str) -> None:
+        @idempotent_task(MemoryStore(), consumer="billing", dead_letter=dead_letter)
+        async def bill() -> None:
+            handled.append(name)
+
+        broker = InMemoryBroker(await_inplace=True)
+        await broker.task(name)(bill).kiq()
+        await broker.shutdown()
+
+    names = [f"bill-{number}" for number in range(20)]
+    for name in names:
+        await bill_with_a_new_store(name)
+        gc.collect()
+    assert dead == []
+    assert handled == names
 
 
 async def test_a_delayed_task_is_sent_again_without_its_delay_and_with_its_other_labels() -> None:
