@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from idempotency._calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
-from idempotency._core import Claim, Completed, InProgress, Replay
+from idempotency._core import Claim, Completed, InProgress, Replay, record_id
 from idempotency._result import Codec, results_of
 from idempotency._tell import tell
 from idempotency.errors import (
@@ -161,10 +161,15 @@ class Rules:
 
     def tally(self, kind: Tally, claim: Claim) -> Claim:
         """Make a claim that counts by its attempt: it is over at once, so the next one takes it over."""
-        calls = self.calls
-        return Claim(
-            scope=f"{kind}:1:{calls.scope}", key=claim.key, fingerprint=NOTHING, lease=0.0, ttl=calls.policy.ttl
-        )
+        scope, ttl = self._tally_scope(kind), self.calls.policy.ttl
+        return Claim(scope=scope, key=claim.key, fingerprint=NOTHING, lease=0.0, ttl=ttl)
+
+    def tallies_of(self, key: str) -> list[bytes]:
+        """Return the ids of what is counted under a key."""
+        return [record_id(self._tally_scope(kind), key) for kind in TALLIES]
+
+    def _tally_scope(self, kind: Tally) -> str:
+        return f"{kind}:1:{self.calls.scope}"
 
     def look_at_busy(self, begun: int) -> bool:
         """Say whether it matters how many of these met a running owner and so were none."""

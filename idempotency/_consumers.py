@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
 from idempotency._calls import Calls
-from idempotency._consume import SOON, TALLIES, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
+from idempotency._consume import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._core import Claim, record_id
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError, UnreadableError
@@ -71,8 +71,8 @@ class Consumer:
 
     async def forget(self, key: str) -> bool:
         """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
-        for each in TALLIES:
-            await self._store.forget(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        for each in self.rules.tallies_of(key):
+            await self._store.forget(each)
         return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
 
     async def _suspect(self, claim: Claim, attempt: int | None) -> bool:
@@ -165,8 +165,8 @@ class SyncConsumer:
 
     def forget(self, key: str) -> bool:
         """See :meth:`Consumer.forget`."""
-        for each in TALLIES:
-            self._store.forget_sync(record_id(f"{each}:1:{self.rules.calls.scope}", key))
+        for each in self.rules.tallies_of(key):
+            self._store.forget_sync(each)
         return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
 
     def _suspect(self, claim: Claim, attempt: int | None) -> bool:

@@ -9,9 +9,9 @@ Key: the header ``Idempotency-Key`` or ``id``, else the AMQP property ``message_
 aio-pika gives each ``Message`` a new ``message_id`` unless it is told one: it then names the publishing, and a message
 that is published again is another.
 The message is acknowledged after the commit. What is in hand when the consumer ends by an error or a cancellation is
-requeued. A dead letter is rejected without requeue: give the queue a dead-letter
-exchange, without one RabbitMQ drops it. While the store does not answer, messages are held, up to 10 minutes: a quorum
-queue counts what is requeued towards its delivery-limit.
+requeued. A dead letter is rejected without requeue: give the queue a dead-letter exchange, without one RabbitMQ drops
+it. While the store does not answer, messages are held, up to 10 minutes: a quorum queue counts what is requeued towards
+its delivery-limit.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from idempotency._core import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
-from idempotency.stores._sql_joined import Joined, connecting
+from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
 from idempotency.stores._sql_verbs import Verbs
@@ -131,7 +131,7 @@ class SQLStore:
             raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
         options = engine.get_execution_options() if isinstance(engine, Engine | AsyncEngine) else {}
         if options.get("isolation_level") == "AUTOCOMMIT":
-            raise ConfigurationError("the sessions are in AUTOCOMMIT: they have no transaction to commit as one")
+            raise ConfigurationError(COMMITS_BY_ITSELF)
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
