@@ -1317,10 +1317,53 @@ async def test_a_refused_commit_is_told_as_such_beside_a_duplicate_that_waits(le
 
 @asynchronous
 async def test_transactions_of_others_are_not_listened_to(ledger: Ledger) -> None:
-    """What refuses a commit is bound to the connection of the operation, not to the application's engine."""
+    """A listener on the application's engine would cost each of its statements time."""
     await order_of(ledger)("tea")
 
     assert not ledger.sync_engine.dispatch.commit
+
+
+@pytest.mark.stores("postgres", "mariadb")
+def test_commits_of_others_beside_an_operation_are_not_refused(sync_ledger: Ledger) -> None:
+    """One engine serves both, and whoever gets the operation's connection after it."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        with sync_ledger.sessions.begin() as other:
+            other.execute(sync_ledger.insert("beside"))
+        session.execute(sync_ledger.insert("tea"))
+        session.close()
+
+    with pytest.raises(TransactionError, match="closed"):
+        order()
+    with sync_ledger.sessions.begin() as other:
+        other.execute(sync_ledger.insert("after"))
+
+    assert sync_ledger.effects_sync() == ["after", "beside"]
+
+
+class _Bare:
+    """A driver's connection that is of no pool, and knows no weak references, as asyncpg's are."""
+
+    __slots__ = ("commits",)
+
+    def commit(self) -> None:
+        self.commits = 1
+
+
+@synchronous
+def test_a_dialect_still_commits_what_is_of_no_pool(sync_ledger: Ledger) -> None:
+    """Who listens to "connect" may commit through the dialect."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        session.execute(sync_ledger.insert("tea"))
+
+    order()
+    bare = _Bare()
+    sync_ledger.sync_engine.dialect.do_commit(bare)  # type: ignore[arg-type]
+
+    assert bare.commits == 1
 
 
 @pytest.mark.parametrize("url", ["sqlite+aiosqlite://", "sqlite://"])

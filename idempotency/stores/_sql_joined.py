@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
-from sqlalchemy import Connection, Engine, Table, TextClause, event
+from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, Table, TextClause, event
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -240,16 +240,33 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
     if _KEPT in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
-        # Not on its engine, all of whose transactions would pay for it.
-        if connection not in _guarded:
-            event.listen(connection, "commit", _refuse_guarded)
-        _guarded[connection] = ref(session)
+        _refuse_commits(connection.dialect)
+        _keepers[connection.connection] = ref(session)
 
 
-def _refuse_guarded(connection: Connection) -> None:
-    session = _guarded[connection]()
-    if session is not None and _KEPT in session.info:
-        raise TransactionError(_REFUSED)
+def _refuse_commits(dialect: Dialect) -> None:
+    if dialect in _guarded:
+        return
+    commit = dialect.do_commit
+
+    # Not a listener to "commit": with one, SQLAlchemy gets every event of its connection ready for each statement,
+    # which was a tenth of a call.
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        session = _keeper_of(dbapi_connection)
+        if session is not None and _KEPT in session.info:
+            raise TransactionError(_REFUSED)
+        commit(dbapi_connection)
+
+    dialect.do_commit = do_commit  # type: ignore[method-assign]
+    _guarded.add(dialect)
+
+
+def _keeper_of(dbapi_connection: PoolProxiedConnection) -> Session | None:
+    try:
+        keeper = _keepers.get(dbapi_connection)
+    except TypeError:  # one that is not of a pool, and has no weak references
+        return None
+    return None if keeper is None else keeper()
 
 
 # A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
@@ -266,7 +283,8 @@ def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
         del session.info[_CLOSED]
 
 
-_guarded: WeakKeyDictionary[Connection, ref[Session]] = WeakKeyDictionary()
+_guarded: WeakSet[Dialect] = WeakSet()
+_keepers: WeakKeyDictionary[PoolProxiedConnection, ref[Session]] = WeakKeyDictionary()
 _REFUSED = (
     "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
     " begin_nested() for a part that may fail."
