@@ -108,9 +108,9 @@ _FLAG = f""", flag AS (
 )"""
 _FLAGGED = f" AND (watched OR state <> {State.RUNNING:d} OR EXISTS (SELECT 1 FROM flag))"
 
-# Assignments are evaluated from left to right and see the columns assigned before. So what the decision reads is
-# assigned last, except the token, which carries the decision: from there on, the row is won if its token is ours and
-# it was expired or running. Whoever adds a column puts it before "state".
+# Assignments are evaluated from left to right and see the columns assigned before. The token carries the decision: from
+# there on, the row is won if its token is ours and it was expired or running. With state and version it is running and
+# ours, or it is not won, which is said in fewer words: the server reads all of them each time.
 _WON = f"(token = :token AND ({_EXPIRED} OR ({_RUNNING})))"
 _CLAIM_MYSQL = f"""
 INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})
@@ -118,14 +118,14 @@ ON DUPLICATE KEY UPDATE
     attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {_OURS} THEN attempt WHEN {_LAPSED} THEN attempt + 1 ELSE attempt END,
     created_ms = IF({_EXPIRED}, VALUES(created_ms), created_ms),
     token = IF({_FREE}, VALUES(token), token),
-    fingerprint = IF({_WON}, VALUES(fingerprint), fingerprint),
-    hold = IF({_WON}, VALUES(hold), hold),
-    watched = IF({_WON}, watched OR VALUES(watched), watched),
-    lease_until_ms = IF({_WON}, VALUES(lease_until_ms), lease_until_ms),
-    result = IF({_WON}, NULL, result),
     state = IF({_WON}, VALUES(state), state),
     version = IF({_WON}, VALUES(version), version),
-    expires_ms = IF({_WON}, VALUES(expires_ms), expires_ms)"""
+    fingerprint = IF({_OURS}, VALUES(fingerprint), fingerprint),
+    hold = IF({_OURS}, VALUES(hold), hold),
+    watched = IF({_OURS}, watched OR VALUES(watched), watched),
+    lease_until_ms = IF({_OURS}, VALUES(lease_until_ms), lease_until_ms),
+    result = IF({_OURS}, NULL, result),
+    expires_ms = IF({_OURS}, VALUES(expires_ms), expires_ms)"""
 
 _RENEW = (
     f"UPDATE {{table}} SET lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_RUNNING}"
