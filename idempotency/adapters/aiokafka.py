@@ -73,12 +73,13 @@ async def consume(
     # Nor here.
     if producer._sender._acks == 0:
         raise ConfigurationError("the producer has acks=0: a dead letter that is not stored would be lost")
-    group = _Group(consumer, handler, producer, dead_letter, concurrency, pause)
+    stop = stop or asyncio.Event()
+    group = _Group(consumer, handler, producer, dead_letter, concurrency, pause, stop)
     try:
         async with asyncio.TaskGroup() as tasks:
             consumer.subscribe(list(topics), listener=group)
             taking = tasks.create_task(group.take(tasks))
-            waiting = [tasks.create_task(each.wait()) for each in (stop or asyncio.Event(), group.failed)]
+            waiting = [tasks.create_task(each.wait()) for each in (stop, group.failed)]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             await group.end()
             for task in (taking, *waiting):
@@ -100,10 +101,12 @@ class _Group(ConsumerRebalanceListener):  # type: ignore[misc]
         dead_letter: str,
         concurrency: int,
         pause: float,
+        stop: asyncio.Event,
     ) -> None:
         self.consumer = consumer
         self.handler = handler
         self.pause = pause
+        self.stop = stop
         self.free = asyncio.Semaphore(concurrency)
         self.failed = asyncio.Event()
         self.error: Exception | None = None
@@ -204,7 +207,7 @@ class _Run:
         """Handle a message until it is settled; False where that is left to a later owner of the partition."""
         while True:
             async with self.group.free:
-                if self.halted.is_set():
+                if self.halted.is_set() or self.group.stop.is_set():
                     return False
                 delivery = _Delivery(self, message, self._attempt)
                 await handle(self.group.handler, delivery)

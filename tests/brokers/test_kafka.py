@@ -48,6 +48,7 @@ class Member:
         self.ended = False
         self._rig, self._work = rig, work
         self._stop = threading.Event()
+        self._told = threading.Event()
         self._decorate = idempotent_consumer(store, consumer="billing", **{"on_event": self.events.append, **options})
         self._settings: dict[str, Any] = {}
         self._producer: dict[str, Any] = {}
@@ -58,6 +59,11 @@ class Member:
         self._settings, self._producer = settings, producer or {}
         self._thread.start()
         return self
+
+    def tell(self) -> None:
+        """Ask the consumer to stop; it knows when this returns."""
+        self._stop.set()
+        assert self._told.wait(20)
 
     def stop(self) -> None:
         self._stop.set()
@@ -97,6 +103,7 @@ class Member:
             **{name.replace("_", "."): value for name, value in self._settings.items()},
         }
         producer = Producer({**servers, "linger.ms": 0, **self._producer})
+        self._told.set()  # as it is given the very event
         confluent_kafka.consume(config, [self._rig.place], handler, producer=producer, stop=self._stop, **self._places)
         self.ended = True
 
@@ -116,7 +123,7 @@ class Member:
         async def main() -> None:
             stop = asyncio.Event()
             stopping = asyncio.ensure_future(asyncio.to_thread(self._stop.wait))
-            stopping.add_done_callback(lambda _: stop.set())
+            stopping.add_done_callback(lambda _: (stop.set(), self._told.set()))
             try:
                 producing = AIOKafkaProducer(bootstrap_servers=cluster().servers, **self._producer)
                 async with producing as producer, member() as consumer:
@@ -400,7 +407,7 @@ def test_a_stop_does_not_wait_for_a_broker_that_is_away(
     assert begun.wait(20)
     cluster().away(True)
     try:
-        member._stop.set()
+        member.tell()
         gate.set()
         until(lambda: member.ended, "consume() returned")
     finally:
@@ -481,7 +488,7 @@ def test_a_stop_ends_the_message_in_hand_and_begins_no_more(group: Group) -> Non
         group.publish(f"order-{number}")
     member = group.member(work).start()
     until(lambda: group.runs, "the first began")
-    member._stop.set()
+    member.tell()
     gate.set()
     member.join()
     assert member.raised is None
