@@ -352,7 +352,8 @@ def test_a_store_that_is_away_is_not_asked_by_thousands(runner: SyncRunner, stor
         with pytest.raises(StoreError):
             runner.claim(a_claim(f"k{number}"))
 
-    assert 990 <= runner.writes.count(_run_sync._Write) <= 1000
+    # One that is being written is not waiting, and may wait again after the next one was let in.
+    assert 990 <= runner.writes.count(_run_sync._Write) <= 1001
     clock.ahead += 60
     until(lambda: not runner.writes.count(_run_sync._Write))
 
