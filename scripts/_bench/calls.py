@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from subjects import Subject, claim_of
 
 from idempotency import idempotent
-from idempotency._core import Execute, judge
+from idempotency._core import Claim, Execute, Record, judge
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 
@@ -37,11 +37,12 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Throughput:
-    """Calls per second in one transaction with their record, and in three, with so many at a time."""
+    """Calls per second, with so many at a time: joined, and the same statements by hand in one transaction or three."""
 
     name: str
     concurrency: int
     joined: float
+    one: float
     three: float
 
 
@@ -69,18 +70,18 @@ async def joined(subject: SQL, rounds: int) -> AsyncIterator[Throughput]:
             yield cost
 
 
-_Batches = tuple[Callable[..., Awaitable[None]], Callable[..., Awaitable[None]]]
-"""Run keys, so many at a time: in one transaction each, and in three."""
+_Batches = dict[str, Callable[..., Awaitable[None]]]
+"""Run keys, so many at a time: in each of the ways that :class:`Throughput` has."""
 
 
 async def _compared(name: str, batches: _Batches, rounds: int) -> AsyncIterator[Throughput]:
     for concurrency in CONCURRENCY:
         cases = [
             Case(kind, lambda: [_new_key() for _ in range(_CALLS)], partial(batch, concurrency))
-            for kind, batch in zip(("joined", "three"), batches, strict=True)
+            for kind, batch in batches.items()
         ]
         took = await medians(cases, rounds, warm_up=2)
-        yield Throughput(name, concurrency, *(_CALLS * 1e6 / took[kind] for kind in ("joined", "three")))
+        yield Throughput(name, concurrency, **{kind: _CALLS * 1e6 / took[kind] for kind in batches})
 
 
 @contextmanager
@@ -91,23 +92,34 @@ def _blocking_cases(url: Any, place: str) -> Iterator[_Batches]:
     with _effects(engine, place) as effects:
 
         @idempotent(store, key=lambda name: name, session=sessions, lock_timeout=_WAIT)
-        def one(name: str, session: Session) -> dict[str, str]:
+        def joined(name: str, session: Session) -> dict[str, str]:
             session.execute(effects.insert(), {"name": name})
             return {"order": name}
+
+        def claimed(session: Session, claim: Claim) -> None:
+            _expect_ours(claim, store.claim_in_sync(session, claim, wait=_WAIT))
+
+        def completed(session: Session, claim: Claim) -> None:
+            _expect(store.complete_in_sync(session, claim, _result(claim)))
+
+        def one(name: str) -> None:
+            claim = claim_of(name)
+            with sessions.begin() as session:
+                claimed(session, claim)
+                session.execute(effects.insert(), {"name": name})
+                completed(session, claim)
 
         def three(name: str) -> None:
             claim = claim_of(name)
             with sessions.begin() as session:
-                record = store.claim_in_sync(session, claim, wait=_WAIT)
-            _expect_ours(record is not None and isinstance(judge(claim, record), Execute))
+                claimed(session, claim)
             with sessions.begin() as session:
                 session.execute(effects.insert(), {"name": name})
-            result = json.dumps({"order": name}).encode()
             with sessions.begin() as session:
-                _expect_ours(store.complete_in_sync(session, claim, result))
+                completed(session, claim)
 
         with ThreadPoolExecutor(max(CONCURRENCY)) as threads:
-            yield partial(_in_threads, threads, one), partial(_in_threads, threads, three)
+            yield {each.__name__: partial(_in_threads, threads, each) for each in (joined, one, three)}
     engine.dispose()
 
 
@@ -120,22 +132,33 @@ async def _async_cases(url: Any, place: str) -> AsyncIterator[_Batches]:
     with _effects(blocking, place) as effects:
 
         @idempotent(store, key=lambda name: name, session=sessions, lock_timeout=_WAIT)
-        async def one(name: str, session: AsyncSession) -> dict[str, str]:
+        async def joined(name: str, session: AsyncSession) -> dict[str, str]:
             await session.execute(effects.insert(), {"name": name})
             return {"order": name}
+
+        async def claimed(session: AsyncSession, claim: Claim) -> None:
+            _expect_ours(claim, await store.claim_in(session, claim, wait=_WAIT))
+
+        async def completed(session: AsyncSession, claim: Claim) -> None:
+            _expect(await store.complete_in(session, claim, _result(claim)))
+
+        async def one(name: str) -> None:
+            claim = claim_of(name)
+            async with sessions.begin() as session:
+                await claimed(session, claim)
+                await session.execute(effects.insert(), {"name": name})
+                await completed(session, claim)
 
         async def three(name: str) -> None:
             claim = claim_of(name)
             async with sessions.begin() as session:
-                record = await store.claim_in(session, claim, wait=_WAIT)
-            _expect_ours(record is not None and isinstance(judge(claim, record), Execute))
+                await claimed(session, claim)
             async with sessions.begin() as session:
                 await session.execute(effects.insert(), {"name": name})
-            result = json.dumps({"order": name}).encode()
             async with sessions.begin() as session:
-                _expect_ours(await store.complete_in(session, claim, result))
+                await completed(session, claim)
 
-        yield partial(_in_tasks, one), partial(_in_tasks, three)
+        yield {each.__name__: partial(_in_tasks, each) for each in (joined, one, three)}
         await engine.dispose()
     blocking.dispose()
 
@@ -157,7 +180,15 @@ def _options(url: Any) -> dict[str, Any]:
     return options
 
 
-def _expect_ours(ours: bool) -> None:
+def _result(claim: Claim) -> bytes:
+    return json.dumps({"order": claim.key}).encode()
+
+
+def _expect_ours(claim: Claim, record: Record | None) -> None:
+    _expect(record is not None and isinstance(judge(claim, record), Execute))
+
+
+def _expect(ours: bool) -> None:
     if not ours:
         raise AssertionError("a new key was not claimed and completed")
 
