@@ -64,6 +64,8 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     store.check_shared(options.get("bind"))
     if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
+    if options.get("twophase"):
+        raise ConfigurationError("the sessions have twophase=True: what they prepare cannot be refused to be committed")
     if not options.get("autobegin", True):
         raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
     return store

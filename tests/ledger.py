@@ -78,9 +78,9 @@ async def open_ledger(target: Target, url: str = "", create: bool = True, **opti
 
 
 @contextmanager
-def open_sync_ledger(target: Target, url: str = "") -> Iterator[Ledger]:
+def open_sync_ledger(target: Target, url: str = "", **options: Any) -> Iterator[Ledger]:
     """Open the ledger of a target for threads."""
-    engine = create_engine(url or target.sync_url)
+    engine = create_engine(url or target.sync_url, **options)
     ledger = Ledger(target, engine)
     try:
         with engine.begin() as connection:

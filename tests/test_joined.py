@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -908,6 +909,92 @@ def test_a_commit_past_the_session_is_refused(sync_ledger: Ledger, commit: Any) 
     assert sync_ledger.effects_sync() == ["tea"]
 
 
+def _begin_again(connection: Any) -> None:
+    connection.rollback()
+
+
+def _lose_and_begin_again(connection: Any) -> None:
+    connection.invalidate()
+    connection.rollback()
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+@pytest.mark.parametrize("begin_again", [_begin_again, _lose_and_begin_again])
+@synchronous
+def test_a_commit_of_what_a_connection_began_anew_is_refused(
+    sync_ledger: Ledger, begin_again: Any, swallow: bool
+) -> None:
+    """Its record is gone with the first transaction, so nothing of the second is kept, nor left for the next user."""
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        connection = session.connection()
+        begin_again(connection)
+        connection.execute(sync_ledger.insert("tea"))
+        with suppress(TransactionError if swallow else ()):
+            connection.commit()
+
+    with pytest.raises(TransactionError):
+        order()
+    for _ in range(2):  # whoever gets the connection next commits what it finds
+        with sync_ledger.sessions.begin() as other:
+            assert other.execute(sync_ledger.everything).all() == []
+
+
+@synchronous
+def test_a_refused_commit_that_is_swallowed_is_no_success(sync_ledger: Ledger) -> None:
+    """The effect is rolled back where its commit is refused, whatever becomes of the error."""
+    ran: list[str] = []
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        ran.append("order")
+        session.execute(sync_ledger.insert("tea"))
+        if len(ran) == 1:
+            with suppress(TransactionError):
+                session.connection().commit()
+
+    with pytest.raises(TransactionError, match="commit past it"):
+        order()
+    assert sync_ledger.effects_sync() == []
+    order()
+    assert sync_ledger.effects_sync() == ["tea"]
+
+
+@pytest.mark.parametrize("reset", ["commit", None])
+@synchronous
+def test_a_pool_that_commits_or_leaves_what_comes_back(target: Target, reset: Any) -> None:
+    """What a refused commit has ended is rolled back at once, and a replay leaves nothing to be refused."""
+    with open_sync_ledger(target, pool_reset_on_return=reset) as ledger:
+        refused = [True, False]
+        lost: list[Any] = []
+        sqlalchemy.event.listen(ledger.engine, "invalidate", lambda *each: lost.append(each))
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        def order(session: Any) -> None:
+            session.execute(ledger.insert("tea"))
+            if refused.pop(0):
+                session.connection().commit()
+
+        with pytest.raises(TransactionError):
+            order()
+        assert ledger.effects_sync() == []
+        for _ in range(3):
+            order()
+
+        assert ledger.effects_sync() == ["tea"]
+        assert lost == []
+
+
+def test_sessions_that_commit_in_two_phases_are_refused() -> None:
+    """What is prepared may be committed by anybody who knows its name."""
+    engine = sqlalchemy.create_engine("sqlite:///records.db")
+    sessions: Any = sessionmaker(engine, twophase=True)
+
+    with pytest.raises(ConfigurationError, match="twophase"):
+        idempotent(SQLStore(engine), key=lambda: "k", session=sessions)(lambda session: None)
+
+
 @synchronous
 def test_a_kept_failure_after_a_refused_commit_has_no_effect(sync_ledger: Ledger) -> None:
     """A commit that was refused has ended the savepoint, so that only the whole transaction undoes the effect."""
@@ -1340,30 +1427,6 @@ def test_commits_of_others_beside_an_operation_are_not_refused(sync_ledger: Ledg
         other.execute(sync_ledger.insert("after"))
 
     assert sync_ledger.effects_sync() == ["after", "beside"]
-
-
-class _Bare:
-    """A driver's connection that is of no pool, and knows no weak references, as asyncpg's are."""
-
-    __slots__ = ("commits",)
-
-    def commit(self) -> None:
-        self.commits = 1
-
-
-@synchronous
-def test_a_dialect_still_commits_what_is_of_no_pool(sync_ledger: Ledger) -> None:
-    """Who listens to "connect" may commit through the dialect."""
-
-    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
-    def order(session: Any) -> None:
-        session.execute(sync_ledger.insert("tea"))
-
-    order()
-    bare = _Bare()
-    sync_ledger.sync_engine.dialect.do_commit(bare)  # type: ignore[arg-type]
-
-    assert bare.commits == 1
 
 
 @pytest.mark.parametrize("url", ["sqlite+aiosqlite://", "sqlite://"])

@@ -138,8 +138,8 @@ class Database:
         """How many verbs may run at once: fewer than the pool has connections, which the application needs too."""
         if self._sqlite:
             return 1
-        size: Callable[[], int] | None = getattr(self.engine.pool, "size", None)
-        return max(1, (size() or _UNSIZED) - 1) if size is not None else _UNSIZED - 1
+        size = getattr(self.engine.pool, "size", None)
+        return max(1, (size() or _UNSIZED) - 1) if callable(size) else _UNSIZED - 1
 
     def perform(self, work: Work[T], call: Call, transaction: bool = False) -> T:
         """Run ``work``, and again where the database asks for it; every failure is a StoreError.

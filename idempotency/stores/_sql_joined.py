@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from typing import Any, cast
+from weakref import ref
 
-from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, Table, TextClause, event
+from sqlalchemy import Connection, Engine, Table, TextClause, event
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -197,7 +198,7 @@ def allow_commit(session: Session) -> None:
 
 
 def was_closed(session: Session) -> bool:
-    """Say whether a transaction of ``session`` was closed since :func:`keep_commit`, and not rolled back."""
+    """Say whether a transaction of ``session`` was closed since :func:`keep_commit`, and not by its own rollback."""
     return _CLOSED in session.info
 
 
@@ -220,6 +221,9 @@ def give_back(session: Session) -> None:
             session.invalidate()
         if not isinstance(error, Exception):
             raise
+    finally:
+        # Its connection may be the caller's own.
+        allow_commit(session)
 
 
 # Once for all sessions, as to listen to a session of its own takes as long as to make it.
@@ -240,33 +244,23 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
     if _KEPT in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
-        _refuse_commits(connection.dialect)
-        _keepers[connection.connection] = ref(session)
+        # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
+        # each statement, which is a tenth of a call. By weak references, as it is the connection's own.
+        connection._commit_impl = partial(_commit_unless_kept, ref(connection), ref(session))  # type: ignore[method-assign]
 
 
-def _refuse_commits(dialect: Dialect) -> None:
-    if dialect in _guarded:
+def _commit_unless_kept(of: ref[Connection], kept_by: ref[Session]) -> None:
+    connection, session = cast("Connection", of()), kept_by()
+    if session is None or _KEPT not in session.info:
+        type(connection)._commit_impl(connection)
         return
-    commit = dialect.do_commit
-
-    # Not a listener to "commit": with one, SQLAlchemy gets every event of its connection ready for each statement,
-    # which was a tenth of a call.
-    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
-        session = _keeper_of(dbapi_connection)
-        if session is not None and _KEPT in session.info:
-            raise TransactionError(_REFUSED)
-        commit(dbapi_connection)
-
-    dialect.do_commit = do_commit  # type: ignore[method-assign]
-    _guarded.add(dialect)
-
-
-def _keeper_of(dbapi_connection: PoolProxiedConnection) -> Session | None:
+    # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
     try:
-        keeper = _keepers.get(dbapi_connection)
-    except TypeError:  # one that is not of a pool, and has no weak references
-        return None
-    return None if keeper is None else keeper()
+        connection.dialect.do_rollback(connection.connection)
+    except Exception:
+        connection.invalidate()
+    session.info.setdefault(_CLOSED, None)
+    raise TransactionError(_REFUSED)
 
 
 # A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
@@ -283,8 +277,6 @@ def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
         del session.info[_CLOSED]
 
 
-_guarded: WeakSet[Dialect] = WeakSet()
-_keepers: WeakKeyDictionary[PoolProxiedConnection, ref[Session]] = WeakKeyDictionary()
 _REFUSED = (
     "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
     " begin_nested() for a part that may fail."
@@ -294,8 +286,8 @@ _TOO_LATE = (
     " your own for work after the response or result."
 )
 LEFT = (
-    "The session was closed inside the handler, or rolled back together with its record, and its effect is gone: leave"
-    " both to the library; use begin_nested() for a part that may fail."
+    "The session was closed inside the handler, or rolled back together with its record, as it is by a commit past it,"
+    " and its effect is gone: leave all of them to the library; use begin_nested() for a part that may fail."
 )
 COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
 

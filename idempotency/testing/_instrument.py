@@ -9,12 +9,10 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from weakref import WeakSet
 
 from idempotency.testing._points import crash_point, step
 
 _STORES = (("idempotency.stores.redis", "RedisStore"), ("idempotency.stores.sql", "SQLStore"))
-_INSTRUMENTED: WeakSet[Any] = WeakSet()
 _VERBS = ("claim", "renew", "complete", "release")
 _WRITE = re.compile(
     r"(?<!FOR )\b(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE TABLE|CREATE INDEX)"
@@ -67,9 +65,8 @@ def _instrument_sqlalchemy() -> None:
 def _instrument_dialect(connection: Any) -> None:
     # The events of these two come before they are sent; a point is wanted also after the server has applied them.
     dialect = connection.dialect
-    if dialect not in _INSTRUMENTED:
-        _INSTRUMENTED.add(dialect)
-        for verb, name in (("do_commit", "COMMIT"), ("do_rollback", "ROLLBACK")):
+    for verb, name in (("do_commit", "COMMIT"), ("do_rollback", "ROLLBACK")):
+        if verb not in vars(dialect):
             setattr(dialect, verb, _around(name, getattr(dialect, verb)))
 
 

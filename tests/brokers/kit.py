@@ -215,7 +215,12 @@ class Worker:
 
     def __init__(self, rig: Rig, setting: Setting, crash_at: str = "") -> None:
         tests = Path(__file__).parent.parent
-        environment = {**os.environ, SETTING: json.dumps(asdict(setting)), "PYTHONPATH": str(tests)}
+        environment = {
+            **os.environ,
+            SETTING: json.dumps(asdict(setting)),
+            "PYTHONPATH": str(tests),
+            "PYTHONFAULTHANDLER": "1",
+        }
         if crash_at:
             environment["IDEMPOTENCY_CRASH_AT"] = crash_at
         self.said = ""
@@ -236,10 +241,14 @@ class Worker:
         assert code == -signal.SIGKILL, f"the consumer ended with {code}"
 
     def stop(self) -> None:
-        """Ask it to end, and wait."""
+        """Ask it to end, and wait; have it say what it is doing if it does not end."""
         self._process.terminate()
         try:
             self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGABRT)
+            self._process.wait(PATIENCE)
+            raise
         finally:
             self.kill()
 
