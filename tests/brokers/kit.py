@@ -31,6 +31,8 @@ SETTING = "IDEMPOTENCY_TEST_SETTING"
 LEASE = 2.0
 ATTEMPTS = 3
 PATIENCE = 30.0
+# Taken once: pytest changes it in its own thread, while cases begin in others.
+_ENVIRONMENT = dict(os.environ)
 
 
 class OutOfStockError(Exception):
@@ -216,7 +218,7 @@ class Worker:
     def __init__(self, rig: Rig, setting: Setting, crash_at: str = "") -> None:
         tests = Path(__file__).parent.parent
         environment = {
-            **os.environ,
+            **_ENVIRONMENT,
             SETTING: json.dumps(asdict(setting)),
             "PYTHONPATH": str(tests),
             "PYTHONFAULTHANDLER": "1",
