@@ -138,8 +138,9 @@ class Database:
         """How many verbs may run at once: fewer than the pool has connections, which the application needs too."""
         if self._sqlite:
             return 1
-        size = getattr(self.engine.pool, "size", None)
-        return max(1, (size() or _UNSIZED) - 1) if callable(size) else _UNSIZED - 1
+        size: Any = getattr(self.engine.pool, "size", None)
+        connections: Any = size() if callable(size) else size  # of a SingletonThreadPool it is a number
+        return max(1, (connections or _UNSIZED) - 1)
 
     def perform(self, work: Work[T], call: Call, transaction: bool = False) -> T:
         """Run ``work``, and again where the database asks for it; every failure is a StoreError.
