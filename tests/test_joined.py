@@ -995,15 +995,20 @@ def test_sessions_that_commit_in_two_phases_are_refused() -> None:
         idempotent(SQLStore(engine), key=lambda: "k", session=sessions)(lambda session: None)
 
 
+@pytest.mark.parametrize(
+    "commit",
+    [lambda session: session.commit(), _commit_past_the_savepoint, lambda session: session.connection().commit()],
+    ids=["session", "savepoint", "connection"],
+)
 @synchronous
-def test_a_kept_failure_after_a_refused_commit_has_no_effect(sync_ledger: Ledger) -> None:
+def test_a_kept_failure_after_a_refused_commit_has_no_effect(sync_ledger: Ledger, commit: Any) -> None:
     """A commit that was refused has ended the savepoint, so that only the whole transaction undoes the effect."""
     policy = Policy(outcomes={Exception: "store"})
 
     @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=policy)
     def order(session: Any) -> None:
         session.execute(sync_ledger.insert("tea"))
-        session.commit()
+        commit(session)
 
     with pytest.raises(TransactionError):
         order()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
@@ -245,20 +245,24 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
-        # each statement, which is a tenth of a call. By weak references, as it is the connection's own.
-        connection._commit_impl = partial(_commit_unless_kept, ref(connection), ref(session))  # type: ignore[method-assign]
+        # each statement, which is a tenth of a call. Where a version has no such method, nothing runs. By weak
+        # references, as what refers to the connection is its own.
+        commit = type(connection)._commit_impl
+        connection._commit_impl = partial(_commit_unless_kept, commit, ref(connection), ref(session))  # type: ignore[method-assign]
 
 
-def _commit_unless_kept(of: ref[Connection], kept_by: ref[Session]) -> None:
+def _commit_unless_kept(commit: Callable[[Connection], None], of: ref[Connection], kept_by: ref[Session]) -> None:
     connection, session = cast("Connection", of()), kept_by()
     if session is None or _KEPT not in session.info:
-        type(connection)._commit_impl(connection)
+        commit(connection)
         return
     # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
     try:
         connection.dialect.do_rollback(connection.connection)
-    except Exception:
-        connection.invalidate()
+    except BaseException as error:
+        connection.invalidate(error)
+        if not isinstance(error, Exception):
+            raise
     session.info.setdefault(_CLOSED, None)
     raise TransactionError(_REFUSED)
 
