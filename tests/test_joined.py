@@ -986,6 +986,24 @@ def test_a_pool_that_commits_or_leaves_what_comes_back(target: Target, reset: An
         assert lost == []
 
 
+@synchronous
+def test_a_version_of_sqlalchemy_that_cannot_be_guarded_is_refused(
+    sync_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What refuses a commit of the connection is a method of SQLAlchemy's own, which a later version may not have."""
+    ran: list[str] = []
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
+    def order(session: Any) -> None:
+        ran.append("order")
+
+    monkeypatch.delattr(sqlalchemy.Connection, "_commit_impl")
+
+    with pytest.raises(ConfigurationError, match="version of SQLAlchemy"):
+        order()
+    assert ran == []
+
+
 def test_sessions_that_commit_in_two_phases_are_refused() -> None:
     """What is prepared may be committed by anybody who knows its name."""
     engine = sqlalchemy.create_engine("sqlite:///records.db")

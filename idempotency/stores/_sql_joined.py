@@ -245,9 +245,11 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
-        # each statement, which is a tenth of a call. Where a version has no such method, nothing runs. By weak
-        # references, as what refers to the connection is its own.
-        commit = type(connection)._commit_impl
+        # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
+        # connection is its own.
+        commit = getattr(type(connection), "_commit_impl", None)
+        if commit is None:
+            raise ConfigurationError("this version of SQLAlchemy is not known: session= needs an older one")
         connection._commit_impl = partial(_commit_unless_kept, commit, ref(connection), ref(session))  # type: ignore[method-assign]
 
 
