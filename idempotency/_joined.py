@@ -21,14 +21,11 @@ from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._result import encode_failure
 from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import (
-    ConflictError,
-    conflicts,
-)
+from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_closed
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
@@ -122,7 +119,9 @@ class Joined:
             return Ran(value)
         result, flaw = self._calls.encode(value)
         try:
-            written = await transaction.commit(result)
+            if not await transaction.commit(result):
+                # The row is locked, so that only the operation itself can have taken it away.
+                raise TransactionError(LEFT)
         except Exception as error:
             outcome = left_by(operation, self._calls.policy, error)
             try:
@@ -134,9 +133,6 @@ class Joined:
             if operation.settle("release") != "release":
                 await self._stopped(claim, operation, transaction, error)
             raise
-        if not written:
-            self._calls.emit("superseded", claim, operation.attempt)
-            raise StoreError("the record was changed by another while the operation ran: nothing is committed")
         self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
         return Ran(value)
 
@@ -218,7 +214,7 @@ async def _undone(savepoint: AsyncSessionTransaction | None) -> bool:
 
     So it is where the operation has ended the savepoint, or the database everything, as a deadlock does.
     """
-    if savepoint is None or not savepoint.is_active:
+    if savepoint is None or not savepoint.is_active or was_closed(savepoint.session.sync_session):
         return False
     try:
         await savepoint.rollback()

@@ -15,17 +15,20 @@ from idempotency._core import Claim, Execute, InProgress, State, Verdict
 from idempotency._joined import AGAIN_AFTER, begun_anew, judged, keeps_failures, kept_as, left_by, raised, without_lease
 from idempotency._tell import kind_of
 from idempotency._transaction import check_left, check_sessions
-from idempotency.errors import StoreError
+from idempotency.errors import StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
 from idempotency.stores._sql_joined import (
+    LEFT,
     ConflictError,
     allow_commit,
+    commit,
     failure_of,
     finish,
     give_back,
     keep_commit,
+    was_closed,
 )
 from idempotency.stores.sql import SQLStore
 
@@ -103,7 +106,9 @@ class SyncJoined:
             return Ran(value)
         result, flaw = self._calls.encode(value)
         try:
-            written = transaction.commit(result)
+            if not transaction.commit(result):
+                # The row is locked, so that only the operation itself can have taken it away.
+                raise TransactionError(LEFT)
         except Exception as error:
             outcome = left_by(operation, self._calls.policy, error)
             return self._failed(claim, operation, transaction, error, outcome, held=False)
@@ -111,9 +116,6 @@ class SyncJoined:
             if operation.settle("release") != "release":
                 self._stopped(claim, operation, transaction, error)
             raise
-        if not written:
-            self._calls.emit("superseded", claim, operation.attempt)
-            raise StoreError("the record was changed by another while the operation ran: nothing is committed")
         self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
         return Ran(value)
 
@@ -195,7 +197,7 @@ class _SyncTransaction:
             written = self._store.complete_in_sync(self.session, self._claim, result, state)
             allow_commit(self.session)
             if written:
-                self.session.commit()
+                commit(self.session)
             else:
                 self.session.rollback()
             finish(self.session)
@@ -235,7 +237,7 @@ class _SyncTransaction:
 
 def _undone_sync(savepoint: SessionTransaction | None) -> bool:
     """See :func:`_undone`."""
-    if savepoint is None or not savepoint.is_active:
+    if savepoint is None or not savepoint.is_active or was_closed(savepoint.session):
         return False
     try:
         savepoint.rollback()

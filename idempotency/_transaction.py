@@ -54,6 +54,10 @@ def _check_level(sessions: Any) -> None:
 
 def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from idempotency.stores._sql_joined import TWO_PHASES
     from idempotency.stores.sql import SQLStore
 
     if not isinstance(store, SQLStore):
@@ -64,8 +68,12 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     store.check_shared(options.get("bind"))
     if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
+    if isinstance(options.get("bind"), Connection | AsyncConnection):
+        raise ConfigurationError(
+            "the sessions are bound to a connection, whose transaction is its owner's: bind them to an engine"
+        )
     if options.get("twophase"):
-        raise ConfigurationError("the sessions have twophase=True: what they prepare cannot be refused to be committed")
+        raise ConfigurationError(TWO_PHASES)
     if not options.get("autobegin", True):
         raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
     return store
@@ -163,12 +171,12 @@ class Transaction:
             raise failure from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        from idempotency.stores._sql_joined import allow_commit, finish
+        from idempotency.stores._sql_joined import allow_commit, commit, finish
 
         written = self._store.complete_in_sync(session, self._claim, result, state)
         allow_commit(session)
         if written:
-            session.commit()
+            commit(session)
         else:
             session.rollback()
         finish(session)

@@ -40,6 +40,13 @@ from idempotency.stores.sql import SQLStore
 asynchronous = pytest.mark.stores(*JOINED_KINDS)
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
 
+# How many statements on a table wait for a lock.
+WAITING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :table",
+    "mysql": "SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+    " AND trx_query LIKE :table",
+}
+
 # What a session says of how long it waits for a lock.
 PATIENCE = {
     "postgresql": "SHOW lock_timeout",
@@ -987,6 +994,75 @@ def test_a_pool_that_commits_or_leaves_what_comes_back(target: Target, reset: An
 
 
 @synchronous
+def test_a_commit_that_failed_is_no_success_where_the_pool_leaves_it_open(target: Target) -> None:
+    """SQLAlchemy takes the transaction for ended; its record, uncommitted, is no proof that it was committed."""
+    with open_sync_ledger(target, pool_reset_on_return=None) as ledger:
+        failing = [True]
+
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions)
+        def order(session: Any) -> None:
+            session.execute(ledger.insert("tea"))
+            if failing:
+                failing.clear()
+
+                @sqlalchemy.event.listens_for(session.connection(), "commit")
+                def fail(_: Any) -> None:
+                    raise OSError("no space left")
+
+        with pytest.raises(StoreError):
+            order()
+        assert ledger.effects_sync() == []
+        order()
+        assert ledger.effects_sync() == ["tea"]
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(), Policy(outcomes={Exception: "hold"}), Policy(outcomes={KeyError: "store"})]
+)
+@pytest.mark.parametrize(
+    "end",
+    [
+        _commit_past_the_savepoint,
+        lambda session: session.connection().commit(),
+        lambda session: session.connection().rollback(),
+    ],
+    ids=["savepoint", "commit", "rollback"],
+)
+@pytest.mark.parametrize("swallow", [False, True])
+@synchronous
+def test_a_hold_survives_what_the_connection_ended(
+    sync_ledger: Ledger, policy: Policy, end: Any, swallow: bool
+) -> None:
+    """Whatever was charged before stays charged: the key is unknown, with or without a rule that keeps a savepoint."""
+    ran: list[str] = []
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions, policy=policy)
+    def order(session: Any) -> None:
+        ran.append("charged")
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        with suppress(TransactionError if swallow else ()):
+            end(session)
+
+    with pytest.raises(TransactionError):
+        order()
+    with pytest.raises(OutcomeUnknownError):
+        order()
+    assert ran == ["charged"]
+
+
+@synchronous
+def test_sessions_on_a_connection_are_refused(sync_ledger: Ledger) -> None:
+    """Its transaction is its owner's to commit, and to roll back."""
+    with sync_ledger.sync_engine.connect() as connection:
+        sessions: Any = sessionmaker(connection)
+
+        with pytest.raises(ConfigurationError, match="bound to a connection"):
+            idempotent(sync_ledger.store, key=lambda: "k", session=sessions)(lambda session: None)
+
+
+@synchronous
 def test_a_version_of_sqlalchemy_that_cannot_be_guarded_is_refused(
     sync_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1212,6 +1288,11 @@ def test_a_held_call_that_is_interrupted_is_unknown(sync_ledger: Ledger) -> None
 @pytest.mark.stores("postgres", "mariadb")
 async def test_a_duplicate_that_waits_overtakes_a_hold(ledger: Ledger) -> None:
     """The row is free between the rollback of the effect and the record of the hold, but not under a policy's rule."""
+    look = text(WAITING[ledger.sync_engine.dialect.name]).bindparams(table=f"%{ledger.name.removesuffix('_effects')}%")
+
+    async def waiting() -> int:
+        async with ledger.engine.connect() as watcher:  # type: ignore[union-attr]
+            return int((await watcher.execute(look)).scalar_one())
 
     def run(**options: Any) -> Any:
         running, fail, runs = asyncio.Event(), asyncio.Event(), list[int]()
@@ -1232,8 +1313,9 @@ async def test_a_duplicate_that_waits_overtakes_a_hold(ledger: Ledger) -> None:
             first = asyncio.create_task(order())
             await running.wait()
             second = asyncio.create_task(order())
-            done, _ = await asyncio.wait({second}, timeout=0.2)
-            assert not done
+            async with asyncio.timeout(20):
+                while not await waiting():
+                    await asyncio.sleep(0.01)
             fail.set()
             ended = await asyncio.gather(first, second, return_exceptions=True)
             return ended[0], ended[1]

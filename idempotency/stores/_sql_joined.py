@@ -30,6 +30,7 @@ _LOCKED = frozenset({"55P03", 1205, 5, 6})
 _KEPT = "idempotency: committed with its record"
 _CLOSED = "idempotency: closed by its operation"
 _OVER = "idempotency: its operation is settled"
+_BEGUN = "idempotency: the connection, and what it began"
 
 
 def conflicts(error: Exception) -> bool:
@@ -187,7 +188,7 @@ def _check_transaction(connection: Connection) -> None:
 
 def keep_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
-    for mark in (_CLOSED, _OVER):
+    for mark in (_CLOSED, _OVER, _BEGUN):
         session.info.pop(mark, None)
     session.info[_KEPT] = True
 
@@ -198,8 +199,22 @@ def allow_commit(session: Session) -> None:
 
 
 def was_closed(session: Session) -> bool:
-    """Say whether a transaction of ``session`` was closed since :func:`keep_commit`, and not by its own rollback."""
-    return _CLOSED in session.info
+    """Say whether a transaction of ``session`` was ended since :func:`keep_commit`, and not by its own rollback."""
+    root, begun = session.get_transaction(), session.info.get(_BEGUN)
+    # What only the connection has ended. A failed flush ends both, and says so itself.
+    ended = root is not None and root.is_active and begun is not None and not begun[1].is_active
+    return ended or _CLOSED in session.info
+
+
+def commit(session: Session) -> None:
+    """Commit ``session``; where that fails, leave nothing open that looks ended, nor visible to the next look."""
+    try:
+        session.commit()
+    except Exception:
+        connection, transaction = session.info[_BEGUN]
+        if not (transaction.is_active or connection.closed or connection.invalidated):
+            _roll_back_driver(connection)
+        raise
 
 
 def finish(session: Session) -> None:
@@ -244,6 +259,9 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
     if _KEPT in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
+        if session.twophase:
+            raise ConfigurationError(TWO_PHASES)
+        session.info[_BEGUN] = connection, connection.get_transaction()
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
         # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
         # connection is its own.
@@ -258,15 +276,19 @@ def _commit_unless_kept(commit: Callable[[Connection], None], of: ref[Connection
     if session is None or _KEPT not in session.info:
         commit(connection)
         return
+    session.info.setdefault(_CLOSED, None)
     # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
+    _roll_back_driver(connection)
+    raise TransactionError(_REFUSED)
+
+
+def _roll_back_driver(connection: Connection) -> None:
     try:
         connection.dialect.do_rollback(connection.connection)
     except BaseException as error:
         connection.invalidate(error)
         if not isinstance(error, Exception):
             raise
-    session.info.setdefault(_CLOSED, None)
-    raise TransactionError(_REFUSED)
 
 
 # A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
@@ -295,6 +317,7 @@ LEFT = (
     "The session was closed inside the handler, or rolled back together with its record, as it is by a commit past it,"
     " and its effect is gone: leave all of them to the library; use begin_nested() for a part that may fail."
 )
+TWO_PHASES = "the sessions have twophase=True: what they prepare cannot be refused to be committed"
 COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
 
 
