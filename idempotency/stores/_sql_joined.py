@@ -236,9 +236,6 @@ def give_back(session: Session) -> None:
             session.invalidate()
         if not isinstance(error, Exception):
             raise
-    finally:
-        # Its connection may be the caller's own.
-        allow_commit(session)
 
 
 # Once for all sessions, as to listen to a session of its own takes as long as to make it.
@@ -265,16 +262,16 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
         # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
         # connection is its own.
-        commit = getattr(type(connection), "_commit_impl", None)
-        if commit is None:
+        theirs = getattr(type(connection), "_commit_impl", None)
+        if theirs is None:
             raise ConfigurationError("this version of SQLAlchemy is not known: session= needs an older one")
-        connection._commit_impl = partial(_commit_unless_kept, commit, ref(connection), ref(session))  # type: ignore[method-assign]
+        connection._commit_impl = partial(_commit_unless_kept, theirs, ref(connection), ref(session))  # type: ignore[method-assign]
 
 
-def _commit_unless_kept(commit: Callable[[Connection], None], of: ref[Connection], kept_by: ref[Session]) -> None:
+def _commit_unless_kept(theirs: Callable[[Connection], None], of: ref[Connection], kept_by: ref[Session]) -> None:
     connection, session = cast("Connection", of()), kept_by()
     if session is None or _KEPT not in session.info:
-        commit(connection)
+        theirs(connection)
         return
     session.info.setdefault(_CLOSED, None)
     # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.

@@ -349,7 +349,7 @@ async def test_a_frozen_server_is_a_store_error_in_time(url: str, proxy: Proxy, 
 
 async def test_closing_does_not_wait_for_a_frozen_server(url: str, proxy: Proxy, table: str) -> None:
     """A store whose server is frozen, with a verb left behind and a watcher, closes within seconds."""
-    store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=0.3)
+    store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=1)
     await store.create_schema()
     async with store.watch(new_claim()):
         proxy.pause()
