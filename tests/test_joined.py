@@ -74,6 +74,16 @@ def a_claim(key: str = "k") -> Claim:
     return Claim(scope="s", key=key, fingerprint=b"f" * 32, lease=30, ttl=60)
 
 
+async def until_one_waits(ledger: Ledger) -> None:
+    """Wait until a statement on the records of this ledger waits for a lock."""
+    look = text(WAITING[ledger.sync_engine.dialect.name]).bindparams(table=f"%{ledger.name.removesuffix('_effects')}%")
+    async with asyncio.timeout(20), ledger.sessions() as watcher:
+        while not (await watcher.execute(look)).scalar_one():
+            await watcher.rollback()
+            # InnoDB shows what it saw last to who asks again within 0.1 s.
+            await asyncio.sleep(0.15)
+
+
 def order_of(ledger: Ledger, **options: Any) -> Any:
     """Make a joined function that has one effect."""
 
@@ -1288,12 +1298,6 @@ def test_a_held_call_that_is_interrupted_is_unknown(sync_ledger: Ledger) -> None
 @pytest.mark.stores("postgres", "mariadb")
 async def test_a_duplicate_that_waits_overtakes_a_hold(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row is free between the rollback of the effect and the record of the hold, but not under a policy's rule."""
-    look = text(WAITING[ledger.sync_engine.dialect.name]).bindparams(table=f"%{ledger.name.removesuffix('_effects')}%")
-
-    async def waiting() -> int:
-        async with ledger.engine.connect() as watcher:  # type: ignore[union-attr]
-            return int((await watcher.execute(look)).scalar_one())
-
     claims, overtaken, claim_in = list[Claim](), asyncio.Event(), ledger.store.claim_in
 
     async def claim_last(session: Any, claim: Claim, *, wait: float) -> Any:
@@ -1324,10 +1328,7 @@ async def test_a_duplicate_that_waits_overtakes_a_hold(ledger: Ledger, monkeypat
             first = asyncio.create_task(order())
             await running.wait()
             second = asyncio.create_task(order())
-            async with asyncio.timeout(20):
-                while not await waiting():
-                    # InnoDB shows what it saw last to who asks again within 0.1 s.
-                    await asyncio.sleep(0.15)
+            await until_one_waits(ledger)
             fail.set()
             ended = await asyncio.gather(first, second, return_exceptions=True)
             return ended[0], ended[1]
@@ -1505,12 +1506,7 @@ async def test_a_refused_commit_is_told_as_such_beside_a_duplicate_that_waits(le
     first = asyncio.create_task(order())
     await running.wait()
     duplicate = asyncio.create_task(order())
-    async with ledger.sessions() as watcher:
-        waiting = text(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        )
-        while not (await watcher.execute(waiting)).scalar_one():
-            await watcher.rollback()
+    await until_one_waits(ledger)
     go_on.set()
 
     with pytest.raises(sqlalchemy.exc.DBAPIError, match="aborted"):
