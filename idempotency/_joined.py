@@ -7,14 +7,14 @@ all of it back. A duplicate waits for the row up to ``lock_timeout``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeGuard
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import SessionTransaction
 
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
@@ -72,7 +72,7 @@ class Joined:
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
             transaction.bind()
             keeps = keeps_failures(self._calls.policy)
-            savepoint = await transaction.session.begin_nested() if keeps else None
+            savepoint = await transaction.begin_nested() if keeps else None
             token = RUNNING.set(operation)
             try:
                 value = await work(transaction.session)
@@ -80,7 +80,7 @@ class Joined:
             except Exception as error:
                 outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
                 try:
-                    held = outcome != "release" and await _undone(savepoint)
+                    held = outcome != "release" and is_intact(savepoint) and await transaction.undo(savepoint)
                     return await self._failed(claim, operation, transaction, error, outcome, held)
                 except asyncio.CancelledError:
                     await self._stopped(claim, operation, transaction, error)
@@ -99,12 +99,10 @@ class Joined:
         deadline, tried, left = monotonic() + wait, False, wait
         while True:
             try:
-                record = await self._store.claim_in(transaction.session, claim, wait=left)
-                return judged(claim, record)
+                return judged(claim, await transaction.claim(left))
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
-                with begun_anew():
-                    await transaction.session.rollback()
+                await transaction.begin_anew()
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -197,30 +195,16 @@ class Joined:
             self._calls.emit(kind, claim, operation.attempt, error)
 
 
-@contextmanager
-def begun_anew() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise StoreError("the connection was lost before the operation") from error
-
-
 def judged(claim: Claim, record: Record | None) -> Verdict:
     return InProgress(AGAIN_AFTER) if record is None else judge(claim, record)
 
 
-async def _undone(savepoint: AsyncSessionTransaction | None) -> bool:
-    """Undo the effect and keep the row; False where only the whole transaction can be undone.
+def is_intact(savepoint: SessionTransaction | None) -> TypeGuard[SessionTransaction]:
+    """Say whether rolling the savepoint back undoes the effect and keeps the row.
 
-    So it is where the operation has ended the savepoint, or the database everything, as a deadlock does.
+    It is not where the operation has ended the savepoint, or the database everything, as a deadlock does.
     """
-    if savepoint is None or not savepoint.is_active or was_closed(savepoint.session.sync_session):
-        return False
-    try:
-        await savepoint.rollback()
-    except Exception:
-        return False
-    return True
+    return savepoint is not None and savepoint.is_active and not was_closed(savepoint.session)
 
 
 def left_by(operation: Operation, policy: Policy, error: Exception) -> Outcome:

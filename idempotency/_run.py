@@ -332,6 +332,7 @@ class Lease:
 
     async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
         try:
+            # The lease goes on meanwhile: what is flushed may take long.
             await transaction.flush()
             self.stop()
             if await transaction.commit(result):
@@ -341,7 +342,8 @@ class Lease:
             if isinstance(error, Exception) and not isinstance(error, StoreError):
                 # Nothing of it is left, for certain. What becomes of the key depends on the error, as the caller knows.
                 self._failure, self._ended = error, False
-            elif self._ended:
+            else:
+                self.stop()
                 self._failure = error if isinstance(error, StoreError) else StoreError("the commit was interrupted")
                 self._let_go(error)
             raise

@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, Table, TextClause, event
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
-from idempotency.stores._sql_engines import Database, error_code, level_of
+from idempotency.stores._sql_driver import cut_off
+from idempotency.stores._sql_engines import Database, bound_of, error_code, level_of, unreachable
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
@@ -42,29 +44,34 @@ class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
 
 
-def failure_of(error: Exception) -> Exception:
-    """Name the failure of a commit that is known not to have been applied.
+def failure_of(error: Exception, session: Session) -> Exception:
+    """Name the failure of what the library did with ``session``, where it is known that nothing was committed.
 
-    What the operation made of its session, and what the database refuses, is the operation's own failure; whatever a
-    retry may not meet again is a StoreError.
+    What the operation made of its session, and what the database refuses, is the operation's own failure, and returned
+    as it is; what a retry may not meet again is a StoreError.
     """
+    if isinstance(error, IdempotencyError):
+        return error
     if conflicts(error):
         return ConflictError("the transaction met another: begin anew")
-    if isinstance(error, IdempotencyError | InvalidRequestError):
-        return error
-    if isinstance(error, DBAPIError) and not error.connection_invalidated:
-        return error
-    return StoreError("the transaction did not commit")
+    begun: _Begun | None = session.info.get(_BEGUN)
+    # There was no connection; it was lost by now; or by an earlier statement, whose failure the operation swallowed. A
+    # driver whose connection dies may raise what the operating system says.
+    if (begun is None and unreachable(error)) or (begun is not None and begun.connection.invalidated):
+        return StoreError("the connection was lost before the commit: nothing is committed")
+    if isinstance(error, OSError | EOFError | PoolTimeoutError):
+        return StoreError("the database could not be reached before the commit: nothing is committed")
+    return error
 
 
 class Joined:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
-    def __init__(self, engine: Engine, table: Table) -> None:
-        self._sql = Statements(engine.dialect, table)
+    def __init__(self, engine: Engine, table: Table, timeout: float) -> None:
+        self._sql = Statements(engine.dialect, table, bound_of(timeout))
         self._table = table
         self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
-        self._database = Database(engine, table)
+        self._database = Database(engine, table, timeout)
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
 
@@ -120,11 +127,11 @@ class Joined:
         seconds = math.ceil(wait)
         if self._mariadb:
             bound = f"SET STATEMENT innodb_lock_wait_timeout={seconds:d} FOR "
-            return _found(self._send(connection, self._sql.claim, values, bound))
+            return _found(self._send(connection, self._sql.claim_bounded, values, bound))
         with _setting(
             connection, "SET innodb_lock_wait_timeout = ", max(1, seconds), "SELECT @@innodb_lock_wait_timeout"
         ):
-            self._send(connection, self._sql.claim, values, fetch=False)
+            self._send(connection, self._sql.claim_bounded, values, fetch=False)
             row = _found(self._send(connection, self._sql.look_locked, values))
         return None if row is None or (row.free and row.token != values["token"]) else row
 
@@ -155,12 +162,12 @@ class Joined:
         # would make what it read out of date.
         with _setting(connection, "PRAGMA busy_timeout = ", round(wait * 1000), "PRAGMA busy_timeout"):
             try:
-                sent = self._send(connection, self._sql.claim, values)
+                sent = self._send(connection, self._sql.claim_bounded, values)
             except DBAPIError as error:
                 if "no such table" not in str(error.orig):
                     raise
                 create_schema(connection, self._table)
-                sent = self._send(connection, self._sql.claim, values)
+                sent = self._send(connection, self._sql.claim_bounded, values)
             return _found(sent) or _found(self._send(connection, self._sql.look, values))
 
 
@@ -186,6 +193,14 @@ def _check_transaction(connection: Connection) -> None:
         raise ConfigurationError(COMMITS_BY_ITSELF)
 
 
+class _Begun(NamedTuple):
+    """The connection of a guarded session, what it began on it, and the driver's own, to be cut off from any thread."""
+
+    connection: Connection
+    transaction: Any
+    driver_connection: Any
+
+
 def keep_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
     for mark in (_CLOSED, _OVER, _BEGUN):
@@ -200,9 +215,10 @@ def allow_commit(session: Session) -> None:
 
 def was_closed(session: Session) -> bool:
     """Say whether a transaction of ``session`` was ended since :func:`keep_commit`, and not by its own rollback."""
-    root, begun = session.get_transaction(), session.info.get(_BEGUN)
+    root = session.get_transaction()
+    begun: _Begun | None = session.info.get(_BEGUN)
     # What only the connection has ended. A failed flush ends both, and says so itself.
-    ended = root is not None and root.is_active and begun is not None and not begun[1].is_active
+    ended = root is not None and root.is_active and begun is not None and not begun.transaction.is_active
     return ended or _CLOSED in session.info
 
 
@@ -211,9 +227,9 @@ def commit(session: Session) -> None:
     try:
         session.commit()
     except Exception:
-        connection, transaction = session.info[_BEGUN]
-        if not (transaction.is_active or connection.closed or connection.invalidated):
-            _roll_back_driver(connection)
+        begun: _Begun = session.info[_BEGUN]
+        if not (begun.transaction.is_active or begun.connection.closed or begun.connection.invalidated):
+            _roll_back_driver(begun.connection)
         raise
 
 
@@ -231,11 +247,42 @@ def give_back(session: Session) -> None:
             session.rollback()
         session.close()
     except BaseException as error:
-        # Lost, or interrupted in mid-command: the server rolls back what is cut off.
-        with suppress(Exception):
-            session.invalidate()
+        discard(session)
         if not isinstance(error, Exception):
             raise
+
+
+def roll_back(session: Session) -> None:
+    """Undo what ``session`` did, and let it begin nothing more: nobody would commit it."""
+    allow_commit(session)
+    finish(session)
+    try:
+        session.rollback()
+    except Exception:
+        discard(session)
+
+
+def cut_off_session(session: Session) -> None:
+    """End the driver's connection of ``session``, from any thread, so that what waits for it fails."""
+    begun: _Begun | None = session.info.get(_BEGUN)
+    if begun is not None and not (begun.connection.closed or begun.connection.invalidated):
+        cut_off(begun.connection.dialect.driver, begun.driver_connection)
+
+
+def discard(session: Session) -> None:
+    """Close the connection of ``session``, which was lost or is in the middle of something, and use neither again.
+
+    The server rolls back what is cut off.
+    """
+    allow_commit(session)
+    finish(session)
+    begun: _Begun | None = session.info.get(_BEGUN)
+    # By the connection itself: a session whose rollback failed does not know it any more.
+    if begun is not None and not begun.connection.closed:
+        with suppress(Exception):
+            begun.connection.invalidate()
+    with suppress(Exception):
+        session.close()
 
 
 # Once for all sessions, as to listen to a session of its own takes as long as to make it.
@@ -258,7 +305,7 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
             raise ConfigurationError(COMMITS_BY_ITSELF)
         if session.twophase:
             raise ConfigurationError(TWO_PHASES)
-        session.info[_BEGUN] = connection, connection.get_transaction()
+        session.info[_BEGUN] = _Begun(connection, connection.get_transaction(), connection.connection.driver_connection)
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
         # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
         # connection is its own.

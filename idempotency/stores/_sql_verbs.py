@@ -22,10 +22,10 @@ _ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
 class Verbs:
-    """The verbs over one table. ``dialect`` must have connected once."""
+    """The verbs over one table. ``dialect`` must have connected once; ``bound``: see :class:`Statements`."""
 
-    def __init__(self, dialect: Dialect, table: Table) -> None:
-        self._sql = Statements(dialect, table)
+    def __init__(self, dialect: Dialect, table: Table, bound: float) -> None:
+        self._sql = Statements(dialect, table, bound)
         self._table = table
         self._tells = dialect.name == "postgresql"
 

@@ -1,0 +1,62 @@
+"""What SQLAlchemy does not say of a driver's connection: whether a transaction is open, and how to cut it off."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import Any
+
+_IDLE = 0
+_IN_TRANSACTION = 1
+
+
+def in_transaction(driver: str, connection: Any) -> bool | None:
+    """Say whether a transaction is open, as the driver last heard of it; None where the driver does not know."""
+    match driver:
+        case "pysqlite" | "aiosqlite":
+            return bool(connection.in_transaction)
+        case "asyncpg":
+            return bool(connection.is_in_transaction())
+        case "psycopg" | "psycopg_async" | "psycopg2":
+            return bool(connection.info.transaction_status != _IDLE)
+        case "pymysql" | "aiomysql" | "asyncmy":
+            return bool(connection.server_status & _IN_TRANSACTION)
+        case "mysqlconnector":
+            return bool(connection.in_transaction)
+    return None
+
+
+def cut_off(driver: str, connection: Any) -> None:
+    """End the connection without a word to a server that may not answer; what waits for it then fails by itself.
+
+    May be called from another thread.
+    """
+    # What a driver says of a connection that is gone already does not matter.
+    with suppress(Exception):
+        match driver:
+            case "asyncpg":
+                connection.terminate()
+            case "aiomysql" | "asyncmy":
+                connection.close()
+            case "pysqlite":
+                connection.interrupt()
+            case "aiosqlite":
+                connection._conn.interrupt()
+            case _:
+                _shut_down(_socket_of(connection))
+
+
+def _socket_of(connection: Any) -> Any:
+    # pymysql; pg8000; mysql-connector; libpq and the C client of MySQL have a number.
+    for name in ("_sock", "_usock", "_socket"):
+        found = getattr(connection, name, None)
+        if found is not None:
+            return getattr(found, "sock", found)
+    return connection
+
+
+def _shut_down(owner: Any) -> None:
+    # Not closed: another socket would get its number while somebody still waits for it.
+    with socket.socket(fileno=os.dup(owner.fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
