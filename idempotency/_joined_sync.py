@@ -226,6 +226,8 @@ class _SyncTransaction:
         try:
             return self._do(lambda session: self._end(session, result, state))
         except Exception as error:
+            if self._discarded:
+                raise  # not answered in time: a look would take as long
             failure = failure_of(error, self.session)
             if self._committed_after_all(state, failure is error):
                 return True

@@ -34,6 +34,9 @@ _MISSES = 5
 _MOMENT = 1.0
 """Seconds for which a cancelled request waits for its record."""
 
+_RETRACTION = 1.0
+"""Seconds after which a duplicate comes back that met a claim which is being released."""
+
 
 class Runner:
     """What all operations of one adapter share: the store, the event hook, and who is waiting."""
@@ -43,6 +46,7 @@ class Runner:
         self._on_event = on_event
         self._waits: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[Record | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._retracted: set[str] = set()
 
     def emit(
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
@@ -74,10 +78,15 @@ class Runner:
     async def _ask(self, claim: Claim) -> tuple[Verdict, float]:
         asked = asyncio.get_running_loop().time()
         try:
-            return judge(claim, await self.store.claim(claim)), asked
+            return self._judge(claim, await self.store.claim(claim)), asked
         except (StoreError, asyncio.CancelledError):
             self.let_go(claim)
             raise
+
+    def _judge(self, claim: Claim, record: Record) -> Verdict:
+        verdict = judge(claim, record)
+        # Held and over, but nothing ran under it, and it is about to be released: that is no unknown outcome.
+        return InProgress(_RETRACTION) if isinstance(verdict, Unknown) and record.token in self._retracted else verdict
 
     async def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
         loop = asyncio.get_running_loop()
@@ -92,7 +101,7 @@ class Runner:
                         else:
                             # One waiter per key asks the store; the others of this process wait for it.
                             record = await asyncio.shield(leader)
-                            verdict = judge(claim, record) if record is not None else verdict
+                            verdict = self._judge(claim, record) if record is not None else verdict
             except StoreError as error:
                 raise WaitFailedError(str(error)) from error
         return verdict, asked
@@ -106,7 +115,7 @@ class Runner:
                     # The claim comes after the watch began, so an end in between is not missed.
                     asked = loop.time()
                     record = await self.store.claim(claim)
-                    verdict = judge(claim, record)
+                    verdict = self._judge(claim, record)
                     left = deadline - loop.time()
                     if not isinstance(verdict, InProgress) or left <= 0:
                         break
@@ -131,7 +140,9 @@ class Runner:
         # The store may have applied the claim and only its answer is lost. While it is away, every request comes here:
         # beyond a number that is no burden to it, such claims are left to lapse.
         if len(self._tasks) < _BACKLOG:
-            self._start(_retract(self.store, claim))
+            self._retracted.add(claim.token)
+            task = self._start(_retract(self.store, claim))
+            task.add_done_callback(lambda _: self._retracted.discard(claim.token))
 
     def persist(self, write: Callable[[], Awaitable[None]], patience: float) -> asyncio.Task[None]:
         """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from time import monotonic, sleep
 from typing import Protocol
 
-from idempotency._core import Claim, Execute, InProgress, State, Told, Verdict, judge
+from idempotency._core import Claim, Execute, InProgress, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.events import EventHook, EventKind
@@ -38,6 +38,9 @@ _IDLE = 10.0
 _MISSES = 5
 """How often a release that finds nothing is repeated."""
 
+_RETRACTION = 1.0
+"""Seconds after which a duplicate comes back that met a claim which is being released."""
+
 
 class SyncRunner:
     """What all operations of one adapter share: the store, the event hook, and the thread that renews."""
@@ -48,6 +51,7 @@ class SyncRunner:
         # Apart, as a slow store would keep the leases waiting behind them.
         self.writes = Beat()
         self._on_event = on_event
+        self._retracted: set[str] = set()
 
     def emit(
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
@@ -83,7 +87,12 @@ class SyncRunner:
 
     def _ask(self, claim: Claim) -> tuple[Verdict, float]:
         asked = monotonic()
-        return judge(claim, self.store.claim_sync(claim)), asked
+        record = self.store.claim_sync(claim)
+        verdict = judge(claim, record)
+        if isinstance(verdict, Unknown) and record.token in self._retracted:
+            # Held and over, but nothing ran under it, and it is about to be released: that is no unknown outcome.
+            verdict = InProgress(_RETRACTION)
+        return verdict, asked
 
     def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
         pause = 0.01
@@ -106,14 +115,19 @@ class SyncRunner:
         if self.writes.count(_Write) >= _BACKLOG:
             return
         misses = itertools.count(1)
+        self._retracted.add(claim.token)
         # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
         patience = max(claim.lease, _HELD) if claim.hold else claim.lease
-        self.persist(lambda: self.store.release_sync(claim) or next(misses) == _MISSES, patience)
+        self.persist(
+            lambda: self.store.release_sync(claim) or next(misses) == _MISSES,
+            patience,
+            lambda: self._retracted.discard(claim.token),
+        )
 
-    def persist(self, write: Callable[[], bool], patience: float) -> None:
+    def persist(self, write: Callable[[], bool], patience: float, at_end: Callable[[], object] = lambda: None) -> None:
         """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds."""
         now = monotonic()
-        self.writes.at(now, _Write(write, now + patience))
+        self.writes.at(now, _Write(write, now + patience, at_end))
 
 
 class Job(Protocol):
@@ -208,22 +222,27 @@ if hasattr(os, "register_at_fork"):
 class _Write:
     """A write that is repeated after growing pauses."""
 
-    __slots__ = ("_end", "_pause", "_write")
+    __slots__ = ("_at_end", "_end", "_pause", "_write")
 
     ended = False
 
-    def __init__(self, write: Callable[[], bool], end: float) -> None:
+    def __init__(self, write: Callable[[], bool], end: float, at_end: Callable[[], object]) -> None:
         self._write = write
         self._end = end
+        self._at_end = at_end
         self._pause = 0.05
 
     def __call__(self) -> float | None:
         with suppress(StoreError):
             if self._write():
+                self._at_end()
                 return None
         again = monotonic() + self._pause
         self._pause = min(self._pause * 2, 2.0)
-        return again if again <= self._end else None
+        if again <= self._end:
+            return again
+        self._at_end()
+        return None
 
 
 class _LeaseLost(Lost):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Dialect, Engine, Table, create_engine, event, make_url
@@ -135,8 +135,7 @@ class Database:
         self._sqlite = engine.dialect.name == "sqlite"
         self._created = not self._sqlite
         # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
-        postgresql = engine.dialect.name == "postgresql"
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT") if postgresql else None
+        self._autocommit = engine.dialect.name == "postgresql"
 
     @property
     def width(self) -> int:
@@ -167,8 +166,7 @@ class Database:
             with self.engine.begin() as connection:
                 create_schema(connection, self._table)
             self._created = True
-        autocommit = None if transaction else self._autocommit
-        with (autocommit or self.engine).connect() as connection:
+        with self.engine.connect() as connection:
             if self._verbs is None:
                 self._verbs = Verbs(connection.dialect, self._table, self._bound)
             call.driver, call.connection = connection.dialect.driver, connection.connection.driver_connection
@@ -177,7 +175,9 @@ class Database:
                 connection.invalidate()
                 raise OpenTransactionError
             try:
-                with nullcontext() if autocommit else connection.begin():
+                if self._autocommit and not transaction:
+                    return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
+                with connection.begin():
                     return work(self._verbs, connection)
             except (SQLAlchemyError, IdempotencyError):
                 raise
