@@ -370,3 +370,40 @@ async def test_a_commit_that_fails_behind_a_cancellation_is_heard_of(url: str) -
         gc.collect()
         await asyncio.sleep(0)
         assert reported == []
+
+
+@pytest.mark.parametrize("driver", ASYNC)
+def test_an_event_loop_that_ends_leaves_nothing_of_what_was_given_up(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process ends at once while nothing is answered, without a warning, and the server has nothing open."""
+    reported = list[Any]()
+
+    async def main(bench: Bench) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+        @idempotent(bench.store, key=lambda what: what, session=bench.sessions)
+        async def order(what: str, session: Any) -> str:
+            await session.execute(bench.insert(what))
+            bench.proxy.pause()
+            return what
+
+        with pytest.raises(StoreError):
+            await order("tea")
+        with pytest.raises(StoreError):
+            await bench.store.claim(new_claim())
+
+    with _prepared(url) as (proxy, proxied, name):
+        engine = create_async_engine(proxied, pool_size=2, max_overflow=0)
+        store = SQLStore(engine, table=name, timeout=TIMEOUT)
+        server = ServerSide(url)
+        bench = Bench(store, engine, async_sessionmaker(engine), proxy, server, _direct(url), f"{name}_effects")
+        since = monotonic()
+        asyncio.run(main(bench))
+        assert monotonic() - since < 2 * TIMEOUT + 3
+        del bench, store, engine
+        gc.collect()
+        proxy.resume()
+        assert asyncio.run(server.quiet(10))
+    assert reported == []
+    assert [record for record in caplog.records if record.name != "asyncio" or "proxy" not in record.getMessage()] == []

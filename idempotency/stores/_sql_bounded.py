@@ -12,6 +12,7 @@ from typing import Any
 
 from idempotency.stores._sql_driver import cut_off
 
+_FAILS = 0.25
 _AGAIN = 1.0
 _TRIES = 60
 _IDLE = 10.0
@@ -62,15 +63,17 @@ class Abandoned:
 
 
 async def _end(task: asyncio.Task[Any], cut: Cut, discard: Callable[[], Awaitable[object]] | None) -> None:
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         if task.done():
             break
-        # Again and again: a driver may be connecting anew, or wait for the server also after a cancellation.
         cut()
-        task.cancel()
+        # Cut off, it fails by itself. What is cancelled again and again is connecting anew, or a driver that asks the
+        # server to cancel, and waits for its answer.
+        if attempt:
+            task.cancel()
         # The event loop cancels this task too when it ends, and waits for it.
         with suppress(asyncio.CancelledError):
-            await asyncio.wait({task}, timeout=_AGAIN)
+            await asyncio.wait({task}, timeout=_AGAIN if attempt else _FAILS)
     if task.done() and not task.cancelled():
         task.exception()  # nobody else asks for it, and it would be reported
     if discard is not None:

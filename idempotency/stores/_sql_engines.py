@@ -170,6 +170,8 @@ class Database:
             if self._verbs is None:
                 self._verbs = Verbs(connection.dialect, self._table, self._bound)
             call.driver, call.connection = connection.dialect.driver, connection.connection.driver_connection
+            if call.abandoned:
+                raise StoreError("nobody waits for it any more")
             if in_transaction(call.driver, call.connection):
                 # Its end would decide on the verb, and the verb's on what was done before in it.
                 connection.invalidate()
