@@ -226,7 +226,7 @@ class _SyncTransaction:
         try:
             return self._do(lambda session: self._end(session, result, state))
         except Exception as error:
-            if self._discarded:
+            if self._discarded and isinstance(error, StoreError):
                 raise  # not answered in time: a look would take as long
             failure = failure_of(error, self.session)
             if self._committed_after_all(state, failure is error):

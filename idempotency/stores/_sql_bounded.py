@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from typing import Any
 
+from sqlalchemy.pool import PoolProxiedConnection
+
 from idempotency.stores._sql_driver import cut_off
 
 _FAILS = 0.25
@@ -22,13 +24,13 @@ Cut = Callable[[], object]
 
 
 class Call:
-    """One verb under way: the driver's connection that it uses, and whether anybody waits for it."""
+    """One verb under way: the connection that it uses, and whether anybody waits for it."""
 
     __slots__ = ("abandoned", "connection", "driver")
 
     def __init__(self) -> None:
         self.driver = ""
-        self.connection: Any = None
+        self.connection: PoolProxiedConnection | None = None
         self.abandoned = False
 
     def cut_off(self) -> None:

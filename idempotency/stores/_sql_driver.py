@@ -7,6 +7,8 @@ import socket
 from contextlib import suppress
 from typing import Any
 
+from sqlalchemy.pool import PoolProxiedConnection
+
 _IDLE = 0
 _IN_TRANSACTION = 1
 
@@ -27,13 +29,18 @@ def in_transaction(driver: str, connection: Any) -> bool | None:
     return None
 
 
-def cut_off(driver: str, connection: Any) -> None:
-    """End the connection without a word to a server that may not answer; what waits for it then fails by itself.
+def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
+    """End a connection without a word to a server that may not answer; what waits for it then fails by itself.
 
-    May be called from another thread.
+    May be called from another thread. A connection that was given back to its pool is left alone.
     """
     # What a driver says of a connection that is gone already does not matter.
     with suppress(Exception):
+        connection: Any = pooled.driver_connection
+        if connection is None:
+            return
+        # An answer that is there already is still read, and the connection given back as if it were whole.
+        pooled.invalidate(soft=True)
         match driver:
             case "asyncpg":
                 connection.terminate()

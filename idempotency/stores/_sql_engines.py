@@ -169,10 +169,10 @@ class Database:
         with self.engine.connect() as connection:
             if self._verbs is None:
                 self._verbs = Verbs(connection.dialect, self._table, self._bound)
-            call.driver, call.connection = connection.dialect.driver, connection.connection.driver_connection
+            call.driver, call.connection = connection.dialect.driver, connection.connection
             if call.abandoned:
                 raise StoreError("nobody waits for it any more")
-            if in_transaction(call.driver, call.connection):
+            if in_transaction(call.driver, call.connection.driver_connection):
                 # Its end would decide on the verb, and the verb's on what was done before in it.
                 connection.invalidate()
                 raise OpenTransactionError

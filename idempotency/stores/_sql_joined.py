@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, Table, TextClause, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
@@ -194,11 +195,11 @@ def _check_transaction(connection: Connection) -> None:
 
 
 class _Begun(NamedTuple):
-    """The connection of a guarded session, what it began on it, and the driver's own, to be cut off from any thread."""
+    """The connection of a guarded session, what it began on it, and the pool's, to be cut off from any thread."""
 
     connection: Connection
     transaction: Any
-    driver_connection: Any
+    pooled: PoolProxiedConnection
 
 
 def keep_commit(session: Session) -> None:
@@ -265,8 +266,8 @@ def roll_back(session: Session) -> None:
 def cut_off_session(session: Session) -> None:
     """End the driver's connection of ``session``, from any thread, so that what waits for it fails."""
     begun: _Begun | None = session.info.get(_BEGUN)
-    if begun is not None and not (begun.connection.closed or begun.connection.invalidated):
-        cut_off(begun.connection.dialect.driver, begun.driver_connection)
+    if begun is not None:
+        cut_off(begun.connection.dialect.driver, begun.pooled)
 
 
 def discard(session: Session) -> None:
@@ -305,7 +306,7 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
             raise ConfigurationError(COMMITS_BY_ITSELF)
         if session.twophase:
             raise ConfigurationError(TWO_PHASES)
-        session.info[_BEGUN] = _Begun(connection, connection.get_transaction(), connection.connection.driver_connection)
+        session.info[_BEGUN] = _Begun(connection, connection.get_transaction(), connection.connection)
         # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
         # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
         # connection is its own.

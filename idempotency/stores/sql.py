@@ -168,7 +168,7 @@ class SQLStore:
         joined = self._join(session)
         with joined.failures():
             connection = session.connection()
-            call.driver, call.connection = connection.dialect.driver, connection.connection.driver_connection
+            call.driver, call.connection = connection.dialect.driver, connection.connection
             return joined.claim_in(connection, claim, wait)
 
     async def complete_in(
