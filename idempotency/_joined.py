@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
 
+from idempotency._background import repeat
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._result import encode_failure
@@ -29,9 +30,6 @@ from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_c
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
-
-_KEEPING: set[asyncio.Task[None]] = set()
-"""What interrupted operations are still to record: the event loop alone does not keep a task."""
 
 
 class Joined:
@@ -162,10 +160,13 @@ class Joined:
             return
         # First, as this waits for a commit under way, and gives the row free that is claimed again.
         await transaction.close()
-        task = asyncio.get_running_loop().create_task(self._keep_anew(claim, operation, error, outcome))
-        _KEEPING.add(task)
-        task.add_done_callback(_KEEPING.discard)
-        await asyncio.wait({task}, timeout=self._store.timeout)
+
+        async def keep() -> bool:
+            await self._keep_anew(claim, operation, error, outcome)
+            return True
+
+        lease = self._calls.policy.lease
+        await asyncio.wait({repeat(keep, lease, lease)}, timeout=self._store.timeout)
 
     async def _keep_anew(self, claim: Claim, operation: Operation, error: BaseException, outcome: Outcome) -> None:
         transaction = Transaction(self._store, self._sessions, claim)

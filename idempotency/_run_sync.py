@@ -13,9 +13,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from time import monotonic, sleep
 from typing import Protocol
 
+from idempotency._background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
 from idempotency._core import Claim, Execute, InProgress, State, Told, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
@@ -47,6 +49,7 @@ class SyncRunner:
         self.beat = Beat()
         # Apart, as a slow store would keep the leases waiting behind them.
         self.writes = Beat()
+        self._unfinished = Unfinished()
         self._on_event = on_event
 
     def emit(
@@ -108,12 +111,17 @@ class SyncRunner:
         misses = itertools.count(1)
         # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
         patience = max(claim.lease, _HELD) if claim.hold else claim.lease
-        self.persist(lambda: self.store.release_sync(claim) or next(misses) == _MISSES, patience)
+        self.persist(lambda: self.store.release_sync(claim) or next(misses) == _MISSES, patience, claim.lease)
 
-    def persist(self, write: Callable[[], bool], patience: float) -> None:
-        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds."""
+    def persist(self, write: Callable[[], bool], patience: float, lease: float = inf) -> None:
+        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds.
+
+        The interpreter does not exit before, but waits for ``lease`` seconds at the most.
+        """
         now = monotonic()
-        self.writes.at(now, _Write(write, now + patience))
+        job = _Write(write, now + patience, self._unfinished)
+        self._unfinished.begin(job, now + min(patience, lease))
+        self.writes.at(now, job)
 
 
 class Job(Protocol):
@@ -199,6 +207,7 @@ def _forked() -> None:
     # Of the threads only the one that forked goes on, and a lock may have been held by another.
     for beat in list(_beats):
         beat.set_up()
+    set_up_unfinished()
 
 
 if hasattr(os, "register_at_fork"):
@@ -208,21 +217,31 @@ if hasattr(os, "register_at_fork"):
 class _Write:
     """A write that is repeated after growing pauses."""
 
-    __slots__ = ("_end", "_pause", "_write")
+    __slots__ = ("_end", "_pause", "_unfinished", "_write")
 
     ended = False
 
-    def __init__(self, write: Callable[[], bool], end: float) -> None:
+    def __init__(self, write: Callable[[], bool], end: float, unfinished: Unfinished) -> None:
         self._write = write
         self._end = end
-        self._pause = 0.05
+        self._pause = FIRST_PAUSE
+        self._unfinished = unfinished
 
     def __call__(self) -> float | None:
+        again = None
+        try:
+            again = self._again()
+        finally:
+            if again is None:
+                self._unfinished.end(self)
+        return again
+
+    def _again(self) -> float | None:
         with suppress(StoreError):
             if self._write():
                 return None
         again = monotonic() + self._pause
-        self._pause = min(self._pause * 2, 2.0)
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
         return again if again <= self._end else None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
+from idempotency._background import drain
 from idempotency._core import (
     Claim,
     Completed,
@@ -114,6 +116,7 @@ class IdempotencyMiddleware:
         self.docs = check_docs(docs)
         self._routes = Routes(policy if policy is not None else Policy(), policies or {})
         self._opened = isinstance(store, str)
+        self._hears_of_stop = False
         self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
@@ -125,20 +128,46 @@ class IdempotencyMiddleware:
             # Some servers hand on the method as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), _route_path(scope))
             if policy is not None:
-                await _Exchange(self, policy, scope, receive, send).run()
+                exchange = _Exchange(self, policy, scope, receive, send)
+                await exchange.run()
+                if not self._hears_of_stop and _stops_gracefully():
+                    # The answer is out. A server that stops waits for its requests, and for nothing else.
+                    await exchange.written()
                 return
-        elif scope["type"] == "lifespan" and self._opened:
-            await self.app(scope, receive, self._close_after(send))
+        elif scope["type"] == "lifespan":
+            await self.app(scope, _drain_after(receive), self._close_after(send))
             return
         await self.app(scope, receive, send)
 
     def _close_after(self, send: Send) -> Send:
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                await self.runner.store.aclose()
+            match message["type"]:
+                case "lifespan.startup.complete":
+                    self._hears_of_stop = True
+                case "lifespan.shutdown.complete" | "lifespan.shutdown.failed":
+                    await drain()
+                    if self._opened:
+                        await self.runner.store.aclose()
             await send(message)
 
         return send_and_close
+
+
+def _stops_gracefully() -> bool:
+    """Say whether the process goes on after a SIGTERM, as servers do to wait for their requests."""
+    return signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+def _drain_after(receive: Receive) -> Receive:
+    """Finish what is still to be recorded before the application, at its end, closes what that is recorded with."""
+
+    async def receive_and_drain() -> MutableMapping[str, Any]:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            await drain()
+        return message
+
+    return receive_and_drain
 
 
 class _NoResponse(BaseException):
@@ -187,6 +216,11 @@ class _Exchange:
             await self._keyed(key, caller, body)
         finally:
             body.close()
+
+    async def written(self) -> None:
+        """Wait until what is written in the background for this request is written: for a lease at the most."""
+        if self._claim is not None:
+            await self._shared.runner.written(self._claim)
 
     def _is_protected_already(self, key: str) -> bool:
         """Say whether the middleware was added twice, as to an application and one mounted in it."""

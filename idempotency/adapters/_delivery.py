@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
+from idempotency._background import drain
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError, KeyMissingError
 
@@ -162,6 +163,8 @@ async def handle_all(
             task.cancel()
         if running:
             await asyncio.wait(running)
+    # Before the caller closes the store, its client or its engine.
+    await drain()
     if errors:
         raise errors[0]
 

@@ -31,6 +31,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
+from idempotency._background import drain
 from idempotency.adapters._delivery import handle, needs
 from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
@@ -86,6 +87,8 @@ async def consume(
                 task.cancel()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    # Before the caller closes the store, its client or its engine.
+    await drain()
     if group.error is not None:
         raise group.error
 

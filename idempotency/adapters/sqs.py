@@ -27,6 +27,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
+from idempotency._background import drain_sync
 from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_sync, header, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
@@ -88,6 +89,8 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
                 else:
                     running.update(threads.submit(handle_sync, handler, each) for each in deliveries)
             running.difference_update([each for each in running if each.done() and not each.exception()])
+    # Before the caller closes the store, its client or its engine.
+    drain_sync()
     for each in running:
         each.result()
 
