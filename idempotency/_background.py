@@ -136,7 +136,7 @@ class Unfinished:
 
     def _wait(self) -> None:
         while (left := max(self._bounds.values(), default=0.0) - monotonic()) > 0:
-            self._changed.wait(left)
+            self._changed.wait(min(left, threading.TIMEOUT_MAX))
 
     def _hold(self) -> None:
         with self._changed:

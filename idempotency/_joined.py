@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_
 from idempotency._background import repeat
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._durations import DAY, seconds
 from idempotency._result import encode_failure
 from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
@@ -253,7 +254,7 @@ def keeps_failures(policy: Policy) -> bool:
 def without_lease(policy: Policy, lock_timeout: float) -> Policy:
     if policy.on_store_error == "fail_open":
         raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
-    if lock_timeout < 0:
+    if seconds("lock_timeout", lock_timeout, DAY) < 0:
         raise ConfigurationError(f"lock_timeout must not be negative: {lock_timeout!r}")
     # A crash rolls the effect back, so nothing of it is left to be unsure about.
     return replace(policy, on_crash="rerun")

@@ -195,7 +195,7 @@ class Beat:
                 left = self._due[0][0] - monotonic() if self._due else _IDLE
                 if left <= 0:
                     return heapq.heappop(self._due)[2]
-                if not self._changed.wait(left) and not self._due:
+                if not self._changed.wait(min(left, threading.TIMEOUT_MAX)) and not self._due:
                     self._thread = None
                     return None
 

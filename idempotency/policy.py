@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from idempotency._durations import seconds
 from idempotency.errors import ConfigurationError
 
 Outcome = Literal["store", "release", "hold"]
@@ -32,21 +32,18 @@ class Seconds:
     def __get__(self, policy: object | None, owner: type | None = None) -> float:
         if policy is None:
             return self._default
-        seconds: float = policy.__dict__[self._name]
-        return seconds
+        value: float = policy.__dict__[self._name]
+        return value
 
     def __set__(self, policy: object, value: float | timedelta) -> None:
-        seconds = value.total_seconds() if isinstance(value, timedelta) else value
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise ConfigurationError(f"{self._name} must be seconds or a timedelta, not {value!r}")
-        policy.__dict__[self._name] = float(seconds)
+        policy.__dict__[self._name] = seconds(self._name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Promise what one kind of operation is given. Immutable, checked when made, shared by any number of routes.
 
-    Durations are seconds, as a number or a ``timedelta``.
+    Durations are seconds, as a number or a ``timedelta``, at most 100,000,000,000 (3000 years).
 
     ``ttl``: how long a finished key replays, from its completion; a replay does not extend it. Default 86400 (a day).
     ``lease``: how long an owner may be silent before its key counts as abandoned; it is renewed every third of it.

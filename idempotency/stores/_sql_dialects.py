@@ -20,6 +20,9 @@ _NOW = {
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
 }
 
+# A lease of 0 is over by every clock: one that is set back, and that of MariaDB, which stands still in a statement.
+_UNTIL = "CASE WHEN :lease > 0 THEN {now} + :lease ELSE 0 END"
+
 _SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
 _EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
 _RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
@@ -53,7 +56,7 @@ _COLUMNS = (
 )
 _VALUES = (
     f":id, :scope, :key, {FORMAT}, {State.RUNNING:d}, :token, :fingerprint, 1, :hold, :watched,"
-    " {now}, {now} + :lease, {now} + :keep"
+    " {now}, {until}, {now} + :keep"
 )
 
 _TAKE = f"""
@@ -62,7 +65,7 @@ ON CONFLICT (id) DO UPDATE SET
     attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
     hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
     created_ms = CASE WHEN {_EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
-    lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep, result = NULL
+    lease_until_ms = {{until}}, expires_ms = {{now}} + :keep, result = NULL
 WHERE {_FREE}
 RETURNING {_FOUND}"""
 
@@ -127,9 +130,7 @@ ON DUPLICATE KEY UPDATE
     result = IF({_OURS}, NULL, result),
     expires_ms = IF({_OURS}, VALUES(expires_ms), expires_ms)"""
 
-_RENEW = (
-    f"UPDATE {{table}} SET lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_RUNNING}"
-)
+_RENEW = f"UPDATE {{table}} SET lease_until_ms = {{until}}, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_RUNNING}"
 _COMPLETE = (
     f"UPDATE {{table}} SET state = :state, result = :result, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_SANE}"
 )
@@ -187,6 +188,7 @@ class Statements:
         # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
         self.bytes_as_hex = family == "mysql"
         self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self._words["until"] = _UNTIL.format(**self._words)
         self.look_first = family == "sqlite"
         self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
         self.look = self._text(_LOOK)

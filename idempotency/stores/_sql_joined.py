@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._core import Claim, Record, State
+from idempotency._durations import milliseconds
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_engines import Database, error_code, level_of
@@ -153,7 +154,7 @@ class Joined:
     def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         # It writes first and reads afterwards: a transaction that has read cannot wait for a writer, whose commit
         # would make what it read out of date.
-        with _setting(connection, "PRAGMA busy_timeout = ", round(wait * 1000), "PRAGMA busy_timeout"):
+        with _setting(connection, "PRAGMA busy_timeout = ", milliseconds(wait), "PRAGMA busy_timeout"):
             try:
                 sent = self._send(connection, self._sql.claim, values)
             except DBAPIError as error:
