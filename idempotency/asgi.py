@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import signal
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
@@ -47,7 +48,7 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Store
+from idempotency.stores.base import Store, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -59,6 +60,9 @@ Caller = str | bytes | int | None
 CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
 
 _SERVER_ERROR = encode_response(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+
+
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
 
 
 class IdempotencyMiddleware:
@@ -103,8 +107,11 @@ class IdempotencyMiddleware:
     ) -> None:
         if scope is not None and scope != "authorization" and not callable(scope):
             raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
-        if not isinstance(store, str) and not callable(getattr(store, "claim", None)):
-            raise ConfigurationError(f"store must be a Store or a URL, not {type(store).__name__}")
+        for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
+            if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+                raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
+        if secret is not None and (not isinstance(secret, str | bytes) or not secret):
+            raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
         if not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
@@ -117,7 +124,9 @@ class IdempotencyMiddleware:
         self._routes = Routes(policy if policy is not None else Policy(), policies or {})
         self._opened = isinstance(store, str)
         self._hears_of_stop = False
-        self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
+        opened = open_store(store) if isinstance(store, str) else store
+        check_store(opened, asynchronous=True)
+        self.runner = Runner(opened, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
         self.transactions = None if session is None else transactions(self.runner.store, session)

@@ -64,7 +64,7 @@ async def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=True)
+    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     # There is no other way to ask.
     check_settings(topics, dead_letter, consumer._enable_auto_commit, consumer._auto_offset_reset)
     if consumer._group_id is None:

@@ -77,7 +77,7 @@ def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=False)
+    needs(handler, asynchronous=False, concurrency=concurrency, pause=pause)
     config = _DEFAULTS | dict(config)
     auto_commit = str(config["enable.auto.commit"]).lower() not in ("false", "f", "0")
     check_settings(topics, dead_letter, auto_commit, config["auto.offset.reset"])
