@@ -164,10 +164,10 @@ async def handle_all(
             task.cancel()
         if running:
             await asyncio.wait(running)
-    # Before the caller closes the store, its client or its engine.
-    await drain()
     if errors:
         raise errors[0]
+    # Before the caller closes the store, its client or its engine.
+    await drain()
 
 
 async def _next(deliveries: AsyncIterator[Delivery], *stops: asyncio.Event) -> Delivery | None:

@@ -87,10 +87,10 @@ async def consume(
                 task.cancel()
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    # Before the caller closes the store, its client or its engine.
-    await drain()
     if group.error is not None:
         raise group.error
+    # Before the caller closes the store, its client or its engine.
+    await drain()
 
 
 class _Group(ConsumerRebalanceListener):  # type: ignore[misc]

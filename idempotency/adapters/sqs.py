@@ -89,10 +89,10 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
                 else:
                     running.update(threads.submit(handle_sync, handler, each) for each in deliveries)
             running.difference_update([each for each in running if each.done() and not each.exception()])
-    # Before the caller closes the store, its client or its engine.
-    drain_sync()
     for each in running:
         each.result()
+    # Before the caller closes the store, its client or its engine.
+    drain_sync()
 
 
 def message_key(queue: str, message: Mapping[str, Any]) -> str:

@@ -102,34 +102,30 @@ async def state_of(bench: Bench, record: bytes) -> State | None:
     return None if entry is None else State(entry.state)
 
 
-@pytest.mark.parametrize("end", ENDS)
-async def test_a_stop_waits_for_a_record_that_is_repeated(bench: Bench, end: str) -> None:
-    """A server that is asked to end while the store is away ends when the answer it gave is recorded."""
+async def stopped_while_away(bench: Bench, end: str, path: str) -> tuple[int, State | None]:
+    """Ask a server to end while the store is away, and have the store come back; gives the answer and the record."""
     key = new_key()
     with serving(bench, end) as (proxy, server):
-        async with unrecorded(server, proxy, "/order", key) as status:
-            assert status == 201
+        async with unrecorded(server, proxy, path, key) as status:
+            pass
         await server.asked_to_end()
         come_back(proxy)
         await until(server.ended, "the end of the server")
         assert not server.complaints()
-
-    assert await state_of(bench, record_of(key)) is State.DONE
     assert len(bench.lines(effect=key)) == 1
+    return status, await state_of(bench, record_of(key))
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_stop_waits_for_a_record_that_is_repeated(bench: Bench, end: str) -> None:
+    """A server that is asked to end while the store is away ends when the answer it gave is recorded."""
+    assert await stopped_while_away(bench, end, "/order") == (201, State.DONE)
 
 
 @pytest.mark.parametrize("end", ["uvicorn", "uvicorn-lifespan-off", "hypercorn"])
 async def test_a_stop_waits_for_a_key_to_be_held(bench: Bench, end: str) -> None:
     """What is to be unknown is no less written than what is stored."""
-    key = new_key()
-    with serving(bench, end) as (proxy, server):
-        async with unrecorded(server, proxy, "/held", key) as status:
-            assert status == 500
-        await server.asked_to_end()
-        come_back(proxy)
-        await until(server.ended, "the end of the server")
-
-    assert await state_of(bench, record_of(key)) is State.UNKNOWN
+    assert await stopped_while_away(bench, end, "/held") == (500, State.UNKNOWN)
 
 
 async def test_a_stop_waits_for_the_record_of_a_function(bench: Bench) -> None:
