@@ -16,8 +16,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import SessionTransaction
 
+from idempotency._background import repeat
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._durations import DAY, seconds
 from idempotency._result import encode_failure
 from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
@@ -29,9 +31,6 @@ from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_c
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
-
-_KEEPING: set[asyncio.Task[None]] = set()
-"""What interrupted operations are still to record: the event loop alone does not keep a task."""
 
 
 class Joined:
@@ -160,10 +159,13 @@ class Joined:
             return
         # First, as this waits for a commit under way, and gives the row free that is claimed again.
         await transaction.close()
-        task = asyncio.get_running_loop().create_task(self._keep_anew(claim, operation, error, outcome))
-        _KEEPING.add(task)
-        task.add_done_callback(_KEEPING.discard)
-        await asyncio.wait({task}, timeout=self._store.timeout)
+
+        async def keep() -> bool:
+            await self._keep_anew(claim, operation, error, outcome)
+            return True
+
+        lease = self._calls.policy.lease
+        await asyncio.wait({repeat(keep, lease, lease)}, timeout=self._store.timeout)
 
     async def _keep_anew(self, claim: Claim, operation: Operation, error: BaseException, outcome: Outcome) -> None:
         transaction = Transaction(self._store, self._sessions, claim)
@@ -236,7 +238,7 @@ def keeps_failures(policy: Policy) -> bool:
 def without_lease(policy: Policy, lock_timeout: float) -> Policy:
     if policy.on_store_error == "fail_open":
         raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
-    if lock_timeout < 0:
+    if seconds("lock_timeout", lock_timeout, DAY) < 0:
         raise ConfigurationError(f"lock_timeout must not be negative: {lock_timeout!r}")
     # A crash rolls the effect back, so nothing of it is left to be unsure about.
     return replace(policy, on_crash="rerun")

@@ -66,6 +66,7 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     if not isinstance(sessions, kind):
         raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
     options: dict[str, Any] = getattr(sessions, "kw", {})
+    _check_kind(sessions.class_, options.get("bind"), kind)
     store.check_shared(options.get("bind"))
     if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
@@ -78,6 +79,21 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     if not options.get("autobegin", True):
         raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
     return store
+
+
+def _check_kind(session: type[Any], bind: object, kind: type[Any]) -> None:
+    """Refuse sessions, or an engine of theirs, that are awaited where they are not, and the reverse."""
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+    awaited = kind is async_sessionmaker
+    if issubclass(session, AsyncSession) is not awaited:
+        raise ConfigurationError(f"the sessions are {session.__name__}s: give session= a plain {kind.__name__}(engine)")
+    if isinstance(bind, Engine if awaited else AsyncEngine):
+        maker = "create_async_engine" if awaited else "create_engine"
+        raise ConfigurationError(
+            f"the {kind.__name__} of session= has an {type(bind).__name__}: give it the engine of {maker}(...)"
+        )
 
 
 class Transaction:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+import signal
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
+from idempotency._background import drain
 from idempotency._core import (
     Claim,
     Completed,
@@ -45,7 +48,7 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Store
+from idempotency.stores.base import Store, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -57,6 +60,9 @@ Caller = str | bytes | int | None
 CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
 
 _SERVER_ERROR = encode_response(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+
+
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
 
 
 class IdempotencyMiddleware:
@@ -101,8 +107,11 @@ class IdempotencyMiddleware:
     ) -> None:
         if scope is not None and scope != "authorization" and not callable(scope):
             raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
-        if not isinstance(store, str) and not callable(getattr(store, "claim", None)):
-            raise ConfigurationError(f"store must be a Store or a URL, not {type(store).__name__}")
+        for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
+            if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+                raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
+        if secret is not None and (not isinstance(secret, str | bytes) or not secret):
+            raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
         if not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
@@ -114,7 +123,10 @@ class IdempotencyMiddleware:
         self.docs = check_docs(docs)
         self._routes = Routes(policy if policy is not None else Policy(), policies or {})
         self._opened = isinstance(store, str)
-        self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
+        self._hears_of_stop = False
+        opened = open_store(store) if isinstance(store, str) else store
+        check_store(opened, asynchronous=True)
+        self.runner = Runner(opened, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
         self.transactions = None if session is None else transactions(self.runner.store, session)
@@ -125,20 +137,46 @@ class IdempotencyMiddleware:
             # Some servers hand on the method as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), _route_path(scope))
             if policy is not None:
-                await _Exchange(self, policy, scope, receive, send).run()
+                exchange = _Exchange(self, policy, scope, receive, send)
+                await exchange.run()
+                if not self._hears_of_stop and _stops_gracefully():
+                    # The answer is out. A server that stops waits for its requests, and for nothing else.
+                    await exchange.written()
                 return
-        elif scope["type"] == "lifespan" and self._opened:
-            await self.app(scope, receive, self._close_after(send))
+        elif scope["type"] == "lifespan":
+            await self.app(scope, _drain_after(receive), self._close_after(send))
             return
         await self.app(scope, receive, send)
 
     def _close_after(self, send: Send) -> Send:
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                await self.runner.store.aclose()
+            match message["type"]:
+                case "lifespan.startup.complete":
+                    self._hears_of_stop = True
+                case "lifespan.shutdown.complete" | "lifespan.shutdown.failed":
+                    await drain()
+                    if self._opened:
+                        await self.runner.store.aclose()
             await send(message)
 
         return send_and_close
+
+
+def _stops_gracefully() -> bool:
+    """Say whether the process goes on after a SIGTERM, as servers do to wait for their requests."""
+    return signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+def _drain_after(receive: Receive) -> Receive:
+    """Finish what is still to be recorded before the application, at its end, closes what that is recorded with."""
+
+    async def receive_and_drain() -> MutableMapping[str, Any]:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            await drain()
+        return message
+
+    return receive_and_drain
 
 
 class _NoResponse(BaseException):
@@ -187,6 +225,11 @@ class _Exchange:
             await self._keyed(key, caller, body)
         finally:
             body.close()
+
+    async def written(self) -> None:
+        """Wait until what is written in the background for this request is written: for a lease at the most."""
+        if self._claim is not None:
+            await self._shared.runner.written(self._claim)
 
     def _is_protected_already(self, key: str) -> bool:
         """Say whether the middleware was added twice, as to an application and one mounted in it."""

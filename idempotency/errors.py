@@ -26,6 +26,10 @@ class ConfigurationError(IdempotencyError, ValueError):
     title = "Idempotency is not configured correctly"
 
 
+class UnknownOptionError(ConfigurationError, TypeError):
+    """An option is given that there is not; a TypeError too, as Python raises of an argument that there is not."""
+
+
 class KeyMissingError(IdempotencyError):
     """The operation requires an idempotency key and the request has none (draft section 2.7)."""
 

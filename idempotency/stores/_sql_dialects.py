@@ -20,6 +20,9 @@ _NOW = {
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
 }
 
+# A lease of 0 is over by every clock: one that is set back, and that of MariaDB, which stands still in a statement.
+_UNTIL = "CASE WHEN :lease > 0 THEN {now} + :lease ELSE 0 END"
+
 _SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
 _EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
 _RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
@@ -53,7 +56,7 @@ _COLUMNS = (
 )
 _VALUES = (
     f":id, :scope, :key, {FORMAT}, {State.RUNNING:d}, :token, :fingerprint, 1, :hold, :watched,"
-    " {now}, {now} + :lease, {now} + :keep"
+    " {now}, {until}, {now} + :keep"
 )
 
 _TAKE = f"""
@@ -62,7 +65,7 @@ ON CONFLICT (id) DO UPDATE SET
     attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
     hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
     created_ms = CASE WHEN {_EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
-    lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep, result = NULL
+    lease_until_ms = {{until}}, expires_ms = {{now}} + :keep, result = NULL
 WHERE {_FREE}
 RETURNING {_FOUND}"""
 
@@ -136,7 +139,7 @@ ON DUPLICATE KEY UPDATE
 
 # {from}, {using} and {bounded} name the bound, where there is one: it is applied before a row is locked.
 _RENEW = (
-    "UPDATE {table} SET lease_until_ms = {now} + :lease, expires_ms = {now} + :keep{from}"
+    "UPDATE {table} SET lease_until_ms = {until}, expires_ms = {now} + :keep{from}"
     f" WHERE {{bounded}}{_MINE} AND {_RUNNING}"
 )
 _COMPLETE = (
@@ -202,6 +205,7 @@ class Statements:
         # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
         self.bytes_as_hex = family == "mysql"
         self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self._words["until"] = _UNTIL.format(**self._words)
         # A lock_timeout of 0 would mean to wait for ever.
         self._words["bound"] = f"{max(1, round(bound * 1000))}ms"
         self._words |= _BOUNDED if self._postgresql else dict.fromkeys(_BOUNDED, "")

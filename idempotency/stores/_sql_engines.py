@@ -58,17 +58,30 @@ def read_url(url: str | URL) -> URL:
     except ImportError as error:
         remedy = _remedy(_ASYNC, parsed)
         raise ConfigurationError(f"{parsed.drivername} needs {error.name}: install it, or {remedy}") from error
-    if parsed.get_backend_name() not in _NAMES:
-        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {parsed.get_backend_name()}")
     return parsed
+
+
+def check_backend(url: URL) -> None:
+    """Refuse a database that the statements are not written for."""
+    if url.get_backend_name() not in _NAMES:
+        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {url.get_backend_name()}")
+
+
+def check_driver(url: URL, asynchronous: bool) -> None:
+    """Refuse a URL whose driver serves only the other kind of verbs."""
+    if asynchronous and not url.get_dialect(_is_async=True).is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
+        )
+    if not asynchronous and url.get_dialect().is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is an asynchronous driver: {_remedy(_SYNC, url)}, or await the verbs"
+        )
 
 
 def open_async(url: URL, timeout: float) -> AsyncEngine:
     """Open an async engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is synchronous."""
-    if not url.get_dialect(_is_async=True).is_async:
-        raise ConfigurationError(
-            f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
-        )
+    check_driver(url, asynchronous=True)
     options = {"timeout": bound_of(timeout)} if url.get_backend_name() == "sqlite" else {}
     engine = create_async_engine(url, connect_args=options)
     _prepare(engine.sync_engine)
@@ -77,11 +90,8 @@ def open_async(url: URL, timeout: float) -> AsyncEngine:
 
 def open_sync(url: URL, timeout: float) -> Engine:
     """Open a sync engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is asynchronous."""
+    check_driver(url, asynchronous=False)
     dialect = url.get_dialect()
-    if dialect.is_async:
-        raise ConfigurationError(
-            f"{url.drivername} is an asynchronous driver: {_remedy(_SYNC, url)}, or await the verbs"
-        )
     options: dict[str, Any] = {}
     if dialect.name == "sqlite":
         options = {"timeout": bound_of(timeout)}

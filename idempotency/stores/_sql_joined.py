@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._core import Claim, Record, State
+from idempotency._durations import milliseconds
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_driver import cut_off
@@ -161,7 +162,7 @@ class Joined:
     def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         # It writes first and reads afterwards: a transaction that has read cannot wait for a writer, whose commit
         # would make what it read out of date.
-        with _setting(connection, "PRAGMA busy_timeout = ", round(wait * 1000), "PRAGMA busy_timeout"):
+        with _setting(connection, "PRAGMA busy_timeout = ", milliseconds(wait), "PRAGMA busy_timeout"):
             try:
                 sent = self._send(connection, self._sql.claim_bounded, values)
             except DBAPIError as error:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
 from idempotency._core import FORMAT, Claim, Record, State
+from idempotency._durations import milliseconds, seconds
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores.base import Entry
@@ -52,8 +53,8 @@ class Verbs:
 
     def renew(self, connection: Connection, claim: Claim) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
-        keep = None if claim.hold else _ms(claim.lease + claim.ttl)
-        values = {"id": claim.id, "token": claim.token, "lease": _ms(claim.lease), "keep": keep}
+        keep = None if claim.hold else milliseconds(claim.lease + claim.ttl)
+        values = {"id": claim.id, "token": claim.token, "lease": milliseconds(claim.lease), "keep": keep}
         return self._execute(connection, self._sql.renew, values).rowcount > 0
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
@@ -89,7 +90,12 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         if outcome == "release":
             return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
-        values = {"id": record, "result": result, "token": os.urandom(16).hex(), "keep": _ms(ttl)}
+        values = {
+            "id": record,
+            "result": result,
+            "token": os.urandom(16).hex(),
+            "keep": milliseconds(seconds("ttl", ttl)),
+        }
         return self._execute(connection, self._sql.settle, values).rowcount > 0
 
     def forget(self, connection: Connection, record: bytes) -> bool:
@@ -120,14 +126,14 @@ def claim_values(claim: Claim) -> dict[str, Any]:
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
         "watched": claim.watched,
-        "lease": _ms(claim.lease),
-        "keep": None if claim.hold else _ms(claim.lease + claim.ttl),
+        "lease": milliseconds(claim.lease),
+        "keep": None if claim.hold else milliseconds(claim.lease + claim.ttl),
     }
 
 
 def complete_values(claim: Claim, result: bytes | None, state: State) -> dict[str, Any]:
     """Return the parameters of the statement that completes."""
-    keep = None if state is State.UNKNOWN else _ms(claim.ttl)
+    keep = None if state is State.UNKNOWN else milliseconds(claim.ttl)
     return {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
 
 
@@ -183,17 +189,13 @@ def _entry(row: Row[Any]) -> Entry:
             attempt=row.attempt,
             hold=bool(row.hold),
             age=row.age / 1000,
-            lease_left=row.lease_left / 1000,
+            lease_left=max(row.lease_left, -row.age) / 1000,
             expires_in=None if row.expires_in is None else row.expires_in / 1000,
             result_size=row.result_size,
             version=row.version,
         )
     except (TypeError, ValueError) as error:
         raise UnreadableError(f"the record {row.id.hex()[:12]} is damaged") from error
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 def _storable(value: str) -> str:

@@ -15,10 +15,19 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from idempotency._core import Claim, Record, State
+from idempotency._durations import DAY, positive
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_bounded import Abandoned, Call, Watchdog
-from idempotency.stores._sql_engines import Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_engines import (
+    Database,
+    Work,
+    check_backend,
+    check_driver,
+    open_async,
+    open_sync,
+    read_url,
+)
 from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
@@ -64,9 +73,11 @@ class SQLStore:
         return store
 
     def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
-        if timeout <= 0:
-            raise ConfigurationError(f"timeout must be positive, not {timeout!r}")
+        timeout = positive("timeout", timeout, DAY)
+        if not isinstance(table, str) or not table:
+            raise ConfigurationError(f"table must be the name of a table, not {table!r}")
         url = source if isinstance(source, URL) else source.url
+        check_backend(url)
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         ):
@@ -115,6 +126,8 @@ class SQLStore:
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store was given an engine of the other side."""
+        if isinstance(self._source, URL):
+            check_driver(self._source, asynchronous)
         if asynchronous and isinstance(self._source, Engine):
             raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
         if not asynchronous and isinstance(self._source, AsyncEngine):
