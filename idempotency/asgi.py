@@ -21,6 +21,8 @@ from idempotency._core import (
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
+from idempotency._http.disconnect import Disconnect
+from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
 from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.problem import DRAFT, check_docs, problem_response
@@ -280,12 +282,14 @@ class _Exchange:
         return cap if preferred is None else min(preferred, cap)
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
-        capture = ResponseCapture(self._send, self._policy.max_response, self._settle)
+        disconnect = Disconnect(receive, lambda context: context.get(RUNNING) is operation)
+        stacks = ExitStacks(self._scope, self._shared.app)
+        capture = ResponseCapture(self._send, self._policy.max_response, self._settle, disconnect, stacks)
         state = self._scope.setdefault("state", {})
         before, state["idempotency"] = state.get("idempotency"), operation
         token = RUNNING.set(operation)
         try:
-            await self._shared.app(self._scope, capture.listening(receive), capture)
+            await self._shared.app(self._scope, disconnect, capture)
             await capture.flush()
             if not self._lease.ended:
                 await self._failed(_NoResponse())
@@ -296,6 +300,7 @@ class _Exchange:
                 await self._failed(error)
             raise
         finally:
+            disconnect.tell()
             # Requests that are made from this one's scope, as by a batch endpoint, share its state.
             state["idempotency"] = before
             RUNNING.reset(token)
