@@ -55,8 +55,7 @@ class Disconnect:
                     return message
                 self._message = message
                 self._deadline = asyncio.get_running_loop().time() + LONGEST
-        if not self._told.is_set():
-            await self._wait()
+        await self._wait()
         return self._message
 
     def tell(self) -> None:
@@ -66,21 +65,27 @@ class Disconnect:
     async def _wait(self) -> None:
         loop, caller = asyncio.get_running_loop(), asyncio.current_task()
         assert caller is not None
-        self._callers.add(caller)
         pause = _FIRST_PAUSE
+        self._callers.add(caller)
         try:
             while not self._told.is_set():
-                # First a pause: whoever only asks whether the client is gone yet does not wait for an answer.
+                if loop.time() >= self._deadline:
+                    self._tell_early()
+                    break
+                # First a pause: code that only asks whether the client is gone yet does not wait for an answer.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._told.wait()
-                        return
-                if self._nothing_else_runs() or loop.time() >= self._deadline:
-                    self.told_early = True
-                    self._told.set()
+                        break
+                if self._nothing_else_runs():
+                    self._tell_early()
                 pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
             self._callers.discard(caller)
+
+    def _tell_early(self) -> None:
+        self.told_early = True
+        self._told.set()
 
     def _nothing_else_runs(self) -> bool:
         """Say whether every task of the operation waits here, or for one that does."""
