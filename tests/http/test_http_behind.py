@@ -275,7 +275,7 @@ async def test_background_tasks_delay_what_a_dependency_commits_behind_them():
         started.clear()
         gate.clear()
         reply = Reply()
-        request = asyncio.create_task(app(http_scope(key="k", path=path), Client(), reply.send))
+        request = asyncio.create_task(app(http_scope(key=path[1:], path=path), Client(), reply.send))
         await started.wait()
         assert reply.complete is answered
         gate.set()
@@ -308,10 +308,13 @@ async def test_a_dependency_of_litestar_ends_before_the_response():
     """A commit that is refused there is the handler's own error, and the retry runs."""
     database = Database()
 
-    @litestar_post("/order", status_code=201, dependencies={"rows": Provide(database.session)})
-    async def order(rows: list[str]) -> dict[str, int]:
-        rows.append("order")
-        return {"rows": len(rows)}
+    async def session() -> AsyncIterator[str]:
+        yield "session"
+        database._commit(["order"])
+
+    @litestar_post("/order", status_code=201, dependencies={"session": Provide(session)})
+    async def order(session: str) -> dict[str, str]:
+        return {"session": session}
 
     app = Litestar([order], middleware=[DefineMiddleware(IdempotencyMiddleware, store=MemoryStore())])
     database.error = RefusedError()
