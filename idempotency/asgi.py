@@ -346,9 +346,9 @@ class _Exchange:
 
     def _leave_state(self) -> None:
         self._share_state()
-        if self._outer_state is None:
-            self._state["idempotency"] = None
-        elif self._scope.get("state") is self._state:
+        # A task may outlive the request, with this state in its hands.
+        self._state["idempotency"] = None
+        if self._outer_state is not None and self._scope.get("state") is self._state:
             self._scope["state"] = self._outer_state
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
