@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from litestar import Litestar
 from litestar import post as litestar_post
 from litestar.di import Provide
+from litestar.exceptions import LitestarException
 from litestar.middleware import DefineMiddleware
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -151,7 +152,7 @@ PLACES = {
 
 async def send_one(app: Any, path: str, **more: Any) -> Reply:
     reply = Reply()
-    with suppress(RefusedError, RuntimeError):
+    with suppress(RefusedError, RuntimeError, LitestarException):
         await app(http_scope(key="k", path=path), Client(), reply.send)
     return reply
 
@@ -319,6 +320,28 @@ async def test_a_dependency_of_litestar_ends_before_the_response():
     app = Litestar([order], middleware=[DefineMiddleware(IdempotencyMiddleware, store=MemoryStore())])
     database.error = RefusedError()
     assert (await call(app, key="k", path="/order")).status == 500
+    database.error = None
+    assert (await call(app, key="k", path="/order")).status == 201
+    assert (await call(app, key="k", path="/order")).replayed
+    assert database.rows == ["order"]
+
+
+async def test_litestar_before_send_inside_the_middleware_commits_in_time():
+    """Its hooks commit when the response starts: around the application, the middleware sees it after that."""
+    database = Database()
+
+    async def commit(message: Any, scope: Any) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 201:
+            database._commit(["order"])
+
+    @litestar_post("/order", status_code=201)
+    async def order() -> dict[str, str]:
+        return {}
+
+    app = protect(Litestar([order], before_send=[commit]))
+    database.error = RefusedError()
+    first = await send_one(app, "/order")
+    assert not first.messages or first.status == 500
     database.error = None
     assert (await call(app, key="k", path="/order")).status == 201
     assert (await call(app, key="k", path="/order")).replayed

@@ -190,7 +190,7 @@ async def test_json_that_is_not_the_body_is_an_error_of_the_callable():
 @pytest.mark.parametrize("ending", ["returns", "raises", "is answered", "has another type"])
 async def test_a_form_that_a_callable_read_is_closed(ending, monkeypatch):
     """Its files are closed, however the callable ends."""
-    file = UploadFile(file=tempfile.TemporaryFile())
+    file = UploadFile(file=tempfile.TemporaryFile())  # noqa: SIM115
 
     async def parse(self, **limits):
         self._form = FormData([("file", file)])
