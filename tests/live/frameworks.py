@@ -149,6 +149,22 @@ def django() -> Any:
     return app
 
 
+def shared() -> Any:
+    from app import inner
+
+    app = IdempotencyMiddleware(inner, **OPTIONS)
+    state: dict[str, Any] = {}
+
+    async def share(scope: Any, receive: Any, send: Any) -> None:
+        """Do as Hypercorn 0.17 does over HTTP/2: one state for all requests of a connection."""
+        if scope["type"] == "http":
+            assert scope["http_version"] == "2"
+            scope["state"] = state
+        await app(scope, receive, send)
+
+    return share
+
+
 class Noting:
     """What stands outside: notes that the client of a request has left, when that is told inside."""
 
@@ -165,5 +181,5 @@ class Noting:
         await self._app(scope, listen if scope["type"] == "http" else receive, send)
 
 
-FRAMEWORKS = {"django": django, "fastapi": fastapi, "litestar": litestar, "quart": quart}
+FRAMEWORKS = {"django": django, "fastapi": fastapi, "litestar": litestar, "quart": quart, "shared": shared}
 app = Noting(FRAMEWORKS[CONFIG["framework"]]())
