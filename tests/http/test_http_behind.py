@@ -14,6 +14,8 @@ from litestar import post as litestar_post
 from litestar.di import Provide
 from litestar.exceptions import LitestarException
 from litestar.middleware import DefineMiddleware
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
@@ -21,7 +23,9 @@ from starlette.routing import Mount, Route
 from time_travel import settled
 
 from idempotency import IdempotencyMiddleware, Policy
+from idempotency.adapters.fastapi import session as session_of_operation
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 
 
 class RefusedError(Exception):
@@ -299,6 +303,36 @@ async def test_a_stream_without_such_dependencies_is_recorded_before_its_first_b
     added(app)
     assert (await call(app, key="k", path="/events")).complete
     assert seen == ["completed-not-replayable"]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+async def test_the_session_commits_after_what_runs_behind_the_response(refused, tmp_path):
+    """In a transaction of the middleware: what a dependency writes after its ``yield`` commits with the record."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'records.db'}")
+    store = SQLStore(engine)
+    await store.create_schema()
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE audit (entry TEXT)"))
+    failing = [refused]
+    app = FastAPI()
+
+    async def audited(session: Annotated[AsyncSession, Depends(session_of_operation)]):
+        yield
+        await session.execute(text("INSERT INTO audit VALUES ('order')"))
+        if failing.pop():
+            raise RefusedError
+
+    @app.post("/order", status_code=201, dependencies=[Depends(audited)])
+    async def order():
+        return {}
+
+    app.add_middleware(IdempotencyMiddleware, store=store, session=async_sessionmaker(engine))
+    assert (await send_one(app, "/order")).status == (500 if refused else 201)
+    failing.append(False)
+    assert (await call(app, key="k", path="/order")).replayed is not refused
+    async with engine.connect() as connection:
+        assert await connection.scalar(text("SELECT count(*) FROM audit")) == 1
+    await engine.dispose()
 
 
 # Other frameworks
