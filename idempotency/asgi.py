@@ -336,12 +336,13 @@ class _Exchange:
     def _enter_state(self, operation: Operation | None) -> None:
         """Give the request a state of its own: some servers share one among requests, as batch endpoints do theirs."""
         self._outer_state = self._scope.get("state")
-        self._state = self._scope["state"] = {**_state_of(self._outer_state), "idempotency": operation}
+        self._state = self._scope["state"] = dict(_state_of(self._outer_state))
+        self._state["idempotency"] = operation
 
     def _share_state(self) -> None:
         """Show what stands outside what the application has put into the state."""
         outer = _state_of(self._outer_state)
-        if isinstance(outer, MutableMapping):
+        if len(self._state) > 1 and isinstance(outer, MutableMapping):
             outer.update((name, value) for name, value in self._state.items() if name != "idempotency")
 
     def _leave_state(self) -> None:
@@ -429,7 +430,8 @@ def _route_path(scope: Scope) -> str:
 
 def _state_of(state: object) -> Mapping[str, Any]:
     """Return the mapping behind the ``state`` of a scope: ASGI's is one, Starlette's ``State`` wraps one."""
-    state = getattr(state, "_state", state)
+    if not isinstance(state, dict):
+        state = getattr(state, "_state", state)
     return state if isinstance(state, Mapping) else {}
 
 

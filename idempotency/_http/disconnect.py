@@ -27,16 +27,26 @@ class Disconnect:
     ``belongs`` says whether code in a context is part of the operation.
     """
 
-    __slots__ = ("_belongs", "_callers", "_deadline", "_lock", "_message", "_receive", "_told", "told_early")
+    __slots__ = (
+        "_asking",
+        "_belongs",
+        "_callers",
+        "_deadline",
+        "_message",
+        "_receive",
+        "_told",
+        "_waiting",
+        "told_early",
+    )
 
     def __init__(self, receive: Receive, belongs: Callable[[Context], bool]) -> None:
         self._receive = receive
         self._belongs = belongs
-        # One caller at a time asks the server, which may say it only once. The message is for all of them.
-        self._lock = asyncio.Lock()
-        self._told = asyncio.Event()
+        self._asking: asyncio.Lock | None = None
         self._message: Message | None = None
         self._deadline = 0.0
+        self._told = False
+        self._waiting: asyncio.Event | None = None
         self._callers: set[asyncio.Task[object]] = set()
         self.told_early = False
         """Whether the application got the message before its response was settled."""
@@ -48,34 +58,42 @@ class Disconnect:
 
     async def __call__(self) -> Message:
         """Return the next message for the application."""
-        async with self._lock:
+        if self._asking is None:
+            self._asking = asyncio.Lock()
+        # One caller at a time asks the server, which may say it only once. The message is for all of them.
+        async with self._asking:
             if self._message is None:
                 message = await self._receive()
                 if message["type"] != "http.disconnect":
                     return message
                 self._message = message
                 self._deadline = asyncio.get_running_loop().time() + LONGEST
-        await self._wait()
+        if not self._told:
+            await self._wait()
         return self._message
 
     def tell(self) -> None:
         """Stop withholding: the response is recorded, or on its way, or the operation is over."""
-        self._told.set()
+        self._told = True
+        if self._waiting is not None:
+            self._waiting.set()
 
     async def _wait(self) -> None:
         loop, caller = asyncio.get_running_loop(), asyncio.current_task()
         assert caller is not None
+        if self._waiting is None:
+            self._waiting = asyncio.Event()
         pause = _FIRST_PAUSE
         self._callers.add(caller)
         try:
-            while not self._told.is_set():
+            while not self._told:
                 if loop.time() >= self._deadline:
                     self._tell_early()
                     break
                 # First a pause: code that only asks whether the client is gone yet does not wait for an answer.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
-                        await self._told.wait()
+                        await self._waiting.wait()
                         break
                 if self._nothing_else_runs():
                     self._tell_early()
@@ -85,7 +103,7 @@ class Disconnect:
 
     def _tell_early(self) -> None:
         self.told_early = True
-        self._told.set()
+        self.tell()
 
     def _nothing_else_runs(self) -> bool:
         """Say whether every task of the operation waits here, or for one that does."""

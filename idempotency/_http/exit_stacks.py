@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 _KEYS = ("fastapi_inner_astack", "fastapi_function_astack", "fastapi_middleware_astack")
+_SEEN = (*_KEYS, "endpoint")
 
 _MANY = 100
 """Objects that are looked at to find an application behind its middleware."""
@@ -29,12 +30,14 @@ class ExitStacks:
     def __init__(self, scope: Mapping[str, Any], app: object) -> None:
         self._scope = scope
         self._app = app
-        self._before = {key: scope[key] for key in (*_KEYS, "endpoint") if key in scope}
+        self._before = {key: scope[key] for key in _SEEN if key in scope}
         self._watched: list[AsyncExitStack] = []
         self.failure: BaseException | None = None
 
     def watch(self) -> bool:
         """Say whether something is still to run, and from here on note whether it fails."""
+        if "fastapi" not in sys.modules:
+            return False
         found = False
         for key in _KEYS:
             stack = self._new(key)
@@ -81,16 +84,16 @@ class ExitStacks:
 
     def _may_be_hidden(self) -> bool:
         """Say whether FastAPI may have put its stacks into a copy of the scope, made by a middleware."""
-        fastapi = sys.modules.get("fastapi")
-        if fastapi is None or self._new(_KEYS[0]) is not None:
+        if self._new(_KEYS[0]) is not None:
             return False
+        kind = sys.modules["fastapi"].FastAPI
         endpoint = self._new("endpoint")
         if endpoint is not None:
-            return _leads_to(endpoint, fastapi.FastAPI)
+            return _leads_to(endpoint, kind)
         # FastAPI has seen this very scope, and no route of it has answered.
         if self._new("fastapi_middleware_astack") is not None:
             return False
-        return isinstance(self._scope.get("app"), fastapi.FastAPI) or _leads_to(self._app, fastapi.FastAPI)
+        return isinstance(self._scope.get("app"), kind) or _leads_to(self._app, kind)
 
 
 def _leads_to(app: object, kind: type) -> bool:

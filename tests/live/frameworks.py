@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from app import CONFIG, DIRECTORY, gate, note, note_event
+from app import CONFIG, DIRECTORY, LEASE, gate, note, note_event
 from app import store as app_store
 
+from idempotency import Policy
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.operation import current
 
@@ -24,7 +25,7 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
 
 
 def fastapi() -> Any:
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import Depends, FastAPI, HTTPException, Request
     from pydantic import BaseModel
 
     class Order(BaseModel):
@@ -35,7 +36,7 @@ def fastapi() -> Any:
         number: str
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(IdempotencyMiddleware, **OPTIONS)
+    app.add_middleware(IdempotencyMiddleware, **OPTIONS, policies={"/behind": Policy(lease=LEASE, wait=60)})
 
     @app.middleware("http")
     async def pass_on(request: Request, call_next: Any) -> Any:
@@ -57,6 +58,16 @@ def fastapi() -> Any:
     async def missing(request: Request) -> None:
         note(effect=request.state.idempotency.key)
         raise HTTPException(404, {"number": os.urandom(8).hex()})
+
+    async def session(request: Request) -> AsyncIterator[None]:
+        yield
+        note(committing=request.headers["x-case"])
+        await gate(request.headers["x-gate"])
+        note(effect=request.headers["x-case"])
+
+    @app.post("/behind", status_code=201, dependencies=[Depends(session)])
+    async def behind() -> dict[str, Any]:
+        return {"number": os.urandom(8).hex()}
 
     @app.post("/slow", status_code=201)
     async def slow(request: Request) -> dict[str, Any]:
