@@ -73,8 +73,9 @@ class IdempotencyMiddleware:
     the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
     and committed with the recorded response, before the response is sent. Handlers do not commit it.
     ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
-    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name. None is the opt-out: one
-    key space for all callers, in which one caller's key answers another with the first one's response.
+    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; what it raises is
+    answered as a handler's exception. None is the opt-out: one key space for all callers, in which one caller's key
+    answers another with the first one's response.
     ``secret``: makes the stored digests of callers and requests keyed (HMAC); give it where the store is readable by
     people who should not test guesses.
     ``header_name`` of the key, default ``Idempotency-Key``; ``replayed_header`` marks replays, default
