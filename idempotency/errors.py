@@ -57,6 +57,15 @@ class RequestTooLargeError(IdempotencyError):
     safe_new_key = True
 
 
+class BodyInvalidError(IdempotencyError):
+    """The body of a keyed request is not what ``Policy.fingerprint``, a callable, reads it as."""
+
+    code = "body-invalid"
+    status = 400
+    title = "The request body is malformed"
+    safe_new_key = True
+
+
 class InProgressError(IdempotencyError):
     """Another request with this key is still running (draft section 2.7).
 
