@@ -68,6 +68,10 @@ RETURNING {_FOUND}"""
 
 _CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
 _LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
+# With how long the connection waits for the lock, and a row of NULLs where there is no record.
+_LOOK_WAITING = (
+    f"SELECT busy.timeout, {_FOUND}, {_FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
+)
 
 # ON CONFLICT locks the row it finds even where its WHERE is false: so nothing is inserted, and nothing locked, where
 # the statement already sees a row that does not pass to the claim. No row comes back when another transaction
@@ -190,6 +194,7 @@ class Statements:
         self.look_first = family == "sqlite"
         self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
         self.look = self._text(_LOOK)
+        self.look_waiting = self._text(_LOOK_WAITING) if self.look_first else self.look
         self.look_locked = self._text(f"{_LOOK} FOR UPDATE") if family == "mysql" else self.look
         self.claim, self.claim_watched = self._claims(family)
         self.claim_bounded = self._text(_CLAIM_BOUNDED, r="r.") if self._postgresql else self.claim

@@ -11,6 +11,7 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -18,9 +19,11 @@ from idempotency._core import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
-from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
+from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores._sql_send import pooled
 from idempotency.stores._sql_verbs import Verbs
 from idempotency.stores.base import Changed, Entry
 
@@ -162,8 +165,20 @@ class SQLStore:
         joined = self._join(session)
         with joined.failures():
             connection = session.connection()
-            call.driver = connection.connection.driver_connection
+            call.driver = pooled(connection).driver_connection
             return joined.claim_in(connection, claim, wait)
+
+    async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
+        """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
+        return await session.run_sync(self.look_in_sync, claim)
+
+    def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
+        """See :meth:`look_in`."""
+        try:
+            return self._join(session).look(session.connection(), claim)
+        except (StoreError, DBAPIError):
+            # The claim, which comes next, says what is wrong.
+            return None
 
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
