@@ -127,10 +127,10 @@ def test_a_driver_that_begins_nothing_has_it_begun_in_threads(target: Target) ->
         def order(session: Any) -> str:
             session.execute(ledger.insert("tea"))
             if failing.pop(0):
-                raise ValueError
+                raise ValueError("no tea")
             return "done"
 
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="no tea"):
             order()
         assert ledger.effects_sync() == []
         assert order() == order() == "done"

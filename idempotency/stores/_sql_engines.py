@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores._sql_schema import create_schema
+from idempotency.stores._sql_sqlite import busy_share, cut_off
 from idempotency.stores._sql_verbs import Verbs
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def open_async(url: URL, timeout: float) -> AsyncEngine:
         raise ConfigurationError(
             f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
         )
-    options = {"timeout": _busy(timeout)} if url.get_backend_name() == "sqlite" else {}
+    options = {"timeout": busy_share(timeout)} if url.get_backend_name() == "sqlite" else {}
     engine = create_async_engine(url, connect_args=options)
     _prepare(engine.sync_engine)
     return engine
@@ -84,7 +85,7 @@ def open_sync(url: URL, timeout: float) -> Engine:
         )
     options: dict[str, Any] = {}
     if dialect.name == "sqlite":
-        options = {"timeout": _busy(timeout)}
+        options = {"timeout": busy_share(timeout)}
     elif dialect.driver == "pymysql":
         options = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), timeout)
     elif dialect.driver == "psycopg":
@@ -97,11 +98,6 @@ def open_sync(url: URL, timeout: float) -> Engine:
 def _remedy(drivers: dict[str, str], url: URL) -> str:
     name = url.get_backend_name()
     return f"use {drivers[name]}" if name in drivers else f"use one of {', '.join(drivers.values())}"
-
-
-def _busy(timeout: float) -> float:
-    # So that "database is locked" is heard before the verb is given up.
-    return timeout * 0.8
 
 
 def _prepare(engine: Engine) -> None:
@@ -123,11 +119,12 @@ class Database:
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
-    def __init__(self, engine: Engine, table: Table) -> None:
+    def __init__(self, engine: Engine, table: Table, timeout: float | None = None) -> None:
         self.engine = engine
         self._table = table
         self._verbs: Verbs | None = None
         self._sqlite = engine.dialect.name == "sqlite"
+        self._timeout = timeout if self._sqlite else None
         self._created = not self._sqlite
         # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
         postgresql = engine.dialect.name == "postgresql"
@@ -165,7 +162,7 @@ class Database:
         autocommit = None if transaction else self._autocommit
         with autocommit.connect() if autocommit else self.engine.begin() as connection:
             if self._verbs is None:
-                self._verbs = Verbs(connection.dialect, self._table)
+                self._verbs = Verbs(connection.dialect, self._table, self._timeout)
             call.driver = connection.connection.driver_connection
             return work(self._verbs, connection)
 
@@ -227,6 +224,8 @@ class Call:
             match type(self.driver).__module__.partition(".")[0]:
                 case "asyncpg":
                     self.driver.terminate()
+                case "aiosqlite":
+                    cut_off(self.driver)
                 case "aiomysql" | "asyncmy":
                     self.driver.close()
                 case "psycopg":

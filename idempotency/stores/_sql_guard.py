@@ -51,6 +51,8 @@ _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one
 class GuardedConnection(Connection):
     """A ``Connection`` of SQLAlchemy's inside an operation; :func:`guard` makes one of it.
 
+    ``begun`` says that its transaction was open when that was looked at last.
+
     The methods are private there. The public events cost each statement of the operation more than the record does
     (decision 11), and none of them hears of a driver's own cursor.
     """
@@ -60,7 +62,7 @@ class GuardedConnection(Connection):
     _session: ref[Session]
     _root: Any
     _driver: Any
-    _begun: bool
+    begun: bool
     _ended: bool
     _beginning: bool
 
@@ -86,11 +88,11 @@ class GuardedConnection(Connection):
         if self.invalidated:
             return
         opened = _in_transaction(self.dialect.driver, self._driver)
-        if self._ended or (self._begun and opened is False):
+        if self._ended or (self.begun and opened is False):
             raise TransactionError(_ENDED)
         if not opened and self.dialect.name == "sqlite":
             self._begin(sql)
-        self._begun = self._begun or opened is True
+        self.begun = self.begun or opened is True
 
     def _begin(self, sql: str) -> None:
         self._beginning = True
@@ -139,7 +141,7 @@ def guard(connection: Connection, session: Session) -> None:
     guarded.__class__ = GuardedConnection
     guarded._session, guarded._root = ref(session), connection.get_transaction()
     guarded._driver = opened.driver_connection
-    guarded._begun = guarded._ended = guarded._beginning = False
+    guarded.begun = guarded._ended = guarded._beginning = False
     if connection.dialect.name == "sqlite":
         close_what_is_invalidated(connection.engine)
     elif connection.dialect.driver == "asyncpg":

@@ -28,7 +28,7 @@ from idempotency.stores._sql_guard import (
 )
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, pooled, send
-from idempotency.stores._sql_sqlite import begin_to_write, busy_of, waiting
+from idempotency.stores._sql_sqlite import begin_to_write, bounded, busy_of, waiting
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 _BUSY_SNAPSHOT = 517
@@ -67,11 +67,12 @@ def failure_of(error: Exception) -> Exception:
 class Joined:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
-    def __init__(self, engine: Engine, table: Table) -> None:
+    def __init__(self, engine: Engine, table: Table, timeout: float) -> None:
         self._sql = Statements(engine.dialect, table)
         self._table = table
         self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
         self._database = Database(engine, table)
+        self._timeout = timeout
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
 
@@ -113,6 +114,13 @@ class Joined:
         """Record the end; False for a superseded owner, TransactionError where the transaction has been ended."""
         if isinstance(connection, GuardedConnection):
             connection.check_open("UPDATE")
+            if not connection.begun and self._family == "sqlite":
+                # What has stored nothing waits for the lock here.
+                with bounded(connection, self._timeout):
+                    return self._complete(connection, claim, result, state)
+        return self._complete(connection, claim, result, state)
+
+    def _complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         values = complete_values(claim, result, state)
         if self._family == "postgresql":
             values |= told_values(claim, self._table)

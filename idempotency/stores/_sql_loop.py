@@ -14,6 +14,7 @@ from sqlalchemy.util import greenlet_spawn
 from idempotency.errors import StoreError
 from idempotency.stores._sql_engines import Call, Database, Work
 from idempotency.stores._sql_listen import Watchers
+from idempotency.stores._sql_sqlite import close_what_is_invalidated
 
 T = TypeVar("T")
 _FAREWELL = 2.0
@@ -22,10 +23,12 @@ _FAREWELL = 2.0
 class Side:
     """What a store holds on one event loop. ``owned`` says that the engine is disposed of at the end."""
 
-    def __init__(self, engine: AsyncEngine, table: Table, owned: bool) -> None:
+    def __init__(self, engine: AsyncEngine, table: Table, owned: bool, timeout: float) -> None:
         self._engine = engine
         self._owned = owned
-        self._database = Database(engine.sync_engine, table)
+        self._database = Database(engine.sync_engine, table, None if owned else timeout)
+        if engine.dialect.name == "sqlite":
+            close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.width)
         self._left: set[asyncio.Task[None]] = set()
         self._life = self._live()

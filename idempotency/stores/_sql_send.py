@@ -62,7 +62,7 @@ def _observed(connection: Connection) -> bool:
     return bool(heard.before_cursor_execute or heard.after_cursor_execute or connection.engine.echo)
 
 
-pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fget
+pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fget  # type: ignore[attr-defined]
 """Return ``connection.connection``, past what an operation's connection does before it gives that away."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -77,10 +78,32 @@ def busy_share(timeout: float) -> float:
 
 @contextmanager
 def bounded(connection: Connection, timeout: float) -> Iterator[None]:
-    """Have statements give up their wait for the lock before ``timeout``; a shorter wait of the user's stays."""
-    before = busy_of(connection)
-    with waiting(connection, min(busy_share(timeout), before / 1000), before):
+    """Have statements give up their wait for the lock before ``timeout``, and then wait as the user has it again.
+
+    Each of the two is one switch to the thread of aiosqlite, and none is made for an engine that waits less anyway.
+    """
+    limit = round(busy_share(timeout) * 1000)
+    before = _in_its_thread(connection, partial(_lower, limit=limit))
+    try:
         yield
+    finally:
+        if before > limit and not connection.invalidated:
+            _in_its_thread(connection, partial(_lower, limit=before, raises=True))
+
+
+def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
+    before: int = opened.execute(BUSY).fetchone()[0]
+    if before > limit or raises:
+        opened.execute(f"{BUSY} = {limit:d}").fetchone()
+    return before
+
+
+def _in_its_thread(connection: Connection, work: Callable[[sqlite3.Connection], int]) -> int:
+    adapted: Any = pooled(connection).dbapi_connection
+    if connection.dialect.driver != "aiosqlite":
+        return work(adapted)
+    done: int = adapted.run_async(lambda driver: driver._execute(work, driver._conn))
+    return done
 
 
 def close_what_is_invalidated(engine: Engine) -> None:
@@ -117,7 +140,14 @@ def _end(opened: sqlite3.Connection) -> object:
 def _roll_back_and_close(opened: sqlite3.Connection) -> None:
     # The rollback first: a closed connection lives on, with its lock, until its last cursor is gone.
     with suppress(sqlite3.Error):
-        opened.rollback()
+        try:
+            opened.rollback()
+        except sqlite3.OperationalError:
+            # The interrupt holds until no statement is under way, and one is that still has rows to give.
+            for cursor in gc.get_referrers(opened):
+                if isinstance(cursor, sqlite3.Cursor):
+                    cursor.close()
+            opened.rollback()
     with suppress(sqlite3.Error):
         opened.close()
 

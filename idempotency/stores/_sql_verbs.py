@@ -15,6 +15,7 @@ from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 from idempotency._core import FORMAT, Claim, Record, State
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_sqlite import bounded
 from idempotency.stores.base import Entry
 
 TRIES = 10
@@ -22,10 +23,14 @@ _ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
 class Verbs:
-    """The verbs over one table. ``dialect`` must have connected once."""
+    """The verbs over one table. ``dialect`` must have connected once.
 
-    def __init__(self, dialect: Dialect, table: Table) -> None:
+    ``timeout``, of SQLite alone, is how long a verb may take: its statements wait for the lock for less.
+    """
+
+    def __init__(self, dialect: Dialect, table: Table, timeout: float | None = None) -> None:
         self._sql = Statements(dialect, table)
+        self._timeout = timeout
         self._table = table
         self._tells = dialect.name == "postgresql"
 
@@ -107,7 +112,10 @@ class Verbs:
     def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
         if self._sql.bytes_as_hex:
             values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
-        return connection.execute(statement, values)
+        if self._timeout is None or statement.text.startswith("SELECT"):
+            return connection.execute(statement, values)
+        with bounded(connection, self._timeout):
+            return connection.execute(statement, values)
 
 
 def claim_values(claim: Claim) -> dict[str, Any]:

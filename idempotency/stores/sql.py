@@ -196,7 +196,7 @@ class SQLStore:
         if self._joined is None:
             with connecting(session):
                 engine = session.connection().engine
-            self._joined = Joined(engine, self._table)
+            self._joined = Joined(engine, self._table, self._timeout)
         return self._joined
 
     @asynccontextmanager
@@ -310,7 +310,7 @@ class SQLStore:
                 if other.is_closed():
                     self._sides.pop(other, None)
             engine, owned = self._async_engine()
-            side = self._sides[loop] = Side(engine, self._table, owned)
+            side = self._sides[loop] = Side(engine, self._table, owned, self._timeout)
             await side.open()
         return side
 
@@ -331,6 +331,7 @@ class SQLStore:
                         "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
-                database = Database(engine, self._table)
+                bound = None if isinstance(self._source, URL) else self._timeout
+                database = Database(engine, self._table, bound)
                 self._threads = database, threading.BoundedSemaphore(database.width)
             return self._threads
