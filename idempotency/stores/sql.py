@@ -44,7 +44,9 @@ class SQLStore:
     :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
     :class:`~idempotency.errors.StoreError`, even if the server is frozen. A blocking verb ends when its driver gives
-    up; :meth:`from_url` sets the driver's own time-outs where it has any.
+    up; :meth:`from_url` sets the driver's own time-outs where it has any. SQLite waits for its lock for four fifths of
+    ``timeout``, or less if the engine says so: on an engine that was passed in, ``busy_timeout`` is lowered around each
+    statement that writes and set back, which takes two switches to aiosqlite's thread.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
