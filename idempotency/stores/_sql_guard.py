@@ -32,6 +32,8 @@ _ENDED = (
     "The transaction that was to be committed together with the idempotency record has been ended past its session,"
     " by a deadlock, a text, a driver's own cursor or a procedure, so that nothing is recorded: use session.rollback()."
 )
+# Drivers that begin no transaction for what their own cursors execute, or not for all of it.
+_BEGIN_LATE = ("pysqlite", "aiosqlite", "asyncpg")
 _MYSQL = ("mysql", "mariadb")
 _ROLLED_BACK = frozenset({1213, 1020})
 _COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
@@ -74,7 +76,7 @@ class GuardedConnection(Connection):
     @property
     def connection(self) -> PoolProxiedConnection:
         """The pool's connection: what its driver is told past SQLAlchemy is in the transaction too."""
-        if self.dialect.name == "sqlite" and not self._beginning and self._holds:
+        if self.dialect.driver in _BEGIN_LATE and not self._beginning and self._holds:
             self._begin("")
         return pooled(self)
 
@@ -97,7 +99,10 @@ class GuardedConnection(Connection):
     def _begin(self, sql: str) -> None:
         self._beginning = True
         try:
-            begin(self, sql)
+            if self.dialect.name == "sqlite":
+                begin(self, sql)
+            else:
+                _begin_asyncpg(self)
         finally:
             self._beginning = False
 
@@ -144,8 +149,6 @@ def guard(connection: Connection, session: Session) -> None:
     guarded.begun = guarded._ended = guarded._beginning = False
     if connection.dialect.name == "sqlite":
         close_what_is_invalidated(connection.engine)
-    elif connection.dialect.driver == "asyncpg":
-        _begin_asyncpg(connection)
 
 
 def _begin_asyncpg(connection: Connection) -> None:
@@ -158,6 +161,9 @@ def _begin_asyncpg(connection: Connection) -> None:
             await_only(adapted._start_transaction())
         except Exception as error:
             raise named(connection, "BEGIN", error) from error
+        except BaseException as error:
+            connection.invalidate(error)
+            raise
 
 
 def roll_back_driver(connection: Connection) -> None:
