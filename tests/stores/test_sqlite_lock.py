@@ -93,6 +93,20 @@ def heard(engine: AsyncEngine, word: str) -> asyncio.Event:
     return found
 
 
+def held_up(engine: AsyncEngine) -> tuple[asyncio.Event, threading.Event]:
+    """Give SQL a function that says when it is reached, and returns once it may go on."""
+    reached, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold_up() -> int:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait(20)
+        return 1
+
+    event.listen(engine.sync_engine, "connect", lambda driver, _: driver.create_function("hold_up", 0, hold_up))
+    return reached, go_on
+
+
 async def test_a_verb_waits_for_less_than_its_time(path: str, engine: AsyncEngine) -> None:
     """On an engine of the application's too: it is told that the database is locked, and the setting is as it was."""
     with nothing_left():
@@ -129,19 +143,10 @@ def test_a_blocking_verb_waits_for_less_than_its_time(path: str) -> None:
 @pytest.mark.parametrize("how", ["time-out", "cancellation"])
 async def test_an_abandoned_verb_keeps_no_lock(path: str, engine: AsyncEngine, how: str) -> None:
     """One that got the lock and is not answered in time is undone when its statement ends, and closed."""
-    go_on, reached = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def hold_up() -> int:
-        loop.call_soon_threadsafe(reached.set)
-        go_on.wait(20)
-        return 1
-
+    reached, go_on = held_up(engine)
     with nothing_left():
         store = SQLStore(engine, timeout=0.5)
         await store.create_schema()
-        event.listen(engine.sync_engine, "connect", lambda c, _: c.create_function("hold_up", 0, hold_up))
-        await engine.dispose()
         async with engine.begin() as connection:
             await connection.execute(
                 text("CREATE TRIGGER held BEFORE INSERT ON idempotency_record BEGIN SELECT hold_up(); END")
@@ -191,15 +196,7 @@ async def test_a_cancelled_statement_of_a_handler_keeps_no_lock(
     path: str, engine: AsyncEngine, cancellations: int
 ) -> None:
     """So it is with a statement of the function itself, which had the lock already."""
-    go_on, reached = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def hold_up() -> int:
-        loop.call_soon_threadsafe(reached.set)
-        go_on.wait(20)
-        return 1
-
-    event.listen(engine.sync_engine, "connect", lambda c, _: c.create_function("hold_up", 0, hold_up))
+    reached, go_on = held_up(engine)
     with nothing_left():
         store = SQLStore(engine)
 
