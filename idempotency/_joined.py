@@ -53,6 +53,8 @@ class Joined:
         turns = self._store.turns
         if turns is None:
             return await self._run(claim, work, self._wait)
+        if turns.taken and (known := await self._look(claim)) is not None:
+            return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
@@ -61,6 +63,13 @@ class Joined:
         finally:
             if left is not None:
                 turns.give()
+
+    async def _look(self, claim: Claim) -> Ended | None:
+        """Say what is known of a key that is not free, which is read without a turn: a replay waits for no writer."""
+        async with self._sessions() as session:
+            record = await self._store.look_in(session, claim)
+        verdict = judged(claim, record)
+        return None if record is None or isinstance(verdict, Execute) else verdict
 
     async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], wait: float) -> Ended:
         transaction = Transaction(self._store, self._sessions, claim)

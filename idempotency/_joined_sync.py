@@ -54,6 +54,8 @@ class SyncJoined:
         turns = self._store.turns
         if turns is None:
             return self._run(claim, work, self._wait)
+        if turns.taken_sync and (known := self._look(claim)) is not None:
+            return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
@@ -62,6 +64,13 @@ class SyncJoined:
         finally:
             if left is not None:
                 turns.give_sync()
+
+    def _look(self, claim: Claim) -> Ended | None:
+        """See :meth:`Joined._look`."""
+        with self._sessions() as session:
+            record = self._store.look_in_sync(session, claim)
+        verdict = judged(claim, record)
+        return None if record is None or isinstance(verdict, Execute) else verdict
 
     def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
         transaction = _SyncTransaction(self._store, self._sessions, claim)

@@ -35,7 +35,7 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
 
 def _check_level(sessions: Any) -> None:
     from idempotency.stores._sql_engines import level_of
-    from idempotency.stores._sql_joined import COMMITS_BY_ITSELF
+    from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
 
     engine = sessions.kw.get("bind")
     if engine is None:

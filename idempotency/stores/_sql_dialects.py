@@ -71,6 +71,10 @@ RETURNING {_FOUND}"""
 
 _CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
 _LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
+# With how long the connection waits for the lock, and a row of NULLs where there is no record.
+_LOOK_WAITING = (
+    f"SELECT busy.timeout, {_FOUND}, {_FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
+)
 
 # What the client gives up must not wait in the server for ever: a lock_timeout for this statement alone, which is a
 # transaction of its own. It takes effect for a wait that begins after it was set.
@@ -214,6 +218,7 @@ class Statements:
         self.look_first = family == "sqlite"
         self.returns = family != "mysql" or mariadb
         self.look = self._text(_LOOK)
+        self.look_waiting = self._text(_LOOK_WAITING) if self.look_first else self.look
         self.look_locked = self._text(f"{_LOOK} FOR UPDATE") if family == "mysql" else self.look
         self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
         told = _TOLD if self._postgresql else "{statement}"

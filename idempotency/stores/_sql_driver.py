@@ -9,8 +9,15 @@ from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection
 
+from idempotency.stores._sql_sqlite import cut_off as close_in_its_thread
+
 _IDLE = 0
 _IN_TRANSACTION = 1
+
+
+def bound_of(timeout: float) -> float:
+    """Return how long a server may wait for a lock: it says so before the client gives the verb up."""
+    return timeout * 0.8
 
 
 def in_transaction(driver: str, connection: Any) -> bool | None:
@@ -49,7 +56,7 @@ def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
             case "pysqlite":
                 connection.interrupt()
             case "aiosqlite":
-                connection._conn.interrupt()
+                close_in_its_thread(connection)
             case _:
                 _shut_down(_socket_of(connection))
 

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores._sql_bounded import Call
-from idempotency.stores._sql_driver import in_transaction
+from idempotency.stores._sql_driver import bound_of, in_transaction
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_verbs import Verbs
 
@@ -109,11 +109,6 @@ def _remedy(drivers: dict[str, str], url: URL) -> str:
     return f"use {drivers[name]}" if name in drivers else f"use one of {', '.join(drivers.values())}"
 
 
-def bound_of(timeout: float) -> float:
-    """Return how long a server may wait for a lock: it says so before the client gives the verb up."""
-    return timeout * 0.8
-
-
 def _prepare(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _write_ahead)
@@ -137,12 +132,14 @@ class Database:
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
-    def __init__(self, engine: Engine, table: Table, timeout: float) -> None:
+    def __init__(self, engine: Engine, table: Table, timeout: float, owned: bool = False) -> None:
         self.engine = engine
         self._table = table
         self._bound = bound_of(timeout)
         self._verbs: Verbs | None = None
         self._sqlite = engine.dialect.name == "sqlite"
+        # An engine of ours waits for no longer anyway.
+        self._lowers = self._sqlite and not owned
         self._created = not self._sqlite
         # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
         self._autocommit = engine.dialect.name == "postgresql"
@@ -178,7 +175,7 @@ class Database:
             self._created = True
         with self.engine.connect() as connection:
             if self._verbs is None:
-                self._verbs = Verbs(connection.dialect, self._table, self._bound)
+                self._verbs = Verbs(connection.dialect, self._table, self._bound, self._lowers)
             call.driver, call.connection = connection.dialect.driver, connection.connection
             if call.abandoned:
                 raise StoreError("nobody waits for it any more")

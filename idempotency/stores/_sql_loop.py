@@ -15,6 +15,7 @@ from idempotency.errors import StoreError
 from idempotency.stores._sql_bounded import Abandoned, Call
 from idempotency.stores._sql_engines import Database, Work
 from idempotency.stores._sql_listen import Watchers
+from idempotency.stores._sql_sqlite import close_what_is_invalidated
 
 T = TypeVar("T")
 _FAREWELL = 2.0
@@ -28,7 +29,9 @@ class Side:
         self._owned = owned
         self._timeout = timeout
         self._abandoned = abandoned
-        self._database = Database(engine.sync_engine, table, timeout)
+        self._database = Database(engine.sync_engine, table, timeout, owned)
+        if engine.dialect.name == "sqlite":
+            close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.width)
         self._life = self._live()
         self.watchers = Watchers(engine.sync_engine, table.name)

@@ -16,6 +16,7 @@ from idempotency._core import FORMAT, Claim, Record, State
 from idempotency._durations import milliseconds, seconds
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_sqlite import bounded
 from idempotency.stores.base import Entry
 
 TRIES = 10
@@ -23,10 +24,15 @@ _ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
 class Verbs:
-    """The verbs over one table. ``dialect`` must have connected once; ``bound``: see :class:`Statements`."""
+    """The verbs over one table. ``dialect`` must have connected once; ``bound``: see :class:`Statements`.
 
-    def __init__(self, dialect: Dialect, table: Table, bound: float) -> None:
+    ``lowers``: SQLite's wait for its lock has to be lowered to that, and set back, around what writes.
+    """
+
+    def __init__(self, dialect: Dialect, table: Table, bound: float, lowers: bool = False) -> None:
         self._sql = Statements(dialect, table, bound)
+        self._bound = bound
+        self._lowers = lowers
         self._table = table
         self._tells = dialect.name == "postgresql"
 
@@ -113,7 +119,10 @@ class Verbs:
     def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
         if self._sql.bytes_as_hex:
             values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
-        return connection.execute(statement, values)
+        if not self._lowers or statement.text.startswith("SELECT"):
+            return connection.execute(statement, values)
+        with bounded(connection, self._bound):
+            return connection.execute(statement, values)
 
 
 def claim_values(claim: Claim) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -28,9 +29,11 @@ from idempotency.stores._sql_engines import (
     open_sync,
     read_url,
 )
-from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
+from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores._sql_send import pooled
 from idempotency.stores._sql_verbs import Verbs
 from idempotency.stores.base import Changed, Entry
 
@@ -52,7 +55,9 @@ class SQLStore:
     ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
     the server is frozen; a blocking one up to a quarter of it later, and while it connects when its driver gives up,
     whose own time-outs :meth:`from_url` sets. What is given up does not go on: its connection is closed, and the
-    server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own ``innodb_lock_wait_timeout``).
+    server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own ``innodb_lock_wait_timeout``). On an
+    SQLite engine that was passed in, ``busy_timeout`` is lowered to that around each statement that writes, and set
+    back, which takes two switches to aiosqlite's thread.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
@@ -181,8 +186,20 @@ class SQLStore:
         joined = self._join(session)
         with joined.failures():
             connection = session.connection()
-            call.driver, call.connection = connection.dialect.driver, connection.connection
+            call.driver, call.connection = connection.dialect.driver, pooled(connection)
             return joined.claim_in(connection, claim, wait)
+
+    async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
+        """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
+        return await session.run_sync(self.look_in_sync, claim)
+
+    def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
+        """See :meth:`look_in`."""
+        try:
+            return self._join(session).look(session.connection(), claim)
+        except (StoreError, DBAPIError):
+            # The claim, which comes next, says what is wrong.
+            return None
 
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
@@ -338,6 +355,6 @@ class SQLStore:
                         "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
-                database = Database(engine, self._table, self._timeout)
+                database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
                 self._threads = database, threading.BoundedSemaphore(database.width)
             return self._threads
