@@ -20,10 +20,6 @@ TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
 """Answers that say "not now", "not you" or "not here": the same request must be able to get another one."""
 
 
-_HTTP = ("required", "methods", "fingerprint", "max_request")
-"""What applies to HTTP requests alone."""
-
-
 class Seconds:
     """A duration field: takes seconds or a ``timedelta``, reads as float seconds."""
 
@@ -109,14 +105,6 @@ class Policy:
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
             _one_of(f"outcomes[{rule!r}]", outcome, get_args(Outcome))
-
-    @property
-    def only_for_requests(self) -> list[str]:
-        """Name what is set of this policy that applies to HTTP requests alone."""
-        default = Policy()
-        names = [name for name in _HTTP if getattr(self, name) != getattr(default, name)]
-        rules = [rule for rule in self.outcomes if not isinstance(rule, type) and rule not in (500, "5xx")]
-        return [*names, *(f"outcomes[{rule!r}]" for rule in rules)]
 
     def outcome_of_status(self, status: int) -> Outcome:
         """Say what becomes of a key whose operation answered ``status``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -192,22 +191,9 @@ def test_max_attempts_on_a_store_that_shows_no_records_is_refused(make: Any, ver
 
 
 @pytest.mark.parametrize("make", DECORATED)
-@pytest.mark.parametrize(
-    ("policy", "named"),
-    [
-        (Policy(required=True), "required"),
-        (Policy(methods={"PUT"}), "methods"),
-        (Policy(fingerprint="json"), "fingerprint"),
-        (Policy(max_request=1), "max_request"),
-        (Policy(outcomes={404: "store"}), "outcomes[404]"),
-        (Policy(outcomes={"4xx": "store"}), "outcomes['4xx']"),
-    ],
-)
-def test_a_policy_for_requests_is_refused_where_there_are_none(make: Any, policy: Policy, named: str) -> None:
-    """What would have no effect on a function or a consumer is no option of theirs."""
-    with pytest.raises(ConfigurationError, match=re.escape(named) + ".* would have no effect"):
-        make(MemoryStore(), policy=policy)
-    make(MemoryStore(), policy=Policy(outcomes={"5xx": "hold", ValueError: "store"}))
+def test_a_policy_of_requests_serves_functions_and_consumers_too(make: Any) -> None:
+    """One policy may be shared: what says something of requests only has no meaning for them."""
+    make(MemoryStore(), policy=Policy(required=True, methods={"PUT"}, fingerprint="json", outcomes={404: "store"}))
 
 
 @pytest.mark.parametrize("make", DECORATED)
