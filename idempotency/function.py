@@ -13,6 +13,9 @@ from idempotency._calls import (
     Ended,
     Raised,
     Ran,
+    abandon,
+    check_readers,
+    compared_by,
     is_async,
     name_of,
     refusal,
@@ -72,6 +75,7 @@ def idempotent(
     :class:`~idempotency.errors.StoreError`. Raises :class:`~idempotency.errors.ConfigurationError` at the decoration
     for what cannot work.
     """
+    check_readers(key, fingerprint, body=False)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         calls = Calls(
@@ -83,7 +87,7 @@ def idempotent(
         )
 
         def claim(args: Any, kwargs: Any) -> Claim:
-            compared = None if fingerprint is None else fingerprint(*args, **kwargs)
+            compared = compared_by(fingerprint, _no_body, *args, **kwargs)
             return calls.claim(key(*args, **kwargs), compared)
 
         asynchronous = is_async(function)
@@ -93,6 +97,9 @@ def idempotent(
         return cast(Callable[P, R], wrapper)
 
     return decorate
+
+
+def _no_body() -> None: ...
 
 
 def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
@@ -139,9 +146,7 @@ def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-            close = getattr(value, "close", None)
-            if close is not None:
-                close()
+            abandon(value)
             raise ConfigurationError(
                 f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
                 "coroutine function itself, or give what wraps it functools.wraps"
