@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
@@ -35,6 +36,7 @@ from idempotency._consume import (
     Rules,
 )
 from idempotency._consumers import Consumer, SyncConsumer
+from idempotency._names import Made, takes_scope_of_another
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
@@ -56,6 +58,8 @@ __all__ = [
     "SyncHandler",
     "idempotent_consumer",
 ]
+
+_logger = logging.getLogger("idempotency")
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -175,7 +179,8 @@ def idempotent_consumer(
 ) -> Decorate:
     """Make a message handler, of one argument or more, take effect once for each message.
 
-    ``consumer`` names who consumes: two consumers of one message both run. ``key`` is given the message and returns what identifies it, text, the
+    ``consumer`` names who consumes: two consumers of one message both run, two handlers of one name are warned of, as
+    they would take messages from each other. ``key`` is given the message and returns what identifies it, text, the
     same at every redelivery and unique among all that this consumer is given; without one the handler raises
     :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` knows the identity its
     broker gives a message, so that with one ``key`` may be left out.
@@ -205,6 +210,13 @@ def idempotent_consumer(
             handler = _equip_async(Consumer(store, consumer, function, options), read, bind)
         else:
             handler = _equip_sync(SyncConsumer(store, consumer, function, options), read, bind)
+        handler._made = Made(function, key)
+        if takes_scope_of_another(store, f"consumer:{consumer}", handler._made):
+            _logger.warning(
+                "two different handlers of this process are the consumer %r: a message that one has handled is none for"
+                " the other; give each a consumer= of its own",
+                consumer,
+            )
         return dress(handler, function, session)
 
     return cast(Decorate, decorate)
