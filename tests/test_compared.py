@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
+from ledger import JOINED_KINDS, SYNC_JOINED_KINDS, open_ledger, open_sync_ledger
 from targets import Target
 
 from idempotency import Event, Policy, idempotent, idempotent_consumer
@@ -18,20 +17,6 @@ from idempotency.testing import ManualClock
 
 everywhere = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
 ORDER, REFUND = {"id": "1", "body": "order"}, {"id": "1", "body": "refund"}
-
-
-@pytest.fixture
-async def ledger(target: Target) -> AsyncIterator[Ledger]:
-    """A ledger for asyncio."""
-    async with open_ledger(target) as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def sync_ledger(target: Target) -> Iterator[Ledger]:
-    """A ledger for threads."""
-    with open_sync_ledger(target) as ledger:
-        yield ledger
 
 
 def id_of(message: dict[str, str]) -> str:
@@ -114,35 +99,37 @@ def test_another_body_under_the_key_is_a_dead_letter_in_threads(sync_store: Any)
 
 
 @pytest.mark.stores(*JOINED_KINDS)
-async def test_another_body_under_the_key_of_a_joined_message_is_a_dead_letter(ledger: Ledger) -> None:
+async def test_another_body_under_the_key_of_a_joined_message_is_a_dead_letter(target: Target) -> None:
     """So it is where record and effect are one transaction."""
+    async with open_ledger(target) as ledger:
 
-    @idempotent_consumer(ledger.store, consumer="billing", session=ledger.sessions)
-    async def handle(message: dict[str, str], session: Any) -> str:
-        await session.execute(ledger.insert(message["body"]))
-        return message["body"]
+        @idempotent_consumer(ledger.store, consumer="billing", session=ledger.sessions)
+        async def handle(message: dict[str, str], session: Any) -> str:
+            await session.execute(ledger.insert(message["body"]))
+            return message["body"]
 
-    assert await deliver(handle, ORDER) == Done("order")
-    assert is_reused(await deliver(handle, REFUND))
-    assert await deliver(handle, ORDER) == Replayed("order")
-    assert await handle.deliver(REFUND, key=id_of) == Replayed("order")
-    assert await ledger.effects() == ["order"]
+        assert await deliver(handle, ORDER) == Done("order")
+        assert is_reused(await deliver(handle, REFUND))
+        assert await deliver(handle, ORDER) == Replayed("order")
+        assert await handle.deliver(REFUND, key=id_of) == Replayed("order")
+        assert await ledger.effects() == ["order"]
 
 
 @pytest.mark.stores(*SYNC_JOINED_KINDS)
-def test_another_body_under_the_key_of_a_joined_message_is_a_dead_letter_in_threads(sync_ledger: Ledger) -> None:
+def test_another_body_under_the_key_of_a_joined_message_is_a_dead_letter_in_threads(target: Target) -> None:
     """The same holds for a synchronous handler."""
+    with open_sync_ledger(target) as ledger:
 
-    @idempotent_consumer(sync_ledger.store, consumer="billing", session=sync_ledger.sessions)
-    def handle(message: dict[str, str], session: Any) -> str:
-        session.execute(sync_ledger.insert(message["body"]))
-        return message["body"]
+        @idempotent_consumer(ledger.store, consumer="billing", session=ledger.sessions)
+        def handle(message: dict[str, str], session: Any) -> str:
+            session.execute(ledger.insert(message["body"]))
+            return message["body"]
 
-    assert deliver_sync(handle, ORDER) == Done("order")
-    assert is_reused(deliver_sync(handle, REFUND))
-    assert deliver_sync(handle, ORDER) == Replayed("order")
-    assert handle.deliver(REFUND, key=id_of) == Replayed("order")
-    assert sync_ledger.effects_sync() == ["order"]
+        assert deliver_sync(handle, ORDER) == Done("order")
+        assert is_reused(deliver_sync(handle, REFUND))
+        assert deliver_sync(handle, ORDER) == Replayed("order")
+        assert handle.deliver(REFUND, key=id_of) == Replayed("order")
+        assert ledger.effects_sync() == ["order"]
 
 
 async def test_another_body_may_stop_the_consumer() -> None:

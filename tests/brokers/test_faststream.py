@@ -470,6 +470,26 @@ async def test_a_message_without_an_identity_stops_the_consumer_and_is_kept(
     assert ("idempotency", logging.ERROR, "a message stops its subscriber, and the app") in caplog.record_tuples
 
 
+async def test_a_message_without_an_identity_stops_no_second_subscriber(rabbit: Rabbit, heard: Heard) -> None:
+    """Delivered again it is a dead letter, and those after it are handled."""
+    dead = rabbit.queue()
+    orders = rabbit.queue(**{"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    first, second = (rabbit_broker(heard, logged=Logged()) for _ in range(2))
+    for broker in (first, second):
+        handled(broker, RabbitQueue(orders, declare=False))
+
+    rabbit.send(orders, message_id="")
+    async with started(first):
+        await until(lambda: not first.subscribers[0].running)
+    await until(lambda: rabbit.left(orders) == 1)
+    assert heard == []
+    rabbit.send(orders, message_id="1")
+    async with started(second):
+        await until(lambda: "stored" in heard and rabbit.left(dead) == 1)
+    assert sorted(heard) == ["dead-lettered", "stored"]
+    assert rabbit.left(orders) == 0
+
+
 @pytest.mark.filterwarnings("ignore:The integration has been moved:DeprecationWarning")
 async def test_within_fastapi_a_message_without_an_identity_stops_the_subscriber_and_is_kept(
     rabbit: Rabbit, heard: Heard
