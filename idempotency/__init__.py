@@ -1,5 +1,6 @@
 """Make retried requests, redelivered messages and repeated calls take effect once."""
 
+from idempotency._background import drain, drain_sync
 from idempotency._http.codec import encode_response
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.consumer import idempotent_consumer
@@ -19,6 +20,8 @@ __all__ = [
     "Policy",
     "StoreError",
     "current",
+    "drain",
+    "drain_sync",
     "encode_response",
     "idempotent",
     "idempotent_consumer",

@@ -55,6 +55,18 @@ class Calls:
     results: Results
     on_event: EventHook
 
+    def __post_init__(self) -> None:
+        if not callable(self.on_event):
+            raise ConfigurationError(f"on_event must be callable, not {type(self.on_event).__name__}")
+        if not isinstance(self.policy, Policy):
+            raise ConfigurationError(f"policy must be a Policy, not {type(self.policy).__name__}")
+        idle = self.policy.only_for_requests
+        if idle:
+            raise ConfigurationError(
+                f"{', '.join(idle)} of the policy of {self.name} would have no effect, as it answers no HTTP request: "
+                "leave them out"
+            )
+
     def claim(self, key: object, compared: object) -> Claim:
         """Make the claim of one call.
 

@@ -18,6 +18,7 @@ from idempotency.errors import (
     KeyMissingError,
     OutcomeUnknownError,
     RecordedFailureError,
+    UnknownOptionError,
     UnreadableError,
 )
 from idempotency.events import EventHook, log_event
@@ -290,15 +291,18 @@ def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOption
     if not isinstance(consumer, str) or not consumer:
         raise ConfigurationError(f"consumer must be a name, not {consumer!r}")
     max_attempts = options.get("max_attempts")
-    if max_attempts is not None and max_attempts < 1:
-        raise ConfigurationError(f"max_attempts must be at least 1: {max_attempts!r}")
+    if max_attempts is not None and (type(max_attempts) is not int or max_attempts < 1):
+        raise ConfigurationError(f"max_attempts must be a number, at least 1, or None: {max_attempts!r}")
     on_exhausted, on_refused = options.get("on_exhausted", "dead-letter"), options.get("on_refused", "dead-letter")
     for name, value in (("on_exhausted", on_exhausted), ("on_refused", on_refused)):
         if value not in ("dead-letter", "stop"):
             raise ConfigurationError(f'{name} must be "dead-letter" or "stop", not {value!r}')
     unknown = set(options) - ConsumerOptions.__optional_keys__
     if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        raise UnknownOptionError(
+            f"unknown options: {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(sorted(ConsumerOptions.__optional_keys__))}"
+        )
     calls = Calls(
         name=consumer,
         scope=f"consumer:1:{consumer}",

@@ -11,9 +11,9 @@ from idempotency._calls import Calls, Ended
 from idempotency._consume import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._core import Claim, record_id
 from idempotency._turns import Turns
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, UnreadableError
-from idempotency.function import check_side, runner_of
-from idempotency.stores.base import Entry
+from idempotency.errors import IdempotencyError, StoreError, UnreadableError
+from idempotency.function import runner_of
+from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
 
 _TURN = 60.0
 """Seconds for which a suspect waits for its turn before it is given back."""
@@ -25,9 +25,9 @@ class Consumer:
     def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
+        _check_counts(store, self.rules, asynchronous=True)
         self._run = _runner(store, self.rules.calls, options, asynchronous=True)
         self._turns = Turns()
-        _check_counts(store, self.rules, asynchronous=True)
 
     async def deliver(
         self,
@@ -140,9 +140,9 @@ class SyncConsumer:
     def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
+        _check_counts(store, self.rules, asynchronous=False)
         self._run = _runner(store, self.rules.calls, options, asynchronous=False)
         self._turns = Turns()
-        _check_counts(store, self.rules, asynchronous=False)
 
     def deliver(
         self,
@@ -266,10 +266,7 @@ def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
 def _check_counts(store: Any, rules: Rules, *, asynchronous: bool) -> None:
     if rules.max_attempts is None:
         return
-    check_side(store, asynchronous)
-    verb = "inspect" if asynchronous else "inspect_sync"
-    if not hasattr(store, verb):
-        raise ConfigurationError(f"max_attempts needs a store with {verb}(), which {type(store).__name__} has not")
+    check_store(store, asynchronous, Counting if asynchronous else SyncCounting)
 
 
 def _runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:

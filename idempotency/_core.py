@@ -8,6 +8,7 @@ A store owns keys, an adapter translates, only :func:`judge` decides.
     running, lease live                      InProgress (time left)      Mismatch
     running, lease over, neither side holds  Execute (attempt + 1)       Mismatch
     running, lease over, held                Unknown                     Mismatch
+    running, over since the store looked     InProgress (no time left)   Mismatch
     unknown (held by the owner)              Unknown                     Mismatch
     done                                     Replay                      Mismatch
     done, result not kept                    Completed                   Mismatch
@@ -151,7 +152,9 @@ def judge(claim: Claim, record: Record) -> Verdict:
         case State.UNKNOWN:
             return Unknown()
         case State.RUNNING:
-            return InProgress(record.lease_left) if record.lease_left > 0 else Unknown()
+            # Not held: the lease ended since the store looked, and the next claim takes it over.
+            held = record.hold or claim.hold
+            return Unknown() if record.lease_left <= 0 and held else InProgress(max(record.lease_left, 0.0))
 
 
 def takes_over(claim: Claim, record: Record) -> bool:

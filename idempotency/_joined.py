@@ -7,17 +7,19 @@ all of it back. A duplicate waits for the row up to ``lock_timeout``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeGuard
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import SessionTransaction
 
+from idempotency._background import repeat
 from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._durations import DAY, seconds
 from idempotency._result import encode_failure
 from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
@@ -29,9 +31,6 @@ from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_c
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
-
-_KEEPING: set[asyncio.Task[None]] = set()
-"""What interrupted operations are still to record: the event loop alone does not keep a task."""
 
 
 class Joined:
@@ -54,6 +53,8 @@ class Joined:
         turns = self._store.turns
         if turns is None:
             return await self._run(claim, work, self._wait)
+        if turns.taken and (known := await self._look(claim)) is not None:
+            return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
@@ -62,6 +63,13 @@ class Joined:
         finally:
             if left is not None:
                 turns.give()
+
+    async def _look(self, claim: Claim) -> Ended | None:
+        """Say what is known of a key that is not free, which is read without a turn: a replay waits for no writer."""
+        async with self._sessions() as session:
+            record = await self._store.look_in(session, claim)
+        verdict = judged(claim, record)
+        return None if record is None or isinstance(verdict, Execute) else verdict
 
     async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], wait: float) -> Ended:
         transaction = Transaction(self._store, self._sessions, claim)
@@ -72,7 +80,7 @@ class Joined:
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
             transaction.bind()
             keeps = keeps_failures(self._calls.policy)
-            savepoint = await transaction.session.begin_nested() if keeps else None
+            savepoint = await transaction.begin_nested() if keeps else None
             token = RUNNING.set(operation)
             try:
                 value = await work(transaction.session)
@@ -80,7 +88,7 @@ class Joined:
             except Exception as error:
                 outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
                 try:
-                    held = outcome != "release" and await _undone(savepoint)
+                    held = outcome != "release" and is_intact(savepoint) and await transaction.undo(savepoint)
                     return await self._failed(claim, operation, transaction, error, outcome, held)
                 except asyncio.CancelledError:
                     await self._stopped(claim, operation, transaction, error)
@@ -99,12 +107,10 @@ class Joined:
         deadline, tried, left = monotonic() + wait, False, wait
         while True:
             try:
-                record = await self._store.claim_in(transaction.session, claim, wait=left)
-                return judged(claim, record)
+                return judged(claim, await transaction.claim(left))
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
-                with begun_anew():
-                    await transaction.session.rollback()
+                await transaction.begin_anew()
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -162,10 +168,13 @@ class Joined:
             return
         # First, as this waits for a commit under way, and gives the row free that is claimed again.
         await transaction.close()
-        task = asyncio.get_running_loop().create_task(self._keep_anew(claim, operation, error, outcome))
-        _KEEPING.add(task)
-        task.add_done_callback(_KEEPING.discard)
-        await asyncio.wait({task}, timeout=self._store.timeout)
+
+        async def keep() -> bool:
+            await self._keep_anew(claim, operation, error, outcome)
+            return True
+
+        lease = self._calls.policy.lease
+        await asyncio.wait({repeat(keep, lease, lease)}, timeout=self._store.timeout)
 
     async def _keep_anew(self, claim: Claim, operation: Operation, error: BaseException, outcome: Outcome) -> None:
         transaction = Transaction(self._store, self._sessions, claim)
@@ -197,30 +206,16 @@ class Joined:
             self._calls.emit(kind, claim, operation.attempt, error)
 
 
-@contextmanager
-def begun_anew() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise StoreError("the connection was lost before the operation") from error
-
-
 def judged(claim: Claim, record: Record | None) -> Verdict:
     return InProgress(AGAIN_AFTER) if record is None else judge(claim, record)
 
 
-async def _undone(savepoint: AsyncSessionTransaction | None) -> bool:
-    """Undo the effect and keep the row; False where only the whole transaction can be undone.
+def is_intact(savepoint: SessionTransaction | None) -> TypeGuard[SessionTransaction]:
+    """Say whether rolling the savepoint back undoes the effect and keeps the row.
 
-    So it is where the operation has ended the savepoint, or the database everything, as a deadlock does.
+    It is not where the operation has ended the savepoint, or the database everything, as a deadlock does.
     """
-    if savepoint is None or not savepoint.is_active or was_closed(savepoint.session.sync_session):
-        return False
-    try:
-        await savepoint.rollback()
-    except Exception:
-        return False
-    return True
+    return savepoint is not None and savepoint.is_active and not was_closed(savepoint.session)
 
 
 def left_by(operation: Operation, policy: Policy, error: Exception) -> Outcome:
@@ -252,7 +247,7 @@ def keeps_failures(policy: Policy) -> bool:
 def without_lease(policy: Policy, lock_timeout: float) -> Policy:
     if policy.on_store_error == "fail_open":
         raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
-    if lock_timeout < 0:
+    if seconds("lock_timeout", lock_timeout, DAY) < 0:
         raise ConfigurationError(f"lock_timeout must not be negative: {lock_timeout!r}")
     # A crash rolls the effect back, so nothing of it is left to be unsure about.
     return replace(policy, on_crash="rerun")

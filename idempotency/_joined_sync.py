@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._calls import Calls, Ended, Raised, Ran
-from idempotency._core import Claim, Execute, InProgress, State, Verdict
-from idempotency._joined import AGAIN_AFTER, begun_anew, judged, keeps_failures, kept_as, left_by, raised, without_lease
+from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict
+from idempotency._joined import AGAIN_AFTER, is_intact, judged, keeps_failures, kept_as, left_by, raised, without_lease
 from idempotency._tell import kind_of
-from idempotency._transaction import check_left, check_sessions
-from idempotency.errors import StoreError, TransactionError
+from idempotency._transaction import check_left, check_sessions, naming_failures
+from idempotency.errors import IdempotencyError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
@@ -24,13 +27,17 @@ from idempotency.stores._sql_joined import (
     ConflictError,
     allow_commit,
     commit,
+    cut_off_session,
+    discard,
     failure_of,
     finish,
     give_back,
     keep_commit,
-    was_closed,
+    roll_back,
 )
 from idempotency.stores.sql import SQLStore
+
+T = TypeVar("T")
 
 
 class SyncJoined:
@@ -47,6 +54,8 @@ class SyncJoined:
         turns = self._store.turns
         if turns is None:
             return self._run(claim, work, self._wait)
+        if turns.taken_sync and (known := self._look(claim)) is not None:
+            return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
@@ -56,6 +65,13 @@ class SyncJoined:
             if left is not None:
                 turns.give_sync()
 
+    def _look(self, claim: Claim) -> Ended | None:
+        """See :meth:`Joined._look`."""
+        with self._sessions() as session:
+            record = self._store.look_in_sync(session, claim)
+        verdict = judged(claim, record)
+        return None if record is None or isinstance(verdict, Execute) else verdict
+
     def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
         transaction = _SyncTransaction(self._store, self._sessions, claim)
         try:
@@ -64,14 +80,14 @@ class SyncJoined:
                 return verdict
             operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
             transaction.bind()
-            savepoint = transaction.session.begin_nested() if keeps_failures(self._calls.policy) else None
+            savepoint = transaction.begin_nested() if keeps_failures(self._calls.policy) else None
             token = RUNNING.set(operation)
             try:
                 value = work(transaction.session)
                 transaction.flush()
             except Exception as error:
                 outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
-                held = outcome != "release" and _undone_sync(savepoint)
+                held = outcome != "release" and is_intact(savepoint) and transaction.undo(savepoint)
                 return self._failed(claim, operation, transaction, error, outcome, held)
             except BaseException as error:
                 self._stopped(claim, operation, transaction, error)
@@ -87,11 +103,10 @@ class SyncJoined:
         deadline, tried, left = monotonic() + wait, False, wait
         while True:
             try:
-                return judged(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
+                return judged(claim, transaction.claim(left))
             except ConflictError:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
-                with begun_anew():
-                    transaction.session.rollback()
+                transaction.begin_anew()
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -167,7 +182,7 @@ class SyncJoined:
 
 
 class _SyncTransaction:
-    """A session that is committed once, here, together with the record."""
+    """A session that is committed once, here, together with the record; see :class:`Transaction`."""
 
     def __init__(self, store: SQLStore, sessions: sessionmaker[Session], claim: Claim) -> None:
         self._store = store
@@ -175,72 +190,107 @@ class _SyncTransaction:
         self._claim = claim
         self.session: Session = sessions()
         self._root: SessionTransaction | None = None
+        self._discarded = False
         keep_commit(self.session)
 
+    def claim(self, wait: float) -> Record | None:
+        """See :meth:`Transaction.claim`."""
+        return self._do(
+            lambda session: self._store.claim_in_sync(session, self._claim, wait=wait),
+            math.ceil(wait) + 2 * self._store.timeout,
+        )
+
     def bind(self) -> None:
-        """See :meth:`idempotency._transaction.Transaction.bind`."""
+        """See :meth:`Transaction.bind`."""
         self._root = self.session.get_transaction()
 
+    def begin_nested(self) -> SessionTransaction:
+        """See :meth:`Transaction.begin_nested`."""
+        with naming_failures(self.session):
+            return self._do(lambda session: session.begin_nested())
+
+    def undo(self, savepoint: SessionTransaction) -> bool:
+        """See :meth:`Transaction.undo`."""
+        try:
+            self._do(lambda _: savepoint.rollback())
+        except Exception:
+            return False
+        return True
+
     def begin_anew(self) -> None:
-        """See :meth:`idempotency._transaction.Transaction.begin_anew`."""
+        """See :meth:`Transaction.begin_anew`."""
         self.roll_back()
+        if self._discarded:
+            self.session, self._discarded = self._sessions(), False
         keep_commit(self.session)
 
     def flush(self) -> None:
-        """See :meth:`idempotency._transaction.Transaction.flush`."""
+        """See :meth:`Transaction.flush`."""
         check_left(self.session, self._root)
-        self.session.flush()
+        with naming_failures(self.session):
+            self.session.flush()
 
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
-        """See :meth:`idempotency._transaction.Transaction.commit`."""
+        """See :meth:`Transaction.commit`."""
         try:
-            written = self._store.complete_in_sync(self.session, self._claim, result, state)
-            allow_commit(self.session)
-            if written:
-                commit(self.session)
-            else:
-                self.session.rollback()
-            finish(self.session)
-            return written
+            return self._do(lambda session: self._end(session, result, state))
         except Exception as error:
-            # Rolled back first: a transaction that is still open holds the row that is asked for next.
-            with suppress(Exception):
-                self.roll_back()
-            failure = failure_of(error)
-            # See there.
-            if self._committed(state, 0.0 if failure is error else self._store.timeout):
+            if self._discarded and isinstance(error, StoreError):
+                raise  # not answered in time: a look would take as long
+            failure = failure_of(error, self.session)
+            if self._committed_after_all(state, failure is error):
                 return True
             if failure is error:
                 raise
             raise failure from error
 
-    def _committed(self, state: State, wait: float) -> bool:
-        with self._sessions() as session:
-            record = self._store.claim_in_sync(session, self._claim, wait=wait)
+    def _end(self, session: Session, result: bytes | None, state: State) -> bool:
+        written = self._store.complete_in_sync(session, self._claim, result, state)
+        allow_commit(session)
+        if written:
+            commit(session)
+        else:
+            session.rollback()
+        finish(session)
+        return written
+
+    def _committed_after_all(self, state: State, answered: bool) -> bool:
+        """See :meth:`Transaction._committed_after_all`."""
+        self.roll_back()
+        look = _SyncTransaction(self._store, self._sessions, self._claim)
+        try:
+            record = look.claim(0.0 if answered else self._store.timeout)
+        finally:
+            look.close()
         return record is not None and record.token == self._claim.token and record.state is state
 
     def roll_back(self) -> None:
         """Undo the effect."""
-        allow_commit(self.session)
-        finish(self.session)
-        try:
-            self.session.rollback()
-        except Exception:
-            # The connection is gone, or was interrupted in mid-command: closed, it is rolled back by the server.
-            with suppress(Exception):
-                self.session.invalidate()
+        if not self._discarded:
+            with suppress(StoreError):  # not answered: its connection is closed
+                self._do(roll_back)
 
     def close(self) -> None:
         """Give the connection back."""
-        give_back(self.session)
+        if not self._discarded:
+            with suppress(StoreError):
+                self._do(give_back)
 
+    def _do(self, work: Callable[[Session], T], seconds: float = 0.0) -> T:
+        """Do one step, which ends in time; one that is cut off, or interrupted, is the last of its session."""
+        session, store = self.session, self._store
+        with store.watchdog.watch(seconds or store.timeout, partial(cut_off_session, session)) as watched:
+            try:
+                return work(session)
+            except BaseException as error:
+                if watched.cut and isinstance(error, Exception):
+                    self._discard()
+                    raise StoreError(f"the database gave no answer within {seconds or store.timeout:g} s") from error
+                if not isinstance(error, SQLAlchemyError | IdempotencyError):
+                    # Interrupted anywhere, as by a signal: nobody knows what the server is still going to send.
+                    self._discard()
+                raise
 
-def _undone_sync(savepoint: SessionTransaction | None) -> bool:
-    """See :func:`_undone`."""
-    if savepoint is None or not savepoint.is_active or was_closed(savepoint.session):
-        return False
-    try:
-        savepoint.rollback()
-    except Exception:
-        return False
-    return True
+    def _discard(self) -> None:
+        self._discarded = True
+        discard(self.session)

@@ -81,6 +81,8 @@ def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Resu
     nothing here knows how to keep it.
     """
     if codec is not None:
+        if not (callable(getattr(codec, "encode", None)) and callable(getattr(codec, "decode", None))):
+            raise ConfigurationError(f"codec must have encode(value) and decode(data): {type(codec).__name__} has not")
         return Results(_CUSTOM, codec.encode, codec.decode)
     annotation = _return_annotation(function)
     if annotation is bytes:

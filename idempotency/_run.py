@@ -6,10 +6,12 @@ It is used from one event loop at a time and knows neither HTTP nor any one stor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import itertools
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from idempotency._background import repeat
 from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency._transaction import Transaction
@@ -34,6 +36,9 @@ _MISSES = 5
 _MOMENT = 1.0
 """Seconds for which a cancelled request waits for its record."""
 
+_RETRACTION = 1.0
+"""Seconds after which a duplicate comes back that met a claim which is being released."""
+
 
 class Runner:
     """What all operations of one adapter share: the store, the event hook, and who is waiting."""
@@ -42,7 +47,9 @@ class Runner:
         self.store = store
         self._on_event = on_event
         self._waits: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[Record | None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        # The writes in the background, by the token of the claim that they belong to.
+        self._writes: dict[asyncio.Task[None], str] = {}
+        self._retracted: set[str] = set()
 
     def emit(
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
@@ -74,10 +81,15 @@ class Runner:
     async def _ask(self, claim: Claim) -> tuple[Verdict, float]:
         asked = asyncio.get_running_loop().time()
         try:
-            return judge(claim, await self.store.claim(claim)), asked
+            return self._judge(claim, await self.store.claim(claim)), asked
         except (StoreError, asyncio.CancelledError):
             self.let_go(claim)
             raise
+
+    def _judge(self, claim: Claim, record: Record) -> Verdict:
+        verdict = judge(claim, record)
+        # Held and over, but nothing ran under it, and it is about to be released: that is no unknown outcome.
+        return InProgress(_RETRACTION) if isinstance(verdict, Unknown) and record.token in self._retracted else verdict
 
     async def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
         loop = asyncio.get_running_loop()
@@ -92,7 +104,7 @@ class Runner:
                         else:
                             # One waiter per key asks the store; the others of this process wait for it.
                             record = await asyncio.shield(leader)
-                            verdict = judge(claim, record) if record is not None else verdict
+                            verdict = self._judge(claim, record) if record is not None else verdict
             except StoreError as error:
                 raise WaitFailedError(str(error)) from error
         return verdict, asked
@@ -106,7 +118,7 @@ class Runner:
                     # The claim comes after the watch began, so an end in between is not missed.
                     asked = loop.time()
                     record = await self.store.claim(claim)
-                    verdict = judge(claim, record)
+                    verdict = self._judge(claim, record)
                     left = deadline - loop.time()
                     if not isinstance(verdict, InProgress) or left <= 0:
                         break
@@ -130,50 +142,44 @@ class Runner:
         """Release a claim in the background that nothing runs under."""
         # The store may have applied the claim and only its answer is lost. While it is away, every request comes here:
         # beyond a number that is no burden to it, such claims are left to lapse.
-        if len(self._tasks) < _BACKLOG:
-            self._start(_retract(self.store, claim))
+        if len(self._writes) >= _BACKLOG:
+            return
+        misses = itertools.count(1)
 
-    def persist(self, write: Callable[[], Awaitable[None]], patience: float) -> asyncio.Task[None]:
-        """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed."""
-        return self._start(_persist(write, patience))
+        async def retract() -> bool:
+            # And again where nothing was found, because the store may apply the claim after its release.
+            return await self.store.release(claim) or next(misses) == _MISSES
 
-    def _start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
+        patience = max(claim.lease, _HELD) if claim.hold else claim.lease
+        self._retracted.add(claim.token)
+        task = self._note(repeat(retract, patience, claim.lease), claim)
+        task.add_done_callback(lambda _: self._retracted.discard(claim.token))
+
+    def persist(
+        self, write: Callable[[], Awaitable[None]], patience: float, claim: Claim | None = None
+    ) -> asyncio.Task[None]:
+        """Repeat a fenced write in the background, until the store answers or ``patience`` seconds have passed.
+
+        ``claim`` is the one whose owner :meth:`written` waits for.
+        """
+
+        async def written() -> bool:
+            await write()
+            return True
+
+        return self._note(repeat(written, patience, patience), claim)
+
+    def _note(self, task: asyncio.Task[None], claim: Claim | None) -> asyncio.Task[None]:
+        self._writes[task] = "" if claim is None else claim.token
+        task.add_done_callback(self._writes.pop)
         return task
 
-
-async def _persist(write: Callable[[], Awaitable[None]], patience: float) -> None:
-    async for _ in _pauses(patience):
-        with suppress(StoreError):
-            await write()
-            return
-
-
-async def _retract(store: Store, claim: Claim) -> None:
-    """Release a claim whose answer was lost; and again, because the store may apply it after it was told to release."""
-    # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
-    misses = 0
-    async for _ in _pauses(max(claim.lease, _HELD) if claim.hold else claim.lease):
-        with suppress(StoreError):
-            if await store.release(claim):
-                return
-            misses += 1
-            if misses == _MISSES:
-                return
-
-
-async def _pauses(seconds: float) -> AsyncIterator[None]:
-    """Give a turn at once, and more after growing pauses, for so many seconds."""
-    loop = asyncio.get_running_loop()
-    end, pause = loop.time() + seconds, 0.05
-    while True:
-        yield
-        if loop.time() + pause > end:
-            return
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, 2.0)
+    async def written(self, claim: Claim) -> None:
+        """Wait until nothing is written under ``claim`` in the background: for a lease at the most."""
+        mine = [task for task, token in self._writes.items() if token == claim.token]
+        if mine:
+            await asyncio.wait(mine, timeout=claim.lease)
 
 
 class Lease:
@@ -328,10 +334,11 @@ class Lease:
             # A release that was applied, and only its answer lost, is refused when it is repeated.
             self._emit(kind_of(outcome, kept) if written or outcome == "release" else "superseded")
 
-        return self._runner.persist(write, self._claim.lease)
+        return self._runner.persist(write, self._claim.lease, self._claim)
 
     async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
         try:
+            # The lease goes on meanwhile: what is flushed may take long.
             await transaction.flush()
             self.stop()
             if await transaction.commit(result):
@@ -341,7 +348,8 @@ class Lease:
             if isinstance(error, Exception) and not isinstance(error, StoreError):
                 # Nothing of it is left, for certain. What becomes of the key depends on the error, as the caller knows.
                 self._failure, self._ended = error, False
-            elif self._ended:
+            else:
+                self.stop()
                 self._failure = error if isinstance(error, StoreError) else StoreError("the commit was interrupted")
                 self._let_go(error)
             raise

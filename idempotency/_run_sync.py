@@ -13,10 +13,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 from time import monotonic, sleep
 from typing import Protocol
 
-from idempotency._core import Claim, Execute, InProgress, State, Told, Verdict, judge
+from idempotency._background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
+from idempotency._core import Claim, Execute, InProgress, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.events import EventHook, EventKind
@@ -38,6 +40,9 @@ _IDLE = 10.0
 _MISSES = 5
 """How often a release that finds nothing is repeated."""
 
+_RETRACTION = 1.0
+"""Seconds after which a duplicate comes back that met a claim which is being released."""
+
 
 class SyncRunner:
     """What all operations of one adapter share: the store, the event hook, and the thread that renews."""
@@ -47,7 +52,9 @@ class SyncRunner:
         self.beat = Beat()
         # Apart, as a slow store would keep the leases waiting behind them.
         self.writes = Beat()
+        self._unfinished = Unfinished()
         self._on_event = on_event
+        self._retracted: set[str] = set()
 
     def emit(
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
@@ -83,7 +90,12 @@ class SyncRunner:
 
     def _ask(self, claim: Claim) -> tuple[Verdict, float]:
         asked = monotonic()
-        return judge(claim, self.store.claim_sync(claim)), asked
+        record = self.store.claim_sync(claim)
+        verdict = judge(claim, record)
+        if isinstance(verdict, Unknown) and record.token in self._retracted:
+            # Held and over, but nothing ran under it, and it is about to be released: that is no unknown outcome.
+            verdict = InProgress(_RETRACTION)
+        return verdict, asked
 
     def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
         pause = 0.01
@@ -106,14 +118,31 @@ class SyncRunner:
         if self.writes.count(_Write) >= _BACKLOG:
             return
         misses = itertools.count(1)
+        self._retracted.add(claim.token)
         # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
         patience = max(claim.lease, _HELD) if claim.hold else claim.lease
-        self.persist(lambda: self.store.release_sync(claim) or next(misses) == _MISSES, patience)
+        self.persist(
+            lambda: self.store.release_sync(claim) or next(misses) == _MISSES,
+            patience,
+            claim.lease,
+            lambda: self._retracted.discard(claim.token),
+        )
 
-    def persist(self, write: Callable[[], bool], patience: float) -> None:
-        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds."""
+    def persist(
+        self,
+        write: Callable[[], bool],
+        patience: float,
+        lease: float = inf,
+        at_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds.
+
+        The interpreter does not exit before, but waits for ``lease`` seconds at the most. Then ``at_end`` is called.
+        """
         now = monotonic()
-        self.writes.at(now, _Write(write, now + patience))
+        job = _Write(write, now + patience, self._unfinished, at_end)
+        self._unfinished.begin(job, now + min(patience, lease))
+        self.writes.at(now, job)
 
 
 class Job(Protocol):
@@ -187,7 +216,7 @@ class Beat:
                 left = self._due[0][0] - monotonic() if self._due else _IDLE
                 if left <= 0:
                     return heapq.heappop(self._due)[2]
-                if not self._changed.wait(left) and not self._due:
+                if not self._changed.wait(min(left, threading.TIMEOUT_MAX)) and not self._due:
                     self._thread = None
                     return None
 
@@ -199,6 +228,7 @@ def _forked() -> None:
     # Of the threads only the one that forked goes on, and a lock may have been held by another.
     for beat in list(_beats):
         beat.set_up()
+    set_up_unfinished()
 
 
 if hasattr(os, "register_at_fork"):
@@ -208,21 +238,35 @@ if hasattr(os, "register_at_fork"):
 class _Write:
     """A write that is repeated after growing pauses."""
 
-    __slots__ = ("_end", "_pause", "_write")
+    __slots__ = ("_at_end", "_end", "_pause", "_unfinished", "_write")
 
     ended = False
 
-    def __init__(self, write: Callable[[], bool], end: float) -> None:
+    def __init__(
+        self, write: Callable[[], bool], end: float, unfinished: Unfinished, at_end: Callable[[], object]
+    ) -> None:
         self._write = write
         self._end = end
-        self._pause = 0.05
+        self._pause = FIRST_PAUSE
+        self._unfinished = unfinished
+        self._at_end = at_end
 
     def __call__(self) -> float | None:
+        again = None
+        try:
+            again = self._again()
+        finally:
+            if again is None:
+                self._unfinished.end(self)
+                self._at_end()
+        return again
+
+    def _again(self) -> float | None:
         with suppress(StoreError):
             if self._write():
                 return None
         again = monotonic() + self._pause
-        self._pause = min(self._pause * 2, 2.0)
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
         return again if again <= self._end else None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from idempotency._core import Claim, State
+from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
 
 if TYPE_CHECKING:
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
     from idempotency.stores.base import Store
     from idempotency.stores.sql import SQLStore
 
-_LEFT: set[asyncio.Task[None]] = set()
-"""Commits that were not answered in time, until they are: the event loop alone does not keep a task."""
+T = TypeVar("T")
 
 
 def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
@@ -34,7 +35,7 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
 
 def _check_level(sessions: Any) -> None:
     from idempotency.stores._sql_engines import level_of
-    from idempotency.stores._sql_joined import COMMITS_BY_ITSELF
+    from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
 
     engine = sessions.kw.get("bind")
     if engine is None:
@@ -65,6 +66,7 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     if not isinstance(sessions, kind):
         raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
     options: dict[str, Any] = getattr(sessions, "kw", {})
+    _check_kind(sessions.class_, options.get("bind"), kind)
     store.check_shared(options.get("bind"))
     if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
@@ -79,16 +81,46 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     return store
 
 
-class Transaction:
-    """A session that begins at its first use and is committed once, here, together with the record."""
+def _check_kind(session: type[Any], bind: object, kind: type[Any]) -> None:
+    """Refuse sessions, or an engine of theirs, that are awaited where they are not, and the reverse."""
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-    __slots__ = ("_claim", "_deadline", "_ending", "_root", "_session", "_sessions", "_store", "settled")
+    awaited = kind is async_sessionmaker
+    if issubclass(session, AsyncSession) is not awaited:
+        raise ConfigurationError(f"the sessions are {session.__name__}s: give session= a plain {kind.__name__}(engine)")
+    if isinstance(bind, Engine if awaited else AsyncEngine):
+        maker = "create_async_engine" if awaited else "create_engine"
+        raise ConfigurationError(
+            f"the {kind.__name__} of session= has an {type(bind).__name__}: give it the engine of {maker}(...)"
+        )
+
+
+class Transaction:
+    """A session that begins at its first use and is committed once, here, together with the record.
+
+    What the library itself does with the session is a step: it ends in time, or its connection is cut off and nothing
+    else is done with the session. So it is when the caller is cancelled in a step other than the commit.
+    """
+
+    __slots__ = (
+        "_abandoned",
+        "_claim",
+        "_deadline",
+        "_ending",
+        "_root",
+        "_session",
+        "_sessions",
+        "_store",
+        "settled",
+    )
 
     def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
         self._store = store
         self._sessions = sessions
         self._claim = claim
         self._session: AsyncSession | None = None
+        self._abandoned = False
         self._deadline = 0.0
         self._ending: asyncio.Task[bool] | None = None
         self._root: SessionTransaction | None = None
@@ -96,8 +128,8 @@ class Transaction:
 
     @property
     def used(self) -> bool:
-        """Say whether the operation has asked for the session."""
-        return self._session is not None
+        """Say whether there is a session whose effect is still to be committed or rolled back."""
+        return self._session is not None and not self._abandoned
 
     @property
     def session(self) -> AsyncSession:
@@ -115,26 +147,49 @@ class Transaction:
             keep_commit(self._session.sync_session)
         return self._session
 
+    async def claim(self, wait: float) -> Record | None:
+        """Claim in this transaction; see :meth:`~idempotency.stores.sql.SQLStore.claim_in`."""
+        # The claim bounds itself. Should it not end by that, it is not waited for.
+        seconds = math.ceil(wait) + 2 * self._store.timeout
+        return await self._step(self._store.claim_in(self._opened, self._claim, wait=wait), seconds)
+
     def bind(self) -> None:
         """Insist on the transaction that is open now, because the record is in it."""
         self._root = self._opened.sync_session.get_transaction()
 
+    async def begin_nested(self) -> SessionTransaction:
+        """Begin a savepoint."""
+        with naming_failures(self._opened.sync_session):
+            return await self._do(lambda session: session.begin_nested())
+
+    async def undo(self, savepoint: SessionTransaction) -> bool:
+        """Roll a savepoint back; False where that failed, and only the whole transaction can be undone."""
+        try:
+            await self._do(lambda _: savepoint.rollback())
+        except Exception:
+            return False
+        return True
+
     async def begin_anew(self) -> None:
-        """Undo everything, and let the same session begin once more."""
+        """Undo everything, and begin once more."""
         from idempotency.stores._sql_joined import keep_commit
 
         await self.roll_back()
+        if self._abandoned:
+            self._session, self._abandoned = None, False
         keep_commit(self._opened.sync_session)
 
     async def flush(self) -> None:
-        """Send what is pending, so that what the database refuses is raised as the operation's own error.
+        """Send what is pending, however long it takes: what the database refuses is the operation's own error.
 
-        Raises :class:`~idempotency.errors.TransactionError` where the operation has thrown its effect away by itself.
+        Raises :class:`~idempotency.errors.TransactionError` where the operation has thrown its effect away by itself,
+        and :class:`~idempotency.errors.StoreError` where a retry may not meet the failure again, as a lost connection.
         """
         pending = self._opened
         check_left(pending.sync_session, self._root)
         if pending.new or pending.dirty or pending.deleted:
-            await pending.flush()
+            with naming_failures(pending.sync_session):
+                await self._step(pending.flush(), None)
 
     async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """Write ``result`` behind the effect and commit both; False, and both rolled back, for a superseded owner.
@@ -143,28 +198,21 @@ class Transaction:
         refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
         or nobody can say.
         """
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + self._store.timeout
-        self._ending = loop.create_task(self._commit(result, state))
-        done, _ = await asyncio.wait({self._ending}, timeout=self._store.timeout)
-        if not done:
-            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s")
-        return self._ending.result()
-
-    async def _commit(self, result: bytes | None, state: State) -> bool:
         from idempotency.stores._sql_joined import failure_of
 
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + self._store.timeout
+        # Both in one step of SQLAlchemy's, each of which is a switch to a greenlet and back.
+        self._ending = loop.create_task(self._opened.run_sync(self._end, result, state))
+        done, _ = await asyncio.wait({self._ending}, timeout=self._store.timeout)
+        if not done:
+            self._abandon(self._ending)
+            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s")
         try:
-            # Both in one step of SQLAlchemy's, each of which is a switch to a greenlet and back.
-            return await self._opened.run_sync(self._end, result, state)
+            return self._ending.result()
         except Exception as error:
-            # Rolled back first: a transaction that is still open holds the row that is asked for next.
-            with suppress(Exception):
-                await self.roll_back()
-            failure = failure_of(error)
-            # The commit may have been applied and only its answer lost. The record says so: they are one. What was
-            # answered is not under way: a row that is held by now is another's.
-            if await self._committed(state, 0.0 if failure is error else self._store.timeout):
+            failure = failure_of(error, self._opened.sync_session)
+            if await self._committed_after_all(state, failure is error):
                 return True
             if failure is error:
                 raise
@@ -182,57 +230,101 @@ class Transaction:
         finish(session)
         return written
 
-    async def _committed(self, state: State, wait: float) -> bool:
-        # This claim waits for the row while the commit is still under way in the server, where a mere look would not,
-        # and is rolled back.
-        async with self._sessions() as session:
-            record = await self._store.claim_in(session, self._claim, wait=wait)
+    async def _committed_after_all(self, state: State, answered: bool) -> bool:
+        """Say whether a commit that failed was applied, and only its answer lost. The record says so: they are one."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                # Rolled back first: a transaction that is still open holds the row that is asked for next.
+                await self.roll_back()
+                # This claim waits for the row while the commit is still under way in the server, where a mere look
+                # would not. What was answered is not under way: a row that is held by now is another's.
+                look = Transaction(self._store, self._sessions, self._claim)
+                try:
+                    record = await look.claim(0.0 if answered else self._store.timeout)
+                finally:
+                    await look.close()
+        except TimeoutError as error:
+            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s") from error
         return record is not None and record.token == self._claim.token and record.state is state
 
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
-        if self._session is not None:
-            from idempotency.stores._sql_joined import allow_commit, finish
+        if self.used:
+            from idempotency.stores._sql_joined import roll_back
 
-            allow_commit(self._session.sync_session)
-            finish(self._session.sync_session)
-            try:
-                await self._session.rollback()
-            except Exception:
-                # The connection is gone, or was interrupted in mid-command: closed, it is rolled back by the server.
-                with suppress(Exception):
-                    await self._session.invalidate()
+            with suppress(StoreError):  # not answered: its connection is closed
+                await self._do(roll_back)
 
     async def close(self) -> None:
         """Give the connection back, after the commit under way if there is one.
 
-        A commit that is not answered in time holds up nobody: its connection is given back when it ends.
+        A commit that is not answered in time holds up nobody: it is abandoned.
         """
-        if self._ending is not None and not self._ending.done():
-            left = self._deadline - asyncio.get_running_loop().time()
-            done, _ = await asyncio.wait({self._ending}, timeout=max(0.0, left))
-            if not done:
-                task = asyncio.get_running_loop().create_task(self._see_off(self._ending))
-                _LEFT.add(task)
-                task.add_done_callback(_LEFT.discard)
-                return
-        if self._session is None:
+        if self._ending is not None and not self._abandoned:
+            await self._see_off(self._ending)
+        if not self.used:
             return
-        if not self._session.in_transaction():
+        session = self._opened
+        if not session.in_transaction():
             # There is no connection to give back, so nothing to wait for.
-            self._session.sync_session.close()
+            session.sync_session.close()
             return
         from idempotency.stores._sql_joined import give_back
 
-        await self._session.run_sync(give_back)
+        with suppress(StoreError):
+            await self._do(give_back)
 
     async def _see_off(self, ending: asyncio.Task[bool]) -> None:
-        await asyncio.wait({ending})
-        if not ending.cancelled():
-            ending.exception()  # told as unknown long ago; one that nobody asks for would be reported
-        from idempotency.stores._sql_joined import give_back
+        if not ending.done():
+            try:
+                await asyncio.wait({ending}, timeout=max(0.0, self._deadline - asyncio.get_running_loop().time()))
+            except asyncio.CancelledError:
+                self._abandon(ending)
+                raise
+        if not ending.done():
+            self._abandon(ending)
+        elif not ending.cancelled():
+            ending.exception()  # where its caller was cancelled nobody has asked for it, and it would be reported
 
-        await self._opened.run_sync(give_back)
+    async def _do(self, work: Callable[[Session], T]) -> T:
+        return await self._step(self._opened.run_sync(work), self._store.timeout)
+
+    async def _step(self, step: Coroutine[Any, Any, T], seconds: float | None) -> T:
+        task = asyncio.get_running_loop().create_task(step)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=seconds)
+        except asyncio.CancelledError:
+            self._abandon(task)
+            raise
+        if not done:
+            self._abandon(task)
+            raise StoreError(f"the database gave no answer within {seconds:g} s")
+        return task.result()
+
+    def _abandon(self, step: asyncio.Task[Any]) -> None:
+        """Leave the session to ``step``, which nobody waits for any more, until it has ended; then discard it."""
+        from idempotency.stores._sql_joined import cut_off_session, discard, finish
+
+        session = self._opened
+        self._abandoned = True
+        finish(session.sync_session)
+        self._store.abandoned.add(
+            step, partial(cut_off_session, session.sync_session), partial(session.run_sync, discard)
+        )
+
+
+@contextmanager
+def naming_failures(session: Session) -> Iterator[None]:
+    """Raise what the library's own statements in ``session`` meet by what failed, wherever they stand."""
+    from idempotency.stores._sql_joined import failure_of
+
+    try:
+        yield
+    except Exception as error:
+        failure = failure_of(error, session)
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def check_left(session: Session, root: SessionTransaction | None) -> None:

@@ -18,6 +18,16 @@ class Turns:
         self._threads = threading.Lock()
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
+    @property
+    def taken(self) -> bool:
+        """Say whether it is another's turn in this event loop."""
+        return self._here().locked()
+
+    @property
+    def taken_sync(self) -> bool:
+        """Say whether it is another thread's turn."""
+        return self._threads.locked()
+
     async def take(self, wait: float) -> float | None:
         """Wait up to ``wait`` seconds, and return how many of them are left; None: it is still another's turn."""
         turn, since = self._here(), monotonic()

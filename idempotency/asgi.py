@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+import signal
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
+from idempotency._background import drain
 from idempotency._core import (
     Claim,
     Completed,
@@ -21,6 +24,8 @@ from idempotency._core import (
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
+from idempotency._http.disconnect import Disconnect
+from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
 from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.problem import DRAFT, check_docs, problem_response
@@ -28,6 +33,7 @@ from idempotency._http.routes import Routes
 from idempotency._run import Lease, Runner
 from idempotency._transaction import transactions
 from idempotency.errors import (
+    BodyInvalidError,
     ConfigurationError,
     IdempotencyError,
     InProgressError,
@@ -45,7 +51,7 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Store
+from idempotency.stores.base import Store, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -59,6 +65,9 @@ CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
 _SERVER_ERROR = encode_response(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
 
 
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
+
+
 class IdempotencyMiddleware:
     """Make retried requests that carry an ``Idempotency-Key`` take effect once.
 
@@ -70,8 +79,9 @@ class IdempotencyMiddleware:
     the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
     and committed with the recorded response, before the response is sent. Handlers do not commit it.
     ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
-    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name. None is the opt-out: one
-    key space for all callers, in which one caller's key answers another with the first one's response.
+    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; what it raises is
+    answered as a handler's exception. None is the opt-out: one key space for all callers, in which one caller's key
+    answers another with the first one's response.
     ``secret``: makes the stored digests of callers and requests keyed (HMAC); give it where the store is readable by
     people who should not test guesses.
     ``header_name`` of the key, default ``Idempotency-Key``; ``replayed_header`` marks replays, default
@@ -101,8 +111,11 @@ class IdempotencyMiddleware:
     ) -> None:
         if scope is not None and scope != "authorization" and not callable(scope):
             raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
-        if not isinstance(store, str) and not callable(getattr(store, "claim", None)):
-            raise ConfigurationError(f"store must be a Store or a URL, not {type(store).__name__}")
+        for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
+            if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+                raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
+        if secret is not None and (not isinstance(secret, str | bytes) or not secret):
+            raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
         if not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
@@ -114,7 +127,10 @@ class IdempotencyMiddleware:
         self.docs = check_docs(docs)
         self._routes = Routes(policy if policy is not None else Policy(), policies or {})
         self._opened = isinstance(store, str)
-        self.runner = Runner(open_store(store) if isinstance(store, str) else store, on_event)
+        self._hears_of_stop = False
+        opened = open_store(store) if isinstance(store, str) else store
+        check_store(opened, asynchronous=True)
+        self.runner = Runner(opened, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
         self.transactions = None if session is None else transactions(self.runner.store, session)
@@ -125,20 +141,50 @@ class IdempotencyMiddleware:
             # Some servers hand on the method as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), _route_path(scope))
             if policy is not None:
-                await _Exchange(self, policy, scope, receive, send).run()
+                exchange = _Exchange(self, policy, scope, receive, send)
+                await exchange.run()
+                if not self._hears_of_stop and _stops_gracefully():
+                    # The answer is out. A server that stops waits for its requests, and for nothing else.
+                    await exchange.written()
                 return
-        elif scope["type"] == "lifespan" and self._opened:
-            await self.app(scope, receive, self._close_after(send))
+        elif scope["type"] == "lifespan":
+            await self.app(scope, _drain_after(receive), self._close_after(send))
             return
         await self.app(scope, receive, send)
 
     def _close_after(self, send: Send) -> Send:
         async def send_and_close(message: MutableMapping[str, Any]) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
-                await self.runner.store.aclose()
+            match message["type"]:
+                case "lifespan.startup.complete":
+                    self._hears_of_stop = True
+                case "lifespan.shutdown.complete" | "lifespan.shutdown.failed":
+                    await drain()
+                    if self._opened:
+                        await self.runner.store.aclose()
             await send(message)
 
         return send_and_close
+
+
+def _stops_gracefully() -> bool:
+    """Say whether the process goes on after a SIGTERM, as servers do to wait for their requests."""
+    return signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+def _drain_after(receive: Receive) -> Receive:
+    """Finish what is still to be recorded before the application, at its end, closes what that is recorded with."""
+
+    async def receive_and_drain() -> MutableMapping[str, Any]:
+        message = await receive()
+        if message["type"] == "lifespan.shutdown":
+            await drain()
+        return message
+
+    return receive_and_drain
+
+
+class _AnsweredError(Exception):
+    """A callable of the user's raised, and the application's answer to that is sent."""
 
 
 class _NoResponse(BaseException):
@@ -148,7 +194,7 @@ class _NoResponse(BaseException):
 class _Exchange:
     """One request to a protected route: parse, scope, fingerprint, claim, run, record, send."""
 
-    __slots__ = ("_claim", "_lease", "_policy", "_receive", "_scope", "_send", "_shared")
+    __slots__ = ("_claim", "_lease", "_outer_state", "_policy", "_receive", "_scope", "_send", "_shared", "_state")
 
     def __init__(
         self, shared: IdempotencyMiddleware, policy: Policy, scope: Scope, receive: Receive, send: Send
@@ -181,17 +227,28 @@ class _Exchange:
         except (KeyMissingError, KeyInvalidError, RequestTooLargeError) as error:
             await self._refuse("refused", error)
             return
-        except DisconnectedError:
+        except (DisconnectedError, _AnsweredError):
             return
         try:
             await self._keyed(key, caller, body)
+        except _AnsweredError:
+            return
         finally:
             body.close()
 
+    async def written(self) -> None:
+        """Wait until what is written in the background for this request is written: for a lease at the most."""
+        if self._claim is not None:
+            await self._shared.runner.written(self._claim)
+
     def _is_protected_already(self, key: str) -> bool:
         """Say whether the middleware was added twice, as to an application and one mounted in it."""
-        outer = self._scope.get("state", {}).get("idempotency")
-        return isinstance(outer, Operation) and (outer.key, outer.name) == (key, self._name())
+        # Seen in both places: some servers share a state among requests, and a task that outlives its request keeps
+        # its context.
+        outer = RUNNING.get()
+        if outer is None or (outer.key, outer.name) != (key, self._name()):
+            return False
+        return _state_of(self._scope.get("state")).get("idempotency") is outer
 
     async def _caller(self) -> str:
         caller, secret = self._shared.caller, self._shared.secret
@@ -201,8 +258,26 @@ class _Exchange:
             return authorization_scope(self._scope["headers"], secret)
         from starlette.requests import Request
 
-        name = caller(Request(self._scope))
-        return scope_text(await name if inspect.isawaitable(name) else name, secret)
+        return scope_text(await self._call(caller, Request(self._scope), self._receive), secret)
+
+    async def _call(self, function: Callable[[Request], Any], request: Request, receive: Receive) -> Any:
+        """Call what the user gave; what it raises is answered as if a handler had raised it."""
+        from idempotency._http.callables import ReadRequest, answer
+
+        try:
+            value = function(request)
+            return await value if inspect.isawaitable(value) else value
+        except Exception as error:
+            if isinstance(request, ReadRequest) and request.is_malformed(error):
+                await self._refuse("refused", BodyInvalidError())
+                raise _AnsweredError from error
+            self._enter_state(None)
+            if not await answer(error, self._shared.app, self._scope, receive, self._send):
+                raise
+            self._emit("refused", error)
+            raise _AnsweredError from error
+        finally:
+            await request.close()  # of the files of a form that it has read
 
     async def _read(self) -> Body:
         limit = self._policy.max_request
@@ -228,10 +303,10 @@ class _Exchange:
             )
             digest = parsed or digest
         elif callable(rule):
-            from starlette.requests import Request
+            from idempotency._http.callables import ReadRequest
 
-            value = rule(Request(scope, body.receive(self._receive)))
-            digest = value_digest(await value if inspect.isawaitable(value) else value)
+            request = ReadRequest(scope, body.receive(self._receive))
+            digest = value_digest(await self._call(rule, request, body.receive(self._receive)))
         content_type = self._header(b"content-type")
         return fingerprint(
             scope["method"], scope["path"], scope["query_string"], content_type, digest, self._shared.secret
@@ -280,12 +355,13 @@ class _Exchange:
         return cap if preferred is None else min(preferred, cap)
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
-        capture = ResponseCapture(self._send, self._policy.max_response, self._settle)
-        state = self._scope.setdefault("state", {})
-        before, state["idempotency"] = state.get("idempotency"), operation
+        disconnect = Disconnect(receive, lambda context: context.get(RUNNING) is operation)
+        stacks = ExitStacks(self._scope, self._shared.app)
+        capture = ResponseCapture(self._send, self._policy.max_response, self._settle, disconnect, stacks)
+        self._enter_state(operation)
         token = RUNNING.set(operation)
         try:
-            await self._shared.app(self._scope, capture.listening(receive), capture)
+            await self._shared.app(self._scope, disconnect, capture)
             await capture.flush()
             if not self._lease.ended:
                 await self._failed(_NoResponse())
@@ -296,12 +372,32 @@ class _Exchange:
                 await self._failed(error)
             raise
         finally:
-            # Requests that are made from this one's scope, as by a batch endpoint, share its state.
-            state["idempotency"] = before
+            disconnect.tell()
+            self._leave_state()
             RUNNING.reset(token)
             await self._lease.close()
 
+    def _enter_state(self, operation: Operation | None) -> None:
+        """Give the request a state of its own: some servers share one among requests, as batch endpoints do theirs."""
+        self._outer_state = self._scope.get("state")
+        self._state = self._scope["state"] = dict(_state_of(self._outer_state))
+        self._state["idempotency"] = operation
+
+    def _share_state(self) -> None:
+        """Show what stands outside what the application has put into the state."""
+        outer = _state_of(self._outer_state)
+        if len(self._state) > 1 and isinstance(outer, MutableMapping):
+            outer.update((name, value) for name, value in self._state.items() if name != "idempotency")
+
+    def _leave_state(self) -> None:
+        self._share_state()
+        # A task may outlive the request, with this state in its hands.
+        self._state["idempotency"] = None
+        if self._outer_state is not None and self._scope.get("state") is self._state:
+            self._scope["state"] = self._outer_state
+
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
+        self._share_state()
         outcome = self._lease.operation.settle(self._policy.outcome_of_status(status))
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
@@ -322,8 +418,16 @@ class _Exchange:
         await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error, failed=True)
 
     async def _unprotected(self, receive: Receive) -> None:
-        self._scope.setdefault("state", {})["idempotency"] = None
-        await self._shared.app(self._scope, receive, self._send)
+        state = _state_of(self._scope.setdefault("state", {}))
+        if isinstance(state, MutableMapping) and state.get("idempotency") is None:
+            state["idempotency"] = None
+            await self._shared.app(self._scope, receive, self._send)
+            return
+        self._enter_state(None)
+        try:
+            await self._shared.app(self._scope, receive, self._send)
+        finally:
+            self._leave_state()
 
     def _answer(self, told: Told) -> StoredResponse:
         match told:
@@ -366,6 +470,13 @@ def _route_path(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _state_of(state: object) -> Mapping[str, Any]:
+    """Return the mapping behind the ``state`` of a scope: ASGI's is one, Starlette's ``State`` wraps one."""
+    if not isinstance(state, dict):
+        state = getattr(state, "_state", state)
+    return state if isinstance(state, Mapping) else {}
 
 
 def _require_starlette() -> None:

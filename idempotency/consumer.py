@@ -196,6 +196,9 @@ def idempotent_consumer(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
+    for name, given in (("key", key), ("attempt", attempt)):
+        if given is not None and not callable(given):
+            raise ConfigurationError(f"{name} must be a callable that is given the message, not {type(given).__name__}")
     check_readers(key, fingerprint)
 
     def decorate(function: Callable[..., Any]) -> Any:

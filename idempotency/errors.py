@@ -26,6 +26,10 @@ class ConfigurationError(IdempotencyError, ValueError):
     title = "Idempotency is not configured correctly"
 
 
+class UnknownOptionError(ConfigurationError, TypeError):
+    """An option is given that there is not; a TypeError too, as Python raises of an argument that there is not."""
+
+
 class KeyMissingError(IdempotencyError):
     """The operation requires an idempotency key and the request has none (draft section 2.7)."""
 
@@ -50,6 +54,15 @@ class RequestTooLargeError(IdempotencyError):
     code = "request-too-large"
     status = 413
     title = "The request body is too large for an idempotent request"
+    safe_new_key = True
+
+
+class BodyInvalidError(IdempotencyError):
+    """The body of a keyed request is not what ``Policy.fingerprint``, a callable, reads it as."""
+
+    code = "body-invalid"
+    status = 400
+    title = "The request body is malformed"
     safe_new_key = True
 
 

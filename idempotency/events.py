@@ -21,7 +21,7 @@ EventKind = Literal[
     "mismatch",  # the key was used for something else
     "unknown",  # a duplicate was told that the outcome is unknown
     "unreadable",  # the record cannot be read
-    "refused",  # the request was refused before any store access: key missing or malformed, body too large
+    "refused",  # the request was refused before any store access: key missing, key or body malformed, body too large
     "superseded",  # the owner finished after its lease had passed to another; its result is not recorded
     "lease-lost",  # a running owner learned that its lease is gone
     "unavailable",  # the store failed before the operation, which did not run

@@ -29,7 +29,7 @@ from idempotency._result import Codec, results_of
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy
-from idempotency.stores.base import Store, SyncStore
+from idempotency.stores.base import Store, SyncStore, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -80,6 +80,10 @@ def idempotent(
     :class:`~idempotency.errors.StoreError`. Raises :class:`~idempotency.errors.ConfigurationError` at the decoration
     for what cannot work.
     """
+    if not callable(key):
+        raise ConfigurationError(f"key must be a callable that is given the arguments, not {type(key).__name__}")
+    if name is not None and (not isinstance(name, str) or not name):
+        raise ConfigurationError(f"name must be text, not {name!r}")
     check_readers(key, fingerprint, body=False)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -117,11 +121,8 @@ def _no_body() -> None: ...
 
 def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
     """Choose how the calls are held: under a lease, or joined with the transaction of a session."""
-    verb = "claim" if asynchronous else "claim_sync"
-    if not hasattr(store, verb):
-        raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {type(store).__name__}")
     if session is None:
-        check_side(store, asynchronous)
+        check_store(store, asynchronous)
         return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
     try:
         from idempotency._joined import Joined
@@ -130,12 +131,6 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined
     return joined(store, calls, session, lock_timeout).run
-
-
-def check_side(store: Any, asynchronous: bool) -> None:
-    """Refuse an SQLStore whose engine serves only the other kind of function by itself."""
-    if hasattr(store, "check_side"):
-        store.check_side(asynchronous)
 
 
 def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from idempotency._durations import seconds
 from idempotency.errors import ConfigurationError
 
 Outcome = Literal["store", "release", "hold"]
@@ -18,6 +18,10 @@ Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[b
 
 TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
 """Answers that say "not now", "not you" or "not here": the same request must be able to get another one."""
+
+
+_HTTP = ("required", "methods", "fingerprint", "max_request")
+"""What applies to HTTP requests alone."""
 
 
 class Seconds:
@@ -32,21 +36,18 @@ class Seconds:
     def __get__(self, policy: object | None, owner: type | None = None) -> float:
         if policy is None:
             return self._default
-        seconds: float = policy.__dict__[self._name]
-        return seconds
+        value: float = policy.__dict__[self._name]
+        return value
 
     def __set__(self, policy: object, value: float | timedelta) -> None:
-        seconds = value.total_seconds() if isinstance(value, timedelta) else value
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
-            raise ConfigurationError(f"{self._name} must be seconds or a timedelta, not {value!r}")
-        policy.__dict__[self._name] = float(seconds)
+        policy.__dict__[self._name] = seconds(self._name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Promise what one kind of operation is given. Immutable, checked when made, shared by any number of routes.
 
-    Durations are seconds, as a number or a ``timedelta``.
+    Durations are seconds, as a number or a ``timedelta``, at most 100,000,000,000 (3000 years).
 
     ``ttl``: how long a finished key replays, from its completion; a replay does not extend it. Default 86400 (a day).
     ``lease``: how long an owner may be silent before its key counts as abandoned; it is renewed every third of it.
@@ -108,6 +109,14 @@ class Policy:
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
             _one_of(f"outcomes[{rule!r}]", outcome, get_args(Outcome))
+
+    @property
+    def only_for_requests(self) -> list[str]:
+        """Name what is set of this policy that applies to HTTP requests alone."""
+        default = Policy()
+        names = [name for name in _HTTP if getattr(self, name) != getattr(default, name)]
+        rules = [rule for rule in self.outcomes if not isinstance(rule, type) and rule not in (500, "5xx")]
+        return [*names, *(f"outcomes[{rule!r}]" for rule in rules)]
 
     def outcome_of_status(self, status: int) -> Outcome:
         """Say what becomes of a key whose operation answered ``status``."""

@@ -53,7 +53,6 @@ def a_claim(fingerprint: bytes = ASKED, token: str = "second", hold: bool = Fals
     [
         (LIVE, InProgress(4.5), Mismatch()),
         (HELD_LIVE, InProgress(4.5), Mismatch()),
-        (LAPSED, Unknown(), Mismatch()),
         (HELD_LAPSED, Unknown(), Mismatch()),
         (replace(HELD_LAPSED, lease_left=-1e9), Unknown(), Mismatch()),
         (UNKNOWN, Unknown(), Mismatch()),
@@ -91,6 +90,13 @@ def test_duplicate_is_told(record: Record, same: Verdict, other: Verdict, hold: 
 def test_owner_is_told(record: Record, told: Verdict) -> None:
     """The owner runs what is not finished, however its answer got lost, and nothing that is."""
     assert judge(a_claim(token="first"), record) == told
+
+
+@pytest.mark.parametrize("left", [0.0, -0.001, -1e9])
+@pytest.mark.parametrize(("hold", "told"), [(False, InProgress(0.0)), (True, Unknown())])
+def test_duplicate_of_a_lease_that_ended_since_the_store_looked(left: float, hold: bool, told: Verdict) -> None:
+    """The next claim takes over what nobody holds; until then its operation may still be running."""
+    assert judge(a_claim(hold=hold), replace(LAPSED, lease_left=left)) == told
 
 
 def test_owner_runs_whatever_the_fingerprint() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from idempotency import Operation, Policy, current, idempotent
+from idempotency import Operation, Policy, current, drain, idempotent
 from idempotency._core import Claim, Execute, State, judge
 from idempotency.errors import (
     ConfigurationError,
@@ -417,12 +417,13 @@ def _returns_an_unknown() -> Broken:
 async def test_a_store_error_after_the_effect_is_no_failure() -> None:
     """A result that cannot be recorded is returned all the same."""
     events: list[str] = []
+    stores = [Broken("complete"), Broken("complete")]
 
-    @idempotent(Broken("complete"), key=lambda: "k", on_event=lambda event: events.append(event.kind))
+    @idempotent(stores[0], key=lambda: "k", on_event=lambda event: events.append(event.kind))
     async def asynchronous() -> str:
         return "done"
 
-    @idempotent(Broken("complete"), key=lambda: "k", on_event=lambda event: events.append(event.kind))
+    @idempotent(stores[1], key=lambda: "k", on_event=lambda event: events.append(event.kind))
     def synchronous() -> str:
         return "done"
 
@@ -430,6 +431,9 @@ async def test_a_store_error_after_the_effect_is_no_failure() -> None:
     assert events == ["unrecorded", "unrecorded"]
     with pytest.raises(InProgressError):
         synchronous()
+    for store in stores:
+        store.broken.clear()
+    await drain()
 
 
 async def test_a_result_that_cannot_be_kept_is_returned() -> None:

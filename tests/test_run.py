@@ -644,6 +644,20 @@ async def test_a_release_that_comes_before_its_claim_is_repeated():
 
 
 @travelling
+async def test_a_held_claim_that_is_being_released_is_no_unknown_outcome():
+    """Its answer was lost and its lease is over, but nothing ran under it: who asks is told to come back, then runs."""
+    desk = Desk()
+    desk.store.order("claim", "lost").order("release", *["fail"] * 20)
+    with pytest.raises(StoreError):
+        await desk.told(hold=True)
+    await asyncio.sleep(LEASE + 1)
+
+    assert await desk.told(hold=True) == InProgress(1.0)
+    await asyncio.sleep(60)
+    assert await desk.told(hold=True) == Execute(1)
+
+
+@travelling
 async def test_an_answer_later_than_its_lease_runs_nothing_at_once():
     """The lease it gave is over, and another owner may have recorded meanwhile: the store is asked again."""
     desk = Desk()

@@ -345,6 +345,25 @@ def test_a_held_claim_is_taken_back_long_after_its_lease(runner: SyncRunner, sto
     assert_free(runner, hold=True)
 
 
+def test_a_held_claim_that_is_being_released_is_no_unknown_outcome(
+    runner: SyncRunner, store: Faulty, clock: Clock
+) -> None:
+    """Its answer was lost and its lease is over, but nothing ran under it: who asks is told to come back, then runs."""
+    claim = a_claim(hold=True, lease=0.001)
+    store.broken = {"claim", "release"}
+    with pytest.raises(StoreError):
+        runner.claim(claim)
+    store.inner.claim_sync(claim)
+    time.sleep(0.002)
+    store.broken = {"release"}
+
+    assert runner.claim(a_claim(hold=True))[0] == InProgress(1.0)
+
+    clock.ahead += 60
+    store.broken = set()
+    assert_free(runner, hold=True)
+
+
 def test_a_store_that_is_away_is_not_asked_by_thousands(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
     """However many claims fail while it is away, those released in the background are limited, and given up."""
     store.broken = {"claim", "release"}

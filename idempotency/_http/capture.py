@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from idempotency._http.body import Message, Receive, Send
+from idempotency._http.body import Message, Send
 from idempotency._http.codec import Headers, StoredResponse
+from idempotency._http.disconnect import Disconnect
+from idempotency._http.exit_stacks import ExitStacks
 
 PATIENCE = 2.0
 """Seconds for which a response that comes in pieces is held back, before it goes out live and is not kept."""
@@ -22,31 +24,42 @@ class ResponseCapture:
     Judged by what was collected, never by the first ``more_body``: whatever ends within ``limit`` bytes is settled and
     then sent, so a client never holds a success that is not recorded. What is larger, an event stream, a file sent by
     path, one with trailers, or one still unfinished after :data:`PATIENCE` is settled without its body, then live.
+
+    Where ``stacks`` have something to run behind the response, which may fail and undo the effect, the response is
+    settled, and its end sent, once the application has returned; what goes out live does so unsettled.
     """
 
     __slots__ = (
         "_chunks",
-        "_gone",
+        "_disconnect",
+        "_end",
         "_late",
         "_limit",
+        "_live",
         "_lock",
+        "_returned",
         "_send",
         "_settle",
         "_settled",
         "_size",
+        "_stacks",
         "_start",
         "_timer",
     )
 
-    def __init__(self, send: Send, limit: int, settle: Settle) -> None:
+    def __init__(self, send: Send, limit: int, settle: Settle, disconnect: Disconnect, stacks: ExitStacks) -> None:
         self._send = send
         self._limit = limit
         self._settle = settle
+        self._disconnect = disconnect
+        self._stacks = stacks
         self._settled: bool | None = False  # None: something else was sent in its place, the rest is dropped
+        self._live = False  # begun to be sent, and not settled
+        self._returned = False
         self._start: Message | None = None
         self._chunks: list[bytes] = []
         self._size = 0
-        self._gone = False
+        self._end: list[Message] = []  # what waits for the application to return
         self._lock: asyncio.Lock | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._late: asyncio.Task[None] | None = None
@@ -59,23 +72,27 @@ class ResponseCapture:
         async with self._lock:
             await self._take(message)
 
-    def listening(self, receive: Receive) -> Receive:
-        """Make the ``receive`` that tells this capture when the application is told that the client is gone."""
-
-        async def listen() -> Message:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                self._gone = True
-            return message
-
-        return listen
-
     async def flush(self) -> None:
-        """Pass on, unkept, what a returning application has begun and not finished."""
+        """Settle and send what has waited for the application to return; pass on, unkept, what it did not finish.
+
+        Raises what failed behind the response, where a middleware of the application has swallowed it.
+        """
         if self._late is not None:
             await asyncio.wait([self._late])
-        if self._settled is False and self._start is not None:
+        if self._settled is not False or self._start is None:
+            return
+        if self._stacks.failure is not None:
+            raise self._stacks.failure
+        self._returned = True
+        end, self._end = self._end, []
+        if self._live:
+            await self._settle_live()
+        elif end:
+            await self._put(end.pop(0))
+        else:
             await self._go_live()
+        for message in end:
+            await self._pass(message)
 
     def drop(self) -> None:
         """Forget what a raising application has begun and what is not sent of it."""
@@ -87,25 +104,39 @@ class ResponseCapture:
         kind = message["type"]
         if self._settled is not False:
             await self._pass(message)
-        elif kind == "http.response.start":
+        elif kind == "http.response.start" and not self._live:
             # Once more, when the sending of another response was cancelled: this one stands in for it.
             # ASGI allows any iterable of headers, such as a generator: they are read more than once here.
             self._start = {**message, "headers": [*message.get("headers", ())]}
-            self._chunks, self._size = [], 0
+            self._chunks, self._size, self._end = [], 0, []
             if message.get("trailers", False) or _is_event_stream(self._start):
                 await self._go_live()
+        elif self._end:
+            self._end.append(message)
         elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
-            if self._start is None:
-                raise RuntimeError("The application sent a response body before the response start.")
             await self._take_content(message)
-        else:
-            await self._send(message)  # early hints, server push, debug: not part of the response
+        elif not self._disconnect.is_known:
+            # Early hints, server push, debug: not part of the response. A server that raises because the client is
+            # gone must not stop the application.
+            with suppress(OSError):
+                await self._send(message)
 
     async def _pass(self, message: Message) -> None:
-        if self._settled:
+        if self._settled or self._live:
             await self._send(message)
 
     async def _take_content(self, message: Message) -> None:
+        if self._start is None:
+            raise RuntimeError("The application sent a response body before the response start.")
+        if not message.get("more_body", False) and (self._live or self._stacks.watch()):
+            self._disarm()
+            self._end = [message]
+        elif self._live:
+            await self._send(message)
+        else:
+            await self._put(message)
+
+    async def _put(self, message: Message) -> None:
         chunk = message.get("body", b"")
         if message["type"] != "http.response.body" or self._size + len(chunk) > self._limit:
             await self._go_live()
@@ -114,7 +145,7 @@ class ResponseCapture:
         self._size += len(chunk)
         self._chunks.append(bytes(chunk))
         if not message.get("more_body", False):
-            if self._gone and not self._confirmed():
+            if self._disconnect.told_early and not self._confirmed():
                 # Told that nobody reads, the application may have stopped in the middle, and BaseHTTPMiddleware ends
                 # what stopped as if it were complete.
                 await self._go_live()
@@ -141,16 +172,30 @@ class ResponseCapture:
     async def _go_live_late(self) -> None:
         assert self._lock is not None
         async with self._lock:
-            if self._settled is False:
+            if self._settled is False and not self._live and not self._end:
                 # The client is gone, or nothing was committed: the application learns it at its own next send.
                 with suppress(Exception):
                     await self._go_live()
 
     async def _go_live(self) -> None:
-        await self._finish(None)
+        if not self._returned and self._stacks.watch():
+            assert self._start is not None
+            self._disarm()
+            self._live = True
+            self._disconnect.tell()
+            await self._send(self._start)
+        else:
+            await self._finish(None)
         if self._chunks:
             await self._pass({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": True})
             self._chunks = []
+
+    async def _settle_live(self) -> None:
+        start = self._start
+        assert start is not None
+        if await self._settle(start["status"], start["headers"], None) is not None:
+            raise RuntimeError("The response could not be recorded: what the client has of it stays incomplete.")
+        self._settled = True
 
     async def _finish(self, body: bytes | None) -> None:
         """Settle the response, then send its start, or what stands in for the whole."""
@@ -158,6 +203,7 @@ class ResponseCapture:
         start = self._start
         assert start is not None
         instead = await self._settle(start["status"], start["headers"], body)
+        self._disconnect.tell()
         if instead is None:
             self._settled = True
             await self._send(start)

@@ -93,8 +93,15 @@ def _delimiter(content_type: bytes | None) -> bytes:
 
 
 def value_digest(value: bytes | str) -> bytes:
-    """Digest what a callable ``Policy.fingerprint`` returned; text counts as its UTF-8 bytes."""
-    return _digest(b"value:1:", (value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value,), None)
+    """Digest what a callable ``Policy.fingerprint`` returned; text counts as its UTF-8 bytes.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for another type.
+    """
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    if not isinstance(value, bytes | bytearray):
+        raise ConfigurationError(f"fingerprint must return str or bytes, not {type(value).__name__}")
+    return _digest(b"value:1:", (value,), None)
 
 
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)

@@ -8,6 +8,7 @@ import re
 
 from idempotency._http.codec import StoredResponse
 from idempotency.errors import (
+    BodyInvalidError,
     ConfigurationError,
     IdempotencyError,
     InProgressError,
@@ -30,6 +31,7 @@ _URL = re.compile(r"https?://[A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+")
 _DETAILS = {
     KeyMissingError.code: "This operation requires a key that is unique to it; send one, and the same on every retry.",
     KeyInvalidError.code: "The field must hold one key, in the format the documentation describes.",
+    BodyInvalidError.code: "Send a body that is well-formed in its format.",
     RequestTooLargeError.code: "Send a smaller body.",
     InProgressError.code: "Send the same request again later to get its result.",
     KeyReusedError.code: "Repeat the request exactly as it was first sent, or send the new one with a new key.",

@@ -74,11 +74,14 @@ class Routes:
     """
 
     def __init__(self, policy: Policy, policies: Mapping[str, Policy | None]) -> None:
+        if not isinstance(policy, Policy) or not isinstance(policies, Mapping):
+            raise ConfigurationError("policy must be a Policy, and policies a mapping of routes to policies")
+        for name, value in policies.items():
+            if value is not None and not isinstance(value, Policy):
+                raise ConfigurationError(f"policies[{name!r}] must be a Policy or None, not {type(value).__name__}")
         routes = sorted((_parse(key, value) for key, value in policies.items()), key=lambda route: route.order)
         _refuse_twins(routes)
         used = (policy, *(route.policy for route in routes if route.policy is not None))
-        if not isinstance(policy, Policy) or not isinstance(policies, Mapping):
-            raise ConfigurationError("policy must be a Policy, and policies a mapping of routes to policies")
         self.calls_back = any(callable(each.fingerprint) for each in used)
         """Whether any policy has a callable fingerprint, which is given a request object."""
         methods = set(policy.methods)

@@ -23,6 +23,8 @@ from pathlib import PurePath
 from typing import Any, Protocol
 from uuid import UUID
 
+from idempotency._background import drain
+from idempotency._durations import DAY, seconds
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError, KeyMissingError
 
@@ -178,6 +180,8 @@ async def handle_all(
             await asyncio.wait(running)
     if errors:
         raise errors[0]
+    # Before the caller closes the store, its client or its engine.
+    await drain()
 
 
 async def _next(deliveries: AsyncIterator[Delivery], *stops: asyncio.Event) -> Delivery | None:
@@ -199,8 +203,12 @@ async def _take(deliveries: AsyncIterator[Delivery]) -> Delivery | None:
     return await anext(deliveries, None)
 
 
-def needs(handler: Any, *, asynchronous: bool) -> None:
-    """Refuse a handler that an adapter cannot call."""
+def needs(handler: Any, *, asynchronous: bool, concurrency: int = 1, pause: float = 1.0) -> None:
+    """Refuse a handler that an adapter cannot call, and numbers by which none would ever be called."""
+    if type(concurrency) is not int or concurrency < 1:
+        raise ConfigurationError(f"concurrency must be a number, at least 1, not {concurrency!r}")
+    if seconds("pause", pause, DAY) < 0:
+        raise ConfigurationError(f"pause must not be negative: {pause!r}")
     if not hasattr(handler, "deliver"):
         raise ConfigurationError("the handler must be decorated with idempotent_consumer")
     if asyncio.iscoroutinefunction(handler.deliver) is not asynchronous:

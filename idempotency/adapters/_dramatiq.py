@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dramatiq import Broker, Message
+from dramatiq.asyncio import get_event_loop_thread
 from dramatiq.broker import MessageProxy
 from dramatiq.errors import BrokerConnectionError
 from dramatiq.middleware import (
@@ -20,6 +21,7 @@ from dramatiq.middleware import (
 )
 from dramatiq.results import Results
 
+from idempotency._background import drain
 from idempotency._consume import Rules
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError, NotReplayableError
@@ -144,6 +146,12 @@ class _Redelivery(Middleware):
                 setattr(each, _FOLLOWS, _Counted(each))
             elif isinstance(each, Callbacks | Pipelines | Results):
                 setattr(each, _FOLLOWS, _Watched(each))
+
+    def before_worker_thread_shutdown(self, broker: Broker, thread: Any) -> None:
+        # The event loop of asynchronous actors is stopped later, without waiting for its tasks.
+        loop = get_event_loop_thread()
+        if loop is not None:
+            loop.run_coroutine(drain())
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         _DELIVERY.set(Delivery(message))

@@ -49,7 +49,7 @@ async def consume(
     Raises :class:`ConnectionError` when the channel is closed or the queue is deleted; over ``connect_robust()``
     aio-pika opens the channel again, and waits until the queue is there again.
     """
-    needs(handler, asynchronous=True)
+    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     await queue.channel.set_qos(prefetch_count=concurrency)
     stop, failed, taken, tag = stop or asyncio.Event(), asyncio.Event(), set[_Delivery](), f"idempotency-{uuid4().hex}"
     try:

@@ -31,6 +31,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
+from idempotency._background import drain
 from idempotency.adapters._delivery import as_bytes, handle, needs
 from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
@@ -63,7 +64,7 @@ async def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=True)
+    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     # There is no other way to ask.
     check_settings(topics, dead_letter, consumer._enable_auto_commit, consumer._auto_offset_reset)
     if consumer._group_id is None:
@@ -88,6 +89,8 @@ async def consume(
         raise errors.exceptions[0] from None
     if group.error is not None:
         raise group.error
+    # Before the caller closes the store, its client or its engine.
+    await drain()
 
 
 class _Group(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -38,9 +38,10 @@ from typing import Any, NoReturn, Unpack
 from celery.app.task import Task
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded, TaskPredicate
 from celery.exceptions import Retry as TaskRetry
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.imports import symbol_by_name
 
+from idempotency._background import drain_sync
 from idempotency._calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
 from idempotency.adapters._celery import (
     NEVER_ENCODED,
@@ -135,8 +136,14 @@ def idempotent_task(
     check_readers(key, fingerprint)
     given = _Given(store, key, consumer, fingerprint, pause, dead_letter, options)
     worker_process_init.connect(lambda **_: leave_connections(store, options.get("session")), weak=False)
+    # A child ends by os._exit, before which the interpreter waits for nothing.
+    worker_process_shutdown.connect(_drain)
     # A failure whose message is kept elsewhere is acknowledged.
     return type("IdempotentTask", (_IdempotentTask,), {"_given": given, "acks_on_failure": dead_letter is not None})
+
+
+def _drain(**_: Any) -> None:
+    drain_sync()
 
 
 class _IdempotentTask(Task):  # type: ignore[misc]

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from idempotency._background import drain_sync
 from idempotency.adapters._delivery import as_bytes, handle_sync, needs
 from idempotency.adapters._kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import DeadLetter, Delivered, Failed, Retry, SyncHandler
@@ -76,7 +77,7 @@ def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=False)
+    needs(handler, asynchronous=False, concurrency=concurrency, pause=pause)
     config = _DEFAULTS | dict(config)
     auto_commit = str(config["enable.auto.commit"]).lower() not in ("false", "f", "0")
     check_settings(topics, dead_letter, auto_commit, config["auto.offset.reset"])
@@ -87,6 +88,8 @@ def consume(
     try:
         stop = stop or threading.Event()
         _Group(consumer, told, handler, producer, dead_letter, concurrency, pause, stop).run(topics)
+        # Before the caller closes the store, its client or its engine.
+        drain_sync()
     finally:
         # It waits for the broker; whom it cannot say good-bye to finds out by the session time-out.
         closing = threading.Thread(target=consumer.close, name="idempotency-kafka-close", daemon=True)

@@ -54,7 +54,7 @@ async def consume(
     its stream, and the stream of ``dead_letter``. Raises :class:`~idempotency.errors.ConfigurationError` for what
     cannot work.
     """
-    needs(handler, asynchronous=True)
+    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     info = await subscription.consumer_info()
     ack_wait = _ack_wait(info.config)
     await _check_dead_letters(jetstream, info, dead_letter)

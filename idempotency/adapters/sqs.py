@@ -27,6 +27,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
+from idempotency._background import drain_sync
 from idempotency.adapters._delivery import KEY_HEADERS, REASON, as_bytes, handle_sync, header, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
@@ -90,6 +91,8 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
             running.difference_update([each for each in running if each.done() and not each.exception()])
     for each in running:
         each.result()
+    # Before the caller closes the store, its client or its engine.
+    drain_sync()
 
 
 def message_key(queue: str, message: Mapping[str, Any]) -> str:

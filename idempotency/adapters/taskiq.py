@@ -29,13 +29,14 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, Unpack, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
-from taskiq import Context, TaskiqMessage
+from taskiq import AsyncBroker, Context, TaskiqEvents, TaskiqMessage
 from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 
+from idempotency._background import drain
 from idempotency._calls import Fingerprint, check_readers, compared_by, is_async, name_of
 from idempotency.adapters._delivery import as_sent, missing
 from idempotency.adapters._taskiq import CONTEXT, take_dependencies
@@ -117,6 +118,7 @@ def idempotent_task(
         async def task(*args: Any, **kwargs: Any) -> Any:
             context = kwargs.pop(CONTEXT, None)
             if isinstance(context, Context):
+                _drain_at_end_of(context.broker)
                 delivery = _Delivery(context, dead_letter, pause, made.rules.unsettled)
                 return await delivery.handled(lambda: deliver(context, args, kwargs))
             if key is None:
@@ -130,6 +132,20 @@ def idempotent_task(
         return cast(Callable[P, R], task)
 
     return decorate
+
+
+_DRAINED: WeakSet[AsyncBroker] = WeakSet()
+
+
+def _drain_at_end_of(broker: AsyncBroker) -> None:
+    """Have a worker finish what is still to be recorded before anything else of its shutdown."""
+    if broker not in _DRAINED:
+        _DRAINED.add(broker)
+        broker.event_handlers[TaskiqEvents.WORKER_SHUTDOWN].insert(0, _drain)
+
+
+async def _drain(_: Any) -> None:
+    await drain()
 
 
 def _refuse_acknowledged(context: Context) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, UnknownOptionError
 from idempotency.stores.base import Housekeeping, Store, SyncStore
 
 __all__ = ["AnyStore", "Housekeeping", "Store", "SyncStore", "open_store"]
@@ -61,7 +64,7 @@ def _open_memory(url: str, options: dict[str, Any]) -> AnyStore:
 
     if url != "memory://":
         raise ConfigurationError("memory:// takes no host, path or query; give its options as arguments")
-    return MemoryStore(**options)
+    return _made(MemoryStore, options)
 
 
 def _open_redis(url: str, options: dict[str, Any]) -> AnyStore:
@@ -72,7 +75,7 @@ def _open_redis(url: str, options: dict[str, Any]) -> AnyStore:
     from idempotency.stores.redis import RedisStore
 
     try:
-        return RedisStore.from_url(url, **options)
+        return _made(partial(RedisStore.from_url, url), options)
     except ConfigurationError:
         raise
     except ValueError:
@@ -104,7 +107,19 @@ def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
         raise _not_installed(f"{scheme}://", _DRIVERS.get(module, module)) from error
     from idempotency.stores.sql import SQLStore
 
-    return SQLStore.from_url(url, **options)
+    return _made(partial(SQLStore.from_url, url), options)
+
+
+def _made(make: Callable[..., AnyStore], options: dict[str, Any]) -> AnyStore:
+    known = inspect.signature(make).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        # As Python itself says it of a call.
+        raise UnknownOptionError(
+            f"got an unexpected keyword argument {unknown[0]!r}; the store's options are "
+            f"{', '.join(name for name in known if name != 'url')}"
+        )
+    return make(**options)
 
 
 def _not_installed(scheme: str, requirement: str) -> ConfigurationError:

@@ -16,12 +16,11 @@ from importlib.resources import files
 from typing import Any
 
 from idempotency._core import FORMAT, Claim, Record, State
+from idempotency._durations import DAY, milliseconds, positive, seconds
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import Entry
 
 EVAL, EVALSHA = "EVAL", "EVALSHA"
-
-_LONGEST = 10**14  # ms, 3000 years: within what PEXPIRE takes and a Lua number holds
 
 
 class Script:
@@ -87,7 +86,7 @@ def inspect(key: bytes) -> Command:
 def resolve(key: bytes, outcome: str, result: bytes | None, ttl: float) -> Command:
     """Make the command of ``Housekeeping.resolve``; it replies 1 or 0."""
     state = b"%d" % State.DONE if outcome == "done" else b"0"
-    head = (b"1", key, _FORMAT, os.urandom(16).hex().encode(), state, _milliseconds(ttl))
+    head = (b"1", key, _FORMAT, os.urandom(16).hex().encode(), state, _milliseconds(seconds("ttl", ttl)))
     return _RESOLVE, head if result is None else (*head, result)
 
 
@@ -130,7 +129,7 @@ def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
         attempt=attempt,
         hold=hold == 1,
         age=age / 1000,
-        lease_left=left / 1000,
+        lease_left=max(left, -age) / 1000,
         expires_in=None if expires < 0 else expires / 1000,
         result_size=None if size < 0 else size,
         version=version,
@@ -160,19 +159,15 @@ class Durability:
     aof: bool = False
 
     def __post_init__(self) -> None:
-        if self.replicas < (0 if self.aof else 1) or self.timeout <= 0:
-            raise ConfigurationError(
-                f"durability needs at least one replica (or aof) and a positive timeout: {self.replicas!r}, "
-                f"{self.timeout!r}"
-            )
+        if self.replicas < (0 if self.aof else 1):
+            raise ConfigurationError(f"durability needs at least one replica, or aof: {self.replicas!r}")
+        positive("the durability's timeout", self.timeout, DAY)
 
     @property
     def command(self) -> tuple[Any, ...]:
         """The command that follows a write."""
-        milliseconds = max(1, round(self.timeout * 1000))
-        if self.aof:
-            return "WAITAOF", 1, self.replicas, milliseconds
-        return "WAIT", self.replicas, milliseconds
+        wait = milliseconds(self.timeout)
+        return ("WAITAOF", 1, self.replicas, wait) if self.aof else ("WAIT", self.replicas, wait)
 
     def met(self, reply: Any) -> bool:
         """Read the reply to :attr:`command`, which may be an error."""
@@ -209,5 +204,5 @@ def pack(name: bytes, head: bytes, rest: tuple[bytes, ...]) -> bytes:
     return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(values)
 
 
-def _milliseconds(seconds: float) -> bytes:
-    return b"%d" % max(1, min(round(seconds * 1000), _LONGEST))
+def _milliseconds(duration: float) -> bytes:
+    return b"%d" % milliseconds(duration)

@@ -20,6 +20,9 @@ _NOW = {
     "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
 }
 
+# A lease of 0 is over by every clock: one that is set back, and that of MariaDB, which stands still in a statement.
+_UNTIL = "CASE WHEN :lease > 0 THEN {now} + :lease ELSE 0 END"
+
 _SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
 _EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
 _RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
@@ -53,7 +56,7 @@ _COLUMNS = (
 )
 _VALUES = (
     f":id, :scope, :key, {FORMAT}, {State.RUNNING:d}, :token, :fingerprint, 1, :hold, :watched,"
-    " {now}, {now} + :lease, {now} + :keep"
+    " {now}, {until}, {now} + :keep"
 )
 
 _TAKE = f"""
@@ -62,22 +65,33 @@ ON CONFLICT (id) DO UPDATE SET
     attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
     hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
     created_ms = CASE WHEN {_EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
-    lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep, result = NULL
+    lease_until_ms = {{until}}, expires_ms = {{now}} + :keep, result = NULL
 WHERE {_FREE}
 RETURNING {_FOUND}"""
 
 _CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
 _LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
+# With how long the connection waits for the lock, and a row of NULLs where there is no record.
+_LOOK_WAITING = (
+    f"SELECT busy.timeout, {_FOUND}, {_FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
+)
+
+# What the client gives up must not wait in the server for ever: a lock_timeout for this statement alone, which is a
+# transaction of its own. It takes effect for a wait that begins after it was set.
+_BOUND = """bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', '{bound}', TRUE) AS applied
+)"""
+_BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "applied IS NOT NULL AND "}
 
 # ON CONFLICT locks the row it finds even where its WHERE is false: so nothing is inserted, and nothing locked, where
 # the statement already sees a row that does not pass to the claim. No row comes back when another transaction
 # committed after this statement began to look: it is repeated.
 _CLAIM_POSTGRESQL = f"""
-WITH seen AS (
+WITH {_BOUND}, seen AS (
     SELECT {_FOUND}, {{r}}watched, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
 ), won AS (
     INSERT INTO {{table}} AS r ({_COLUMNS})
-    SELECT {_VALUES} WHERE NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
+    SELECT {_VALUES} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
 ){{flag}}
 SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free{{flagged}}"""
 
@@ -101,8 +115,8 @@ SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN 
 
 # A watcher may rely on being told only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
-    UPDATE {{table}} SET watched = TRUE
-    WHERE id = :id AND state = {State.RUNNING:d} AND NOT watched
+    UPDATE {{table}} SET watched = TRUE FROM bound
+    WHERE applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
         AND EXISTS (SELECT 1 FROM seen WHERE NOT free AND NOT watched AND state = {State.RUNNING:d})
     RETURNING 1
 )"""
@@ -127,24 +141,30 @@ ON DUPLICATE KEY UPDATE
     result = IF({_OURS}, NULL, result),
     expires_ms = IF({_OURS}, VALUES(expires_ms), expires_ms)"""
 
+# {from}, {using} and {bounded} name the bound, where there is one: it is applied before a row is locked.
 _RENEW = (
-    f"UPDATE {{table}} SET lease_until_ms = {{now}} + :lease, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_RUNNING}"
+    "UPDATE {table} SET lease_until_ms = {until}, expires_ms = {now} + :keep{from}"
+    f" WHERE {{bounded}}{_MINE} AND {_RUNNING}"
 )
 _COMPLETE = (
-    f"UPDATE {{table}} SET state = :state, result = :result, expires_ms = {{now}} + :keep WHERE {_MINE} AND {_SANE}"
+    "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
+    f" WHERE {{bounded}}{_MINE} AND {_SANE}"
 )
 # The row is the transaction's own by its lock, or by its token: nobody else's claim found it expired.
 _COMPLETE_IN = (
-    "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep"
-    f" WHERE id = :id AND token = :token AND {_SANE}"
+    "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
+    f" WHERE {{bounded}}id = :id AND token = :token AND {_SANE}"
 )
-_RELEASE = f"DELETE FROM {{table}} WHERE {_MINE} AND {_RUNNING}"
+_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}{_MINE} AND {_RUNNING}"
 _SETTLE = (
-    f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token, expires_ms = {{now}} + :keep"
-    f" WHERE id = :id AND {_UNRESOLVED}"
+    f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token,"
+    f" expires_ms = {{now}} + :keep{{from}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
 )
-_FORGET = f"DELETE FROM {{table}} WHERE id = :id AND {_UNRESOLVED}"
-_DROP = f"DELETE FROM {{table}} WHERE id = :id AND NOT {_EXPIRED} AND NOT ({_RUNNING} AND lease_until_ms > {{now}})"
+_FORGET = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
+_DROP = (
+    f"DELETE FROM {{table}}{{using}}"
+    f" WHERE {{bounded}}id = :id AND NOT {_EXPIRED} AND NOT ({_RUNNING} AND lease_until_ms > {{now}})"
+)
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
 _EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
@@ -157,7 +177,7 @@ _PURGE = {
 
 # The watchers are told in the same statement, and only if there are any: commits that notify queue up for one lock.
 _TOLD = (
-    "WITH ended AS ({statement} RETURNING watched)"
+    f"WITH {_BOUND}, ended AS ({{statement}} RETURNING watched)"
     " SELECT CASE WHEN watched THEN pg_notify(:channel, :payload) IS NULL END FROM ended"
 )
 
@@ -173,51 +193,64 @@ _TYPES = {
 class Statements:
     """The statements of one table in one dialect, made once. ``dialect`` must have connected, to know its server.
 
+    ``bound`` is for how many seconds the server may wait for a lock in any of them; :attr:`claim_bounded` is given it.
     ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
     writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
     RETURNING, it is read afterwards.
     """
 
-    def __init__(self, dialect: Dialect, table: Table) -> None:
+    def __init__(self, dialect: Dialect, table: Table, bound: float) -> None:
         family = "mysql" if dialect.name == "mariadb" else dialect.name
         if family not in _NOW:
             raise ConfigurationError(f"SQLStore knows PostgreSQL, MariaDB, MySQL and SQLite, not {dialect.name}")
         quote = dialect.identifier_preparer
+        mariadb = bool(getattr(dialect, "is_mariadb", False))
         self._postgresql = family == "postgresql"
         # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
         self.bytes_as_hex = family == "mysql"
         self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self._words["until"] = _UNTIL.format(**self._words)
+        # A lock_timeout of 0 would mean to wait for ever.
+        self._words["bound"] = f"{max(1, round(bound * 1000))}ms"
+        self._words |= _BOUNDED if self._postgresql else dict.fromkeys(_BOUNDED, "")
+        # Fractions of a second, where innodb_lock_wait_timeout has whole ones only.
+        self._prefix = f"SET STATEMENT max_statement_time={bound:.3f} FOR " if mariadb else ""
         self.look_first = family == "sqlite"
-        self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
+        self.returns = family != "mysql" or mariadb
         self.look = self._text(_LOOK)
+        self.look_waiting = self._text(_LOOK_WAITING) if self.look_first else self.look
         self.look_locked = self._text(f"{_LOOK} FOR UPDATE") if family == "mysql" else self.look
-        self.claim, self.claim_watched = self._claims(family)
-        self.claim_bounded = self._text(_CLAIM_BOUNDED, r="r.") if self._postgresql else self.claim
+        self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
         told = _TOLD if self._postgresql else "{statement}"
-        self.renew = self._text(_RENEW)
-        self.complete = self._text(told.format(statement=_COMPLETE))
+        alone = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
+        self.renew = self._bounded(alone, _RENEW)
+        self.complete = self._bounded(told, _COMPLETE)
         # A row of what was hit, where the driver's way past its cursor counts none.
-        hit = f"{_COMPLETE_IN} RETURNING 1" if self.look_first else _COMPLETE_IN
-        self.complete_in = self._text(told.format(statement=hit))
-        self.release = self._text(told.format(statement=_RELEASE))
+        self.complete_in = self._bounded(told, f"{_COMPLETE_IN} RETURNING 1" if self.look_first else _COMPLETE_IN)
+        self.release = self._bounded(told, _RELEASE)
         self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
-        self.settle = self._text(_SETTLE)
-        self.forget = self._text(_FORGET)
-        self.drop = self._text(_DROP)
-        self.purge = self._text(_PURGE[family])
+        self.settle = self._bounded(alone, _SETTLE)
+        self.forget = self._bounded(alone, _FORGET)
+        self.drop = self._bounded(alone, _DROP)
+        self.purge = self._text(self._prefix + _PURGE[family])
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
 
-    def _claims(self, family: str) -> tuple[TextClause, TextClause]:
+    def _bounded(self, frame: str, statement: str) -> TextClause:
+        return self._text(self._prefix + frame.replace("{statement}", statement))
+
+    def _claims(self, family: str) -> tuple[TextClause, TextClause, TextClause]:
         if self._postgresql:
             bare = self._text(_CLAIM_POSTGRESQL, r="r.", flag="", flagged="")
             flag = _FLAG.format(**self._words)
-            return bare, self._text(_CLAIM_POSTGRESQL, r="r.", flag=flag, flagged=_FLAGGED)
+            watched = self._text(_CLAIM_POSTGRESQL, r="r.", flag=flag, flagged=_FLAGGED)
+            return bare, watched, self._text(_CLAIM_BOUNDED, r="r.")
         if self.look_first:
             claim = self._text(_CLAIM_SQLITE)
-        else:
-            claim = self._text(_CLAIM_MYSQL + (f" RETURNING {_FOUND}" if self.returns else ""))
-        return claim, claim
+            return claim, claim, claim
+        sql = _CLAIM_MYSQL + (f" RETURNING {_FOUND}" if self.returns else "")
+        claim = self._text(self._prefix + sql)
+        return claim, claim, self._text(sql)
 
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:
         sql = template.format(r=r, **self._words, **words)

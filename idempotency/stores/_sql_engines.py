@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,11 +9,13 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Dialect, Engine, Table, create_engine, event, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.stores._sql_bounded import Call
+from idempotency.stores._sql_driver import bound_of, in_transaction
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_verbs import Verbs
 
@@ -58,18 +58,31 @@ def read_url(url: str | URL) -> URL:
     except ImportError as error:
         remedy = _remedy(_ASYNC, parsed)
         raise ConfigurationError(f"{parsed.drivername} needs {error.name}: install it, or {remedy}") from error
-    if parsed.get_backend_name() not in _NAMES:
-        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {parsed.get_backend_name()}")
     return parsed
+
+
+def check_backend(url: URL) -> None:
+    """Refuse a database that the statements are not written for."""
+    if url.get_backend_name() not in _NAMES:
+        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {url.get_backend_name()}")
+
+
+def check_driver(url: URL, asynchronous: bool) -> None:
+    """Refuse a URL whose driver serves only the other kind of verbs."""
+    if asynchronous and not url.get_dialect(_is_async=True).is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
+        )
+    if not asynchronous and url.get_dialect().is_async:
+        raise ConfigurationError(
+            f"{url.drivername} is an asynchronous driver: {_remedy(_SYNC, url)}, or await the verbs"
+        )
 
 
 def open_async(url: URL, timeout: float) -> AsyncEngine:
     """Open an async engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is synchronous."""
-    if not url.get_dialect(_is_async=True).is_async:
-        raise ConfigurationError(
-            f"{url.drivername} is a synchronous driver: {_remedy(_ASYNC, url)}, or call the *_sync verbs"
-        )
-    options = {"timeout": _busy(timeout)} if url.get_backend_name() == "sqlite" else {}
+    check_driver(url, asynchronous=True)
+    options = {"timeout": bound_of(timeout)} if url.get_backend_name() == "sqlite" else {}
     engine = create_async_engine(url, connect_args=options)
     _prepare(engine.sync_engine)
     return engine
@@ -77,14 +90,11 @@ def open_async(url: URL, timeout: float) -> AsyncEngine:
 
 def open_sync(url: URL, timeout: float) -> Engine:
     """Open a sync engine; :class:`~idempotency.errors.ConfigurationError` when the URL's driver is asynchronous."""
+    check_driver(url, asynchronous=False)
     dialect = url.get_dialect()
-    if dialect.is_async:
-        raise ConfigurationError(
-            f"{url.drivername} is an asynchronous driver: {_remedy(_SYNC, url)}, or await the verbs"
-        )
     options: dict[str, Any] = {}
     if dialect.name == "sqlite":
-        options = {"timeout": _busy(timeout)}
+        options = {"timeout": bound_of(timeout)}
     elif dialect.driver == "pymysql":
         options = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), timeout)
     elif dialect.driver == "psycopg":
@@ -97,11 +107,6 @@ def open_sync(url: URL, timeout: float) -> Engine:
 def _remedy(drivers: dict[str, str], url: URL) -> str:
     name = url.get_backend_name()
     return f"use {drivers[name]}" if name in drivers else f"use one of {', '.join(drivers.values())}"
-
-
-def _busy(timeout: float) -> float:
-    # So that "database is locked" is heard before the verb is given up.
-    return timeout * 0.8
 
 
 def _prepare(engine: Engine) -> None:
@@ -117,21 +122,27 @@ def _write_ahead(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
+class OpenTransactionError(Exception):
+    """The pool gave a connection on which somebody's transaction is open."""
+
+
 class Database:
     """One engine's way to the table: connect, run a verb, and say in words what went wrong.
 
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
-    def __init__(self, engine: Engine, table: Table) -> None:
+    def __init__(self, engine: Engine, table: Table, timeout: float, owned: bool = False) -> None:
         self.engine = engine
         self._table = table
+        self._bound = bound_of(timeout)
         self._verbs: Verbs | None = None
         self._sqlite = engine.dialect.name == "sqlite"
+        # An engine of ours waits for no longer anyway.
+        self._lowers = self._sqlite and not owned
         self._created = not self._sqlite
         # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
-        postgresql = engine.dialect.name == "postgresql"
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT") if postgresql else None
+        self._autocommit = engine.dialect.name == "postgresql"
 
     @property
     def width(self) -> int:
@@ -153,7 +164,7 @@ class Database:
             except IdempotencyError:
                 raise
             except Exception as error:  # a driver whose connection dies raises what it likes
-                if not tries_left or call.left or not _again(error):
+                if not tries_left or call.abandoned or not _again(error):
                     raise self.failure(error) from getattr(error, "orig", None) or error
         raise AssertionError
 
@@ -162,12 +173,27 @@ class Database:
             with self.engine.begin() as connection:
                 create_schema(connection, self._table)
             self._created = True
-        autocommit = None if transaction else self._autocommit
-        with autocommit.connect() if autocommit else self.engine.begin() as connection:
+        with self.engine.connect() as connection:
             if self._verbs is None:
-                self._verbs = Verbs(connection.dialect, self._table)
-            call.driver = connection.connection.driver_connection
-            return work(self._verbs, connection)
+                self._verbs = Verbs(connection.dialect, self._table, self._bound, self._lowers)
+            call.driver, call.connection = connection.dialect.driver, connection.connection
+            if call.abandoned:
+                raise StoreError("nobody waits for it any more")
+            if in_transaction(call.driver, call.connection.driver_connection):
+                # Its end would decide on the verb, and the verb's on what was done before in it.
+                connection.invalidate()
+                raise OpenTransactionError
+            try:
+                if self._autocommit and not transaction:
+                    return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
+                with connection.begin():
+                    return work(self._verbs, connection)
+            except (SQLAlchemyError, IdempotencyError):
+                raise
+            except BaseException as error:
+                # Interrupted anywhere, as by a signal: nobody knows what the server is still going to send.
+                connection.invalidate(error)
+                raise
 
     @property
     def place(self) -> str:
@@ -199,40 +225,20 @@ class Database:
             return StoreError(f"{self.place} refused the user: correct the URL, or grant the rights")
         if "unable to open database file" in words:
             return StoreError(f"{self.place} cannot be opened: create its directory, or correct the URL")
+        if isinstance(error, OpenTransactionError):
+            return StoreError(
+                f"the engine's pool gives connections to {self.place} with a transaction open: let listeners to connect"
+                " and checkout end theirs"
+            )
         if isinstance(error, PoolTimeoutError):
             return StoreError(
                 f"the engine's pool gave no connection to {self.place}: enlarge pool_size or max_overflow"
             )
         if "database is locked" in words:
             return StoreError(f"{self.place} is locked by another writer")
-        if isinstance(error, OSError) or _unreachable(error):
+        if isinstance(error, OSError) or unreachable(error):
             return StoreError(f"{self.place} cannot be reached: start it, or correct the URL")
         return StoreError(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
-
-
-class Call:
-    """One verb under way: the driver's connection it holds, and whether its caller has left."""
-
-    __slots__ = ("driver", "left")
-
-    def __init__(self) -> None:
-        self.driver: Any = None
-        self.left = False
-
-    def hang_up(self) -> None:
-        """Cut the connection without a word to a server that may not answer; the driver then fails by itself."""
-        self.left = True
-        # What a driver says of a connection that is gone already does not matter.
-        with suppress(Exception):
-            match type(self.driver).__module__.partition(".")[0]:
-                case "asyncpg":
-                    self.driver.terminate()
-                case "aiomysql" | "asyncmy":
-                    self.driver.close()
-                case "psycopg":
-                    # Not closed: another socket would get its number while the event loop still watches it.
-                    with socket.socket(fileno=os.dup(self.driver.fileno())) as connection:
-                        connection.shutdown(socket.SHUT_RDWR)
 
 
 def error_code(error: Exception) -> str | int | None:
@@ -256,8 +262,11 @@ def level_of(dialect: Dialect, options: Mapping[str, Any]) -> str:
 def _again(error: Exception) -> bool:
     # A connection found dead is most often one that had idled in the pool while its server was restarted; every verb
     # may be repeated, and the pool has dropped its other connections by now.
+    if isinstance(error, OpenTransactionError):
+        return True
     return error_code(error) in _AGAIN or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
-def _unreachable(error: Exception) -> bool:
+def unreachable(error: Exception) -> bool:
+    """Say whether the connection was lost, or there was none."""
     return isinstance(error, DBAPIError) and (error.connection_invalidated or error.statement is None)

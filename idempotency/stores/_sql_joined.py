@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from time import monotonic
-from typing import Any, cast
-from weakref import ref
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Table, TextClause, event
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
-from idempotency.stores._sql_engines import Database, error_code, level_of
+from idempotency.stores._sql_driver import bound_of, cut_off
+from idempotency.stores._sql_engines import Database, error_code, level_of, unreachable
+from idempotency.stores._sql_guard import (
+    CLOSED,
+    COMMITS_BY_ITSELF,
+    HELD,
+    REFUSED,
+    GuardedConnection,
+    commits_by_itself,
+    guard,
+    roll_back_driver,
+)
 from idempotency.stores._sql_schema import create_schema
-from idempotency.stores._sql_send import Sent, send
+from idempotency.stores._sql_send import Sent, pooled, send
+from idempotency.stores._sql_sqlite import begin_to_write, bounded, busy_of, waiting
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 _BUSY_SNAPSHOT = 517
@@ -27,8 +39,6 @@ _BUSY_SNAPSHOT = 517
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
-_KEPT = "idempotency: committed with its record"
-_CLOSED = "idempotency: closed by its operation"
 _OVER = "idempotency: its operation is settled"
 _BEGUN = "idempotency: the connection, and what it began"
 
@@ -42,29 +52,35 @@ class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
 
 
-def failure_of(error: Exception) -> Exception:
-    """Name the failure of a commit that is known not to have been applied.
+def failure_of(error: Exception, session: Session) -> Exception:
+    """Name the failure of what the library did with ``session``, where it is known that nothing was committed.
 
-    What the operation made of its session, and what the database refuses, is the operation's own failure; whatever a
-    retry may not meet again is a StoreError.
+    What the operation made of its session, and what the database refuses, is the operation's own failure, and returned
+    as it is; what a retry may not meet again is a StoreError.
     """
+    if isinstance(error, IdempotencyError):
+        return error
     if conflicts(error):
         return ConflictError("the transaction met another: begin anew")
-    if isinstance(error, IdempotencyError | InvalidRequestError):
-        return error
-    if isinstance(error, DBAPIError) and not error.connection_invalidated:
-        return error
-    return StoreError("the transaction did not commit")
+    begun: _Begun | None = session.info.get(_BEGUN)
+    # There was no connection; it was lost by now; or by an earlier statement, whose failure the operation swallowed. A
+    # driver whose connection dies may raise what the operating system says.
+    if (begun is None and unreachable(error)) or (begun is not None and begun.connection.invalidated):
+        return StoreError("the connection was lost before the commit: nothing is committed")
+    if isinstance(error, OSError | EOFError | PoolTimeoutError):
+        return StoreError("the database could not be reached before the commit: nothing is committed")
+    return error
 
 
 class Joined:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
-    def __init__(self, engine: Engine, table: Table) -> None:
-        self._sql = Statements(engine.dialect, table)
+    def __init__(self, engine: Engine, table: Table, timeout: float) -> None:
+        self._bound = bound_of(timeout)
+        self._sql = Statements(engine.dialect, table, self._bound)
         self._table = table
         self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
-        self._database = Database(engine, table)
+        self._database = Database(engine, table, timeout)
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
 
@@ -79,7 +95,9 @@ class Joined:
             for _ in range(TRIES):
                 row = self._once(connection, values, left)
                 if row is not None:
-                    _check_transaction(connection)
+                    # Whatever set it, the effect would be left behind a rollback.
+                    if commits_by_itself(connection.dialect.driver, pooled(connection)):
+                        raise ConfigurationError(COMMITS_BY_ITSELF)
                     return read_record(row)
                 left = max(0.0, deadline - monotonic())
         except DBAPIError as error:
@@ -101,7 +119,16 @@ class Joined:
             raise self._database.failure(error) from error
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
-        """Record the end; False for a superseded owner."""
+        """Record the end; False for a superseded owner, TransactionError where the transaction has been ended."""
+        if isinstance(connection, GuardedConnection):
+            connection.check_open("UPDATE")
+            if not connection.begun and self._family == "sqlite":
+                # What has stored nothing waits for the lock here.
+                with bounded(connection, self._bound):
+                    return self._complete(connection, claim, result, state)
+        return self._complete(connection, claim, result, state)
+
+    def _complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         values = complete_values(claim, result, state)
         if self._family == "postgresql":
             values |= told_values(claim, self._table)
@@ -120,11 +147,9 @@ class Joined:
         seconds = math.ceil(wait)
         if self._mariadb:
             bound = f"SET STATEMENT innodb_lock_wait_timeout={seconds:d} FOR "
-            return _found(self._send(connection, self._sql.claim, values, bound))
-        with _setting(
-            connection, "SET innodb_lock_wait_timeout = ", max(1, seconds), "SELECT @@innodb_lock_wait_timeout"
-        ):
-            self._send(connection, self._sql.claim, values, fetch=False)
+            return _found(self._send(connection, self._sql.claim_bounded, values, bound))
+        with _patience(connection, max(1, seconds)):
+            self._send(connection, self._sql.claim_bounded, values, fetch=False)
             row = _found(self._send(connection, self._sql.look_locked, values))
         return None if row is None or (row.free and row.token != values["token"]) else row
 
@@ -150,60 +175,68 @@ class Joined:
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
 
+    def look(self, connection: Connection, claim: Claim) -> Record | None:
+        """Return what is committed under the key, if it answers ``claim``; on SQLite that waits for no lock."""
+        row = self._send(connection, self._sql.look, claim_values(claim)).row
+        found = None if row is None else Found(*row)
+        return None if found is None or found.free else read_record(found)
+
     def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
+        row: Sequence[Any] | None = None
+        try:
+            row = self._send(connection, self._sql.look_waiting, values).row
+        except DBAPIError as error:
+            if "no such table" not in str(error.orig):
+                raise
+        missing, before, found = row is None, row[0] if row else busy_of(connection), _found_beside(row)
+        if found is not None and not found.free:
+            return found
         # It writes first and reads afterwards: a transaction that has read cannot wait for a writer, whose commit
-        # would make what it read out of date.
-        with _setting(connection, "PRAGMA busy_timeout = ", round(wait * 1000), "PRAGMA busy_timeout"):
-            try:
-                sent = self._send(connection, self._sql.claim, values)
-            except DBAPIError as error:
-                if "no such table" not in str(error.orig):
-                    raise
+        # would make what it read out of date. What was read above is in none, or in one that is ended here.
+        with waiting(connection, wait, before):
+            begin_to_write(connection)
+            if missing:
                 create_schema(connection, self._table)
-                sent = self._send(connection, self._sql.claim, values)
-            return _found(sent) or _found(self._send(connection, self._sql.look, values))
+            return _found(self._send(connection, self._sql.claim_bounded, values)) or _found(
+                self._send(connection, self._sql.look, values)
+            )
+
+
+def _found_beside(row: Sequence[Any] | None) -> Found | None:
+    return Found(*row[1:]) if row is not None and row[1] is not None else None
 
 
 def _found(sent: Sent) -> Found | None:
     return None if sent.row is None else Found(*sent.row)
 
 
-def _check_transaction(connection: Connection) -> None:
-    # Whatever set it, a driver that commits each statement by itself would leave the effect behind a rollback.
-    driver: Any = connection.connection.driver_connection
-    match connection.dialect.driver:
-        case "pysqlite" | "aiosqlite":
-            begun = driver.in_transaction
-        case "psycopg" | "psycopg_async":
-            begun = driver.info.transaction_status != 0
-        case "asyncpg":
-            begun = driver.is_in_transaction()
-        case "pymysql" | "aiomysql" | "asyncmy":
-            begun = not driver.get_autocommit()
-        case _:
-            return
-    if not begun:
-        raise ConfigurationError(COMMITS_BY_ITSELF)
+class _Begun(NamedTuple):
+    """The connection of a guarded session, what it began on it, and the pool's, to be cut off from any thread."""
+
+    connection: Connection
+    transaction: Any
+    pooled: PoolProxiedConnection
 
 
 def keep_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
-    for mark in (_CLOSED, _OVER, _BEGUN):
+    for mark in (CLOSED, _OVER, _BEGUN):
         session.info.pop(mark, None)
-    session.info[_KEPT] = True
+    session.info[HELD] = True
 
 
 def allow_commit(session: Session) -> None:
     """Let ``session`` be committed again."""
-    session.info.pop(_KEPT, None)
+    session.info.pop(HELD, None)
 
 
 def was_closed(session: Session) -> bool:
     """Say whether a transaction of ``session`` was ended since :func:`keep_commit`, and not by its own rollback."""
-    root, begun = session.get_transaction(), session.info.get(_BEGUN)
+    root = session.get_transaction()
+    begun: _Begun | None = session.info.get(_BEGUN)
     # What only the connection has ended. A failed flush ends both, and says so itself.
-    ended = root is not None and root.is_active and begun is not None and not begun[1].is_active
-    return ended or _CLOSED in session.info
+    ended = root is not None and root.is_active and begun is not None and not begun.transaction.is_active
+    return ended or CLOSED in session.info
 
 
 def commit(session: Session) -> None:
@@ -211,9 +244,9 @@ def commit(session: Session) -> None:
     try:
         session.commit()
     except Exception:
-        connection, transaction = session.info[_BEGUN]
-        if not (transaction.is_active or connection.closed or connection.invalidated):
-            _roll_back_driver(connection)
+        begun: _Begun = session.info[_BEGUN]
+        if not (begun.transaction.is_active or begun.connection.closed or begun.connection.invalidated):
+            roll_back_driver(begun.connection)
         raise
 
 
@@ -228,22 +261,54 @@ def give_back(session: Session) -> None:
         # A close alone relies on the pool, which leaves out its own rollback for a transaction that looks ended: as
         # it does after whatever is raised from within a commit, before the driver is told to commit.
         if session.in_transaction():
+            allow_commit(session)  # nothing is: a connection that guards its transaction would begin it to be ended
             session.rollback()
         session.close()
     except BaseException as error:
-        # Lost, or interrupted in mid-command: the server rolls back what is cut off.
-        with suppress(Exception):
-            session.invalidate()
+        discard(session)
         if not isinstance(error, Exception):
             raise
+
+
+def roll_back(session: Session) -> None:
+    """Undo what ``session`` did, and let it begin nothing more: nobody would commit it."""
+    allow_commit(session)
+    finish(session)
+    try:
+        session.rollback()
+    except Exception:
+        discard(session)
+
+
+def cut_off_session(session: Session) -> None:
+    """End the driver's connection of ``session``, from any thread, so that what waits for it fails."""
+    begun: _Begun | None = session.info.get(_BEGUN)
+    if begun is not None:
+        cut_off(begun.connection.dialect.driver, begun.pooled)
+
+
+def discard(session: Session) -> None:
+    """Close the connection of ``session``, which was lost or is in the middle of something, and use neither again.
+
+    The server rolls back what is cut off.
+    """
+    allow_commit(session)
+    finish(session)
+    begun: _Begun | None = session.info.get(_BEGUN)
+    # By the connection itself: a session whose rollback failed does not know it any more.
+    if begun is not None and not begun.connection.closed:
+        with suppress(Exception):
+            begun.connection.invalidate()
+    with suppress(Exception):
+        session.close()
 
 
 # Once for all sessions, as to listen to a session of its own takes as long as to make it.
 @event.listens_for(Session, "before_commit")
 def _refuse_kept(session: Session) -> None:
     # A savepoint is the operation's own; the outermost commit would split the effect from its record.
-    if _KEPT in session.info and not session.in_nested_transaction():
-        raise TransactionError(_REFUSED)
+    if HELD in session.info and not session.in_nested_transaction():
+        raise TransactionError(REFUSED)
 
 
 # A commit of the connection, or of the outermost transaction past an open savepoint, is seen by the connection alone.
@@ -253,59 +318,29 @@ def _guard_kept(session: Session, _: object, connection: Connection) -> None:
         # Given back here: nobody closes this session any more, and what goes on in it would not come by here again.
         connection.close()
         raise TransactionError(_TOO_LATE)
-    if _KEPT in session.info:
+    if HELD in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)
         if session.twophase:
             raise ConfigurationError(TWO_PHASES)
-        session.info[_BEGUN] = connection, connection.get_transaction()
-        # In place of its method: with a listener to "commit", SQLAlchemy gets every event of the connection ready for
-        # each statement, which is a tenth of a call (decision 11). By weak references, as what refers to the
-        # connection is its own.
-        theirs = getattr(type(connection), "_commit_impl", None)
-        if theirs is None:
-            raise ConfigurationError("this version of SQLAlchemy is not known: session= needs an older one")
-        connection._commit_impl = partial(_commit_unless_kept, theirs, ref(connection), ref(session))  # type: ignore[method-assign]
-
-
-def _commit_unless_kept(theirs: Callable[[Connection], None], of: ref[Connection], kept_by: ref[Session]) -> None:
-    connection, session = cast("Connection", of()), kept_by()
-    if session is None or _KEPT not in session.info:
-        theirs(connection)
-        return
-    session.info.setdefault(_CLOSED, None)
-    # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
-    _roll_back_driver(connection)
-    raise TransactionError(_REFUSED)
-
-
-def _roll_back_driver(connection: Connection) -> None:
-    try:
-        connection.dialect.do_rollback(connection.connection)
-    except BaseException as error:
-        connection.invalidate(error)
-        if not isinstance(error, Exception):
-            raise
+        session.info[_BEGUN] = _Begun(connection, connection.get_transaction(), pooled(connection))
+        guard(connection, session)
 
 
 # A rollback is the operation's own word. A close is none: what it undoes was not asked to be undone.
 @event.listens_for(Session, "after_transaction_end")
 def _note_close(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None and _KEPT in session.info:
-        session.info.setdefault(_CLOSED, transaction)
+    if transaction.parent is None and HELD in session.info:
+        session.info.setdefault(CLOSED, transaction)
 
 
 # Only what was asked for: a failed flush undoes as much by itself.
 @event.listens_for(Session, "after_soft_rollback")
 def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
-    if session.info.get(_CLOSED) is transaction:
-        del session.info[_CLOSED]
+    if session.info.get(CLOSED) is transaction:
+        del session.info[CLOSED]
 
 
-_REFUSED = (
-    "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
-    " begin_nested() for a part that may fail."
-)
 _TOO_LATE = (
     "The operation is settled: what this session does from here on would be committed by nobody. Open a session of"
     " your own for work after the response or result."
@@ -315,7 +350,6 @@ LEFT = (
     " and its effect is gone: leave all of them to the library; use begin_nested() for a part that may fail."
 )
 TWO_PHASES = "the sessions have twophase=True: what they prepare cannot be refused to be committed"
-COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
 
 
 @contextmanager
@@ -332,13 +366,13 @@ def connecting(session: Session) -> Iterator[None]:
 
 
 @contextmanager
-def _setting(connection: Connection, change: str, value: int, query: str) -> Iterator[None]:
-    row = send(connection, query).row
-    before = row[0] if row else value
-    if before != value:
-        send(connection, f"{change}{value:d}", fetch=False)
+def _patience(connection: Connection, seconds: int) -> Iterator[None]:
+    row = send(connection, "SELECT @@innodb_lock_wait_timeout").row
+    before = row[0] if row else seconds
+    if before != seconds:
+        send(connection, f"SET innodb_lock_wait_timeout = {seconds:d}", fetch=False)
     try:
         yield
     finally:
-        if before != value and not connection.invalidated:
-            send(connection, f"{change}{before:d}", fetch=False)
+        if before != seconds and not connection.invalidated:
+            send(connection, f"SET innodb_lock_wait_timeout = {before:d}", fetch=False)

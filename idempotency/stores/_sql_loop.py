@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from idempotency.errors import StoreError
-from idempotency.stores._sql_engines import Call, Database, Work
+from idempotency.stores._sql_bounded import Abandoned, Call
+from idempotency.stores._sql_engines import Database, Work
 from idempotency.stores._sql_listen import Watchers
+from idempotency.stores._sql_sqlite import close_what_is_invalidated
 
 T = TypeVar("T")
 _FAREWELL = 2.0
@@ -22,12 +24,15 @@ _FAREWELL = 2.0
 class Side:
     """What a store holds on one event loop. ``owned`` says that the engine is disposed of at the end."""
 
-    def __init__(self, engine: AsyncEngine, table: Table, owned: bool) -> None:
+    def __init__(self, engine: AsyncEngine, table: Table, owned: bool, timeout: float, abandoned: Abandoned) -> None:
         self._engine = engine
         self._owned = owned
-        self._database = Database(engine.sync_engine, table)
+        self._timeout = timeout
+        self._abandoned = abandoned
+        self._database = Database(engine.sync_engine, table, timeout, owned)
+        if engine.dialect.name == "sqlite":
+            close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.width)
-        self._left: set[asyncio.Task[None]] = set()
         self._life = self._live()
         self.watchers = Watchers(engine.sync_engine, table.name)
 
@@ -36,7 +41,7 @@ class Side:
         await anext(self._life)
 
     async def aclose(self) -> None:
-        """Stop listening, wait for what was left behind, and dispose of the engine if it is owned."""
+        """Stop listening, wait for the statements that were abandoned, and dispose of the engine if it is owned."""
         await self._life.aclose()
 
     async def _live(self) -> AsyncGenerator[None]:
@@ -44,33 +49,32 @@ class Side:
             yield
         finally:
             await self.watchers.aclose()
-            if self._left:
-                await asyncio.wait(self._left)
+            await self._abandoned.wait()
             if self._owned:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._engine.dispose(), _FAREWELL)
 
-    async def run(self, work: Work[T], timeout: float, transaction: bool = False) -> T:
-        """Run ``work``, for at most ``timeout`` seconds.
+    async def run(self, work: Work[T], transaction: bool = False) -> T:
+        """Run ``work``, for at most the store's ``timeout``.
 
         Drivers end a cancelled statement by talking to the server, and wait for its answer. So a statement is a task
-        of its own, which is left behind when its time is over.
+        of its own, which is abandoned when its time is over.
         """
-        call = Call()
+        call, timeout = Call(), self._timeout
         task = asyncio.get_running_loop().create_task(self._perform(work, call, transaction))
         try:
             await asyncio.wait({task}, timeout=timeout)
         except asyncio.CancelledError:
             # A statement that was sent is seen to its end, so that a release which follows cannot overtake it.
             try:
-                if call.driver is not None:
+                if call.connection is not None:
                     await asyncio.wait({task}, timeout=timeout)
             finally:
-                self._leave(task, call)
+                self._abandoned.add(task, call.cut_off)
             raise
         if task.done():
             return task.result()
-        self._leave(task, call)
+        self._abandoned.add(task, call.cut_off)
         raise StoreError(
             f"{self._database.place} gave no answer within {timeout:g} s: is it running, and not overloaded?"
         )
@@ -78,18 +82,3 @@ class Side:
     async def _perform(self, work: Work[T], call: Call, transaction: bool) -> T:
         async with self._slots:
             return await greenlet_spawn(self._database.perform, work, call, transaction)
-
-    def _leave(self, task: asyncio.Task[T], call: Call) -> None:
-        reaper = asyncio.get_running_loop().create_task(_reap(task, call))
-        self._left.add(reaper)
-        reaper.add_done_callback(self._left.discard)
-
-
-async def _reap(task: asyncio.Task[T], call: Call) -> None:
-    # Cancelled more than once: psycopg waits for the server also after its first cancellation.
-    while not task.done():
-        call.hang_up()
-        task.cancel()
-        await asyncio.wait({task}, timeout=1)
-    with suppress(asyncio.CancelledError, Exception):
-        task.result()

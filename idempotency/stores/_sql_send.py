@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
 # Drivers whose cursor SQLAlchemy only hands through. asyncpg's is told of changes of the schema, and any other may be
@@ -33,15 +33,15 @@ def send(
     if driver not in _PLAIN or _observed(connection):
         result = connection.exec_driver_sql(sql, parameters or None)
         return Sent(result.first() if fetch else None, result.rowcount)
-    pooled = connection.connection
+    opened = pooled(connection)
     try:
         if driver == "aiosqlite":
             # One switch to its thread, where a cursor takes one to be made, to execute, to fetch and to be closed.
-            rows: Any = pooled.dbapi_connection.run_async(  # type: ignore[union-attr]
-                lambda opened: opened.execute_fetchall(sql, parameters)
+            rows: Any = opened.dbapi_connection.run_async(  # type: ignore[union-attr]
+                lambda driver: driver.execute_fetchall(sql, parameters)
             )
             return Sent(rows[0] if rows else None, len(rows))
-        cursor = pooled.cursor()
+        cursor = opened.cursor()
         try:
             # A driver may take nothing for a parameter.
             cursor.execute(sql, *([parameters] if parameters else []))
@@ -49,7 +49,7 @@ def send(
         finally:
             cursor.close()
     except Exception as error:
-        raise _named(connection, sql, error) from error
+        raise named(connection, sql, error) from error
     except BaseException as error:
         # Nobody knows what the server is still going to send.
         if not connection.invalidated:
@@ -62,12 +62,17 @@ def _observed(connection: Connection) -> bool:
     return bool(heard.before_cursor_execute or heard.after_cursor_execute or connection.engine.echo)
 
 
-def _named(connection: Connection, sql: str, error: Exception) -> Exception:
+pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fget  # type: ignore[attr-defined]
+"""Return ``connection.connection``, past what an operation's connection does before it gives that away."""
+
+
+def named(connection: Connection, sql: str, error: Exception) -> Exception:
+    """Return an error of the driver as SQLAlchemy would raise it, with the same care for what it says is lost."""
     dialect = connection.dialect
     base = dialect.loaded_dbapi.Error
     if not isinstance(error, base):
         return error
-    lost = dialect.is_disconnect(error, connection.connection, None)
+    lost = dialect.is_disconnect(error, pooled(connection), None)
     if lost:
         # SQLAlchemy drops it, and its idle siblings of the same age, when it finds it lost itself.
         with suppress(Exception):

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
 from idempotency._core import FORMAT, Claim, Record, State
+from idempotency._durations import milliseconds, seconds
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_sqlite import bounded
 from idempotency.stores.base import Entry
 
 TRIES = 10
@@ -22,10 +24,15 @@ _ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
 class Verbs:
-    """The verbs over one table. ``dialect`` must have connected once."""
+    """The verbs over one table. ``dialect`` must have connected once; ``bound``: see :class:`Statements`.
 
-    def __init__(self, dialect: Dialect, table: Table) -> None:
-        self._sql = Statements(dialect, table)
+    ``lowers``: SQLite's wait for its lock has to be lowered to that, and set back, around what writes.
+    """
+
+    def __init__(self, dialect: Dialect, table: Table, bound: float, lowers: bool = False) -> None:
+        self._sql = Statements(dialect, table, bound)
+        self._bound = bound
+        self._lowers = lowers
         self._table = table
         self._tells = dialect.name == "postgresql"
 
@@ -52,8 +59,8 @@ class Verbs:
 
     def renew(self, connection: Connection, claim: Claim) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
-        keep = None if claim.hold else _ms(claim.lease + claim.ttl)
-        values = {"id": claim.id, "token": claim.token, "lease": _ms(claim.lease), "keep": keep}
+        keep = None if claim.hold else milliseconds(claim.lease + claim.ttl)
+        values = {"id": claim.id, "token": claim.token, "lease": milliseconds(claim.lease), "keep": keep}
         return self._execute(connection, self._sql.renew, values).rowcount > 0
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
@@ -89,7 +96,12 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         if outcome == "release":
             return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
-        values = {"id": record, "result": result, "token": os.urandom(16).hex(), "keep": _ms(ttl)}
+        values = {
+            "id": record,
+            "result": result,
+            "token": os.urandom(16).hex(),
+            "keep": milliseconds(seconds("ttl", ttl)),
+        }
         return self._execute(connection, self._sql.settle, values).rowcount > 0
 
     def forget(self, connection: Connection, record: bytes) -> bool:
@@ -107,7 +119,10 @@ class Verbs:
     def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
         if self._sql.bytes_as_hex:
             values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
-        return connection.execute(statement, values)
+        if not self._lowers or statement.text.startswith("SELECT"):
+            return connection.execute(statement, values)
+        with bounded(connection, self._bound):
+            return connection.execute(statement, values)
 
 
 def claim_values(claim: Claim) -> dict[str, Any]:
@@ -120,14 +135,14 @@ def claim_values(claim: Claim) -> dict[str, Any]:
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
         "watched": claim.watched,
-        "lease": _ms(claim.lease),
-        "keep": None if claim.hold else _ms(claim.lease + claim.ttl),
+        "lease": milliseconds(claim.lease),
+        "keep": None if claim.hold else milliseconds(claim.lease + claim.ttl),
     }
 
 
 def complete_values(claim: Claim, result: bytes | None, state: State) -> dict[str, Any]:
     """Return the parameters of the statement that completes."""
-    keep = None if state is State.UNKNOWN else _ms(claim.ttl)
+    keep = None if state is State.UNKNOWN else milliseconds(claim.ttl)
     return {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
 
 
@@ -183,17 +198,13 @@ def _entry(row: Row[Any]) -> Entry:
             attempt=row.attempt,
             hold=bool(row.hold),
             age=row.age / 1000,
-            lease_left=row.lease_left / 1000,
+            lease_left=max(row.lease_left, -row.age) / 1000,
             expires_in=None if row.expires_in is None else row.expires_in / 1000,
             result_size=row.result_size,
             version=row.version,
         )
     except (TypeError, ValueError) as error:
         raise UnreadableError(f"the record {row.id.hex()[:12]} is damaged") from error
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 def _storable(value: str) -> str:

@@ -5,6 +5,7 @@ A store decides ownership and nothing else; what a duplicate is told is decided 
 - Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
 - Every write after the claim is fenced by the claim's token.
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
+- A lease of 0 is over at once, whatever the clock: claims that are told apart by nothing else count by their attempt.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
 - Any verb may be repeated with the same claim, as a client does whose answer was lost, with the same effect. The answer
@@ -20,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from idempotency._core import Claim, Record, State
+from idempotency.errors import ConfigurationError
 
 Changed = Callable[[float], Awaitable[None]]
 """Wait until the watched record may have changed, at the latest for the given seconds."""
@@ -86,6 +88,70 @@ class SyncStore(Protocol):
     def close(self) -> None:
         """See :meth:`Store.aclose`."""
         ...
+
+
+class OneSided(Protocol):
+    """A store that may have been given a client, or an engine, for one kind of verbs only."""
+
+    def check_side(self, asynchronous: bool) -> None:
+        """Raise ConfigurationError, with the remedy, where the verbs that are awaited, or the others, cannot work."""
+        ...
+
+
+class Counting(Protocol):
+    """What ``max_attempts`` needs besides the verbs."""
+
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """See :meth:`Housekeeping.inspect`."""
+        ...
+
+    async def forget(self, record: bytes, /) -> bool:
+        """See :meth:`Housekeeping.forget`."""
+        ...
+
+
+class SyncCounting(Protocol):
+    """See :class:`Counting`."""
+
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`Housekeeping.inspect`."""
+        ...
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`Housekeeping.forget`."""
+        ...
+
+
+def check_store(store: object, asynchronous: bool, *more: type) -> None:
+    """Refuse, with the remedy, what is no store for functions that are awaited, or for those that are not.
+
+    ``more``: protocols of what it must be able to do besides the verbs.
+    """
+    what = type(store).__name__
+    if isinstance(store, type):
+        raise ConfigurationError(f"store must be a Store, not the class {store.__name__}: call it, or open_store(url)")
+    mine, other = (Store, SyncStore) if asynchronous else (SyncStore, Store)
+    lacking = _lacking(store, mine)
+    if set(_verbs(mine)) == set(lacking) and set(_verbs(other)) == set(_lacking(store, other)):
+        raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {what}")
+    lacking += [verb for each in more for verb in _lacking(store, each)]
+    if lacking:
+        how = "is awaited" if asynchronous else "is not awaited"
+        raise ConfigurationError(
+            f"{what} cannot be used where the store {how}: it lacks {', '.join(lacking)}; use a store that has them, "
+            "as open_store(url) makes it"
+        )
+    if not _lacking(store, OneSided):
+        cast(OneSided, store).check_side(asynchronous)
+
+
+def _verbs(protocol: type) -> list[str]:
+    return [name for name, member in vars(protocol).items() if not name.startswith("_") and callable(member)]
+
+
+def _lacking(store: object, protocol: type) -> list[str]:
+    # Not by isinstance, which does not see what a wrapper hands on.
+    return [verb for verb in _verbs(protocol) if not callable(getattr(store, verb, None))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from math import inf
 from typing import Literal
 
 from idempotency._core import FORMAT, Claim, Record, State, takes_over
+from idempotency._durations import seconds
 from idempotency.errors import StoreError
 from idempotency.stores.base import Changed, Entry
 
@@ -169,7 +170,7 @@ class MemoryStore:
                 self._forget(record)
             else:
                 held.token = os.urandom(16).hex()
-                self._settle(record, held, State.DONE, result, now + ttl)
+                self._settle(record, held, State.DONE, result, now + seconds("ttl", ttl))
         self._announce(record)
         return True
 

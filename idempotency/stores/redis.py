@@ -27,6 +27,7 @@ from redis.exceptions import (
 )
 
 from idempotency._core import Claim, Record, State
+from idempotency._durations import DAY, positive
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores import _redis_wire as wire
 from idempotency.stores._redis_open import (
@@ -61,6 +62,10 @@ _AT_ONCE = 32
 
 _FAILED = (RedisError, RedisClusterException, OSError, RuntimeError)
 """What redis-py raises; RuntimeError is a client of another event loop."""
+
+
+_BLOCKING = "this RedisStore has only a blocking client, and its verbs are awaited: give it a redis.asyncio client"
+_AWAITED = "this RedisStore has only an asyncio client, and its verbs are not awaited: give it a sync_client"
 
 
 class _Loop:
@@ -158,6 +163,13 @@ class RedisStore:
         store._place = store._address.place
         return store
 
+    def check_side(self, asynchronous: bool) -> None:
+        """Raise ConfigurationError where this store was given a client of the other side."""
+        if self._address is None and asynchronous and self._client is None:
+            raise ConfigurationError(_BLOCKING)
+        if self._address is None and not asynchronous and self._sync is None:
+            raise ConfigurationError(_AWAITED)
+
     _address: Address | None = None
     _client: AsyncClient | None = None
     _sync: SyncClient | None = None
@@ -165,8 +177,9 @@ class RedisStore:
     _place: str
 
     def _setup(self, prefix: str, timeout: float, durability: Durability | None) -> None:
-        if timeout <= 0:
-            raise ConfigurationError(f"timeout must be positive: {timeout!r}")
+        timeout = positive("timeout", timeout, DAY)
+        if not isinstance(prefix, str) or not prefix:
+            raise ConfigurationError(f"prefix must be text, and not empty, not {prefix!r}")
         if durability is not None and durability.timeout >= timeout:
             raise ConfigurationError(
                 f"the store's timeout ({timeout!r}) must be longer than the durability's ({durability.timeout!r})"
@@ -402,7 +415,7 @@ class RedisStore:
             if client is None and self._address is not None:
                 client = self._address.open(self._timeout)
             if client is None:
-                raise ConfigurationError("this RedisStore has only a blocking client: give it a redis.asyncio client")
+                raise ConfigurationError(_BLOCKING)
             for closed in [other for other in self._loops if other.is_closed()]:
                 self._abandon(self._loops.pop(closed))
             here = self._loops[loop] = _Loop(loop, client, self._keeps)
@@ -413,7 +426,7 @@ class RedisStore:
         with self._opening:
             if self._sync is None:
                 if self._address is None:
-                    raise ConfigurationError("this RedisStore has only an asyncio client: give it a sync_client")
+                    raise ConfigurationError(_AWAITED)
                 self._sync = self._address.open_sync(self._timeout)
             if self._threads is None or self._threads.pid != os.getpid():
                 self._threads = _Threads(self._sync, self._keeps)

@@ -11,16 +11,29 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from idempotency._core import Claim, Record, State
+from idempotency._durations import DAY, positive
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
-from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
+from idempotency.stores._sql_bounded import Abandoned, Call, Watchdog
+from idempotency.stores._sql_engines import (
+    Database,
+    Work,
+    check_backend,
+    check_driver,
+    open_async,
+    open_sync,
+    read_url,
+)
+from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores._sql_send import pooled
 from idempotency.stores._sql_verbs import Verbs
 from idempotency.stores.base import Changed, Entry
 
@@ -39,9 +52,12 @@ class SQLStore:
     its pool is never used up: at most one connection fewer than ``pool_size`` is used at a time, on SQLite one.
     ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
     :meth:`create_schema` or by migrations (:func:`records_table`).
-    ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
-    :class:`~idempotency.errors.StoreError`, even if the server is frozen. A blocking verb ends when its driver gives
-    up; :meth:`from_url` sets the driver's own time-outs where it has any.
+    ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
+    the server is frozen; a blocking one up to a quarter of it later, and while it connects when its driver gives up,
+    whose own time-outs :meth:`from_url` sets. What is given up does not go on: its connection is closed, and the
+    server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own ``innodb_lock_wait_timeout``). On an
+    SQLite engine that was passed in, ``busy_timeout`` is lowered to that around each statement that writes, and set
+    back, which takes two switches to aiosqlite's thread.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
@@ -62,9 +78,11 @@ class SQLStore:
         return store
 
     def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
-        if timeout <= 0:
-            raise ConfigurationError(f"timeout must be positive, not {timeout!r}")
+        timeout = positive("timeout", timeout, DAY)
+        if not isinstance(table, str) or not table:
+            raise ConfigurationError(f"table must be the name of a table, not {table!r}")
         url = source if isinstance(source, URL) else source.url
+        check_backend(url)
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         ):
@@ -77,6 +95,8 @@ class SQLStore:
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
         self._joined: Joined | None = None
+        self.abandoned = Abandoned()
+        self.watchdog = Watchdog(timeout)
         self._turns = Turns() if url.get_backend_name() == "sqlite" else None
 
     async def claim(self, claim: Claim, /) -> Record:
@@ -111,6 +131,8 @@ class SQLStore:
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store was given an engine of the other side."""
+        if isinstance(self._source, URL):
+            check_driver(self._source, asynchronous)
         if asynchronous and isinstance(self._source, Engine):
             raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
         if not asynchronous and isinstance(self._source, AsyncEngine):
@@ -145,7 +167,7 @@ class SQLStore:
         call, bound = Call(), math.ceil(wait) + self._timeout
         # Cut off, which the driver hears of at once, before it is cancelled: a driver ends a cancelled statement by
         # asking the server to, and waits for its answer. What is only cancelled is still without a connection.
-        cut = asyncio.get_running_loop().call_later(bound, call.hang_up)
+        cut = asyncio.get_running_loop().call_later(bound, call.cut_off)
         try:
             async with asyncio.timeout(bound + _HEARD):
                 return await session.run_sync(self._claim_in, claim, wait, call)
@@ -155,15 +177,29 @@ class SQLStore:
             cut.cancel()
 
     def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
-        """See :meth:`claim_in`. How long a server may leave it unanswered is the driver's to say."""
-        return self._claim_in(session, claim, wait, Call())
+        """See :meth:`claim_in`."""
+        call = Call()
+        with self.watchdog.watch(math.ceil(wait) + self._timeout, call.cut_off):
+            return self._claim_in(session, claim, wait, call)
 
     def _claim_in(self, session: Session, claim: Claim, wait: float, call: Call) -> Record | None:
         joined = self._join(session)
         with joined.failures():
             connection = session.connection()
-            call.driver = connection.connection.driver_connection
+            call.driver, call.connection = connection.dialect.driver, pooled(connection)
             return joined.claim_in(connection, claim, wait)
+
+    async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
+        """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
+        return await session.run_sync(self.look_in_sync, claim)
+
+    def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
+        """See :meth:`look_in`."""
+        try:
+            return self._join(session).look(session.connection(), claim)
+        except (StoreError, DBAPIError):
+            # The claim, which comes next, says what is wrong.
+            return None
 
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
@@ -181,7 +217,7 @@ class SQLStore:
         if self._joined is None:
             with connecting(session):
                 engine = session.connection().engine
-            self._joined = Joined(engine, self._table)
+            self._joined = Joined(engine, self._table, self._timeout)
         return self._joined
 
     @asynccontextmanager
@@ -260,6 +296,7 @@ class SQLStore:
         side = self._sides.pop(asyncio.get_running_loop(), None)
         if side is not None:
             await side.aclose()
+        await self.abandoned.wait()
 
     def close(self) -> None:
         """Dispose of the synchronous engine this store opened."""
@@ -276,14 +313,16 @@ class SQLStore:
 
     async def _run(self, work: Work[T], transaction: bool = False) -> T:
         side = await self._side()
-        return await side.run(work, self._timeout, transaction)
+        return await side.run(work, transaction)
 
     def _run_sync(self, work: Work[T], transaction: bool = False) -> T:
         database, slots = self._threads or self._open_threads()
         if not slots.acquire(timeout=self._timeout):
             raise StoreError(f"{database.place}: no connection became free within {self._timeout:g} s")
+        call = Call()
         try:
-            return database.perform(work, Call(), transaction)
+            with self.watchdog.watch(self._timeout, call.cut_off):
+                return database.perform(work, call, transaction)
         finally:
             slots.release()
 
@@ -295,7 +334,7 @@ class SQLStore:
                 if other.is_closed():
                     self._sides.pop(other, None)
             engine, owned = self._async_engine()
-            side = self._sides[loop] = Side(engine, self._table, owned)
+            side = self._sides[loop] = Side(engine, self._table, owned, self._timeout, self.abandoned)
             await side.open()
         return side
 
@@ -316,6 +355,6 @@ class SQLStore:
                         "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
-                database = Database(engine, self._table)
+                database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
                 self._threads = database, threading.BoundedSemaphore(database.width)
             return self._threads

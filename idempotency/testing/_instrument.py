@@ -14,6 +14,7 @@ from idempotency.testing._points import crash_point, step
 
 _STORES = (("idempotency.stores.redis", "RedisStore"), ("idempotency.stores.sql", "SQLStore"))
 _VERBS = ("claim", "renew", "complete", "release")
+_SETTING = re.compile(r"SET STATEMENT .*? FOR ")
 _WRITE = re.compile(
     r"(?<!FOR )\b(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE TABLE|CREATE INDEX)"
     r"\b(?:\s+(?:INTO|FROM|IF\s+NOT\s+EXISTS))*\s+[\"`]?(\w+)",
@@ -80,6 +81,7 @@ def _after_execute(_connection: Any, _cursor: Any, statement: str, *_: Any) -> N
 
 def name_of(statement: str) -> str:
     """Name a statement by what it does and to which table: ``INSERT orders``."""
+    statement = _SETTING.sub("", statement, count=1)
     found = _WRITE.search(statement) or _READ.search(statement)
     if found is not None:
         return f"{found[1].upper()} {found[2]}"

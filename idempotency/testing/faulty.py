@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, cast
 
 from idempotency._core import Claim, Record, State
 from idempotency.errors import StoreError
-from idempotency.stores.base import Changed, Entry, Store, SyncStore
+from idempotency.stores.base import Changed, Entry, Store, SyncStore, check_store
 from idempotency.stores.memory import MemoryStore
 
 Fault = Literal["fail", "lost", "refuse"] | None
@@ -80,6 +80,10 @@ class FaultyStore:
     def release_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
         return bool(self._called("release", lambda: self._sync.release_sync(claim)))
+
+    def check_side(self, asynchronous: bool) -> None:
+        """See :class:`~idempotency.stores.base.OneSided`: that of the store within."""
+        check_store(self.inner, asynchronous)
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`; fails only while ``down``."""

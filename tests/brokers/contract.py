@@ -67,6 +67,9 @@ class Case:
     def heard(self, kind: str, times: int = 1) -> None:
         until(lambda: self.ledger.count(kind) >= times, f"{kind} x {times}; so far {self.ledger.notes()}")
 
+    def heard_of(self, what: str, key: str) -> None:
+        until(lambda: self.ledger.count(what, key), f"{what} {key}; so far {self.ledger.notes()}")
+
     def settled(self) -> int:
         """Wait for a while until everything is settled; say what is not."""
         deadline = time.monotonic() + 5

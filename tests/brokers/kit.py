@@ -116,7 +116,7 @@ class Work:
     def open(self, *, asynchronous: bool) -> tuple[Any, ConsumerOptions]:
         """Open the store, and say with which options the consumer is made."""
         options: ConsumerOptions = {
-            "policy": Policy(lease=LEASE, on_crash=self.setting.on_crash),  # type: ignore[arg-type]
+            "policy": Policy(lease=self.setting.extra.get("lease", LEASE), on_crash=self.setting.on_crash),  # type: ignore[arg-type]
             "max_attempts": ATTEMPTS,
             "lock_timeout": 0.3,
             "on_event": self._heard,
@@ -220,7 +220,7 @@ class Worker:
         environment = {
             **_ENVIRONMENT,
             SETTING: json.dumps(asdict(setting)),
-            "PYTHONPATH": str(tests),
+            "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent))),
             "PYTHONFAULTHANDLER": "1",
         }
         if crash_at:
@@ -235,6 +235,18 @@ class Worker:
             stdout=self._output,
             stderr=subprocess.STDOUT,
         )
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, and do not wait for the end."""
+        self._process.terminate()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Say whether the process ends so soon."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def wait_for_death(self) -> None:
         """Wait until it is killed at its crash point, and take what it started with it."""

@@ -560,7 +560,7 @@ async def test_what_cannot_work_is_refused_at_construction(options):
 # Other connections and requests
 
 
-@pytest.mark.parametrize("kind", ["websocket", "lifespan", "http.weird", "custom"])
+@pytest.mark.parametrize("kind", ["websocket", "http.weird", "custom"])
 async def test_other_connections_pass_untouched(kind):
     """The same scope, receive and send reach the application."""
     got: list[Any] = []

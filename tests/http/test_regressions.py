@@ -128,22 +128,15 @@ async def test_a_waiter_that_gives_up_leaves_the_live_claim():
 
 async def _abandoned(clock: ManualClock, store: MemoryStore) -> Claim:
     """Leave behind what a killed worker leaves: a claim that nobody renews."""
-    flaky = FlakyStore(store)
+    flaky = FlakyStore(store).order("release", "refuse")
     app = Effects()
     app.gate = asyncio.Event()
     victim = asyncio.create_task(call(protect(app, flaky), key="k", body=b"one"))
     await app.running.wait()
-    flaky.down = True
     victim.cancel()
     await asyncio.wait([victim])
     [claim] = flaky.claims
     return claim
-
-
-async def _end_background() -> None:
-    for task in asyncio.all_tasks() - {asyncio.current_task()}:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def test_a_crash_blocks_a_key_for_a_lease_and_not_for_its_record():
@@ -158,7 +151,6 @@ async def test_a_crash_blocks_a_key_for_a_lease_and_not_for_its_record():
     clock.advance(2)
     assert (await call(protected, key="k", body=b"one")).status == 201
     assert app.operations[0].attempt == 2
-    await _end_background()
 
 
 async def test_after_a_crash_another_payload_is_still_another_request():
@@ -171,7 +163,6 @@ async def test_after_a_crash_another_payload_is_still_another_request():
     clock.advance(31)
     assert (await call(protected, key="k", body=b"two")).code == "key-reused"
     assert (await call(protected, key="k", body=b"one")).status == 201
-    await _end_background()
 
 
 async def test_a_cancelled_request_does_not_wait_for_its_lease():
@@ -733,7 +724,8 @@ async def test_a_store_that_is_down_means_503_and_nothing_runs():
     assert (reply.status, reply.code, app.runs) == (503, "store-unavailable", 0)
     assert reply.header(b"retry-after") == b"1"
     assert b"redis.internal" not in reply.body
-    await _end_background()
+    store.down = False
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 # Many at once

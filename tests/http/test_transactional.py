@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import httpx
@@ -386,6 +386,80 @@ async def test_a_connection_lost_before_the_commit_is_unavailable(target: Target
             assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
             assert await shop.orders() == []
             shop.handle = done
+            assert await first_answer(shop, "tea") == 201
+            assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+@pytest.mark.parametrize("at", ["flush", "savepoint", "commit", "swallowed"])
+async def test_a_connection_lost_is_one_failure_wherever_it_is_lost(target: Target, at: str) -> None:
+    """Lost at the library's flush, at its commit, or before and swallowed by the handler: 503, and the retry runs."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+
+            async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
+                if at == "savepoint":
+                    await session.begin_nested()
+                if at in ("flush", "savepoint"):
+                    session.add(Order(item="cup"))
+                proxy.cut()
+                if at == "swallowed":
+                    with suppress(sqlalchemy.exc.DBAPIError):
+                        await session.execute(INSERT_A_CUP)
+                return JSONResponse({}, 201)
+
+            shop.handle = lose_connection
+            answer = await shop.post("tea")
+
+            assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
+            assert await shop.orders() == []
+            shop.handle = done
+            assert await first_answer(shop, "tea") == 201
+            assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_a_conflict_at_the_librarys_flush_is_unavailable(shop: Shop) -> None:
+    """A serialization failure says the same at the flush as at the commit: 503, and the retry runs."""
+    await shop.execute(
+        "CREATE OR REPLACE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$",
+        "CREATE TRIGGER conflict BEFORE INSERT ON orders FOR EACH ROW WHEN (NEW.item = 'cup')"
+        " EXECUTE FUNCTION conflict()",
+    )
+
+    async def order_a_cup(request: Request, session: AsyncSession) -> JSONResponse:
+        session.add(Order(item="cup"))
+        return JSONResponse({}, 201)
+
+    shop.handle = order_a_cup
+    assert (await shop.post("tea")).status_code == 503
+    shop.handle = done
+    assert await first_answer(shop, "tea") == 201
+    assert await shop.orders() == ["tea"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+@pytest.mark.parametrize("outcomes", [{}, {"5xx": "hold"}], ids=["default", "hold"])
+async def test_an_answer_given_up_while_it_is_flushed_is_rolled_back_and_free(target: Target, outcomes: Any) -> None:
+    """An application that gives up its sending and returns raises nothing of the library's, and its retry runs."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+            frozen = True
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                scope["state"]["idempotency"].session.add(Order(item=scope["state"]["idempotency"].key))
+                if frozen:
+                    proxy.pause()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.1 if frozen else None):
+                        await send({"type": "http.response.start", "status": 201, "headers": []})
+                        await send({"type": "http.response.body", "body": b""})
+
+            shop.protect(app, Policy(lease=30, outcomes=outcomes))
+            assert (await shop.post("tea")).status_code == 503
+            frozen = False
+            proxy.resume()
             assert await first_answer(shop, "tea") == 201
             assert await shop.orders() == ["tea"]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from asgi_servers import EACH, SERVERS, Live, headers_of, new_key, over, post, problem, same, settled
+from asgi_servers import EACH, SERVERS, Bench, Live, headers_of, new_key, over, post, problem, same, settled
+from targets import Target
 
 
 async def send_and_vanish(live: Live, path: str, key: str) -> None:
@@ -55,3 +58,39 @@ async def test_a_stream_nobody_reads_has_one_effect(live: Live, prefix: str) -> 
     else:
         problem(retry, 409, "completed-not-replayable")
     assert len(live.bench.lines(effect=key)) == 1
+
+
+@pytest.mark.parametrize(
+    ("framework", "server", "path"),
+    [
+        ("django", "uvicorn-h11", "/slow"),
+        ("django", "uvicorn-httptools", "/slow-threaded"),
+        ("django", "hypercorn", "/slow"),
+        ("django", "granian", "/slow-threaded"),
+        ("fastapi", "uvicorn-h11", "/slow"),
+        ("quart", "hypercorn", "/slow"),
+        ("quart", "uvicorn-h11", "/slow"),
+    ],
+)
+async def test_a_framework_that_hears_of_it_stops_no_handler(
+    framework: str, server: str, path: str, redis_url: str, tmp_path: Path
+) -> None:
+    """Where a framework cancels a handler whose client has left, it does not hear of that before the record."""
+    target = Target("redis", redis_url)
+    key = new_key()
+
+    with Live(server, 1, Bench(tmp_path, target), "frameworks:app", framework=framework) as live:
+        await send_and_vanish(live, path, key)
+        await live.bench.noted(left=key)
+        async with live.client() as client:
+            problem(await post(client, path, key, gate=key), 409, "in-progress")
+            live.bench.open_gate(key)
+            await settled(live, key)
+            replay = await post(client, path, key)
+            same(replay, await post(client, path, key))
+        effects = live.bench.lines(effect=key)
+
+    assert replay.status_code == 201
+    assert len(effects) == 1
+    assert not live.complaints()
+    target.forget()

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from asgi_servers import Bench, Live, headers_of, new_key, problem, same
+from asgi_servers import Bench, Live, headers_of, new_key, post, problem, same
 from targets import Target
 
 
@@ -71,3 +71,27 @@ async def test_other_frameworks(bench: Bench, framework: str, server: str) -> No
     assert {answer.status_code for answer in many} <= {201, 409}
     assert len({answer.content for answer in many if answer.status_code == 201}) == 1
     assert len(bench.lines(effect=placed_key)) == len(bench.lines(effect=many_key)) == 1
+
+
+@pytest.mark.parametrize("server", ["uvicorn-h11", "hypercorn"])
+async def test_fastapi_dies_before_a_dependency_commits(bench: Bench, server: str) -> None:
+    """Killed in its commit behind the response: the client has no success, and the retry has the effect."""
+    key = new_key()
+
+    with Live(server, 1, bench, "frameworks:app", framework="fastapi") as live:
+        async with live.client() as client:
+            first = asyncio.create_task(post(client, "/behind", key, gate=key))
+            await bench.noted(committing=key)
+            assert not first.done()
+            live.kill()
+            with pytest.raises(httpx.TransportError):
+                await first
+        live.start()
+        bench.open_gate(key)
+        async with live.client() as client:
+            retry = await post(client, "/behind", key, gate=key)
+            same(retry, await post(client, "/behind", key, gate=key))
+
+    assert retry.status_code == 201
+    assert "idempotent-replayed" not in retry.headers
+    assert len(bench.lines(effect=key)) == 1

@@ -10,7 +10,8 @@ if found.err then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local deadline = string.format('%.0f', now + ARGV[4])
+-- A lease of 0 is over by every clock, also one that is set back.
+local deadline = ARGV[4] == '0' and '0' or string.format('%.0f', now + ARGV[4])
 
 if not found[1] and redis.call('EXISTS', key) == 0 then
   redis.call('HSET', key, 'v', ARGV[1], 's', '1', 't', ARGV[2], 'f', ARGV[3], 'a', '1', 'l', deadline,

@@ -9,6 +9,6 @@ local version = tonumber(found[1] or '')
 if found[3] ~= ARGV[2] or found[2] ~= '1' or not version or version > tonumber(ARGV[1]) then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('HSET', KEYS[1], 'l', string.format('%.0f', now + ARGV[3]))
+redis.call('HSET', KEYS[1], 'l', ARGV[3] == '0' and '0' or string.format('%.0f', now + ARGV[3]))
 if found[4] ~= '1' then redis.call('PEXPIRE', KEYS[1], ARGV[4]) end
 return 1

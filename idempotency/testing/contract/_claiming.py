@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from idempotency._core import (
@@ -104,6 +106,25 @@ class ClaimContract(Contract):
         await lapsed(store, second)
 
         assert await verdict(store, rival(claim)) == Execute(3)
+
+    async def test_a_lease_of_zero_is_over_at_once(self, store: Store, another: Store) -> None:
+        """Each claim takes over from the one before at once, and is counted: once, and with the others at a time."""
+        claim = new_claim(lease=0.0)
+        in_turn = [(await each.claim(rival(claim, lease=0.0))).attempt for each in (store, another) * 30]
+
+        together = await asyncio.gather(*(store.claim(rival(claim, lease=0.0)) for _ in range(20)))
+
+        assert in_turn == list(range(1, 61))
+        assert sorted(record.attempt for record in together) == list(range(61, 81))
+        assert await verdict(store, rival(claim)) == Execute(81)
+
+    async def test_a_lease_that_is_renewed_to_zero_is_over_at_once(self, store: Store) -> None:
+        """A renewal may end a lease."""
+        claim = new_claim()
+        await store.claim(claim)
+
+        assert await store.renew(rival(claim, token=claim.token, lease=0.0))
+        assert await verdict(store, rival(claim)) == Execute(2)
 
     async def test_lapsed_is_not_taken_over_for_something_else(self, store: Store) -> None:
         """A lease that is over does not let another request have the key."""

@@ -1,0 +1,153 @@
+"""Writes that go on in the background: each is repeated for a while, and finished at a graceful stop.
+
+An event loop that ends cancels all its tasks and waits for them, and so for these writes: a cancellation has them go on
+at once. The interpreter waits at its exit for those of threads. Neither waits for longer than a lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from time import monotonic
+from weakref import WeakKeyDictionary, WeakSet
+
+from idempotency.errors import StoreError
+
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 2.0
+"""Seconds between two tries of a write; each pause is twice the one before."""
+
+_written: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[asyncio.Task[None], float]] = WeakKeyDictionary()
+"""The writes of each event loop, and until when a stop waits for them."""
+
+
+def repeat(write: Callable[[], Awaitable[bool]], patience: float, lease: float) -> asyncio.Task[None]:
+    """Repeat ``write`` after growing pauses until it says that it is done, for ``patience`` seconds.
+
+    At a stop it goes on until ``lease`` seconds after its beginning.
+    """
+    loop = asyncio.get_running_loop()
+    bound = loop.time() + min(patience, lease)
+    task = loop.create_task(_repeat(write, loop.time() + patience, bound))
+    tasks = _written.setdefault(loop, {})
+    tasks[task] = bound
+    task.add_done_callback(tasks.pop)
+    return task
+
+
+async def _repeat(write: Callable[[], Awaitable[bool]], end: float, bound: float) -> None:
+    loop, pause, limit = asyncio.get_running_loop(), FIRST_PAUSE, None
+    while True:
+        try:
+            async with asyncio.timeout_at(limit):
+                while not await _done(write):
+                    if loop.time() + pause > end:
+                        return
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, LONGEST_PAUSE)
+            return
+        except TimeoutError:
+            return
+        except asyncio.CancelledError:
+            limit = end = min(end, bound)
+            task = asyncio.current_task()
+            if task is None or loop.time() >= end:
+                raise
+            task.uncancel()
+
+
+async def _done(write: Callable[[], Awaitable[bool]]) -> bool:
+    try:
+        return await write()
+    except StoreError:
+        return False
+
+
+async def drain() -> None:
+    """Wait until nothing is left to be written in the background: for a lease at the most.
+
+    Writes are left over where the store failed after an operation had run. Call it where an application stops, before
+    the store, its client or its engine is closed. The middleware does so at the end of the application's lifespan, and
+    ``consume()`` of the adapters when it is stopped. It covers the running event loop, and threads.
+    """
+    loop = asyncio.get_running_loop()
+    tasks = _written.get(loop, {})
+    while waiting := [task for task, bound in tasks.items() if bound > loop.time()]:
+        await asyncio.wait(waiting, timeout=max(tasks[task] for task in waiting) - loop.time())
+    if any(each.writing for each in _unfinished):
+        await asyncio.to_thread(drain_sync)
+
+
+def drain_sync() -> None:
+    """Wait until nothing is left to be written by threads: for a lease at the most.
+
+    The interpreter does so at its exit. Call it where a process ends without one, as by ``os._exit``.
+    """
+    for each in list(_unfinished):
+        each.wait()
+
+
+class Unfinished:
+    """The writes of threads that are not done yet. While there are any, the interpreter does not exit.
+
+    The thread that writes is a daemon, as a driver may wait for a frozen server for ever. So another one, which is
+    none, waits for the writes or their bounds.
+    """
+
+    def __init__(self) -> None:
+        self.set_up()
+        _unfinished.add(self)
+
+    def set_up(self) -> None:
+        """Begin without any: in a forked child, those of its parent are the parent's."""
+        self._changed = threading.Condition(threading.Lock())
+        self._bounds: dict[object, float] = {}
+        self._waiting = False
+
+    @property
+    def writing(self) -> bool:
+        """Say whether there are any."""
+        return bool(self._bounds)
+
+    def begin(self, write: object, bound: float) -> None:
+        """Have the interpreter wait for ``write`` until ``bound``, in monotonic time."""
+        with self._changed:
+            self._bounds[write] = bound
+            if self._waiting:
+                self._changed.notify_all()
+                return
+            self._waiting = True
+        # Where the interpreter begins no more threads, it waits for none.
+        with suppress(RuntimeError):
+            threading.Thread(target=self._hold, name="idempotency-exit", daemon=False).start()
+
+    def end(self, write: object) -> None:
+        """Say that ``write`` is done, or given up."""
+        with self._changed:
+            self._bounds.pop(write, None)
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all are done, or their bounds are over."""
+        with self._changed:
+            self._wait()
+
+    def _wait(self) -> None:
+        while (left := max(self._bounds.values(), default=0.0) - monotonic()) > 0:
+            self._changed.wait(min(left, threading.TIMEOUT_MAX))
+
+    def _hold(self) -> None:
+        with self._changed:
+            self._wait()
+            self._waiting = False
+
+
+_unfinished: WeakSet[Unfinished] = WeakSet()
+
+
+def set_up_unfinished() -> None:
+    """Begin without any writes of threads, in a forked child."""
+    for each in list(_unfinished):
+        each.set_up()

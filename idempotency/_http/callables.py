@@ -1,0 +1,85 @@
+"""Treat a callable of the user's (``scope=``, ``fingerprint=``) as a handler: what it raises, the application answers.
+
+Imported only where there are such callables: they are given a Starlette ``Request``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.formparsers import MultiPartException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
+
+from idempotency._http.body import Receive, Send
+
+
+class ReadRequest(Request):
+    """A request that notes the error, if any, by which its body is not what the callable reads it as."""
+
+    malformed: BaseException | None = None
+
+    async def json(self) -> Any:
+        """Read the body as JSON."""
+        try:
+            return await super().json()
+        except (ValueError, RecursionError) as error:
+            self.malformed = error
+            raise
+
+    async def _get_form(self, **limits: Any) -> Any:
+        try:
+            return await super()._get_form(**limits)
+        except MultiPartException as error:
+            self.malformed = error
+            raise
+
+    def is_malformed(self, error: BaseException) -> bool:
+        """Say whether ``error`` says that the body is malformed, also where the callable has parsed it by itself."""
+        if error is self.malformed:
+            return True
+        body: bytes = getattr(self, "_body", b"")
+        if isinstance(error, json.JSONDecodeError):
+            return error.doc == body.decode(json.detect_encoding(body), "surrogatepass")
+        return isinstance(error, UnicodeDecodeError) and error.object == body
+
+
+async def answer(error: Exception, app: object, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> bool:
+    """Send what the application answers when a handler raises ``error``; False if it has no answer to it.
+
+    A Starlette or FastAPI application has its own exception handlers; without them a Starlette ``HTTPException`` is
+    answered with its status and headers. Litestar looks for its handlers by itself, around its middleware.
+    """
+    if "litestar_app" in scope:
+        return False
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    application = _application(scope.get("app"), app)
+    handlers = {} if application is None else application.exception_handlers
+    # Those two are for what no other handler takes, and stand outside of all middleware.
+    usual = {kind: handler for kind, handler in handlers.items() if kind not in (500, Exception)}
+    if application is not None:
+        scope.setdefault("app", application)
+    try:
+        await ExceptionMiddleware(fail, usual)(scope, receive, send)
+    except Exception as raised:
+        if raised is error:
+            return False
+        raise
+    return True
+
+
+def _application(outer: object, inner: object) -> Starlette | None:
+    """Return the application that this middleware was added to, or else the one that it is around."""
+    if isinstance(outer, Starlette):
+        return outer
+    while inner is not None:
+        if isinstance(inner, Starlette):
+            return inner
+        inner = getattr(inner, "app", None)
+    return None

@@ -1,0 +1,204 @@
+"""The connection of an operation: all that it executes is in one transaction, which it neither commits nor loses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from weakref import ref
+
+from sqlalchemy import Connection, PoolProxiedConnection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
+
+from idempotency.errors import ConfigurationError, TransactionError
+from idempotency.stores._sql_driver import in_transaction
+from idempotency.stores._sql_engines import error_code
+from idempotency.stores._sql_send import named, pooled
+from idempotency.stores._sql_sqlite import begin, close_what_is_invalidated
+
+HELD = "idempotency: committed with its record"
+CLOSED = "idempotency: closed by its operation"
+REFUSED = (
+    "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
+    " begin_nested() for a part that may fail."
+)
+COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
+_WOULD_COMMIT = (
+    "This statement would commit what is to be committed together with the idempotency record: use flush(), or"
+    " begin_nested() for a part that may fail; what a database commits by itself, as MariaDB its DDL, needs a"
+    " connection of its own."
+)
+_ENDED = (
+    "The transaction that was to be committed together with the idempotency record has been ended past its session,"
+    " by a deadlock, a text, a driver's own cursor or a procedure, so that nothing is recorded: use session.rollback()."
+)
+# Drivers that begin no transaction for what their own cursors execute, or not for all of it.
+_BEGIN_LATE = ("pysqlite", "aiosqlite", "asyncpg")
+_MYSQL = ("mysql", "mariadb")
+_ROLLED_BACK = frozenset({1213, 1020})
+_COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
+_COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
+_COMMITS_MYSQL = (
+    r"BEGIN|START|XA|CREATE(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY)|DROP(?!\s+TEMPORARY)|ALTER|RENAME|TRUNCATE|GRANT|REVOKE"
+    r"|LOCK|UNLOCK|OPTIMIZE|REPAIR|FLUSH|SET\s+(?:(?:SESSION|LOCAL)\s+|@@(?:SESSION\.|LOCAL\.)?)?autocommit"
+)
+_ROLLS_BACK = r"ABORT|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b)"
+_ENDS = re.compile(rf"{_COMMENTS}(?:(?P<commit>{_COMMITS})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL)
+_ENDS_ON_MYSQL = re.compile(
+    rf"{_COMMENTS}(?:(?P<commit>{_COMMITS}|{_COMMITS_MYSQL})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL
+)
+_UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one"
+
+
+class GuardedConnection(Connection):
+    """A ``Connection`` of SQLAlchemy's inside an operation; :func:`guard` makes one of it.
+
+    ``begun`` says that its transaction was open when that was looked at last.
+
+    The methods are private there. The public events cost each statement of the operation more than the record does
+    (decision 11), and none of them hears of a driver's own cursor.
+    """
+
+    __slots__ = ()
+    # Of the session a weak reference: it has the connection.
+    _session: ref[Session]
+    _root: Any
+    _driver: Any
+    begun: bool
+    _ended: bool
+    _beginning: bool
+
+    @property
+    def _holds(self) -> bool:
+        session = self._session()
+        return session is not None and HELD in session.info and self._root.is_active
+
+    @property
+    def connection(self) -> PoolProxiedConnection:
+        """The pool's connection: what its driver is told past SQLAlchemy is in the transaction too."""
+        if self.dialect.driver in _BEGIN_LATE and not self._beginning and self._holds:
+            self._begin("")
+        return pooled(self)
+
+    @property
+    def info(self) -> Any:
+        """See ``Connection.info``, for which no transaction has to begin."""
+        return pooled(self).info
+
+    def check_open(self, sql: str) -> None:
+        """Raise TransactionError if the transaction has been ended; have it begun before ``sql`` is executed."""
+        if self.invalidated:
+            return
+        opened = _in_transaction(self.dialect.driver, self._driver)
+        if self._ended or (self.begun and opened is False):
+            raise TransactionError(_ENDED)
+        if not opened and self.dialect.name == "sqlite":
+            self._begin(sql)
+        self.begun = self.begun or opened is True
+
+    def _begin(self, sql: str) -> None:
+        self._beginning = True
+        try:
+            if self.dialect.name == "sqlite":
+                begin(self, sql)
+            else:
+                _begin_asyncpg(self)
+        finally:
+            self._beginning = False
+
+    def _execute_context(self, dialect: Any, constructor: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._beginning or not self._holds:
+            return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
+        sql = getattr(statement, "string", statement)
+        mysql = dialect.name in _MYSQL
+        ends = (_ENDS_ON_MYSQL if mysql else _ENDS).match(sql)
+        if ends is not None and ends["commit"]:
+            raise TransactionError(_WOULD_COMMIT)
+        self.check_open(sql)
+        try:
+            result = super()._execute_context(dialect, constructor, statement, *args, **kwargs)
+            self._ended = ends is not None
+            return result
+        except DBAPIError as error:
+            # The server has rolled back all of it, and begins another transaction for what comes next.
+            self._ended = mysql and error_code(error) in _ROLLED_BACK
+            raise
+
+    def _commit_impl(self) -> None:
+        session = self._session()
+        if session is None or HELD not in session.info:
+            super()._commit_impl()
+            return
+        session.info.setdefault(CLOSED, None)
+        # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
+        roll_back_driver(self)
+        raise TransactionError(REFUSED)
+
+
+def guard(connection: Connection, session: Session) -> None:
+    """Have ``connection``, on which ``session`` has just begun, refuse what would end or evade its transaction."""
+    opened: Any = pooled(connection)
+    if commits_by_itself(connection.dialect.driver, opened):
+        raise ConfigurationError(COMMITS_BY_ITSELF)
+    if not (hasattr(Connection, "_commit_impl") and hasattr(Connection, "_execute_context")):
+        raise ConfigurationError(_UNKNOWN)
+    guarded: Any = connection
+    guarded.__class__ = GuardedConnection
+    guarded._session, guarded._root = ref(session), connection.get_transaction()
+    guarded._driver = opened.driver_connection
+    guarded.begun = guarded._ended = guarded._beginning = False
+    if connection.dialect.name == "sqlite":
+        close_what_is_invalidated(connection.engine)
+
+
+def _begin_asyncpg(connection: Connection) -> None:
+    # SQLAlchemy sends this BEGIN before its first statement; what the driver itself is told earlier would be outside.
+    adapted: Any = pooled(connection).dbapi_connection
+    if not hasattr(adapted, "_start_transaction"):
+        raise ConfigurationError(_UNKNOWN)
+    if adapted._transaction is None:
+        try:
+            await_only(adapted._start_transaction())
+        except Exception as error:
+            raise named(connection, "BEGIN", error) from error
+        except BaseException as error:
+            connection.invalidate(error)
+            raise
+
+
+def roll_back_driver(connection: Connection) -> None:
+    """Roll back past SQLAlchemy, which takes the transaction for ended."""
+    try:
+        connection.dialect.do_rollback(pooled(connection))
+    except BaseException as error:
+        connection.invalidate(error)
+        if not isinstance(error, Exception):
+            raise
+
+
+def _in_transaction(name: str, driver: Any) -> bool | None:
+    # asyncmy does not hear of a status without any flag, as a statement that ends the transaction leaves it.
+    if name == "asyncmy":
+        return None
+    try:
+        return in_transaction(name, driver)
+    except Exception:  # what a driver says of a connection that is lost does not matter
+        return None
+
+
+def commits_by_itself(name: str, opened: Any) -> bool:
+    """Say whether the driver of a pool's connection commits each statement, whatever set it."""
+    driver = opened.driver_connection
+    match name:
+        case "pysqlite" | "aiosqlite":
+            # Of Python 3.12; of older ones, which know isolation_level alone, no transaction is begun by itself.
+            return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
+        case "psycopg" | "psycopg_async" | "psycopg2":
+            return bool(driver.autocommit)
+        case "asyncpg":
+            return bool(opened.dbapi_connection.autocommit)
+        case "pymysql" | "aiomysql" | "asyncmy":
+            return bool(driver.get_autocommit())
+        case _:
+            return False

@@ -1,0 +1,163 @@
+"""What SQLite needs: a transaction that is begun in time, and connections that are closed in their own thread."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, Pool, event
+
+from idempotency._durations import milliseconds
+from idempotency.stores._sql_send import pooled, send
+
+_WATCHED: WeakSet[Pool] = WeakSet()
+
+BUSY = "PRAGMA busy_timeout"
+
+# What stores nothing. It begins no transaction, as a snapshot that has been read could not be written to once another
+# connection has committed, be it the renewal of the operation's own lease.
+_STORES_NOTHING = re.compile(
+    r"\s*(?:SELECT|VALUES|EXPLAIN|ATTACH|DETACH|BEGIN"
+    r"|WITH(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b)"
+    r"|PRAGMA(?!\s+(?:\w+\.)?(?:user_version|application_id)\s*[=(]))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# What the driver itself begins a transaction for.
+_STORES_ROWS = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
+
+
+def begin(connection: Connection, sql: str = "") -> None:
+    """Begin a transaction, unless one is open, or ``sql`` needs none or has the driver begin it."""
+    driver: Any = pooled(connection).driver_connection
+    level = driver.isolation_level
+    if driver.in_transaction or _STORES_NOTHING.match(sql) or (level is not None and _STORES_ROWS.match(sql)):
+        return
+    # As the driver would, in the words that its user has chosen: by default without a lock.
+    send(connection, f"BEGIN {level or ''}", fetch=False)
+
+
+def begin_to_write(connection: Connection) -> None:
+    """Begin anew, with the lock for writing, where the driver does not begin by itself or a snapshot may be read."""
+    driver: Any = pooled(connection).driver_connection
+    if driver.in_transaction:
+        send(connection, "ROLLBACK", fetch=False)
+    elif driver.isolation_level is not None:
+        return
+    send(connection, "BEGIN IMMEDIATE", fetch=False)
+
+
+@contextmanager
+def waiting(connection: Connection, seconds: float, before: int) -> Iterator[None]:
+    """Have statements wait for the lock for up to ``seconds``, and then for ``before`` milliseconds again."""
+    wait = milliseconds(seconds)
+    if before != wait:
+        send(connection, f"{BUSY} = {wait:d}", fetch=False)
+    try:
+        yield
+    finally:
+        if before != wait and not connection.invalidated:
+            send(connection, f"{BUSY} = {before:d}", fetch=False)
+
+
+def busy_of(connection: Connection) -> int:
+    """Return for how many milliseconds statements wait for the lock."""
+    row = send(connection, BUSY).row
+    return row[0] if row else 0
+
+
+@contextmanager
+def bounded(connection: Connection, bound: float) -> Iterator[None]:
+    """Have statements wait for the lock for up to ``bound`` seconds, and then as long as the user has it again.
+
+    Each of the two is one switch to the thread of aiosqlite, and none is made for an engine that waits less anyway.
+    """
+    limit = milliseconds(bound)
+    before = _in_its_thread(connection, partial(_lower, limit=limit))
+    try:
+        yield
+    finally:
+        if before > limit and not connection.invalidated:
+            _in_its_thread(connection, partial(_lower, limit=before, raises=True))
+
+
+def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
+    before: int = opened.execute(BUSY).fetchone()[0]
+    if before > limit or raises:
+        opened.execute(f"{BUSY} = {limit:d}").fetchone()
+    return before
+
+
+def _in_its_thread(connection: Connection, work: Callable[[sqlite3.Connection], int]) -> int:
+    adapted: Any = pooled(connection).dbapi_connection
+    if connection.dialect.driver != "aiosqlite":
+        return work(adapted)
+    done: int = adapted.run_async(lambda driver: driver._execute(work, driver._conn))
+    return done
+
+
+def close_what_is_invalidated(engine: Engine) -> None:
+    """Have each connection that ``engine`` gives up rolled back and closed, at once and by its own thread.
+
+    SQLAlchemy closes it behind the statement that was given up, which may wait for the lock, get it, and keep it for
+    as long as anybody refers to its cursor; and aiosqlite never ends a close that is interrupted.
+    """
+    if engine.pool not in _WATCHED:
+        _WATCHED.add(engine.pool)
+        event.listen(engine.pool, "invalidate", _close_invalidated)
+        if engine.dialect.driver == "aiosqlite":
+            event.listen(engine.pool, "checkin", _drop_closed)
+
+
+def cut_off(driver: Any) -> None:
+    """Interrupt what the aiosqlite connection ``driver`` is executing, and have it rolled back and closed."""
+    opened, driver._connection = driver._connection, None
+    if opened is None:
+        return
+    driver._running = False
+    opened.interrupt()
+    # Past its methods, which wait for an answer: nobody does.
+    driver._tx.put_nowait((None, partial(_end, opened)))
+
+
+def _end(opened: sqlite3.Connection) -> object:
+    from aiosqlite.core import _STOP_RUNNING_SENTINEL
+
+    _roll_back_and_close(opened)
+    return _STOP_RUNNING_SENTINEL
+
+
+def _roll_back_and_close(opened: sqlite3.Connection) -> None:
+    # The rollback first: a closed connection lives on, with its lock, until its last cursor is gone.
+    with suppress(sqlite3.Error):
+        try:
+            opened.rollback()
+        except sqlite3.OperationalError:
+            # The interrupt holds until no statement is under way, and one is that still has rows to give.
+            for cursor in gc.get_referrers(opened):
+                if isinstance(cursor, sqlite3.Cursor):
+                    cursor.close()
+            opened.rollback()
+    with suppress(sqlite3.Error):
+        opened.close()
+
+
+def _close_invalidated(adapted: Any, _record: object, _error: object) -> None:
+    driver = getattr(adapted, "driver_connection", adapted)
+    if isinstance(driver, sqlite3.Connection):
+        with suppress(sqlite3.Error):
+            driver.interrupt()
+        _roll_back_and_close(driver)
+    else:
+        cut_off(driver)
+
+
+def _drop_closed(adapted: Any, record: Any) -> None:
+    # One that was cut off while nothing was executed, of which SQLAlchemy has not heard.
+    if adapted is not None and adapted.driver_connection._connection is None:
+        record.invalidate()
