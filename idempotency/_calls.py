@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from idempotency._core import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
 from idempotency._result import Results
@@ -67,11 +67,12 @@ class Calls:
         Raises :class:`~idempotency.errors.KeyMissingError` or :class:`~idempotency.errors.KeyInvalidError`: a key is
         never invented.
         """
-        if key is None or key == "":
+        if key is None or (isinstance(key, str) and not key):
             raise KeyMissingError(
                 f"{self.name} was called without an idempotency key: key= returned {key!r}; a key is never invented"
             )
         if not isinstance(key, str):
+            abandon(key)
             raise KeyInvalidError(f"key= must return text, not {type(key).__name__}")
         policy = self.policy
         return Claim(
@@ -112,8 +113,48 @@ def _digest(compared: object) -> bytes:
         case bytes():
             pass
         case _:
+            abandon(compared)
             raise ConfigurationError(f"fingerprint= must return text or bytes, not {type(compared).__name__}")
     return hashlib.sha256(b"call:1:%b" % compared).digest()
+
+
+Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
+"""What repeated messages must have in common with the first: what a function returns, the body, or nothing."""
+
+
+def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
+    """Return what is compared of one message or call; ``body`` is asked for only where it is needed."""
+    if fingerprint is None:
+        return None
+    if fingerprint == "body":
+        return body()
+    value = fingerprint(*args, **kwargs)
+    if value is None:
+        raise ConfigurationError("fingerprint= must return text or bytes, not None")
+    return value
+
+
+def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: bool = False) -> None:
+    """Refuse a ``key`` or ``fingerprint`` that can read no message or call at all.
+
+    ``body``: whether there may be one to compare. ``awaited``: whether coroutine functions are awaited.
+    """
+    readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
+    for name, given in readers.items():
+        if given is None:
+            continue
+        if not callable(given):
+            raise ConfigurationError(f"{name}= must be a function, not {given!r}")
+        if is_async(given) and not awaited:
+            raise ConfigurationError(f"{name}= must not be a coroutine function: nobody awaits what it returns")
+
+
+def abandon(value: object) -> None:
+    """Close an awaitable or a generator that nobody will use, so that nothing warns of it."""
+    if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+        close = getattr(value, "close", None)
+        if close is not None:
+            close()
 
 
 KIND: dict[type[Told], EventKind] = {

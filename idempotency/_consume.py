@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from idempotency._calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
-from idempotency._core import Claim, Completed, InProgress, Replay, record_id
+from idempotency._core import Claim, Completed, InProgress, Mismatch, Replay, record_id
 from idempotency._result import Codec, results_of
 from idempotency._tell import tell
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
     KeyInvalidError,
+    KeyMissingError,
     OutcomeUnknownError,
     RecordedFailureError,
     UnknownOptionError,
@@ -102,7 +103,7 @@ class ConsumerOptions(TypedDict, total=False):
     ``max_attempts``: how often a message is handled, counted in the store: each failure, and each redelivery that was
     begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: what then becomes of it.
     ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, whose
-    record cannot be read, or of which ``key`` or ``fingerprint`` raises. Both ``"dead-letter"`` (the default) or
+    record cannot be read, or which ``key`` or ``fingerprint`` cannot read. Both ``"dead-letter"`` (the default) or
     ``"stop"``: an error is raised, the consumer stops.
     ``on_event``: as everywhere.
     """
@@ -144,7 +145,7 @@ class Rules:
         match ended:
             case Raised(_, "release"):
                 return self.missing(attempt, ran=True)
-            case InProgress():
+            case InProgress() | Mismatch():
                 return self.missing(attempt, ran=False)
             case _:
                 return ()
@@ -190,6 +191,12 @@ class Rules:
 
         return refuse if self.max_attempts is not None and begun > self.max_attempts else work
 
+    def as_recorded(self, claim: Claim, ended: Ended) -> Claim | None:
+        """Return the claim to make instead, where this one or the record compares nothing, and so none differs."""
+        if isinstance(ended, Mismatch) and NOTHING in (claim.fingerprint, ended.recorded):
+            return replace(claim, fingerprint=ended.recorded)
+        return None
+
     def outcome(self, claim: Claim, ended: Ended, begun: int) -> Delivered:
         """Say how a delivery is to be settled."""
         match ended:
@@ -225,14 +232,22 @@ class Rules:
         return DeadLetter(reason or (error.code if isinstance(error, IdempotencyError) else "error"), error)
 
     def unnamed(self, error: Exception) -> DeadLetter:
-        """Say what becomes of a message that ``key`` or ``fingerprint`` could not read.
+        """Say how a message is settled that cannot be named or compared.
 
-        Raises :class:`~idempotency.errors.KeyMissingError` and the like as they are: what names no message at all is
-        the application's mistake, and not this message's.
+        Its data is at fault, whatever ``error`` is, and the messages after it are handled.
         """
-        if isinstance(error, IdempotencyError):
+        kind = KeyMissingError if isinstance(error, KeyMissingError) else KeyInvalidError
+        return self.refused(error, kind.code)
+
+    def unidentified(self, error: Exception, attempt: int | None) -> DeadLetter:
+        """Say how a message is settled in which an adapter finds no identity, and for which there is no ``key``.
+
+        A producer may name none of its messages, so the first delivery raises and the message stays: else a whole queue
+        could go to the dead letters. One that is delivered again has stopped a consumer, and does not stop another.
+        """
+        if isinstance(error, KeyMissingError) and (attempt is None or attempt <= 1):
             raise error
-        return self.refused(error, KeyInvalidError.code)
+        return self.unnamed(error)
 
     def refused(self, error: Exception, reason: str) -> DeadLetter:
         """Say what becomes of a message that no redelivery helps, and of which no record tells."""

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
-from idempotency._calls import Calls
+from idempotency._calls import Calls, Ended
 from idempotency._consume import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._core import Claim, record_id
 from idempotency._turns import Turns
-from idempotency.errors import StoreError, UnreadableError
+from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.function import runner_of
 from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
 
@@ -41,16 +41,19 @@ class Consumer:
 
         ``work`` is given the session where there is one. ``attempt`` is the broker's count of deliveries, 1 for the
         first, None where it has none. ``compared`` is what repeated messages must have in common with the first.
-        Raises :class:`~idempotency.errors.KeyMissingError`, and what ``"stop"`` asks for.
+        A ``key`` that is none makes a dead letter. Raises what ``"stop"`` asks for.
         """
-        rules = self.rules
-        claim, ran, counted = rules.calls.claim(key, compared), list[bool](), list[bool]()
+        rules, ran, counted = self.rules, list[bool](), list[bool]()
+        try:
+            claim = rules.calls.claim(key, compared)
+        except IdempotencyError as error:
+            return rules.unnamed(error)
         try:
             async with self._turn(await self._suspect(claim, attempt)) as mine:
                 if not mine:
                     return Retry(SOON)
                 begun = await self._begun(claim, attempt, counted)
-                ended = await self._run(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
+                ended = await self._ended(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
         except StoreError:
             if ran or counted:
                 await self._count(claim, rules.missing(attempt, bool(ran)))
@@ -67,13 +70,20 @@ class Consumer:
     async def call(self, key: object, work: Callable[..., Awaitable[Any]], compared: bytes | str | None = None) -> Any:
         """Do ``work`` once under ``key``, and return the result, recorded or new; raise what a redelivery may mend."""
         claim = self.rules.calls.claim(key, compared)
-        return self.rules.answer(claim, await self._run(claim, work))
+        return self.rules.answer(claim, await self._ended(claim, work))
 
     async def forget(self, key: str) -> bool:
         """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
         for each in self.rules.tallies_of(key):
             await self._store.forget(each)
         return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
+
+    async def _ended(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
+        ended: Ended = await self._run(claim, work)
+        while (again := self.rules.as_recorded(claim, ended)) is not None:
+            claim = again
+            ended = await self._run(claim, work)
+        return ended
 
     async def _suspect(self, claim: Claim, attempt: int | None) -> bool:
         """Say whether the message was begun and never ended, as by one that takes its process down."""
@@ -143,14 +153,17 @@ class SyncConsumer:
         compared: bytes | str | None = None,
     ) -> Delivered:
         """See :meth:`Consumer.deliver`."""
-        rules = self.rules
-        claim, ran, counted = rules.calls.claim(key, compared), list[bool](), list[bool]()
+        rules, ran, counted = self.rules, list[bool](), list[bool]()
+        try:
+            claim = rules.calls.claim(key, compared)
+        except IdempotencyError as error:
+            return rules.unnamed(error)
         try:
             with self._turn(self._suspect(claim, attempt)) as mine:
                 if not mine:
                     return Retry(SOON)
                 begun = self._begun(claim, attempt, counted)
-                ended = self._run(claim, rules.admitted(begun, _noted(work, ran)))
+                ended = self._ended(claim, rules.admitted(begun, _noted(work, ran)))
         except StoreError:
             if ran or counted:
                 self._count(claim, rules.missing(attempt, bool(ran)))
@@ -161,13 +174,20 @@ class SyncConsumer:
     def call(self, key: object, work: Callable[..., Any], compared: bytes | str | None = None) -> Any:
         """See :meth:`Consumer.call`."""
         claim = self.rules.calls.claim(key, compared)
-        return self.rules.answer(claim, self._run(claim, work))
+        return self.rules.answer(claim, self._ended(claim, work))
 
     def forget(self, key: str) -> bool:
         """See :meth:`Consumer.forget`."""
         for each in self.rules.tallies_of(key):
             self._store.forget_sync(each)
         return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
+
+    def _ended(self, claim: Claim, work: Callable[..., Any]) -> Ended:
+        ended: Ended = self._run(claim, work)
+        while (again := self.rules.as_recorded(claim, ended)) is not None:
+            claim = again
+            ended = self._run(claim, work)
+        return ended
 
     def _suspect(self, claim: Claim, attempt: int | None) -> bool:
         """Say whether the message was begun and never ended, as by one that takes its process down."""

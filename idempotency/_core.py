@@ -115,7 +115,9 @@ class InProgress:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """The key was used for something else."""
+    """The key was used for something else: for what has the fingerprint ``recorded``."""
+
+    recorded: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,7 @@ def judge(claim: Claim, record: Record) -> Verdict:
     if record.token == claim.token and record.state is State.RUNNING:
         return Execute(record.attempt)
     if not hmac.compare_digest(record.fingerprint, claim.fingerprint):
-        return Mismatch()
+        return Mismatch(record.fingerprint)
     match record.state:
         case State.DONE:
             return Completed() if record.result is None else Replay(record.result)

@@ -17,11 +17,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._calls import is_async, name_of, needs_session
+from idempotency._calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
 from idempotency._consume import (
     ConsumerOptions,
     DeadLetter,
@@ -32,8 +33,10 @@ from idempotency._consume import (
     Final,
     Replayed,
     Retry,
+    Rules,
 )
 from idempotency._consumers import Consumer, SyncConsumer
+from idempotency._names import Made, takes_scope_of_another
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
@@ -48,12 +51,15 @@ __all__ = [
     "ExhaustedError",
     "Failed",
     "Final",
+    "Fingerprint",
     "Replayed",
     "Retry",
     "SyncConsumer",
     "SyncHandler",
     "idempotent_consumer",
 ]
+
+_logger = logging.getLogger("idempotency")
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -67,12 +73,19 @@ class AsyncHandler(Protocol[P, R]):
         ...
 
     async def deliver(
-        self, message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+        self,
+        message: Any,
+        /,
+        *,
+        attempt: int | None = None,
+        key: Callable[[Any], object] | None = None,
+        body: bytes | None = None,
     ) -> Delivered:
         """Handle a message, and say how it is to be settled.
 
         ``attempt`` is the broker's count of its deliveries, ``key`` says what identifies a message where the handler
-        was not given a ``key`` of its own.
+        was not given a ``key`` of its own, ``body`` is the message as the broker delivered it, for
+        ``fingerprint="body"``.
         """
         ...
 
@@ -108,7 +121,13 @@ class SyncHandler(Protocol[P, R]):
         ...
 
     def deliver(
-        self, message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+        self,
+        message: Any,
+        /,
+        *,
+        attempt: int | None = None,
+        key: Callable[[Any], object] | None = None,
+        body: bytes | None = None,
     ) -> Delivered:
         """See :meth:`AsyncHandler.deliver`."""
         ...
@@ -154,19 +173,24 @@ def idempotent_consumer(
     *,
     consumer: str,
     key: Callable[[Any], object] | None = None,
-    fingerprint: Callable[[Any], bytes | str] | None = None,
+    fingerprint: Fingerprint = "body",
     attempt: Callable[[Any], int | None] | None = None,
     **options: Unpack[ConsumerOptions],
 ) -> Decorate:
     """Make a message handler, of one argument or more, take effect once for each message.
 
-    ``consumer`` names who consumes: two consumers of one message both run. ``key`` is given the message and returns
-    what identifies it, the same at every redelivery; without one the handler raises
+    ``consumer`` names who consumes: two consumers of one message both run, two handlers of one name are warned of, as
+    they would take messages from each other. ``key`` is given the message and returns what identifies it, text, the
+    same at every redelivery and unique among all that this consumer is given; without one the handler raises
     :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` knows the identity its
     broker gives a message, so that with one ``key`` may be left out.
-    ``fingerprint`` is given the message and returns what repeated ones must have in common with the first; by default
-    nothing is compared. ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the
-    first; an adapter knows it too.
+    ``fingerprint``: what repeated messages must have in common with the first. ``"body"``, the default: the raw body,
+    as the broker delivered it, without headers; only an adapter knows that, so that a direct call, and ``deliver()``
+    without ``body=``, compares nothing. A function is given the message and returns text or bytes. None: nothing.
+    Where the record or the message compares nothing, only the key counts.
+    ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the first; an adapter
+    knows it too. A message for which one of these functions raises or returns what it may not is settled by
+    ``on_refused``.
     The other options are :class:`ConsumerOptions`. With ``session=`` the handler's effect and its record are one
     transaction, and what it raises rolls back both.
 
@@ -175,6 +199,7 @@ def idempotent_consumer(
     for name, given in (("key", key), ("attempt", attempt)):
         if given is not None and not callable(given):
             raise ConfigurationError(f"{name} must be a callable that is given the message, not {type(given).__name__}")
+    check_readers(key, fingerprint)
 
     def decorate(function: Callable[..., Any]) -> Any:
         session = options.get("session")
@@ -188,6 +213,13 @@ def idempotent_consumer(
             handler = _equip_async(Consumer(store, consumer, function, options), read, bind)
         else:
             handler = _equip_sync(SyncConsumer(store, consumer, function, options), read, bind)
+        handler._made = Made(function, key)
+        if takes_scope_of_another(store, f"consumer:{consumer}", handler._made):
+            _logger.warning(
+                "two different handlers of this process are the consumer %r: a message that one has handled is none for"
+                " the other; give each a consumer= of its own",
+                consumer,
+            )
         return dress(handler, function, session)
 
     return cast(Decorate, decorate)
@@ -201,31 +233,65 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read from a message."""
+
+    key: object
+    attempt: int | None
+    compared: bytes | str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Reader:
     """What is read from a message."""
 
     first: str
     key: Callable[[Any], object] | None
-    fingerprint: Callable[[Any], bytes | str] | None
+    fingerprint: Fingerprint
     attempt: Callable[[Any], int | None] | None
 
     def message(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if args else kwargs[self.first]
 
-    def key_of(self, message: Any, otherwise: Callable[[Any], object] | None = None) -> object:
+    def read(
+        self,
+        rules: Rules,
+        message: Any,
+        attempt: int | None,
+        otherwise: Callable[[Any], object] | None,
+        body: bytes | None,
+    ) -> _Read | DeadLetter:
+        """Read a delivered message, or say how one is settled that cannot be read.
+
+        Raises :class:`~idempotency.errors.KeyMissingError` where nothing says how to name a message.
+        """
+        resolve = self._resolver(otherwise)
+        try:
+            key = resolve(message)
+        except Exception as error:
+            return rules.unidentified(error, attempt) if self.key is None else rules.unnamed(error)
+        try:
+            if attempt is None and self.attempt is not None:
+                attempt = self.attempt(message)
+            return _Read(key, attempt, compared_by(self.fingerprint, lambda: body, message))
+        except Exception as error:
+            return rules.unnamed(error)
+
+    def key_of(self, message: Any) -> object:
+        return self._resolver()(message)
+
+    def compared(self, message: Any) -> bytes | str | None:
+        compared: bytes | str | None = compared_by(self.fingerprint, lambda: None, message)
+        return compared
+
+    def _resolver(self, otherwise: Callable[[Any], object] | None = None) -> Callable[[Any], object]:
         resolve = self.key or otherwise
         if resolve is None:
             raise KeyMissingError(
                 "a message came to a consumer without key=: give it, or consume through an adapter, which knows how "
                 "its broker names a message"
             )
-        return resolve(message)
-
-    def compared(self, message: Any) -> bytes | str | None:
-        return None if self.fingerprint is None else self.fingerprint(message)
-
-    def count(self, message: Any, attempt: int | None) -> int | None:
-        return self.attempt(message) if attempt is None and self.attempt is not None else attempt
+        return resolve
 
 
 def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
@@ -234,13 +300,17 @@ def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable
         return await consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
     async def deliver(
-        message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+        message: Any,
+        /,
+        *,
+        attempt: int | None = None,
+        key: Callable[[Any], object] | None = None,
+        body: bytes | None = None,
     ) -> Delivered:
-        try:
-            named, compared = read.key_of(message, key), read.compared(message)
-        except Exception as error:
-            return consumer.rules.unnamed(error)
-        return await consumer.deliver(named, bind(message), attempt=read.count(message, attempt), compared=compared)
+        found = read.read(consumer.rules, message, attempt, key, body)
+        if isinstance(found, DeadLetter):
+            return found
+        return await consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
@@ -255,13 +325,17 @@ def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Calla
         return consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
     def deliver(
-        message: Any, /, *, attempt: int | None = None, key: Callable[[Any], object] | None = None
+        message: Any,
+        /,
+        *,
+        attempt: int | None = None,
+        key: Callable[[Any], object] | None = None,
+        body: bytes | None = None,
     ) -> Delivered:
-        try:
-            named, compared = read.key_of(message, key), read.compared(message)
-        except Exception as error:
-            return consumer.rules.unnamed(error)
-        return consumer.deliver(named, bind(message), attempt=read.count(message, attempt), compared=compared)
+        found = read.read(consumer.rules, message, attempt, key, body)
+        if isinstance(found, DeadLetter):
+            return found
+        return consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
     handler: Any = handle
     handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled

@@ -13,6 +13,9 @@ from idempotency._calls import (
     Ended,
     Raised,
     Ran,
+    abandon,
+    check_readers,
+    compared_by,
     is_async,
     name_of,
     refusal,
@@ -21,6 +24,7 @@ from idempotency._calls import (
 )
 from idempotency._core import Claim, Replay
 from idempotency._leased import Leased, SyncLeased
+from idempotency._names import Made, full_name_of, takes_scope_of_another
 from idempotency._result import Codec, results_of
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event
@@ -51,10 +55,14 @@ def idempotent(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make calls of a function under one key take effect once; every later call gets the recorded result.
 
-    ``key`` is given the arguments and returns the key, not empty: ``lambda order_id, amount: f"charge:{order_id}"``.
-    All functions of a store share one space of keys, so that one may be renamed or moved; ``name`` makes a space of
-    its own. ``fingerprint`` is given the arguments and returns what a repeated call must have in common with the first;
-    by default nothing is compared.
+    ``key`` is given the arguments and returns the key, not empty: ``lambda order_id, amount: order_id``. A method's key
+    is given its object, and says what tells that from other objects.
+    ``name``: each name is a space of keys of its own in the store. Default: the function's module and qualified name,
+    such as ``"shop.orders.charge"``, so that a function which is moved or renamed needs ``name=`` with the name it had:
+    else its records are forgotten. Two different functions of one default name, such as closures that a loop makes, are
+    refused where they are in one process; by one ``name`` functions share their keys and results on purpose.
+    ``fingerprint`` is given the arguments and returns what a repeated call must have in common with the first; by
+    default nothing is compared.
     ``policy``: its ``ttl``, ``lease``, ``wait``, ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and
     ``max_response`` apply.
     ``codec``: how the result becomes bytes, default by the annotation of what the function returns: JSON values,
@@ -76,27 +84,39 @@ def idempotent(
         raise ConfigurationError(f"key must be a callable that is given the arguments, not {type(key).__name__}")
     if name is not None and (not isinstance(name, str) or not name):
         raise ConfigurationError(f"name must be text, not {name!r}")
+    check_readers(key, fingerprint, body=False)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        scope = f"function:1:{full_name_of(function) if name is None else name}"
         calls = Calls(
             name=name or name_of(function),
-            scope="function:1" if name is None else f"function:1:{name}",
+            scope=scope,
             policy=policy,
             results=results_of(function, codec),
             on_event=on_event,
         )
 
         def claim(args: Any, kwargs: Any) -> Claim:
-            compared = None if fingerprint is None else fingerprint(*args, **kwargs)
+            compared = compared_by(fingerprint, _no_body, *args, **kwargs)
             return calls.claim(key(*args, **kwargs), compared)
 
         asynchronous = is_async(function)
         run = runner_of(asynchronous, store, calls, session, lock_timeout)
         wrap = _wrap_async if asynchronous else _wrap_sync
+        made = Made(function, key)
+        if name is None and takes_scope_of_another(store, scope, made):
+            raise ConfigurationError(
+                f"another function of this store has the name {full_name_of(function)} too, so that they would share "
+                "their keys and results: give each a name= of its own"
+            )
         wrapper: Any = wrap(function, run, calls, claim, session)
+        wrapper._made = made
         return cast(Callable[P, R], wrapper)
 
     return decorate
+
+
+def _no_body() -> None: ...
 
 
 def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
@@ -134,9 +154,7 @@ def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-            close = getattr(value, "close", None)
-            if close is not None:
-                close()
+            abandon(value)
             raise ConfigurationError(
                 f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
                 "coroutine function itself, or give what wraps it functools.wraps"

@@ -738,8 +738,9 @@ async def test_an_adapter_s_key_serves_where_the_handler_has_none() -> None:
         await idempotent_consumer(MemoryStore(), consumer="c")(keep_async).deliver({"id": "1"})
     with pytest.raises(KeyMissingError):
         idempotent_consumer(MemoryStore(), consumer="c")(keep).deliver({"id": "1"})
-    with pytest.raises(KeyMissingError):
-        idempotent_consumer(MemoryStore(), consumer="c", key=lambda _: "")(keep).deliver({"id": "1"}, key=by_adapter)
+    dead = idempotent_consumer(MemoryStore(), consumer="c", key=lambda _: "")(keep).deliver({"id": "1"}, key=by_adapter)
+    assert isinstance(dead, DeadLetter)
+    assert dead.reason == "key-missing"
 
 
 async def test_another_message_under_the_key_is_a_dead_letter() -> None:
@@ -840,17 +841,23 @@ async def test_a_store_that_is_away_is_retried() -> None:
 
 
 @pytest.mark.parametrize("message", [{}, {"id": ""}])
-async def test_a_message_without_a_key_raises(message: dict[str, Any]) -> None:
-    """A key is never invented."""
+async def test_a_message_without_a_key_is_not_handled(message: dict[str, Any]) -> None:
+    """A key is never invented: the message is a dead letter, or stops the consumer, and a call raises."""
 
-    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of)
-    async def handle(message: dict[str, Any]) -> None:
-        raise AssertionError("it must not run")
+    def handler(**options: Any) -> Any:
+        @idempotent_consumer(MemoryStore(), consumer="c", key=id_of, **options)
+        async def handle(message: dict[str, Any]) -> None:
+            raise AssertionError("it must not run")
 
+        return handle
+
+    dead = await handler().deliver(message)
+    assert isinstance(dead, DeadLetter)
+    assert dead.reason == "key-missing"
     with pytest.raises(KeyMissingError):
-        await handle.deliver(message)
+        await handler(on_refused="stop").deliver(message)
     with pytest.raises(KeyMissingError):
-        await handle(message)
+        await handler()(message)
 
 
 @asynchronous

@@ -469,11 +469,11 @@ def test_an_unreadable_record_is_not_repeated() -> None:
     """A function whose result changed its type does not run again over an older record."""
     store, runs = MemoryStore(), []
 
-    @idempotent(store, key=lambda: "k")
+    @idempotent(store, key=lambda: "k", name="work")
     def before() -> str:
         return "five"
 
-    @idempotent(store, key=lambda: "k")
+    @idempotent(store, key=lambda: "k", name="work")
     def after() -> int:
         runs.append(1)
         return 5
@@ -588,25 +588,6 @@ def test_the_decorated_function_looks_the_same() -> None:
     assert inspect.signature(decorated) == inspect.signature(sync)
     assert not inspect.iscoroutinefunction(decorated)
     assert inspect.iscoroutinefunction(idempotent(MemoryStore(), key=lambda order: "k")(asynchronous))
-
-
-def test_keys_do_not_depend_on_where_the_function_is() -> None:
-    """Another function continues under the same keys, unless it has a name; the scope is a stored contract."""
-    store = MemoryStore()
-    scopes: list[str] = []
-
-    def old() -> str:
-        scopes.append(the_operation().scope)
-        return "old"
-
-    def new() -> str:
-        scopes.append(the_operation().scope)
-        return "new"
-
-    assert idempotent(store, key=lambda: "k")(old)() == "old"
-    assert idempotent(store, key=lambda: "k")(new)() == "old"
-    assert idempotent(store, key=lambda: "k", name="orders")(new)() == "new"
-    assert scopes == ["function:1", "function:1:orders"]
 
 
 @pytest.mark.parametrize("key", [None, ""])

@@ -296,7 +296,13 @@ async def test_a_look_at_a_done_key_leaves_the_lock_timeout(ledger: Ledger) -> N
     async with ledger.sessions() as session:
         before = (await session.execute(query)).scalar_one()
         await session.rollback()
-        claim = Claim(scope="function:1", key="order:tea", fingerprint=b"", lease=30, ttl=60)
+        claim = Claim(
+            scope="function:1:test_joined.order_of.<locals>.order",
+            key="order:tea",
+            fingerprint=b"",
+            lease=30,
+            ttl=60,
+        )
 
         record = await ledger.store.claim_in(session, claim, wait=3)
 
@@ -830,12 +836,12 @@ async def test_a_store_of_its_own_engine_serves_both_sides(target: Target) -> No
     async with target.opened() as store, open_ledger(target) as ledger:
         engine = sqlalchemy.create_engine(with_driver(target.url, "postgresql+psycopg"))
 
-        @idempotent(store, key=lambda what: what, session=ledger.sessions)
+        @idempotent(store, key=lambda what: what, name="order", session=ledger.sessions)
         async def order(what: str, session: Any) -> str:
             await session.execute(ledger.insert(what))
             return "async"
 
-        @idempotent(store, key=lambda what: what, session=sessionmaker(engine))
+        @idempotent(store, key=lambda what: what, name="order", session=sessionmaker(engine))
         def order_sync(what: str, session: Any) -> str:
             session.execute(ledger.insert(what))
             return "sync"

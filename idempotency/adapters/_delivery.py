@@ -2,18 +2,26 @@
 
 An adapter says what its broker can do, as a :class:`Delivery`; :func:`handle` and :func:`handle_sync` do the rest:
 
-    key, attempt -> handler.deliver -> one of five outcomes -> settle
-                    meanwhile: extend; while the store does not answer: hold
+    key, body, attempt -> handler.deliver -> one of five outcomes -> settle
+                          meanwhile: extend; while the store does not answer: hold
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from inspect import Signature
+from pathlib import PurePath
 from typing import Any, Protocol
+from uuid import UUID
 
 from idempotency._background import drain
 from idempotency._durations import DAY, seconds
@@ -51,6 +59,11 @@ class Told(Protocol):
     @property
     def heartbeat(self) -> float | None:
         """Return after how many seconds the delivery is to be extended; None: the broker waits without."""
+        ...
+
+    @property
+    def body(self) -> bytes | None:
+        """Return what the producer sent, without headers: the same at every redelivery. None: that is not known."""
         ...
 
     def key(self, message: Any, /) -> str:
@@ -92,10 +105,11 @@ class SyncDelivery(Told, Protocol):
 async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
     """Handle one delivery and settle it. What is raised stops the consumer, and leaves the delivery unsettled."""
     async with _extended(delivery):
-        delivered = await handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+        message, key, body = delivery.message, delivery.key, delivery.body
+        delivered = await handler.deliver(message, attempt=delivery.attempt, key=key, body=body)
         while unavailable(delivered) and await delivery.hold():
             # The store may have failed after the handler had begun, which counts from the second time on.
-            delivered = await handler.deliver(delivery.message, attempt=AGAIN, key=delivery.key)
+            delivered = await handler.deliver(message, attempt=AGAIN, key=key, body=body)
         _log_failure(handler.consumer, delivered)
         try:
             await delivery.settle(delivered)
@@ -107,7 +121,7 @@ async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
 def handle_sync(handler: SyncHandler[Any, Any], delivery: SyncDelivery) -> None:
     """See :func:`handle`."""
     with _extended_sync(delivery):
-        delivered = handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key)
+        delivered = handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key, body=delivery.body)
         _log_failure(handler.consumer, delivered)
         try:
             delivery.settle(delivered)
@@ -224,6 +238,53 @@ def header(headers: Mapping[str, Any] | None) -> str | None:
         if value or type(value) is int:
             return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
     return None
+
+
+def as_bytes(value: Any) -> bytes | None:
+    """Return what is compared of a body, or of arguments, that a client may have decoded; None if nothing can be.
+
+    Two deliveries of one message give the same, in any process: an object of which that cannot be known counts by its
+    being there alone.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if value is None:
+        return b""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    try:
+        return json.dumps(value, sort_keys=True, default=_plain).encode()
+    except Exception:
+        # Such as a mapping whose keys JSON has not, or that contains itself.
+        return None
+
+
+def as_sent(signature: Signature, args: Any, kwargs: Any) -> bytes | None:
+    """Return what is compared of the arguments of a task, which may have been sent with their names or without."""
+    with suppress(TypeError):
+        bound = signature.bind_partial(*args, **kwargs)
+        args, kwargs = bound.args, bound.kwargs
+    return as_bytes([args, kwargs])
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case bytes() | bytearray() | memoryview():
+            return {"bytes": bytes(value).hex()}
+        case Decimal() | UUID() | date() | time() | timedelta() | PurePath():
+            return str(value)
+        case Enum():
+            return value.value
+        case set() | frozenset():
+            return sorted(json.dumps(each, sort_keys=True, default=_plain) for each in value)
+        case Mapping():
+            return dict(value)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return {each.name: getattr(value, each.name) for each in fields(value)}
+        case _ if hasattr(value, "model_dump"):
+            return value.model_dump(mode="json")
+        case _:
+            return "?"
 
 
 def missing(what: str, remedy: str) -> KeyMissingError:

@@ -77,7 +77,7 @@ class Source:
     def key(self, message: StreamMessage[Any]) -> str:
         """Return the key of a message; KeyMissingError, with the remedy, if nothing identifies it."""
         found = header(message.headers) or self.named(message)
-        if found is None:
+        if not found:
             raise missing(f"a message for {self.function.__qualname__}", self.remedy)
         return found
 

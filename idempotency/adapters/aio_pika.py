@@ -7,7 +7,7 @@
 
 Key: the header ``Idempotency-Key`` or ``id``, else the AMQP property ``message_id``; ``key=`` of the decorator wins.
 aio-pika gives each ``Message`` a new ``message_id`` unless it is told one: it then names the publishing, and a message
-that is published again is another.
+that is published again is another. One without stops the consumer, and is a dead letter when it is delivered again.
 The message is acknowledged after the commit. What is in hand when the consumer ends by an error or a cancellation is
 requeued. A dead letter is rejected without requeue: give the queue a dead-letter exchange, without one RabbitMQ drops
 it. While the store does not answer, messages are held, up to 10 minutes: a quorum queue counts what is requeued towards
@@ -121,9 +121,13 @@ class _Delivery:
     def attempt(self) -> int:
         return 1 + bool(self.message.redelivered)
 
+    @property
+    def body(self) -> bytes:
+        return self.message.body
+
     def key(self, message: AbstractIncomingMessage, /) -> str:
         named = header(message.headers) or message.message_id
-        if named is None:
+        if not named:
             raise missing(
                 f"a message on {message.routing_key!r}",
                 "publish it with message_id=, or give key= to idempotent_consumer",

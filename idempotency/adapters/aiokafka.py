@@ -32,7 +32,7 @@ from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
 from idempotency._background import drain
-from idempotency.adapters._delivery import handle, needs
+from idempotency.adapters._delivery import as_bytes, handle, needs
 from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
 from idempotency.errors import ConfigurationError
@@ -252,6 +252,11 @@ class _Delivery:
         self.attempt = attempt
         self.again: float | None = run.group.pause
         self._run = run
+
+    @property
+    def body(self) -> bytes | None:
+        # The consumer may have a value_deserializer, after which there is no other.
+        return as_bytes(self.message.value)
 
     def key(self, message: ConsumerRecord, /) -> str:
         return named(message.headers, _place(message))

@@ -16,7 +16,7 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from idempotency.adapters._delivery import handle_sync, needs
+from idempotency.adapters._delivery import as_bytes, handle_sync, needs
 from idempotency.adapters.sqs import bury, message_key
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
@@ -32,8 +32,8 @@ def batch(
     the messages of a FIFO group after it, which are not handled. ``dead_letter``: URL of the queue for dead letters,
     and ``client`` the one to send them with. Default None: they count as failed, so that the queue's redrive policy
     sends them there.
-    An error that stops a consumer, such as a missing key, is raised after the rest of the batch is handled: Lambda
-    counts an error, and SQS delivers the whole batch again.
+    An error that stops a consumer, where ``"stop"`` is asked for, is raised after the rest of the batch is handled:
+    Lambda counts an error, and SQS delivers the whole batch again.
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
     needs(handler, asynchronous=False)
@@ -82,6 +82,10 @@ class _Record:
         """Return whom the message must not overtake; a group of a standard queue has no order."""
         attributes: Mapping[str, str] = self.message["attributes"]
         return attributes.get("MessageGroupId") if self._queue.endswith(".fifo") else None
+
+    @property
+    def body(self) -> bytes | None:
+        return as_bytes(self.message["body"])
 
     def key(self, message: Mapping[str, Any], /) -> str:
         return message_key(self._queue, _received(message))

@@ -42,7 +42,7 @@ from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.imports import symbol_by_name
 
 from idempotency._background import drain_sync
-from idempotency._calls import takes_session
+from idempotency._calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
 from idempotency.adapters._celery import (
     NEVER_ENCODED,
     StopWorker,
@@ -55,6 +55,7 @@ from idempotency.adapters._celery import (
     leave_connections,
     request_of,
 )
+from idempotency.adapters._delivery import as_sent
 from idempotency.consumer import (
     ConsumerOptions,
     DeadLetter,
@@ -81,7 +82,7 @@ class _Given:
     store: Any
     key: Callable[..., str] | None
     consumer: str | None
-    fingerprint: Callable[..., bytes | str] | None
+    fingerprint: Fingerprint
     pause: float
     dead_letter: str | None
     options: ConsumerOptions
@@ -107,7 +108,7 @@ def idempotent_task(
     *,
     key: Callable[..., str] | None = None,
     consumer: str | None = None,
-    fingerprint: Callable[..., bytes | str] | None = None,
+    fingerprint: Fingerprint = "body",
     pause: float = 1.0,
     dead_letter: str | None = None,
     **options: Unpack[ConsumerOptions],
@@ -115,8 +116,11 @@ def idempotent_task(
     """Make a base class whose tasks take effect once: for ``@app.task(base=...)`` or ``Celery(task_cls=...)``.
 
     ``key`` and ``fingerprint`` are given the task's arguments: ``lambda order_id: f"bill:{order_id}"``. By default the
-    key is the task's id, and nothing is compared. ``consumer``: a name that precedes the task's own in the record.
-    ``pause``: seconds before a task that failed, or whose duplicate is running, is tried again. Default 1.
+    key is the task's id, and of repeated messages the arguments are compared (``"body"``), as they were sent; None
+    compares nothing. A ``self.retry()`` with other arguments is another message under the same id: where its first one
+    is delivered again, that is a dead letter, unless ``fingerprint`` says otherwise. ``consumer``: a name that precedes
+    the task's own in the record. ``pause``: seconds before a task that failed, or whose duplicate is running, is tried
+    again. Default 1.
     ``dead_letter``: the queue that gets the message of a task that failed for good, with the header
     ``idempotency-reason``. A worker on that queue runs it again, after ``task.forget(key)`` where attempts are counted.
     The other options are :class:`~idempotency.consumer.ConsumerOptions`, with a ``sessionmaker`` for ``session``: its
@@ -129,6 +133,7 @@ def idempotent_task(
     """
     if pause <= 0:
         raise ConfigurationError(f"pause must be positive: {pause!r}")
+    check_readers(key, fingerprint)
     given = _Given(store, key, consumer, fingerprint, pause, dead_letter, options)
     worker_process_init.connect(lambda **_: leave_connections(store, options.get("session")), weak=False)
     # A child ends by os._exit, before which the interpreter waits for nothing.
@@ -151,6 +156,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
     _given: _Given
     _consumer: SyncConsumer
     _takes_session: bool
+    _sent: inspect.Signature
     _tracer: Tracer | None = None
 
     @classmethod
@@ -162,8 +168,10 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         check(cls, app, _IdempotentTask, given.pause)
         session = given.options.get("session")
         cls._takes_session = session is not None and takes_session(cls.run)
+        bound = not isinstance(inspect.getattr_static(cls, "run"), staticmethod)
+        signature = signature_without_session(cls.run) if cls._takes_session else inspect.signature(cls.run)
+        cls._sent = signature.replace(parameters=[*signature.parameters.values()][bound:])
         if cls._takes_session:
-            bound = not isinstance(inspect.getattr_static(cls, "run"), staticmethod)
             cls.__header__ = app.type_checker(dress(lambda: None, cls.run, session), bound=bound)
         # With pydantic=True a model is a dict of plain JSON when it comes from run().
         returns = (lambda: None) if getattr(cls, "_dump_pydantic_arguments", None) else cls.run
@@ -239,7 +247,8 @@ class _IdempotentTask(Task):  # type: ignore[misc]
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bytes | str | None]:
         given = self._given
         key = self.request.id if given.key is None else given.key(*args, **kwargs)
-        return key, None if given.fingerprint is None else given.fingerprint(*args, **kwargs)
+        # What else is in a message is not the same at each delivery: retries, what follows, and the encoding.
+        return key, compared_by(given.fingerprint, lambda: as_sent(self._sent, args, kwargs), *args, **kwargs)
 
     def _deliver(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Delivered:
         try:

@@ -26,7 +26,7 @@ from typing import Any, cast
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from idempotency._background import drain_sync
-from idempotency.adapters._delivery import handle_sync, needs
+from idempotency.adapters._delivery import as_bytes, handle_sync, needs
 from idempotency.adapters._kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
@@ -344,6 +344,10 @@ class _Delivery:
         self.attempt = attempt
         self.again: float | None = run.group.pause
         self._run = run
+
+    @property
+    def body(self) -> bytes | None:
+        return as_bytes(self.message.value())
 
     def key(self, message: Message, /) -> str:
         return named(_headers(message), place(*_where(message)))

@@ -29,6 +29,7 @@ chance (``maintenance_chance``).
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ from typing import Any, Unpack
 from dramatiq import Actor, Broker
 from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 
-from idempotency._calls import is_async
+from idempotency._calls import Fingerprint, check_readers, compared_by, is_async
 from idempotency._consume import Rules
-from idempotency.adapters._delivery import missing
+from idempotency.adapters._delivery import as_sent, missing
 from idempotency.adapters._dramatiq import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError
@@ -63,7 +64,7 @@ def idempotent_actor(
     *,
     consumer: str | None = None,
     key: Callable[..., object] | None = None,
-    fingerprint: Callable[..., bytes | str] | None = None,
+    fingerprint: Fingerprint = "body",
     pause: float = 1.0,
     **options: Unpack[ConsumerOptions],
 ) -> Callable[..., IdempotentActor]:
@@ -72,9 +73,9 @@ def idempotent_actor(
     ``consumer``: who consumes; the actor's name belongs to it, so that two actors never share a record. ``key`` is
     given the actor's arguments and returns what identifies the message, default its ``message_id``; a message that it
     cannot read becomes a dead letter. ``fingerprint`` is given them too, and returns what repeated messages must have
-    in common with the first; by default nothing is compared. ``pause``: seconds, at most, before a message whose
-    duplicate is being handled is delivered again; that is no retry. The other options are
-    :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
+    in common with the first. ``"body"``, the default: the arguments, as they were sent; None: nothing. ``pause``:
+    seconds, at most, before a message whose duplicate is being handled is delivered again; that is no retry. The other
+    options are :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
 
     An actor that is called, not sent to, needs ``key``; it returns or raises as its function does, or raises
     :class:`~idempotency.errors.InProgressError` and the like. ``forget(key)`` works in any process, for an asynchronous
@@ -86,6 +87,7 @@ def idempotent_actor(
     for name in ("on_exhausted", "on_refused"):
         if options.get(name) == "stop":
             raise ConfigurationError(f'{name}="stop": a message cannot stop a dramatiq worker; it can be a dead letter')
+    check_readers(key, fingerprint)
     given = options
 
     def declare(
@@ -96,13 +98,14 @@ def idempotent_actor(
         verbs = _verbs(store, name, function, given)
         bind = work_of(function, given.get("session"))
 
-        def compared(args: Any, kwargs: Any) -> bytes | str | None:
-            return None if fingerprint is None else fingerprint(*args, **kwargs)
+        def compared(args: Any, kwargs: Any, body: Callable[[], bytes | None] = lambda: None) -> Any:
+            return compared_by(fingerprint, body, *args, **kwargs)
 
         def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Delivered:
             try:
                 named = delivery.message.message_id if key is None else key(*args, **kwargs)
-                same = compared(args, kwargs)
+                # Not the whole message: its options and its time are another's at each retry.
+                same = compared(args, kwargs, lambda: as_sent(signature, args, kwargs))
             except Exception as error:
                 return verbs.rules.unnamed(error)
             return verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=same)
@@ -116,6 +119,7 @@ def idempotent_actor(
             return verbs.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
 
         dress(handle, function, given.get("session"))
+        signature = inspect.signature(handle)
         throws = options.get("throws") or ()
         options["throws"] = (*(throws if isinstance(throws, tuple) else (throws,)), DeadLetteredError)
         actor = IdempotentActor(handle, actor_name=actor_name, broker=broker, options=options, **declared)

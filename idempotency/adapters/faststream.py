@@ -39,13 +39,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from time import monotonic
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
-from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, unavailable
+from idempotency._calls import check_readers, compared_by
+from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, as_bytes, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
@@ -57,6 +58,7 @@ __all__ = ["IdempotencyMiddleware", "check", "sequence_key"]
 _logger = logging.getLogger("idempotency")
 
 Key = Callable[[StreamMessage[Any]], str | Awaitable[str]]
+Fingerprint = Callable[[StreamMessage[Any]], bytes | str | Awaitable[bytes | str]] | Literal["body"] | None
 
 
 class IdempotencyMiddleware:
@@ -64,16 +66,18 @@ class IdempotencyMiddleware:
 
     ``consumer``: the name of this consumer of the messages, such as its service's. ``key`` is given FastStream's
     message and returns the key; it may be a coroutine function, which may await ``message.decode()``. Default: see the
-    module. ``dead_letter``: where a message goes that no redelivery helps: a subject, topic, stream, list or channel,
-    of the subscriber's own kind. RabbitMQ has dead-letter exchanges of its own; anywhere else ``max_attempts`` needs
-    it, and without it ``on_refused`` is ``"stop"``. ``pause``: seconds before a message that failed, or whose duplicate
-    is being handled, is delivered again; on Kafka the subscriber waits so long, with all its partitions, and in Redis
-    streams the claiming subscriber's time applies instead.
+    module. ``fingerprint`` is given it too, and returns what repeated messages must have in common with the first.
+    ``"body"``, the default: the raw body, without headers; None: nothing. ``dead_letter``: where a message goes that no
+    redelivery helps: a subject, topic, stream, list or channel, of the subscriber's own kind. RabbitMQ has dead-letter
+    exchanges of its own; anywhere else ``max_attempts`` needs it, and without it ``on_refused`` is ``"stop"``.
+    ``pause``: seconds before a message that failed, or whose duplicate is being handled, is delivered again; on Kafka
+    the subscriber waits so long, with all its partitions, and in Redis streams the claiming subscriber's time applies
+    instead.
     The other options are :class:`~idempotency.consumer.ConsumerOptions`; with ``session=`` handlers and dependencies
     find the session as ``current().session``.
 
-    A message without an identity, and what ``"stop"`` asks for, stops the subscriber, and the app if it is FastStream's
-    own. The message is not lost, where the broker keeps messages.
+    A message without an identity, at its first delivery, and what ``"stop"`` asks for, stops the subscriber, and the
+    app if it is FastStream's own. The message is not lost, where the broker keeps messages.
     """
 
     def __init__(
@@ -82,11 +86,14 @@ class IdempotencyMiddleware:
         *,
         consumer: str,
         key: Key | None = None,
+        fingerprint: Fingerprint = "body",
         dead_letter: str | None = None,
         pause: float = 1.0,
         **options: Unpack[ConsumerOptions],
     ) -> None:
+        check_readers(key, fingerprint, awaited=True)
         self.key = key
+        self.fingerprint = fingerprint
         self.dead_letter = dead_letter
         self.pause = pause
         self.counts = options.get("max_attempts") is not None
@@ -222,17 +229,23 @@ class _Delivery(BaseMiddleware[Any, Any]):
             except AckMessage as told:
                 return Acked(told.extra_options)
 
+        attempt = source.attempt(msg)
         try:
             key = await self._key(source, msg)
         except Exception as error:
+            rules = consumer.rules
+            return rules.unidentified(error, attempt) if self._shared.key is None else rules.unnamed(error)
+        try:
+            compared = await self._compared(msg)
+        except Exception as error:
             return consumer.rules.unnamed(error)
-        self._named = {KEY_HEADERS[0]: str(key)}
+        self._named = {KEY_HEADERS[0]: key} if isinstance(key, str) and key else {}
         until = monotonic() + LONGEST_HOLD
         async with _extended(source, msg):
-            delivered = await consumer.deliver(key, work, attempt=source.attempt(msg))
+            delivered = await consumer.deliver(key, work, attempt=attempt, compared=compared)
             while self._held(source, delivered, until):
                 await asyncio.sleep(self._shared.pause)
-                delivered = await consumer.deliver(key, work, attempt=AGAIN)
+                delivered = await consumer.deliver(key, work, attempt=AGAIN, compared=compared)
         if isinstance(delivered, Replayed) and delivered.result is None and source.publishes(msg):
             return _unpublished(consumer)
         return delivered
@@ -256,6 +269,10 @@ class _Delivery(BaseMiddleware[Any, Any]):
             return source.key(msg)
         key = self._shared.key(msg)
         return await key if inspect.isawaitable(key) else key
+
+    async def _compared(self, msg: StreamMessage[Any]) -> Any:
+        compared = compared_by(self._shared.fingerprint, lambda: as_bytes(msg.body), msg)
+        return await compared if inspect.isawaitable(compared) else compared
 
     async def _settle(self, source: Source, consumer: Consumer, delivered: Delivered, msg: StreamMessage[Any]) -> Any:
         pause = self._shared.pause

@@ -7,7 +7,8 @@
     await consume(jetstream, subscription, on_order, dead_letter="dead.orders")
 
 Key: the header ``Idempotency-Key`` or ``id``, else ``Nats-Msg-Id``; ``key=`` of the decorator wins. A message without
-is refused; ``key=sequence_key`` tells its redeliveries apart by its place in the stream, but not a repeated publish.
+stops the consumer, and is a dead letter when it is delivered again; ``key=sequence_key`` tells its redeliveries apart
+by its place in the stream, but not a repeated publish.
 The message is acknowledged after the commit, and the acknowledgement is confirmed by the server.
 """
 
@@ -153,6 +154,10 @@ class _Delivery:
     @property
     def attempt(self) -> int:
         return self.message.metadata.num_delivered
+
+    @property
+    def body(self) -> bytes:
+        return self.message.data
 
     def key(self, message: Msg, /) -> str:
         identity = named(message.headers)

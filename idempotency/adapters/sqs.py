@@ -28,7 +28,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
 from idempotency._background import drain_sync
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, handle_sync, header, needs, outlived
+from idempotency.adapters._delivery import KEY_HEADERS, REASON, as_bytes, handle_sync, header, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -224,6 +224,10 @@ class _Delivery:
     @property
     def attempt(self) -> int:
         return int(self.message["Attributes"]["ApproximateReceiveCount"])
+
+    @property
+    def body(self) -> bytes | None:
+        return as_bytes(self.message["Body"])
 
     def key(self, message: Mapping[str, Any], /) -> str:
         return message_key(self._queue.name, message)

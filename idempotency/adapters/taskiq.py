@@ -25,6 +25,7 @@ failed here. taskiq's label ``timeout`` interrupts the task as a failure does. I
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, Unpack, cast
@@ -36,8 +37,8 @@ from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 
 from idempotency._background import drain
-from idempotency._calls import is_async, name_of
-from idempotency.adapters._delivery import missing
+from idempotency._calls import Fingerprint, check_readers, compared_by, is_async, name_of
+from idempotency.adapters._delivery import as_sent, missing
 from idempotency.adapters._taskiq import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
@@ -59,7 +60,7 @@ def idempotent_task(
     consumer: str,
     dead_letter: SendDeadLetter,
     key: Callable[..., object] | None = None,
-    fingerprint: Callable[..., bytes | str] | None = None,
+    fingerprint: Fingerprint = "body",
     pause: float = 1.0,
     **options: Unpack[ConsumerOptions],
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -70,10 +71,11 @@ def idempotent_task(
     by a worker is refused: give them two consumers. ``dead_letter`` is called with a message that is not handled again,
     before it is acknowledged: taskiq has no place for those. ``key`` is given the arguments of the message, without
     dependencies, and returns what identifies it, default its ``task_id``; a message that it cannot read becomes a dead
-    letter. ``fingerprint`` is given them too, and returns what repeated messages must have in common with the first; by
-    default nothing is compared. ``pause``: seconds before a message that failed, and at most before one whose duplicate
-    is being handled, is sent again; until then it holds one of the worker's tasks. The other options are
-    :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
+    letter. ``fingerprint`` is given them too, and returns what repeated messages must have in common with the first.
+    ``"body"``, the default: the arguments, as the task's annotations read them; None: nothing. ``pause``: seconds
+    before a message that failed, and at most before one whose duplicate is being handled, is sent again; until then it
+    holds one of the worker's tasks. The other options are :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is
+    refused, as no message stops a worker.
 
     The task has a method ``forget(key)``. One that is called, not sent to, needs ``key``; it returns or raises as its
     function does, or raises :class:`~idempotency.errors.InProgressError` and the like.
@@ -84,6 +86,8 @@ def idempotent_task(
         if options.get(name) == "stop":
             raise ConfigurationError(f'{name}="stop": a message cannot stop a taskiq worker; it can be a dead letter')
 
+    check_readers(key, fingerprint)
+
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if not is_async(function):
             raise ConfigurationError(f"{name_of(function)} must be a coroutine function: its message is sent again")
@@ -92,15 +96,15 @@ def idempotent_task(
         bind = work_of(function, options.get("session"))
         this = object()
 
-        def compared(args: Any, kwargs: Any) -> bytes | str | None:
-            return None if fingerprint is None else fingerprint(*args, **kwargs)
+        def compared(args: Any, kwargs: Any, body: Callable[[], bytes | None] = lambda: None) -> Any:
+            return compared_by(fingerprint, body, *args, **kwargs)
 
         async def deliver(context: Context, args: Any, kwargs: Any) -> Delivered:
             _refuse_acknowledged(context)
             _refuse_shared(store, scope, this, context.message.task_name)
             try:
                 named = context.message.task_id if key is None else key(*args, **kwargs)
-                same = compared(args, kwargs)
+                same = compared(args, kwargs, lambda: as_sent(signature, context.message.args, context.message.kwargs))
             except Exception as error:
                 return made.rules.unnamed(error)
             limit = context.message.labels.get("timeout")
@@ -123,6 +127,7 @@ def idempotent_task(
 
         dress(task, function, options.get("session"))
         given = take_dependencies(task, function)
+        signature = inspect.signature(task)
         cast(Any, task).forget = made.forget
         return cast(Callable[P, R], task)
 

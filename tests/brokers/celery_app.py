@@ -18,6 +18,8 @@ from idempotency.testing._points import CRASH_AT, arm, watch
 work = Work()
 place, extra = work.setting.place, work.setting.extra
 store, options = work.open(asynchronous=False)
+if "on_refused" in extra:
+    options["on_refused"] = extra["on_refused"]
 if "wait" in extra:
     options["policy"] = replace(options["policy"], wait=extra["wait"])
 app = application(place, extra["url"], worker_enable_remote_control=not extra.get("deaf"))

@@ -203,6 +203,22 @@ def busy(places: Places, adapter: str, mode: str) -> Counted:
         return counted
 
 
+def reused(places: Places, adapter: str, mode: str) -> Counted:
+    """Publish another message under the identity of one that was handled, and then that one again."""
+    with places.case(adapter, mode) as case:
+        case.publish("order-1")
+        with case.worker():
+            case.heard("stored")
+            case.publish("order-1", "refund")
+            case.heard("dead-lettered")
+            case.publish("order-1")
+            case.heard("replayed")
+        counted = case.counted()
+        assert (case.ledger.notes().get("mismatch"), case.ledger.count("started", "order-1")) == (1, 1)
+        assert counted.dead == 1, counted
+        return counted
+
+
 CASES: dict[str, Callable[[Places, str, str], Counted]] = {
     **{
         f"killed {point}": lambda places, adapter, mode, point=point: killed(places, adapter, mode, point)
@@ -212,5 +228,6 @@ CASES: dict[str, Callable[[Places, str, str], Counted]] = {
     "failing": failing,
     "poison": poison,
     "busy": busy,
+    "reused": reused,
 }
 """Every case by its name."""

@@ -80,6 +80,29 @@ async def test_a_message_without_an_identity_stops_the_consumer(channel: Abstrac
     assert await left_in(queue) == 1
 
 
+async def test_a_message_without_an_identity_stops_no_second_consumer(
+    channel: AbstractChannel, queue: AbstractQueue
+) -> None:
+    """It stays the first time; delivered again it is a dead letter, and those after it are handled."""
+    stop, events = asyncio.Event(), list[str]()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing", on_event=lambda event: events.append(event.kind))
+    async def on_order(message: AbstractIncomingMessage) -> None:
+        stop.set()
+
+    with pika.BlockingConnection(pika.URLParameters(URL)) as connection:
+        connection.channel().basic_publish("", queue.name, b"order", pika.BasicProperties(message_id=""))
+    with pytest.raises(KeyMissingError, match="message_id=, or give key="):
+        await consume(queue, on_order)
+    assert events == []
+    await send(channel, queue, Message(b"order", message_id="1"))
+    await asyncio.wait_for(consume(queue, on_order, stop=stop), 10)
+    await channel.close()
+
+    assert sorted(events) == ["dead-lettered", "stored"]
+    assert await left_in(queue) == 0
+
+
 @pytest.mark.parametrize(
     ("message", "key"),
     [

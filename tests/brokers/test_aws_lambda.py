@@ -179,11 +179,26 @@ def test_a_dead_letter_that_cannot_be_sent_counts_as_failed() -> None:
 
 
 def test_an_error_that_stops_a_consumer_is_raised_when_the_rest_is_handled() -> None:
-    orders = Orders(key=lambda record: record["body"].strip())
+    orders = Orders(key=lambda record: record["body"].strip(), on_refused="stop")
 
     with pytest.raises(KeyMissingError):
         batch(orders.on_order)(event(record("1", " "), record("2", "milk")), None)
     assert orders.handled == ["milk"]
+
+
+def test_another_message_under_the_id_of_one_is_a_dead_letter() -> None:
+    """Two producers may use one id; the attributes, the time and the message id of a repeated send do not matter."""
+    orders, sender = Orders(), Sender()
+    order, refund, again = record("1", "order"), record("2", "refund"), record("3", "order", SentTimestamp="1")
+    for each in (order, refund, again):
+        each["messageAttributes"] = {"id": attribute("1"), "trace": attribute(each["messageId"])}
+
+    answer = batch(orders.on_order, dead_letter="https://dead", client=sender)(event(order, refund, again), None)
+
+    assert failures(answer) == []
+    assert orders.handled == ["order"]
+    (sent,) = sender.sent
+    assert (sent["MessageBody"], sent["MessageAttributes"]["Idempotency-Reason"]) == ("refund", text("key-reused"))
 
 
 def test_a_message_has_one_key_wherever_it_is_received() -> None:

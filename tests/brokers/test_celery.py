@@ -36,7 +36,7 @@ from brokers.kit import ATTEMPTS, PATIENCE, until
 from brokers.rabbitmq import URL
 from idempotency import Event, Policy, current
 from idempotency.adapters.celery import idempotent_task
-from idempotency.errors import ConfigurationError, InProgressError
+from idempotency.errors import ConfigurationError, InProgressError, KeyInvalidError, KeyMissingError
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
 
@@ -149,8 +149,9 @@ POOLS = pytest.mark.parametrize("pool", [PREFORK, SOLO, THREADS], ids=["prefork"
 def test_a_task_without_a_key_shuts_the_worker_down_and_stays_in_its_queue(
     adapter: str, pool: list[str], postgres_url: str, redis_url: str
 ) -> None:
-    """What is no message at all stops the worker, in every pool, also one that hears no commands."""
-    with case(adapter, "leased", postgres_url, redis_url, key="", deaf=True, pool=pool) as running:
+    """Where that is asked for, it stops the worker, in every pool, also one that hears no commands."""
+    refusing = {"key": "", "on_refused": "stop", "deaf": True, "pool": pool}
+    with case(adapter, "leased", postgres_url, redis_url, **refusing) as running:
         running.publish("order-1", effects=0)
         with running.worker() as worker:
             assert worker._process.wait(PATIENCE) == 0
@@ -710,18 +711,23 @@ def test_a_task_that_replaces_itself_is_refused(shop: Shop) -> None:
     shop.settled()
 
 
-def test_a_message_that_the_key_cannot_read_is_a_dead_letter_and_the_worker_goes_on(shop: Shop) -> None:
+@pytest.mark.parametrize(
+    ("malformed", "raised"), [({}, KeyError), ({"id": 7}, KeyInvalidError), ({"id": ""}, KeyMissingError)]
+)
+def test_a_message_that_the_key_cannot_read_is_a_dead_letter_and_the_worker_goes_on(
+    shop: Shop, malformed: dict[str, Any], raised: type[Exception]
+) -> None:
     """One malformed message does not stop the worker."""
 
     @shop.app.task(shared=False, name="bill", base=shop.base(key=lambda order: order["id"]))
-    def bill(order: dict[str, str]) -> str:
+    def bill(order: dict[str, Any]) -> str:
         shop.effect(order["id"])
-        return order["id"]
+        return str(order["id"])
 
     with shop.working():
-        malformed = bill.delay({})
-        with pytest.raises(KeyError):
-            outcome(malformed)
+        refused = bill.delay(malformed)
+        with pytest.raises(raised):
+            outcome(refused)
         assert outcome(bill.delay({"id": "A-1"})) == "A-1"
         until(lambda: shop.rig.dead() == 1, "a dead letter")
     assert shop.events == ["dead-lettered", "stored"]

@@ -16,7 +16,8 @@ from brokers.adapters import ADAPTERS, missing_broker
 from brokers.contract import CASES, MODES, Counted, Places, excused
 
 AT_ONCE = 4
-CHOSEN = [(mode, case) for mode in MODES for case in CASES if mode == "joined" or case in ("killed stored", "busy")]
+LEASED = ("killed stored", "busy", "reused")
+CHOSEN = [(mode, case) for mode in MODES for case in CASES if mode == "joined" or case in LEASED]
 
 
 @pytest.fixture(scope="module")

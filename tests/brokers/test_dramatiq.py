@@ -617,6 +617,37 @@ def test_two_messages_with_one_key_take_effect_once(broker: StubBroker) -> None:
     assert str(dead._exception).startswith("key-reused: ")
 
 
+def test_other_arguments_under_one_key_are_a_dead_letter(broker: StubBroker) -> None:
+    """Names, order, time and options of a message are not what is compared, and None compares nothing."""
+    handled = []
+    bill, ship = (
+        dramatiq.actor(
+            lambda order, amount, lines=(), name=name: handled.append((name, order, amount)),
+            broker=broker,
+            actor_name=name,
+            actor_class=once(key=lambda order, amount, lines=(): order, **options),
+        )
+        for name, options in (("bill", {}), ("ship", {"fingerprint": None}))
+    )
+    with working(broker):
+        for actor in (bill, ship):
+            actor.send("A-1", 5, lines={"tea": 1, "milk": 2})
+            broker.join("default")
+            actor.send(lines={"milk": 2, "tea": 1}, amount=5, order="A-1")
+            actor.send_with_options(args=("A-1", 5, {"milk": 2, "tea": 1}), max_retries=1)
+            broker.join("default")
+        assert broker.dead_letters == []
+        for actor in (bill, ship):
+            actor.send("A-1", 6, lines={"tea": 1, "milk": 2})
+        dead = dead_letter(broker)
+        broker.join("default")
+    assert (dead.actor_name, str(dead._exception)) == (
+        "bill",
+        "key-reused: KeyReusedError('The key was used for something else.')",
+    )
+    assert handled == [("bill", "A-1", 5), ("ship", "A-1", 5)]
+
+
 @pytest.mark.parametrize("consumer", [None, "billing"])
 def test_two_actors_of_one_store_do_not_share_a_key(broker: StubBroker, consumer: str | None) -> None:
     """The actor is part of the scope, also where two are given the same consumer."""

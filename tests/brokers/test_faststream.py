@@ -470,6 +470,26 @@ async def test_a_message_without_an_identity_stops_the_consumer_and_is_kept(
     assert ("idempotency", logging.ERROR, "a message stops its subscriber, and the app") in caplog.record_tuples
 
 
+async def test_a_message_without_an_identity_stops_no_second_subscriber(rabbit: Rabbit, heard: Heard) -> None:
+    """Delivered again it is a dead letter, and those after it are handled."""
+    dead = rabbit.queue()
+    orders = rabbit.queue(**{"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    first, second = (rabbit_broker(heard, logged=Logged()) for _ in range(2))
+    for broker in (first, second):
+        handled(broker, RabbitQueue(orders, declare=False))
+
+    rabbit.send(orders, message_id="")
+    async with started(first):
+        await until(lambda: not first.subscribers[0].running)
+    await until(lambda: rabbit.left(orders) == 1)
+    assert heard == []
+    rabbit.send(orders, message_id="1")
+    async with started(second):
+        await until(lambda: "stored" in heard and rabbit.left(dead) == 1)
+    assert sorted(heard) == ["dead-lettered", "stored"]
+    assert rabbit.left(orders) == 0
+
+
 @pytest.mark.filterwarnings("ignore:The integration has been moved:DeprecationWarning")
 async def test_within_fastapi_a_message_without_an_identity_stops_the_subscriber_and_is_kept(
     rabbit: Rabbit, heard: Heard
@@ -501,7 +521,7 @@ async def test_within_another_asgi_server_a_message_that_stops_the_consumer_come
         asked.append(message)
 
     orders = rabbit.queue()
-    broker = rabbit_broker(heard, key=nothing)
+    broker = rabbit_broker(heard, key=nothing, on_refused="stop")
     handled(broker, orders)
     async with AsgiFastStream(broker, logger=None).start_lifespan_context():
         await until(lambda: broker.subscribers[0].running)
@@ -555,6 +575,43 @@ async def test_what_a_handler_acknowledges_by_hand_is_acknowledged_after_the_com
 
 def unreadable(message: Any) -> str:
     return json.loads(message.body)["order"]
+
+
+async def nameless(message: Any) -> str:
+    raise KeyMissingError("no order")
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "reasons"),
+    [
+        ("body", ["key-reused", "key-reused"]),
+        (lambda message: message.body[:1], ["key-reused"]),
+        (unreadable, ["key-invalid", "key-reused"]),
+        (None, []),
+    ],
+)
+async def test_what_two_messages_must_have_in_common_may_be_ones_own(
+    local_redis_url: str, name: str, heard: Heard, fingerprint: Any, reasons: list[str]
+) -> None:
+    """By default it is the raw body; a function may read the message, also one that is awaited; None is nothing."""
+
+    async def awaited(message: Any) -> Any:
+        return fingerprint(message)
+
+    own = awaited if callable(fingerprint) else fingerprint
+    broker = redis_broker(local_redis_url, heard, fingerprint=own, dead_letter=f"{name}-dead")
+
+    @broker.subscriber(list=name)
+    async def on_order(_: Any) -> None: ...
+
+    async with started(broker):
+        for body in ({"order": "1"}, {"order": "1"}, [], {"order": "2"}):
+            await broker.publish(body, list=name, headers={"id": "1"})
+        await until(lambda: heard.count("replayed") + heard.count("dead-lettered") == 3)
+        dead = broker.subscriber(list=f"{name}-dead")
+        letters = [await dead.get_one(timeout=5) for _ in reasons]
+    assert [letter.headers["Idempotency-Reason"] for letter in letters if letter] == reasons
+    assert heard.count("stored") == 1
 
 
 @pytest.mark.parametrize("on_refused", ["dead-letter", "stop"])
@@ -927,10 +984,20 @@ async def test_on_nats_a_stream_that_is_made_anew_has_dead_letters_of_its_own(st
             await jetstream.add_stream(name=stream, subjects=[stream])
 
 
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        (unreadable, "key-invalid"),
+        (lambda _: 7, "key-invalid"),
+        (lambda _: b"7", "key-invalid"),
+        (lambda _: None, "key-missing"),
+        (nameless, "key-missing"),
+    ],
+)
 async def test_on_nats_a_message_of_which_the_key_cannot_be_read_is_a_dead_letter_without_one(
-    stream: str, heard: Heard
+    stream: str, heard: Heard, key: Any, reason: str
 ) -> None:
-    broker = nats_broker(heard, key=unreadable, dead_letter=f"{stream}_dead")
+    broker = nats_broker(heard, key=key, dead_letter=f"{stream}_dead")
 
     @broker.subscriber(stream, **pulled(stream))
     async def on_order(_: dict[str, Any]) -> None:
@@ -943,7 +1010,7 @@ async def test_on_nats_a_message_of_which_the_key_cannot_be_read_is_a_dead_lette
     assert heard == ["dead-lettered"]
     assert letter.data == b"{"
     headers = letter.headers or {}
-    assert (headers.get("Idempotency-Reason"), headers.get("trace")) == ("key-invalid", "t-1")
+    assert (headers.get("Idempotency-Reason"), headers.get("trace")) == (reason, "t-1")
     assert "Idempotency-Key" not in headers
 
 

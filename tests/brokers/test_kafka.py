@@ -89,9 +89,9 @@ class Member:
 
         deliver = handler.deliver
 
-        def watched(message: Any, /, *, attempt: int | None = None, key: Any = None) -> Any:
+        def watched(message: Any, /, *, attempt: int | None = None, key: Any = None, body: bytes | None = None) -> Any:
             self.attempts.append((message.partition(), message.offset(), attempt))
-            return deliver(message, attempt=attempt, key=key)
+            return deliver(message, attempt=attempt, key=key, body=body)
 
         handler.deliver = watched  # type: ignore[method-assign]
         servers = {"bootstrap.servers": cluster().servers, "log_level": 0}
@@ -114,9 +114,11 @@ class Member:
 
         deliver = handler.deliver
 
-        async def watched(message: Any, /, *, attempt: int | None = None, key: Any = None) -> Any:
+        async def watched(
+            message: Any, /, *, attempt: int | None = None, key: Any = None, body: bytes | None = None
+        ) -> Any:
             self.attempts.append((message.partition, message.offset, attempt))
-            return await deliver(message, attempt=attempt, key=key)
+            return await deliver(message, attempt=attempt, key=key, body=body)
 
         handler.deliver = watched  # type: ignore[method-assign]
 
@@ -554,14 +556,36 @@ def test_the_key_of_the_decorator_wins(group: Group) -> None:
     assert group.runs == {"order-1": 1}
 
 
-def test_a_key_that_names_nothing_stops_the_consumer(group: Group) -> None:
+def test_a_key_that_names_nothing_stops_the_consumer_on_request(group: Group) -> None:
     group.publish("order-1")
     member = group.member()
-    member._decorate = idempotent_consumer(group.store, consumer="billing", key=lambda message: None)
+    member._decorate = idempotent_consumer(group.store, consumer="billing", key=lambda message: None, on_refused="stop")
     member.start()
     member.join()
     assert isinstance(member.raised, KeyMissingError)
     assert group.rig.topic.committed() == [0, 0]
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(7, b"key-invalid"), (None, b"key-missing")])
+def test_a_message_that_the_key_cannot_read_does_not_hold_its_partition_up(
+    group: Group, bad: Any, reason: bytes
+) -> None:
+    """It is a dead letter, its offset is committed, and the next one is handled."""
+    group.publish("bad")
+    group.publish("order-1")
+    read = {"aiokafka": lambda message: message.value, "confluent_kafka": lambda message: message.value()}[group.client]
+    member = group.member()
+    member._decorate = idempotent_consumer(
+        group.store,
+        consumer="billing",
+        key=lambda message: bad if read(message) == b"bad" else "order-1",
+        on_event=member.events.append,
+    )
+    member.start()
+    until(group.settled, "both are settled")
+    (dead,) = group.rig.dead_letters.read()
+    assert dict(dead.headers() or [])["Idempotency-Reason"] == reason
+    assert group.runs == {"order-1": 1}
 
 
 CONFLUENT = {"bootstrap.servers": "127.0.0.1:1", "group.id": "billing"}

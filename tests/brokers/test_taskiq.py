@@ -539,6 +539,50 @@ async def test_a_message_that_cannot_be_named_is_a_dead_letter(option: str) -> N
     assert office.events == ["dead-lettered"]
 
 
+class Parcel(BaseModel):
+    """What its producer need not spell out."""
+
+    number: str
+    weight: int = 1
+
+
+async def test_other_arguments_under_the_id_of_a_task_are_a_dead_letter() -> None:
+    """The arguments are compared as annotated; a copy that was sent again here is no other message."""
+    office, begun, finish = Office(), asyncio.Event(), asyncio.Event()
+
+    async def bill(parcel: Parcel) -> str:
+        begun.set()
+        await finish.wait()
+        return parcel.number
+
+    async def kick(number: str) -> None:
+        body = {"task_id": "1", "task_name": "bill", "labels": {}, "args": [{"number": number}], "kwargs": {}}
+        message = json.dumps(body).encode()
+        await office.broker.kick(BrokerMessage(task_id="1", task_name="bill", message=message, labels={}))
+
+    async def heard(kind: str) -> None:
+        async with asyncio.timeout(10):
+            while kind not in office.events:
+                await asyncio.sleep(0.005)
+
+    task = office.task(bill)
+    async with office.open():
+        await kick("A-1")
+        await begun.wait()
+        await kick("A-1")
+        await heard("in-progress")
+        await kick("A-2")
+        await heard("dead-lettered")
+        finish.set()
+    await task.kicker().with_task_id("1").kiq(Parcel(number="A-1"))
+    async with office.open():
+        pass
+
+    assert [(message.args, reason) for message, reason in office.dead] == [([Parcel(number="A-2")], "key-reused")]
+    assert office.events.count("stored") == office.events.count("mismatch") == 1
+    assert office.events[-1] == "replayed"
+
+
 async def test_two_tasks_of_one_consumer_do_not_share_a_key() -> None:
     """The function's name is part of the scope, for messages and for calls."""
     office, store, handled = Office(), MemoryStore(), []

@@ -1,0 +1,92 @@
+"""What a function is called by default, and whether two different ones of a process would share a name."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+_MAINS = ("__main__", "__mp_main__")
+
+
+def full_name_of(function: Callable[..., Any]) -> str:
+    """Return a function's module and qualified name, the same in every process that has it.
+
+    A partial has the name of its function, an object that of its class. The module that a process was started with has
+    the name by which others import it.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    module = getattr(named, "__module__", None) or ""
+    return f"{_importable(module)}.{named.__qualname__}"
+
+
+def _importable(module: str) -> str:
+    if module not in _MAINS:
+        return module
+    main = sys.modules.get(module)
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return str(spec.name)
+    return PurePath(file).stem if file else module
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Made:
+    """A function that was decorated, for as long as what calls it is there, and what names its calls."""
+
+    function: Any
+    key: Any = None
+
+
+_MADE: WeakKeyDictionary[Any, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
+"""What has each scope of a store."""
+
+
+def takes_scope_of_another(store: Any, scope: str, made: Made) -> bool:
+    """Note what has a scope of a store; say whether a different function has it already.
+
+    The same function may be made anew, as by a module that is loaded again. Functions that were made by the same lines
+    with other values are different, unless the values are in their keys too.
+    """
+    try:
+        scopes = _MADE.setdefault(store, WeakValueDictionary())
+    except TypeError:
+        # A store of somebody's own that has no weak references.
+        return False
+    first = scopes.get(scope)
+    if first is None or _same(first.function, made.function) or _made_with_others(first.key, made.key):
+        scopes[scope] = made
+        return False
+    return True
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other) or (_code(one) == _code(other) is not None and bool(_values(one) == _values(other)))
+    except Exception:
+        # Values that cannot be compared.
+        return False
+
+
+def _made_with_others(one: Any, other: Any) -> bool:
+    return _code(one) == _code(other) is not None and not _same(one, other)
+
+
+def _code(function: Any) -> Any:
+    if isinstance(function, functools.partial):
+        return functools.partial, _code(function.func)
+    return (function.__code__, function.__code__.co_filename) if isinstance(function, FunctionType) else None
+
+
+def _values(function: Any) -> Any:
+    """Return what a function was made with, beside its code."""
+    if isinstance(function, functools.partial):
+        return function.args, function.keywords, _values(function.func)
+    return function.__closure__, function.__defaults__, function.__kwdefaults__
