@@ -356,11 +356,11 @@ def _named(url: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def postgres_database(url: str, name: str) -> Iterator[str]:
+def postgres_database(url: str, name: str, options: str = "") -> Iterator[str]:
     """Create a database of our own on a server and drop it at the end; gives its URL."""
     with psycopg.connect(_libpq(url), autocommit=True) as connection:
         connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
-        connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        connection.execute(f'CREATE DATABASE "{name}" {options}'.encode())
     try:
         yield _named(url, name)
     finally:
@@ -369,7 +369,7 @@ def postgres_database(url: str, name: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mariadb_database(url: str, name: str) -> Iterator[str]:
+def mariadb_database(url: str, name: str, encoding: str = "utf8mb4") -> Iterator[str]:
     """Create a database of our own on a server and drop it at the end; gives its URL."""
 
     def run(*statements: str) -> None:
@@ -378,11 +378,28 @@ def mariadb_database(url: str, name: str) -> Iterator[str]:
                 cursor.execute(statement)
 
     drop = f"DROP DATABASE IF EXISTS `{name}`"
-    run("SET sql_notes = 0", drop, f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4")
+    run("SET sql_notes = 0", drop, f"CREATE DATABASE `{name}` CHARACTER SET {encoding}")
     try:
         yield _named(url, name)
     finally:
         run(drop)
+
+
+@contextlib.contextmanager
+def narrow_databases(name: str) -> Iterator[dict[str, str]]:
+    """Create databases whose encoding holds only some characters, on servers that run already; gives their URLs."""
+    postgres, mariadb = local_postgres(), local_mariadb()
+    if postgres is None or mariadb is None:
+        missing(NO_POSTGRES if postgres is None else NO_MARIADB)
+    options = "TEMPLATE template0 LOCALE 'C' ENCODING"
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for encoding in ("SQL_ASCII", "LATIN1"):
+            made = postgres_database(postgres, f"{name}_{encoding.lower()}", f"{options} '{encoding}'")
+            urls[encoding] = stack.enter_context(made)
+        for encoding in ("latin1", "utf8mb3"):
+            urls[encoding] = stack.enter_context(mariadb_database(mariadb, f"{name}_{encoding}", encoding))
+        yield urls
 
 
 def forget_redis_keys(url: str, prefix: str) -> None:

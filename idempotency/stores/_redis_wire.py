@@ -17,6 +17,7 @@ from typing import Any
 
 from idempotency._core import FORMAT, Claim, Record, State
 from idempotency.errors import ConfigurationError
+from idempotency.stores._shown import shown
 from idempotency.stores.base import Entry
 
 EVAL, EVALSHA = "EVAL", "EVALSHA"
@@ -57,8 +58,8 @@ def claim(key: bytes, claim: Claim) -> Command:
         _milliseconds(claim.lease + claim.ttl),
         _FLAG[claim.hold],
         _FLAG[claim.watched],
-        claim.scope.encode("utf-8", "surrogatepass"),
-        claim.key.encode("utf-8", "surrogatepass"),
+        shown(claim.scope).encode("utf-8", "surrogatepass"),
+        shown(claim.key).encode("utf-8", "surrogatepass"),
     )
 
 

@@ -175,7 +175,8 @@ class Statements:
 
     ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
     writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
-    RETURNING, it is read afterwards.
+    RETURNING, it is read afterwards. ``packs``: bytes are sent as :func:`~idempotency.stores._sql_values.packed` makes
+    them.
     """
 
     def __init__(self, dialect: Dialect, table: Table) -> None:
@@ -184,8 +185,7 @@ class Statements:
             raise ConfigurationError(f"SQLStore knows PostgreSQL, MariaDB, MySQL and SQLite, not {dialect.name}")
         quote = dialect.identifier_preparer
         self._postgresql = family == "postgresql"
-        # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
-        self.bytes_as_hex = family == "mysql"
+        self.packs = family == "mysql"
         self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
         self.look_first = family == "sqlite"
         self.returns = family != "mysql" or bool(getattr(dialect, "is_mariadb", False))
@@ -224,6 +224,6 @@ class Statements:
         if self._postgresql:
             # The server infers a parameter's type from the first place it is used in, and must infer it everywhere.
             sql = re.sub(r":(\w+)", lambda name: f"CAST({name[0]} AS {_TYPES[name[1]]})", sql)
-        if self.bytes_as_hex:
-            sql = re.sub(r":(id|fingerprint|result)\b", r"UNHEX(:\1)", sql)
+        if self.packs:
+            sql = re.sub(r":(id|fingerprint|result)\b", r"FROM_BASE64(:\1)", sql)
         return text(sql)

@@ -15,7 +15,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError
+from idempotency.stores._sql_failures import error_code, refuses_data
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_verbs import Verbs
 
@@ -207,7 +208,8 @@ class Database:
             return StoreError(f"{self.place} is locked by another writer")
         if isinstance(error, OSError) or _unreachable(error):
             return StoreError(f"{self.place} cannot be reached: start it, or correct the URL")
-        return StoreError(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
+        kind = StoreRefusedError if refuses_data(error) else StoreError
+        return kind(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
 
 
 class Call:
@@ -233,18 +235,6 @@ class Call:
                     # Not closed: another socket would get its number while the event loop still watches it.
                     with socket.socket(fileno=os.dup(self.driver.fileno())) as connection:
                         connection.shutdown(socket.SHUT_RDWR)
-
-
-def error_code(error: Exception) -> str | int | None:
-    """Return the SQLSTATE, the number of MySQL, or the extended code of SQLite."""
-    cause = getattr(error, "orig", None) or error
-    busy: int | None = getattr(cause, "sqlite_errorcode", None)
-    if busy is not None:
-        return busy
-    if cause.args and isinstance(cause.args[0], int):
-        return cause.args[0]
-    state: str | None = getattr(cause, "sqlstate", None)
-    return state
 
 
 def level_of(dialect: Dialect, options: Mapping[str, Any]) -> str:

@@ -17,9 +17,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
 from idempotency.stores._sql_dialects import Statements
-from idempotency.stores._sql_engines import Database, error_code, level_of
+from idempotency.stores._sql_engines import Database, level_of
+from idempotency.stores._sql_failures import error_code
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
+from idempotency.stores._sql_values import packed
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 _BUSY_SNAPSHOT = 517
@@ -145,8 +147,8 @@ class Joined:
             names = getattr(made, "positiontup", None) if made.positional else None
             compiled = self._compiled[drawer] = str(made), names
         sql, names = compiled
-        if self._sql.bytes_as_hex:
-            values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
+        if self._sql.packs:
+            values = packed(values)
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
 
