@@ -133,7 +133,9 @@ class Joined:
             if operation.settle("release") != "release":
                 await self._stopped(claim, operation, transaction, error)
             raise
-        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
+        refused = transaction.refused
+        kind = kind_of("store", result if refused is None else None)
+        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
         return Ran(value)
 
     async def _failed(

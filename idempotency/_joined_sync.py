@@ -14,8 +14,8 @@ from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, State, Verdict
 from idempotency._joined import AGAIN_AFTER, begun_anew, judged, keeps_failures, kept_as, left_by, raised, without_lease
 from idempotency._tell import kind_of
-from idempotency._transaction import check_left, check_sessions
-from idempotency.errors import StoreError, TransactionError
+from idempotency._transaction import check_left, check_sessions, write_end
+from idempotency.errors import StoreError, StoreRefusedError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
@@ -116,7 +116,9 @@ class SyncJoined:
             if operation.settle("release") != "release":
                 self._stopped(claim, operation, transaction, error)
             raise
-        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
+        refused = transaction.refused
+        kind = kind_of("store", result if refused is None else None)
+        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
         return Ran(value)
 
     def _failed(
@@ -175,6 +177,7 @@ class _SyncTransaction:
         self._claim = claim
         self.session: Session = sessions()
         self._root: SessionTransaction | None = None
+        self.refused: StoreRefusedError | None = None
         keep_commit(self.session)
 
     def bind(self) -> None:
@@ -194,7 +197,7 @@ class _SyncTransaction:
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """See :meth:`idempotency._transaction.Transaction.commit`."""
         try:
-            written = self._store.complete_in_sync(self.session, self._claim, result, state)
+            written, self.refused = write_end(self._store, self.session, self._claim, result, state)
             allow_commit(self.session)
             if written:
                 commit(self.session)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from idempotency._core import Claim, State
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -82,7 +82,7 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
 class Transaction:
     """A session that begins at its first use and is committed once, here, together with the record."""
 
-    __slots__ = ("_claim", "_deadline", "_ending", "_root", "_session", "_sessions", "_store", "settled")
+    __slots__ = ("_claim", "_deadline", "_ending", "_root", "_session", "_sessions", "_store", "refused", "settled")
 
     def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
         self._store = store
@@ -93,6 +93,8 @@ class Transaction:
         self._ending: asyncio.Task[bool] | None = None
         self._root: SessionTransaction | None = None
         self.settled = False
+        self.refused: StoreRefusedError | None = None
+        """Why the result was not stored with the effect, once it is committed."""
 
     @property
     def used(self) -> bool:
@@ -173,7 +175,7 @@ class Transaction:
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
         from idempotency.stores._sql_joined import allow_commit, commit, finish
 
-        written = self._store.complete_in_sync(session, self._claim, result, state)
+        written, self.refused = write_end(self._store, session, self._claim, result, state)
         allow_commit(session)
         if written:
             commit(session)
@@ -233,6 +235,21 @@ class Transaction:
         from idempotency.stores._sql_joined import give_back
 
         await self._opened.run_sync(give_back)
+
+
+def write_end(
+    store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State
+) -> tuple[bool, StoreRefusedError | None]:
+    """Record the end in ``session``, without a result that the store refuses: the effect is worth more.
+
+    False for a superseded owner. The second value is why the result was left out, if it was.
+    """
+    try:
+        return store.complete_in_sync(session, claim, result, state), None
+    except StoreRefusedError as error:
+        if result is None:
+            raise
+        return store.complete_in_sync(session, claim, None, state), error
 
 
 def check_left(session: Session, root: SessionTransaction | None) -> None:

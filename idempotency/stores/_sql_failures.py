@@ -10,7 +10,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 # beyond a packet. DataError and IntegrityError are what most drivers make of them.
 _DATA_CLASSES = ("22", "23")
 _DATA = frozenset(
-    {"54000", 1048, 1062, 1153, 1162, 1264, 1265, 1292, 1300, 1301, 1366, 1406, 1690, 3819, 3854, 3988, 4025}
+    {"54000", 1048, 1062, 1118, 1153, 1162, 1264, 1265, 1292, 1300, 1301, 1366, 1406, 1690, 3819, 3854, 3988, 4025}
 )
 _DATA_SQLITE = frozenset({18, 19, 20})  # SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLITE_MISMATCH
 
@@ -27,8 +27,9 @@ def error_code(error: BaseException) -> str | int | None:
     if isinstance(first, dict):  # as pg8000 hands on what the server sent
         first = first.get("C")
         return first if isinstance(first, str) else None
-    state: str | None = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
-    return state
+    # SQLAlchemy has an error of its own for a plan of asyncpg's that is out of date, without a code.
+    told = (getattr(each, name, None) for each in (cause, cause.__cause__) for name in ("sqlstate", "pgcode"))
+    return next((state for state in told if isinstance(state, str)), None)
 
 
 def refuses_data(error: BaseException) -> bool:

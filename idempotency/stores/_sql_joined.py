@@ -15,10 +15,11 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._core import Claim, Record, State
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_engines import Database, level_of
-from idempotency.stores._sql_failures import error_code
+from idempotency.stores._sql_failures import error_code, refuses_data
+from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
 from idempotency.stores._sql_values import packed
@@ -29,6 +30,9 @@ _BUSY_SNAPSHOT = 517
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
+# Bytes of a result that is written behind a savepoint, where a refused statement would end the transaction.
+_LARGE = 64 * 1024
+_ASIDE = "idempotency_result"
 _KEPT = "idempotency: committed with its record"
 _CLOSED = "idempotency: closed by its operation"
 _OVER = "idempotency: its operation is settled"
@@ -103,7 +107,28 @@ class Joined:
             raise self._database.failure(error) from error
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
-        """Record the end; False for a superseded owner."""
+        """Record the end; False for a superseded owner.
+
+        Raises :class:`~idempotency.errors.StoreRefusedError` for a result that the database does not take: the
+        transaction can be completed without it.
+        """
+        check_size(connection, result)
+        if result is None:
+            return self._completed(connection, claim, result, state)
+        # Elsewhere a statement that fails undoes itself alone. A small result is not worth the round trip.
+        aside = self._family == "postgresql" and len(result) > _LARGE
+        if aside:
+            send(connection, f"SAVEPOINT {_ASIDE}", fetch=False)
+        try:
+            return self._completed(connection, claim, result, state)
+        except DBAPIError as error:
+            if not refuses_data(error) or error.connection_invalidated or (self._family == "postgresql" and not aside):
+                raise
+            if aside:
+                send(connection, f"ROLLBACK TO SAVEPOINT {_ASIDE}", fetch=False)
+            raise StoreRefusedError("the database refused the result") from error
+
+    def _completed(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         values = complete_values(claim, result, state)
         if self._family == "postgresql":
             values |= told_values(claim, self._table)

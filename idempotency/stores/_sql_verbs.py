@@ -14,6 +14,7 @@ from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 from idempotency._core import FORMAT, Claim, Record, State
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed, storable, stored
 from idempotency.stores.base import Entry
 
@@ -57,6 +58,7 @@ class Verbs:
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
+        check_size(connection, result)
         return self._ended(connection, self._sql.complete, claim, complete_values(claim, result, state))
 
     def release(self, connection: Connection, claim: Claim) -> bool:
@@ -88,6 +90,7 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         if outcome == "release":
             return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
+        check_size(connection, result)
         values = {"id": record, "result": result, "token": os.urandom(16).hex(), "keep": _ms(ttl)}
         return self._execute(connection, self._sql.settle, values).rowcount > 0
 
