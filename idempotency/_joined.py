@@ -25,7 +25,7 @@ from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_closed
+from idempotency.stores._sql_joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
@@ -101,10 +101,13 @@ class Joined:
             try:
                 record = await self._store.claim_in(transaction.session, claim, wait=left)
                 return judged(claim, record)
-            except ConflictError:
+            except ConflictError as error:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
                 with begun_anew():
                     await transaction.session.rollback()
+                if tried and isinstance(error, UnusableError):
+                    self._calls.emit("unavailable", claim, error=error)
+                    raise
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())

@@ -22,6 +22,7 @@ from idempotency.policy import Outcome
 from idempotency.stores._sql_joined import (
     LEFT,
     ConflictError,
+    UnusableError,
     allow_commit,
     commit,
     failure_of,
@@ -88,10 +89,13 @@ class SyncJoined:
         while True:
             try:
                 return judged(claim, self._store.claim_in_sync(transaction.session, claim, wait=left))
-            except ConflictError:
+            except ConflictError as error:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
                 with begun_anew():
                     transaction.session.rollback()
+                if tried and isinstance(error, UnusableError):
+                    self._calls.emit("unavailable", claim, error=error)
+                    raise
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())

@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError
-from idempotency.stores._sql_failures import error_code, refuses_data
+from idempotency.stores._sql_failures import error_code, read_only, refuses_data, replacing, unusable
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_verbs import Verbs
 
@@ -42,6 +42,7 @@ _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
 _NO_DATABASE = frozenset({"3D000", 1049})
+_ALONE = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _UNSIZED = 5
 _TRIES = 3
 
@@ -130,9 +131,10 @@ class Database:
         self._verbs: Verbs | None = None
         self._sqlite = engine.dialect.name == "sqlite"
         self._created = not self._sqlite
-        # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
-        postgresql = engine.dialect.name == "postgresql"
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT") if postgresql else None
+        # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved. Not with pg8000: what
+        # SQLAlchemy pings an idle connection with begins a transaction, which AUTOCOMMIT would neither see nor end.
+        alone = engine.dialect.name == "postgresql" and engine.dialect.driver in _ALONE
+        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT") if alone else None
 
     @property
     def width(self) -> int:
@@ -148,13 +150,17 @@ class Database:
 
         ``work`` must be one statement, unless ``transaction`` asks for several to be one.
         """
+        replaced = False
         for tries_left in reversed(range(_TRIES)):
             try:
                 return self._once(work, call, transaction)
             except IdempotencyError:
                 raise
             except Exception as error:  # a driver whose connection dies raises what it likes
-                if not tries_left or call.left or not _again(error):
+                # A new connection may reach another server. If it is of no use either, that is to be told.
+                again = not replaced if unusable(error) else _again(error)
+                replaced = replaced or unusable(error)
+                if not tries_left or call.left or not again:
                     raise self.failure(error) from getattr(error, "orig", None) or error
         raise AssertionError
 
@@ -168,7 +174,8 @@ class Database:
             if self._verbs is None:
                 self._verbs = Verbs(connection.dialect, self._table)
             call.driver = connection.connection.driver_connection
-            return work(self._verbs, connection)
+            with replacing(connection):
+                return work(self._verbs, connection)
 
     @property
     def place(self) -> str:
@@ -198,6 +205,8 @@ class Database:
             return StoreError(f"{self.place} does not exist: create it, or correct the URL")
         if code in _NOT_ALLOWED:
             return StoreError(f"{self.place} refused the user: correct the URL, or grant the rights")
+        if read_only(error):
+            return StoreError(f"{self.place} is read-only: is it a replica? Give the address of the primary")
         if "unable to open database file" in words:
             return StoreError(f"{self.place} cannot be opened: create its directory, or correct the URL")
         if isinstance(error, PoolTimeoutError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 # Of a statement that was refused for its data: too long, out of range, not of the character set, against a constraint,
 # beyond a packet. DataError and IntegrityError are what most drivers make of them.
@@ -13,6 +16,12 @@ _DATA = frozenset(
     {"54000", 1048, 1062, 1118, 1153, 1162, 1264, 1265, 1292, 1300, 1301, 1366, 1406, 1690, 3819, 3854, 3988, 4025}
 )
 _DATA_SQLITE = frozenset({18, 19, 20})  # SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLITE_MISMATCH
+
+# The server writes no more, for what asked it: it is a standby by now, or is told to be read-only.
+_READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
+# The connection's prepared statements are gone, or of a table that has changed since; or an earlier transaction failed
+# on it and was left open.
+_STALE = frozenset({"0A000", "26000", "42P05", "25P02", 1243, 1615})
 
 
 def error_code(error: BaseException) -> str | int | None:
@@ -44,3 +53,33 @@ def refuses_data(error: BaseException) -> bool:
         return code in _DATA if getattr(cause, "sqlite_errorcode", None) is None else code & 0xFF in _DATA_SQLITE
     # What a driver could not write down: a number beyond its column, or text beyond its character set.
     return any(isinstance(each, UnicodeError | OverflowError) for each in (cause, cause.__cause__))
+
+
+def read_only(error: BaseException) -> bool:
+    """Say whether the server, or the connection, takes no writes."""
+    return _is_server(error) and error_code(error) in _READ_ONLY
+
+
+def unusable(error: BaseException) -> bool:
+    """Say whether a connection is open and of no use any more, so that another one may do what this one could not."""
+    return _is_server(error) and error_code(error) in _READ_ONLY | _STALE
+
+
+def _is_server(error: BaseException) -> bool:
+    # Extended codes of SQLite are numbers as those of MySQL are.
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlite_errorcode", None) is None
+
+
+@contextmanager
+def replacing(connection: Connection) -> Iterator[None]:
+    """Close the connection if what is done within finds it unusable, and those of its age when they are next drawn.
+
+    SQLAlchemy does so itself for a connection that is lost. One that is open, it gives out again and again.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        if unusable(error) and not connection.invalidated:
+            connection.engine.pool._invalidate(connection.connection, error, _checkin=False)
+            connection.invalidate(error)
+        raise

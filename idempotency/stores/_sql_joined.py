@@ -18,7 +18,7 @@ from idempotency._core import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_engines import Database, level_of
-from idempotency.stores._sql_failures import error_code, refuses_data
+from idempotency.stores._sql_failures import error_code, refuses_data, unusable
 from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
@@ -48,6 +48,10 @@ class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
 
 
+class UnusableError(ConflictError):
+    """The connection was of no use and is replaced: to be begun anew once, as the next may be of none either."""
+
+
 def failure_of(error: Exception) -> Exception:
     """Name the failure of a commit that is known not to have been applied.
 
@@ -58,7 +62,7 @@ def failure_of(error: Exception) -> Exception:
         return ConflictError("the transaction met another: begin anew")
     if isinstance(error, IdempotencyError | InvalidRequestError):
         return error
-    if isinstance(error, DBAPIError) and not error.connection_invalidated:
+    if isinstance(error, DBAPIError) and not error.connection_invalidated and not unusable(error):
         return error
     return StoreError("the transaction did not commit")
 
@@ -104,6 +108,8 @@ class Joined:
         except Exception as error:  # a driver that cannot connect raises what it likes
             if conflicts(error):
                 raise ConflictError("the database asks for the transaction to be begun anew") from error
+            if unusable(error):
+                raise UnusableError(str(self._database.failure(error))) from error
             raise self._database.failure(error) from error
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:

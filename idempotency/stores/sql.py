@@ -18,6 +18,7 @@ from idempotency._core import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_failures import replacing
 from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
 from idempotency.stores._sql_loop import Side
 from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
@@ -163,7 +164,8 @@ class SQLStore:
         with joined.failures():
             connection = session.connection()
             call.driver = connection.connection.driver_connection
-            return joined.claim_in(connection, claim, wait)
+            with replacing(connection):
+                return joined.claim_in(connection, claim, wait)
 
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
@@ -175,7 +177,9 @@ class SQLStore:
         self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
     ) -> bool:
         """See :meth:`complete_in`."""
-        return self._join(session).complete(session.connection(), claim, result, state)
+        connection = session.connection()
+        with replacing(connection):
+            return self._join(session).complete(connection, claim, result, state)
 
     def _join(self, session: Session) -> Joined:
         if self._joined is None:
