@@ -206,6 +206,11 @@ class Statements:
         self.forget = self._text(_FORGET)
         self.drop = self._text(_DROP)
         self.purge = self._text(_PURGE[family])
+        number = "CAST(:lease AS SIGNED)" if family == "mysql" else ":lease"
+        self.echo = self._text(f"SELECT :result, :key, {number}, :hold, :watched")
+        self.probe = self._text(f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})")
+        self.touch = self._text("UPDATE {table} SET attempt = 1 WHERE id = :id")
+        self.unprobe = self._text("DELETE FROM {table} WHERE id = :id")
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
 
     def _claims(self, family: str) -> tuple[TextClause, TextClause]:

@@ -60,9 +60,14 @@ def read_url(url: str | URL) -> URL:
     except ImportError as error:
         remedy = _remedy(_ASYNC, parsed)
         raise ConfigurationError(f"{parsed.drivername} needs {error.name}: install it, or {remedy}") from error
-    if parsed.get_backend_name() not in _NAMES:
-        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {parsed.get_backend_name()}")
+    check_backend(parsed)
     return parsed
+
+
+def check_backend(url: URL) -> None:
+    """Raise ConfigurationError for a database that is not known here."""
+    if url.get_backend_name() not in _NAMES:
+        raise ConfigurationError(f"SQLStore knows {', '.join(_NAMES.values())}, not {url.get_backend_name()}")
 
 
 def open_async(url: URL, timeout: float) -> AsyncEngine:

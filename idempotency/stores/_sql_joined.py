@@ -22,6 +22,7 @@ from idempotency.stores._sql_failures import error_code, refuses_data, unusable
 from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, send
+from idempotency.stores._sql_trust import check_driver, has_begun
 from idempotency.stores._sql_values import packed
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
@@ -77,19 +78,25 @@ class Joined:
         self._database = Database(engine, table)
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
+        self._trusted = False
 
     def claim_in(self, connection: Connection, claim: Claim, wait: float) -> Record | None:
         """Claim, waiting up to ``wait`` seconds for each other transaction that holds the row; None: it still does.
 
         Raises :class:`ConflictError` where the isolation level does not let this transaction see what is there now.
         """
+        if not self._trusted:
+            check_driver(connection, self._sql)
+            self._trusted = True
         deadline, left = monotonic() + wait, wait
         values = claim_values(claim)
         try:
             for _ in range(TRIES):
                 row = self._once(connection, values, left)
                 if row is not None:
-                    _check_transaction(connection)
+                    # Whatever set it, a driver that commits each statement would leave the effect behind a rollback.
+                    if not has_begun(connection):
+                        raise ConfigurationError(COMMITS_BY_ITSELF)
                     return read_record(row)
                 left = max(0.0, deadline - monotonic())
         except DBAPIError as error:
@@ -199,24 +206,6 @@ class Joined:
 
 def _found(sent: Sent) -> Found | None:
     return None if sent.row is None else Found(*sent.row)
-
-
-def _check_transaction(connection: Connection) -> None:
-    # Whatever set it, a driver that commits each statement by itself would leave the effect behind a rollback.
-    driver: Any = connection.connection.driver_connection
-    match connection.dialect.driver:
-        case "pysqlite" | "aiosqlite":
-            begun = driver.in_transaction
-        case "psycopg" | "psycopg_async":
-            begun = driver.info.transaction_status != 0
-        case "asyncpg":
-            begun = driver.is_in_transaction()
-        case "pymysql" | "aiomysql" | "asyncmy":
-            begun = not driver.get_autocommit()
-        case _:
-            return
-    if not begun:
-        raise ConfigurationError(COMMITS_BY_ITSELF)
 
 
 def keep_commit(session: Session) -> None:

@@ -15,6 +15,7 @@ from idempotency._core import FORMAT, Claim, Record, State
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_limits import check_size
+from idempotency.stores._sql_trust import check_driver
 from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed, storable, stored
 from idempotency.stores.base import Entry
 
@@ -28,9 +29,13 @@ class Verbs:
         self._sql = Statements(dialect, table)
         self._table = table
         self._tells = dialect.name == "postgresql"
+        self._trusted = False
 
     def claim(self, connection: Connection, claim: Claim) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
+        if not self._trusted:
+            check_driver(connection, self._sql)
+            self._trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         values = claim_values(claim)
         for _ in range(TRIES):

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from idempotency._core import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._sql_engines import Call, Database, Work, open_async, open_sync, read_url
+from idempotency.stores._sql_engines import Call, Database, Work, check_backend, open_async, open_sync, read_url
 from idempotency.stores._sql_failures import replacing
 from idempotency.stores._sql_joined import COMMITS_BY_ITSELF, Joined, connecting
 from idempotency.stores._sql_loop import Side
@@ -43,11 +43,15 @@ class SQLStore:
     ``timeout`` is in seconds, default 5: a verb that is awaited ends within it, with
     :class:`~idempotency.errors.StoreError`, even if the server is frozen. A blocking verb ends when its driver gives
     up; :meth:`from_url` sets the driver's own time-outs where it has any.
+
+    Before its first claim, an engine's driver is tried: one that changes what it carries, or counts no rows, is
+    refused with :class:`~idempotency.errors.ConfigurationError`.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
+        check_backend(engine.url)
         self._set_up(engine, table, timeout)
 
     @classmethod
