@@ -19,9 +19,8 @@ _DATA_SQLITE = frozenset({18, 19, 20})  # SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLI
 
 # The server writes no more, for what asked it: it is a standby by now, or is told to be read-only.
 _READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
-# The connection's prepared statements are gone, or of a table that has changed since; or an earlier transaction failed
-# on it and was left open.
-_STALE = frozenset({"0A000", "26000", "42P05", "25P02", 1243, 1615})
+# The connection's prepared statements are gone, or of a table that has changed since.
+_STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
 
 def error_code(error: BaseException) -> str | int | None:
