@@ -18,6 +18,7 @@ from idempotency.errors import (
     KeyMissingError,
     OutcomeUnknownError,
     RecordedFailureError,
+    StoreError,
     UnknownOptionError,
     UnreadableError,
 )
@@ -224,6 +225,10 @@ class Rules:
         if self.max_attempts is not None and begun >= self.max_attempts:
             return self._final(claim, begun, error, self.on_exhausted, ExhaustedError.code)
         return Failed(error)
+
+    def unanswered(self, claim: Claim, error: StoreError) -> Retry | DeadLetter:
+        """Say how a delivery is to be settled whose record could not be had: again later, unless that cannot help."""
+        return Retry(SOON, "unavailable") if error.retryable else self._final(claim, 0, error, self.on_refused)
 
     def _final(self, claim: Claim, begun: int, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
         if rule == "stop":

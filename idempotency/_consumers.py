@@ -54,10 +54,10 @@ class Consumer:
                     return Retry(SOON)
                 begun = await self._begun(claim, attempt, counted)
                 ended = await self._ended(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
-        except StoreError:
+        except StoreError as error:
             if ran or counted:
                 await self._count(claim, rules.missing(attempt, bool(ran)))
-            return Retry(SOON, "unavailable")
+            return rules.unanswered(claim, error)
         except asyncio.CancelledError:
             # The consumer is told to end, which is no fault of the message.
             if counted:
@@ -164,10 +164,10 @@ class SyncConsumer:
                     return Retry(SOON)
                 begun = self._begun(claim, attempt, counted)
                 ended = self._ended(claim, rules.admitted(begun, _noted(work, ran)))
-        except StoreError:
+        except StoreError as error:
             if ran or counted:
                 self._count(claim, rules.missing(attempt, bool(ran)))
-            return Retry(SOON, "unavailable")
+            return rules.unanswered(claim, error)
         self._count(claim, rules.uncounted(attempt, ended))
         return rules.outcome(claim, ended, begun)
 

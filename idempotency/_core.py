@@ -29,6 +29,9 @@ from dataclasses import dataclass, field
 FORMAT = 1
 """The record format this reader writes, and the newest it understands."""
 
+_WIDTH = 64
+"""The most characters of a token and bytes of a fingerprint that are stored."""
+
 
 class State(enum.IntEnum):
     """What a record says of its operation. The numbers are stored: never reuse one."""
@@ -47,6 +50,8 @@ class Claim:
     ``hold`` asks that an owner which vanished leaves the key unknown instead of free for a re-run.
     ``watched`` asks the store to announce the record's next change to whoever watches it.
     ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
+    A token that is not printable ASCII of at most 64 characters is replaced by its digest, and so is a fingerprint of
+    more than 64 bytes.
     """
 
     scope: str
@@ -61,6 +66,13 @@ class Claim:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", record_id(self.scope, self.key))
+        # So that every store can hold them; those of this library are 32 hex digits and 32 bytes.
+        token = self.token
+        if not (0 < len(token) <= _WIDTH and token.isascii() and token.isprintable()):
+            digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+            object.__setattr__(self, "token", digest)
+        if len(self.fingerprint) > _WIDTH:
+            object.__setattr__(self, "fingerprint", hashlib.sha256(self.fingerprint).digest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

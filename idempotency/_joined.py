@@ -27,7 +27,7 @@ from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import LEFT, ConflictError, conflicts, was_closed
+from idempotency.stores._sql_joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
@@ -108,9 +108,12 @@ class Joined:
         while True:
             try:
                 return judged(claim, await transaction.claim(left))
-            except ConflictError:
+            except ConflictError as error:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
                 await transaction.begin_anew()
+                if tried and isinstance(error, UnusableError):
+                    self._calls.emit("unavailable", claim, error=error)
+                    raise
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -139,7 +142,9 @@ class Joined:
             if operation.settle("release") != "release":
                 await self._stopped(claim, operation, transaction, error)
             raise
-        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
+        refused = transaction.refused
+        kind = kind_of("store", result if refused is None else None)
+        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
         return Ran(value)
 
     async def _failed(

@@ -17,14 +17,15 @@ from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._joined import AGAIN_AFTER, is_intact, judged, keeps_failures, kept_as, left_by, raised, without_lease
 from idempotency._tell import kind_of
-from idempotency._transaction import check_left, check_sessions, naming_failures
-from idempotency.errors import IdempotencyError, StoreError, TransactionError
+from idempotency._transaction import check_left, check_sessions, naming_failures, write_end
+from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
 from idempotency.stores._sql_joined import (
     LEFT,
     ConflictError,
+    UnusableError,
     allow_commit,
     commit,
     cut_off_session,
@@ -104,9 +105,12 @@ class SyncJoined:
         while True:
             try:
                 return judged(claim, transaction.claim(left))
-            except ConflictError:
+            except ConflictError as error:
                 # Nothing of the caller's has run yet, so the transaction is begun anew.
                 transaction.begin_anew()
+                if tried and isinstance(error, UnusableError):
+                    self._calls.emit("unavailable", claim, error=error)
+                    raise
                 if tried and monotonic() >= deadline:
                     return InProgress(AGAIN_AFTER)
                 tried, left = True, max(0.0, deadline - monotonic())
@@ -131,7 +135,9 @@ class SyncJoined:
             if operation.settle("release") != "release":
                 self._stopped(claim, operation, transaction, error)
             raise
-        self._calls.emit(kind_of("store", result), claim, operation.attempt, flaw)
+        refused = transaction.refused
+        kind = kind_of("store", result if refused is None else None)
+        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
         return Ran(value)
 
     def _failed(
@@ -191,6 +197,7 @@ class _SyncTransaction:
         self.session: Session = sessions()
         self._root: SessionTransaction | None = None
         self._discarded = False
+        self.refused: StoreRefusedError | None = None
         keep_commit(self.session)
 
     def claim(self, wait: float) -> Record | None:
@@ -245,7 +252,7 @@ class _SyncTransaction:
             raise failure from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        written = self._store.complete_in_sync(session, self._claim, result, state)
+        written, self.refused = write_end(self._store, session, self._claim, result, state)
         allow_commit(session)
         if written:
             commit(session)

@@ -70,7 +70,7 @@ def encode_failure(error: BaseException) -> bytes:
     """Encode that the operation failed for good; of the exception only its name is kept, its text may be private."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return _VERSION + _FAILURE + name.encode()
+    return _VERSION + _FAILURE + name.encode("utf-8", "backslashreplace")
 
 
 def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Results:

@@ -15,7 +15,7 @@ from idempotency._background import repeat
 from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency._transaction import Transaction
-from idempotency.errors import StoreError, WaitFailedError
+from idempotency.errors import StoreError, StoreRefusedError, WaitFailedError
 from idempotency.events import EventHook, EventKind
 from idempotency.operation import Operation
 from idempotency.policy import Outcome
@@ -302,10 +302,13 @@ class Lease:
             await transaction.roll_back()
         self.stop()
         try:
-            if await self._write(outcome, result):
-                self._emit(kind_of(outcome, result), error)
-                return None
-            return await self._superseded(outcome, result)
+            try:
+                return await self._record(outcome, result, error)
+            except StoreRefusedError as refusal:
+                if result is None:
+                    raise
+                # That the operation is done is worth more than its result.
+                return await self._record(outcome, None, refusal)
         except StoreError as failure:
             self._emit("unrecorded", failure)
             self._record_late(outcome, result)
@@ -317,6 +320,12 @@ class Lease:
                 await asyncio.wait({task}, timeout=_MOMENT)
             raise
 
+    async def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Told | None:
+        if await self._write(outcome, result):
+            self._emit(kind_of(outcome, result), error)
+            return None
+        return await self._superseded(outcome, result)
+
     def _record_late(self, outcome: Outcome, result: bytes | None) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
         halfway = loop.time() + self._claim.lease / 2
@@ -325,8 +334,8 @@ class Lease:
             kept = result
             try:
                 written = await self._write(outcome, kept)
-            except StoreError:
-                if kept is None or loop.time() < halfway:
+            except StoreError as failure:
+                if kept is None or (failure.retryable and loop.time() < halfway):
                     raise
                 # What a store keeps refusing may be the result. That the operation is done is worth more.
                 kept = None
@@ -342,7 +351,8 @@ class Lease:
             await transaction.flush()
             self.stop()
             if await transaction.commit(result):
-                self._emit(kind_of("store", result))
+                refused = transaction.refused
+                self._emit(kind_of("store", result if refused is None else None), refused)
                 return None
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, StoreError):

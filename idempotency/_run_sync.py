@@ -20,7 +20,7 @@ from typing import Protocol
 from idempotency._background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
 from idempotency._core import Claim, Execute, InProgress, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
-from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
+from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, WaitFailedError
 from idempotency.events import EventHook, EventKind
 from idempotency.operation import Lost, Operation
 from idempotency.policy import Outcome
@@ -342,10 +342,13 @@ class SyncLease:
             return None
         self.stop()
         try:
-            if self._write(outcome, result):
-                self._emit(kind_of(outcome, result), error)
-                return None
-            return self._superseded(outcome, result)
+            try:
+                return self._record(outcome, result, error)
+            except StoreRefusedError as refusal:
+                if result is None:
+                    raise
+                # That the operation is done is worth more than its result.
+                return self._record(outcome, None, refusal)
         except BaseException as failure:
             # Every write is repeatable, so it is sent again where no signal reaches it.
             self._record_late(outcome, result)
@@ -354,6 +357,12 @@ class SyncLease:
             self._emit("unrecorded", failure)
             return None
 
+    def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Told | None:
+        if self._write(outcome, result):
+            self._emit(kind_of(outcome, result), error)
+            return None
+        return self._superseded(outcome, result)
+
     def _record_late(self, outcome: Outcome, result: bytes | None) -> None:
         halfway = monotonic() + self._claim.lease / 2
 
@@ -361,8 +370,8 @@ class SyncLease:
             kept = result
             try:
                 written = self._write(outcome, kept)
-            except StoreError:
-                if kept is None or monotonic() < halfway:
+            except StoreError as failure:
+                if kept is None or (failure.retryable and monotonic() < halfway):
                     raise
                 # What a store keeps refusing may be the result. That the operation is done is worth more.
                 kept = None

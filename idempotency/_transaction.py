@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from idempotency._core import Claim, Record, State
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -112,6 +112,7 @@ class Transaction:
         "_session",
         "_sessions",
         "_store",
+        "refused",
         "settled",
     )
 
@@ -125,6 +126,8 @@ class Transaction:
         self._ending: asyncio.Task[bool] | None = None
         self._root: SessionTransaction | None = None
         self.settled = False
+        self.refused: StoreRefusedError | None = None
+        """Why the result was not stored with the effect, once it is committed."""
 
     @property
     def used(self) -> bool:
@@ -221,7 +224,7 @@ class Transaction:
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
         from idempotency.stores._sql_joined import allow_commit, commit, finish
 
-        written = self._store.complete_in_sync(session, self._claim, result, state)
+        written, self.refused = write_end(self._store, session, self._claim, result, state)
         allow_commit(session)
         if written:
             commit(session)
@@ -325,6 +328,21 @@ def naming_failures(session: Session) -> Iterator[None]:
         if failure is error:
             raise
         raise failure from error
+
+
+def write_end(
+    store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State
+) -> tuple[bool, StoreRefusedError | None]:
+    """Record the end in ``session``, without a result that the store refuses: the effect is worth more.
+
+    False for a superseded owner. The second value is why the result was left out, if it was.
+    """
+    try:
+        return store.complete_in_sync(session, claim, result, state), None
+    except StoreRefusedError as error:
+        if result is None:
+            raise
+        return store.complete_in_sync(session, claim, None, state), error
 
 
 def check_left(session: Session, root: SessionTransaction | None) -> None:

@@ -329,7 +329,7 @@ class _Exchange:
                 self._emit("unprotected", error)
                 await self._unprotected(body.receive(self._receive))
             else:
-                await self._refuse("unavailable", error, retry_after=1.0)
+                await self._refuse("unavailable", error, _again_after(error))
             return
         if isinstance(verdict, Execute):
             transaction = self._shared.transactions(claim) if self._shared.transactions is not None else None
@@ -405,7 +405,7 @@ class _Exchange:
             told = await self._lease.end(outcome, result, failed=status >= 500)
         except StoreError as error:
             # The transaction did not commit, or nobody can say: the same request may be sent again either way.
-            return self._problem("unavailable", error, retry_after=1.0)
+            return self._problem("unavailable", error, _again_after(error))
         except Exception as error:
             # Refused by the database at the last moment: the operation's own failure, as if its code had raised it.
             if not self._lease.ended:
@@ -463,6 +463,10 @@ class _Exchange:
 
     def _name(self) -> str:
         return f"{self._scope['method']} {self._scope['path']}"
+
+
+def _again_after(error: StoreError) -> float | None:
+    return 1.0 if error.retryable else None
 
 
 def _route_path(scope: Scope) -> str:

@@ -127,6 +127,15 @@ class StoreError(IdempotencyError):
     retryable = True
 
 
+class StoreRefusedError(StoreError):
+    """The store refused what it was given to store, and will refuse it again: retries do not help."""
+
+    code = "store-refused"
+    status = 500
+    title = "The idempotency store refuses to record this operation"
+    retryable = False
+
+
 class WaitFailedError(StoreError):
     """The store failed while a duplicate waited: another owner is known to run the operation."""
 

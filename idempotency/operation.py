@@ -115,7 +115,7 @@ class Operation:
 
         The key is 36 characters long (the form of a UUID), which every provider known to us accepts.
         """
-        digest = hashlib.sha256(b"derive:1:%b:%b" % (self._claim.id, name.encode()))
+        digest = hashlib.sha256(b"derive:1:%b:%b" % (self._claim.id, name.encode("utf-8", "surrogatepass")))
         return str(uuid.UUID(bytes=digest.digest()[:16], version=5))
 
     def hold(self) -> None:

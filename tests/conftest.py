@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import servers
-from targets import KINDS, URL_FIXTURES, Target
+from targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,7 +25,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marker = metafunc.definition.get_closest_marker("stores")
     kinds = marker.args if marker else KINDS
-    assert set(kinds) <= set(KINDS), f"unknown stores: {set(kinds) - set(KINDS)}"
+    known = {*KINDS, *SYNC_DRIVERS}
+    assert set(kinds) <= known, f"unknown stores: {set(kinds) - known}"
     metafunc.parametrize("store_kind", [pytest.param(kind, marks=_skips(kind)) for kind in kinds])
 
 
@@ -36,6 +37,7 @@ def _skips(kind: str) -> list[pytest.MarkDecorator]:
         "postgres": (servers.local_postgres, servers.NO_POSTGRES),
         "mariadb": (servers.local_mariadb, servers.NO_MARIADB),
         "mariadb_asyncmy": (servers.local_mariadb, servers.NO_MARIADB),
+        "mariadb_mysqlconnector": (servers.local_mariadb, servers.NO_MARIADB),
     }
     if kind not in probes or os.environ.get("CI"):
         return []

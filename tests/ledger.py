@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
-from targets import Target
+from targets import SYNC_DRIVERS, Target
 
 from idempotency.stores.sql import SQLStore
 
 JOINED_KINDS = ("sqlite", "postgres", "postgres_psycopg", "mariadb")
-SYNC_JOINED_KINDS = ("sqlite", "postgres", "mariadb")
+SYNC_JOINED_KINDS = ("sqlite", "postgres", "mariadb", *SYNC_DRIVERS)
 
 
 class Ledger:

@@ -28,7 +28,17 @@ import redis
 import sqlalchemy
 from tcp_proxy import Proxy
 
-__all__ = ["PostgresServer", "Proxy", "RedisServer", "Server", "free_port", "missing", "with_driver", "with_port"]
+__all__ = [
+    "MariaDBServer",
+    "PostgresServer",
+    "Proxy",
+    "RedisServer",
+    "Server",
+    "free_port",
+    "missing",
+    "with_driver",
+    "with_port",
+]
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 30.0
@@ -282,6 +292,60 @@ class PostgresServer(Server):
         return postgres_answers(self.url)
 
 
+class MariaDBServer(Server):
+    """A private MariaDB, of the machine's programs. ``settings`` are system variables.
+
+    Started by root, it runs as nobody, as PostgreSQL does.
+    """
+
+    def __init__(self, **settings: str) -> None:
+        program, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
+        if program is None or install is None:
+            missing("no MariaDB is installed (mariadbd, mariadb-install-db)")
+        self._program, self._install = program, install
+        self._settings = {"innodb_flush_log_at_trx_commit": "0", "innodb_buffer_pool_size": "32M", **settings}
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        return f"mysql+aiomysql://root@{LOOPBACK}:{self.port}/test"
+
+    def _prepare(self) -> None:
+        if os.geteuid() == 0:
+            os.chown(self.directory, NOBODY, NOBODY)
+        options = ["--auth-root-authentication-method=normal", "--skip-name-resolve", "--force"]
+        subprocess.run(
+            [self._install, "--no-defaults", f"--datadir={self._data}", *options],
+            cwd=self.directory,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **self._identity(),
+        )
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "data"
+
+    def _identity(self) -> dict[str, Any]:
+        return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+    def _command(self) -> list[str]:
+        place = {"datadir": self._data, "socket": self.directory / "socket", "pid-file": self.directory / "pid"}
+        address = {"bind-address": LOOPBACK, "port": self.port, **place}
+        settings = [f"--{name}={value}" for name, value in {**address, **self._settings}.items()]
+        return [self._program, "--no-defaults", *settings]
+
+    def _answers(self) -> bool:
+        try:
+            with contextlib.closing(_mariadb_connect(self.url)) as connection, connection.cursor() as cursor:
+                cursor.execute("CREATE DATABASE IF NOT EXISTS test CHARACTER SET utf8mb4")
+        except pymysql.Error:
+            return False
+        return True
+
+
 def _libpq(url: str) -> str:
     return "postgresql://" + url.partition("://")[2]
 
@@ -356,11 +420,11 @@ def _named(url: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def postgres_database(url: str, name: str) -> Iterator[str]:
+def postgres_database(url: str, name: str, options: str = "") -> Iterator[str]:
     """Create a database of our own on a server and drop it at the end; gives its URL."""
     with psycopg.connect(_libpq(url), autocommit=True) as connection:
         connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'.encode())
-        connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        connection.execute(f'CREATE DATABASE "{name}" {options}'.encode())
     try:
         yield _named(url, name)
     finally:
@@ -369,7 +433,7 @@ def postgres_database(url: str, name: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mariadb_database(url: str, name: str) -> Iterator[str]:
+def mariadb_database(url: str, name: str, encoding: str = "utf8mb4") -> Iterator[str]:
     """Create a database of our own on a server and drop it at the end; gives its URL."""
 
     def run(*statements: str) -> None:
@@ -378,11 +442,28 @@ def mariadb_database(url: str, name: str) -> Iterator[str]:
                 cursor.execute(statement)
 
     drop = f"DROP DATABASE IF EXISTS `{name}`"
-    run("SET sql_notes = 0", drop, f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4")
+    run("SET sql_notes = 0", drop, f"CREATE DATABASE `{name}` CHARACTER SET {encoding}")
     try:
         yield _named(url, name)
     finally:
         run(drop)
+
+
+@contextlib.contextmanager
+def narrow_databases(name: str) -> Iterator[dict[str, str]]:
+    """Create databases whose encoding holds only some characters, on servers that run already; gives their URLs."""
+    postgres, mariadb = local_postgres(), local_mariadb()
+    if postgres is None or mariadb is None:
+        missing(NO_POSTGRES if postgres is None else NO_MARIADB)
+    options = "TEMPLATE template0 LOCALE 'C' ENCODING"
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for encoding in ("SQL_ASCII", "LATIN1"):
+            made = postgres_database(postgres, f"{name}_{encoding.lower()}", f"{options} '{encoding}'")
+            urls[encoding] = stack.enter_context(made)
+        for encoding in ("latin1", "utf8mb3"):
+            urls[encoding] = stack.enter_context(mariadb_database(mariadb, f"{name}_{encoding}", encoding))
+        yield urls
 
 
 def forget_redis_keys(url: str, prefix: str) -> None:

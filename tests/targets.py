@@ -36,7 +36,10 @@ KINDS = (
 SERVER_KINDS = ("redis", "redis62", "postgres", "postgres18", "mariadb")
 """The stores several processes and machines share."""
 
-SYNC_KINDS = ("memory", "fakeredis", "redis", "redis62", "sqlite", "postgres", "postgres18", "mariadb")
+SYNC_DRIVERS = ("postgres_psycopg2", "postgres_pg8000", "mariadb_mysqlconnector")
+"""Stores by drivers that block only; what is awaited goes by another driver of the same database."""
+
+SYNC_KINDS = ("memory", "fakeredis", "redis", "redis62", "sqlite", "postgres", "postgres18", "mariadb", *SYNC_DRIVERS)
 
 URL_FIXTURES = {
     "redis": "local_redis_url",
@@ -47,11 +50,21 @@ URL_FIXTURES = {
     "postgres_psycopg": "postgres_url",
     "mariadb": "mariadb_url",
     "mariadb_asyncmy": "mariadb_url",
+    "postgres_psycopg2": "postgres_url",
+    "postgres_pg8000": "postgres_url",
+    "mariadb_mysqlconnector": "mariadb_url",
 }
 """The fixture of conftest that gives a kind's URL."""
 
 _DRIVERS = {"postgres_psycopg": "postgresql+psycopg", "mariadb_asyncmy": "mysql+asyncmy"}
-_SYNC_DRIVERS = {"sqlite": "sqlite", "postgres": "postgresql+psycopg", "mariadb": "mysql+pymysql"}
+_SYNC_DRIVERS = {
+    "postgres_psycopg2": "postgresql+psycopg2",
+    "postgres_pg8000": "postgresql+pg8000",
+    "mariadb_mysqlconnector": "mysql+mysqlconnector",
+    "sqlite": "sqlite",
+    "postgres": "postgresql+psycopg",
+    "mariadb": "mysql+pymysql",
+}
 
 _numbers = itertools.count(1)
 _in_process: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from idempotency.errors import ConfigurationError
 from idempotency.stores import open_store
+from idempotency.stores._shown import shown
 from idempotency.stores.base import Entry
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def hexadecimal(digits: str) -> str:
 
 async def _found(store: Any, ids: AsyncIterator[bytes], key: str | None, limit: int) -> list[Entry]:
     found: dict[bytes, Entry] = {}
+    key = None if key is None else shown(key)
     async for record in ids:
         entry = await store.inspect(record)
         if entry is not None and key in (None, entry.key):
@@ -123,17 +125,18 @@ def is_sql(store: Any) -> bool:
 async def _sql_ids(store: SQLStore, start: str, key: str | None) -> AsyncIterator[bytes]:
     from sqlalchemy import Connection, func, select
 
-    from idempotency.stores._sql_verbs import Verbs, _storable
+    from idempotency.stores._sql_values import storable
+    from idempotency.stores._sql_verbs import Verbs
 
     table = store._table
     low, high = start.ljust(DIGITS, "0"), start.ljust(DIGITS, "f")
 
     def ids(_: Verbs, connection: Connection) -> list[bytes]:
-        # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
+        # As text, since the drivers of MySQL disagree on how to escape bytes.
         read = func.unhex if connection.dialect.name in ("mysql", "mariadb") else bytes.fromhex
         query = select(table.c.id).where(table.c.id.between(read(low), read(high))).limit(1000)
         if key is not None:
-            query = query.where(table.c.key == _storable(key))
+            query = query.where(table.c.key == storable(key))
         return [bytes(row.id) for row in connection.execute(query)]
 
     for record in await store._run(ids):

@@ -19,6 +19,7 @@ from idempotency.errors import (
     OutcomeUnknownError,
     RequestTooLargeError,
     StoreError,
+    StoreRefusedError,
     UnreadableError,
 )
 
@@ -39,6 +40,7 @@ _DETAILS = {
     NotReplayableError.code: "The operation is complete, so it is not repeated. Read its result where it can be found.",
     UnreadableError.code: "The operation may have taken effect. Find out whether it has before using a new key.",
     StoreError.code: "The operation was not started. Send the same request again later.",
+    StoreRefusedError.code: "The operation has not taken effect, since its record cannot be stored.",
 }
 
 

@@ -17,10 +17,18 @@ from typing import Any
 
 from idempotency._core import FORMAT, Claim, Record, State
 from idempotency._durations import DAY, milliseconds, positive, seconds
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, StoreRefusedError
+from idempotency.stores._shown import shown
 from idempotency.stores.base import Entry
 
 EVAL, EVALSHA = "EVAL", "EVALSHA"
+
+SMALL = 1024**2
+"""Bytes of a value that every server takes."""
+
+_BULK = 512 * 1024**2
+ASK_BULK = ("CONFIG GET", "proto-max-bulk-len")
+"""The command that asks how large a value may be; :func:`bulk` reads its reply."""
 
 
 class Script:
@@ -56,8 +64,8 @@ def claim(key: bytes, claim: Claim) -> Command:
         _milliseconds(claim.lease + claim.ttl),
         _FLAG[claim.hold],
         _FLAG[claim.watched],
-        claim.scope.encode("utf-8", "surrogatepass"),
-        claim.key.encode("utf-8", "surrogatepass"),
+        shown(claim.scope).encode("utf-8", "surrogatepass"),
+        shown(claim.key).encode("utf-8", "surrogatepass"),
     )
 
 
@@ -134,6 +142,18 @@ def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
         result_size=None if size < 0 else size,
         version=version,
     )
+
+
+def bulk(reply: Any) -> int:
+    """Read how many bytes a value may have; the server's default where it did not say."""
+    told = reply.values() if isinstance(reply, dict) else reply[1::2] if isinstance(reply, list | tuple) else ()
+    return next((int(size) for size in told if isinstance(size, bytes | str)), _BULK)
+
+
+def check_size(result: bytes, largest: int) -> None:
+    """Raise StoreRefusedError for a result that the server would end the connection over."""
+    if len(result) > largest:
+        raise StoreRefusedError(f"the result of {len(result)} bytes is larger than Redis takes ({largest})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

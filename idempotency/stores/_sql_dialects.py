@@ -196,7 +196,8 @@ class Statements:
     ``bound`` is for how many seconds the server may wait for a lock in any of them; :attr:`claim_bounded` is given it.
     ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
     writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
-    RETURNING, it is read afterwards.
+    RETURNING, it is read afterwards. ``packs``: bytes are sent as :func:`~idempotency.stores._sql_values.packed` makes
+    them.
     """
 
     def __init__(self, dialect: Dialect, table: Table, bound: float) -> None:
@@ -206,8 +207,7 @@ class Statements:
         quote = dialect.identifier_preparer
         mariadb = bool(getattr(dialect, "is_mariadb", False))
         self._postgresql = family == "postgresql"
-        # As text, since aiomysql and the current PyMySQL under it disagree on how to escape bytes.
-        self.bytes_as_hex = family == "mysql"
+        self.packs = family == "mysql"
         self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
         self._words["until"] = _UNTIL.format(**self._words)
         # A lock_timeout of 0 would mean to wait for ever.
@@ -234,6 +234,11 @@ class Statements:
         self.forget = self._bounded(alone, _FORGET)
         self.drop = self._bounded(alone, _DROP)
         self.purge = self._text(self._prefix + _PURGE[family])
+        number = "CAST(:lease AS SIGNED)" if family == "mysql" else ":lease"
+        self.echo = self._text(f"SELECT :result, :key, {number}, :hold, :watched")
+        self.probe = self._text(f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})")
+        self.touch = self._text("UPDATE {table} SET attempt = 1 WHERE id = :id")
+        self.unprobe = self._text("DELETE FROM {table} WHERE id = :id")
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
 
     def _bounded(self, frame: str, statement: str) -> TextClause:
@@ -257,6 +262,6 @@ class Statements:
         if self._postgresql:
             # The server infers a parameter's type from the first place it is used in, and must infer it everywhere.
             sql = re.sub(r":(\w+)", lambda name: f"CAST({name[0]} AS {_TYPES[name[1]]})", sql)
-        if self.bytes_as_hex:
-            sql = re.sub(r":(id|fingerprint|result)\b", r"UNHEX(:\1)", sql)
+        if self.packs:
+            sql = re.sub(r":(id|fingerprint|result)\b", r"FROM_BASE64(:\1)", sql)
         return text(sql)

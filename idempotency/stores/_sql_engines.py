@@ -13,9 +13,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError
 from idempotency.stores._sql_bounded import Call
 from idempotency.stores._sql_driver import bound_of, in_transaction
+from idempotency.stores._sql_failures import error_code, read_only, refuses_data, replacing, unusable
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_verbs import Verbs
 
@@ -41,6 +42,7 @@ _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
 _NO_DATABASE = frozenset({"3D000", 1049})
+_ALONE = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _UNSIZED = 5
 _TRIES = 3
 
@@ -58,6 +60,7 @@ def read_url(url: str | URL) -> URL:
     except ImportError as error:
         remedy = _remedy(_ASYNC, parsed)
         raise ConfigurationError(f"{parsed.drivername} needs {error.name}: install it, or {remedy}") from error
+    check_backend(parsed)
     return parsed
 
 
@@ -141,8 +144,9 @@ class Database:
         # An engine of ours waits for no longer anyway.
         self._lowers = self._sqlite and not owned
         self._created = not self._sqlite
-        # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved.
-        self._autocommit = engine.dialect.name == "postgresql"
+        # Where leaving and entering AUTOCOMMIT costs no round trip, BEGIN and COMMIT are saved. Not with pg8000: what
+        # SQLAlchemy pings an idle connection with begins a transaction, which AUTOCOMMIT would neither see nor end.
+        self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _ALONE
 
     @property
     def width(self) -> int:
@@ -158,13 +162,17 @@ class Database:
 
         ``work`` must be one statement, unless ``transaction`` asks for several to be one.
         """
+        replaced = False
         for tries_left in reversed(range(_TRIES)):
             try:
                 return self._once(work, call, transaction)
             except IdempotencyError:
                 raise
             except Exception as error:  # a driver whose connection dies raises what it likes
-                if not tries_left or call.abandoned or not _again(error):
+                # A new connection may reach another server. If it is of no use either, that is to be told.
+                again = not replaced if unusable(error) else _again(error)
+                replaced = replaced or unusable(error)
+                if not tries_left or call.abandoned or not again:
                     raise self.failure(error) from getattr(error, "orig", None) or error
         raise AssertionError
 
@@ -184,10 +192,11 @@ class Database:
                 connection.invalidate()
                 raise OpenTransactionError
             try:
-                if self._autocommit and not transaction:
-                    return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
-                with connection.begin():
-                    return work(self._verbs, connection)
+                with replacing(connection):
+                    if self._autocommit and not transaction:
+                        return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
+                    with connection.begin():
+                        return work(self._verbs, connection)
             except (SQLAlchemyError, IdempotencyError):
                 raise
             except BaseException as error:
@@ -223,6 +232,8 @@ class Database:
             return StoreError(f"{self.place} does not exist: create it, or correct the URL")
         if code in _NOT_ALLOWED:
             return StoreError(f"{self.place} refused the user: correct the URL, or grant the rights")
+        if read_only(error):
+            return StoreError(f"{self.place} is read-only: is it a replica? Give the address of the primary")
         if "unable to open database file" in words:
             return StoreError(f"{self.place} cannot be opened: create its directory, or correct the URL")
         if isinstance(error, OpenTransactionError):
@@ -238,19 +249,8 @@ class Database:
             return StoreError(f"{self.place} is locked by another writer")
         if isinstance(error, OSError) or unreachable(error):
             return StoreError(f"{self.place} cannot be reached: start it, or correct the URL")
-        return StoreError(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
-
-
-def error_code(error: Exception) -> str | int | None:
-    """Return the SQLSTATE, the number of MySQL, or the extended code of SQLite."""
-    cause = getattr(error, "orig", None) or error
-    busy: int | None = getattr(cause, "sqlite_errorcode", None)
-    if busy is not None:
-        return busy
-    if cause.args and isinstance(cause.args[0], int):
-        return cause.args[0]
-    state: str | None = getattr(cause, "sqlstate", None)
-    return state
+        kind = StoreRefusedError if refuses_data(error) else StoreError
+        return kind(f"{self.place} refused: {type(getattr(error, 'orig', None) or error).__name__}")
 
 
 def level_of(dialect: Dialect, options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy.util import await_only
 
 from idempotency.errors import ConfigurationError, TransactionError
 from idempotency.stores._sql_driver import in_transaction
-from idempotency.stores._sql_engines import error_code
+from idempotency.stores._sql_failures import error_code
 from idempotency.stores._sql_send import named, pooled
 from idempotency.stores._sql_sqlite import begin, close_what_is_invalidated
 
@@ -139,7 +139,7 @@ class GuardedConnection(Connection):
 def guard(connection: Connection, session: Session) -> None:
     """Have ``connection``, on which ``session`` has just begun, refuse what would end or evade its transaction."""
     opened: Any = pooled(connection)
-    if commits_by_itself(connection.dialect.driver, opened):
+    if commits_by_itself(connection):
         raise ConfigurationError(COMMITS_BY_ITSELF)
     if not (hasattr(Connection, "_commit_impl") and hasattr(Connection, "_execute_context")):
         raise ConfigurationError(_UNKNOWN)
@@ -187,18 +187,19 @@ def _in_transaction(name: str, driver: Any) -> bool | None:
         return None
 
 
-def commits_by_itself(name: str, opened: Any) -> bool:
-    """Say whether the driver of a pool's connection commits each statement, whatever set it."""
-    driver = opened.driver_connection
-    match name:
+def commits_by_itself(connection: Connection) -> bool | None:
+    """Say whether the driver commits each statement, whatever set it; None where only its server knows."""
+    adapted: Any = pooled(connection).dbapi_connection
+    driver: Any = pooled(connection).driver_connection
+    match connection.dialect.driver:
         case "pysqlite" | "aiosqlite":
             # Of Python 3.12; of older ones, which know isolation_level alone, no transaction is begun by itself.
             return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
-        case "psycopg" | "psycopg_async" | "psycopg2":
+        case "psycopg" | "psycopg_async" | "psycopg2" | "pg8000":
             return bool(driver.autocommit)
         case "asyncpg":
-            return bool(opened.dbapi_connection.autocommit)
-        case "pymysql" | "aiomysql" | "asyncmy":
+            return bool(adapted.autocommit)
+        case "pymysql" | "aiomysql" | "asyncmy" | "mysqldb":
             return bool(driver.get_autocommit())
         case _:
-            return False
+            return None

@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._core import Claim, Record, State
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, TransactionError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_driver import bound_of, cut_off
-from idempotency.stores._sql_engines import Database, error_code, level_of, unreachable
+from idempotency.stores._sql_engines import Database, level_of, unreachable
+from idempotency.stores._sql_failures import error_code, refuses_data, unusable
 from idempotency.stores._sql_guard import (
     CLOSED,
     COMMITS_BY_ITSELF,
@@ -29,9 +30,12 @@ from idempotency.stores._sql_guard import (
     guard,
     roll_back_driver,
 )
+from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_schema import create_schema
 from idempotency.stores._sql_send import Sent, pooled, send
 from idempotency.stores._sql_sqlite import begin_to_write, bounded, busy_of, waiting
+from idempotency.stores._sql_trust import check_driver, has_begun
+from idempotency.stores._sql_values import packed
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 _BUSY_SNAPSHOT = 517
@@ -39,6 +43,9 @@ _BUSY_SNAPSHOT = 517
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
 # Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
 _LOCKED = frozenset({"55P03", 1205, 5, 6})
+# Bytes of a result that is written behind a savepoint, where a refused statement would end the transaction.
+_LARGE = 64 * 1024
+_ASIDE = "idempotency_result"
 _OVER = "idempotency: its operation is settled"
 _BEGUN = "idempotency: the connection, and what it began"
 
@@ -52,6 +59,10 @@ class ConflictError(StoreError):
     """The database asks for the transaction to be rolled back and begun anew."""
 
 
+class UnusableError(ConflictError):
+    """The connection was of no use and is replaced: to be begun anew once, as the next may be of none either."""
+
+
 def failure_of(error: Exception, session: Session) -> Exception:
     """Name the failure of what the library did with ``session``, where it is known that nothing was committed.
 
@@ -63,11 +74,11 @@ def failure_of(error: Exception, session: Session) -> Exception:
     if conflicts(error):
         return ConflictError("the transaction met another: begin anew")
     begun: _Begun | None = session.info.get(_BEGUN)
-    # There was no connection; it was lost by now; or by an earlier statement, whose failure the operation swallowed. A
-    # driver whose connection dies may raise what the operating system says.
+    # There was no connection; it was lost by now, or of no use; or by an earlier statement, whose failure the operation
+    # swallowed. A driver whose connection dies may raise what the operating system says.
     if (begun is None and unreachable(error)) or (begun is not None and begun.connection.invalidated):
         return StoreError("the connection was lost before the commit: nothing is committed")
-    if isinstance(error, OSError | EOFError | PoolTimeoutError):
+    if unusable(error) or isinstance(error, OSError | EOFError | PoolTimeoutError):
         return StoreError("the database could not be reached before the commit: nothing is committed")
     return error
 
@@ -83,12 +94,16 @@ class Joined:
         self._database = Database(engine, table, timeout)
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
+        self._trusted = False
 
     def claim_in(self, connection: Connection, claim: Claim, wait: float) -> Record | None:
         """Claim, waiting up to ``wait`` seconds for each other transaction that holds the row; None: it still does.
 
         Raises :class:`ConflictError` where the isolation level does not let this transaction see what is there now.
         """
+        if not self._trusted:
+            check_driver(connection, self._sql)
+            self._trusted = True
         deadline, left = monotonic() + wait, wait
         values = claim_values(claim)
         try:
@@ -96,7 +111,8 @@ class Joined:
                 row = self._once(connection, values, left)
                 if row is not None:
                     # Whatever set it, the effect would be left behind a rollback.
-                    if commits_by_itself(connection.dialect.driver, pooled(connection)):
+                    alone = commits_by_itself(connection)
+                    if alone or (alone is None and not has_begun(connection)):
                         raise ConfigurationError(COMMITS_BY_ITSELF)
                     return read_record(row)
                 left = max(0.0, deadline - monotonic())
@@ -116,17 +132,40 @@ class Joined:
         except Exception as error:  # a driver that cannot connect raises what it likes
             if conflicts(error):
                 raise ConflictError("the database asks for the transaction to be begun anew") from error
+            if unusable(error):
+                raise UnusableError(str(self._database.failure(error))) from error
             raise self._database.failure(error) from error
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
-        """Record the end; False for a superseded owner, TransactionError where the transaction has been ended."""
+        """Record the end; False for a superseded owner, TransactionError where the transaction has been ended.
+
+        Raises :class:`~idempotency.errors.StoreRefusedError` for a result that the database does not take: the
+        transaction can be completed without it.
+        """
+        check_size(connection, result)
         if isinstance(connection, GuardedConnection):
             connection.check_open("UPDATE")
             if not connection.begun and self._family == "sqlite":
                 # What has stored nothing waits for the lock here.
                 with bounded(connection, self._bound):
-                    return self._complete(connection, claim, result, state)
-        return self._complete(connection, claim, result, state)
+                    return self._complete_aside(connection, claim, result, state)
+        return self._complete_aside(connection, claim, result, state)
+
+    def _complete_aside(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
+        if result is None:
+            return self._complete(connection, claim, result, state)
+        # Elsewhere a statement that fails undoes itself alone. A small result is not worth the round trip.
+        aside = self._family == "postgresql" and len(result) > _LARGE
+        if aside:
+            send(connection, f"SAVEPOINT {_ASIDE}", fetch=False)
+        try:
+            return self._complete(connection, claim, result, state)
+        except DBAPIError as error:
+            if not refuses_data(error) or error.connection_invalidated or (self._family == "postgresql" and not aside):
+                raise
+            if aside:
+                send(connection, f"ROLLBACK TO SAVEPOINT {_ASIDE}", fetch=False)
+            raise StoreRefusedError("the database refused the result") from error
 
     def _complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         values = complete_values(claim, result, state)
@@ -170,8 +209,8 @@ class Joined:
             names = getattr(made, "positiontup", None) if made.positional else None
             compiled = self._compiled[drawer] = str(made), names
         sql, names = compiled
-        if self._sql.bytes_as_hex:
-            values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
+        if self._sql.packs:
+            values = packed(values)
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
 

@@ -22,15 +22,20 @@ class Sent(NamedTuple):
 
 
 def send(
-    connection: Connection, sql: str, parameters: Mapping[str, Any] | tuple[Any, ...] = (), *, fetch: bool = True
+    connection: Connection,
+    sql: str,
+    parameters: Mapping[str, Any] | tuple[Any, ...] = (),
+    *,
+    fetch: bool = True,
+    unseen: bool = False,
 ) -> Sent:
     """Send one statement in the driver's own words; ``fetch`` says that it gives rows.
 
     Raises what ``exec_driver_sql`` would. SQLAlchemy's result takes longer to make than SQLite takes to execute; who
-    listens to statements, or logs them, gets to see these too, and pays for it.
+    listens to statements, or logs them, gets to see these too, unless ``unseen``, and pays for it.
     """
     driver = connection.dialect.driver
-    if driver not in _PLAIN or _observed(connection):
+    if not unseen and (driver not in _PLAIN or _observed(connection)):
         result = connection.exec_driver_sql(sql, parameters or None)
         return Sent(result.first() if fetch else None, result.rowcount)
     opened = pooled(connection)

@@ -7,7 +7,6 @@ caller's transaction.
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
@@ -16,11 +15,13 @@ from idempotency._core import FORMAT, Claim, Record, State
 from idempotency._durations import milliseconds, seconds
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_sqlite import bounded
+from idempotency.stores._sql_trust import check_driver
+from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed, storable, stored
 from idempotency.stores.base import Entry
 
 TRIES = 10
-_ESCAPED = re.compile(r"\\(\\|0|u[0-9a-f]{4})")
 
 
 class Verbs:
@@ -35,9 +36,13 @@ class Verbs:
         self._lowers = lowers
         self._table = table
         self._tells = dialect.name == "postgresql"
+        self._trusted = False
 
     def claim(self, connection: Connection, claim: Claim) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
+        if not self._trusted:
+            check_driver(connection, self._sql)
+            self._trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         values = claim_values(claim)
         for _ in range(TRIES):
@@ -65,6 +70,7 @@ class Verbs:
 
     def complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
+        check_size(connection, result)
         return self._ended(connection, self._sql.complete, claim, complete_values(claim, result, state))
 
     def release(self, connection: Connection, claim: Claim) -> bool:
@@ -96,6 +102,7 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         if outcome == "release":
             return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
+        check_size(connection, result)
         values = {
             "id": record,
             "result": result,
@@ -117,8 +124,8 @@ class Verbs:
         self._execute(connection, self._sql.check, {}).all()
 
     def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
-        if self._sql.bytes_as_hex:
-            values = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
+        if self._sql.packs:
+            values = packed(values)
         if not self._lowers or statement.text.startswith("SELECT"):
             return connection.execute(statement, values)
         with bounded(connection, self._bound):
@@ -129,8 +136,8 @@ def claim_values(claim: Claim) -> dict[str, Any]:
     """Return the parameters of the statements that claim."""
     return {
         "id": claim.id,
-        "scope": _storable(claim.scope),
-        "key": _storable(claim.key),
+        "scope": storable(claim.scope),
+        "key": storable(claim.key),
         "token": claim.token,
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
@@ -169,56 +176,38 @@ def read_record(row: Row[Any] | Found) -> Record:
     """Read a row; one that makes no sense is ``Record.unreadable()``."""
     # SQLite stores anything in any column, and a row may have been written by hand: nothing is taken for granted.
     try:
-        if row.version > FORMAT:
-            return Record.unreadable(row.version)
+        version = int(row.version)
+        if version > FORMAT:
+            return Record.unreadable(version)
         record = Record(
-            token=row.token,
-            fingerprint=row.fingerprint,
+            token=as_text(row.token),
+            fingerprint=as_bytes(row.fingerprint),
             state=State(row.state),
-            attempt=row.attempt,
-            lease_left=row.lease_left / 1000,
-            hold=bool(row.hold),
-            result=row.result,
-            version=row.version,
+            attempt=int(row.attempt),
+            lease_left=float(row.lease_left) / 1000,
+            hold=as_flag(row.hold),
+            result=None if row.result is None else as_bytes(row.result),
+            version=version,
         )
-        sane = record.version >= 1 and record.attempt >= 1
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return Record.unreadable()
-    typed = isinstance(record.token, str) and isinstance(record.fingerprint, bytes)
-    return record if sane and typed and isinstance(record.result, bytes | None) else Record.unreadable()
+    return record if record.version >= 1 and record.attempt >= 1 else Record.unreadable()
 
 
 def _entry(row: Row[Any]) -> Entry:
     try:
         return Entry(
-            id=row.id,
-            scope=_stored(row.scope),
-            key=_stored(row.key),
+            id=bytes(row.id),
+            scope=stored(row.scope),
+            key=stored(row.key),
             state=State(row.state),
-            attempt=row.attempt,
-            hold=bool(row.hold),
-            age=row.age / 1000,
-            lease_left=max(row.lease_left, -row.age) / 1000,
-            expires_in=None if row.expires_in is None else row.expires_in / 1000,
-            result_size=row.result_size,
-            version=row.version,
+            attempt=int(row.attempt),
+            hold=as_flag(row.hold),
+            age=float(row.age) / 1000,
+            lease_left=max(float(row.lease_left), -float(row.age)) / 1000,
+            expires_in=None if row.expires_in is None else float(row.expires_in) / 1000,
+            result_size=None if row.result_size is None else int(row.result_size),
+            version=int(row.version),
         )
-    except (TypeError, ValueError) as error:
-        raise UnreadableError(f"the record {row.id.hex()[:12]} is damaged") from error
-
-
-def _storable(value: str) -> str:
-    """Escape what a text column cannot hold everywhere: NUL and lone surrogates."""
-    if "\\" not in value and "\0" not in value and value.isascii():
-        return value
-    escaped = value.replace("\\", "\\\\").replace("\0", "\\0")
-    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _stored(value: str) -> str:
-    return _ESCAPED.sub(_unescaped, value)
-
-
-def _unescaped(found: re.Match[str]) -> str:
-    escape = found[1]
-    return {"\\": "\\", "0": "\0"}.get(escape) or chr(int(escape[1:], 16))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnreadableError(f"the record {bytes(row.id).hex()[:12]} is damaged") from error

@@ -159,7 +159,8 @@ class Entry:
     """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
 
     ``unresolved`` is True for a record that nobody will finish: completed as unknown, or held and its lease over.
-    ``result_size`` is None where there is no result.
+    ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
+    beginning and a digest are shown.
     """
 
     id: bytes

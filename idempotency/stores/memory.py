@@ -15,6 +15,7 @@ from typing import Literal
 from idempotency._core import FORMAT, Claim, Record, State, takes_over
 from idempotency._durations import seconds
 from idempotency.errors import StoreError
+from idempotency.stores._shown import shown
 from idempotency.stores.base import Changed, Entry
 
 _DROPPED_PER_CLAIM = 32
@@ -328,8 +329,8 @@ class _Held:
     def entry(self, record: bytes, now: float) -> Entry:
         return Entry(
             id=record,
-            scope=self.claim.scope,
-            key=self.claim.key,
+            scope=shown(self.claim.scope),
+            key=shown(self.claim.key),
             state=self.state,
             attempt=self.attempt,
             hold=self.hold,

@@ -174,6 +174,7 @@ class RedisStore:
     _client: AsyncClient | None = None
     _sync: SyncClient | None = None
     _here: _Loop | None = None
+    _bulk: int | None = None
     _place: str
 
     def _setup(self, prefix: str, timeout: float, durability: Durability | None) -> None:
@@ -214,6 +215,8 @@ class RedisStore:
 
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`idempotency.stores.base.Store.complete`."""
+        if result is not None and len(result) > wire.SMALL:
+            wire.check_size(result, await self._largest())
         command = wire.complete(self._key(claim), claim, result, state)
         if self._durability is None:
             return bool(await self._run(command))
@@ -271,6 +274,8 @@ class RedisStore:
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`idempotency.stores.base.Store.complete`."""
+        if result is not None and len(result) > wire.SMALL:
+            wire.check_size(result, self._largest_sync())
         command = wire.complete(self._key(claim), claim, result, state)
         if self._durability is None:
             return bool(self._run_sync(command))
@@ -365,6 +370,22 @@ class RedisStore:
         )
         return replies
 
+    async def _largest(self) -> int:
+        if self._bulk is None:
+            reply = None
+            with contextlib.suppress(StoreError):  # a user may not ask
+                reply = await self._bounded(self._enter(), lambda here: here.client.execute_command(*wire.ASK_BULK))
+            self._bulk = wire.bulk(reply)
+        return self._bulk
+
+    def _largest_sync(self) -> int:
+        if self._bulk is None:
+            reply = None
+            with contextlib.suppress(StoreError):
+                reply = self._bounded_sync(_ask_bulk)
+            self._bulk = wire.bulk(reply)
+        return self._bulk
+
     async def _look(self, record: bytes) -> Any:
         return await self._run(wire.inspect(self._prefix + record.hex().encode()))
 
@@ -453,6 +474,11 @@ class RedisStore:
         return StoreError(
             f"Redis at {self._place}: the write has reached too few copies ({copies}); check the replicas"
         )
+
+
+def _ask_bulk(threads: _Threads) -> Any:
+    client: Any = threads.client
+    return client.execute_command(*wire.ASK_BULK)
 
 
 def _told(error: BaseException, timeout: float) -> str:

@@ -29,6 +29,7 @@ from idempotency.stores._sql_engines import (
     open_sync,
     read_url,
 )
+from idempotency.stores._sql_failures import replacing
 from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
 from idempotency.stores._sql_joined import Joined, connecting
 from idempotency.stores._sql_loop import Side
@@ -58,11 +59,15 @@ class SQLStore:
     server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own ``innodb_lock_wait_timeout``). On an
     SQLite engine that was passed in, ``busy_timeout`` is lowered to that around each statement that writes, and set
     back, which takes two switches to aiosqlite's thread.
+
+    Before its first claim, an engine's driver is tried: one that changes what it carries, or counts no rows, is
+    refused with :class:`~idempotency.errors.ConfigurationError`.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
+        check_backend(engine.url)
         self._set_up(engine, table, timeout)
 
     @classmethod
@@ -187,7 +192,8 @@ class SQLStore:
         with joined.failures():
             connection = session.connection()
             call.driver, call.connection = connection.dialect.driver, pooled(connection)
-            return joined.claim_in(connection, claim, wait)
+            with replacing(connection):
+                return joined.claim_in(connection, claim, wait)
 
     async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
         """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
@@ -211,7 +217,9 @@ class SQLStore:
         self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
     ) -> bool:
         """See :meth:`complete_in`."""
-        return self._join(session).complete(session.connection(), claim, result, state)
+        connection = session.connection()
+        with replacing(connection):
+            return self._join(session).complete(connection, claim, result, state)
 
     def _join(self, session: Session) -> Joined:
         if self._joined is None:

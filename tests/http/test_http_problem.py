@@ -18,6 +18,7 @@ from idempotency.errors import (
     OutcomeUnknownError,
     RequestTooLargeError,
     StoreError,
+    StoreRefusedError,
     UnreadableError,
 )
 
@@ -36,6 +37,7 @@ DOCS = "https://api.example/docs/idempotency"
         (NotReplayableError(), 409, "completed-not-replayable", False, False),
         (UnreadableError(), 500, "record-unreadable", False, False),
         (StoreError(), 503, "store-unavailable", True, False),
+        (StoreRefusedError(), 500, "store-refused", False, False),
     ],
 )
 def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, safe_new_key):

@@ -43,6 +43,8 @@ KEYS = {
     "lone surrogate": "\ud800",
     "empty": "",
     "long": "k" * 4000,
+    "longer than a column": "k" * 65_536,
+    "long in every alphabet": "\u9375\U0001f511\ud800" * 30_000,
 }
 
 TWINS = {
@@ -268,14 +270,24 @@ class ClaimContract(Contract):
         assert await store.complete(first, b"first")
         assert await verdict(store, second) == Execute(1)
 
-    @pytest.mark.parametrize("fingerprint", [b"", b"\x00" * 32, b"0" * 63], ids=len)
+    @pytest.mark.parametrize("fingerprint", [b"", b"\x00" * 32, b"0" * 63, b"0" * 70_000], ids=len)
     async def test_any_fingerprint(self, store: Store, fingerprint: bytes) -> None:
-        """A fingerprint is any bytes, up to 64, and one that begins alike is another."""
+        """A fingerprint is any bytes, and one that begins alike is another."""
         claim = new_claim(fingerprint=fingerprint)
         await store.claim(claim)
 
         assert isinstance(await verdict(store, rival(claim)), InProgress)
         assert await verdict(store, rival(claim, fingerprint=fingerprint + b"\x00")) == Mismatch()
+
+    @pytest.mark.parametrize("token", ["", "t" * 70_000, "cl\u00e9", "\ud800", "a\x00b"], ids=ascii)
+    async def test_any_token(self, store: Store, token: str) -> None:
+        """A token is any text, as long as it is the same each time."""
+        claim = new_claim(token=token)
+
+        assert await verdict(store, claim) == Execute(1)
+        assert await verdict(store, claim) == Execute(1)
+        assert isinstance(await verdict(store, rival(claim)), InProgress)
+        assert await store.complete(claim, b"result")
 
     async def test_fractions_of_a_second_count(self, store: Store) -> None:
         """A lease is not rounded to whole seconds, up or down."""

@@ -61,6 +61,32 @@ class HousekeepingContract(Contract):
         assert 110 < entry.expires_in <= 120
         assert 0 <= entry.age < 10
 
+    @pytest.mark.parametrize("key", ["cl\u00e9 \u9375 \U0001f511", "\ud800", "a\\x41\\0\x00", "k" * 1000], ids=ascii)
+    async def test_inspect_shows_any_key(self, store: KeptStore, key: str) -> None:
+        """Scope and key are shown as they were given, whatever they are written in."""
+        claim = new_claim(scope=f"contract {new_claim().key} {key}"[:1000], key=key)
+        await store.claim(claim)
+
+        entry = await store.inspect(claim.id)
+
+        assert entry is not None
+        assert (entry.scope, entry.key) == (claim.scope, key)
+
+    async def test_inspect_shows_how_a_long_key_begins(self, store: KeptStore) -> None:
+        """Of two long keys that begin alike, each is shown by its beginning, and they are told apart."""
+        keys = [f"{new_claim().key} {'k' * 65_536} {number}" for number in "12"]
+        for key in keys:
+            await store.claim(new_claim(key=key))
+
+        entries = [await store.inspect(new_claim(key=key).id) for key in keys]
+
+        shown = [entry.key for entry in entries if entry is not None]
+        assert [len(each) <= 1000 and key.startswith(each[:900]) for each, key in zip(shown, keys, strict=True)] == [
+            True,
+            True,
+        ]
+        assert shown[0] != shown[1]
+
     async def test_inspect_done(self, store: KeptStore) -> None:
         """A finished record is shown with the size of its result and the time it is kept."""
         claim = new_claim(ttl=100.0)

@@ -1,0 +1,38 @@
+"""How large a result may be: known before it is sent, as a server ends the connection over what is too large for it."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from idempotency.errors import StoreRefusedError
+
+_SMALL = 32 * 1024
+"""Bytes of a result that every server takes."""
+
+_REST = 4096
+"""Bytes for the rest of the statement."""
+
+# PostgreSQL has 1 GiB for a message and for a value, which drivers that speak in text write with two digits a byte;
+# SQLite has a billion bytes for a row.
+_LARGEST = {"postgresql": 512 * 1024**2 - _REST, "sqlite": 10**9 - 1024**2}
+_PACKET = "idempotency: max_allowed_packet"
+
+
+def check_size(connection: Connection, result: bytes | None) -> None:
+    """Raise StoreRefusedError for a result that the server of ``connection`` does not take; nothing is lost by it."""
+    if result is None or len(result) <= _SMALL:
+        return
+    largest = _LARGEST.get(connection.dialect.name)
+    if largest is None:
+        # As base64.
+        largest = (_packet(connection) - _REST) // 4 * 3
+    if len(result) > largest:
+        raise StoreRefusedError(f"the result of {len(result)} bytes is larger than the database takes ({largest})")
+
+
+def _packet(connection: Connection) -> int:
+    # Once for each connection of the driver: it keeps what the server said when it connected.
+    known: int | None = connection.info.get(_PACKET)
+    if known is None:
+        known = connection.info[_PACKET] = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
+    return known

@@ -1,0 +1,86 @@
+"""Whether a driver can be trusted with records. It is tried once, before the first claim that goes over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, TextClause
+
+from idempotency.errors import ConfigurationError
+from idempotency.stores._sql_dialects import Statements
+from idempotency.stores._sql_send import Sent, pooled, send
+from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed
+
+_BYTES = bytes(range(256))
+_TEXT = "'\"\\x\\\\%s:a;--"
+_NUMBER = 2**62 + 1
+
+# Drivers that count the rows of an UPDATE. Those of MySQL do unless they are told to count only what it changed.
+_COUNTING = frozenset({"asyncpg", "psycopg", "psycopg2", "pg8000", "pysqlite", "aiosqlite"})
+
+# A transaction of one statement begins with it.
+_BEGUN = {
+    "postgresql": "SELECT now() < statement_timestamp()",
+    **dict.fromkeys(("mysql", "mariadb"), "SELECT 1 - @@autocommit"),
+}
+
+
+def check_driver(connection: Connection, statements: Statements) -> None:
+    """Raise ConfigurationError for a driver, or its settings, that gives values back as others than they were sent.
+
+    Sent past SQLAlchemy's events: this is no statement of the application's, nor of a request.
+    """
+    values = {"result": _BYTES, "key": _TEXT, "lease": _NUMBER, "hold": True, "watched": False}
+    row = _send(connection, statements, statements.echo, values).row
+    if row is None or not _same(row):
+        raise ConfigurationError(_refusal(connection, "gives bytes, text, numbers or booleans back changed"))
+    if connection.dialect.driver not in _COUNTING and not _counts(connection, statements):
+        raise ConfigurationError(
+            _refusal(connection, "does not count the rows that an UPDATE finds: let it set the flag FOUND_ROWS")
+        )
+
+
+def _same(row: Any) -> bool:
+    try:
+        result, key, lease, hold, watched = row
+        numbers = isinstance(lease, float) or int(lease) != _NUMBER
+        return as_bytes(result) == _BYTES and as_text(key) == _TEXT and not numbers and as_flag(hold) > as_flag(watched)
+    except (TypeError, ValueError):
+        return False
+
+
+def _counts(connection: Connection, statements: Statements) -> bool:
+    """Say whether a row that is found and not changed counts as one, by a row that nobody else can meet."""
+    nothing = {"scope": "", "key": "", "fingerprint": b"", "hold": False, "watched": False, "lease": 0, "keep": 0}
+    values = {"id": os.urandom(32), "token": os.urandom(16).hex(), **nothing}
+    _send(connection, statements, statements.probe, values, fetch=False)
+    found = [_send(connection, statements, statements.touch, values, fetch=False).hit for _ in range(2)]
+    gone = _send(connection, statements, statements.unprobe, values, fetch=False).hit
+    return (*found, gone) == (1, 1, 1)
+
+
+def _send(
+    connection: Connection, statements: Statements, statement: TextClause, values: dict[str, Any], *, fetch: bool = True
+) -> Sent:
+    made = statement.compile(dialect=connection.dialect)
+    sent = packed(values) if statements.packs else values
+    names = made.positiontup if made.positional else None
+    parameters: Mapping[str, Any] | tuple[Any, ...] = (
+        {name: sent[name] for name in made.params} if names is None else tuple(map(sent.__getitem__, names))
+    )
+    return send(connection, str(made), parameters, fetch=fetch, unseen=True)
+
+
+def _refusal(connection: Connection, why: str) -> str:
+    dialect = connection.dialect
+    return f"records cannot be kept by {dialect.name}+{dialect.driver} as it is set up: it {why}"
+
+
+def has_begun(connection: Connection) -> bool:
+    """Say whether a transaction is open, after a statement in it, for a driver that does not say what it commits."""
+    if connection.dialect.name == "sqlite" or connection.dialect.driver == "mysqlconnector":
+        return bool(getattr(pooled(connection).driver_connection, "in_transaction", True))
+    row = send(connection, _BEGUN[connection.dialect.name], unseen=True).row
+    return row is not None and bool(row[0])

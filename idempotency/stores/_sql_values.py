@@ -1,0 +1,62 @@
+"""Values on their way to a database and back, in forms that every driver and every character set carries unchanged."""
+
+from __future__ import annotations
+
+import re
+from binascii import b2a_base64
+from typing import Any
+
+from idempotency.stores._shown import shown
+
+_ESCAPED = re.compile(r"\\(\\|0|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+
+
+def storable(value: str) -> str:
+    """Return a scope or key in ASCII: a text column may be of any character set, and none of them holds NUL."""
+    value = shown(value)
+    if "\\" not in value and "\0" not in value and value.isascii():
+        return value
+    escaped = value.replace("\\", "\\\\").replace("\0", "\\0")
+    return escaped.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def stored(value: Any) -> str:
+    """Read what :func:`storable` wrote."""
+    return _ESCAPED.sub(_unescaped, as_text(value))
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    escape = found[1]
+    return {"\\": "\\", "0": "\0"}.get(escape) or chr(int(escape[1:], 16))
+
+
+def packed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters with bytes as base64, for a server that decodes it.
+
+    The drivers of MySQL disagree on how bytes are escaped, and some send two digits for each.
+    """
+    return {
+        name: b2a_base64(value, newline=False).decode("ascii") if isinstance(value, bytes) else value
+        for name, value in values.items()
+    }
+
+
+def as_bytes(value: Any) -> bytes:
+    """Read a column of bytes; TypeError where it holds something else."""
+    if type(value) is bytes:
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f"bytes expected, not {type(value).__name__}")
+
+
+def as_text(value: Any) -> str:
+    """Read a column of text, which some drivers give as bytes; TypeError where it holds something else."""
+    if type(value) is str:
+        return value
+    return as_bytes(value).decode()
+
+
+def as_flag(value: Any) -> bool:
+    """Read a boolean, which is a number to some databases, and a string of bits to some drivers."""
+    return any(as_bytes(value)) if isinstance(value, bytes | bytearray | memoryview) else bool(value)
