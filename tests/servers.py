@@ -28,7 +28,17 @@ import redis
 import sqlalchemy
 from tcp_proxy import Proxy
 
-__all__ = ["PostgresServer", "Proxy", "RedisServer", "Server", "free_port", "missing", "with_driver", "with_port"]
+__all__ = [
+    "MariaDBServer",
+    "PostgresServer",
+    "Proxy",
+    "RedisServer",
+    "Server",
+    "free_port",
+    "missing",
+    "with_driver",
+    "with_port",
+]
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 30.0
@@ -280,6 +290,51 @@ class PostgresServer(Server):
 
     def _answers(self) -> bool:
         return postgres_answers(self.url)
+
+
+class MariaDBServer(Server):
+    """A private MariaDB: the one that is installed. ``options`` are further command line arguments."""
+
+    def __init__(self, *options: str) -> None:
+        # The programs of a server are where only root looks for them.
+        path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
+        self._binary = shutil.which("mariadbd", path=path) or ""
+        self._installer = shutil.which("mariadb-install-db", path=path) or ""
+        self._options = options
+        if not self._binary or not self._installer:
+            missing("no MariaDB is installed (mariadbd and mariadb-install-db)")
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        return f"mysql+aiomysql://root@{LOOPBACK}:{self.port}/test"
+
+    def _prepare(self) -> None:
+        # As for PostgreSQL: data on the page cache outlives a killed process.
+        subprocess.run(
+            [self._installer, *self._base(), "--auth-root-authentication-method=normal", "--skip-name-resolve"],
+            cwd=self.directory,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def _base(self) -> list[str]:
+        user = ["--user=root"] if os.geteuid() == 0 else []
+        return ["--no-defaults", *user, f"--datadir={self.directory / 'data'}"]
+
+    def _command(self) -> list[str]:
+        address = [f"--bind-address={LOOPBACK}", f"--port={self.port}", f"--socket={self.directory / 'socket'}"]
+        sizes = ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=2", "--skip-name-resolve"]
+        return [self._binary, *self._base(), *address, *sizes, *self._options]
+
+    def _answers(self) -> bool:
+        try:
+            _mariadb_connect(self.url).close()
+        except pymysql.Error:
+            return False
+        return True
 
 
 def _libpq(url: str) -> str:

@@ -1,0 +1,200 @@
+"""The verdict: what each operation's answers and effects must have in common, by docs/guarantees.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from _soak.clients import Answer, Book, allowance
+from _soak.places import Struck
+from _soak.plan import LEASE, Operation
+
+COUNTED = ("lost", "doubled", "stuck", "unexpected")
+LEASED = ("leased", "hold")
+ENDS_A_WORKER = ("kill the worker", "stop the worker")
+EXPECTED_LINES = (
+    r"(ERROR|WARNING):\s+Cancel \d+ running task\(s\), timeout graceful shutdown exceeded",
+    r"asyncio\.exceptions\.CancelledError",
+    r"query cancellation interrupted .*: closing connection",
+)
+"""What a worker may write: uvicorn says when it cancels requests at a graceful stop, psycopg when it gives up a query."""
+
+CONTINUED = (" ", "Traceback", "During handling", "The above exception", "future:", "task:", "transport:")
+"""How the lines begin that go on with what the line before says: of tracebacks and their causes, and of asyncio."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with one operation."""
+
+    kind: str
+    mode: str
+    key: str
+    words: str
+
+
+@dataclass
+class Verdict:
+    """What was counted of a run on one store."""
+
+    faults: list[Fault] = field(default_factory=list)
+    repeats: Counter[str] = field(default_factory=Counter)
+    leaked: dict[str, list[str]] = field(default_factory=lambda: {"connections": [], "tasks": [], "files": []})
+    outbursts: list[str] = field(default_factory=list)
+
+    def count(self, kind: str, mode: str) -> int:
+        """Return how many operations of a mode have a fault of this kind."""
+        return len({fault.key for fault in self.faults if (fault.kind, fault.mode) == (kind, mode)})
+
+
+class Ledger:
+    """Everything that is known of a run: answers, effects, what handlers did, and the chaos."""
+
+    def __init__(
+        self,
+        book: Book,
+        effects: list[tuple[str, str]],
+        trace: list[dict[str, Any]],
+        struck: list[Struck],
+        deadline: float,
+        on_sql: bool = True,
+    ) -> None:
+        self.book = book
+        self.struck = struck
+        self.deadline = deadline
+        self._on_sql = on_sql
+        self._effects: dict[str, list[str]] = defaultdict(list)
+        for key, run in effects:
+            self._effects[key].append(run)
+        self.trace: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for line in trace:
+            self.trace[line["key"]].append(line)
+        stalls = [line for line in self.trace.pop("", []) if line["what"] == "stalled"]
+        self._stalls = [
+            Struck("stalled", line["worker"], line["at"] - line["seconds"], line["at"]) for line in stalls
+        ]
+
+    def judge(self) -> Verdict:
+        """Judge every operation."""
+        verdict = Verdict()
+        for operation in self.book.operations.values():
+            self._judge(operation, verdict)
+        return verdict
+
+    def effects_of(self, operation: Operation) -> list[str]:
+        """Return the runs that had an effect, once for each."""
+        if self.is_leased(operation):
+            return [line["run"] for line in self.trace[operation.key] if line["what"] == "effect"]
+        return self._effects[operation.key]
+
+    def is_leased(self, operation: Operation) -> bool:
+        return operation.mode in LEASED or (operation.mode == "consumer" and not self._on_sql)
+
+    def _judge(self, operation: Operation, verdict: Verdict) -> None:
+        def fault(kind: str, words: str) -> None:
+            verdict.faults.append(Fault(kind, operation.mode, operation.key, words))
+
+        answers, effects = self.book.answers[operation.key], self.effects_of(operation)
+        final = [answer for answer in answers if answer.final]
+        if not any(answer.at <= self.deadline + allowance(operation) for answer in final):
+            fault("stuck", "no final answer within two leases after the chaos")
+        for answer in final:
+            if flaw := self._flaw(operation, answer):
+                fault("unexpected", flaw)
+            elif answer.code == "ok" and answer.run not in effects:
+                fault("lost", f"run {answer.run} was answered as a success, and has no effect")
+        expected = 0 if operation.shape == "refuse" else 1
+        if len(effects) > expected:
+            if not self._excused(operation):
+                fault("doubled", f"{len(effects)} effects: {', '.join(effects)}")
+            else:
+                verdict.repeats[operation.mode] += len(effects) - 1
+        elif len({(answer.code, answer.run) for answer in final if answer.code != "outcome-unknown"}) > 1:
+            fault("unexpected", "two clients were given different final answers")
+
+    def _flaw(self, operation: Operation, answer: Answer) -> str:
+        """Say what is wrong with a final answer by itself."""
+        held = operation.mode == "hold" or operation.shape == "hold"
+        match answer.code:
+            case "ok" if operation.shape != "refuse" and answer.run:
+                return ""
+            case "refused" if operation.shape == "refuse":
+                return ""
+            case "outcome-unknown" if held:
+                later = self._runs_after(operation, answer)
+                return f"run {later} began after the answer that the outcome is unknown" if later else ""
+            case "ok" | "completed-not-replayable" if self.is_leased(operation):
+                # A store that refuses the result for half a lease is given the fact alone.
+                return ""
+        return f"{answer.status} {answer.code} {answer.words}".strip()
+
+    def _runs_after(self, operation: Operation, unknown: Answer) -> str:
+        """Name a run that began although the outcome had been called unknown, and no handler gave the key back."""
+        for line in self.trace[operation.key]:
+            if line["what"] == "raised" and line["at"] > unknown.asked:
+                return ""
+            if line["what"] == "began" and line["at"] > unknown.at:
+                return str(line["run"])
+        return ""
+
+    def _excused(self, operation: Operation) -> bool:
+        """Say whether each repeat of a leased effect is one of those that docs/guarantees.md allows."""
+        if not self.is_leased(operation):
+            return False
+        lines = self.trace[operation.key]
+        began = {line["run"]: line for line in lines if line["what"] == "began"}
+        released = {line["run"] for line in lines if line["what"] == "raised" and operation.shape != "hold"}
+        runs = [began[run] for run in self.effects_of(operation)]
+        return all(
+            first["run"] in released or (operation.mode != "hold" and self._may_lose(first, second["at"]))
+            for first, second in pairwise(runs)
+        )
+
+    def _may_lose(self, run: dict[str, Any], until: float) -> bool:
+        """Say whether the owner died, or was kept from the store for as long as a renewal takes to be missed."""
+        kept = 0.0
+        for each in (*self.struck, *self._stalls):
+            if each.worker in (None, run["worker"]) and each.begin < until and each.end > run["at"]:
+                if each.kind in ENDS_A_WORKER:
+                    return True
+                kept += min(each.end, until) - max(each.begin, run["at"])
+        return kept >= LEASE / 3
+
+    def timeline(self, key: str) -> list[str]:
+        """Return what happened to one operation, in order of time, with the chaos around it."""
+        answers = self.book.answers[key]
+        moments = [(answer.at, f"worker {answer.worker} answered {answer.status} {answer.code} {answer.run} {answer.words}, asked {answer.at - answer.asked:.2f} s before") for answer in answers]
+        moments += [(line["at"], f"worker {line['worker']}: run {line['run']} {line['what']}") for line in self.trace[key]]
+        begin, end = min(answer.asked for answer in answers) - LEASE, max(moments)[0]
+        for each in (*self.struck, *self._stalls):
+            if each.begin < end and each.end > begin:
+                whom = "" if each.worker is None else f" {each.worker}"
+                moments.append((each.begin, f"{each.kind}{whom}, for {each.end - each.begin:.2f} s"))
+        since = min(moments)[0]
+        return [f"{at - since:7.2f} s  {words}" for at, words in sorted(moments)]
+
+
+def outbursts(log: str) -> list[str]:
+    """Return what a worker wrote that is not expected: one text for each line, or traceback with its last line."""
+    blocks: list[str] = []
+    for line in log.splitlines():
+        goes_on = line.startswith(CONTINUED) or not line.strip()
+        if blocks and (goes_on or _open_traceback(blocks[-1])):
+            blocks[-1] += f"\n{line}"
+        elif line.strip():
+            blocks.append(line)
+    expected = "|".join(EXPECTED_LINES)
+    return [without_names(block) for block in blocks if not re.match(expected, block.strip().splitlines()[-1])]
+
+
+def without_names(block: str) -> str:
+    """Remove what makes two texts of one kind differ, such as addresses and the numbers of tasks."""
+    return re.sub(r"0x[0-9a-f]+|(?<=Task-)\d+|\b\d{4,}\b", "*", block)
+
+
+def _open_traceback(block: str) -> bool:
+    """Say whether the line of the exception itself is still to come."""
+    return block.rfind("Traceback (most recent call last)") > -1 and block.splitlines()[-1].startswith((" ", "Traceback"))

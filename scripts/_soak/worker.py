@@ -1,0 +1,347 @@
+"""A worker of scripts/soak: a server whose handlers have countable effects, in every mode of one store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import uvicorn
+from _soak.plan import LEASE, TIMEOUT
+from sqlalchemy import Integer, String, create_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+
+from idempotency import IdempotencyMiddleware, Policy, current
+from idempotency.consumer import DeadLetter, Done, Failed, Replayed, Retry, idempotent_consumer
+from idempotency.errors import IdempotencyError, TransactionError
+from idempotency.function import idempotent
+from idempotency.stores.redis import RedisStore
+from idempotency.stores.sql import SQLStore
+
+STALL = 0.4
+THREADS = 8
+POLICY = Policy(lease=LEASE, required=True)
+
+
+class Base(DeclarativeBase):
+    """The tables of the application."""
+
+
+class Effect(Base):
+    """One effect of one run of a handler; nothing keeps an operation from having two."""
+
+    __tablename__ = "soak_effect"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    operation: Mapped[str] = mapped_column(String(100))
+    run: Mapped[str] = mapped_column(String(100))
+
+
+class OwnError(Exception):
+    """What a handler raises on purpose."""
+
+
+class UndoneError(Exception):
+    """What undoes a savepoint."""
+
+
+def quiet(event: Any, /) -> None:
+    """Log nothing: thousands of operations are made to fail."""
+
+
+class Trace:
+    """A file, shared by all workers, with a line for each thing a handler did: the ledger outside of the store."""
+
+    def __init__(self, path: str, worker: int) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._worker = worker
+        self._runs: Counter[str] = Counter()
+
+    def write(self, what: str, key: str = "", run: str = "", **more: Any) -> None:
+        line = {"at": time.monotonic(), "worker": self._worker, "what": what, "key": key, "run": run, **more}
+        os.write(self._file, json.dumps(line).encode() + b"\n")
+
+    def begin(self, work: dict[str, Any]) -> str:
+        """Give a run its name."""
+        self._runs[work["key"]] += 1
+        run = f"{os.getpid()}-{self._runs[work['key']]}"
+        self.write("began", work["key"], run)
+        return run
+
+    def fail(self, when: str, work: dict[str, Any], run: str) -> None:
+        """Raise, if this run is to fail at this point."""
+        if work["fails"] == when and run.endswith("-1"):
+            self.write("raised", work["key"], run)
+            raise OwnError(f"failed {when} the effect")
+
+
+@contextmanager
+def own_statements() -> Iterator[None]:
+    """Mark what a statement of the handler raises: the application's own error, whose answer is a 500."""
+    try:
+        yield
+    except (OwnError, TransactionError):
+        raise
+    except Exception as error:
+        error.own = True  # type: ignore[attr-defined]
+        raise
+
+
+class Handlers:
+    """The handlers of one store, by mode."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.trace = Trace(config["trace"], config["worker"])
+        self.engines: list[Any] = []
+        url = config["url"]
+        if url.startswith("redis"):
+            self.store: Any = RedisStore.from_url(url, timeout=TIMEOUT)
+            self.consume: Any = self.consumer(self.leased_message)
+            self.modes: dict[str, Any] = {"consumer": self.answer(self.deliver)}
+        else:
+            self.use_sql(url, config["sync_url"])
+        for mode, on_crash in (("leased", "rerun"), ("hold", "hold")):
+            policy = Policy(lease=LEASE, required=True, on_crash=on_crash)  # type: ignore[arg-type]
+            self.modes[mode] = self.middleware(self.leased, policy)
+
+    def use_sql(self, url: str, sync_url: str) -> None:
+        # Isolation as docs/transactions.md asks for it; SQLite has one level only.
+        level = {} if "sqlite" in url else {"isolation_level": "READ COMMITTED"}
+        engine, sync_engine = create_async_engine(url, **level), create_engine(sync_url, **level)
+        self.engines += [engine, sync_engine]
+        self.store = SQLStore(engine, timeout=TIMEOUT)
+        sync_store = SQLStore(sync_engine, timeout=TIMEOUT)
+        sessions, sync_sessions = async_sessionmaker(engine), sessionmaker(sync_engine)
+        joined: dict[str, Any] = {"key": lambda work: work["key"], "lock_timeout": TIMEOUT, "on_event": quiet}
+        call = idempotent(self.store, session=sessions, name="soak", **joined)(self.joined)
+        call_sync = idempotent(sync_store, session=sync_sessions, name="soak-sync", **joined)(self.joined_sync)
+        self.consume = self.consumer(self.joined, session=sessions, lock_timeout=TIMEOUT)
+
+        async def in_thread(work: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+            return 200, {"run": await asyncio.to_thread(call_sync, work)}
+
+        async def in_loop(work: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+            return 200, {"run": await call(work)}
+
+        self.modes = {
+            "transactional": self.middleware(self.transactional, POLICY, session=sessions),
+            "joined": self.answer(in_loop),
+            "joined-sync": self.answer(in_thread),
+            "consumer": self.answer(self.deliver),
+        }
+
+    def middleware(self, handler: Any, policy: Policy, **options: Any) -> Any:
+        app = IdempotencyMiddleware(handler, store=self.store, policy=policy, on_event=quiet, **options)
+        return errors_answered(app)
+
+    def answer(self, call: Any) -> Any:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await respond(send, *await call(await read(receive)))
+
+        return errors_answered(app)
+
+    def consumer(self, handler: Any, **options: Any) -> Any:
+        decorate = idempotent_consumer(
+            self.store, consumer="soak", key=lambda work: work["key"], policy=POLICY, on_event=quiet, **options
+        )
+        return decorate(handler)
+
+    async def transactional(self, scope: Any, receive: Any, send: Any) -> None:
+        work = await read(receive)
+        run = await self.joined(work, current().session)  # type: ignore[union-attr]
+        if work["shape"] == "refuse":
+            await respond(send, 404, {"code": "refused", "run": run})
+        else:
+            await respond(send, 201, {"run": run})
+
+    async def joined(self, work: dict[str, Any], session: Any) -> str:
+        """Write the effect by the session that commits with the record."""
+        run, shape = self.trace.begin(work), work["shape"]
+        effect = Effect(operation=work["key"], run=run)
+        undone = Effect(operation=work["key"], run=f"{run} undone")
+        await asyncio.sleep(work["seconds"] / 2)
+        self.trace.fail("before", work, run)
+        with own_statements():
+            if shape == "undone savepoint":
+                with suppress(UndoneError):
+                    async with session.begin_nested():
+                        session.add(undone)
+                        await session.flush()
+                        raise UndoneError
+            if shape in ("rollback", "refuse"):
+                session.add(undone)
+                await session.flush()
+                await session.rollback()
+            if shape == "savepoint":
+                async with session.begin_nested():
+                    session.add(effect)
+            elif shape != "refuse":
+                session.add(effect)
+                if shape != "add":
+                    await session.flush()
+        self.trace.write("effect", work["key"], run)
+        if shape == "hold":
+            current().hold()  # type: ignore[union-attr]
+        self.trace.fail("after", work, run)
+        await asyncio.sleep(work["seconds"] / 2)
+        return run
+
+    def joined_sync(self, work: dict[str, Any], session: Any) -> str:
+        """Do the same as :meth:`joined`, in a thread."""
+        run, shape = self.trace.begin(work), work["shape"]
+        effect = Effect(operation=work["key"], run=run)
+        time.sleep(work["seconds"] / 2)
+        self.trace.fail("before", work, run)
+        with own_statements():
+            if shape == "undone savepoint":
+                with suppress(UndoneError), session.begin_nested():
+                    session.add(Effect(operation=work["key"], run=f"{run} undone"))
+                    session.flush()
+                    raise UndoneError
+            if shape == "savepoint":
+                with session.begin_nested():
+                    session.add(effect)
+            else:
+                session.add(effect)
+                if shape != "add":
+                    session.flush()
+        self.trace.write("effect", work["key"], run)
+        if shape == "hold":
+            current().hold()  # type: ignore[union-attr]
+        self.trace.fail("after", work, run)
+        time.sleep(work["seconds"] / 2)
+        return run
+
+    async def leased(self, scope: Any, receive: Any, send: Any) -> None:
+        await respond(send, 201, {"run": await self.leased_message(await read(receive))})
+
+    async def leased_message(self, work: dict[str, Any]) -> str:
+        """Have an effect outside of the store, under the key that is derived for it."""
+        run = self.trace.begin(work)
+        await asyncio.sleep(work["seconds"] / 2)
+        self.trace.fail("before", work, run)
+        operation = current()
+        assert operation is not None
+        self.trace.write("effect", work["key"], run, derived=operation.derive("effect"))
+        if work["shape"] == "hold":
+            operation.hold()
+        self.trace.fail("after", work, run)
+        await asyncio.sleep(work["seconds"] / 2)
+        return run
+
+    async def deliver(self, work: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Deliver one message, and say how it is to be settled."""
+        match await self.consume.deliver(work):
+            case Done(run) | Replayed(run):
+                return 200, {"run": run}
+            case Retry(_, reason):
+                return 503, {"code": f"retry: {reason}"}
+            case Failed(error):
+                raise error
+            case DeadLetter(reason, error):
+                return 409, {"code": reason, "error": repr(error)}
+
+    async def debug(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer with what may leak."""
+        pools = [getattr(engine, "sync_engine", engine).pool for engine in self.engines]
+        answer = {
+            "tasks": len(asyncio.all_tasks()),
+            "threads": threading.active_count(),
+            "files": len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")),
+            "in use": sum(abs(pool.checkedout()) for pool in pools if hasattr(pool, "checkedout")),
+            "coroutines": sorted(str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()),
+        }
+        await respond(send, 200, answer)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.live(receive, send)
+        else:
+            mode = scope["path"].strip("/")
+            await (self.debug if mode == "debug" else self.modes[mode])(scope, receive, send)
+
+    async def live(self, receive: Any, send: Any) -> None:
+        """Start and end with the server, as docs/http.md asks an application to."""
+        await receive()
+        loop = asyncio.get_running_loop()
+        pool = ThreadPoolExecutor(THREADS)
+        loop.set_default_executor(pool)
+        watch = loop.create_task(self.watch())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        watch.cancel()
+        await self.store.aclose()
+        for engine in self.engines:
+            await engine.dispose() if hasattr(engine, "sync_engine") else engine.dispose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def watch(self) -> None:
+        """Note when the process stood still: an owner that is paused loses its lease, whatever paused it."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.1)
+            if (late := time.monotonic() - before - 0.1) > STALL:
+                self.trace.write("stalled", seconds=late)
+
+
+def errors_answered(app: Any) -> Any:
+    """Answer what ``app`` raises as a framework outside of it does, and tell the application's own from other errors."""
+
+    async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except IdempotencyError as error:
+            await respond(send, error.status, {"code": error.code})
+        except Exception as error:
+            if isinstance(error, OwnError) or hasattr(error, "own"):
+                await respond(send, 500, {"code": "own"})
+                return
+            await respond(send, 500, {"code": "not the application's", "error": repr(error)})
+            traceback.print_exception(error)
+
+    return wrapped
+
+
+async def read(receive: Any) -> dict[str, Any]:
+    """Read the whole body, which is JSON."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return dict(json.loads(body))
+
+
+async def respond(send: Any, status: int, answer: dict[str, Any]) -> None:
+    """Answer with JSON."""
+    body = json.dumps(answer).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def main() -> None:
+    """Serve, until the process is ended."""
+    config = json.loads(sys.argv[1])
+    logging.captureWarnings(False)
+    uvicorn.run(
+        Handlers(config),
+        host="127.0.0.1",
+        port=config["port"],
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        loop="asyncio",
+    )
+
+
+if __name__ == "__main__":
+    main()
