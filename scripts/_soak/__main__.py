@@ -16,11 +16,8 @@ from typing import Any
 import pytest
 from _soak.clients import Clients
 from _soak.places import Place
-from _soak.plan import DRIVERS, LEASE, MODES, draw_drivers, draw_events, draw_operations
+from _soak.plan import CLIENTS, DRIVERS, LEASE, MODES, draw_drivers, draw_events, draw_operations
 from _soak.verdict import COUNTED, Ledger, Verdict, outbursts
-
-CLIENTS = 3
-"""How many clients there are for each mode."""
 
 QUICK = 60.0
 BESIDES = 9.0
@@ -29,7 +26,10 @@ BESIDES = 9.0
 LINGERING = 12.0
 """Seconds within which background work ends that the library bounds: a claim is given back five times."""
 
-FILES = 10
+POOLED = 40
+"""How many connections the pools of a worker may keep that it had not opened before the chaos."""
+
+THREADS = 10
 SHOWN = 5
 KILLS = ("kill the worker", "restart the store")
 TOTAL = ("operations", "kills", *COUNTED, "leaked connections", "leaked tasks", "leaked files", "tracebacks", "repeats")
@@ -44,7 +44,7 @@ async def soak(place: Place, seed: int, seconds: float) -> tuple[Ledger, Verdict
     asking = [
         asyncio.ensure_future(clients.run(draw_operations(seed, place.store, mode, number)))
         for mode in MODES[place.store]
-        for number in range(CLIENTS)
+        for number in range(CLIENTS[place.store])
     ]
     await chaos(place, seed, seconds)
     clients.open, clients.deadline = False, time.monotonic() + 2 * LEASE
@@ -64,7 +64,9 @@ async def soak(place: Place, seed: int, seconds: float) -> tuple[Ledger, Verdict
 async def warm_up(place: Place, seed: int) -> None:
     """Open what a worker opens once: its connections and threads."""
     clients = Clients([worker.port for worker in place.workers], seed)
-    draws = [draw_operations(seed, place.store, mode, -1 - number) for mode in MODES[place.store] for number in range(9)]
+    clients.deadline = time.monotonic() + LINGERING
+    numbers = range(CLIENTS[place.store], 2 * CLIENTS[place.store])
+    draws = [draw_operations(seed, place.store, mode, number) for mode in MODES[place.store] for number in numbers]
     await asyncio.gather(*(clients.run(islice(draw, 1)) for draw in draws))
 
 
@@ -102,9 +104,9 @@ async def leaks(place: Place, before: list[dict[str, Any]]) -> dict[str, list[st
                 found["connections"].append(f"worker {number}: {now['in use']} are out of the pool")
             more = Counter(now["coroutines"]) - Counter(then["coroutines"])
             found["tasks"] += [f"worker {number}: {name}" for name in more.elements()]
-            if now["threads"] > then["threads"] + FILES:
+            if now["threads"] > then["threads"] + THREADS:
                 found["tasks"].append(f"worker {number}: {now['threads']} threads, {then['threads']} before")
-            if now["files"] > then["files"] + FILES:
+            if now["files"] > then["files"] + POOLED:
                 found["files"].append(f"worker {number}: {now['files']} files, {then['files']} before")
         if not any(found.values()) or time.monotonic() > until:
             return found
@@ -127,14 +129,15 @@ def report(ledger: Ledger, verdict: Verdict, store: str) -> Counter[str]:
     }
     print(line(store, "all", whole), flush=True)
     total.update(whole)
-    for key in list(dict.fromkeys(fault.key for fault in verdict.faults))[:SHOWN]:
+    gravest = sorted(verdict.faults, key=lambda fault: COUNTED.index(fault.kind))
+    for key in list(dict.fromkeys(fault.key for fault in gravest))[:SHOWN]:
         print(f"\n{key}: {ledger.book.operations[key]}")
         for fault in verdict.faults:
             if fault.key == key:
                 print(f"  {fault.kind}: {fault.words}")
         print("\n".join(f"    {moment}" for moment in ledger.timeline(key)))
     for what, found in verdict.leaked.items():
-        for each in found:
+        for each in found[:SHOWN]:
             print(f"leaked {what}: {each}")
     for text, times in Counter(verdict.outbursts).most_common(SHOWN):
         print(f"\nwritten by a worker, {times} times:\n{text}")

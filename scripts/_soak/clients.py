@@ -108,4 +108,4 @@ class Clients:
         status, answer = await ask(self._ports[worker], operation.mode, body, patience)
         run = str(answer.get("run", ""))
         code = str(answer.get("code") or ("ok" if run or status == 200 else "no answer" if not status else "none"))
-        return Answer(asked, time.monotonic(), worker, status, code, run, str(answer.get("error", "")))
+        return Answer(asked, time.monotonic(), worker, status, code, run, str(answer.get("error", ""))[:150])

@@ -28,6 +28,9 @@ from idempotency.stores.sql import SQLStore
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 5.0
+LOSING = 0.5
+"""Seconds within which replies are lost: so short that no lease may be lost by it."""
+
 SYNC_DRIVERS = {"postgresql": "postgresql+psycopg", "mariadb": "mysql+pymysql", "sqlite": "sqlite"}
 IN_TRANSACTION = {
     "postgresql": "SELECT pid, state, wait_event_type, query FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
@@ -156,9 +159,7 @@ class Place:
         async with self._locks.setdefault(target, asyncio.Lock()):
             begin = time.monotonic()
             await getattr(self, event.kind.replace(" ", "_"))(event)
-            self.struck.append(
-                Struck(event.kind, event.worker if hits_worker else None, begin, time.monotonic())
-            )
+            self.struck.append(Struck(event.kind, event.worker if hits_worker else None, begin, time.monotonic()))
 
     async def kill_the_worker(self, event: Event) -> None:
         self.workers[event.worker].kill()
@@ -195,7 +196,10 @@ class Place:
         await asyncio.to_thread(self.ways[event.worker].cut)
 
     async def lose_replies(self, event: Event) -> None:
-        await asyncio.to_thread(self.ways[event.worker].lose_replies, 1 + int(4 * event.seconds))
+        way = self.ways[event.worker]
+        await asyncio.to_thread(way.lose_replies, 1 + int(event.seconds))
+        await asyncio.sleep(min(event.seconds, LOSING))
+        await asyncio.to_thread(way.lose_replies, 0)
 
     async def _for_a_while(self, event: Event, begin: Callable[[], None]) -> None:
         await asyncio.to_thread(begin)

@@ -10,6 +10,9 @@ from random import Random
 LEASE = 2.0
 TIMEOUT = 1.0
 WORKERS = 2
+CLIENTS = {"postgresql": 5, "mariadb": 5, "sqlite": 2, "redis": 5}
+"""How many clients there are for each mode; SQLite has one writer at a time."""
+
 SQL_MODES = ("transactional", "leased", "hold", "joined", "joined-sync", "consumer")
 MODES = {"postgresql": SQL_MODES, "mariadb": SQL_MODES, "sqlite": SQL_MODES, "redis": ("leased", "hold", "consumer")}
 DRIVERS = {
@@ -78,7 +81,7 @@ def draw_events(seed: int, store: str, seconds: float) -> list[Event]:
         length = round(draw.uniform(0.1, LEASE) if draw.random() < 0.5 else draw.uniform(LEASE, 2.5 * LEASE), 2)
         events.append(Event(round(at, 2), kind, draw.randrange(WORKERS), min(length, round(seconds - at, 2))))
         # Some come one upon the other; after the others there is a quiet moment.
-        at += draw.uniform(0.2, 1.0) if draw.random() < 0.3 else length + draw.uniform(0.5, 3.0)
+        at += draw.uniform(0.2, 1.0) if draw.random() < 0.4 else length + draw.uniform(0.5, 2.0)
     return events
 
 
@@ -86,13 +89,15 @@ def draw_operations(seed: int, store: str, mode: str, client: int) -> Iterator[O
     """Yield what one client asks for, one after another."""
     draw = Random(f"{seed} {store} {mode} {client}")
     shapes = SHAPES.get(mode) or SHAPES["leased" if store == "redis" else "joined"]
+    # A handler in a transaction keeps all other writers of SQLite waiting.
+    slowness = 0.1 if store == "sqlite" else 1.0
     for number in itertools.count():
         yield Operation(
             key=f"{store}-{mode}-{client}-{number}",
             mode=mode,
             shape=draw.choice(shapes),
             fails=draw.choices(("", "before", "after"), (8, 1, 1))[0],
-            seconds=draw.choices((0.0, draw.uniform(0.05, 0.5), 1.2 * LEASE), (60, 35, 5))[0],
+            seconds=slowness * draw.choices((0.0, draw.uniform(0.05, 0.5), 1.2 * LEASE), (60, 35, 5))[0],
             patience=draw.choice((0.3, 1.0, 3.0)),
             leaves=draw.uniform(0.0, 0.2) if draw.random() < 0.1 else None,
             clients=draw.choices((1, 2, 3), (7, 2, 1))[0],

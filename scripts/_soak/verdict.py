@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 from _soak.clients import Answer, Book, allowance
 from _soak.places import Struck
 from _soak.plan import LEASE, Operation
 
-COUNTED = ("lost", "doubled", "stuck", "unexpected")
+COUNTED = ("lost", "doubled", "stuck", "unexpected answers")
 LEASED = ("leased", "hold")
 ENDS_A_WORKER = ("kill the worker", "stop the worker")
-EXPECTED_LINES = (
-    r"(ERROR|WARNING):\s+Cancel \d+ running task\(s\), timeout graceful shutdown exceeded",
-    r"asyncio\.exceptions\.CancelledError",
-    r"query cancellation interrupted .*: closing connection",
+EXPECTED = (
+    r"\A(ERROR|WARNING):\s+Cancel \d+ running task\(s\), timeout graceful shutdown exceeded",
+    r"asyncio\.exceptions\.CancelledError(: Task cancelled, timeout graceful shutdown exceeded)?\s*\Z",
+    r"\Aquery cancellation (interrupted|failed)",
+    r"\AFuture exception was never retrieved\n.*unexpected connection_lost\(\) call",
+    r"\AException during reset or similar(?s:.)*Lost connection to MySQL server during query",
 )
-"""What a worker may write: uvicorn says when it cancels requests at a graceful stop, psycopg when it gives up a query."""
+"""What a worker may write: uvicorn when it cancels requests at a graceful stop, psycopg when it gives up a query, asyncpg
+when a connection attempt is cancelled while the server hangs up, and SQLAlchemy of a connection that was lost."""
 
-CONTINUED = (" ", "Traceback", "During handling", "The above exception", "future:", "task:", "transport:")
+CONTINUED = (
+    r"\s|[\[(]|Traceback|During handling|The above exception|(future|task|transport|handle): |[\w.]+(Error|Exception)\b"
+)
 """How the lines begin that go on with what the line before says: of tracebacks and their causes, and of asyncio."""
 
 
@@ -73,9 +80,7 @@ class Ledger:
         for line in trace:
             self.trace[line["key"]].append(line)
         stalls = [line for line in self.trace.pop("", []) if line["what"] == "stalled"]
-        self._stalls = [
-            Struck("stalled", line["worker"], line["at"] - line["seconds"], line["at"]) for line in stalls
-        ]
+        self._stalls = [Struck("stalled", line["worker"], line["at"] - line["seconds"], line["at"]) for line in stalls]
 
     def judge(self) -> Verdict:
         """Judge every operation."""
@@ -103,7 +108,7 @@ class Ledger:
             fault("stuck", "no final answer within two leases after the chaos")
         for answer in final:
             if flaw := self._flaw(operation, answer):
-                fault("unexpected", flaw)
+                fault("unexpected answers", flaw)
             elif answer.code == "ok" and answer.run not in effects:
                 fault("lost", f"run {answer.run} was answered as a success, and has no effect")
         expected = 0 if operation.shape == "refuse" else 1
@@ -112,8 +117,8 @@ class Ledger:
                 fault("doubled", f"{len(effects)} effects: {', '.join(effects)}")
             else:
                 verdict.repeats[operation.mode] += len(effects) - 1
-        elif len({(answer.code, answer.run) for answer in final if answer.code != "outcome-unknown"}) > 1:
-            fault("unexpected", "two clients were given different final answers")
+        elif len({answer.run for answer in final if answer.run}) > 1:
+            fault("unexpected answers", "two clients were answered by different runs")
 
     def _flaw(self, operation: Operation, answer: Answer) -> str:
         """Say what is wrong with a final answer by itself."""
@@ -126,19 +131,24 @@ class Ledger:
             case "outcome-unknown" if held:
                 later = self._runs_after(operation, answer)
                 return f"run {later} began after the answer that the outcome is unknown" if later else ""
-            case "ok" | "completed-not-replayable" if self.is_leased(operation):
-                # A store that refuses the result for half a lease is given the fact alone.
+            case "ok" | "completed-not-replayable" if self._may_lose_result(operation, answer):
                 return ""
         return f"{answer.status} {answer.code} {answer.words}".strip()
 
     def _runs_after(self, operation: Operation, unknown: Answer) -> str:
-        """Name a run that began although the outcome had been called unknown, and no handler gave the key back."""
-        for line in self.trace[operation.key]:
-            if line["what"] == "raised" and line["at"] > unknown.asked:
-                return ""
-            if line["what"] == "began" and line["at"] > unknown.at:
-                return str(line["run"])
-        return ""
+        """Name a run that began although the outcome had been called unknown.
+
+        None where a handler raised, which gives the key back; nor where a joined call was to be held while the store
+        was away, which could not be told.
+        """
+        lines = self.trace[operation.key]
+        began = [line for line in lines if line["what"] == "began"]
+        joined = operation.mode != "transactional" and not self.is_leased(operation)
+        if any(line["what"] == "raised" for line in lines) or (
+            joined and any(self._kept_from_store(line, unknown.at) for line in began)
+        ):
+            return ""
+        return next((str(line["run"]) for line in began if line["at"] > unknown.at), "")
 
     def _excused(self, operation: Operation) -> bool:
         """Say whether each repeat of a leased effect is one of those that docs/guarantees.md allows."""
@@ -147,47 +157,69 @@ class Ledger:
         lines = self.trace[operation.key]
         began = {line["run"]: line for line in lines if line["what"] == "began"}
         released = {line["run"] for line in lines if line["what"] == "raised" and operation.shape != "hold"}
-        runs = [began[run] for run in self.effects_of(operation)]
+        runs = sorted((began[run] for run in self.effects_of(operation)), key=itemgetter("at"))
         return all(
             first["run"] in released or (operation.mode != "hold" and self._may_lose(first, second["at"]))
             for first, second in pairwise(runs)
         )
 
+    def _may_lose_result(self, operation: Operation, answer: Answer) -> bool:
+        """Say whether the store was away for long enough to be given the fact alone that the operation is completed."""
+        began = [line for line in self.trace[operation.key] if line["what"] == "began"]
+        return self.is_leased(operation) and any(self._may_lose(line, answer.at) for line in began)
+
     def _may_lose(self, run: dict[str, Any], until: float) -> bool:
         """Say whether the owner died, or was kept from the store for as long as a renewal takes to be missed."""
+        return self._kept_from_store(run, until) >= LEASE / 3
+
+    def _kept_from_store(self, run: dict[str, Any], until: float) -> float:
+        """Return for how many seconds a run's worker could not reach the store, or did not run; endless if it ended."""
         kept = 0.0
         for each in (*self.struck, *self._stalls):
-            if each.worker in (None, run["worker"]) and each.begin < until and each.end > run["at"]:
+            if each.worker in (None, run["worker"]) and each.begin < until and each.end > run["asked"]:
+                kept += min(each.end, until) - max(each.begin, run["asked"])
                 if each.kind in ENDS_A_WORKER:
-                    return True
-                kept += min(each.end, until) - max(each.begin, run["at"])
-        return kept >= LEASE / 3
+                    return math.inf
+        return kept
 
     def timeline(self, key: str) -> list[str]:
         """Return what happened to one operation, in order of time, with the chaos around it."""
         answers = self.book.answers[key]
-        moments = [(answer.at, f"worker {answer.worker} answered {answer.status} {answer.code} {answer.run} {answer.words}, asked {answer.at - answer.asked:.2f} s before") for answer in answers]
-        moments += [(line["at"], f"worker {line['worker']}: run {line['run']} {line['what']}") for line in self.trace[key]]
+        moments = [(answer.at, describe(answer)) for answer in answers]
+        moments += [
+            (line["at"], f"worker {line['worker']}: run {line['run']} {line['what']}") for line in self.trace[key]
+        ]
         begin, end = min(answer.asked for answer in answers) - LEASE, max(moments)[0]
         for each in (*self.struck, *self._stalls):
             if each.begin < end and each.end > begin:
                 whom = "" if each.worker is None else f" {each.worker}"
                 moments.append((each.begin, f"{each.kind}{whom}, for {each.end - each.begin:.2f} s"))
-        since = min(moments)[0]
-        return [f"{at - since:7.2f} s  {words}" for at, words in sorted(moments)]
+        lines, since = [], min(moments)[0]
+        for words, group in groupby(sorted(moments), key=itemgetter(1)):
+            first, *others = group
+            lines.append(f"{first[0] - since:7.2f} s  {words}" + f", and {len(others)} times more" * bool(others))
+        return lines
+
+
+def describe(answer: Answer) -> str:
+    """Say what a client was answered."""
+    if not answer.status:
+        return f"worker {answer.worker} gave no answer"
+    return " ".join(
+        filter(None, (f"worker {answer.worker} answered {answer.status} {answer.code}", answer.run, answer.words))
+    )
 
 
 def outbursts(log: str) -> list[str]:
     """Return what a worker wrote that is not expected: one text for each line, or traceback with its last line."""
     blocks: list[str] = []
     for line in log.splitlines():
-        goes_on = line.startswith(CONTINUED) or not line.strip()
+        goes_on = re.match(CONTINUED, line) or not line
         if blocks and (goes_on or _open_traceback(blocks[-1])):
             blocks[-1] += f"\n{line}"
         elif line.strip():
             blocks.append(line)
-    expected = "|".join(EXPECTED_LINES)
-    return [without_names(block) for block in blocks if not re.match(expected, block.strip().splitlines()[-1])]
+    return [without_names(block) for block in blocks if not re.search("|".join(EXPECTED), block)]
 
 
 def without_names(block: str) -> str:
@@ -197,4 +229,6 @@ def without_names(block: str) -> str:
 
 def _open_traceback(block: str) -> bool:
     """Say whether the line of the exception itself is still to come."""
-    return block.rfind("Traceback (most recent call last)") > -1 and block.splitlines()[-1].startswith((" ", "Traceback"))
+    return block.rfind("Traceback (most recent call last)") > -1 and block.splitlines()[-1].startswith(
+        (" ", "Traceback")
+    )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import uvicorn
@@ -28,6 +29,9 @@ from idempotency.errors import IdempotencyError, TransactionError
 from idempotency.function import idempotent
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
+
+ASKED: ContextVar[float] = ContextVar("asked")
+"""When the request came in, under which a handler runs: its claim was sent no earlier."""
 
 STALL = 0.4
 THREADS = 8
@@ -75,7 +79,7 @@ class Trace:
         """Give a run its name."""
         self._runs[work["key"]] += 1
         run = f"{os.getpid()}-{self._runs[work['key']]}"
-        self.write("began", work["key"], run)
+        self.write("began", work["key"], run, asked=ASKED.get())
         return run
 
     def fail(self, when: str, work: dict[str, Any], run: str) -> None:
@@ -242,6 +246,8 @@ class Handlers:
     async def deliver(self, work: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Deliver one message, and say how it is to be settled."""
         match await self.consume.deliver(work):
+            case Replayed(_, kept=False):
+                return 409, {"code": "completed-not-replayable"}
             case Done(run) | Replayed(run):
                 return 200, {"run": run}
             case Retry(_, reason):
@@ -298,6 +304,7 @@ def errors_answered(app: Any) -> Any:
     """Answer what ``app`` raises as a framework outside of it does, and tell the application's own from other errors."""
 
     async def wrapped(scope: Any, receive: Any, send: Any) -> None:
+        ASKED.set(time.monotonic())
         try:
             await app(scope, receive, send)
         except IdempotencyError as error:
