@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+
 from _soak.clients import Clients
 from _soak.places import Place
 from _soak.plan import CLIENTS, DRIVERS, LEASE, MODES, draw_drivers, draw_events, draw_operations

@@ -12,18 +12,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import servers
-from _soak.clients import ask
-from _soak.plan import DRIVERS, WORKERS, Event
-from _soak.worker import Base
 from sqlalchemy import NullPool, create_engine, text
 from tcp_proxy import Proxy
 
+from _soak.clients import ask
+from _soak.plan import DRIVERS, Event
+from _soak.worker import Base
 from idempotency.stores.sql import SQLStore
 
 START_TIMEOUT = 30.0
@@ -116,8 +116,8 @@ class Place:
         self.trace.touch()
         if self.server is not None:
             self.stack.callback(self.server.stop)
-        file = self.directory / "soak.sqlite3"
-        url = self.server.url if self.server else f"{DRIVERS['sqlite'][0]}:///{file}"
+        self.file = self.directory / "soak.sqlite3"
+        url = self.server.url if self.server else f"{DRIVERS['sqlite'][0]}:///{self.file}"
         self.ways = [Proxy(self.server.port, keep_requests=False) for _ in self.drivers] if self.server else []
         for way in self.ways:
             self.stack.callback(way.close)
@@ -131,12 +131,12 @@ class Place:
             self.workers.append(Worker(config, self.log))
             self.stack.callback(self.workers[-1].kill)
         if self.store != "redis":
-            self._create_tables(servers.with_driver(url, SYNC_DRIVERS[self.store]), file)
+            self._create_tables(servers.with_driver(url, SYNC_DRIVERS[self.store]))
         self._locks: dict[Any, asyncio.Lock] = {}
 
-    def _create_tables(self, url: str, file: Path) -> None:
+    def _create_tables(self, url: str) -> None:
         if self.server is None:
-            with sqlite3.connect(file) as connection:
+            with sqlite3.connect(self.file) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
         self.engine = create_engine(url, poolclass=NullPool)
         self.stack.callback(self.engine.dispose)
@@ -158,7 +158,7 @@ class Place:
         target = (event.worker, event.kind.endswith("the worker")) if hits_worker else None
         async with self._locks.setdefault(target, asyncio.Lock()):
             begin = time.monotonic()
-            await getattr(self, event.kind.replace(" ", "_"))(event)
+            begin = await getattr(self, event.kind.replace(" ", "_"))(event) or begin
             self.struck.append(Struck(event.kind, event.worker if hits_worker else None, begin, time.monotonic()))
 
     async def kill_the_worker(self, event: Event) -> None:
@@ -206,20 +206,20 @@ class Place:
         await asyncio.sleep(event.seconds)
         await asyncio.to_thread(self.ways[event.worker].resume)
 
-    async def hold_the_write_lock(self, event: Event) -> None:
-        """Write for a while from a third process, as a backup or a migration does."""
-        await asyncio.to_thread(self._hold, event.seconds)
+    async def hold_the_write_lock(self, event: Event) -> float:
+        """Write for a while from a third process, as a backup or a migration does; return since when."""
+        return await asyncio.to_thread(self._hold, event.seconds)
 
-    def _hold(self, seconds: float) -> None:
-        connection = sqlite3.connect(self.directory / "soak.sqlite3", timeout=10, isolation_level=None)
-        try:
-            connection.execute("BEGIN IMMEDIATE")
+    def _hold(self, seconds: float) -> float:
+        with closing(sqlite3.connect(self.file, timeout=10, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return time.monotonic()
+            begin = time.monotonic()
             time.sleep(seconds)
             connection.execute("ROLLBACK")
-        except sqlite3.OperationalError:
-            self.lock_refused = True
-        finally:
-            connection.close()
+            return begin
 
     def effects(self) -> list[tuple[str, str]]:
         """Return operation and run of each effect in the database."""
@@ -235,7 +235,7 @@ class Place:
             return []
         if self.store == "sqlite":
             try:
-                with sqlite3.connect(self.directory / "soak.sqlite3", timeout=1, isolation_level=None) as connection:
+                with sqlite3.connect(self.file, timeout=1, isolation_level=None) as connection:
                     connection.execute("BEGIN IMMEDIATE")
                     connection.execute("ROLLBACK")
             except sqlite3.OperationalError as error:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 import uvicorn
-from _soak.plan import LEASE, TIMEOUT
 from sqlalchemy import Integer, String, create_engine
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from idempotency import IdempotencyMiddleware, Policy, current
+from _soak.plan import LEASE, TIMEOUT
+from idempotency import IdempotencyMiddleware, Operation, Policy, current
 from idempotency.consumer import DeadLetter, Done, Failed, Replayed, Retry, idempotent_consumer
 from idempotency.errors import IdempotencyError, TransactionError
 from idempotency.function import idempotent
@@ -89,16 +87,42 @@ class Trace:
             raise OwnError(f"failed {when} the effect")
 
 
-@contextmanager
-def own_statements() -> Iterator[None]:
-    """Mark what a statement of the handler raises: the application's own error, whose answer is a 500."""
+def write_effect(session: Session, work: dict[str, Any], run: str) -> None:
+    """Write the effect as the operation's shape says; an error of these statements is the application's own."""
     try:
-        yield
-    except (OwnError, TransactionError):
+        _write_effect(session, work["shape"], Effect(operation=work["key"], run=run))
+    except TransactionError:
         raise
     except Exception as error:
         error.own = True  # type: ignore[attr-defined]
         raise
+
+
+def _write_effect(session: Session, shape: str, effect: Effect) -> None:
+    undone = Effect(operation=effect.operation, run=f"{effect.run} undone")
+    if shape == "undone savepoint":
+        with suppress(UndoneError), session.begin_nested():
+            session.add(undone)
+            session.flush()
+            raise UndoneError
+    if shape in ("rollback", "refuse"):
+        session.add(undone)
+        session.flush()
+        session.rollback()
+    if shape == "savepoint":
+        with session.begin_nested():
+            session.add(effect)
+    elif shape != "refuse":
+        session.add(effect)
+        if shape != "add":
+            session.flush()
+
+
+def operation() -> Operation:
+    """Return the operation that runs."""
+    running = current()
+    assert running is not None
+    return running
 
 
 class Handlers:
@@ -162,84 +186,45 @@ class Handlers:
 
     async def transactional(self, scope: Any, receive: Any, send: Any) -> None:
         work = await read(receive)
-        run = await self.joined(work, current().session)  # type: ignore[union-attr]
-        if work["shape"] == "refuse":
-            await respond(send, 404, {"code": "refused", "run": run})
-        else:
-            await respond(send, 201, {"run": run})
+        run = await self.joined(work, operation().session)
+        refused = work["shape"] == "refuse"
+        await respond(send, 404 if refused else 201, {"run": run, **({"code": "refused"} if refused else {})})
 
     async def joined(self, work: dict[str, Any], session: Any) -> str:
         """Write the effect by the session that commits with the record."""
-        run, shape = self.trace.begin(work), work["shape"]
-        effect = Effect(operation=work["key"], run=run)
-        undone = Effect(operation=work["key"], run=f"{run} undone")
+        run = self.trace.begin(work)
         await asyncio.sleep(work["seconds"] / 2)
         self.trace.fail("before", work, run)
-        with own_statements():
-            if shape == "undone savepoint":
-                with suppress(UndoneError):
-                    async with session.begin_nested():
-                        session.add(undone)
-                        await session.flush()
-                        raise UndoneError
-            if shape in ("rollback", "refuse"):
-                session.add(undone)
-                await session.flush()
-                await session.rollback()
-            if shape == "savepoint":
-                async with session.begin_nested():
-                    session.add(effect)
-            elif shape != "refuse":
-                session.add(effect)
-                if shape != "add":
-                    await session.flush()
-        self.trace.write("effect", work["key"], run)
-        if shape == "hold":
-            current().hold()  # type: ignore[union-attr]
-        self.trace.fail("after", work, run)
+        await session.run_sync(write_effect, work, run)
+        self.after_effect(work, run)
         await asyncio.sleep(work["seconds"] / 2)
         return run
 
     def joined_sync(self, work: dict[str, Any], session: Any) -> str:
         """Do the same as :meth:`joined`, in a thread."""
-        run, shape = self.trace.begin(work), work["shape"]
-        effect = Effect(operation=work["key"], run=run)
+        run = self.trace.begin(work)
         time.sleep(work["seconds"] / 2)
         self.trace.fail("before", work, run)
-        with own_statements():
-            if shape == "undone savepoint":
-                with suppress(UndoneError), session.begin_nested():
-                    session.add(Effect(operation=work["key"], run=f"{run} undone"))
-                    session.flush()
-                    raise UndoneError
-            if shape == "savepoint":
-                with session.begin_nested():
-                    session.add(effect)
-            else:
-                session.add(effect)
-                if shape != "add":
-                    session.flush()
-        self.trace.write("effect", work["key"], run)
-        if shape == "hold":
-            current().hold()  # type: ignore[union-attr]
-        self.trace.fail("after", work, run)
+        write_effect(session, work, run)
+        self.after_effect(work, run)
         time.sleep(work["seconds"] / 2)
         return run
+
+    def after_effect(self, work: dict[str, Any], run: str) -> None:
+        self.trace.write("effect", work["key"], run)
+        if work["shape"] == "hold":
+            operation().hold()
+        self.trace.fail("after", work, run)
 
     async def leased(self, scope: Any, receive: Any, send: Any) -> None:
         await respond(send, 201, {"run": await self.leased_message(await read(receive))})
 
     async def leased_message(self, work: dict[str, Any]) -> str:
-        """Have an effect outside of the store, under the key that is derived for it."""
+        """Have an effect outside of the store: its line in the trace."""
         run = self.trace.begin(work)
         await asyncio.sleep(work["seconds"] / 2)
         self.trace.fail("before", work, run)
-        operation = current()
-        assert operation is not None
-        self.trace.write("effect", work["key"], run, derived=operation.derive("effect"))
-        if work["shape"] == "hold":
-            operation.hold()
-        self.trace.fail("after", work, run)
+        self.after_effect(work, run)
         await asyncio.sleep(work["seconds"] / 2)
         return run
 
@@ -261,7 +246,6 @@ class Handlers:
         """Answer with what may leak."""
         pools = [getattr(engine, "sync_engine", engine).pool for engine in self.engines]
         answer = {
-            "tasks": len(asyncio.all_tasks()),
             "threads": threading.active_count(),
             "files": len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")),
             "in use": sum(abs(pool.checkedout()) for pool in pools if hasattr(pool, "checkedout")),
@@ -301,7 +285,7 @@ class Handlers:
 
 
 def errors_answered(app: Any) -> Any:
-    """Answer what ``app`` raises as a framework outside of it does, and tell the application's own from other errors."""
+    """Answer what ``app`` raises, as a framework does, and tell the application's own from other errors."""
 
     async def wrapped(scope: Any, receive: Any, send: Any) -> None:
         ASKED.set(time.monotonic())
@@ -339,7 +323,6 @@ async def respond(send: Any, status: int, answer: dict[str, Any]) -> None:
 def main() -> None:
     """Serve, until the process is ended."""
     config = json.loads(sys.argv[1])
-    logging.captureWarnings(False)
     uvicorn.run(
         Handlers(config),
         host="127.0.0.1",
