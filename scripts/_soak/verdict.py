@@ -111,6 +111,8 @@ class Ledger:
                 fault("unexpected answers", flaw)
             elif answer.code == "ok" and answer.run not in effects:
                 fault("lost", f"run {answer.run} was answered as a success, and has no effect")
+        if len({line["derived"] for line in self.trace[operation.key] if line["what"] == "effect"}) > 1:
+            fault("doubled", "the runs derived different keys")
         expected = 0 if operation.shape == "refuse" else 1
         if len(effects) > expected:
             if not self._excused(operation):

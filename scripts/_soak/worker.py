@@ -19,6 +19,8 @@ import uvicorn
 from sqlalchemy import Integer, String, create_engine
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from _soak.plan import LEASE, TIMEOUT
 from idempotency import IdempotencyMiddleware, Operation, Policy, current
@@ -174,7 +176,8 @@ class Handlers:
 
     def answer(self, call: Any) -> Any:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await respond(send, *await call(await read(receive)))
+            status, answer = await call(await Request(scope, receive).json())
+            await JSONResponse(answer, status)(scope, receive, send)
 
         return errors_answered(app)
 
@@ -185,10 +188,11 @@ class Handlers:
         return decorate(handler)
 
     async def transactional(self, scope: Any, receive: Any, send: Any) -> None:
-        work = await read(receive)
+        work = await Request(scope, receive).json()
         run = await self.joined(work, operation().session)
         refused = work["shape"] == "refuse"
-        await respond(send, 404 if refused else 201, {"run": run, **({"code": "refused"} if refused else {})})
+        answer = JSONResponse({"code": "refused"}, 404) if refused else JSONResponse({"run": run}, 201)
+        await answer(scope, receive, send)
 
     async def joined(self, work: dict[str, Any], session: Any) -> str:
         """Write the effect by the session that commits with the record."""
@@ -211,13 +215,14 @@ class Handlers:
         return run
 
     def after_effect(self, work: dict[str, Any], run: str) -> None:
-        self.trace.write("effect", work["key"], run)
+        self.trace.write("effect", work["key"], run, derived=operation().derive("effect"))
         if work["shape"] == "hold":
             operation().hold()
         self.trace.fail("after", work, run)
 
     async def leased(self, scope: Any, receive: Any, send: Any) -> None:
-        await respond(send, 201, {"run": await self.leased_message(await read(receive))})
+        run = await self.leased_message(await Request(scope, receive).json())
+        await JSONResponse({"run": run}, 201)(scope, receive, send)
 
     async def leased_message(self, work: dict[str, Any]) -> str:
         """Have an effect outside of the store: its line in the trace."""
@@ -251,7 +256,7 @@ class Handlers:
             "in use": sum(abs(pool.checkedout()) for pool in pools if hasattr(pool, "checkedout")),
             "coroutines": sorted(str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()),
         }
-        await respond(send, 200, answer)
+        await JSONResponse(answer)(scope, receive, send)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -292,32 +297,15 @@ def errors_answered(app: Any) -> Any:
         try:
             await app(scope, receive, send)
         except IdempotencyError as error:
-            await respond(send, error.status, {"code": error.code})
+            await JSONResponse({"code": error.code}, error.status)(scope, receive, send)
         except Exception as error:
-            if isinstance(error, OwnError) or hasattr(error, "own"):
-                await respond(send, 500, {"code": "own"})
-                return
-            await respond(send, 500, {"code": "not the application's", "error": repr(error)})
-            traceback.print_exception(error)
+            own = isinstance(error, OwnError) or hasattr(error, "own")
+            answer = {"code": "own" if own else "not the application's", "error": repr(error)}
+            await JSONResponse(answer, 500)(scope, receive, send)
+            if not own:
+                traceback.print_exception(error)
 
     return wrapped
-
-
-async def read(receive: Any) -> dict[str, Any]:
-    """Read the whole body, which is JSON."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return dict(json.loads(body))
-
-
-async def respond(send: Any, status: int, answer: dict[str, Any]) -> None:
-    """Answer with JSON."""
-    body = json.dumps(answer).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def main() -> None:
