@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -54,9 +55,8 @@ async def soak(place: Place, seed: int, seconds: float) -> tuple[Ledger, Verdict
     clients.open, clients.deadline = False, time.monotonic() + 2 * LEASE
     deadline = clients.deadline
     await asyncio.gather(*asking)
-    # Asked once more, each must be answered as before.
-    clients.deadline = time.monotonic() + 2 * LEASE
-    await ask_again(clients)
+    clients.deadline = math.inf
+    await clients.settle_again()
     leaked = await leaks(place, before)
     trace = [json.loads(line) for line in place.trace.read_text().splitlines()]
     ledger = Ledger(clients.book, place.effects(), trace, place.struck, deadline, place.store != "redis")
@@ -82,16 +82,6 @@ async def chaos(place: Place, seed: int, seconds: float) -> None:
         striking.append(asyncio.ensure_future(place.strike(event)))
     await asyncio.gather(*striking)
     await asyncio.sleep(max(0.0, begin + seconds - time.monotonic()))
-
-
-async def ask_again(clients: Clients) -> None:
-    waiting = list(clients.book.operations.values())
-
-    async def one_after_another() -> None:
-        while waiting:
-            await clients.settle(waiting.pop())
-
-    await asyncio.gather(*(one_after_another() for _ in range(8)))
 
 
 async def leaks(place: Place, before: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -169,7 +159,7 @@ async def run_all(stores: list[str], seed: int, seconds: float, drivers: list[st
             ledger, verdict = await soak(place, seed, seconds)
             for worker in place.workers:
                 await worker.stop()
-            verdict.outbursts = outbursts(place.log.read_text())
+            verdict.outbursts = [text for worker in place.workers for text in outbursts(worker.log.read_text())]
             total += report(ledger, verdict, store)
     counts = ", ".join(f"{total[kind]} {kind}" for kind in ("operations", "kills", *WRONG))
     print(f"total: {counts} ({total[REPEATS]} {REPEATS}), seed {seed}")

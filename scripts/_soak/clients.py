@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from _soak.plan import Operation
+from _soak.plan import LEASE, Operation
 
 AGAIN_AFTER = 0.15
+AT_ONCE = 8
 RETRYABLE = frozenset(
     {"in-progress", "store-unavailable", "retry: in-progress", "retry: unavailable", "own", "no answer"}
 )
@@ -90,16 +91,26 @@ class Clients:
             leaving = [operation.leaves, *[None] * (operation.clients - 1)]
             await asyncio.gather(*(self.settle(operation, leaves) for leaves in leaving))
 
-    async def settle(self, operation: Operation, leaves: float | None = None) -> None:
-        """Ask until the answer is final, or its time is over."""
-        patience = operation.patience if leaves is None else leaves
-        while time.monotonic() < self.deadline + allowance(operation):
+    async def settle(self, operation: Operation, leaves: float | None = None, within: float = math.inf) -> None:
+        """Ask until the answer is final, or the time of the run, or ``within`` seconds, are over."""
+        patience, begin = operation.patience if leaves is None else leaves, time.monotonic()
+        while time.monotonic() < min(begin + within, self.deadline) + allowance(operation):
             answer = await self._ask(operation, patience)
             self.book.answers[operation.key].append(answer)
             if answer.final:
                 return
             patience = operation.patience
             await asyncio.sleep(AGAIN_AFTER)
+
+    async def settle_again(self) -> None:
+        """Ask for everything once more, a few at a time: each must be answered as before."""
+        waiting = list(self.book.operations.values())
+
+        async def one_after_another() -> None:
+            while waiting:
+                await self.settle(waiting.pop(), within=2 * LEASE)
+
+        await asyncio.gather(*(one_after_another() for _ in range(AT_ONCE)))
 
     async def _ask(self, operation: Operation, patience: float) -> Answer:
         worker = self._draw.randrange(len(self._ports))

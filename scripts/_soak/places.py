@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, config: dict[str, Any], log: Path) -> None:
         self.port = servers.free_port()
         self._config = {**config, "port": self.port}
-        self._log = log
+        self.log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -67,13 +67,13 @@ class Worker:
         """Start the process and wait until it answers."""
         warnings = ["-W", "default", "-W", "always::ResourceWarning"]
         command = [sys.executable, *warnings, "-m", "_soak.worker", json.dumps(self._config)]
-        with open(self._log, "ab") as log:
+        with open(self.log, "ab") as log:
             # A session of its own, so that Ctrl-C reaches the command only, which ends its workers.
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + START_TIMEOUT
         while not await self.debug():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"a worker did not start:\n{self._log.read_text()[-2000:]}")
+                raise RuntimeError(f"a worker did not start:\n{self.log.read_text()[-2000:]}")
             await asyncio.sleep(0.05)
 
     async def debug(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Place:
     def _open(self) -> None:
         self.directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="idempotency-soak-")))
         self.server: Any = open_server(self.store)
-        self.trace, self.log = self.directory / "trace", self.directory / "log"
+        self.trace = self.directory / "trace"
         self.trace.touch()
         if self.server is not None:
             self.stack.callback(self.server.stop)
@@ -128,7 +128,7 @@ class Place:
             if self.store != "redis":
                 config["url"] = servers.with_driver(behind, driver)
                 config["sync_url"] = servers.with_driver(behind, SYNC_DRIVERS[self.store])
-            self.workers.append(Worker(config, self.log))
+            self.workers.append(Worker(config, self.directory / f"log {number}"))
             self.stack.callback(self.workers[-1].kill)
         if self.store != "redis":
             self._create_tables(servers.with_driver(url, SYNC_DRIVERS[self.store]))

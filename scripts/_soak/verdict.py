@@ -106,6 +106,8 @@ class Ledger:
         final = [answer for answer in answers if answer.final]
         if not any(answer.at <= self.deadline + allowance(operation) for answer in final):
             fault("stuck", "no final answer within two leases after the chaos")
+        elif not answers[-1].final:
+            fault("stuck", "no final answer when asked again")
         for answer in final:
             if flaw := self._flaw(operation, answer):
                 fault("unexpected answers", flaw)
@@ -115,10 +117,10 @@ class Ledger:
             fault("doubled", "the runs derived different keys")
         expected = 0 if operation.shape == "refuse" else 1
         if len(effects) > expected:
-            if not self._excused(operation):
-                fault("doubled", f"{len(effects)} effects: {', '.join(effects)}")
-            else:
+            if self._excused(operation):
                 verdict.repeats[operation.mode] += len(effects) - 1
+            else:
+                fault("doubled", f"{len(effects)} effects: {', '.join(effects)}")
         elif len({answer.run for answer in final if answer.run}) > 1:
             fault("unexpected answers", "two clients were answered by different runs")
 
