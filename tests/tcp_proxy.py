@@ -47,8 +47,13 @@ class Proxy:
         self._do(go)
 
     def cut(self) -> None:
-        """Abort every open connection; new ones are served."""
-        self._do(self._abort_all)
+        """Abort every open connection; new ones are served, and have their replies."""
+
+        def abort() -> None:
+            self._swallow = False
+            self._abort_all()
+
+        self._do(abort)
 
     def lose_replies(self, count: int = 1) -> None:
         """Lose the next ``count`` replies: each request reaches the server, then its connection is aborted."""
@@ -59,7 +64,7 @@ class Proxy:
         self._do(arm)
 
     def swallow_replies(self) -> None:
-        """Drop every reply and keep the connections open, until :meth:`resume`."""
+        """Drop every reply and keep the connections open, until :meth:`resume` or :meth:`cut`."""
 
         def arm() -> None:
             self._swallow = True

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,10 +187,13 @@ class Place:
         await asyncio.to_thread(self.ways[event.worker].cut)
 
     async def freeze_the_way(self, event: Event) -> None:
-        await self._for_a_while(event, self.ways[event.worker].pause)
+        await asyncio.to_thread(self.ways[event.worker].pause)
+        await asyncio.sleep(event.seconds)
+        await asyncio.to_thread(self.ways[event.worker].resume)
 
     async def swallow_replies(self, event: Event) -> None:
-        await self._for_a_while(event, self.ways[event.worker].swallow_replies)
+        await asyncio.to_thread(self.ways[event.worker].swallow_replies)
+        await asyncio.sleep(event.seconds)
         # TCP loses nothing on a connection that stays open.
         await asyncio.to_thread(self.ways[event.worker].cut)
 
@@ -200,11 +202,6 @@ class Place:
         await asyncio.to_thread(way.lose_replies, 1 + int(event.seconds))
         await asyncio.sleep(min(event.seconds, LOSING))
         await asyncio.to_thread(way.lose_replies, 0)
-
-    async def _for_a_while(self, event: Event, begin: Callable[[], None]) -> None:
-        await asyncio.to_thread(begin)
-        await asyncio.sleep(event.seconds)
-        await asyncio.to_thread(self.ways[event.worker].resume)
 
     async def hold_the_write_lock(self, event: Event) -> float:
         """Write for a while from a third process, as a backup or a migration does; return since when."""
