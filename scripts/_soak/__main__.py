@@ -92,11 +92,12 @@ async def leaks(place: Place, before: list[dict[str, Any]]) -> dict[str, list[st
         for number, worker in enumerate(place.workers):
             now, then = await worker.debug(), before[number]
             if not now:
-                found["tasks"].append(f"worker {number} does not answer")
+                found["tasks"].append(f"worker {number} does not answer; what it does is in what it wrote")
+                os.kill(worker.pid, signal.SIGUSR1)
                 continue
             if now["in use"]:
                 found["connections"].append(f"worker {number}: {now['in use']} are out of the pool")
-            more = Counter(now["coroutines"]) - Counter(then["coroutines"])
+            more = Counter(now["tasks"]) - Counter(then["tasks"])
             found["tasks"] += [f"worker {number}: {name}" for name in more.elements()]
             if now["threads"] > then["threads"] + THREADS:
                 found["tasks"].append(f"worker {number}: {now['threads']} threads, {then['threads']} before")

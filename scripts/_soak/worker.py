@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -254,7 +256,7 @@ class Handlers:
             "threads": threading.active_count(),
             "files": len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")),
             "in use": sum(abs(pool.checkedout()) for pool in pools if hasattr(pool, "checkedout")),
-            "coroutines": sorted(str(getattr(task.get_coro(), "__qualname__", "")) for task in asyncio.all_tasks()),
+            "tasks": [described(task.get_coro()) for task in asyncio.all_tasks()],
         }
         await JSONResponse(answer)(scope, receive, send)
 
@@ -289,6 +291,14 @@ class Handlers:
                 self.trace.write("stalled", seconds=late)
 
 
+def described(coroutine: Any) -> str:
+    """Name a coroutine and what it waits in."""
+    name, inner = str(coroutine.__qualname__), coroutine
+    while hasattr(awaited := getattr(inner, "cr_await", None), "cr_await"):
+        inner = awaited
+    return name if inner is coroutine else f"{name} in {inner.__qualname__}"
+
+
 def errors_answered(app: Any) -> Any:
     """Answer what ``app`` raises, as a framework does, and tell the application's own from other errors."""
 
@@ -311,6 +321,7 @@ def errors_answered(app: Any) -> Any:
 def main() -> None:
     """Serve, until the process is ended."""
     config = json.loads(sys.argv[1])
+    faulthandler.register(signal.SIGUSR1)
     uvicorn.run(
         Handlers(config),
         host="127.0.0.1",
