@@ -39,8 +39,8 @@ class History:
         self.trace: list[dict[str, Any]] = []
         self.struck: list[Any] = []
 
-    def answered(self, at: float, code: str, run: str = "", status: int = 200) -> History:
-        self.answers.append(module("clients").Answer(at - 0.1, at, 0, status, code, run))
+    def answered(self, at: float, code: str, run: str = "", status: int = 200, worker: int = 0) -> History:
+        self.answers.append(module("clients").Answer(at - 0.1, at, worker, status, code, run))
         return self
 
     def committed(self, run: str) -> History:
@@ -154,6 +154,18 @@ def test_a_run_after_an_unknown_outcome_is_unexpected() -> None:
 
     assert history.faults == ["unexpected answers"]
     assert history.wrote(1, "raised", "a-0").faults == []
+
+
+@pytest.mark.parametrize(("worker", "faults"), [(0, ["unexpected answers"]), (1, [])])
+def test_a_claim_that_was_lost_in_another_process_is_an_unknown_outcome_until_it_is_released(
+    worker: int, faults: list[str]
+) -> None:
+    """The process that lost the answer to its claim knows that nothing runs under it; others do not."""
+    history = History("hold", "plain").answered(1, "store-unavailable", status=503, worker=worker)
+    history.answered(2, "outcome-unknown", status=409)
+    history.wrote(3, "began", "a-1").wrote(3, "effect", "a-1").answered(4, "ok", "a-1")
+
+    assert history.faults == faults
 
 
 def test_what_a_worker_writes_is_counted_by_kind() -> None:

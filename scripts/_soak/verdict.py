@@ -140,19 +140,31 @@ class Ledger:
         return f"{answer.status} {answer.code} {answer.words}".strip()
 
     def _runs_after(self, operation: Operation, unknown: Answer) -> str:
-        """Name a run that began although the outcome had been called unknown.
-
-        None where a handler raised, which gives the key back; nor where a joined call was to be held while the store
-        was away, which could not be told.
-        """
+        """Name a run that began although the outcome had been called unknown; none where the guarantees allow it."""
         lines = self.trace[operation.key]
         began = [line for line in lines if line["what"] == "began"]
+        before = [line for line in began if line["at"] <= unknown.at]
+        if any(line["what"] == "raised" for line in lines):
+            return ""  # a handler that raised gives the key back, when the store is there again
+        if not before and self._claimed_elsewhere(operation, unknown):
+            return ""  # a claim whose answer was lost is unknown to other processes, until it is released
         joined = operation.mode != "transactional" and not self.is_leased(operation)
-        if any(line["what"] == "raised" for line in lines) or (
-            joined and any(self._kept_from_store(line, unknown.at) for line in began)
-        ):
-            return ""
+        if joined and any(self._kept_from_store(line, unknown.at) for line in before):
+            return ""  # what is to be held is in the transaction, and the store was not there to be told
         return next((str(line["run"]) for line in began if line["at"] > unknown.at), "")
+
+    def _claimed_elsewhere(self, operation: Operation, unknown: Answer) -> bool:
+        """Say whether another process, or one that ended, may have claimed the key without having heard so."""
+        lost = [
+            answer
+            for answer in self.book.answers[operation.key]
+            if answer.code in ("no answer", "store-unavailable") and answer.asked < unknown.at
+        ]
+        since = min((answer.asked for answer in lost), default=math.inf)
+        return any(answer.worker != unknown.worker for answer in lost) or any(
+            each.kind in ENDS_A_WORKER and each.worker == unknown.worker and since < each.begin < unknown.at
+            for each in self.struck
+        )
 
     def _excused(self, operation: Operation) -> bool:
         """Say whether each repeat of a leased effect is one of those that docs/guarantees.md allows."""
