@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -46,11 +47,12 @@ NOBODY = 65534
 
 
 def free_port() -> int:
-    """Name a loopback port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Name a loopback port that is free at this moment, and that the system gives to no client while it is."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
 
 
 def listening(port: int, host: str = LOOPBACK) -> bool:

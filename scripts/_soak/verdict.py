@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from _soak.clients import Answer, Book, allowance
@@ -79,8 +79,11 @@ class Ledger:
         self.trace: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for line in trace:
             self.trace[line["key"]].append(line)
-        stalls = [line for line in self.trace.pop("", []) if line["what"] == "stalled"]
-        self._stalls = [Struck("stalled", line["worker"], line["at"] - line["seconds"], line["at"]) for line in stalls]
+        # What the workers noticed themselves: load does to them what chaos does.
+        self._stalls = [
+            Struck(line["what"], line["worker"], line["at"] - line["seconds"], line["at"])
+            for line in self.trace.pop("", [])
+        ]
 
     def judge(self) -> Verdict:
         """Judge every operation."""
@@ -190,10 +193,12 @@ class Ledger:
 
     def _kept_from_store(self, run: dict[str, Any], until: float) -> float:
         """Return for how many seconds a run's worker could not reach the store, or did not run; endless if it ended."""
-        kept = 0.0
-        for each in (*self.struck, *self._stalls):
+        kept, reached = 0.0, float(run["asked"])
+        for each in sorted((*self.struck, *self._stalls), key=attrgetter("begin")):
             if each.worker in (None, run["worker"]) and each.begin < until and each.end > run["asked"]:
-                kept += min(each.end, until) - max(each.begin, run["asked"])
+                # What overlaps counts once.
+                kept += max(0.0, min(each.end, until) - max(each.begin, reached))
+                reached = max(reached, each.end)
                 if each.kind in ENDS_A_WORKER:
                     return math.inf
         return kept

@@ -17,8 +17,9 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
+import redis
 import uvicorn
-from sqlalchemy import Integer, String, create_engine
+from sqlalchemy import Engine, Integer, String, create_engine, delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from starlette.requests import Request
@@ -137,6 +138,8 @@ class Handlers:
         self.engines: list[Any] = []
         url = config["url"]
         if url.startswith("redis"):
+            client = redis.Redis.from_url(url, socket_timeout=TIMEOUT)
+            self.write: Any = lambda: client.set("soak", 1)
             self.store: Any = RedisStore.from_url(url, timeout=TIMEOUT)
             self.consume: Any = self.consumer(self.leased_message)
             self.modes: dict[str, Any] = {"consumer": self.answer(self.deliver)}
@@ -147,6 +150,8 @@ class Handlers:
             self.modes[mode] = self.middleware(self.leased, policy)
 
     def use_sql(self, url: str, sync_url: str) -> None:
+        own = create_engine(sync_url, pool_size=1)
+        self.write = lambda: write_nothing(own)
         # Isolation as docs/transactions.md asks for it; SQLite has one level only.
         level = {} if "sqlite" in url else {"isolation_level": "READ COMMITTED"}
         engine, sync_engine = create_async_engine(url, **level), create_engine(sync_url, **level)
@@ -274,6 +279,7 @@ class Handlers:
         pool = ThreadPoolExecutor(THREADS)
         loop.set_default_executor(pool)
         watch = loop.create_task(self.watch())
+        threading.Thread(target=self.watch_store, daemon=True).start()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         watch.cancel()
@@ -290,10 +296,27 @@ class Handlers:
             if (late := time.monotonic() - before - 0.1) > STALL:
                 self.trace.write("stalled", seconds=late)
 
+    def watch_store(self) -> None:
+        """Note when the store took no write of this worker's: then it cannot renew a lease, whatever the reason."""
+        last = time.monotonic()
+        while True:
+            time.sleep(0.1)
+            with suppress(Exception):
+                self.write()
+                if (late := time.monotonic() - last - 0.1) > STALL:
+                    self.trace.write("waited for the store", seconds=late)
+                last = time.monotonic()
+
+
+def write_nothing(engine: Engine) -> None:
+    """Write to the database, without the library."""
+    with engine.begin() as connection:
+        connection.execute(delete(Effect).where(Effect.id == -1))
+
 
 def described(coroutine: Any) -> str:
     """Name a coroutine and what it waits in."""
-    name, inner = str(coroutine.__qualname__), coroutine
+    name, inner = str(getattr(coroutine, "__qualname__", type(coroutine).__name__)), coroutine
     while hasattr(awaited := getattr(inner, "cr_await", None), "cr_await"):
         inner = awaited
     return name if inner is coroutine else f"{name} in {inner.__qualname__}"
