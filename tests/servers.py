@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import random
 import shutil
 import signal
 import socket
@@ -46,11 +47,12 @@ NOBODY = 65534
 
 
 def free_port() -> int:
-    """Name a loopback port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Name a loopback port that is free at this moment, and that the system gives to no client while it is."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
 
 
 def listening(port: int, host: str = LOOPBACK) -> bool:
@@ -299,11 +301,14 @@ class MariaDBServer(Server):
     """
 
     def __init__(self, **settings: str) -> None:
-        program, install = shutil.which("mariadbd"), shutil.which("mariadb-install-db")
+        # The programs of a server are where only root looks for them.
+        path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin"
+        program, install = shutil.which("mariadbd", path=path), shutil.which("mariadb-install-db", path=path)
         if program is None or install is None:
             missing("no MariaDB is installed (mariadbd, mariadb-install-db)")
         self._program, self._install = program, install
-        self._settings = {"innodb_flush_log_at_trx_commit": "0", "innodb_buffer_pool_size": "32M", **settings}
+        # As for PostgreSQL: data on the page cache outlives a killed process.
+        self._settings = {"innodb_flush_log_at_trx_commit": "2", "innodb_buffer_pool_size": "32M", **settings}
         super().__init__()
 
     @property

@@ -14,11 +14,12 @@ class Proxy:
     """A TCP proxy to ``port`` that can hold traffic, cut connections and lose replies; runs in a thread of its own.
 
     ``requests`` are the chunks clients sent, in order: a client that sends one command and waits for its reply makes
-    one of each round trip.
+    one of each round trip. ``keep_requests=False`` keeps none of them, for a proxy that lives for long.
     """
 
-    def __init__(self, port: int, host: str = LOOPBACK) -> None:
+    def __init__(self, port: int, host: str = LOOPBACK, *, keep_requests: bool = True) -> None:
         self.requests: list[bytes] = []
+        self._keep_requests = keep_requests
         self._target = (host, port)
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
@@ -46,8 +47,13 @@ class Proxy:
         self._do(go)
 
     def cut(self) -> None:
-        """Abort every open connection; new ones are served."""
-        self._do(self._abort_all)
+        """Abort every open connection; new ones are served, and have their replies."""
+
+        def abort() -> None:
+            self._swallow = False
+            self._abort_all()
+
+        self._do(abort)
 
     def lose_replies(self, count: int = 1) -> None:
         """Lose the next ``count`` replies: each request reaches the server, then its connection is aborted."""
@@ -58,7 +64,7 @@ class Proxy:
         self._do(arm)
 
     def swallow_replies(self) -> None:
-        """Drop every reply and keep the connections open, until :meth:`resume`."""
+        """Drop every reply and keep the connections open, until :meth:`resume` or :meth:`cut`."""
 
         def arm() -> None:
             self._swallow = True
@@ -123,7 +129,8 @@ class Proxy:
     async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(1 << 16):
             await self._flowing.wait()
-            self.requests.append(chunk)
+            if self._keep_requests:
+                self.requests.append(chunk)
             writer.write(chunk)
             await writer.drain()
         raise _OverError
