@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from sqlalchemy.orm import sessionmaker
 from targets import SYNC_DRIVERS, Target
 
+from idempotency import drain, drain_sync
 from idempotency.stores.sql import SQLStore
 
 JOINED_KINDS = ("sqlite", "postgres", "postgres_psycopg", "mariadb")
@@ -74,6 +75,7 @@ async def open_ledger(target: Target, url: str = "", create: bool = True, **opti
         yield ledger
         await ledger.store.aclose()
     finally:
+        await drain()
         await engine.dispose()
 
 
@@ -87,4 +89,5 @@ def open_sync_ledger(target: Target, url: str = "", **options: Any) -> Iterator[
             connection.execute(ledger.create)
         yield ledger
     finally:
+        drain_sync()
         engine.dispose()

@@ -20,7 +20,7 @@ from sqlalchemy.orm import sessionmaker
 from targets import unique_name
 from tcp_proxy import Proxy
 
-from idempotency import Policy, idempotent
+from idempotency import Policy, drain, drain_sync, idempotent
 from idempotency._core import Claim
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
@@ -88,6 +88,7 @@ async def opened(url: str, size: int = 1) -> AsyncIterator[Bench]:
         store = SQLStore(engine, table=name, timeout=TIMEOUT)
         yield Bench(store, engine, async_sessionmaker(engine), proxy, ServerSide(url), _direct(url), f"{name}_effects")
         proxy.resume()
+        await drain()
         await store.aclose()
         await engine.dispose()
 
@@ -99,6 +100,7 @@ def opened_sync(url: str) -> Iterator[Bench]:
         store = SQLStore(engine, table=name, timeout=TIMEOUT)
         yield Bench(store, engine, sessionmaker(engine), proxy, ServerSide(url), _direct(url), f"{name}_effects")
         proxy.resume()
+        drain_sync()
         engine.dispose()
 
 

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from targets import Target
 from tcp_proxy import Proxy
 
-from idempotency import ConfigurationError, IdempotencyMiddleware, Policy
+from idempotency import ConfigurationError, IdempotencyMiddleware, Policy, drain
 from idempotency.adapters.fastapi import session as session_of_request
 from idempotency.errors import TransactionError
 from idempotency.events import Event
@@ -119,6 +119,7 @@ async def open_shop(target: Target, url: str) -> AsyncIterator[Shop]:
     try:
         yield Shop(engine, store)
     finally:
+        await drain()
         assert engine.pool.checkedout() == 0, "a connection was left checked out"
         await engine.dispose()
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import sessionmaker
 from targets import run_on, unique_name
 from typer.testing import CliRunner
 
-from idempotency import IdempotencyMiddleware, idempotent, idempotent_consumer
+from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent, idempotent_consumer
 from idempotency._cli.commands import app as command
 from idempotency._cli.lookup import find_key
 from idempotency._core import Claim
@@ -73,6 +73,7 @@ async def narrow(narrow_url: str) -> AsyncIterator[SQLStore]:
             encoding = await connection.scalar(text("SELECT @@character_set_database"))
             await connection.execute(text(f"ALTER TABLE {store._table.name} CONVERT TO CHARACTER SET {encoding}"))
     yield store
+    await drain()
     await store.aclose()
     await engine.dispose()
 
@@ -156,6 +157,7 @@ async def refusing(target: Any) -> AsyncIterator[SQLStore]:
         await connection.execute(text(REFUSALS[engine.dialect.name].format(table=target.name)))
     store = SQLStore(engine, table=target.name)
     yield store
+    await drain()
     await store.aclose()
     await engine.dispose()
 
@@ -211,6 +213,7 @@ def test_a_key_that_the_database_refuses_is_a_dead_letter_in_threads(target: Any
     def on_message(message: str) -> None: ...
 
     delivered = on_message.deliver("order-7")
+    drain_sync()
     engine.dispose()
 
     assert isinstance(delivered, DeadLetter)

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from targets import unique_name
 
-from idempotency import IdempotencyMiddleware, idempotent
+from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent
 from idempotency._core import Claim, Execute, Replay, judge
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
@@ -114,9 +114,12 @@ async def stored(url: str) -> AsyncIterator[SQLStore]:
     engine = create_async_engine(url, pool_size=CONNECTIONS, max_overflow=0, pool_pre_ping=True)
     store = SQLStore(engine, table=unique_name("records"))
     await store.create_schema()
-    yield store
-    await store.aclose()
-    await engine.dispose()
+    try:
+        yield store
+    finally:
+        await drain()
+        await store.aclose()
+        await engine.dispose()
 
 
 @contextmanager
@@ -125,8 +128,11 @@ def stored_sync(url: str) -> Iterator[SQLStore]:
     engine = create_engine(url, pool_size=CONNECTIONS, max_overflow=0, pool_pre_ping=True)
     store = SQLStore(engine, table=unique_name("records"))
     store.create_schema_sync()
-    yield store
-    engine.dispose()
+    try:
+        yield store
+    finally:
+        drain_sync()
+        engine.dispose()
 
 
 def count_new(engine: AsyncEngine | Engine) -> list[object]:
