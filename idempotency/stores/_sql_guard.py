@@ -182,7 +182,8 @@ def _in_transaction(name: str, driver: Any) -> bool | None:
     if name == "asyncmy":
         return None
     try:
-        return in_transaction(name, driver)
+        # Not asked of a connection from a pool: what SQLAlchemy pings one with begins a transaction of pg8000's.
+        return bool(driver._in_transaction) if name == "pg8000" else in_transaction(name, driver)
     except Exception:  # what a driver says of a connection that is lost does not matter
         return None
 
