@@ -175,6 +175,11 @@ class Runner:
         task.add_done_callback(self._writes.pop)
         return task
 
+    @property
+    def writes(self) -> bool:
+        """Say whether anything is being written in the background."""
+        return bool(self._writes)
+
     async def written(self, claim: Claim) -> None:
         """Wait until nothing is written under ``claim`` in the background: for a lease at the most."""
         mine = [task for task, token in self._writes.items() if token == claim.token]

@@ -143,7 +143,7 @@ class IdempotencyMiddleware:
             if policy is not None:
                 exchange = _Exchange(self, policy, scope, receive, send)
                 await exchange.run()
-                if not self._hears_of_stop and _stops_gracefully():
+                if self.runner.writes and not self._hears_of_stop and _stops_gracefully():
                     # The answer is out. A server that stops waits for its requests, and for nothing else.
                     await exchange.written()
                 return
@@ -419,7 +419,7 @@ class _Exchange:
 
     async def _unprotected(self, receive: Receive) -> None:
         state = _state_of(self._scope.setdefault("state", {}))
-        if isinstance(state, MutableMapping) and state.get("idempotency") is None:
+        if isinstance(state, dict) and state.get("idempotency") is None:
             state["idempotency"] = None
             await self._shared.app(self._scope, receive, self._send)
             return
