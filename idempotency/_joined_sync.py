@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -202,10 +201,7 @@ class _SyncTransaction:
 
     def claim(self, wait: float) -> Record | None:
         """See :meth:`Transaction.claim`."""
-        return self._do(
-            lambda session: self._store.claim_in_sync(session, self._claim, wait=wait),
-            math.ceil(wait) + 2 * self._store.timeout,
-        )
+        return self._store.claim_in_sync(self.session, self._claim, wait=wait)
 
     def bind(self) -> None:
         """See :meth:`Transaction.bind`."""
@@ -278,21 +274,25 @@ class _SyncTransaction:
                 self._do(roll_back)
 
     def close(self) -> None:
-        """Give the connection back."""
-        if not self._discarded:
-            with suppress(StoreError):
-                self._do(give_back)
+        """Give the connection back, if there is one."""
+        if self._discarded:
+            return
+        if not self.session.in_transaction():
+            self.session.close()
+            return
+        with suppress(StoreError):
+            self._do(give_back)
 
-    def _do(self, work: Callable[[Session], T], seconds: float = 0.0) -> T:
+    def _do(self, work: Callable[[Session], T]) -> T:
         """Do one step, which ends in time; one that is cut off, or interrupted, is the last of its session."""
         session, store = self.session, self._store
-        with store.watchdog.watch(seconds or store.timeout, partial(cut_off_session, session)) as watched:
+        with store.watchdog.watch(store.timeout, partial(cut_off_session, session)) as watched:
             try:
                 return work(session)
             except BaseException as error:
                 if watched.cut and isinstance(error, Exception):
                     self._discard()
-                    raise StoreError(f"the database gave no answer within {seconds or store.timeout:g} s") from error
+                    raise StoreError(f"the database gave no answer within {store.timeout:g} s") from error
                 if not isinstance(error, SQLAlchemyError | IdempotencyError):
                     # Interrupted anywhere, as by a signal: nobody knows what the server is still going to send.
                     self._discard()

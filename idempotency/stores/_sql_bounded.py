@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -86,12 +86,20 @@ async def _end(task: asyncio.Task[Any], cut: Cut, discard: Callable[[], Awaitabl
 class Watched:
     """A blocking statement under way. ``cut`` says that its connection was cut off, because it took too long."""
 
-    __slots__ = ("_cut_off", "_deadline", "cut")
+    __slots__ = ("_all", "_cut_off", "_deadline", "cut")
 
-    def __init__(self, deadline: float, cut_off: Cut) -> None:
+    def __init__(self, everything: dict[Watched, None], deadline: float, cut_off: Cut) -> None:
+        self._all = everything
         self._deadline = deadline
         self._cut_off = cut_off
         self.cut = False
+        everything[self] = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._all.pop(self, None)
 
     def look(self) -> None:
         """Cut the connection off where the time is over; again later, as the driver may connect anew."""
@@ -117,20 +125,16 @@ class Watchdog:
         self._ending = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def watch(self, seconds: float, cut_off: Cut) -> Iterator[Watched]:
-        """Cut off what is done inside after ``seconds``."""
+    def watch(self, seconds: float, cut_off: Cut) -> Watched:
+        """Cut off what is done inside, as a context, after ``seconds``."""
         if self._process != os.getpid():
             self._set_up()  # forked: the thread is the parent's, and so may be the lock
-        watched = Watched(monotonic() + seconds, cut_off)
-        self._watched[watched] = None
-        self._some.set()
+        watched = Watched(self._watched, monotonic() + seconds, cut_off)
+        if not self._some.is_set():
+            self._some.set()
         if self._thread is None:
             self._begin()
-        try:
-            yield watched
-        finally:
-            self._watched.pop(watched, None)
+        return watched
 
     def _begin(self) -> None:
         with self._ending:

@@ -37,7 +37,7 @@ _ENDED = (
 _BEGIN_LATE = ("pysqlite", "aiosqlite", "asyncpg")
 _MYSQL = ("mysql", "mariadb")
 _ROLLED_BACK = frozenset({1213, 1020})
-_COMMENTS = r"(?:\s|/\*.*?\*/|--[^\n]*\n)*"
+_COMMENTS = r"(?>\s+|/\*.*?\*/|--[^\n]*\n)*+"
 _COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
 _COMMITS_MYSQL = (
     r"BEGIN|START|XA|CREATE(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY)|DROP(?!\s+TEMPORARY)|ALTER|RENAME|TRUNCATE|GRANT|REVOKE"
