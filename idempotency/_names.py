@@ -6,12 +6,14 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import PurePath
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 _MAINS = ("__main__", "__mp_main__")
+_TELLING = (str, bytes, int, float, complex, tuple, frozenset, type, FunctionType, functools.partial, Enum, type(None))
 
 
 def full_name_of(function: Callable[..., Any]) -> str:
@@ -69,10 +71,20 @@ def takes_scope_of_another(store: Any, scope: str, made: Made) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     try:
-        return bool(one == other) or (_code(one) == _code(other) is not None and bool(_values(one) == _values(other)))
+        return bool(one == other) or (
+            _code(one) == _code(other) is not None and _are_alike(_values(one), _values(other))
+        )
     except Exception:
         # Values that cannot be compared.
         return False
+
+
+def _are_alike(some: list[Any], others: list[Any]) -> bool:
+    # What has a state, as a list or an engine, is another one for each worker of a test, and tells no functions apart.
+    return len(some) == len(others) and all(
+        one is other or (type(one) is type(other) and not isinstance(one, _TELLING)) or bool(one == other)
+        for one, other in zip(some, others, strict=True)
+    )
 
 
 def _made_with_others(one: Any, other: Any) -> bool:
@@ -85,8 +97,10 @@ def _code(function: Any) -> Any:
     return (function.__code__, function.__code__.co_filename) if isinstance(function, FunctionType) else None
 
 
-def _values(function: Any) -> Any:
+def _values(function: Any) -> list[Any]:
     """Return what a function was made with, beside its code."""
     if isinstance(function, functools.partial):
-        return function.args, function.keywords, _values(function.func)
-    return function.__closure__, function.__defaults__, function.__kwdefaults__
+        return [*function.args, *function.keywords, *function.keywords.values(), *_values(function.func)]
+    closed = [cell.cell_contents for cell in function.__closure__ or ()]
+    keywords = function.__kwdefaults__ or {}
+    return [*closed, *(function.__defaults__ or ()), *keywords, *keywords.values()]

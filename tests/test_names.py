@@ -284,3 +284,24 @@ def test_two_handlers_of_one_consumer_are_warned_of(caplog: pytest.LogCaptureFix
     assert [(name, level) for name, level, _ in caplog.record_tuples] == [("idempotency", logging.WARNING)]
     assert "two different handlers of this process are the consumer 'orders'" in caplog.text
     assert [each("1") for each in (*workers, other, elsewhere)] == ["billed"] * 3 + ["shipped"] * 2
+
+
+def test_one_function_made_for_two_workers_has_one_name() -> None:
+    """What only holds their state, as the list of a test, tells no functions apart: the second worker replays."""
+    store = MemoryStore()
+
+    def worker() -> tuple[Any, list[str]]:
+        effects: list[str] = []
+
+        @idempotent(store, key=of_the_order)
+        def charge(order: str) -> str:
+            effects.append(order)
+            return order
+
+        return charge, effects
+
+    first, effects = worker()
+    assert first("A-1") == "A-1"
+    second, others = worker()
+    assert second("A-1") == "A-1"
+    assert (effects, others) == (["A-1"], [])
