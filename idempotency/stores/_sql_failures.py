@@ -24,6 +24,11 @@ _READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
 # The connection's prepared statements are gone, or of a table that has changed since.
 _STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
+# Lock not available, lock wait time-out, and a statement that took longer than MariaDB was told to let it.
+_LOCKED = frozenset({"55P03", 1205, 1969, 3024})
+_LOCKED_SQLITE = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
+BUSY_SNAPSHOT = 517
+
 
 def error_code(error: BaseException) -> str | int | None:
     """Return the SQLSTATE, the number of MySQL, or the extended code of SQLite."""
@@ -54,6 +59,14 @@ def refuses_data(error: BaseException) -> bool:
         return code in _DATA if getattr(cause, "sqlite_errorcode", None) is None else code & 0xFF in _DATA_SQLITE
     # What a driver could not write down: a number beyond its column, or text beyond its character set.
     return any(isinstance(each, UnicodeError | OverflowError) for each in (cause, cause.__cause__))
+
+
+def waited_for_lock(error: BaseException) -> bool:
+    """Say whether a statement gave up its wait for another transaction."""
+    code = error_code(error)
+    if _is_server(error):
+        return code in _LOCKED
+    return isinstance(code, int) and code & 0xFF in _LOCKED_SQLITE and code != BUSY_SNAPSHOT
 
 
 def read_only(error: BaseException) -> bool:

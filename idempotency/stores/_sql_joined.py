@@ -19,7 +19,7 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreError,
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_driver import bound_of, cut_off
 from idempotency.stores._sql_engines import Database, level_of, unreachable
-from idempotency.stores._sql_failures import error_code, refuses_data, unusable
+from idempotency.stores._sql_failures import BUSY_SNAPSHOT, error_code, refuses_data, unusable, waited_for_lock
 from idempotency.stores._sql_guard import (
     CLOSED,
     COMMITS_BY_ITSELF,
@@ -38,11 +38,8 @@ from idempotency.stores._sql_trust import check_driver, has_begun
 from idempotency.stores._sql_values import packed
 from idempotency.stores._sql_verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
-_BUSY_SNAPSHOT = 517
 # Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.
-_CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, _BUSY_SNAPSHOT})
-# Lock not available, lock wait time-out, SQLITE_BUSY and SQLITE_LOCKED.
-_LOCKED = frozenset({"55P03", 1205, 5, 6})
+_CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
 # Bytes of a result that is written behind a savepoint, where a refused statement would end the transaction.
 _LARGE = 64 * 1024
 _ASIDE = "idempotency_result"
@@ -80,6 +77,8 @@ def failure_of(error: Exception, session: Session) -> Exception:
         return StoreError("the connection was lost before the commit: nothing is committed")
     if unusable(error) or isinstance(error, OSError | EOFError | PoolTimeoutError):
         return StoreError("the database could not be reached before the commit: nothing is committed")
+    if isinstance(error, DBAPIError) and waited_for_lock(error):
+        return StoreError("the transaction waited for a lock for too long: nothing is committed")
     return error
 
 
@@ -117,7 +116,7 @@ class Joined:
                     return read_record(row)
                 left = max(0.0, deadline - monotonic())
         except DBAPIError as error:
-            if error_code(error) in _LOCKED:
+            if waited_for_lock(error):
                 return None
             raise
         raise ConflictError(f"the claim lost against others {TRIES} times in a row")

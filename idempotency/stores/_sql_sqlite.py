@@ -120,9 +120,16 @@ def cut_off(driver: Any) -> None:
     if opened is None:
         return
     driver._running = False
+    driver._execute = _execute_nothing
     opened.interrupt()
     # Past its methods, which wait for an answer: nobody does.
     driver._tx.put_nowait((None, partial(_end, opened)))
+
+
+async def _execute_nothing(function: Callable[..., object], *_args: object, **_options: object) -> None:
+    # SQLAlchemy closes its cursor after a failure, and would log that it cannot.
+    if getattr(function, "__name__", "") != "close":
+        raise sqlite3.ProgrammingError("the connection was closed: its statement was given up")
 
 
 def _end(opened: sqlite3.Connection) -> object:

@@ -116,10 +116,12 @@ async def open_shop(target: Target, url: str) -> AsyncIterator[Shop]:
     async with engine.begin() as connection:
         await connection.execute(text("DROP TABLE IF EXISTS orders"))
         await connection.execute(text("CREATE TABLE orders (item VARCHAR(40) UNIQUE)"))
+    shop = Shop(engine, store)
     try:
-        yield Shop(engine, store)
+        yield shop
     finally:
         await drain()
+        await shop.store.abandoned.wait()
         assert engine.pool.checkedout() == 0, "a connection was left checked out"
         await engine.dispose()
 
@@ -435,6 +437,27 @@ async def test_a_conflict_at_the_librarys_flush_is_unavailable(shop: Shop) -> No
 
     shop.handle = order_a_cup
     assert (await shop.post("tea")).status_code == 503
+    shop.handle = done
+    assert await first_answer(shop, "tea") == 201
+    assert await shop.orders() == ["tea"]
+
+
+async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop) -> None:
+    """The completion waits for less than the store's timeout, and then says 503, not the application's error."""
+    shop.store = SQLStore(shop.engine, table=shop.store._table.name, timeout=0.5)
+    other = await shop.engine.connect()
+
+    async def lock_the_record(request: Request, session: AsyncSession) -> JSONResponse:
+        await session.rollback()
+        await other.execute(text(f"UPDATE {shop.store._table.name} SET attempt = attempt"))
+        return JSONResponse({}, 201)
+
+    shop.handle = lock_the_record
+    shop.protect(shop.app.app, Policy(lease=5))
+    answer = await shop.post("tea")
+    await other.close()
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
     shop.handle = done
     assert await first_answer(shop, "tea") == 201
     assert await shop.orders() == ["tea"]
