@@ -324,6 +324,29 @@ async def test_background_tasks_delay_what_a_dependency_commits_behind_them():
         assert reply.complete
 
 
+async def test_a_task_that_fails_before_a_dependency_ends_is_the_handlers_failure():
+    """The dependency is rolled back, so the retry runs: again also what the handler has done beside it."""
+    database, charges, failures = Database(), [], [RefusedError()]
+    app = FastAPI()
+
+    async def mail():
+        if failures:
+            raise failures.pop()
+
+    @app.post("/order", status_code=201)
+    async def order(rows: Annotated[list, Depends(database.session)], tasks: BackgroundTasks):
+        charges.append("charge")
+        rows.append("order")
+        tasks.add_task(mail)
+
+    protected = protect(app)
+    first = await send_one(protected, "/order")
+    assert (not first.messages or first.status == 500, database.rows) == (True, [])
+    second, third = await call(protected, key="k", path="/order"), await call(protected, key="k", path="/order")
+    assert (second.status, second.replayed, third.replayed) == (201, False, True)
+    assert (database.rows, charges) == (["order"], ["charge", "charge"])
+
+
 async def test_a_stream_without_such_dependencies_is_recorded_before_its_first_byte():
     """Server-sent events of FastAPI's own are live as before, although it runs them in its exit stack."""
     from fastapi.sse import EventSourceResponse
