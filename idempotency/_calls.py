@@ -191,6 +191,8 @@ def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> I
 def is_async(function: Callable[..., Any]) -> bool:
     """Say whether a call of ``function`` is awaited; ConfigurationError for a generator, which has no one result."""
     for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
+        if inspect.iscoroutinefunction(each):
+            return True
         plain = inspect.unwrap(each) if each is not None else None
         if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
             raise ConfigurationError(f"{name_of(function)} is a generator: what it yields cannot be recorded")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
 from types import FunctionType
@@ -22,11 +22,18 @@ def full_name_of(function: Callable[..., Any]) -> str:
     A partial has the name of its function, an object that of its class. The module that a process was started with has
     the name by which others import it.
     """
+    named = _named(function)
+    return f"{_importable(_module_of(named))}.{named.__qualname__}"
+
+
+def _named(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    module = getattr(named, "__module__", None) or ""
-    return f"{_importable(module)}.{named.__qualname__}"
+    return function if hasattr(function, "__qualname__") else type(function)
+
+
+def _module_of(named: Any) -> str:
+    return getattr(named, "__module__", None) or ""
 
 
 def _importable(module: str) -> str:
@@ -39,12 +46,16 @@ def _importable(module: str) -> str:
     return PurePath(file).stem if file else module
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Made:
     """A function that was decorated, for as long as what calls it is there, and what names its calls."""
 
-    function: Any
-    key: Any = None
+    __slots__ = ("__weakref__", "function", "key", "load")
+
+    def __init__(self, function: Any, key: Any = None) -> None:
+        self.function = function
+        self.key = key
+        # One object for each time that a module is loaded.
+        self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
 
 
 _MADE: WeakKeyDictionary[Any, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
@@ -54,19 +65,47 @@ _MADE: WeakKeyDictionary[Any, WeakValueDictionary[str, Made]] = WeakKeyDictionar
 def takes_scope_of_another(store: Any, scope: str, made: Made) -> bool:
     """Note what has a scope of a store; say whether a different function has it already.
 
-    The same function may be made anew, as by a module that is loaded again. Functions that were made by the same lines
-    with other values are different, unless the values are in their keys too.
+    The same function may be made anew, as by a module that is loaded again or a definition that is typed again, with
+    other code too. Functions that were made by the same lines with other values are different, unless the values are in
+    their keys too.
     """
     try:
         scopes = _MADE.setdefault(store, WeakValueDictionary())
     except TypeError:
         # A store of somebody's own that has no weak references.
         return False
-    first = scopes.get(scope)
-    if first is None or _same(first.function, made.function) or _made_with_others(first.key, made.key):
+    if _is_free(scopes, scope, made) or (gc.collect() >= 0 and _is_free(scopes, scope, made)):
         scopes[scope] = made
         return False
     return True
+
+
+def _is_free(scopes: WeakValueDictionary[str, Made], scope: str, made: Made) -> bool:
+    first = scopes.get(scope)
+    return (
+        first is None
+        or _same(first.function, made.function)
+        or _made_with_others(first.key, made.key)
+        or _loaded_again(first.load, made.load)
+        or _typed_again(first.function, made.function)
+    )
+
+
+def _loaded_again(one: Any, other: Any) -> bool:
+    return one is not other and one is not None and getattr(one, "origin", None) == getattr(other, "origin", "")
+
+
+def _typed_again(one: Any, other: Any) -> bool:
+    """Say whether a definition replaces another one in a notebook or at a prompt."""
+    named = _named(other)
+    main = sys.modules.get("__main__")
+    return (
+        _module_of(named) == "__main__"
+        and getattr(main, "__spec__", None) is None
+        and not hasattr(main, "__file__")
+        and "<" not in named.__qualname__
+        and _code(one) != _code(other)
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -194,7 +194,18 @@ class _NoResponse(BaseException):
 class _Exchange:
     """One request to a protected route: parse, scope, fingerprint, claim, run, record, send."""
 
-    __slots__ = ("_claim", "_lease", "_outer_state", "_policy", "_receive", "_scope", "_send", "_shared", "_state")
+    __slots__ = (
+        "_claim",
+        "_given_state",
+        "_lease",
+        "_outer_state",
+        "_policy",
+        "_receive",
+        "_scope",
+        "_send",
+        "_shared",
+        "_state",
+    )
 
     def __init__(
         self, shared: IdempotencyMiddleware, policy: Policy, scope: Scope, receive: Receive, send: Send
@@ -380,14 +391,16 @@ class _Exchange:
     def _enter_state(self, operation: Operation | None) -> None:
         """Give the request a state of its own: some servers share one among requests, as batch endpoints do theirs."""
         self._outer_state = self._scope.get("state")
-        self._state = self._scope["state"] = dict(_state_of(self._outer_state))
-        self._state["idempotency"] = operation
+        self._given_state = dict(_state_of(self._outer_state))
+        self._state = self._scope["state"] = {**self._given_state, "idempotency": operation}
 
     def _share_state(self) -> None:
-        """Show what stands outside what the application has put into the state."""
-        outer = _state_of(self._outer_state)
+        """Show what stands outside what the application has put into the state, and nothing that is older."""
+        outer, given = _state_of(self._outer_state), self._given_state
         if len(self._state) > 1 and isinstance(outer, MutableMapping):
-            outer.update((name, value) for name, value in self._state.items() if name != "idempotency")
+            for name, value in self._state.items():
+                if name != "idempotency" and (name not in given or given[name] is not value):
+                    outer[name] = given[name] = value
 
     def _leave_state(self) -> None:
         self._share_state()

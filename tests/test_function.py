@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 import sys
 import threading
@@ -678,6 +679,24 @@ def test_a_forgotten_key_runs_again_in_threads(sync_store: Any) -> None:
     assert not sync_store.forget_sync(claim.id)
 
     assert judge(again, sync_store.claim_sync(again)) == Execute(1)
+
+
+async def test_a_coroutine_function_around_a_function_is_awaited() -> None:
+    """Also where functools.wraps shows through it that the function itself is not, as of one that runs in a thread."""
+
+    def charge(order: str) -> str:
+        runs.append(order)
+        return f"charged {order}"
+
+    @functools.wraps(charge)
+    async def in_a_thread(order: str) -> str:
+        return await asyncio.to_thread(charge, order)
+
+    runs: list[str] = []
+    call: Any = idempotent(MemoryStore(), key=str)(in_a_thread)
+
+    assert [await call("A-1"), await call("A-1")] == ["charged A-1", "charged A-1"]
+    assert runs == ["A-1"]
 
 
 def _retrying(function: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -250,6 +252,101 @@ def test_the_same_function_may_be_made_again(tmp_path: Path, monkeypatch: pytest
     made += [once(till.charge), once(till.charge), once(till), once(till)]
 
     assert [each("A-1") for each in made] == ["A-1"] * 2 + ["EUR A-1"] * 6
+
+
+def test_a_module_that_is_loaded_again_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had before is another version of the same functions, and not a second function of their name."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    place, source = tmp_path / "till_that_changes.py", "def charge(order):\n    return {!r} + order\n"
+    once = idempotent(MemoryStore(), key=of_the_order)
+    place.write_text(source.format("charged "))
+    module: Any = importlib.import_module("till_that_changes")
+    before = once(module.charge)
+    place.write_text(source.format("charged by the next version "))
+    after = once(importlib.reload(module).charge)
+
+    assert [before("A-1"), after("A-1"), after("A-2")] == ["charged A-1"] * 2 + ["charged by the next version A-2"]
+
+
+def test_two_modules_of_one_name_are_two() -> None:
+    """Their functions share a name by accident, also where only one of them is to be found under it."""
+    store, functions = MemoryStore(), []
+    for result in ("first", "second"):
+        spec = importlib.util.spec_from_loader("till_of_two", None, origin=f"/{result}/till_of_two.py")
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["till_of_two"] = module
+        exec(f"def charge(order):\n    return {result!r}", module.__dict__)
+        functions.append(module.charge)
+        if result == "first":
+            first = idempotent(store, key=of_the_order)(module.charge)
+    try:
+        with pytest.raises(ConfigurationError, match=TWICE):
+            idempotent(store, key=of_the_order)(functions[1])
+    finally:
+        del sys.modules["till_of_two"]
+    assert first("A-1") == "first"
+
+
+PROMPT = """
+from idempotency import idempotent
+from idempotency.stores.memory import MemoryStore
+store = MemoryStore()
+
+@idempotent(store, key=lambda order: order)
+def charge(order):
+    return "charged " + order
+
+charge("A-1")
+
+@idempotent(store, key=lambda order: order)
+def charge(order):
+    return "charged again " + order
+
+charge("A-1"), charge("A-2")
+charges = []
+for currency in ("EUR", "USD"):
+    charges.append(idempotent(store, key=lambda order: order)(lambda order, of=currency: of))
+
+"""
+
+
+def test_a_definition_may_be_typed_again_at_a_prompt() -> None:
+    """As in a notebook, where a cell is changed and run again; what a loop makes there is still refused."""
+    done = subprocess.run(
+        [sys.executable, "-i"],
+        input=PROMPT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env={"PYTHONPATH": ":".join(each for each in sys.path if each)},
+    )
+    assert done.stdout.splitlines() == ["'charged A-1'", "('charged A-1', 'charged again A-2')"]
+    assert done.stderr.count("ConfigurationError: ") == 1
+    assert "__main__.<lambda> too" in done.stderr
+
+
+def test_what_nobody_can_call_any_more_is_no_other_function() -> None:
+    """An application that a test has made and thrown away refers to itself, and goes when memory is collected."""
+    store = MemoryStore()
+
+    def application(currency: str) -> list[Any]:
+        @idempotent(store, key=of_the_order)
+        def charge(order: str) -> str:
+            return f"{currency} {order}"
+
+        parts: list[Any] = [charge]
+        parts.append(parts)
+        return parts
+
+    gc.disable()
+    try:
+        assert application("EUR")[0]("A-1") == "EUR A-1"
+        assert application("USD")[0]("A-2") == "USD A-2"
+    finally:
+        gc.enable()
 
 
 def test_what_is_in_the_key_tells_functions_apart() -> None:

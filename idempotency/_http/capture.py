@@ -182,8 +182,8 @@ class ResponseCapture:
             assert self._start is not None
             self._disarm()
             self._live = True
-            self._disconnect.tell()
             await self._send(self._start)
+            self._disconnect.tell()
         else:
             await self._finish(None)
         if self._chunks:
@@ -203,13 +203,15 @@ class ResponseCapture:
         start = self._start
         assert start is not None
         instead = await self._settle(start["status"], start["headers"], body)
-        self._disconnect.tell()
         if instead is None:
             self._settled = True
             await self._send(start)
         else:
             self._settled = None
             await send_response(self._send, instead)
+        # Not sooner: an application that stops when it hears would not send its start, and a BaseHTTPMiddleware outside
+        # would raise that there is no response.
+        self._disconnect.tell()
 
     def _disarm(self) -> None:
         if self._timer is not None:

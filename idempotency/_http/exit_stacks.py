@@ -22,7 +22,8 @@ _MANY = 100
 class ExitStacks:
     """The exit stacks of one request; what its scope holds of an earlier one does not count.
 
-    ``failure`` is what a stack raised that was :meth:`watch`-ed, also where a middleware swallowed it.
+    ``failure`` is what was raised in a stack that was :meth:`watch`-ed, also where a dependency further out, or a
+    middleware, swallowed it.
     """
 
     __slots__ = ("_app", "_before", "_scope", "_watched", "failure")
@@ -68,13 +69,18 @@ class ExitStacks:
         )
 
     def _note_failure(self, stack: AsyncExitStack) -> None:
-        if any(stack is each for each in self._watched):
+        callbacks = getattr(stack, "_exit_callbacks", None)
+        if callbacks is None or any(stack is each for each in self._watched):
             return
         self._watched.append(stack)
-        # Below what is there, so that it is given whatever that raises.
-        rest = stack.pop_all()
-        stack.push_async_exit(self._ended)
-        stack.push_async_exit(rest)
+        # Below each dependency, so that it is given what that raises, also where one further out swallows it.
+        watched = list[Any]()
+        for callback in callbacks:
+            if not watched or not self._is_upkeep(callback[1]):
+                watched.append((False, self._ended))
+            watched.append(callback)
+        callbacks.clear()
+        callbacks.extend(watched)
 
     async def _ended(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -106,6 +112,7 @@ def _leads_to(app: object, kind: type) -> bool:
         if isinstance(each, kind):
             return True
         found += [getattr(each, name) for name in ("app", "__wrapped__", "__self__") if hasattr(each, name)]
+        found += [value for value in getattr(each, "__dict__", {}).values() if callable(value)]
         for cell in getattr(each, "__closure__", None) or ():
             try:
                 found.append(cell.cell_contents)

@@ -142,6 +142,16 @@ def added(app: FastAPI, *inside: Any) -> FastAPI:
     return app
 
 
+class Opaque:
+    """The same, by a name of its own for what it wraps."""
+
+    def __init__(self, app: Any) -> None:
+        self.wrapped = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.wrapped(dict(scope), receive, send)
+
+
 PLACES = {
     "added": added,
     "added around a middleware": lambda app: added(app, Passing),
@@ -151,6 +161,7 @@ PLACES = {
     "around a copy": lambda app: protect(copying(app)),
     "around a mount": lambda app: protect(Starlette(routes=[Mount("/", app=app)])),
     "around a mounted copy": lambda app: protect(Starlette(routes=[Mount("/", app=Copying(app))])),
+    "around a mounted copy of an unknown": lambda app: protect(Starlette(routes=[Mount("/", app=Opaque(app))])),
 }
 
 
@@ -185,6 +196,31 @@ async def test_what_a_dependency_raises_behind_the_response_is_a_server_error(pa
     database.error = error
     first = await send_one(added(shop(database)), path)
     assert (first.status, database.rows) == (500, [])
+
+
+@pytest.mark.parametrize("path", ["/order", "/stream"])
+async def test_a_commit_refused_that_another_dependency_swallows_is_no_success(path):
+    """The one further out, which ends later, lets no error through: the effect is lost all the same."""
+    database = Database()
+
+    async def lenient() -> AsyncIterator[None]:
+        with suppress(RefusedError):
+            yield
+
+    async def session(_: Annotated[None, Depends(lenient)]) -> AsyncIterator[list[str]]:
+        async for rows in database.session():
+            yield rows
+
+    app = shop(database)
+    app.dependency_overrides[database.session] = session
+    app = protect(app)
+    database.error = RefusedError()
+    first = await send_one(app, path)
+    assert not first.messages or first.status == 500
+    database.error = None
+    second = await call(app, key="k", path=path)
+    assert (second.status, second.replayed) == (201, False)
+    assert len(database.rows) == {"/stream": 3}.get(path, 1)
 
 
 async def test_until_the_commit_nothing_is_told_and_nothing_recorded():
@@ -286,6 +322,29 @@ async def test_background_tasks_delay_what_a_dependency_commits_behind_them():
         gate.set()
         await request
         assert reply.complete
+
+
+async def test_a_task_that_fails_before_a_dependency_ends_is_the_handlers_failure():
+    """The dependency is rolled back, so the retry runs: again also what the handler has done beside it."""
+    database, charges, failures = Database(), [], [RefusedError()]
+    app = FastAPI()
+
+    async def mail():
+        if failures:
+            raise failures.pop()
+
+    @app.post("/order", status_code=201)
+    async def order(rows: Annotated[list, Depends(database.session)], tasks: BackgroundTasks):
+        charges.append("charge")
+        rows.append("order")
+        tasks.add_task(mail)
+
+    protected = protect(app)
+    first = await send_one(protected, "/order")
+    assert (not first.messages or first.status == 500, database.rows) == (True, [])
+    second, third = await call(protected, key="k", path="/order"), await call(protected, key="k", path="/order")
+    assert (second.status, second.replayed, third.replayed) == (201, False, True)
+    assert (database.rows, charges) == (["order"], ["charge", "charge"])
 
 
 async def test_a_stream_without_such_dependencies_is_recorded_before_its_first_byte():

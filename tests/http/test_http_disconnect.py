@@ -180,6 +180,32 @@ async def test_a_stream_that_is_still_held_is_complete_without_its_reader(wrappe
     assert (retry.status, retry.body, retry.replayed) == (201, b"piece" * 20, True)
 
 
+async def test_a_stream_whose_reader_is_gone_begins_before_it_hears_so():
+    """A ``BaseHTTPMiddleware`` outside gets the response, and does not raise that there is none."""
+
+    async def endpoint(request):
+        async def pieces():
+            yield b"one,"
+            await gate.wait()
+            yield b"two"
+
+        return StreamingResponse(pieces(), 201)
+
+    gate = asyncio.Event()
+    outside = Starlette()
+    outside.mount("/", protect(Starlette(routes=[Route("/orders", endpoint, methods=["POST"])])))
+    outside.add_middleware(Passing)
+    client, reply = Client(), Reply()
+    request = asyncio.create_task(outside(http_scope(key="k"), client, reply.send))
+    await settled()
+    client.gone.set()
+    await settled()
+    gate.set()
+    await request
+    assert reply.status == 201
+    assert (await call(outside, key="k")).body == b"one,two"
+
+
 async def test_a_stream_that_is_on_its_way_hears_that_its_reader_is_gone():
     """An endless one ends then."""
 

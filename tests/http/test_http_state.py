@@ -48,6 +48,19 @@ async def test_two_requests_on_one_state_are_each_protected(shared):
     assert list(shared) == ["database"]
 
 
+async def test_what_others_put_into_a_shared_state_meanwhile_stays():
+    """A request shows outside what it has put there itself, and takes nothing back to where it found it."""
+    app = Effects()
+    app.gate = asyncio.Event()
+    shared: dict[str, Any] = {"connections": 1}
+    running = asyncio.create_task(call(protect(app), key="k", state=shared))
+    await app.running.wait()
+    shared["connections"] = 2
+    app.gate.set()
+    assert (await running).status == 201
+    assert shared["connections"] == 2
+
+
 async def test_a_duplicate_on_the_state_of_its_first_does_not_run():
     """It is told that the first is in progress, and does not count as protected already."""
     app = Effects()
