@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -241,6 +242,45 @@ def test_a_blocking_joined_call_ends_in_time(url: str, step: str) -> None:
         bench.store.claim_sync(claim)
         assert bench.seen(claim) == 1
         assert asyncio.run(bench.server.quiet(10))
+
+
+class _OutOfTimeError(Exception):
+    """What the handler of a signal raises."""
+
+
+def _run_out_of_time(*_: object) -> None:
+    raise _OutOfTimeError
+
+
+@pytest.mark.parametrize("driver", [*SYNC, "postgresql+pg8000"])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_statement_that_a_signal_interrupts_is_the_last_of_its_connection(url: str, swallowed: bool) -> None:
+    """The next call, on the same pool, is given its own answers."""
+    nap = text("SELECT pg_sleep(0.4)" if url.startswith("postgresql") else "SELECT sleep(0.4)")
+    with opened_sync(url) as bench:
+
+        @idempotent(bench.store, key=lambda what: what, session=bench.sessions)
+        def order(what: str, session: Any) -> str:
+            session.execute(bench.insert(what))
+            if what == "tea":
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with suppress(_OutOfTimeError) if swallowed else nullcontext():
+                    session.execute(nap)
+            return what
+
+        before = signal.signal(signal.SIGALRM, _run_out_of_time)
+        try:
+            # Drivers in C hear of it behind the statement, and nothing is wrong with their connection.
+            with suppress(_OutOfTimeError, StoreError, sqlalchemy.exc.DBAPIError):
+                order("tea")
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+        assert order("cup") == "cup"
+        claim = new_claim()
+        assert bench.store.claim_sync(claim).token == claim.token
+        assert bench.store.complete_sync(claim, b"result")
+        assert bench.committed() in (["cup"], ["cup", "tea"])
 
 
 @contextmanager

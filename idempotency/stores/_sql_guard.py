@@ -8,7 +8,7 @@ from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection, PoolProxiedConnection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
@@ -60,6 +60,10 @@ _QUOTED = re.compile(
 _QUOTED_ON_MYSQL = re.compile(
     r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`|/\*(?!M?!).*?\*/|(?:--\s|\#)[^\n]*", re.DOTALL
 )
+# Drivers that go on, after what a signal raises in the middle of a statement, as if its answer were that of the next.
+# What they raise themselves before they send one is of these.
+_READ_ON = ("pg8000", "mysqlconnector")
+_UNSENT = TypeError | ValueError | LookupError | ArithmeticError | AttributeError
 _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one"
 
 
@@ -138,6 +142,10 @@ class GuardedConnection(Connection):
         except DBAPIError as error:
             # The server has rolled back all of it, and begins another transaction for what comes next.
             self._ended = mysql and self._rolled_back(error_code(error))
+            raise
+        except Exception as error:
+            if dialect.driver in _READ_ON and not isinstance(error, SQLAlchemyError | _UNSENT):
+                self.invalidate(error)
             raise
         self._ended = ends is not None
         # A text of several statements may have ended what it began.
