@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -242,6 +243,26 @@ def test_a_blocking_joined_call_ends_in_time(url: str, step: str) -> None:
         bench.store.claim_sync(claim)
         assert bench.seen(claim) == 1
         assert asyncio.run(bench.server.quiet(10))
+
+
+@pytest.mark.parametrize("driver", SYNC[:1])
+def test_a_blocking_verb_goes_on_where_no_thread_can_begin(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the interpreter exits: it is done without a bound, and the next one has its bound again."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with opened_sync(url) as bench:
+        claim = new_claim()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            bench.store.claim_sync(claim)
+            assert bench.store.complete_sync(claim, b"result")
+        bench.proxy.pause()
+        since = monotonic()
+        with pytest.raises(StoreError):
+            bench.store.claim_sync(new_claim("frozen"))
+        assert monotonic() - since < 1.25 * TIMEOUT + 0.5
 
 
 class _OutOfTimeError(Exception):

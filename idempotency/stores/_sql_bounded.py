@@ -124,10 +124,10 @@ class Watchdog:
             self._set_up()  # forked: the thread is the parent's, and so may be the lock
         watched = Watched(monotonic() + seconds, cut_off)
         self._watched[watched] = None
-        self._some.set()
-        if self._thread is None:
-            self._begin()
         try:
+            self._some.set()
+            if self._thread is None:
+                self._begin()
             yield watched
         finally:
             self._watched.pop(watched, None)
@@ -135,8 +135,11 @@ class Watchdog:
     def _begin(self) -> None:
         with self._ending:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="idempotency-watchdog", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="idempotency-watchdog", daemon=True)
+                # Where none can begin, as while the interpreter exits, the statement is worth more than its bound.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread = thread
 
     def _work(self) -> None:
         while not self._ended():
