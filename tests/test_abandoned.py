@@ -29,7 +29,7 @@ from idempotency.stores.sql import SQLStore
 
 TIMEOUT = 0.5
 ASYNC = ("postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql", "mysql+asyncmy")
-SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "mysql+pymysql", "mysql+mysqlconnector")
+SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "postgresql+pg8000", "mysql+pymysql", "mysql+mysqlconnector")
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def _run_out_of_time(*_: object) -> None:
     raise _OutOfTimeError
 
 
-@pytest.mark.parametrize("driver", [*SYNC, "postgresql+pg8000"])
+@pytest.mark.parametrize("driver", SYNC)
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_a_statement_that_a_signal_interrupts_is_the_last_of_its_connection(url: str, swallowed: bool) -> None:
     """The next call, on the same pool, is given its own answers."""
