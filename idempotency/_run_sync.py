@@ -176,11 +176,13 @@ class Beat:
     def at(self, when: float, job: Job) -> None:
         """Do ``job`` at ``when``, in monotonic time."""
         with self._changed:
-            heapq.heappush(self._due, (when, next(self._numbers), job))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="idempotency", daemon=True)
-                self._thread.start()
-            elif self._due[0][2] is job:
+                # It may not begin, where there are too many; then nothing is due, and the next job begins one.
+                thread = threading.Thread(target=self._work, name="idempotency", daemon=True)
+                thread.start()
+                self._thread = thread
+            heapq.heappush(self._due, (when, next(self._numbers), job))
+            if self._due[0][2] is job:
                 self._changed.notify()
 
     def drop(self) -> None:

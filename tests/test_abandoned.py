@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -27,7 +29,7 @@ from idempotency.stores.sql import SQLStore
 
 TIMEOUT = 0.5
 ASYNC = ("postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql", "mysql+asyncmy")
-SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "mysql+pymysql", "mysql+mysqlconnector")
+SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "postgresql+pg8000", "mysql+pymysql", "mysql+mysqlconnector")
 
 
 @pytest.fixture
@@ -241,6 +243,65 @@ def test_a_blocking_joined_call_ends_in_time(url: str, step: str) -> None:
         bench.store.claim_sync(claim)
         assert bench.seen(claim) == 1
         assert asyncio.run(bench.server.quiet(10))
+
+
+@pytest.mark.parametrize("driver", SYNC[:1])
+def test_a_blocking_verb_goes_on_where_no_thread_can_begin(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the interpreter exits: it is done without a bound, and the next one has its bound again."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with opened_sync(url) as bench:
+        claim = new_claim()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            bench.store.claim_sync(claim)
+            assert bench.store.complete_sync(claim, b"result")
+        bench.proxy.pause()
+        since = monotonic()
+        with pytest.raises(StoreError):
+            bench.store.claim_sync(new_claim("frozen"))
+        assert monotonic() - since < 1.25 * TIMEOUT + 0.5
+
+
+class _OutOfTimeError(Exception):
+    """What the handler of a signal raises."""
+
+
+def _run_out_of_time(*_: object) -> None:
+    raise _OutOfTimeError
+
+
+@pytest.mark.parametrize("driver", SYNC)
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_statement_that_a_signal_interrupts_is_the_last_of_its_connection(url: str, swallowed: bool) -> None:
+    """The next call, on the same pool, is given its own answers."""
+    nap = text("SELECT pg_sleep(0.4)" if url.startswith("postgresql") else "SELECT sleep(0.4)")
+    with opened_sync(url) as bench:
+
+        @idempotent(bench.store, key=lambda what: what, session=bench.sessions)
+        def order(what: str, session: Any) -> str:
+            session.execute(bench.insert(what))
+            if what == "tea":
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with suppress(_OutOfTimeError) if swallowed else nullcontext():
+                    session.execute(nap)
+            return what
+
+        before = signal.signal(signal.SIGALRM, _run_out_of_time)
+        try:
+            # Drivers in C hear of it behind the statement, and nothing is wrong with their connection.
+            with suppress(_OutOfTimeError, StoreError, sqlalchemy.exc.DBAPIError):
+                order("tea")
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+        assert order("cup") == "cup"
+        claim = new_claim()
+        assert bench.store.claim_sync(claim).token == claim.token
+        assert bench.store.complete_sync(claim, b"result")
+        assert bench.committed() in (["cup"], ["cup", "tea"])
 
 
 @contextmanager

@@ -548,3 +548,24 @@ def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> N
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert mine.end("store", b"") is None
+
+
+def test_a_thread_that_could_not_begin_is_begun_by_the_next_lease(
+    runner: SyncRunner, store: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that had too many threads for a moment renews what it claims later, and not what it could not run."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            lease_of(runner, a_claim("refused", lease=0.3))
+    mine = lease_of(runner, a_claim("mine", lease=0.3))
+
+    store.until("renew", 3)
+    assert mine.end("store", b"") is None
+    assert not mine.operation.lost
+    again = a_claim("refused")
+    assert judge(again, store.inner.claim_sync(again)) == Execute(2)

@@ -139,8 +139,11 @@ class Watchdog:
     def _begin(self) -> None:
         with self._ending:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="idempotency-watchdog", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="idempotency-watchdog", daemon=True)
+                # Where none can begin, as while the interpreter exits, the statement is worth more than its bound.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread = thread
 
     def _work(self) -> None:
         while not self._ended():

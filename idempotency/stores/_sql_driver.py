@@ -62,8 +62,8 @@ def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
 
 
 def _socket_of(connection: Any) -> Any:
-    # pymysql; pg8000; mysql-connector; libpq and the C client of MySQL have a number.
-    for name in ("_sock", "_usock", "_socket"):
+    # pg8000, whose _sock is a file; pymysql; mysql-connector; libpq and the C client of MySQL have a number.
+    for name in ("_usock", "_sock", "_socket"):
         found = getattr(connection, name, None)
         if found is not None:
             return getattr(found, "sock", found)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 from weakref import ref
 
 from sqlalchemy import Connection, PoolProxiedConnection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from idempotency.errors import ConfigurationError, TransactionError
 from idempotency.stores._sql_driver import in_transaction
 from idempotency.stores._sql_failures import error_code
-from idempotency.stores._sql_send import named, pooled
+from idempotency.stores._sql_send import named, pooled, send
 from idempotency.stores._sql_sqlite import begin, close_what_is_invalidated
 
 HELD = "idempotency: committed with its record"
@@ -33,21 +34,36 @@ _ENDED = (
     "The transaction that was to be committed together with the idempotency record has been ended past its session,"
     " by a deadlock, a text, a driver's own cursor or a procedure, so that nothing is recorded: use session.rollback()."
 )
-# Drivers that begin no transaction for what their own cursors execute, or not for all of it.
-_BEGIN_LATE = ("pysqlite", "aiosqlite", "asyncpg")
+# Not MariaDB: its drivers do not always hear that a transaction is open, and to begin another would commit it.
+_BEGUN_HERE = ("sqlite", "postgresql")
 _MYSQL = ("mysql", "mariadb")
-_ROLLED_BACK = frozenset({1213, 1020})
-_COMMENTS = r"(?>\s+|/\*.*?\*/|--[^\n]*\n)*+"
+_ROLLED_BACK = frozenset({1213, 1020, 1206})
+_LOCK_TIMEOUT = 1205
+_COMMENTS = r"(?>[\s;]+|/\*.*?\*/|--[^\n]*\n)*+"
 _COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
+# What stands in /*! */ is executed, and so is what SET STATEMENT sets something for.
+_COMMENTS_MYSQL = r"(?>[\s;]+|/\*M?!\d*|/\*(?!M?!).*?\*/|(?:--|\#)[^\n]*\n)*+(?:SET\s+STATEMENT\s[^;]*?\sFOR\s+)?"
 _COMMITS_MYSQL = (
     r"BEGIN|START|XA|CREATE(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY)|DROP(?!\s+TEMPORARY)|ALTER|RENAME|TRUNCATE|GRANT|REVOKE"
-    r"|LOCK|UNLOCK|OPTIMIZE|REPAIR|FLUSH|SET\s+(?:(?:SESSION|LOCAL)\s+|@@(?:SESSION\.|LOCAL\.)?)?autocommit"
+    r"|LOCK|UNLOCK|(?:ANALYZE|CHECK)\s+(?:\w+\s+)?TABLE|OPTIMIZE|REPAIR|FLUSH|CACHE|LOAD\s+INDEX|(?:UN)?INSTALL|RESET"
+    r"|SET\s+(?!GLOBAL\b)[^'\"]*?\bautocommit"
 )
 _ROLLS_BACK = r"ABORT|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b)"
 _ENDS = re.compile(rf"{_COMMENTS}(?:(?P<commit>{_COMMITS})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL)
 _ENDS_ON_MYSQL = re.compile(
-    rf"{_COMMENTS}(?:(?P<commit>{_COMMITS}|{_COMMITS_MYSQL})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL
+    rf"{_COMMENTS_MYSQL}(?:(?P<commit>{_COMMITS}|{_COMMITS_MYSQL})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL
 )
+# What may hold a semicolon that ends no statement: quotes, comments, and the bodies of functions.
+_QUOTED = re.compile(
+    r"'[^']*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|/\*.*?\*/|--[^\n]*|\bBEGIN\s+ATOMIC\b.*", re.DOTALL | re.IGNORECASE
+)
+_QUOTED_ON_MYSQL = re.compile(
+    r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`|/\*(?!M?!).*?\*/|(?:--\s|\#)[^\n]*", re.DOTALL
+)
+# Drivers that go on, after what a signal raises in the middle of a statement, as if its answer were that of the next.
+# What they raise themselves before they send one is of these.
+_READ_ON = ("pg8000", "mysqlconnector")
+_UNSENT = TypeError | ValueError | LookupError | ArithmeticError | AttributeError
 _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one"
 
 
@@ -76,9 +92,11 @@ class GuardedConnection(Connection):
 
     @property
     def connection(self) -> PoolProxiedConnection:
-        """The pool's connection: what its driver is told past SQLAlchemy is in the transaction too."""
-        if self.dialect.driver in _BEGIN_LATE and not self._beginning and self._holds:
-            self._begin("")
+        """The pool's connection: what its driver is told past SQLAlchemy is in the transaction, or seen to end it."""
+        if not (self._beginning or self.begun or self.invalidated) and self._holds:
+            if self.dialect.name in _BEGUN_HERE:
+                self._begin("")
+            self.begun = _in_transaction(self.dialect.driver, self._driver) is True
         return pooled(self)
 
     @property
@@ -102,8 +120,11 @@ class GuardedConnection(Connection):
         try:
             if self.dialect.name == "sqlite":
                 begin(self, sql)
-            else:
+            elif self.dialect.driver == "asyncpg":
                 _begin_asyncpg(self)
+            else:
+                # The driver begins with whatever comes first.
+                send(self, "SELECT 1", unseen=True)
         finally:
             self._beginning = False
 
@@ -112,18 +133,32 @@ class GuardedConnection(Connection):
             return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
         sql = getattr(statement, "string", statement)
         mysql = dialect.name in _MYSQL
-        ends = (_ENDS_ON_MYSQL if mysql else _ENDS).match(sql)
+        ends = _ends(sql, dialect.name)
         if ends is not None and ends["commit"]:
             raise TransactionError(_WOULD_COMMIT)
         self.check_open(sql)
         try:
             result = super()._execute_context(dialect, constructor, statement, *args, **kwargs)
-            self._ended = ends is not None
-            return result
         except DBAPIError as error:
             # The server has rolled back all of it, and begins another transaction for what comes next.
-            self._ended = mysql and error_code(error) in _ROLLED_BACK
+            self._ended = mysql and self._rolled_back(error_code(error))
             raise
+        except Exception as error:
+            if dialect.driver in _READ_ON and not isinstance(error, SQLAlchemyError | _UNSENT):
+                self.invalidate(error)
+            raise
+        self._ended = ends is not None
+        # A text of several statements may have ended what it began.
+        self.begun = self.begun or dialect.name == "postgresql"
+        return result
+
+    def _rolled_back(self, code: str | int | None) -> bool:
+        if code != _LOCK_TIMEOUT:
+            return code in _ROLLED_BACK
+        row = None
+        with suppress(Exception):
+            row = send(self, "SELECT @@innodb_rollback_on_timeout", unseen=True).row
+        return row is None or bool(row[0])
 
     def _commit_impl(self) -> None:
         session = self._session()
@@ -150,6 +185,16 @@ def guard(connection: Connection, session: Session) -> None:
     guarded.begun = guarded._ended = guarded._beginning = False
     if connection.dialect.name == "sqlite":
         close_what_is_invalidated(connection.engine)
+
+
+def _ends(sql: str, family: str) -> re.Match[str] | None:
+    """Find what ends the transaction, in any of the statements that some drivers send in one text."""
+    pattern, quoted = (_ENDS_ON_MYSQL, _QUOTED_ON_MYSQL) if family in _MYSQL else (_ENDS, _QUOTED)
+    first = pattern.match(sql)
+    if first is not None or ";" not in sql or family == "sqlite":
+        return first
+    found = map(pattern.match, quoted.sub("''", sql).split(";"))
+    return next((each for each in found if each is not None), None)
 
 
 def _begin_asyncpg(connection: Connection) -> None:

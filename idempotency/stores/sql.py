@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, Self, TypeVar
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
@@ -103,6 +105,7 @@ class SQLStore:
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
         self._turns = Turns() if url.get_backend_name() == "sqlite" else None
+        _stores.add(self)
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -313,7 +316,11 @@ class SQLStore:
             threads[0].engine.dispose()
 
     def forked(self) -> None:
-        """Leave the blocking verbs' connections to the parent process; to be called in a child that was forked."""
+        """Leave the blocking verbs' connections to the parent process; called in each child that is forked.
+
+        And the places of its other threads, none of which goes on in the child to give them back.
+        """
+        self._opening = threading.Lock()
         threads, self._threads = self._threads, None
         engine = threads[0].engine if threads is not None else self._source
         if isinstance(engine, Engine):
@@ -366,3 +373,15 @@ class SQLStore:
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
                 self._threads = database, threading.BoundedSemaphore(database.width)
             return self._threads
+
+
+_stores: WeakSet[SQLStore] = WeakSet()
+
+
+def _forked() -> None:
+    for store in list(_stores):
+        store.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
+from servers import MariaDBServer
 from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from targets import Target
@@ -207,6 +208,56 @@ async def test_a_text_that_commits_is_refused(shop: Shop, words: str) -> None:
         assert await shop.orders() == []
 
 
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "mariadb_asyncmy")
+async def test_a_text_that_commits_among_others_is_refused(shop: Shop) -> None:
+    """Some drivers send several statements in one text: none of them is sent, first in the session or not."""
+
+    async def handle(session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO orders VALUES ('tea;'); COMMIT; INSERT INTO orders VALUES ('pot')"))
+
+    shop.serve(handle, Policy(lease=5))
+
+    assert isinstance(await shop.raised("k"), TransactionError)
+    assert await shop.orders() == []
+
+
+@pytest.mark.stores("postgres_psycopg", "mariadb")
+async def test_a_semicolon_ends_nothing_by_itself(shop: Shop) -> None:
+    """Neither in a quote, a comment, or a body, nor between statements that commit nothing."""
+    words = ["INSERT INTO orders VALUES ('; COMMIT')", "INSERT INTO orders VALUES ('tea'); SELECT 1; /* ; COMMIT */"]
+    if shop.engine.dialect.name == "postgresql":
+        words.append("DO $$ BEGIN INSERT INTO orders VALUES ('pot'); END; $$")
+        words.append("CREATE FUNCTION pg_temp.one() RETURNS int BEGIN ATOMIC SELECT 1; SELECT 2; END")
+
+    async def handle(session: AsyncSession) -> None:
+        for each in words:
+            await session.execute(text(each))
+
+    shop.serve(handle, Policy(lease=5))
+
+    assert await shop.raised("k") is None
+    assert {"; COMMIT", "tea"} <= set(await shop.orders())
+
+
+@pytest.mark.stores("mariadb", "mariadb_asyncmy")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "/*! COMMIT */",
+        "/*M!100100 COMMIT */",
+        "# all of it\nCOMMIT",
+        "/*!50001 CREATE TABLE never_there (item INT) */",
+        "SET STATEMENT max_statement_time = 5 FOR CREATE TABLE never_there (item INT)",
+        "SET @mine = 1, autocommit = 1",
+        "ANALYZE TABLE orders",
+        "CHECK TABLE orders",
+    ],
+)
+async def test_what_mariadb_executes_in_other_words_is_refused(shop: Shop, words: str) -> None:
+    """What commits is refused also where it stands in a comment that is executed, or behind something else."""
+    await test_what_mariadb_commits_by_itself_is_refused(shop, words, False)
+
+
 @pytest.mark.stores("mariadb", "mariadb_asyncmy")
 @pytest.mark.parametrize(
     "words", ["CREATE TABLE never_there (item INT)", "START TRANSACTION", "TRUNCATE TABLE orders", "SET autocommit = 1"]
@@ -257,6 +308,38 @@ async def test_a_transaction_that_was_ended_past_its_session_is_refused(shop: Sh
         assert await shop.orders() == []
 
 
+async def by_a_cursor_first(session: AsyncSession) -> None:
+    await tell_the_driver(session, "INSERT INTO orders VALUES ('tea')", "COMMIT")
+
+
+async def by_a_cursor_behind_a_read(session: AsyncSession) -> None:
+    await session.execute(text("SELECT 1"))
+    await by_a_cursor_first(session)
+
+
+async def by_the_drivers_connection(session: AsyncSession) -> None:
+    def commit(connection: Any) -> None:
+        cursor = connection.connection.cursor()
+        cursor.execute("INSERT INTO orders VALUES ('tea')")
+        connection.connection.commit()
+
+    await (await session.connection()).run_sync(commit)
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "sqlite")
+@pytest.mark.parametrize("end", [by_a_cursor_first, by_a_cursor_behind_a_read, by_the_drivers_connection])
+async def test_a_commit_past_a_session_that_has_done_nothing_is_no_success(shop: Shop, end: Any) -> None:
+    """What the driver has committed stays, and nothing is recorded with what comes after."""
+
+    async def handle(session: AsyncSession) -> None:
+        await end(session)
+
+    shop.serve(handle, Policy(lease=5))
+
+    assert isinstance(await shop.raised("k"), TransactionError)
+    assert await shop.orders() == ["tea"]
+
+
 @pytest.mark.stores("sqlite")
 async def test_a_constraint_that_rolls_back_is_no_success(shop: Shop) -> None:
     """A handler that swallows its error goes on without its first effect: an error, and nothing is there."""
@@ -300,6 +383,30 @@ async def test_a_deadlock_that_is_swallowed_is_no_success(shop: Shop) -> None:
 
     assert isinstance(await shop.raised("k"), TransactionError)
     assert sorted(await shop.orders()) == ["one", "other"]
+
+
+@pytest.mark.stores("mariadb")
+@pytest.mark.parametrize(("setting", "goes_on"), [("ON", False), ("OFF", True)])
+async def test_a_lock_timeout_that_is_swallowed_is_no_success_where_it_rolls_back(setting: str, goes_on: bool) -> None:
+    """With innodb_rollback_on_timeout the server has rolled back all of the transaction, else the statement alone."""
+
+    async def handle(session: AsyncSession) -> None:
+        await session.execute(text("SET innodb_lock_wait_timeout = 1"))
+        await session.execute(INSERT_A_CUP)
+        with suppress(sqlalchemy.exc.OperationalError):
+            await session.execute(text("UPDATE stock SET item = 1"))
+        await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+
+    with MariaDBServer(innodb_rollback_on_timeout=setting) as server:
+        async with open_shop(Target.of("mariadb", server.url), server.url) as shop:
+            shop.serve(handle, Policy(lease=20))
+            await shop.execute("CREATE TABLE stock (item INT PRIMARY KEY)", "INSERT INTO stock VALUES (1)")
+            async with shop.engine.connect() as other:
+                await other.execute(text("SELECT item FROM stock FOR UPDATE"))
+                failure = await shop.raised("k")
+
+            assert isinstance(failure, TransactionError) is not goes_on
+            assert sorted(await shop.orders()) == (["cup", "tea"] if goes_on else [])
 
 
 class _CommitsByItself(sqlite3.Connection):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sqlite3
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from servers import with_driver, with_port
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, NullPool, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from targets import unique_name
@@ -937,3 +938,37 @@ def test_a_file_whose_mode_is_being_changed_can_be_opened(tmp_path: Path) -> Non
 
         other.execute("COMMIT")
         assert late.execute("SELECT count(*) FROM t").fetchone() == (0,)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_waits_for_no_thread_of_its_parent(postgres_url: str) -> None:
+    """What another thread was doing with the store when its process was forked takes no place in the child."""
+    url = with_driver(postgres_url, "postgresql+psycopg")
+    engine = create_engine(url, pool_size=2, max_overflow=0)
+    name = unique_name()
+    store = SQLStore(engine, table=name, timeout=3)
+    store.create_schema_sync()
+    running = new_claim("parent")
+    store.claim_sync(running)
+    other = create_engine(url, poolclass=NullPool)
+    with other.connect() as holder:
+        holder.execute(text(f"UPDATE {name} SET attempt = attempt"))
+        thread = threading.Thread(target=store.renew_sync, args=(running,))
+        thread.start()
+        waits = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE :table")
+        while not holder.execute(waits, {"table": f"%{name}%"}).scalar_one():
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                claim = new_claim("child")
+                status = 0 if store.claim_sync(claim).token == claim.token else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        holder.rollback()
+    thread.join()
+    assert store.complete_sync(running, None)
+    engine.dispose()
