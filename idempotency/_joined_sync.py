@@ -16,7 +16,7 @@ from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._joined import AGAIN_AFTER, is_intact, judged, keeps_failures, kept_as, left_by, raised, without_lease
 from idempotency._tell import kind_of
-from idempotency._transaction import check_left, check_sessions, naming_failures, write_end
+from idempotency._transaction import check_left, check_sessions, naming_failures, write_and_commit
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
@@ -25,12 +25,9 @@ from idempotency.stores._sql_joined import (
     LEFT,
     ConflictError,
     UnusableError,
-    allow_commit,
-    commit,
     cut_off_session,
     discard,
     failure_of,
-    finish,
     give_back,
     keep_commit,
     roll_back,
@@ -248,13 +245,7 @@ class _SyncTransaction:
             raise failure from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        written, self.refused = write_end(self._store, session, self._claim, result, state)
-        allow_commit(session)
-        if written:
-            commit(session)
-        else:
-            session.rollback()
-        finish(session)
+        written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
         return written
 
     def _committed_after_all(self, state: State, answered: bool) -> bool:

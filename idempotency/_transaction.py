@@ -222,15 +222,7 @@ class Transaction:
             raise failure from error
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        from idempotency.stores._sql_joined import allow_commit, commit, finish
-
-        written, self.refused = write_end(self._store, session, self._claim, result, state)
-        allow_commit(session)
-        if written:
-            commit(session)
-        else:
-            session.rollback()
-        finish(session)
+        written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
         return written
 
     async def _committed_after_all(self, state: State, answered: bool) -> bool:
@@ -330,19 +322,30 @@ def naming_failures(session: Session) -> Iterator[None]:
         raise failure from error
 
 
-def write_end(
+def write_and_commit(
     store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State
 ) -> tuple[bool, StoreRefusedError | None]:
-    """Record the end in ``session``, without a result that the store refuses: the effect is worth more.
+    """Record the end in ``session`` and commit it; False, and all rolled back, for a superseded owner.
 
-    False for a superseded owner. The second value is why the result was left out, if it was.
+    A result that the store refuses is left out, as the effect is worth more: the second value says why.
     """
+    from idempotency.stores._sql_joined import allow_commit, commit, finish
+
+    refused = None
     try:
-        return store.complete_in_sync(session, claim, result, state), None
+        written = store.complete_in_sync(session, claim, result, state)
     except StoreRefusedError as error:
         if result is None:
             raise
-        return store.complete_in_sync(session, claim, None, state), error
+        refused = error
+        written = store.complete_in_sync(session, claim, None, state)
+    allow_commit(session)
+    if written:
+        commit(session)
+    else:
+        session.rollback()
+    finish(session)
+    return written, refused
 
 
 def check_left(session: Session, root: SessionTransaction | None) -> None:

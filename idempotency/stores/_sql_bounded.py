@@ -156,7 +156,7 @@ class Watchdog:
         if self._watched or self._some.wait(_IDLE):
             return False
         with self._ending:
-            # Whoever began to watch before this line is seen here, and whoever does after it begins another thread.
+            # A statement that began before this line is seen here; one that begins after it begins another thread.
             if self._watched:
                 return False
             self._thread = None
