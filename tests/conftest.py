@@ -17,6 +17,7 @@ from targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
     config.addinivalue_line("markers", "stores(*kinds): run on these stores only; see tests/targets.py for the names")
 
 

@@ -27,6 +27,8 @@ from idempotency._core import Claim
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT = 0.5
 ASYNC = ("postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql", "mysql+asyncmy")
 SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "postgresql+pg8000", "mysql+pymysql", "mysql+mysqlconnector")

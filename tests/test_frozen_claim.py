@@ -17,6 +17,8 @@ from idempotency import idempotent
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT = 1.0
 LOCK_TIMEOUT = 1.0
 DRIVERS = ("postgresql+asyncpg", "postgresql+psycopg")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
 import servers
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.stores.sql import SQLStore
+
+pytestmark = pytest.mark.alone
 
 TIMEOUT = 1.0
 LEASE = 1.0
@@ -61,13 +64,17 @@ async def test_a_commit_that_is_not_answered_holds_up_nobody() -> None:
                 on_event=lambda _: None,
             )
         )
-        freeze = lambda _: server.freeze()  # noqa: E731 - removed again by its name
-        event.listen(engine.sync_engine, "commit", freeze)
         loop = asyncio.get_running_loop()
-        since = loop.time()
+        frozen = list[float]()
+
+        def freeze(_: Any) -> None:
+            server.freeze()
+            frozen.append(loop.time())
+
+        event.listen(engine.sync_engine, "commit", freeze)
 
         assert await client.post() == (503, False)
-        assert loop.time() - since < TIMEOUT + 1
+        assert loop.time() - frozen[0] < TIMEOUT + 1
 
         event.remove(engine.sync_engine, "commit", freeze)
         server.thaw()

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from asgi_servers import STORE_TIMEOUT, Bench, Live
 from servers import PostgresServer, RedisServer, Server
 from targets import Target
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")

@@ -307,6 +307,7 @@ def test_two_hundred_threads_at_once(server: RedisServer) -> None:
     store._sync.close()
 
 
+@pytest.mark.alone
 async def test_frozen_server_fails_in_time(mortal: RedisServer) -> None:
     """A server that gives no answer at all is an error within the time-out, and serves again once it answers."""
     store = RedisStore.from_url(mortal.url, timeout=0.4)
@@ -333,6 +334,7 @@ async def test_frozen_server_fails_in_time(mortal: RedisServer) -> None:
     await fresh.aclose()
 
 
+@pytest.mark.alone
 def test_frozen_server_fails_in_time_for_threads(mortal: RedisServer) -> None:
     """So it is for the blocking verbs of a store opened by URL."""
     store = RedisStore.from_url(mortal.url, timeout=0.4)
