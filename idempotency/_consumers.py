@@ -41,7 +41,7 @@ class Consumer:
 
         ``work`` is given the session where there is one. ``attempt`` is the broker's count of deliveries, 1 for the
         first, None where it has none. ``compared`` is what repeated messages must have in common with the first.
-        A ``key`` that is none makes a dead letter. Raises what ``"stop"`` asks for.
+        A missing or unusable ``key`` makes a dead letter. Raises what ``"stop"`` asks for.
         """
         rules, ran, counted = self.rules, list[bool](), list[bool]()
         try:

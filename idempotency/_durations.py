@@ -15,7 +15,7 @@ DAY = 86400.0
 
 
 def seconds(name: str, value: object, longest: float = LONGEST) -> float:
-    """Read seconds or a ``timedelta``; ConfigurationError, with the name and the value, for what is none."""
+    """Read seconds or a ``timedelta``; ConfigurationError, with the name and the value, for anything else."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or _endless(number):
         raise ConfigurationError(f"{name} must be seconds or a timedelta, not {value!r}")

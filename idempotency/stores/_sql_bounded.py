@@ -59,7 +59,7 @@ class Abandoned:
     async def wait(self) -> None:
         """Wait until those of the running event loop have ended."""
         loop = asyncio.get_running_loop()
-        mine = [task for task in self._tasks if task.get_loop() is loop]
+        mine = [task for task in list(self._tasks) if task.get_loop() is loop]
         if mine:
             await asyncio.wait(mine)
 

@@ -169,7 +169,7 @@ class Database:
             except IdempotencyError:
                 raise
             except Exception as error:  # a driver whose connection dies raises what it likes
-                # A new connection may reach another server. If it is of no use either, that is to be told.
+                # A new connection may reach another server. If it is of no use either, that is the error.
                 again = not replaced if unusable(error) else _again(error)
                 replaced = replaced or unusable(error)
                 if not tries_left or call.abandoned or not again:

@@ -19,12 +19,12 @@ _DATA = frozenset(
 )
 _DATA_SQLITE = frozenset({18, 19, 20})  # SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLITE_MISMATCH
 
-# The server writes no more, for what asked it: it is a standby by now, or is told to be read-only.
+# The server takes no writes on this connection: it is a standby by now, or set to be read-only.
 _READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
 # The connection's prepared statements are gone, or of a table that has changed since.
 _STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
-# Lock not available, lock wait time-out, and a statement that took longer than MariaDB was told to let it.
+# Lock not available, lock wait time-out, and a statement over the time limit set for it on MariaDB or MySQL.
 _LOCKED = frozenset({"55P03", 1205, 1969, 3024})
 _LOCKED_SQLITE = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 BUSY_SNAPSHOT = 517

@@ -92,7 +92,7 @@ class GuardedConnection(Connection):
 
     @property
     def connection(self) -> PoolProxiedConnection:
-        """The pool's connection: what its driver is told past SQLAlchemy is in the transaction, or seen to end it."""
+        """The pool's connection: what is sent by its driver directly is in the transaction, or seen to end it."""
         if not (self._beginning or self.begun or self.invalidated) and self._holds:
             if self.dialect.name in _BEGUN_HERE:
                 self._begin("")
@@ -198,7 +198,7 @@ def _ends(sql: str, family: str) -> re.Match[str] | None:
 
 
 def _begin_asyncpg(connection: Connection) -> None:
-    # SQLAlchemy sends this BEGIN before its first statement; what the driver itself is told earlier would be outside.
+    # SQLAlchemy sends this BEGIN before its first statement; what the driver sends directly before it would be outside.
     adapted: Any = pooled(connection).dbapi_connection
     if not hasattr(adapted, "_start_transaction"):
         raise ConfigurationError(_UNKNOWN)

@@ -32,7 +32,7 @@ from idempotency.stores._sql_guard import (
 )
 from idempotency.stores._sql_limits import check_size
 from idempotency.stores._sql_schema import create_schema
-from idempotency.stores._sql_send import Sent, pooled, send
+from idempotency.stores._sql_send import Sent, pooled, send, setting
 from idempotency.stores._sql_sqlite import begin_to_write, bounded, busy_of, waiting
 from idempotency.stores._sql_trust import check_driver, has_begun
 from idempotency.stores._sql_values import packed
@@ -406,11 +406,5 @@ def connecting(session: Session) -> Iterator[None]:
 @contextmanager
 def _patience(connection: Connection, seconds: int) -> Iterator[None]:
     row = send(connection, "SELECT @@innodb_lock_wait_timeout").row
-    before = row[0] if row else seconds
-    if before != seconds:
-        send(connection, f"SET innodb_lock_wait_timeout = {seconds:d}", fetch=False)
-    try:
+    with setting(connection, "SET innodb_lock_wait_timeout", seconds, row[0] if row else seconds):
         yield
-    finally:
-        if before != seconds and not connection.invalidated:
-            send(connection, f"SET innodb_lock_wait_timeout = {before:d}", fetch=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, PoolProxiedConnection
@@ -60,6 +60,18 @@ def send(
         if not connection.invalidated:
             connection.invalidate(error)
         raise
+
+
+@contextmanager
+def setting(connection: Connection, name: str, value: int, before: int) -> Iterator[None]:
+    """Set ``name`` to ``value`` for a while, and back to ``before``; nothing is sent if they are equal."""
+    if before != value:
+        send(connection, f"{name} = {value:d}", fetch=False)
+    try:
+        yield
+    finally:
+        if before != value and not connection.invalidated:
+            send(connection, f"{name} = {before:d}", fetch=False)
 
 
 def _observed(connection: Connection) -> bool:

@@ -6,7 +6,7 @@ import gc
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +14,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, Pool, event
 
 from idempotency._durations import milliseconds
-from idempotency.stores._sql_send import pooled, send
+from idempotency.stores._sql_send import pooled, send, setting
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 
@@ -52,17 +52,9 @@ def begin_to_write(connection: Connection) -> None:
     send(connection, "BEGIN IMMEDIATE", fetch=False)
 
 
-@contextmanager
-def waiting(connection: Connection, seconds: float, before: int) -> Iterator[None]:
+def waiting(connection: Connection, seconds: float, before: int) -> AbstractContextManager[None]:
     """Have statements wait for the lock for up to ``seconds``, and then for ``before`` milliseconds again."""
-    wait = milliseconds(seconds)
-    if before != wait:
-        send(connection, f"{BUSY} = {wait:d}", fetch=False)
-    try:
-        yield
-    finally:
-        if before != wait and not connection.invalidated:
-            send(connection, f"{BUSY} = {before:d}", fetch=False)
+    return setting(connection, BUSY, milliseconds(seconds), before)
 
 
 def busy_of(connection: Connection) -> int:
