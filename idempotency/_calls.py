@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from idempotency._core import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
 from idempotency._result import Results
+from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
 from idempotency._tell import Failure, tell
 from idempotency.errors import (
     ConfigurationError,

@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from idempotency._calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
-from idempotency._core import Claim, Completed, InProgress, Mismatch, Replay, record_id
 from idempotency._result import Codec, results_of
+from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, record_id
 from idempotency._tell import tell
 from idempotency.errors import (
     ConfigurationError,

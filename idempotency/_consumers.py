@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from idempotency._calls import Calls, Ended
 from idempotency._consume import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
-from idempotency._core import Claim, record_id
+from idempotency._rules import Claim, record_id
 from idempotency._turns import Turns
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.function import runner_of

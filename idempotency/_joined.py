@@ -18,9 +18,9 @@ from sqlalchemy.orm import SessionTransaction
 
 from idempotency._background import repeat
 from idempotency._calls import Calls, Ended, Raised, Ran
-from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._durations import DAY, seconds
 from idempotency._result import encode_failure
+from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._tell import kind_of
 from idempotency._transaction import Transaction, check_sessions
 from idempotency.errors import ConfigurationError, StoreError, TransactionError

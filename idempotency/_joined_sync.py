@@ -13,8 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._calls import Calls, Ended, Raised, Ran
-from idempotency._core import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._joined import AGAIN_AFTER, is_intact, judged, keeps_failures, kept_as, left_by, raised, without_lease
+from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._tell import kind_of
 from idempotency._transaction import check_left, check_sessions, naming_failures, write_and_commit
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError

@@ -8,8 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from idempotency._calls import Calls, Ended, Raised, Ran
-from idempotency._core import Claim, Execute
 from idempotency._result import encode_failure
+from idempotency._rules import Claim, Execute
 from idempotency._run import Lease, Runner
 from idempotency._run_sync import SyncLease, SyncRunner
 from idempotency.errors import StoreError, WaitFailedError

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from idempotency._background import repeat
-from idempotency._core import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
+from idempotency._rules import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency._transaction import Transaction
 from idempotency.errors import StoreError, StoreRefusedError, WaitFailedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.events import Event, EventHook, EventKind
 from idempotency.policy import Outcome

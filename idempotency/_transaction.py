@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from idempotency._core import Claim, Record, State
+from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 
 if TYPE_CHECKING:

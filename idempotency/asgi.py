@@ -10,7 +10,16 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from idempotency._background import drain
-from idempotency._core import (
+from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
+from idempotency._http.capture import ResponseCapture, send_response
+from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
+from idempotency._http.disconnect import Disconnect
+from idempotency._http.exit_stacks import ExitStacks
+from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
+from idempotency._http.key import read_key, read_prefer_wait
+from idempotency._http.problem import DRAFT, check_docs, problem_response
+from idempotency._http.routes import Routes
+from idempotency._rules import (
     Claim,
     Completed,
     Execute,
@@ -21,15 +30,6 @@ from idempotency._core import (
     Unknown,
     Unreadable,
 )
-from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
-from idempotency._http.capture import ResponseCapture, send_response
-from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
-from idempotency._http.disconnect import Disconnect
-from idempotency._http.exit_stacks import ExitStacks
-from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
-from idempotency._http.key import read_key, read_prefer_wait
-from idempotency._http.problem import DRAFT, check_docs, problem_response
-from idempotency._http.routes import Routes
 from idempotency._run import Lease, Runner
 from idempotency._transaction import transactions
 from idempotency.errors import (

@@ -22,10 +22,10 @@ from idempotency._calls import (
     signature_without_session,
     takes_session,
 )
-from idempotency._core import Claim, Replay
 from idempotency._leased import Leased, SyncLeased
 from idempotency._names import Made, full_name_of, takes_scope_of_another
 from idempotency._result import Codec, results_of
+from idempotency._rules import Claim, Replay
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy

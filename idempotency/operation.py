@@ -10,7 +10,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.errors import TransactionError
 from idempotency.policy import Outcome
 

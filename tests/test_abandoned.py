@@ -23,7 +23,7 @@ from targets import unique_name
 from tcp_proxy import Proxy
 
 from idempotency import Policy, drain, drain_sync, idempotent
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
 

@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 
 from idempotency._cli import show
 from idempotency._cli.commands import app
-from idempotency._core import Claim, Record, State
 from idempotency._http.codec import decode_response
+from idempotency._rules import Claim, Record, State
 from idempotency.stores.base import Entry
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from targets import Target
 from tcp_proxy import Proxy
 
 from idempotency import Policy, current, idempotent_consumer
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.consumer import DeadLetter, Delivered, Done, ExhaustedError, Failed, Replayed, Retry
 from idempotency.errors import (
     ConfigurationError,

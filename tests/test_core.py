@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from idempotency._core import (
+from idempotency._rules import (
     Claim,
     Completed,
     Execute,

@@ -58,7 +58,7 @@ async def test_the_longest_durations_fit_every_store(store: Any) -> None:
 @pytest.mark.stores("memory", "fakeredis", "redis", "sqlite", "postgres", "mariadb")
 async def test_a_counted_record_shows_a_lease_that_is_over(store: Any) -> None:
     """A lease of 0 is shown as over since the record was made, not since 1970."""
-    from idempotency._core import Claim
+    from idempotency._rules import Claim
 
     claim = Claim(scope="s", key="k", fingerprint=b"f", lease=0.0, ttl=60.0)
     await store.claim(claim)
@@ -69,7 +69,7 @@ async def test_a_counted_record_shows_a_lease_that_is_over(store: Any) -> None:
 @pytest.mark.stores("memory", "fakeredis", "sqlite")
 async def test_resolve_refuses_a_ttl_that_no_store_can_count(store: Any) -> None:
     """So does an operator's command."""
-    from idempotency._core import Claim, State
+    from idempotency._rules import Claim, State
 
     claim = Claim(scope="s", key="k", fingerprint=b"f", lease=30.0, ttl=60.0)
     await store.claim(claim)

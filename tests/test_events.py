@@ -14,8 +14,8 @@ from faults import FlakyStore
 from time_travel import settled, travelling, travelling_store
 
 from idempotency import Policy
-from idempotency._core import record_id
 from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._rules import record_id
 from idempotency.events import Event, EventKind, log_event
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock

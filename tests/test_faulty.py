@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from idempotency._core import Claim, State
+from idempotency._rules import Claim, State
 from idempotency.errors import StoreError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from idempotency import Operation, Policy, current, drain, idempotent
-from idempotency._core import Claim, Execute, State, judge
+from idempotency._rules import Claim, Execute, State, judge
 from idempotency.errors import (
     ConfigurationError,
     InProgressError,

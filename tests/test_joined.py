@@ -22,7 +22,7 @@ from targets import Target
 from tcp_proxy import Proxy
 
 from idempotency import Policy, current, idempotent
-from idempotency._core import Claim, Execute, Replay, judge
+from idempotency._rules import Claim, Execute, Replay, judge
 from idempotency.errors import (
     ConfigurationError,
     InProgressError,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from idempotency import _run_sync
-from idempotency._core import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
+from idempotency._rules import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
 from idempotency._run_sync import Beat, SyncLease, SyncRunner
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event

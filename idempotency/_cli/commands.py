@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from idempotency._cli import show
 from idempotency._cli.doctor import examine
 from idempotency._cli.lookup import find, find_key, hexadecimal, is_sql, one, open_named
-from idempotency._core import record_id
 from idempotency._http.codec import encode_response
+from idempotency._rules import record_id
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
 from idempotency.stores.base import Entry

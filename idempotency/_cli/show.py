@@ -15,7 +15,7 @@ from rich.text import Text
 
 from idempotency._cli.doctor import Finding
 from idempotency._cli.lookup import LOGGED
-from idempotency._core import State
+from idempotency._rules import State
 from idempotency.stores.base import Entry
 
 _LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from idempotency._core import FORMAT, Claim, Record, State
 from idempotency._durations import DAY, milliseconds, positive, seconds
+from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreRefusedError
 from idempotency.stores._shown import shown
 from idempotency.stores.base import Entry

@@ -10,7 +10,7 @@ import re
 
 from sqlalchemy import Dialect, Table, TextClause, text
 
-from idempotency._core import FORMAT, State
+from idempotency._rules import FORMAT, State
 from idempotency.errors import ConfigurationError
 
 _NOW = {

@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
-from idempotency._core import Claim, Record, State
+from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_driver import bound_of, cut_off

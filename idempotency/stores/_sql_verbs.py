@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
-from idempotency._core import FORMAT, Claim, Record, State
 from idempotency._durations import milliseconds, seconds
+from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_limits import check_size

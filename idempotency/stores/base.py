@@ -23,7 +23,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-from idempotency._core import Claim, Record, State
+from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError
 
 Changed = Callable[[float], Awaitable[None]]
@@ -185,7 +185,7 @@ class Housekeeping(Protocol):
     """What an operator does with records; no request needs it."""
 
     async def inspect(self, record: bytes, /) -> Entry | None:
-        """Show the record of this id (:func:`idempotency._core.record_id`); None when there is none, or it expired."""
+        """Show the record of this id (:func:`idempotency._rules.record_id`); None when there is none, or it expired."""
         ...
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from math import inf
 from typing import Literal
 
-from idempotency._core import FORMAT, Claim, Record, State, takes_over
 from idempotency._durations import seconds
+from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores._shown import shown
 from idempotency.stores.base import Changed, Entry

@@ -26,8 +26,8 @@ from redis.exceptions import (
     RedisError,
 )
 
-from idempotency._core import Claim, Record, State
 from idempotency._durations import DAY, positive
+from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores import _redis_wire as wire
 from idempotency.stores._redis_open import (

@@ -17,8 +17,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from idempotency._core import Claim, Record, State
 from idempotency._durations import DAY, positive
+from idempotency._rules import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_bounded import Abandoned, Call, Watchdog

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Self, cast
 
-from idempotency._core import Claim, Record, State
+from idempotency._rules import Claim, Record, State
 from idempotency.errors import StoreError
 from idempotency.stores.base import Changed, Entry, Store, SyncStore, check_store
 from idempotency.stores.memory import MemoryStore

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from subjects import Subject, claim_of
 
 from idempotency import idempotent
-from idempotency._core import Claim, Execute, Record, judge
+from idempotency._rules import Claim, Execute, Record, judge
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 

@@ -9,7 +9,7 @@ import redis.asyncio as aioredis
 from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
 
 from idempotency import open_store
-from idempotency._core import Claim, State
+from idempotency._rules import Claim, State
 from idempotency.stores import _redis_wire as wire
 
 _BATCH = 1000

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
 
 from idempotency import open_store
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.stores.sql import records_table
 
 _BATCH = 10_000

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from exchange import ANSWER, HEADERS
 
 from idempotency import open_store
-from idempotency._core import Claim
 from idempotency._http.codec import encode_response
+from idempotency._rules import Claim
 from idempotency.errors import ConfigurationError
 from idempotency.stores.memory import MemoryStore
 

@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from measure import Case, medians
 from subjects import Subject, claim_of
 
-from idempotency._core import Claim
+from idempotency._rules import Claim
 
 _SIZES = (1_000, 10_000, 100_000, 1_000_000)
 

@@ -26,8 +26,8 @@ from starlette.middleware.cors import CORSMiddleware
 from time_travel import settled
 
 from idempotency import Policy
-from idempotency._core import record_id
 from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
 

@@ -25,9 +25,9 @@ from time_travel import now, others, settled, travelling, travelling_store
 
 import idempotency.asgi
 from idempotency import IdempotencyMiddleware, Policy, current
-from idempotency._core import record_id
 from idempotency._http import body, capture
 from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._rules import record_id
 from idempotency.errors import ConfigurationError
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore

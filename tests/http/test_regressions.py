@@ -24,8 +24,8 @@ from starlette.routing import Route
 from time_travel import settled, travelling, travelling_store
 
 from idempotency import IdempotencyMiddleware, Policy
-from idempotency._core import Claim, record_id
 from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._rules import Claim, record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
 

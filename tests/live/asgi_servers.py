@@ -24,8 +24,8 @@ import pytest
 from servers import LOOPBACK, Proxy, free_port, listening, with_port
 from targets import Target, unique_name
 
-from idempotency._core import record_id
 from idempotency._http.fingerprint import authorization_scope
+from idempotency._rules import record_id
 
 HERE = Path(__file__).parent
 PATIENCE = 20.0

@@ -27,7 +27,7 @@ from asgi_servers import (
 )
 from targets import Target
 
-from idempotency._core import State
+from idempotency._rules import State
 
 CRASHES: list[Combination] = [each for kind in SERVERS for each in ((kind, 1, "redis"), (kind, 2, "postgres"))]
 

@@ -15,7 +15,7 @@ from asgi_servers import PATIENCE, SERVERS, STORE_TIMEOUT, Bench, Live, new_key,
 from servers import LOOPBACK, Proxy, listening
 from targets import Target
 
-from idempotency._core import State
+from idempotency._rules import State
 
 LEASE = 8.0
 """Long enough for the store to come back in it."""

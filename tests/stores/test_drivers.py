@@ -23,7 +23,7 @@ from sqlalchemy.orm import sessionmaker
 from targets import unique_name
 
 from idempotency import idempotent
-from idempotency._core import Claim, Execute, Record, Replay, State, judge
+from idempotency._rules import Claim, Execute, Record, Replay, State, judge
 from idempotency.errors import ConfigurationError
 from idempotency.stores._sql_verbs import Found, read_record
 from idempotency.stores.sql import SQLStore

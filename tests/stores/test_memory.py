@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from idempotency._core import Claim, State
+from idempotency._rules import Claim, State
 from idempotency.errors import StoreError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from targets import Target
 
-from idempotency._core import (
+from idempotency._rules import (
     Claim,
     Completed,
     Execute,

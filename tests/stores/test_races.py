@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from targets import SERVER_KINDS, Target, run_on
 
-from idempotency._core import Claim, Execute, InProgress, Replay, Verdict, judge
+from idempotency._rules import Claim, Execute, InProgress, Replay, Verdict, judge
 
 PROCESSES = 4
 CLAIMS = 25

@@ -17,8 +17,8 @@ import redis.asyncio as aioredis
 from redis.asyncio.cluster import RedisCluster
 from redis_servers import RedisServer, embedded, free_port, require
 
-from idempotency import _core
-from idempotency._core import Claim, Record, State, Unreadable, judge
+from idempotency import _rules as _core
+from idempotency._rules import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._redis_send import _KeptSync
 from idempotency.stores.redis import Durability, RedisStore

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent, idempotent_consumer
 from idempotency._cli.commands import app as command
 from idempotency._cli.lookup import find_key
-from idempotency._core import Claim
+from idempotency._rules import Claim
 from idempotency.consumer import DeadLetter, Done, Failed, Replayed
 from idempotency.errors import StoreRefusedError
 from idempotency.events import Event

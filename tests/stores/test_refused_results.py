@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from targets import Target, unique_name
 
 from idempotency import IdempotencyMiddleware, Policy, idempotent
-from idempotency._core import Claim, Completed, Replay, judge
+from idempotency._rules import Claim, Completed, Replay, judge
 from idempotency.errors import NotReplayableError, StoreRefusedError
 from idempotency.events import Event
 from idempotency.stores.redis import RedisStore

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from targets import unique_name
 from tcp_proxy import Proxy
 
-from idempotency._core import Claim, Execute, InProgress, Record, Replay, State, Unreadable, judge
+from idempotency._rules import Claim, Execute, InProgress, Record, Replay, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, UnreadableError
 from idempotency.stores._sql_engines import _write_ahead
 from idempotency.stores.sql import SQLStore, records_table, schema_sql

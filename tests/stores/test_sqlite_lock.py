@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from sqlalchemy.orm import sessionmaker
 
 from idempotency import Policy, idempotent, idempotent_consumer
-from idempotency._core import Claim, Execute, judge
+from idempotency._rules import Claim, Execute, judge
 from idempotency.consumer import Replayed
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore

@@ -18,7 +18,7 @@ from sqlalchemy.orm import sessionmaker
 from targets import unique_name
 
 from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent
-from idempotency._core import Claim, Execute, Replay, judge
+from idempotency._rules import Claim, Execute, Replay, judge
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from idempotency._core import (
+from idempotency._rules import (
     Completed,
     Execute,
     InProgress,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from idempotency._core import Claim, Record, Verdict, judge
+from idempotency._rules import Claim, Record, Verdict, judge
 from idempotency.stores.base import Store
 
 ASKED = bytes(range(32))

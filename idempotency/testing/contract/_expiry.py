@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from idempotency._core import (
+from idempotency._rules import (
     Execute,
     Replay,
     State,

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import pytest
 
-from idempotency._core import FORMAT, Claim, Completed, Execute, InProgress, Replay, State, Unknown
+from idempotency._rules import FORMAT, Claim, Completed, Execute, InProgress, Replay, State, Unknown
 from idempotency.stores.base import Housekeeping, Store
 from idempotency.testing.contract._claims import (
     OTHER,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import pytest
 
-from idempotency._core import (
+from idempotency._rules import (
     FORMAT,
     Claim,
     Completed,

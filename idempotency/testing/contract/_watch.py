@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from idempotency._core import Claim, Execute, InProgress, Replay, State, Unknown, Verdict
+from idempotency._rules import Claim, Execute, InProgress, Replay, State, Unknown, Verdict
 from idempotency.stores.base import Changed, Store
 from idempotency.testing.contract._claims import PATIENCE, Contract, new_claim, rival, verdict
 

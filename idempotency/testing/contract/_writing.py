@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from idempotency._core import (
+from idempotency._rules import (
     Completed,
     Execute,
     Mismatch,
