@@ -1,6 +1,6 @@
 """Make retried requests, redelivered messages and repeated calls take effect once."""
 
-from idempotency._background import drain, drain_sync
+from idempotency._engine.background import drain, drain_sync
 from idempotency._http.codec import encode_response
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.consumer import idempotent_consumer

@@ -9,7 +9,9 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
-from idempotency._background import drain
+from idempotency._engine.background import drain
+from idempotency._engine.lease import Lease, Runner
+from idempotency._engine.transaction import transactions
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
@@ -30,8 +32,6 @@ from idempotency._rules import (
     Unknown,
     Unreadable,
 )
-from idempotency._run import Lease, Runner
-from idempotency._transaction import transactions
 from idempotency.errors import (
     BodyInvalidError,
     ConfigurationError,

@@ -22,7 +22,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
 from idempotency._consume import (
     ConsumerOptions,
     DeadLetter,
@@ -36,7 +35,8 @@ from idempotency._consume import (
     Rules,
 )
 from idempotency._consumers import Consumer, SyncConsumer
-from idempotency._names import Made, takes_scope_of_another
+from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
+from idempotency._engine.names import Made, takes_scope_of_another
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from idempotency._calls import (
+from idempotency._engine.calls import (
     KIND,
     Calls,
     Ended,
@@ -22,8 +22,8 @@ from idempotency._calls import (
     signature_without_session,
     takes_session,
 )
-from idempotency._leased import Leased, SyncLeased
-from idempotency._names import Made, full_name_of, takes_scope_of_another
+from idempotency._engine.leased import Leased, SyncLeased
+from idempotency._engine.names import Made, full_name_of, takes_scope_of_another
 from idempotency._result import Codec, results_of
 from idempotency._rules import Claim, Replay
 from idempotency.errors import ConfigurationError, UnreadableError
@@ -125,8 +125,8 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
         check_store(store, asynchronous)
         return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
     try:
-        from idempotency._joined import Joined
-        from idempotency._joined_sync import SyncJoined
+        from idempotency._engine.joined import Joined
+        from idempotency._engine.joined_sync import SyncJoined
     except ImportError as error:
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined

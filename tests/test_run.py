@@ -10,8 +10,8 @@ import pytest
 from faults import FlakyStore
 from time_travel import now, others, settled, travelling, travelling_store
 
+from idempotency._engine.lease import Lease, Runner
 from idempotency._rules import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown
-from idempotency._run import Lease, Runner
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
 from idempotency.operation import Operation

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from idempotency import _run_sync
+from idempotency._engine import lease_sync as _run_sync
+from idempotency._engine.lease_sync import Beat, SyncLease, SyncRunner
 from idempotency._rules import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
-from idempotency._run_sync import Beat, SyncLease, SyncRunner
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
 from idempotency.operation import Operation

@@ -19,7 +19,7 @@ from targets import unique_name
 
 import idempotency
 from idempotency import idempotent
-from idempotency._background import drain, repeat
+from idempotency._engine.background import drain, repeat
 from idempotency.errors import StoreError
 
 HERE = Path(__file__).parent

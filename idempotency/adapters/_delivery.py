@@ -23,8 +23,8 @@ from pathlib import PurePath
 from typing import Any, Protocol
 from uuid import UUID
 
-from idempotency._background import drain
 from idempotency._durations import DAY, seconds
+from idempotency._engine.background import drain
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError, KeyMissingError
 

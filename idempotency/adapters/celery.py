@@ -41,8 +41,8 @@ from celery.exceptions import Retry as TaskRetry
 from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.imports import symbol_by_name
 
-from idempotency._background import drain_sync
-from idempotency._calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
+from idempotency._engine.background import drain_sync
+from idempotency._engine.calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
 from idempotency.adapters._celery import (
     NEVER_ENCODED,
     StopWorker,

@@ -45,7 +45,7 @@ from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
-from idempotency._calls import check_readers, compared_by
+from idempotency._engine.calls import check_readers, compared_by
 from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, as_bytes, unavailable
 from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
 from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec

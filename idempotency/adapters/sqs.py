@@ -27,7 +27,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
-from idempotency._background import drain_sync
+from idempotency._engine.background import drain_sync
 from idempotency.adapters._delivery import KEY_HEADERS, REASON, as_bytes, handle_sync, header, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from idempotency._background import repeat
+from idempotency._engine.background import repeat
+from idempotency._engine.transaction import Transaction
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
-from idempotency._transaction import Transaction
 from idempotency.errors import StoreError, StoreRefusedError, WaitFailedError
 from idempotency.events import EventHook, EventKind
 from idempotency.operation import Operation

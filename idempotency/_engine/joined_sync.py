@@ -1,4 +1,4 @@
-"""Calls of synchronous functions in one transaction with their record; see :mod:`idempotency._joined`."""
+"""Calls of synchronous functions in one transaction with their record; see :mod:`idempotency._engine.joined`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from typing import Any, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from idempotency._calls import Calls, Ended, Raised, Ran
-from idempotency._joined import AGAIN_AFTER, is_intact, judged, keeps_failures, kept_as, left_by, raised, without_lease
+from idempotency._engine.calls import Calls, Ended, Raised, Ran
+from idempotency._engine.joined import (
+    AGAIN_AFTER,
+    is_intact,
+    judged,
+    keeps_failures,
+    kept_as,
+    left_by,
+    raised,
+    without_lease,
+)
+from idempotency._engine.transaction import check_left, check_sessions, naming_failures, write_and_commit
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict
 from idempotency._tell import kind_of
-from idempotency._transaction import check_left, check_sessions, naming_failures, write_and_commit
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation

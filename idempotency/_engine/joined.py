@@ -16,13 +16,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import SessionTransaction
 
-from idempotency._background import repeat
-from idempotency._calls import Calls, Ended, Raised, Ran
 from idempotency._durations import DAY, seconds
+from idempotency._engine.background import repeat
+from idempotency._engine.calls import Calls, Ended, Raised, Ran
+from idempotency._engine.transaction import Transaction, check_sessions
 from idempotency._result import encode_failure
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._tell import kind_of
-from idempotency._transaction import Transaction, check_sessions
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation

@@ -17,7 +17,7 @@ from math import inf
 from time import monotonic, sleep
 from typing import Protocol
 
-from idempotency._background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
+from idempotency._engine.background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
 from idempotency._rules import Claim, Execute, InProgress, State, Told, Unknown, Verdict, judge
 from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, WaitFailedError

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from idempotency._calls import Calls, Ended, Raised, Ran
+from idempotency._engine.calls import Calls, Ended, Raised, Ran
+from idempotency._engine.lease import Lease, Runner
+from idempotency._engine.lease_sync import SyncLease, SyncRunner
 from idempotency._result import encode_failure
 from idempotency._rules import Claim, Execute
-from idempotency._run import Lease, Runner
-from idempotency._run_sync import SyncLease, SyncRunner
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation
 from idempotency.stores.base import Store, SyncStore
