@@ -22,7 +22,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._consume import (
+from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
+from idempotency._engine.names import Made, takes_scope_of_another
+from idempotency._messages.consumers import Consumer, SyncConsumer
+from idempotency._messages.rules import (
     ConsumerOptions,
     DeadLetter,
     Delivered,
@@ -34,9 +37,6 @@ from idempotency._consume import (
     Retry,
     Rules,
 )
-from idempotency._consumers import Consumer, SyncConsumer
-from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
-from idempotency._engine.names import Made, takes_scope_of_another
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore

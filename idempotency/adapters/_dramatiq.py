@@ -21,8 +21,8 @@ from dramatiq.middleware import (
 )
 from dramatiq.results import Results
 
-from idempotency._consume import Rules
 from idempotency._engine.background import drain
+from idempotency._messages.rules import Rules
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError, NotReplayableError
 

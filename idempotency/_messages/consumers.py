@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
-from idempotency._consume import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._engine.calls import Calls, Ended
+from idempotency._messages.rules import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._rules import Claim, record_id
 from idempotency._turns import Turns
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
