@@ -24,7 +24,7 @@ from idempotency._engine.calls import (
 )
 from idempotency._engine.leased import Leased, SyncLeased
 from idempotency._engine.names import Made, full_name_of, takes_scope_of_another
-from idempotency._result import Codec, results_of
+from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim, Replay
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event

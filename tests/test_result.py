@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel, Field, computed_field, field_serializer
 
-from idempotency._result import encode_failure, results_of
+from idempotency._results.codec import encode_failure, results_of
 from idempotency.errors import ConfigurationError, RecordedFailureError, UnreadableError
 
 OrderId = NewType("OrderId", int)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from idempotency._result import Results
+from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
 from idempotency._tell import Failure, tell
 from idempotency.errors import (

@@ -20,7 +20,7 @@ from idempotency._durations import DAY, seconds
 from idempotency._engine.background import repeat
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.transaction import Transaction, check_sessions
-from idempotency._result import encode_failure
+from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
 from idempotency._tell import kind_of
 from idempotency.errors import ConfigurationError, StoreError, TransactionError

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.lease import Lease, Runner
 from idempotency._engine.lease_sync import SyncLease, SyncRunner
-from idempotency._result import encode_failure
+from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation

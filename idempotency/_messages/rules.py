@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from idempotency._engine.calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
-from idempotency._result import Codec, results_of
+from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, record_id
 from idempotency._tell import tell
 from idempotency.errors import (

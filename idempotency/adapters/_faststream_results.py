@@ -19,7 +19,7 @@ from typing import Any
 from faststream.message import encode_message
 from faststream.response import Response
 
-from idempotency._result import Codec, Results, results_of
+from idempotency._results.codec import Codec, Results, results_of
 from idempotency.errors import ConfigurationError
 
 _TEXT, _JSON = "text/plain", "application/json"

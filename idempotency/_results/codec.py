@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol, get_type_hints
 
-from idempotency._shape import PLAIN, Shape, dump, load, shape_of
+from idempotency._results.by_annotation import PLAIN, Shape, dump, load, shape_of
 from idempotency.errors import ConfigurationError, RecordedFailureError, UnreadableError
 
 _VERSION = b"\x01"
