@@ -144,8 +144,8 @@ async def _sql_ids(store: SQLStore, start: str, key: str | None) -> AsyncIterato
 
 
 async def _redis_ids(store: RedisStore, start: str) -> AsyncIterator[bytes]:
-    from idempotency.stores import _redis_wire as wire
-    from idempotency.stores._redis_send import RAW
+    from idempotency.stores.redis import _wire as wire
+    from idempotency.stores.redis._send import RAW
 
     if len(start) == DIGITS:
         yield bytes.fromhex(start)

@@ -10,7 +10,7 @@ from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
 
 from idempotency import open_store
 from idempotency._rules import Claim, State
-from idempotency.stores import _redis_wire as wire
+from idempotency.stores.redis import _wire as wire
 
 _BATCH = 1000
 _FILL = """

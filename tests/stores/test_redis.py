@@ -20,8 +20,8 @@ from redis_servers import RedisServer, embedded, free_port, require
 from idempotency import _rules as _core
 from idempotency._rules import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._redis_send import _KeptSync
 from idempotency.stores.redis import Durability, RedisStore
+from idempotency.stores.redis._send import _KeptSync
 
 
 def new_claim(key: str = "k", **options: object) -> Claim:

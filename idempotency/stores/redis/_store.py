@@ -1,4 +1,4 @@
-"""Records in Redis: one server, Sentinel or Cluster, Redis 6.2 and later, one command a verb."""
+"""The store on Redis: its verbs, for asyncio and for threads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from redis.exceptions import (
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores import _redis_wire as wire
-from idempotency.stores._redis_open import (
+from idempotency.stores.base import Changed, Entry
+from idempotency.stores.redis import _wire as wire
+from idempotency.stores.redis._open import (
     Address,
     AsyncClient,
     SyncClient,
@@ -40,7 +41,7 @@ from idempotency.stores._redis_open import (
     read_url,
     room_of,
 )
-from idempotency.stores._redis_send import (
+from idempotency.stores.redis._send import (
     RAW,
     Deadline,
     Send,
@@ -51,11 +52,8 @@ from idempotency.stores._redis_send import (
     sender_sync,
     unwrapped,
 )
-from idempotency.stores._redis_watch import Watching
-from idempotency.stores._redis_wire import Command, Durability
-from idempotency.stores.base import Changed, Entry
-
-__all__ = ["Durability", "RedisStore"]
+from idempotency.stores.redis._watch import Watching
+from idempotency.stores.redis._wire import Command, Durability
 
 _AT_ONCE = 32
 """Commands in flight per event loop: more only queue in the server, and could exhaust the client's connections."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from redis.exceptions import RedisClusterException, RedisError
 
-from idempotency.stores._redis_open import AsyncClient
 from idempotency.stores.base import Changed
+from idempotency.stores.redis._open import AsyncClient
 
 POLL = 0.25
 """Seconds between looks at a record while nothing would announce its change."""

@@ -37,7 +37,7 @@ class Script:
     __slots__ = ("sha", "text")
 
     def __init__(self, name: str) -> None:
-        self.text = files("idempotency.stores").joinpath("scripts", f"{name}.lua").read_bytes()
+        self.text = files("idempotency.stores.redis").joinpath("scripts", f"{name}.lua").read_bytes()
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
 
 

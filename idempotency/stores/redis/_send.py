@@ -22,7 +22,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from idempotency.stores._redis_wire import EVAL, EVALSHA, Command, pack
+from idempotency.stores.redis._wire import EVAL, EVALSHA, Command, pack
 
 Send = Callable[[Command], Awaitable[Any]]
 SendSync = Callable[[Command], Any]
