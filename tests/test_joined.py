@@ -33,9 +33,9 @@ from idempotency.errors import (
     TransactionError,
 )
 from idempotency.events import Event
-from idempotency.stores._sql_joined import ConflictError
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
+from idempotency.stores.sql._joined import ConflictError
 
 asynchronous = pytest.mark.stores(*JOINED_KINDS)
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)

@@ -126,7 +126,7 @@ async def _sql_ids(store: SQLStore, start: str, key: str | None) -> AsyncIterato
     from sqlalchemy import Connection, func, select
 
     from idempotency.stores._sql_values import storable
-    from idempotency.stores._sql_verbs import Verbs
+    from idempotency.stores.sql._verbs import Verbs
 
     table = store._table
     low, high = start.ljust(DIGITS, "0"), start.ljust(DIGITS, "f")

@@ -27,7 +27,7 @@ from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores._sql_joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
+from idempotency.stores.sql._joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""

@@ -30,7 +30,8 @@ from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, 
 from idempotency.events import EventKind
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
-from idempotency.stores._sql_joined import (
+from idempotency.stores.sql import SQLStore
+from idempotency.stores.sql._joined import (
     LEFT,
     ConflictError,
     UnusableError,
@@ -41,7 +42,6 @@ from idempotency.stores._sql_joined import (
     keep_commit,
     roll_back,
 )
-from idempotency.stores.sql import SQLStore
 
 T = TypeVar("T")
 

@@ -34,8 +34,8 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
 
 
 def _check_level(sessions: Any) -> None:
-    from idempotency.stores._sql_engines import level_of
     from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+    from idempotency.stores.sql._database import level_of
 
     engine = sessions.kw.get("bind")
     if engine is None:
@@ -58,8 +58,8 @@ def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from idempotency.stores._sql_joined import TWO_PHASES
     from idempotency.stores.sql import SQLStore
+    from idempotency.stores.sql._joined import TWO_PHASES
 
     if not isinstance(store, SQLStore):
         raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
@@ -144,7 +144,7 @@ class Transaction:
     @property
     def _opened(self) -> AsyncSession:
         if self._session is None:
-            from idempotency.stores._sql_joined import keep_commit
+            from idempotency.stores.sql._joined import keep_commit
 
             self._session = self._sessions()
             keep_commit(self._session.sync_session)
@@ -175,7 +175,7 @@ class Transaction:
 
     async def begin_anew(self) -> None:
         """Undo everything, and begin once more."""
-        from idempotency.stores._sql_joined import keep_commit
+        from idempotency.stores.sql._joined import keep_commit
 
         await self.roll_back()
         if self._abandoned:
@@ -201,7 +201,7 @@ class Transaction:
         refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
         or nobody can say.
         """
-        from idempotency.stores._sql_joined import failure_of
+        from idempotency.stores.sql._joined import failure_of
 
         loop = asyncio.get_running_loop()
         self._deadline = loop.time() + self._store.timeout
@@ -245,7 +245,7 @@ class Transaction:
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
         if self.used:
-            from idempotency.stores._sql_joined import roll_back
+            from idempotency.stores.sql._joined import roll_back
 
             with suppress(StoreError):  # not answered: its connection is closed
                 await self._do(roll_back)
@@ -264,7 +264,7 @@ class Transaction:
             # There is no connection to give back, so nothing to wait for.
             session.sync_session.close()
             return
-        from idempotency.stores._sql_joined import give_back
+        from idempotency.stores.sql._joined import give_back
 
         with suppress(StoreError):
             await self._do(give_back)
@@ -298,7 +298,7 @@ class Transaction:
 
     def _abandon(self, step: asyncio.Task[Any]) -> None:
         """Leave the session to ``step``, which nobody waits for any more, until it has ended; then discard it."""
-        from idempotency.stores._sql_joined import cut_off_session, discard, finish
+        from idempotency.stores.sql._joined import cut_off_session, discard, finish
 
         session = self._opened
         self._abandoned = True
@@ -311,7 +311,7 @@ class Transaction:
 @contextmanager
 def naming_failures(session: Session) -> Iterator[None]:
     """Raise what the library's own statements in ``session`` meet by what failed, wherever they stand."""
-    from idempotency.stores._sql_joined import failure_of
+    from idempotency.stores.sql._joined import failure_of
 
     try:
         yield
@@ -329,7 +329,7 @@ def write_and_commit(
 
     A result that the store refuses is left out, as the effect is worth more: the second value says why.
     """
-    from idempotency.stores._sql_joined import allow_commit, commit, finish
+    from idempotency.stores.sql._joined import allow_commit, commit, finish
 
     refused = None
     try:
@@ -350,7 +350,7 @@ def write_and_commit(
 
 def check_left(session: Session, root: SessionTransaction | None) -> None:
     """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
-    from idempotency.stores._sql_joined import LEFT, was_closed
+    from idempotency.stores.sql._joined import LEFT, was_closed
 
     if was_closed(session) or (root is not None and session.get_transaction() is not root):
         raise TransactionError(LEFT)

@@ -13,9 +13,9 @@ from sqlalchemy.util import greenlet_spawn
 
 from idempotency.errors import StoreError
 from idempotency.stores._sql_bounded import Abandoned, Call
-from idempotency.stores._sql_engines import Database, Work
 from idempotency.stores._sql_listen import Watchers
 from idempotency.stores._sql_sqlite import close_what_is_invalidated
+from idempotency.stores.sql._database import Database, Work
 
 T = TypeVar("T")
 _FAREWELL = 2.0

@@ -25,8 +25,8 @@ from targets import unique_name
 from idempotency import idempotent
 from idempotency._rules import Claim, Execute, Record, Replay, State, judge
 from idempotency.errors import ConfigurationError
-from idempotency.stores._sql_verbs import Found, read_record
 from idempotency.stores.sql import SQLStore
+from idempotency.stores.sql._verbs import Found, read_record
 
 
 class OddDialect(PGDialect_psycopg2):

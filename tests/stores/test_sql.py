@@ -26,8 +26,8 @@ from tcp_proxy import Proxy
 
 from idempotency._rules import Claim, Execute, InProgress, Record, Replay, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, UnreadableError
-from idempotency.stores._sql_engines import _write_ahead
 from idempotency.stores.sql import SQLStore, records_table, schema_sql
+from idempotency.stores.sql._database import _write_ahead
 
 DRIVERS = {
     "sqlite": ("sqlite_url", "sqlite+aiosqlite"),
@@ -244,7 +244,7 @@ async def test_claim_meets_an_uncommitted_one(store: SQLStore, engine: AsyncEngi
 
 
 def Verbs_of(store: SQLStore, connection: sqlalchemy.Connection) -> Any:  # noqa: N802
-    from idempotency.stores._sql_verbs import Verbs
+    from idempotency.stores.sql._verbs import Verbs
 
     return Verbs(connection.dialect, store._table, 4.0)
 

@@ -1,4 +1,4 @@
-"""Keep records in a SQL database, by the engine the application already has: PostgreSQL, MariaDB, MySQL or SQLite."""
+"""The store on SQL: its verbs, for asyncio and for threads, and those in a transaction of the caller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ from idempotency._rules import Claim, Record, State
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._sql_bounded import Abandoned, Call, Watchdog
-from idempotency.stores._sql_engines import (
+from idempotency.stores._sql_failures import replacing
+from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+from idempotency.stores._sql_loop import Side
+from idempotency.stores._sql_send import pooled
+from idempotency.stores.base import Changed, Entry
+from idempotency.stores.sql._database import (
     Database,
     Work,
     check_backend,
@@ -31,16 +36,9 @@ from idempotency.stores._sql_engines import (
     open_sync,
     read_url,
 )
-from idempotency.stores._sql_failures import replacing
-from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
-from idempotency.stores._sql_joined import Joined, connecting
-from idempotency.stores._sql_loop import Side
-from idempotency.stores._sql_schema import DEFAULT_TABLE, create_schema, records_table, schema_sql
-from idempotency.stores._sql_send import pooled
-from idempotency.stores._sql_verbs import Verbs
-from idempotency.stores.base import Changed, Entry
-
-__all__ = ["SQLStore", "records_table", "schema_sql"]
+from idempotency.stores.sql._joined import Joined, connecting
+from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
 _HEARD = 0.25
@@ -169,7 +167,7 @@ class SQLStore:
         Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
         whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
         an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`; it is a
-        :class:`~idempotency.stores._sql_joined.ConflictError` where a transaction that begins anew can succeed. A
+        :class:`~idempotency.stores.sql._joined.ConflictError` where a transaction that begins anew can succeed. A
         server that does not answer within ``wait`` and the store's ``timeout`` loses the connection.
         """
         call, bound = Call(), math.ceil(wait) + self._timeout

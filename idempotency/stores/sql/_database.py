@@ -17,8 +17,8 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreError,
 from idempotency.stores._sql_bounded import Call
 from idempotency.stores._sql_driver import bound_of, in_transaction
 from idempotency.stores._sql_failures import error_code, read_only, refuses_data, replacing, unusable
-from idempotency.stores._sql_schema import create_schema
-from idempotency.stores._sql_verbs import Verbs
+from idempotency.stores.sql._table import create_schema
+from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
 Work = Callable[[Verbs, Connection], T]

@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import Connection, TextClause
 
 from idempotency.errors import ConfigurationError
-from idempotency.stores._sql_dialects import Statements
 from idempotency.stores._sql_send import Sent, pooled, send
 from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed
+from idempotency.stores.sql._statements import Statements
 
 _BYTES = bytes(range(256))
 _TEXT = "'\"\\x\\\\%s:a;--"
