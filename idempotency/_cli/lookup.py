@@ -125,7 +125,7 @@ def is_sql(store: Any) -> bool:
 async def _sql_ids(store: SQLStore, start: str, key: str | None) -> AsyncIterator[bytes]:
     from sqlalchemy import Connection, func, select
 
-    from idempotency.stores._sql_values import storable
+    from idempotency.stores.sql._values import storable
     from idempotency.stores.sql._verbs import Verbs
 
     table = store._table

@@ -34,7 +34,7 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
 
 
 def _check_level(sessions: Any) -> None:
-    from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
+    from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
     from idempotency.stores.sql._database import level_of
 
     engine = sessions.kw.get("bind")

@@ -474,7 +474,7 @@ async def test_the_listening_connection_is_closed_when_idle(
     store: SQLStore, monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, table: str
 ) -> None:
     """One connection serves all watchers, and none is left when nobody watches."""
-    monkeypatch.setattr("idempotency.stores._sql_listen._LINGER", 0)
+    monkeypatch.setattr("idempotency._sql.listen._LINGER", 0)
     listeners = f"SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%{table}%'"
     async with store.watch(new_claim("one")), store.watch(new_claim("two")):
         while_watched = await scalar(engine, listeners)

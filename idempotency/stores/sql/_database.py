@@ -13,10 +13,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from idempotency._sql.bounded import Call
+from idempotency._sql.driver import bound_of, in_transaction
+from idempotency._sql.failures import error_code, read_only, refuses_data, replacing, unusable
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError
-from idempotency.stores._sql_bounded import Call
-from idempotency.stores._sql_driver import bound_of, in_transaction
-from idempotency.stores._sql_failures import error_code, read_only, refuses_data, replacing, unusable
 from idempotency.stores.sql._table import create_schema
 from idempotency.stores.sql._verbs import Verbs
 

@@ -15,10 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._rules import Claim, Record, State
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
-from idempotency.stores._sql_driver import bound_of, cut_off
-from idempotency.stores._sql_failures import BUSY_SNAPSHOT, error_code, refuses_data, unusable, waited_for_lock
-from idempotency.stores._sql_guard import (
+from idempotency._sql.commit_guard import (
     CLOSED,
     COMMITS_BY_ITSELF,
     HELD,
@@ -28,14 +25,17 @@ from idempotency.stores._sql_guard import (
     guard,
     roll_back_driver,
 )
-from idempotency.stores._sql_send import Sent, pooled, send, setting
-from idempotency.stores._sql_sqlite import begin_to_write, bounded, busy_of, waiting
-from idempotency.stores._sql_values import packed
+from idempotency._sql.driver import bound_of, cut_off
+from idempotency._sql.failures import BUSY_SNAPSHOT, error_code, refuses_data, unusable, waited_for_lock
+from idempotency._sql.send import Sent, pooled, send, setting
+from idempotency._sql.sqlite import begin_to_write, bounded, busy_of, waiting
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores.sql._database import Database, level_of, unreachable
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._table import create_schema
 from idempotency.stores.sql._trust import check_driver, has_begun
+from idempotency.stores.sql._values import packed
 from idempotency.stores.sql._verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
 
 # Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.

@@ -196,7 +196,7 @@ class Statements:
     ``bound`` is for how many seconds the server may wait for a lock in any of them; :attr:`claim_bounded` is given it.
     ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
     writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
-    RETURNING, it is read afterwards. ``packs``: bytes are sent as :func:`~idempotency.stores._sql_values.packed` makes
+    RETURNING, it is read afterwards. ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes
     them.
     """
 

@@ -19,13 +19,12 @@ from sqlalchemy.orm import Session
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
+from idempotency._sql.bounded import Abandoned, Call, Watchdog
+from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
+from idempotency._sql.failures import replacing
+from idempotency._sql.send import pooled
 from idempotency._turns import Turns
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._sql_bounded import Abandoned, Call, Watchdog
-from idempotency.stores._sql_failures import replacing
-from idempotency.stores._sql_guard import COMMITS_BY_ITSELF
-from idempotency.stores._sql_loop import Side
-from idempotency.stores._sql_send import pooled
 from idempotency.stores.base import Changed, Entry
 from idempotency.stores.sql._database import (
     Database,
@@ -37,7 +36,8 @@ from idempotency.stores.sql._database import (
     read_url,
 )
 from idempotency.stores.sql._joined import Joined, connecting
-from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table, schema_sql
+from idempotency.stores.sql._per_loop import Side
+from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")

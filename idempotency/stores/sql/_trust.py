@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, TextClause
 
+from idempotency._sql.send import Sent, pooled, send
 from idempotency.errors import ConfigurationError
-from idempotency.stores._sql_send import Sent, pooled, send
-from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed
 from idempotency.stores.sql._statements import Statements
+from idempotency.stores.sql._values import as_bytes, as_flag, as_text, packed
 
 _BYTES = bytes(range(256))
 _TEXT = "'\"\\x\\\\%s:a;--"

@@ -13,13 +13,13 @@ from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
 from idempotency._durations import milliseconds, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
+from idempotency._sql.sqlite import bounded
 from idempotency.errors import StoreError, UnreadableError
-from idempotency.stores._sql_sqlite import bounded
-from idempotency.stores._sql_values import as_bytes, as_flag, as_text, packed, storable, stored
 from idempotency.stores.base import Entry
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._trust import check_driver
+from idempotency.stores.sql._values import as_bytes, as_flag, as_text, packed, storable, stored
 
 TRIES = 10
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection
 
-from idempotency.stores._sql_sqlite import cut_off as close_in_its_thread
+from idempotency._sql.sqlite import cut_off as close_in_its_thread
 
 _IDLE = 0
 _IN_TRANSACTION = 1

@@ -11,10 +11,10 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
+from idempotency._sql.bounded import Abandoned, Call
+from idempotency._sql.listen import Watchers
+from idempotency._sql.sqlite import close_what_is_invalidated
 from idempotency.errors import StoreError
-from idempotency.stores._sql_bounded import Abandoned, Call
-from idempotency.stores._sql_listen import Watchers
-from idempotency.stores._sql_sqlite import close_what_is_invalidated
 from idempotency.stores.sql._database import Database, Work
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
-from idempotency.stores._sql_send import pooled
+from idempotency._sql.send import pooled
 
 # Of a statement that was refused for its data: too long, out of range, not of the character set, against a constraint,
 # beyond a packet. DataError and IntegrityError are what most drivers make of them.

@@ -14,7 +14,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, Pool, event
 
 from idempotency._durations import milliseconds
-from idempotency.stores._sql_send import pooled, send, setting
+from idempotency._sql.send import pooled, send, setting
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 

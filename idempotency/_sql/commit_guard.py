@@ -12,11 +12,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
+from idempotency._sql.driver import in_transaction
+from idempotency._sql.failures import error_code
+from idempotency._sql.send import named, pooled, send
+from idempotency._sql.sqlite import begin, close_what_is_invalidated
 from idempotency.errors import ConfigurationError, TransactionError
-from idempotency.stores._sql_driver import in_transaction
-from idempotency.stores._sql_failures import error_code
-from idempotency.stores._sql_send import named, pooled, send
-from idempotency.stores._sql_sqlite import begin, close_what_is_invalidated
 
 HELD = "idempotency: committed with its record"
 CLOSED = "idempotency: closed by its operation"

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from sqlalchemy.pool import PoolProxiedConnection
 
-from idempotency.stores._sql_driver import cut_off
+from idempotency._sql.driver import cut_off
 
 _FAILS = 0.25
 _AGAIN = 1.0
