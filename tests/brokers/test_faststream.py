@@ -45,8 +45,8 @@ from brokers.adapters import missing_broker
 from brokers.kafka import SESSION_TIMEOUT_MS, Topic, cluster
 from brokers.rabbitmq import URL
 from idempotency import Event, current
-from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
 from idempotency.adapters.faststream import IdempotencyMiddleware, check, sequence_key
+from idempotency.adapters.faststream._results import Acked, Kept, ResultCodec
 from idempotency.errors import ConfigurationError, KeyMissingError, NotReplayableError
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore

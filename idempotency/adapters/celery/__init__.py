@@ -43,7 +43,8 @@ from celery.utils.imports import symbol_by_name
 
 from idempotency._engine.background import drain_sync
 from idempotency._engine.calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
-from idempotency.adapters._celery import (
+from idempotency.adapters._delivery import as_sent
+from idempotency.adapters.celery._worker import (
     NEVER_ENCODED,
     StopWorker,
     Tracer,
@@ -55,7 +56,6 @@ from idempotency.adapters._celery import (
     leave_connections,
     request_of,
 )
-from idempotency.adapters._delivery import as_sent
 from idempotency.consumer import (
     ConsumerOptions,
     DeadLetter,

@@ -39,7 +39,7 @@ from taskiq.kicker import AsyncKicker
 from idempotency._engine.background import drain
 from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of
 from idempotency.adapters._delivery import as_sent, missing
-from idempotency.adapters._taskiq import CONTEXT, take_dependencies
+from idempotency.adapters.taskiq._dependencies import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
 from idempotency.function import dress, work_of

@@ -47,8 +47,8 @@ from faststream.message import StreamMessage
 
 from idempotency._engine.calls import check_readers, compared_by
 from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, as_bytes, unavailable
-from idempotency.adapters._faststream import Source, broker_of, sequence_key, source_of
-from idempotency.adapters._faststream_results import Acked, Kept, ResultCodec
+from idempotency.adapters.faststream._results import Acked, Kept, ResultCodec
+from idempotency.adapters.faststream._sources import Source, broker_of, sequence_key, source_of
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import NotReplayableError
 from idempotency.stores.base import Store
