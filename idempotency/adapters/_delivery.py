@@ -26,21 +26,16 @@ from uuid import UUID
 from idempotency._durations import DAY, seconds
 from idempotency._engine.background import drain
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry, SyncHandler
-from idempotency.errors import ConfigurationError, KeyMissingError
+from idempotency.errors import ConfigurationError
 
 _logger = logging.getLogger("idempotency")
 
-KEY_HEADERS = ("Idempotency-Key", "id")
-"""Headers of a message that name it: what HTTP clients send, and what an outbox stamps (Debezium's ``id``)."""
 
 LONGEST_HOLD = 600.0
 """Seconds for which a message is held while the store does not answer. RabbitMQ gives a consumer half an hour."""
 
 AGAIN = 2
 """The attempt of a message that is handled again without having been delivered again."""
-
-REASON = "Idempotency-Reason"
-"""The header, or attribute, of a dead letter that says why it is one."""
 
 
 class Told(Protocol):
@@ -228,18 +223,6 @@ def outlived(handler: Any, kept: float, where: str) -> None:
         )
 
 
-def header(headers: Mapping[str, Any] | None) -> str | None:
-    """Return the first header that names a message, as text; gateways from HTTP may have lower-cased the first."""
-    headers = headers or {}
-    first, *others = KEY_HEADERS
-    for name in (first, *(name for name in headers if name.lower() == first.lower()), *others):
-        value = headers.get(name)
-        # An order may have the number 0.
-        if value or type(value) is int:
-            return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
-    return None
-
-
 def as_bytes(value: Any) -> bytes | None:
     """Return what is compared of a body, or of arguments, that a client may have decoded; None if nothing can be.
 
@@ -285,11 +268,6 @@ def _plain(value: Any) -> Any:
             return value.model_dump(mode="json")
         case _:
             return "?"
-
-
-def missing(what: str, remedy: str) -> KeyMissingError:
-    """Make the error of a message without an identity."""
-    return KeyMissingError(f"{what} has no identity, so a redelivery could not be told from another message: {remedy}")
 
 
 @asynccontextmanager

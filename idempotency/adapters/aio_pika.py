@@ -26,7 +26,8 @@ from uuid import uuid4
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue, AbstractRobustChannel
 from aio_pika.exceptions import ChannelInvalidStateError
 
-from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, header, missing, needs
+from idempotency._brokers.headers import header, missing
+from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, needs
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 
 _LOOK = 1.0

@@ -31,9 +31,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
+from idempotency._brokers.kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency._engine.background import drain
 from idempotency.adapters._delivery import as_bytes, handle, needs
-from idempotency.adapters._kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
 from idempotency.errors import ConfigurationError
 

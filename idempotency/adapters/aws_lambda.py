@@ -16,8 +16,8 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from idempotency._brokers.sqs import bury, message_key
 from idempotency.adapters._delivery import as_bytes, handle_sync, needs
-from idempotency.adapters.sqs import bury, message_key
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 

@@ -25,9 +25,9 @@ from typing import Any, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from idempotency._brokers.kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency._engine.background import drain_sync
 from idempotency.adapters._delivery import as_bytes, handle_sync, needs
-from idempotency.adapters._kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency.consumer import DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 

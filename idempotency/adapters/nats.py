@@ -24,8 +24,9 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 from nats.js.errors import FetchTimeoutError, NotFoundError, ServiceUnavailableError
 
-from idempotency.adapters._delivery import handle_all, missing, needs, outlived
-from idempotency.adapters._nats import MESSAGE_ID, dead_headers, matches, named
+from idempotency._brokers.headers import missing
+from idempotency._brokers.nats import MESSAGE_ID, dead_headers, matches, named
+from idempotency.adapters._delivery import handle_all, needs, outlived
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
 

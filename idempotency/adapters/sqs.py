@@ -14,7 +14,6 @@ The message is deleted after the commit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import threading
@@ -27,13 +26,15 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
+from idempotency._brokers.sqs import bury, message_key
 from idempotency._engine.background import drain_sync
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, as_bytes, handle_sync, header, needs, outlived
+from idempotency.adapters._delivery import as_bytes, handle_sync, needs, outlived
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
+__all__ = ["consume", "message_key"]
+
 _LONGEST = 43200
-_MOST_ATTRIBUTES = 10
 _MOST_RECEIVED = 10
 _AGAIN = 1.0
 
@@ -93,24 +94,6 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
         each.result()
     # Before the caller closes the store, its client or its engine.
     drain_sync()
-
-
-def message_key(queue: str, message: Mapping[str, Any]) -> str:
-    """Return what identifies a message of the queue of that name. The format is stored: a change makes every key new.
-
-    The attribute's text; ``orders.fifo customer-7 order-42``: queue, group and deduplication id, none of which has a
-    space (its producer may use an id in each group, by the queue's deduplication scope); or the message id.
-    """
-    named = header(_values(message))
-    if named is not None:
-        return named
-    attributes = message["Attributes"]
-    given = attributes.get("MessageDeduplicationId")
-    # What SQS derives from the body names no message: two orders may be equal.
-    if given and given != hashlib.sha256(message["Body"].encode()).hexdigest():
-        return f"{queue} {attributes['MessageGroupId']} {given}"
-    identity: str = message["MessageId"]
-    return identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,29 +243,6 @@ class _Delivery:
         with self._telling:
             if not self._settled:
                 self._queue.hide(self.message, self._queue.visibility)
-
-
-def bury(client: Any, url: str, message: Mapping[str, Any], key: str, reason: str) -> None:
-    """Send a dead letter: with its identity, since the copy has a new message id, and may be sent back one day."""
-    attributes = dict(message.get("MessageAttributes", {}))
-    added = {REASON: reason} if header(_values(message)) else {KEY_HEADERS[0]: key, REASON: reason}
-    for name, value in added.items():
-        if name in attributes or len(attributes) < _MOST_ATTRIBUTES:
-            attributes[name] = {"DataType": "String", "StringValue": value}
-    ordered = {}
-    if url.endswith(".fifo"):
-        # As SQS itself does it: by the producer's deduplication id, a message that was sent back and failed again
-        # within five minutes would be dropped here, and then deleted there.
-        ordered = {
-            "MessageGroupId": message["Attributes"]["MessageGroupId"],
-            "MessageDeduplicationId": message["MessageId"],
-        }
-    client.send_message(QueueUrl=url, MessageBody=message["Body"], MessageAttributes=attributes, **ordered)
-
-
-def _values(message: Mapping[str, Any]) -> dict[str, Any]:
-    attributes: Mapping[str, Any] = message.get("MessageAttributes", {})
-    return {name: value.get("StringValue") or value.get("BinaryValue") for name, value in attributes.items()}
 
 
 def _passes(error: Exception) -> bool:

@@ -10,8 +10,8 @@ from botocore.exceptions import EndpointConnectionError
 
 from brokers.sqs import text
 from idempotency import idempotent_consumer
+from idempotency._brokers.sqs import message_key
 from idempotency.adapters.aws_lambda import batch
-from idempotency.adapters.sqs import message_key
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore

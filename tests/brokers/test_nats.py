@@ -24,7 +24,7 @@ from targets import unique_name
 
 from brokers.nats import url
 from idempotency import ConfigurationError, Policy, idempotent_consumer
-from idempotency.adapters._nats import dead_id, matches
+from idempotency._brokers.nats import dead_id, matches
 from idempotency.adapters.nats import consume, sequence_key
 from idempotency.consumer import AsyncHandler
 from idempotency.errors import KeyMissingError

@@ -38,9 +38,10 @@ from typing import Any, Unpack
 from dramatiq import Actor, Broker
 from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 
+from idempotency._brokers.headers import missing
 from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async
 from idempotency._messages.rules import Rules
-from idempotency.adapters._delivery import as_sent, missing
+from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.dramatiq._delivery import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError

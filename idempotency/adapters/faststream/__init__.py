@@ -45,8 +45,9 @@ from faststream import BaseMiddleware
 from faststream.exceptions import AckMessage, HandlerException, IgnoredException, NackMessage, RejectMessage
 from faststream.message import StreamMessage
 
+from idempotency._brokers.headers import KEY_HEADERS
 from idempotency._engine.calls import check_readers, compared_by
-from idempotency.adapters._delivery import AGAIN, KEY_HEADERS, LONGEST_HOLD, as_bytes, unavailable
+from idempotency.adapters._delivery import AGAIN, LONGEST_HOLD, as_bytes, unavailable
 from idempotency.adapters.faststream._results import Acked, Kept, ResultCodec
 from idempotency.adapters.faststream._sources import Source, broker_of, sequence_key, source_of
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry

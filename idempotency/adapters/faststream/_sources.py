@@ -11,7 +11,7 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.message import StreamMessage
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, header, missing
+from idempotency._brokers.headers import KEY_HEADERS, REASON, header, missing
 from idempotency.errors import ConfigurationError
 
 _FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
@@ -199,7 +199,7 @@ class JetStream(Source):
         if not _of_a_stream(message):
             return await super().bury(broker, place, message, headers, reason)
         # Not before it is needed: the package is an extra of FastStream.
-        from idempotency.adapters._nats import dead_headers
+        from idempotency._brokers.nats import dead_headers
 
         jetstream = self.subscriber.jetstream
         own = dead_headers(message.raw_message, headers.get(KEY_HEADERS[0]), reason, jetstream._nc.max_payload)

@@ -36,9 +36,10 @@ from taskiq import AsyncBroker, Context, TaskiqEvents, TaskiqMessage
 from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 
+from idempotency._brokers.headers import missing
 from idempotency._engine.background import drain
 from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of
-from idempotency.adapters._delivery import as_sent, missing
+from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.taskiq._dependencies import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError

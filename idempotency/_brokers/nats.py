@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from nats.aio.msg import Msg
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, header
+from idempotency._brokers.headers import KEY_HEADERS, REASON, header
 
 MESSAGE_ID = "Nats-Msg-Id"
 

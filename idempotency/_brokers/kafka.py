@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from idempotency.adapters._delivery import KEY_HEADERS, REASON, header
+from idempotency._brokers.headers import KEY_HEADERS, REASON, header
 from idempotency.errors import ConfigurationError
 
 Headers = list[tuple[str, bytes]]

@@ -1,0 +1,32 @@
+"""Headers that name a message, and that say why one is a dead letter: the same for every broker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from idempotency.errors import KeyMissingError
+
+KEY_HEADERS = ("Idempotency-Key", "id")
+"""Headers of a message that name it: what HTTP clients send, and what an outbox stamps (Debezium's ``id``)."""
+
+
+REASON = "Idempotency-Reason"
+"""The header, or attribute, of a dead letter that says why it is one."""
+
+
+def header(headers: Mapping[str, Any] | None) -> str | None:
+    """Return the first header that names a message, as text; gateways from HTTP may have lower-cased the first."""
+    headers = headers or {}
+    first, *others = KEY_HEADERS
+    for name in (first, *(name for name in headers if name.lower() == first.lower()), *others):
+        value = headers.get(name)
+        # An order may have the number 0.
+        if value or type(value) is int:
+            return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+    return None
+
+
+def missing(what: str, remedy: str) -> KeyMissingError:
+    """Make the error of a message without an identity."""
+    return KeyMissingError(f"{what} has no identity, so a redelivery could not be told from another message: {remedy}")
