@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
-from idempotency._tell import Failure, tell
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -22,7 +21,7 @@ from idempotency.errors import (
     OutcomeUnknownError,
     UnreadableError,
 )
-from idempotency.events import EventHook, EventKind
+from idempotency.events import EventHook, EventKind, Failure, tell
 from idempotency.policy import Outcome, Policy
 
 

@@ -22,9 +22,8 @@ from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.transaction import Transaction, check_sessions
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
-from idempotency._tell import kind_of
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
-from idempotency.events import EventKind
+from idempotency.events import EventKind, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
 from idempotency.stores.sql._joined import LEFT, ConflictError, UnusableError, conflicts, was_closed

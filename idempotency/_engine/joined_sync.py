@@ -25,9 +25,8 @@ from idempotency._engine.joined import (
 )
 from idempotency._engine.transaction import check_left, check_sessions, naming_failures, write_and_commit
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict
-from idempotency._tell import kind_of
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
-from idempotency.events import EventKind
+from idempotency.events import EventKind, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
 from idempotency.stores.sql import SQLStore

@@ -14,9 +14,8 @@ from dataclasses import replace
 from idempotency._engine.background import repeat
 from idempotency._engine.transaction import Transaction
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Told, Unknown, Verdict, judge
-from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import StoreError, StoreRefusedError, WaitFailedError
-from idempotency.events import EventHook, EventKind
+from idempotency.events import EventHook, EventKind, Failure, kind_of, tell
 from idempotency.operation import Operation
 from idempotency.policy import Outcome
 from idempotency.stores.base import Store

@@ -19,9 +19,8 @@ from typing import Protocol
 
 from idempotency._engine.background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished, set_up_unfinished
 from idempotency._rules import Claim, Execute, InProgress, State, Told, Unknown, Verdict, judge
-from idempotency._tell import Failure, kind_of, tell
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, WaitFailedError
-from idempotency.events import EventHook, EventKind
+from idempotency.events import EventHook, EventKind, Failure, kind_of, tell
 from idempotency.operation import Lost, Operation
 from idempotency.policy import Outcome
 from idempotency.stores.base import SyncStore

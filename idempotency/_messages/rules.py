@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from idempotency._engine.calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
 from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, record_id
-from idempotency._tell import tell
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -22,7 +21,7 @@ from idempotency.errors import (
     UnknownOptionError,
     UnreadableError,
 )
-from idempotency.events import EventHook, log_event
+from idempotency.events import EventHook, log_event, tell
 from idempotency.operation import current
 from idempotency.policy import Outcome, Policy
 
