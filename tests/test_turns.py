@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from idempotency._turns import Turns
+from idempotency._synchronization import Turns
 
 
 async def test_who_comes_as_a_turn_is_given_on_waits_no_longer_than_it_may() -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from idempotency._engine.calls import Calls, Ended
 from idempotency._messages.rules import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._rules import Claim, record_id
-from idempotency._turns import Turns
+from idempotency._synchronization import Turns
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.function import runner_of
 from idempotency.stores.base import Counting, Entry, SyncCounting, check_store

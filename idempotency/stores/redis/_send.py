@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import re
@@ -45,41 +44,6 @@ _WITHIN = {"OOM": OutOfMemoryError, "READONLY": ReadOnlyError, "NOPERM": NoPermi
 
 RAW = {"NEVER_DECODE": True}
 """Replies are bytes, whatever the client is set to (an option of redis-py's ``execute_command``)."""
-
-
-class Deadline:
-    """Raise TimeoutError when what is inside takes longer than ``seconds``: ``asyncio.timeout`` at a third of its cost.
-
-    And it insists: ``asyncio.wait_for`` of Python 3.11, which redis-py uses, can swallow a cancellation.
-    """
-
-    __slots__ = ("_before", "_cancelled", "_handle", "_loop", "_task")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        task = asyncio.current_task(loop)
-        assert task is not None
-        self._task = task
-        self._loop = loop
-        self._before = task.cancelling()
-        self._cancelled = 0
-        self._handle = loop.call_later(seconds, self._cancel)
-
-    def _cancel(self) -> None:
-        self._cancelled += 1
-        self._task.cancel()
-        self._handle = self._loop.call_later(_INSIST, self._cancel)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._handle.cancel()
-        if self._cancelled:
-            for _ in range(self._cancelled):
-                self._task.uncancel()
-            left = self._task.cancelling()
-            if kind is asyncio.CancelledError and left <= self._before:
-                raise TimeoutError from error
 
 
 def unwrapped(error: BaseException) -> BaseException:

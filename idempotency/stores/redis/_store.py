@@ -28,6 +28,7 @@ from redis.exceptions import (
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
+from idempotency._synchronization import Deadline
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.base import Changed, Entry
 from idempotency.stores.redis import _wire as wire
@@ -43,7 +44,6 @@ from idempotency.stores.redis._open import (
 )
 from idempotency.stores.redis._send import (
     RAW,
-    Deadline,
     Send,
     SendSync,
     send_and_wait,

@@ -23,7 +23,7 @@ from idempotency._sql.bounded import Abandoned, Call, Watchdog
 from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
 from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
-from idempotency._turns import Turns
+from idempotency._synchronization import Turns
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.base import Changed, Entry
 from idempotency.stores.sql._database import (
