@@ -62,6 +62,9 @@ class Turns:
         return self._loops.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
+_INSIST = 0.1
+
+
 class Deadline:
     """Raise TimeoutError when what is inside takes longer than ``seconds``: ``asyncio.timeout`` at a third of its cost.
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of, needs_session
 from idempotency._engine.names import Made, takes_scope_of_another
+from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.consumers import Consumer, SyncConsumer
 from idempotency._messages.rules import (
     ConsumerOptions,
@@ -37,8 +37,8 @@ from idempotency._messages.rules import (
     Retry,
     Rules,
 )
+from idempotency._signature import dress, is_async, name_of, needs_session, work_of
 from idempotency.errors import ConfigurationError, KeyMissingError
-from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
 
 __all__ = [

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from idempotency._engine.calls import (
-    KIND,
-    Calls,
-    Ended,
-    Raised,
-    Ran,
-    abandon,
-    check_readers,
-    compared_by,
-    is_async,
-    name_of,
-    refusal,
-    signature_without_session,
-    takes_session,
-)
-from idempotency._engine.leased import Leased, SyncLeased
+from idempotency._engine.calls import KIND, Calls, Ended, Raised, Ran, refusal
+from idempotency._engine.modes import runner_of
 from idempotency._engine.names import Made, full_name_of, takes_scope_of_another
+from idempotency._engine.readers import check_readers, compared_by
 from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim, Replay
+from idempotency._signature import dress, is_async, name_of, work_of
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy
-from idempotency.stores.base import Store, SyncStore, check_store
+from idempotency.stores.base import Store, SyncStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -117,59 +103,6 @@ def idempotent(
 
 
 def _no_body() -> None: ...
-
-
-def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
-    """Choose how the calls are held: under a lease, or joined with the transaction of a session."""
-    if session is None:
-        check_store(store, asynchronous)
-        return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
-    try:
-        from idempotency._engine.joined import Joined
-        from idempotency._engine.joined_sync import SyncJoined
-    except ImportError as error:
-        raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
-    joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined
-    return joined(store, calls, session, lock_timeout).run
-
-
-def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
-    """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
-    gives = session is not None and takes_session(function)
-    call = function if is_async(function) else _ended(function)
-
-    def bind(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        if session is None:
-            return lambda: call(*args, **kwargs)
-        if gives:
-            return lambda opened: call(*args, **{**kwargs, "session": opened})
-        return lambda _: call(*args, **kwargs)
-
-    return bind
-
-
-def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a result that stands for work yet to be done: it would be recorded before it is."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        value = function(*args, **kwargs)
-        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-            abandon(value)
-            raise ConfigurationError(
-                f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
-                "coroutine function itself, or give what wraps it functools.wraps"
-            )
-        return value
-
-    return call
-
-
-def dress(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
-    """Give a wrapper the name and signature of the function, as callers and frameworks see it."""
-    functools.update_wrapper(wrapper, function)
-    if session is not None and takes_session(function):
-        wrapper.__signature__ = signature_without_session(function)
-    return wrapper
 
 
 def _wrap_async(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
+from idempotency._signature import abandon
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -117,45 +116,6 @@ def _digest(compared: object) -> bytes:
     return hashlib.sha256(b"call:1:%b" % compared).digest()
 
 
-Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
-"""What repeated messages must have in common with the first: what a function returns, the body, or nothing."""
-
-
-def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
-    """Return what is compared of one message or call; ``body`` is asked for only where it is needed."""
-    if fingerprint is None:
-        return None
-    if fingerprint == "body":
-        return body()
-    value = fingerprint(*args, **kwargs)
-    if value is None:
-        raise ConfigurationError("fingerprint= must return text or bytes, not None")
-    return value
-
-
-def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: bool = False) -> None:
-    """Refuse a ``key`` or ``fingerprint`` that can read no message or call at all.
-
-    ``body``: whether there may be one to compare. ``awaited``: whether coroutine functions are awaited.
-    """
-    readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
-    for name, given in readers.items():
-        if given is None:
-            continue
-        if not callable(given):
-            raise ConfigurationError(f"{name}= must be a function, not {given!r}")
-        if is_async(given) and not awaited:
-            raise ConfigurationError(f"{name}= must not be a coroutine function: nobody awaits what it returns")
-
-
-def abandon(value: object) -> None:
-    """Close an awaitable or a generator that nobody will use, so that nothing warns of it."""
-    if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-        close = getattr(value, "close", None)
-        if close is not None:
-            close()
-
-
 KIND: dict[type[Told], EventKind] = {
     Replay: "replayed",
     Completed: "completed",
@@ -185,42 +145,3 @@ def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> I
             )
         case Unreadable(version):
             return UnreadableError(f"The record is damaged, or of a newer format ({version}).")
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Say whether a call of ``function`` is awaited; ConfigurationError for a generator, which has no one result."""
-    for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
-        if inspect.iscoroutinefunction(each):
-            return True
-        plain = inspect.unwrap(each) if each is not None else None
-        if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
-            raise ConfigurationError(f"{name_of(function)} is a generator: what it yields cannot be recorded")
-        if inspect.iscoroutinefunction(plain):
-            return True
-    return False
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return what events call a function."""
-    name: str = getattr(function, "__qualname__", type(function).__qualname__)
-    return name
-
-
-def takes_session(function: Callable[..., Any]) -> bool:
-    """Say whether a function is given the session as its keyword ``session``."""
-    parameter = inspect.signature(function).parameters.get("session")
-    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-
-
-def needs_session(function: Callable[..., Any]) -> bool:
-    """Say whether a function cannot be called without the keyword ``session``."""
-    return takes_session(function) and (
-        inspect.signature(function).parameters["session"].default is inspect.Parameter.empty
-    )
-
-
-def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature that callers see: frameworks inject what they find in it."""
-    signature = inspect.signature(function)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "session"]
-    return signature.replace(parameters=kept)

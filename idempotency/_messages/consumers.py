@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
 from idempotency._engine.calls import Calls, Ended
+from idempotency._engine.modes import runner_of
 from idempotency._messages.rules import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import Turns
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
-from idempotency.function import runner_of
 from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
 
 _TURN = 60.0

@@ -42,7 +42,8 @@ from celery.signals import worker_process_init, worker_process_shutdown
 from celery.utils.imports import symbol_by_name
 
 from idempotency._engine.background import drain_sync
-from idempotency._engine.calls import Fingerprint, check_readers, compared_by, signature_without_session, takes_session
+from idempotency._engine.readers import Fingerprint, check_readers, compared_by
+from idempotency._signature import dress, signature_without_session, takes_session
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.celery._worker import (
     NEVER_ENCODED,
@@ -67,7 +68,6 @@ from idempotency.consumer import (
     SyncConsumer,
 )
 from idempotency.errors import ConfigurationError, NotReplayableError
-from idempotency.function import dress
 from idempotency.operation import current
 from idempotency.stores.base import Store, SyncStore
 

@@ -23,7 +23,7 @@ from celery.worker import state
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 from kombu.serialization import registry
 
-from idempotency._engine.calls import is_async
+from idempotency._signature import is_async
 from idempotency.errors import ConfigurationError
 
 NEVER_ENCODED = (EncodeError, SerializerNotInstalled)

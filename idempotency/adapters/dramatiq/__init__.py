@@ -39,13 +39,13 @@ from dramatiq import Actor, Broker
 from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 
 from idempotency._brokers.headers import missing
-from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async
+from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.rules import Rules
+from idempotency._signature import dress, is_async, work_of
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.dramatiq._delivery import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError
-from idempotency.function import dress, work_of
 from idempotency.stores.base import Store, SyncStore
 
 __all__ = ["DeadLetteredError", "IdempotentActor", "NotPassedOnError", "idempotent_actor"]

@@ -46,7 +46,7 @@ from faststream.exceptions import AckMessage, HandlerException, IgnoredException
 from faststream.message import StreamMessage
 
 from idempotency._brokers.headers import KEY_HEADERS
-from idempotency._engine.calls import check_readers, compared_by
+from idempotency._engine.readers import check_readers, compared_by
 from idempotency.adapters._delivery import AGAIN, LONGEST_HOLD, as_bytes, unavailable
 from idempotency.adapters.faststream._results import Acked, Kept, ResultCodec
 from idempotency.adapters.faststream._sources import Source, broker_of, sequence_key, source_of

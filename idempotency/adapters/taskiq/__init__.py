@@ -38,12 +38,12 @@ from taskiq.kicker import AsyncKicker
 
 from idempotency._brokers.headers import missing
 from idempotency._engine.background import drain
-from idempotency._engine.calls import Fingerprint, check_readers, compared_by, is_async, name_of
+from idempotency._engine.readers import Fingerprint, check_readers, compared_by
+from idempotency._signature import dress, is_async, name_of, work_of
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.taskiq._dependencies import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
-from idempotency.function import dress, work_of
 from idempotency.stores.base import Store
 
 P = ParamSpec("P")

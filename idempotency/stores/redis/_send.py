@@ -34,7 +34,6 @@ _NAME = (
     if inspect.signature(ConnectionPool.get_connection).parameters["command_name"].default is inspect.Parameter.empty
     else ()
 )
-_INSIST = 0.1
 
 _AGAIN = (redis.ConnectionError, ReadOnlyError)
 """An idle connection that the server had dropped, or a primary that was demoted: verbs may be repeated."""

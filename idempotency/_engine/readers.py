@@ -1,0 +1,39 @@
+"""The functions that read a message or call: ``key=``, and ``fingerprint=``, what repeats of it must have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from idempotency._signature import is_async
+from idempotency.errors import ConfigurationError
+
+Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
+"""What repeated messages must have in common with the first: what a function returns, the body, or nothing."""
+
+
+def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
+    """Return what is compared of one message or call; ``body`` is asked for only where it is needed."""
+    if fingerprint is None:
+        return None
+    if fingerprint == "body":
+        return body()
+    value = fingerprint(*args, **kwargs)
+    if value is None:
+        raise ConfigurationError("fingerprint= must return text or bytes, not None")
+    return value
+
+
+def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: bool = False) -> None:
+    """Refuse a ``key`` or ``fingerprint`` that can read no message or call at all.
+
+    ``body``: whether there may be one to compare. ``awaited``: whether coroutine functions are awaited.
+    """
+    readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
+    for name, given in readers.items():
+        if given is None:
+            continue
+        if not callable(given):
+            raise ConfigurationError(f"{name}= must be a function, not {given!r}")
+        if is_async(given) and not awaited:
+            raise ConfigurationError(f"{name}= must not be a coroutine function: nobody awaits what it returns")

@@ -1,0 +1,96 @@
+"""What is read from functions: whether they are awaited, their names, and whether they take a session."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from idempotency.errors import ConfigurationError
+
+
+def abandon(value: object) -> None:
+    """Close an awaitable or a generator that nobody will use, so that nothing warns of it."""
+    if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+        close = getattr(value, "close", None)
+        if close is not None:
+            close()
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Say whether a call of ``function`` is awaited; ConfigurationError for a generator, which has no one result."""
+    for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
+        if inspect.iscoroutinefunction(each):
+            return True
+        plain = inspect.unwrap(each) if each is not None else None
+        if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+            raise ConfigurationError(f"{name_of(function)} is a generator: what it yields cannot be recorded")
+        if inspect.iscoroutinefunction(plain):
+            return True
+    return False
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what events call a function."""
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
+
+
+def takes_session(function: Callable[..., Any]) -> bool:
+    """Say whether a function is given the session as its keyword ``session``."""
+    parameter = inspect.signature(function).parameters.get("session")
+    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def needs_session(function: Callable[..., Any]) -> bool:
+    """Say whether a function cannot be called without the keyword ``session``."""
+    return takes_session(function) and (
+        inspect.signature(function).parameters["session"].default is inspect.Parameter.empty
+    )
+
+
+def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature that callers see: frameworks inject what they find in it."""
+    signature = inspect.signature(function)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "session"]
+    return signature.replace(parameters=kept)
+
+
+def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
+    """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
+    gives = session is not None and takes_session(function)
+    call = function if is_async(function) else _ended(function)
+
+    def bind(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        if session is None:
+            return lambda: call(*args, **kwargs)
+        if gives:
+            return lambda opened: call(*args, **{**kwargs, "session": opened})
+        return lambda _: call(*args, **kwargs)
+
+    return bind
+
+
+def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a result that stands for work yet to be done: it would be recorded before it is."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        value = function(*args, **kwargs)
+        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+            abandon(value)
+            raise ConfigurationError(
+                f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
+                "coroutine function itself, or give what wraps it functools.wraps"
+            )
+        return value
+
+    return call
+
+
+def dress(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
+    """Give a wrapper the name and signature of the function, as callers and frameworks see it."""
+    functools.update_wrapper(wrapper, function)
+    if session is not None and takes_session(function):
+        wrapper.__signature__ = signature_without_session(function)
+    return wrapper
