@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from idempotency._engine.background import drain
-from idempotency._engine.lease import Lease, Runner
+from idempotency._engine.lease import Lease
+from idempotency._engine.runner import Runner
 from idempotency._engine.transaction import transactions
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response

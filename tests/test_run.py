@@ -10,7 +10,8 @@ import pytest
 from faults import FlakyStore
 from time_travel import now, others, settled, travelling, travelling_store
 
-from idempotency._engine.lease import Lease, Runner
+from idempotency._engine.lease import Lease
+from idempotency._engine.runner import Runner
 from idempotency._rules import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event

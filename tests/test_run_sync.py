@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from idempotency._engine import lease_sync as _run_sync
-from idempotency._engine.lease_sync import Beat, SyncLease, SyncRunner
+from idempotency._engine.beat import Beat
+from idempotency._engine.lease_sync import SyncLease
+from idempotency._engine.runner_sync import SyncRunner
 from idempotency._rules import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.joined import (
@@ -23,23 +20,17 @@ from idempotency._engine.joined import (
     raised,
     without_lease,
 )
-from idempotency._engine.transaction import check_left, check_sessions, naming_failures, write_and_commit
-from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict
-from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
+from idempotency._engine.transaction import check_sessions
+from idempotency._engine.transaction_sync import SyncTransaction
+from idempotency._rules import Claim, Execute, InProgress, Verdict
+from idempotency.errors import StoreError, TransactionError
 from idempotency.events import EventKind, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
-from idempotency.stores.sql import SQLStore
 from idempotency.stores.sql._joined import (
     LEFT,
     ConflictError,
     UnusableError,
-    cut_off_session,
-    discard,
-    failure_of,
-    give_back,
-    keep_commit,
-    roll_back,
 )
 
 T = TypeVar("T")
@@ -78,7 +69,7 @@ class SyncJoined:
         return None if record is None or isinstance(verdict, Execute) else verdict
 
     def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
-        transaction = _SyncTransaction(self._store, self._sessions, claim)
+        transaction = SyncTransaction(self._store, self._sessions, claim)
         try:
             verdict = self._claim(claim, transaction, wait)
             if not isinstance(verdict, Execute):
@@ -103,7 +94,7 @@ class SyncJoined:
         finally:
             transaction.close()
 
-    def _claim(self, claim: Claim, transaction: _SyncTransaction, wait: float) -> Verdict:
+    def _claim(self, claim: Claim, transaction: SyncTransaction, wait: float) -> Verdict:
         # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
         deadline, tried, left = monotonic() + wait, False, wait
         while True:
@@ -122,7 +113,7 @@ class SyncJoined:
                 self._calls.emit("unavailable", claim, error=error)
                 raise
 
-    def _returned(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, value: Any) -> Ended:
+    def _returned(self, claim: Claim, operation: Operation, transaction: SyncTransaction, value: Any) -> Ended:
         if operation.settle("store") == "release":
             transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt)
@@ -148,7 +139,7 @@ class SyncJoined:
         self,
         claim: Claim,
         operation: Operation,
-        transaction: _SyncTransaction,
+        transaction: SyncTransaction,
         error: Exception,
         outcome: Outcome,
         held: bool,
@@ -160,7 +151,7 @@ class SyncJoined:
         self._keep(claim, operation, transaction, error, outcome, held)
         return Raised(error, outcome)
 
-    def _stopped(self, claim: Claim, operation: Operation, transaction: _SyncTransaction, error: BaseException) -> None:
+    def _stopped(self, claim: Claim, operation: Operation, transaction: SyncTransaction, error: BaseException) -> None:
         """Leave nothing of what was interrupted, unless its key is to be kept."""
         outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
         if outcome == "release":
@@ -172,7 +163,7 @@ class SyncJoined:
         self,
         claim: Claim,
         operation: Operation,
-        transaction: _SyncTransaction,
+        transaction: SyncTransaction,
         error: BaseException,
         outcome: Outcome,
         held: bool,
@@ -189,114 +180,3 @@ class SyncJoined:
         else:
             kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
             self._calls.emit(kind, claim, operation.attempt, error)
-
-
-class _SyncTransaction:
-    """A session that is committed once, here, together with the record; see :class:`Transaction`."""
-
-    def __init__(self, store: SQLStore, sessions: sessionmaker[Session], claim: Claim) -> None:
-        self._store = store
-        self._sessions = sessions
-        self._claim = claim
-        self.session: Session = sessions()
-        self._root: SessionTransaction | None = None
-        self._discarded = False
-        self.refused: StoreRefusedError | None = None
-        keep_commit(self.session)
-
-    def claim(self, wait: float) -> Record | None:
-        """See :meth:`Transaction.claim`."""
-        return self._store.claim_in_sync(self.session, self._claim, wait=wait)
-
-    def bind(self) -> None:
-        """See :meth:`Transaction.bind`."""
-        self._root = self.session.get_transaction()
-
-    def begin_nested(self) -> SessionTransaction:
-        """See :meth:`Transaction.begin_nested`."""
-        with naming_failures(self.session):
-            return self._do(lambda session: session.begin_nested())
-
-    def undo(self, savepoint: SessionTransaction) -> bool:
-        """See :meth:`Transaction.undo`."""
-        try:
-            self._do(lambda _: savepoint.rollback())
-        except Exception:
-            return False
-        return True
-
-    def begin_anew(self) -> None:
-        """See :meth:`Transaction.begin_anew`."""
-        self.roll_back()
-        if self._discarded:
-            self.session, self._discarded = self._sessions(), False
-        keep_commit(self.session)
-
-    def flush(self) -> None:
-        """See :meth:`Transaction.flush`."""
-        check_left(self.session, self._root)
-        with naming_failures(self.session):
-            self.session.flush()
-
-    def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
-        """See :meth:`Transaction.commit`."""
-        try:
-            return self._do(lambda session: self._end(session, result, state))
-        except Exception as error:
-            if self._discarded and isinstance(error, StoreError):
-                raise  # not answered in time: a look would take as long
-            failure = failure_of(error, self.session)
-            if self._committed_after_all(state, failure is error):
-                return True
-            if failure is error:
-                raise
-            raise failure from error
-
-    def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
-        return written
-
-    def _committed_after_all(self, state: State, answered: bool) -> bool:
-        """See :meth:`Transaction._committed_after_all`."""
-        self.roll_back()
-        look = _SyncTransaction(self._store, self._sessions, self._claim)
-        try:
-            record = look.claim(0.0 if answered else self._store.timeout)
-        finally:
-            look.close()
-        return record is not None and record.token == self._claim.token and record.state is state
-
-    def roll_back(self) -> None:
-        """Undo the effect."""
-        if not self._discarded:
-            with suppress(StoreError):  # not answered: its connection is closed
-                self._do(roll_back)
-
-    def close(self) -> None:
-        """Give the connection back, if there is one."""
-        if self._discarded:
-            return
-        if not self.session.in_transaction():
-            self.session.close()
-            return
-        with suppress(StoreError):
-            self._do(give_back)
-
-    def _do(self, work: Callable[[Session], T]) -> T:
-        """Do one step, which ends in time; one that is cut off, or interrupted, is the last of its session."""
-        session, store = self.session, self._store
-        with store.watchdog.watch(store.timeout, partial(cut_off_session, session)) as watched:
-            try:
-                return work(session)
-            except BaseException as error:
-                if watched.cut and isinstance(error, Exception):
-                    self._discard()
-                    raise StoreError(f"the database gave no answer within {store.timeout:g} s") from error
-                if not isinstance(error, SQLAlchemyError | IdempotencyError):
-                    # Interrupted anywhere, as by a signal: nobody knows what the server is still going to send.
-                    self._discard()
-                raise
-
-    def _discard(self) -> None:
-        self._discarded = True
-        discard(self.session)

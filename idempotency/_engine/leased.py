@@ -8,13 +8,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
-from idempotency._engine.lease import Lease, Runner
-from idempotency._engine.lease_sync import SyncLease, SyncRunner
+from idempotency._engine.lease import Lease
+from idempotency._engine.runner import Runner
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation
-from idempotency.stores.base import Store, SyncStore
+from idempotency.stores.base import Store
 
 
 class Leased:
@@ -75,62 +75,6 @@ async def _unprotected(work: Callable[..., Awaitable[Any]]) -> Ran | Raised:
     token = RUNNING.set(None)
     try:
         return Ran(await work())
-    except Exception as error:
-        return Raised(error, "release")
-    finally:
-        RUNNING.reset(token)
-
-
-class SyncLeased:
-    """The calls of one synchronous function."""
-
-    def __init__(self, store: SyncStore, calls: Calls) -> None:
-        self._calls = calls
-        self._runner = SyncRunner(store, calls.on_event)
-
-    def run(self, claim: Claim, work: Callable[..., Any]) -> Ended:
-        """Run ``work`` once under ``claim``, or say what is known.
-
-        Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
-        """
-        calls, runner = self._calls, self._runner
-        try:
-            verdict, claimed_at = runner.claim(claim, calls.policy.wait)
-        except StoreError as error:
-            if calls.policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
-                calls.emit("unprotected", claim, error=error)
-                return _unprotected_sync(work)
-            calls.emit("unavailable", claim, error=error)
-            raise
-        if not isinstance(verdict, Execute):
-            return verdict
-        operation = Operation(claim, verdict.attempt, name=calls.name)
-        return self._execute(SyncLease(runner, claim, operation, calls.name, claimed_at), operation, work)
-
-    def _execute(self, lease: SyncLease, operation: Operation, work: Callable[..., Any]) -> Ended:
-        token = RUNNING.set(operation)
-        try:
-            value = work()
-        except BaseException as error:
-            outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
-            lease.end(outcome, encode_failure(error) if outcome == "store" else None, error)
-            if isinstance(error, Exception):
-                return Raised(error, outcome)
-            raise
-        else:
-            outcome = operation.settle("store")
-            result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
-            told = lease.end(outcome, result, flaw)
-            return Ran(value) if told is None else told
-        finally:
-            RUNNING.reset(token)
-            lease.stop()
-
-
-def _unprotected_sync(work: Callable[..., Any]) -> Ran | Raised:
-    token = RUNNING.set(None)
-    try:
-        return Ran(work())
     except Exception as error:
         return Raised(error, "release")
     finally:

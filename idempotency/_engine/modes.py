@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from idempotency._engine.calls import Calls
-from idempotency._engine.leased import Leased, SyncLeased
+from idempotency._engine.leased import Leased
+from idempotency._engine.leased_sync import SyncLeased
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import check_store
 
