@@ -24,19 +24,11 @@ from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from idempotency._engine.names import Made, takes_scope_of_another
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
-from idempotency._messages.consumers import Consumer, SyncConsumer
-from idempotency._messages.rules import (
-    ConsumerOptions,
-    DeadLetter,
-    Delivered,
-    Done,
-    ExhaustedError,
-    Failed,
-    Final,
-    Replayed,
-    Retry,
-    Rules,
-)
+from idempotency._messages.consumers import Consumer
+from idempotency._messages.consumers_sync import SyncConsumer
+from idempotency._messages.options import ConsumerOptions
+from idempotency._messages.rules import Rules
+from idempotency._messages.settlement import DeadLetter, Delivered, Done, ExhaustedError, Failed, Final, Replayed, Retry
 from idempotency._signature import dress, is_async, name_of, needs_session, work_of
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.base import Store, SyncStore

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 from idempotency._engine.calls import Calls, Ended
 from idempotency._engine.modes import runner_of
-from idempotency._messages.rules import SOON, ConsumerOptions, Delivered, Retry, Rules, Tally, rules_of
+from idempotency._messages.options import ConsumerOptions, rules_of
+from idempotency._messages.rules import SOON, Rules, Tally
+from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import Turns
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
 
-_TURN = 60.0
+TURN = 60.0
 """Seconds for which a suspect waits for its turn before it is given back."""
 
 
@@ -25,8 +27,8 @@ class Consumer:
     def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        _check_counts(store, self.rules, asynchronous=True)
-        self._run = _runner(store, self.rules.calls, options, asynchronous=True)
+        check_counts(store, self.rules, asynchronous=True)
+        self._run = runner(store, self.rules.calls, options, asynchronous=True)
         self._turns = Turns()
 
     async def deliver(
@@ -53,7 +55,7 @@ class Consumer:
                 if not mine:
                     return Retry(SOON)
                 begun = await self._begun(claim, attempt, counted)
-                ended = await self._ended(claim, rules.admitted(begun, _noted(_uncancelled(work), ran)))
+                ended = await self._ended(claim, rules.admitted(begun, noted(_uncancelled(work), ran)))
         except StoreError as error:
             if ran or counted:
                 await self._count(claim, rules.missing(attempt, bool(ran)))
@@ -97,7 +99,7 @@ class Consumer:
     @asynccontextmanager
     async def _turn(self, suspect: bool) -> AsyncIterator[bool]:
         """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
-        left = await self._turns.take(_TURN) if suspect else _TURN
+        left = await self._turns.take(TURN) if suspect else TURN
         try:
             yield left is not None
         finally:
@@ -134,111 +136,7 @@ class Consumer:
                 await self._store.claim(self.rules.tally(kind, claim))
 
 
-class SyncConsumer:
-    """One consumer of messages, by name, whose handling is called. ``returns``: the function whose result is kept."""
-
-    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
-        self.rules = rules_of(consumer, returns, options)
-        self._store = store
-        _check_counts(store, self.rules, asynchronous=False)
-        self._run = _runner(store, self.rules.calls, options, asynchronous=False)
-        self._turns = Turns()
-
-    def deliver(
-        self,
-        key: object,
-        work: Callable[..., Any],
-        *,
-        attempt: int | None = None,
-        compared: bytes | str | None = None,
-    ) -> Delivered:
-        """See :meth:`Consumer.deliver`."""
-        rules, ran, counted = self.rules, list[bool](), list[bool]()
-        try:
-            claim = rules.calls.claim(key, compared)
-        except IdempotencyError as error:
-            return rules.unnamed(error)
-        try:
-            with self._turn(self._suspect(claim, attempt)) as mine:
-                if not mine:
-                    return Retry(SOON)
-                begun = self._begun(claim, attempt, counted)
-                ended = self._ended(claim, rules.admitted(begun, _noted(work, ran)))
-        except StoreError as error:
-            if ran or counted:
-                self._count(claim, rules.missing(attempt, bool(ran)))
-            return rules.unanswered(claim, error)
-        self._count(claim, rules.uncounted(attempt, ended))
-        return rules.outcome(claim, ended, begun)
-
-    def call(self, key: object, work: Callable[..., Any], compared: bytes | str | None = None) -> Any:
-        """See :meth:`Consumer.call`."""
-        claim = self.rules.calls.claim(key, compared)
-        return self.rules.answer(claim, self._ended(claim, work))
-
-    def forget(self, key: str) -> bool:
-        """See :meth:`Consumer.forget`."""
-        for each in self.rules.tallies_of(key):
-            self._store.forget_sync(each)
-        return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
-
-    def _ended(self, claim: Claim, work: Callable[..., Any]) -> Ended:
-        ended: Ended = self._run(claim, work)
-        while (again := self.rules.as_recorded(claim, ended)) is not None:
-            claim = again
-            ended = self._run(claim, work)
-        return ended
-
-    def _suspect(self, claim: Claim, attempt: int | None) -> bool:
-        """Say whether the message was begun and never ended, as by one that takes its process down."""
-        if not self.rules.counts(attempt):
-            return False
-        with suppress(StoreError):
-            begun = self._counted("begun", claim)
-            return begun > 0 and begun > self._counted("busy", claim) + self._counted("failed", claim)
-        return False
-
-    @contextmanager
-    def _turn(self, suspect: bool) -> Iterator[bool]:
-        """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
-        left = self._turns.take_sync(_TURN) if suspect else _TURN
-        try:
-            yield left is not None
-        finally:
-            if suspect and left is not None:
-                self._turns.give_sync()
-
-    def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
-        rules = self.rules
-        if not rules.counts(attempt):
-            return 1
-        try:
-            begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
-            counted.append(True)
-            if rules.look_at_busy(begun):
-                begun -= self._counted("busy", claim)
-        except StoreError as error:
-            rules.calls.emit("unavailable", claim, error=error)
-            if rules.open:
-                return 1
-            raise
-        return begun
-
-    def _counted(self, kind: Tally, claim: Claim) -> int:
-        try:
-            found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
-        except UnreadableError:
-            # A count that is damaged is none.
-            return 0
-        return 0 if found is None else found.attempt
-
-    def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
-        with suppress(StoreError):
-            for kind in kinds:
-                self._store.claim_sync(self.rules.tally(kind, claim))
-
-
-def _noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
+def noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
     """Note that the handler was called: from there on a store that fails is no reason not to count."""
 
     def handle(*args: Any) -> Any:
@@ -263,11 +161,11 @@ def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return handle
 
 
-def _check_counts(store: Any, rules: Rules, *, asynchronous: bool) -> None:
+def check_counts(store: Any, rules: Rules, *, asynchronous: bool) -> None:
     if rules.max_attempts is None:
         return
     check_store(store, asynchronous, Counting if asynchronous else SyncCounting)
 
 
-def _runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
+def runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
     return runner_of(asynchronous, store, calls, options.get("session"), options.get("lock_timeout", 5.0))

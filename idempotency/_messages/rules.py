@@ -1,121 +1,35 @@
-"""What becomes of a delivered message: one of five outcomes, each of which means one settlement; and by which rules."""
+"""The rules by which a delivered message is settled: decisions alone, without I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from idempotency._engine.calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
-from idempotency._results.codec import Codec, results_of
+from idempotency._messages.settlement import DeadLetter, Delivered, Done, ExhaustedError, Failed, Final, Replayed, Retry
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, record_id
 from idempotency.errors import (
-    ConfigurationError,
     IdempotencyError,
     KeyInvalidError,
     KeyMissingError,
     OutcomeUnknownError,
     RecordedFailureError,
     StoreError,
-    UnknownOptionError,
     UnreadableError,
 )
-from idempotency.events import EventHook, log_event, tell
+from idempotency.events import tell
 from idempotency.operation import current
-from idempotency.policy import Outcome, Policy
+from idempotency.policy import Outcome
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session, sessionmaker
+    pass
 
-_WEEK = Policy(ttl=timedelta(days=7))
 SOON = 1.0
 Tally = Literal["begun", "busy", "failed"]
 """What is counted of a message: how often it was begun, how often that was in vain, and how often it failed."""
 
 TALLIES: tuple[Tally, ...] = ("begun", "busy", "failed")
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The message was handled, and what it did is committed: ack."""
-
-    result: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not ``kept``."""
-
-    result: Any
-    kept: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack.
-
-    ``reason``: another is handling it just now, or the store does not answer.
-    """
-
-    after: float
-    reason: Literal["in-progress", "unavailable"] = "in-progress"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The handler failed and what it did in the session is rolled back: the broker's own retry."""
-
-    error: Exception
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """The message is not to be delivered again: ``reason`` is stable, such as ``"exhausted"`` or ``"key-reused"``."""
-
-    reason: str
-    error: Exception
-
-
-Delivered = Done | Replayed | Retry | Failed | DeadLetter
-"""How a delivery is to be settled; each means one settlement."""
-
-Final = Literal["dead-letter", "stop"]
-"""What becomes of a message that no redelivery helps: a dead letter, or an error that stops the consumer."""
-
-
-class ExhaustedError(IdempotencyError):
-    """The message was handled ``max_attempts`` times, in vain, and is not handled again."""
-
-    code = "exhausted"
-    title = "The message was handled too often"
-
-
-class ConsumerOptions(TypedDict, total=False):
-    """What every consumer can be told, by the decorator and by each adapter.
-
-    ``session``: a sessionmaker on the database of the store, an SQLStore: the handler's effect and its record are then
-    one transaction. Default None: leased. ``lock_timeout``: seconds a duplicate waits for such a transaction, default
-    5. ``policy``: its ``ttl`` (default here 7 days: longer than the broker can redeliver), ``lease``, ``wait``,
-    ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and ``max_response`` apply. ``codec``: how the
-    result becomes bytes, default by the annotation of what the handler returns.
-    ``max_attempts``: how often a message is handled, counted in the store: each failure, and each redelivery that was
-    begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: what then becomes of it.
-    ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, whose
-    record cannot be read, or which ``key`` or ``fingerprint`` cannot read. Both ``"dead-letter"`` (the default) or
-    ``"stop"``: an error is raised, the consumer stops.
-    ``on_event``: as everywhere.
-    """
-
-    session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None
-    policy: Policy
-    codec: Codec | None
-    lock_timeout: float
-    max_attempts: int | None
-    on_exhausted: Final
-    on_refused: Final
-    on_event: EventHook
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,29 +203,3 @@ class Rules:
             case told:
                 self.calls.emit(KIND[type(told)], claim)
                 raise refusal(told)
-
-
-def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> Rules:
-    if not isinstance(consumer, str) or not consumer:
-        raise ConfigurationError(f"consumer must be a name, not {consumer!r}")
-    max_attempts = options.get("max_attempts")
-    if max_attempts is not None and (type(max_attempts) is not int or max_attempts < 1):
-        raise ConfigurationError(f"max_attempts must be a number, at least 1, or None: {max_attempts!r}")
-    on_exhausted, on_refused = options.get("on_exhausted", "dead-letter"), options.get("on_refused", "dead-letter")
-    for name, value in (("on_exhausted", on_exhausted), ("on_refused", on_refused)):
-        if value not in ("dead-letter", "stop"):
-            raise ConfigurationError(f'{name} must be "dead-letter" or "stop", not {value!r}')
-    unknown = set(options) - ConsumerOptions.__optional_keys__
-    if unknown:
-        raise UnknownOptionError(
-            f"unknown options: {', '.join(sorted(unknown))}; there are "
-            f"{', '.join(sorted(ConsumerOptions.__optional_keys__))}"
-        )
-    calls = Calls(
-        name=consumer,
-        scope=f"consumer:1:{consumer}",
-        policy=options.get("policy", _WEEK),
-        results=results_of(returns, options.get("codec")),
-        on_event=options.get("on_event", log_event),
-    )
-    return Rules(calls, max_attempts, on_exhausted, on_refused, options.get("session") is not None)
