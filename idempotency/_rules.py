@@ -144,10 +144,10 @@ class Unreadable:
     version: int
 
 
-Told = Replay | Completed | InProgress | Mismatch | Unknown | Unreadable
+Known = Replay | Completed | InProgress | Mismatch | Unknown | Unreadable
 """What anyone but the owner is told."""
 
-Verdict = Execute | Told
+Verdict = Execute | Known
 
 
 def judge(claim: Claim, record: Record) -> Verdict:

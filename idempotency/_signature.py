@@ -57,7 +57,7 @@ def signature_without_session(function: Callable[..., Any]) -> inspect.Signature
     return signature.replace(parameters=kept)
 
 
-def work_of(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
+def bind_arguments(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
     """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
     gives = session is not None and takes_session(function)
     call = function if is_async(function) else _ended(function)
@@ -88,7 +88,7 @@ def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def dress(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
+def wrap_like(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
     """Give a wrapper the name and signature of the function, as callers and frameworks see it."""
     functools.update_wrapper(wrapper, function)
     if session is not None and takes_session(function):

@@ -11,7 +11,7 @@ _MOMENT = 0.01
 """Seconds: a shorter wait counts as no wait."""
 
 
-class Turns:
+class LocalLock:
     """A queue for the threads of one process, and one in each of its event loops."""
 
     def __init__(self) -> None:
@@ -19,16 +19,16 @@ class Turns:
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
     @property
-    def taken(self) -> bool:
+    def locked(self) -> bool:
         """Say whether it is another's turn in this event loop."""
         return self._here().locked()
 
     @property
-    def taken_sync(self) -> bool:
+    def locked_sync(self) -> bool:
         """Say whether it is another thread's turn."""
         return self._threads.locked()
 
-    async def take(self, wait: float) -> float | None:
+    async def acquire(self, wait: float) -> float | None:
         """Wait up to ``wait`` seconds, and return how many of them are left; None: it is still another's turn."""
         turn, since = self._here(), monotonic()
         at_once = not turn.locked()
@@ -41,11 +41,11 @@ class Turns:
         # On a busy machine a turn that nobody has takes time, too.
         return wait if at_once or waited <= _MOMENT else max(0.0, wait - waited)
 
-    def give(self) -> None:
+    def release(self) -> None:
         """Let the next one of this event loop have its turn."""
         self._here().release()
 
-    def take_sync(self, wait: float) -> float | None:
+    def acquire_sync(self, wait: float) -> float | None:
         """See :meth:`take`."""
         if self._threads.acquire(blocking=False):
             return wait
@@ -54,7 +54,7 @@ class Turns:
             return None
         return max(0.0, since + wait - monotonic())
 
-    def give_sync(self) -> None:
+    def release_sync(self) -> None:
         """Let the next thread have its turn."""
         self._threads.release()
 

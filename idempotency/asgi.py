@@ -27,9 +27,9 @@ from idempotency._rules import (
     Completed,
     Execute,
     InProgress,
+    Known,
     Mismatch,
     Replay,
-    Told,
     Unknown,
     Unreadable,
 )
@@ -412,7 +412,7 @@ class _Exchange:
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._share_state()
-        outcome = self._lease.operation.settle(self._policy.outcome_of_status(status))
+        outcome = self._lease.operation.outcome_after(self._policy.outcome_of_status(status))
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
             # A 5xx is how frameworks answer an exception, so it is a failure, whatever is recorded of it.
@@ -428,7 +428,7 @@ class _Exchange:
         return None if told is None else self._answer(told)
 
     async def _failed(self, error: BaseException) -> None:
-        outcome = self._lease.operation.settle(self._policy.outcome_of_exception(error))
+        outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
         await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error, failed=True)
 
     async def _unprotected(self, receive: Receive) -> None:
@@ -443,7 +443,7 @@ class _Exchange:
         finally:
             self._leave_state()
 
-    def _answer(self, told: Told) -> StoredResponse:
+    def _answer(self, told: Known) -> StoredResponse:
         match told:
             case Replay(result):
                 try:

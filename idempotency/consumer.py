@@ -29,7 +29,7 @@ from idempotency._messages.consumers_sync import SyncConsumer
 from idempotency._messages.options import ConsumerOptions
 from idempotency._messages.rules import Rules
 from idempotency._messages.settlement import DeadLetter, Delivered, Done, ExhaustedError, Failed, Final, Replayed, Retry
-from idempotency._signature import dress, is_async, name_of, needs_session, work_of
+from idempotency._signature import bind_arguments, is_async, name_of, needs_session, wrap_like
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.base import Store, SyncStore
 
@@ -199,7 +199,7 @@ def idempotent_consumer(
             raise ConfigurationError(
                 f"{name_of(function)} has a parameter session, and session= was not given: pass a sessionmaker"
             )
-        bind = work_of(function, session)
+        bind = bind_arguments(function, session)
         read = _Reader(_first_parameter(function), key, fingerprint, attempt)
         if is_async(function):
             handler = _equip_async(Consumer(store, consumer, function, options), read, bind)
@@ -212,7 +212,7 @@ def idempotent_consumer(
                 " the other; give each a consumer= of its own",
                 consumer,
             )
-        return dress(handler, function, session)
+        return wrap_like(handler, function, session)
 
     return cast(Decorate, decorate)
 

@@ -108,7 +108,7 @@ def kind_of(outcome: Outcome, result: bytes | None) -> EventKind:
             return "released"
 
 
-def tell(
+def emit_event(
     hook: EventHook,
     kind: EventKind,
     operation: str,

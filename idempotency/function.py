@@ -11,7 +11,7 @@ from idempotency._engine.names import Made, full_name_of, takes_scope_of_another
 from idempotency._engine.readers import check_readers, compared_by
 from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim, Replay
-from idempotency._signature import dress, is_async, name_of, work_of
+from idempotency._signature import bind_arguments, is_async, name_of, wrap_like
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy
@@ -112,13 +112,13 @@ def _wrap_async(
     claim_of: Callable[[Any, Any], Claim],
     session: Any,
 ) -> Any:
-    bind = work_of(function, session)
+    bind = bind_arguments(function, session)
 
     async def call(*args: Any, **kwargs: Any) -> Any:
         claim = claim_of(args, kwargs)
         return _answer(calls, claim, await run(claim, bind(*args, **kwargs)))
 
-    return dress(call, function, session)
+    return wrap_like(call, function, session)
 
 
 def _wrap_sync(
@@ -128,13 +128,13 @@ def _wrap_sync(
     claim_of: Callable[[Any, Any], Claim],
     session: Any,
 ) -> Any:
-    bind = work_of(function, session)
+    bind = bind_arguments(function, session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         claim = claim_of(args, kwargs)
         return _answer(calls, claim, run(claim, bind(*args, **kwargs)))
 
-    return dress(call, function, session)
+    return wrap_like(call, function, session)
 
 
 def _answer(calls: Calls, claim: Claim, ended: Ended) -> Any:

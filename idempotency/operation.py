@@ -130,7 +130,7 @@ class Operation:
         """Say that the effect has not happened: the key is released at the end, whatever that end is."""
         self._word = "release"
 
-    def settle(self, outcome: Outcome) -> Outcome:
+    def outcome_after(self, outcome: Outcome) -> Outcome:
         """Return what becomes of the key, given what the policy says and what the operation has said."""
         if self._word == "release":
             return "release"

@@ -27,6 +27,6 @@ def header(headers: Mapping[str, Any] | None) -> str | None:
     return None
 
 
-def missing(what: str, remedy: str) -> KeyMissingError:
+def no_identity(what: str, remedy: str) -> KeyMissingError:
     """Make the error of a message without an identity."""
     return KeyMissingError(f"{what} has no identity, so a redelivery could not be told from another message: {remedy}")

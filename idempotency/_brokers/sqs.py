@@ -29,7 +29,7 @@ def message_key(queue: str, message: Mapping[str, Any]) -> str:
     return identity
 
 
-def bury(client: Any, url: str, message: Mapping[str, Any], key: str, reason: str) -> None:
+def send_dead_letter(client: Any, url: str, message: Mapping[str, Any], key: str, reason: str) -> None:
     """Send a dead letter: with its identity, since the copy has a new message id, and may be sent back one day."""
     attributes = dict(message.get("MessageAttributes", {}))
     added = {REASON: reason} if header(_values(message)) else {KEY_HEADERS[0]: key, REASON: reason}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from idempotency._results.codec import Results
-from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, Told, Unknown, Unreadable
+from idempotency._rules import Claim, Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency._signature import abandon
 from idempotency.errors import (
     ConfigurationError,
@@ -20,7 +20,7 @@ from idempotency.errors import (
     OutcomeUnknownError,
     UnreadableError,
 )
-from idempotency.events import EventHook, EventKind, Failure, tell
+from idempotency.events import EventHook, EventKind, Failure, emit_event
 from idempotency.policy import Outcome, Policy
 
 
@@ -39,7 +39,7 @@ class Raised:
     outcome: Outcome
 
 
-Ended = Ran | Raised | Told
+Ended = Ran | Raised | Known
 """How a call ended: here, or as the record tells."""
 
 
@@ -84,7 +84,7 @@ class Calls:
 
     def emit(self, kind: EventKind, claim: Claim, attempt: int = 0, error: Failure = None) -> None:
         """Deliver one event."""
-        tell(self.on_event, kind, self.name, claim, attempt, error)
+        emit_event(self.on_event, kind, self.name, claim, attempt, error)
 
     def encode(self, value: Any) -> tuple[bytes | None, str]:
         """Encode a result; None, and the name of what is wrong, where it cannot be kept.
@@ -116,7 +116,7 @@ def _digest(compared: object) -> bytes:
     return hashlib.sha256(b"call:1:%b" % compared).digest()
 
 
-KIND: dict[type[Told], EventKind] = {
+KIND: dict[type[Known], EventKind] = {
     Replay: "replayed",
     Completed: "completed",
     InProgress: "in-progress",

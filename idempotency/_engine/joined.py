@@ -39,7 +39,7 @@ class Joined:
         self, store: object, calls: Calls, sessions: async_sessionmaker[AsyncSession], lock_timeout: float
     ) -> None:
         self._store = check_sessions(store, sessions, async_sessionmaker)
-        self._calls = replace(calls, policy=without_lease(calls.policy, lock_timeout))
+        self._calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
         self._sessions = sessions
         self._wait = lock_timeout
 
@@ -49,19 +49,19 @@ class Joined:
         Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or nobody can say: the same call may
         be made again.
         """
-        turns = self._store.turns
-        if turns is None:
+        lock = self._store.local_lock
+        if lock is None:
             return await self._run(claim, work, self._wait)
-        if turns.taken and (known := await self._look(claim)) is not None:
+        if lock.locked and (known := await self._look(claim)) is not None:
             return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
-            left = await turns.take(self._wait)
+            left = await lock.acquire(self._wait)
             return await self._run(claim, work, left or 0.0)
         finally:
             if left is not None:
-                turns.give()
+                lock.release()
 
     async def _look(self, claim: Claim) -> Ended | None:
         """Say what is known of a key that is not free, which is read without a turn: a replay waits for no writer."""
@@ -85,7 +85,7 @@ class Joined:
                 value = await work(transaction.session)
                 await transaction.flush()
             except Exception as error:
-                outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+                outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
                 try:
                     held = outcome != "release" and is_intact(savepoint) and await transaction.undo(savepoint)
                     return await self._failed(claim, operation, transaction, error, outcome, held)
@@ -121,7 +121,7 @@ class Joined:
                 raise
 
     async def _returned(self, claim: Claim, operation: Operation, transaction: Transaction, value: Any) -> Ended:
-        if operation.settle("store") == "release":
+        if operation.outcome_after("store") == "release":
             await transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt)
             return Ran(value)
@@ -131,14 +131,14 @@ class Joined:
                 # The row is locked, so that only the operation itself can have taken it away.
                 raise TransactionError(LEFT)
         except Exception as error:
-            outcome = left_by(operation, self._calls.policy, error)
+            outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
             try:
                 return await self._failed(claim, operation, transaction, error, outcome, held=False)
             except asyncio.CancelledError:
                 await self._stopped(claim, operation, transaction, error)
                 raise
         except BaseException as error:
-            if operation.settle("release") != "release":
+            if operation.outcome_after("release") != "release":
                 await self._stopped(claim, operation, transaction, error)
             raise
         refused = transaction.refused
@@ -158,7 +158,7 @@ class Joined:
         if outcome == "release":
             await transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt, error)
-            return raised(error)
+            return classify_failure(error)
         await self._keep(claim, operation, transaction, error, outcome, held)
         return Raised(error, outcome)
 
@@ -166,7 +166,7 @@ class Joined:
         self, claim: Claim, operation: Operation, transaction: Transaction, error: BaseException
     ) -> None:
         """Leave nothing of what was interrupted, unless its key is to be kept."""
-        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
         if outcome == "release":
             self._calls.emit("released", claim, operation.attempt, error)
             return
@@ -202,7 +202,7 @@ class Joined:
                 # The effect is rolled back, and the row with it.
                 await transaction.begin_anew()
                 held = isinstance(await self._claim(claim, transaction, self._wait), Execute)
-            written = held and await transaction.commit(*kept_as(outcome, error))
+            written = held and await transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)
         else:
@@ -222,17 +222,17 @@ def is_intact(savepoint: SessionTransaction | None) -> TypeGuard[SessionTransact
     return savepoint is not None and savepoint.is_active and not was_closed(savepoint.session)
 
 
-def left_by(operation: Operation, policy: Policy, error: Exception) -> Outcome:
+def outcome_of_failed_commit(operation: Operation, policy: Policy, error: Exception) -> Outcome:
     """Say what becomes of the key when the commit failed: what a retry may not meet again is no result to store."""
     passing = isinstance(error, StoreError)
-    return operation.settle("release" if passing else policy.outcome_of_exception(error))
+    return operation.outcome_after("release" if passing else policy.outcome_of_exception(error))
 
 
-def kept_as(outcome: Outcome, error: BaseException) -> tuple[bytes | None, State]:
+def recorded_as(outcome: Outcome, error: BaseException) -> tuple[bytes | None, State]:
     return (None, State.UNKNOWN) if outcome == "hold" else (encode_failure(error), State.DONE)
 
 
-def raised(error: Exception) -> Raised:
+def classify_failure(error: Exception) -> Raised:
     """Name an error for what it is: one that a retry of the whole may not meet again is retryable."""
     if isinstance(error, StoreError):
         raise error
@@ -248,7 +248,7 @@ def keeps_failures(policy: Policy) -> bool:
     return any(isinstance(rule, type) and outcome != "release" for rule, outcome in policy.outcomes.items())
 
 
-def without_lease(policy: Policy, lock_timeout: float) -> Policy:
+def policy_of_transaction(policy: Policy, lock_timeout: float) -> Policy:
     if policy.on_store_error == "fail_open":
         raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
     if seconds("lock_timeout", lock_timeout, DAY) < 0:

@@ -12,13 +12,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.joined import (
     AGAIN_AFTER,
+    classify_failure,
     is_intact,
     judged,
     keeps_failures,
-    kept_as,
-    left_by,
-    raised,
-    without_lease,
+    outcome_of_failed_commit,
+    policy_of_transaction,
+    recorded_as,
 )
 from idempotency._engine.transaction import check_sessions
 from idempotency._engine.transaction_sync import SyncTransaction
@@ -41,25 +41,25 @@ class SyncJoined:
 
     def __init__(self, store: object, calls: Calls, sessions: sessionmaker[Session], lock_timeout: float) -> None:
         self._store = check_sessions(store, sessions, sessionmaker)
-        self._calls = replace(calls, policy=without_lease(calls.policy, lock_timeout))
+        self._calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
         self._sessions = sessions
         self._wait = lock_timeout
 
     def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
         """See :meth:`Joined.run`."""
-        turns = self._store.turns
-        if turns is None:
+        lock = self._store.local_lock
+        if lock is None:
             return self._run(claim, work, self._wait)
-        if turns.taken_sync and (known := self._look(claim)) is not None:
+        if lock.locked_sync and (known := self._look(claim)) is not None:
             return known
         # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
         left = None
         try:
-            left = turns.take_sync(self._wait)
+            left = lock.acquire_sync(self._wait)
             return self._run(claim, work, left or 0.0)
         finally:
             if left is not None:
-                turns.give_sync()
+                lock.release_sync()
 
     def _look(self, claim: Claim) -> Ended | None:
         """See :meth:`Joined._look`."""
@@ -82,7 +82,7 @@ class SyncJoined:
                 value = work(transaction.session)
                 transaction.flush()
             except Exception as error:
-                outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+                outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
                 held = outcome != "release" and is_intact(savepoint) and transaction.undo(savepoint)
                 return self._failed(claim, operation, transaction, error, outcome, held)
             except BaseException as error:
@@ -114,7 +114,7 @@ class SyncJoined:
                 raise
 
     def _returned(self, claim: Claim, operation: Operation, transaction: SyncTransaction, value: Any) -> Ended:
-        if operation.settle("store") == "release":
+        if operation.outcome_after("store") == "release":
             transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt)
             return Ran(value)
@@ -124,10 +124,10 @@ class SyncJoined:
                 # The row is locked, so that only the operation itself can have taken it away.
                 raise TransactionError(LEFT)
         except Exception as error:
-            outcome = left_by(operation, self._calls.policy, error)
+            outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
             return self._failed(claim, operation, transaction, error, outcome, held=False)
         except BaseException as error:
-            if operation.settle("release") != "release":
+            if operation.outcome_after("release") != "release":
                 self._stopped(claim, operation, transaction, error)
             raise
         refused = transaction.refused
@@ -147,13 +147,13 @@ class SyncJoined:
         if outcome == "release":
             transaction.roll_back()
             self._calls.emit("released", claim, operation.attempt, error)
-            return raised(error)
+            return classify_failure(error)
         self._keep(claim, operation, transaction, error, outcome, held)
         return Raised(error, outcome)
 
     def _stopped(self, claim: Claim, operation: Operation, transaction: SyncTransaction, error: BaseException) -> None:
         """Leave nothing of what was interrupted, unless its key is to be kept."""
-        outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+        outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
         if outcome == "release":
             self._calls.emit("released", claim, operation.attempt, error)
         else:
@@ -174,7 +174,7 @@ class SyncJoined:
                 # The effect is rolled back, and the row with it.
                 transaction.begin_anew()
                 held = isinstance(self._claim(claim, transaction, self._wait), Execute)
-            written = held and transaction.commit(*kept_as(outcome, error))
+            written = held and transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:
             self._calls.emit("unrecorded", claim, operation.attempt, failure)
         else:

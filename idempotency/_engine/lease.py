@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from idempotency._engine.runner import Runner
 from idempotency._engine.transaction import Transaction
-from idempotency._rules import Claim, Execute, InProgress, State, Told, Unknown, judge
+from idempotency._rules import Claim, Execute, InProgress, Known, State, Unknown, judge
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import Operation
@@ -116,7 +116,7 @@ class Lease:
 
     async def end(
         self, outcome: Outcome, result: bytes | None = None, error: Failure = None, *, failed: bool = False
-    ) -> Told | None:
+    ) -> Known | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
@@ -157,7 +157,7 @@ class Lease:
                 await asyncio.wait({task}, timeout=_MOMENT)
             raise
 
-    async def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Told | None:
+    async def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Known | None:
         if await self._write(outcome, result):
             self._emit(kind_of(outcome, result), error)
             return None
@@ -182,7 +182,7 @@ class Lease:
 
         return self._runner.persist(write, self._claim.lease, self._claim)
 
-    async def _commit(self, transaction: Transaction, result: bytes | None) -> Told | None:
+    async def _commit(self, transaction: Transaction, result: bytes | None) -> Known | None:
         try:
             # The lease goes on meanwhile: what is flushed may take long.
             await transaction.flush()
@@ -205,14 +205,14 @@ class Lease:
         verdict = judge(self._claim, await self._runner.store.claim(self._claim))
         if isinstance(verdict, Execute):
             # The other owner is gone without a result. The effect was rolled back here, so a retry must run.
-            word = self.operation.settle("release")
+            word = self.operation.outcome_after("release")
             await self._write(word, None)
             return Unknown() if word == "hold" else InProgress(0.0)
         return verdict
 
     def _let_go(self, error: BaseException) -> None:
         """Settle in the background a key of whose commit nobody can say whether it is applied in the end."""
-        if self.operation.settle(self._outcome_of(error)) == "hold":
+        if self.operation.outcome_after(self._outcome_of(error)) == "hold":
             self._runner.persist(self._hold_uncommitted, self._claim.lease)
             self._emit("held", error)
             return
@@ -239,7 +239,7 @@ class Lease:
             case "release":
                 return await store.release(self._claim)
 
-    async def _superseded(self, outcome: Outcome, result: bytes | None) -> Told | None:
+    async def _superseded(self, outcome: Outcome, result: bytes | None) -> Known | None:
         self.operation.lost.set()
         self._emit("superseded")
         if outcome == "release":

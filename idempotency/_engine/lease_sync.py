@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import monotonic
 
 from idempotency._engine.runner_sync import SyncRunner
-from idempotency._rules import Claim, Execute, InProgress, State, Told, judge
+from idempotency._rules import Claim, Execute, InProgress, Known, State, judge
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import Lost, Operation
@@ -73,7 +73,7 @@ class SyncLease:
             self.ended = True
             self._runner.beat.drop()
 
-    def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Told | None:
+    def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """Record how the operation ended; the first call counts.
 
         None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
@@ -99,7 +99,7 @@ class SyncLease:
             self._emit("unrecorded", failure)
             return None
 
-    def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Told | None:
+    def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Known | None:
         if self._write(outcome, result):
             self._emit(kind_of(outcome, result), error)
             return None
@@ -137,7 +137,7 @@ class SyncLease:
             case "release":
                 return store.release_sync(self._claim)
 
-    def _superseded(self, outcome: Outcome, result: bytes | None) -> Told | None:
+    def _superseded(self, outcome: Outcome, result: bytes | None) -> Known | None:
         self.operation.lost.set()
         self._emit("superseded")
         if outcome == "release":

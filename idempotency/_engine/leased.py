@@ -56,13 +56,13 @@ class Leased:
         try:
             value = await work()
         except BaseException as error:
-            outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+            outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
             await lease.end(outcome, encode_failure(error) if outcome == "store" else None, error)
             if isinstance(error, Exception):
                 return Raised(error, outcome)
             raise
         else:
-            outcome = operation.settle("store")
+            outcome = operation.outcome_after("store")
             result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
             told = await lease.end(outcome, result, flaw)
             return Ran(value) if told is None else told

@@ -46,13 +46,13 @@ class SyncLeased:
         try:
             value = work()
         except BaseException as error:
-            outcome = operation.settle(self._calls.policy.outcome_of_exception(error))
+            outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
             lease.end(outcome, encode_failure(error) if outcome == "store" else None, error)
             if isinstance(error, Exception):
                 return Raised(error, outcome)
             raise
         else:
-            outcome = operation.settle("store")
+            outcome = operation.outcome_after("store")
             result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
             told = lease.end(outcome, result, flaw)
             return Ran(value) if told is None else told

@@ -11,7 +11,7 @@ from dataclasses import replace
 from idempotency._engine.background import repeat
 from idempotency._rules import Claim, Execute, InProgress, Record, Unknown, Verdict, judge
 from idempotency.errors import StoreError, WaitFailedError
-from idempotency.events import EventHook, EventKind, Failure, tell
+from idempotency.events import EventHook, EventKind, Failure, emit_event
 from idempotency.stores.base import Store
 
 _BACKLOG = 1000
@@ -49,7 +49,7 @@ class Runner:
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
     ) -> None:
         """Deliver one event."""
-        tell(self._on_event, kind, operation, claim, attempt, error)
+        emit_event(self._on_event, kind, operation, claim, attempt, error)
 
     async def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and say what follows; a duplicate waits up to ``wait`` seconds for the running owner.

@@ -12,7 +12,7 @@ from idempotency._engine.background import FIRST_PAUSE, LONGEST_PAUSE, Unfinishe
 from idempotency._engine.beat import Beat
 from idempotency._rules import Claim, Execute, InProgress, Unknown, Verdict, judge
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
-from idempotency.events import EventHook, EventKind, Failure, tell
+from idempotency.events import EventHook, EventKind, Failure, emit_event
 from idempotency.stores.base import SyncStore
 
 _BACKLOG = 1000
@@ -47,7 +47,7 @@ class SyncRunner:
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
     ) -> None:
         """Deliver one event."""
-        tell(self._on_event, kind, operation, claim, attempt, error)
+        emit_event(self._on_event, kind, operation, claim, attempt, error)
 
     def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and say what follows; a duplicate asks again for up to ``wait`` seconds.

@@ -144,10 +144,10 @@ class Transaction:
     @property
     def _opened(self) -> AsyncSession:
         if self._session is None:
-            from idempotency.stores.sql._joined import keep_commit
+            from idempotency.stores.sql._joined import guard_commit
 
             self._session = self._sessions()
-            keep_commit(self._session.sync_session)
+            guard_commit(self._session.sync_session)
         return self._session
 
     async def claim(self, wait: float) -> Record | None:
@@ -175,12 +175,12 @@ class Transaction:
 
     async def begin_anew(self) -> None:
         """Undo everything, and begin once more."""
-        from idempotency.stores.sql._joined import keep_commit
+        from idempotency.stores.sql._joined import guard_commit
 
         await self.roll_back()
         if self._abandoned:
             self._session, self._abandoned = None, False
-        keep_commit(self._opened.sync_session)
+        guard_commit(self._opened.sync_session)
 
     async def flush(self) -> None:
         """Send what is pending, however long it takes: what the database refuses is the operation's own error.
@@ -189,7 +189,7 @@ class Transaction:
         and :class:`~idempotency.errors.StoreError` where a retry may not meet the failure again, as a lost connection.
         """
         pending = self._opened
-        check_left(pending.sync_session, self._root)
+        check_session_intact(pending.sync_session, self._root)
         if pending.new or pending.dirty or pending.deleted:
             with naming_failures(pending.sync_session):
                 await self._step(pending.flush(), None)
@@ -329,7 +329,7 @@ def write_and_commit(
 
     A result that the store refuses is left out, as the effect is worth more: the second value says why.
     """
-    from idempotency.stores.sql._joined import allow_commit, commit, finish
+    from idempotency.stores.sql._joined import commit, finish, unguard_commit
 
     refused = None
     try:
@@ -339,7 +339,7 @@ def write_and_commit(
             raise
         refused = error
         written = store.complete_in_sync(session, claim, None, state)
-    allow_commit(session)
+    unguard_commit(session)
     if written:
         commit(session)
     else:
@@ -348,7 +348,7 @@ def write_and_commit(
     return written, refused
 
 
-def check_left(session: Session, root: SessionTransaction | None) -> None:
+def check_session_intact(session: Session, root: SessionTransaction | None) -> None:
     """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
     from idempotency.stores.sql._joined import LEFT, was_closed
 

@@ -10,11 +10,11 @@ from typing import TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from idempotency._engine.transaction import check_left, naming_failures, write_and_commit
+from idempotency._engine.transaction import check_session_intact, naming_failures, write_and_commit
 from idempotency._rules import Claim, Record, State
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError
 from idempotency.stores.sql import SQLStore
-from idempotency.stores.sql._joined import cut_off_session, discard, failure_of, give_back, keep_commit, roll_back
+from idempotency.stores.sql._joined import cut_off_session, discard, failure_of, give_back, guard_commit, roll_back
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class SyncTransaction:
         self._root: SessionTransaction | None = None
         self._discarded = False
         self.refused: StoreRefusedError | None = None
-        keep_commit(self.session)
+        guard_commit(self.session)
 
     def claim(self, wait: float) -> Record | None:
         """See :meth:`Transaction.claim`."""
@@ -58,11 +58,11 @@ class SyncTransaction:
         self.roll_back()
         if self._discarded:
             self.session, self._discarded = self._sessions(), False
-        keep_commit(self.session)
+        guard_commit(self.session)
 
     def flush(self) -> None:
         """See :meth:`Transaction.flush`."""
-        check_left(self.session, self._root)
+        check_session_intact(self.session, self._root)
         with naming_failures(self.session):
             self.session.flush()
 

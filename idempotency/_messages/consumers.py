@@ -13,7 +13,7 @@ from idempotency._messages.options import ConsumerOptions, rules_of
 from idempotency._messages.rules import SOON, Rules, Tally
 from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
-from idempotency._synchronization import Turns
+from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
 
@@ -29,7 +29,7 @@ class Consumer:
         self._store = store
         check_counts(store, self.rules, asynchronous=True)
         self._run = runner(store, self.rules.calls, options, asynchronous=True)
-        self._turns = Turns()
+        self._lock = LocalLock()
 
     async def deliver(
         self,
@@ -99,12 +99,12 @@ class Consumer:
     @asynccontextmanager
     async def _turn(self, suspect: bool) -> AsyncIterator[bool]:
         """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
-        left = await self._turns.take(TURN) if suspect else TURN
+        left = await self._lock.acquire(TURN) if suspect else TURN
         try:
             yield left is not None
         finally:
             if suspect and left is not None:
-                self._turns.give()
+                self._lock.release()
 
     async def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
@@ -113,7 +113,7 @@ class Consumer:
         try:
             begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
             counted.append(True)
-            if rules.look_at_busy(begun):
+            if rules.busy_matters(begun):
                 begun -= await self._counted("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)

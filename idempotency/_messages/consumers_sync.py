@@ -12,7 +12,7 @@ from idempotency._messages.options import ConsumerOptions, rules_of
 from idempotency._messages.rules import SOON, Tally
 from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
-from idempotency._synchronization import Turns
+from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
 from idempotency.stores.base import Entry
 
@@ -25,7 +25,7 @@ class SyncConsumer:
         self._store = store
         check_counts(store, self.rules, asynchronous=False)
         self._run = runner(store, self.rules.calls, options, asynchronous=False)
-        self._turns = Turns()
+        self._lock = LocalLock()
 
     def deliver(
         self,
@@ -84,12 +84,12 @@ class SyncConsumer:
     @contextmanager
     def _turn(self, suspect: bool) -> Iterator[bool]:
         """Let one suspect at a time be begun: if the process ends, it is not the fault of the others."""
-        left = self._turns.take_sync(TURN) if suspect else TURN
+        left = self._lock.acquire_sync(TURN) if suspect else TURN
         try:
             yield left is not None
         finally:
             if suspect and left is not None:
-                self._turns.give_sync()
+                self._lock.release_sync()
 
     def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
@@ -98,7 +98,7 @@ class SyncConsumer:
         try:
             begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
             counted.append(True)
-            if rules.look_at_busy(begun):
+            if rules.busy_matters(begun):
                 begun -= self._counted("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)

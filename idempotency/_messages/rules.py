@@ -18,7 +18,7 @@ from idempotency.errors import (
     StoreError,
     UnreadableError,
 )
-from idempotency.events import tell
+from idempotency.events import emit_event
 from idempotency.operation import current
 from idempotency.policy import Outcome
 
@@ -87,7 +87,7 @@ class Rules:
     def _tally_scope(self, kind: Tally) -> str:
         return f"{kind}:1:{self.calls.scope}"
 
-    def look_at_busy(self, begun: int) -> bool:
+    def busy_matters(self, begun: int) -> bool:
         """Say whether it matters how many of these met a running owner and so were none."""
         return self.max_attempts is not None and begun >= self.max_attempts
 
@@ -171,12 +171,12 @@ class Rules:
         """Say what becomes of a message that no redelivery helps, and of which no record tells."""
         if self.on_refused == "stop":
             raise error
-        tell(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
+        emit_event(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
         return DeadLetter(reason, error)
 
     def unsettled(self, error: BaseException) -> None:
         """Tell the event hook that the broker could not be told how a delivery ended: it delivers the message again."""
-        tell(self.calls.on_event, "unsettled", self.calls.name, error=error)
+        emit_event(self.calls.on_event, "unsettled", self.calls.name, error=error)
 
     def replay(self, claim: Claim, told: Replay | Completed) -> Any:
         """Return the recorded result; None where it was not kept."""

@@ -198,7 +198,7 @@ async def _take(deliveries: AsyncIterator[Delivery]) -> Delivery | None:
     return await anext(deliveries, None)
 
 
-def needs(handler: Any, *, asynchronous: bool, concurrency: int = 1, pause: float = 1.0) -> None:
+def require_handler(handler: Any, *, asynchronous: bool, concurrency: int = 1, pause: float = 1.0) -> None:
     """Refuse a handler that an adapter cannot call, and numbers by which none would ever be called."""
     if type(concurrency) is not int or concurrency < 1:
         raise ConfigurationError(f"concurrency must be a number, at least 1, not {concurrency!r}")
@@ -210,7 +210,7 @@ def needs(handler: Any, *, asynchronous: bool, concurrency: int = 1, pause: floa
         raise ConfigurationError(f"the handler must {'' if asynchronous else 'not '}be a coroutine function here")
 
 
-def outlived(handler: Any, kept: float, where: str) -> None:
+def warn_if_ttl_is_short(handler: Any, kept: float, where: str) -> None:
     """Warn where a broker may deliver a message again after its record is gone; ``kept``: seconds, of the broker."""
     if kept > handler.ttl:
         _logger.warning(

@@ -26,8 +26,8 @@ from uuid import uuid4
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue, AbstractRobustChannel
 from aio_pika.exceptions import ChannelInvalidStateError
 
-from idempotency._brokers.headers import header, missing
-from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, needs
+from idempotency._brokers.headers import header, no_identity
+from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, require_handler
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 
 _LOOK = 1.0
@@ -50,7 +50,7 @@ async def consume(
     Raises :class:`ConnectionError` when the channel is closed or the queue is deleted; over ``connect_robust()``
     aio-pika opens the channel again, and waits until the queue is there again.
     """
-    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
+    require_handler(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     await queue.channel.set_qos(prefetch_count=concurrency)
     stop, failed, taken, tag = stop or asyncio.Event(), asyncio.Event(), set[_Delivery](), f"idempotency-{uuid4().hex}"
     try:
@@ -129,7 +129,7 @@ class _Delivery:
     def key(self, message: AbstractIncomingMessage, /) -> str:
         named = header(message.headers) or message.message_id
         if not named:
-            raise missing(
+            raise no_identity(
                 f"a message on {message.routing_key!r}",
                 "publish it with message_id=, or give key= to idempotent_consumer",
             )

@@ -33,7 +33,7 @@ from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
 
 from idempotency._brokers.kafka import MOST_WAITING, check_settings, dead_headers, named, own_headers, place
 from idempotency._engine.background import drain
-from idempotency.adapters._delivery import as_bytes, handle, needs
+from idempotency.adapters._delivery import as_bytes, handle, require_handler
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
 from idempotency.errors import ConfigurationError
 
@@ -64,7 +64,7 @@ async def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
+    require_handler(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     # There is no other way to ask.
     check_settings(topics, dead_letter, consumer._enable_auto_commit, consumer._auto_offset_reset)
     if consumer._group_id is None:
@@ -148,7 +148,7 @@ class _Group(ConsumerRebalanceListener):  # type: ignore[misc]
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def bury(self, message: ConsumerRecord, reason: str) -> None:
+    async def send_dead_letter(self, message: ConsumerRecord, reason: str) -> None:
         """Send a dead letter, and wait until it is stored."""
         # The producer refuses a message with neither.
         value = b"" if message.value is None and message.key is None else message.value
@@ -224,9 +224,9 @@ class _Run:
         self.check()
         await self._told(self.group.consumer.commit({self.partition: message.offset + 1}))
 
-    async def bury(self, message: ConsumerRecord, reason: str) -> None:
+    async def send_dead_letter(self, message: ConsumerRecord, reason: str) -> None:
         self.check()
-        await self._told(self.group.bury(message, reason))
+        await self._told(self.group.send_dead_letter(message, reason))
 
     async def _told(self, telling: Coroutine[Any, Any, None]) -> None:
         """Wait for the broker, after a halt for some seconds: aiokafka tries for as long as it is away."""
@@ -269,7 +269,7 @@ class _Delivery:
             case Failed():
                 return
             case DeadLetter(reason, _):
-                await self._run.bury(self.message, reason)
+                await self._run.send_dead_letter(self.message, reason)
         await self._run.commit(self.message)
         self.again = None
 

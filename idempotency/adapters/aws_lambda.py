@@ -16,8 +16,8 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from idempotency._brokers.sqs import bury, message_key
-from idempotency.adapters._delivery import as_bytes, handle_sync, needs
+from idempotency._brokers.sqs import message_key, send_dead_letter
+from idempotency.adapters._delivery import as_bytes, handle_sync, require_handler
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -36,7 +36,7 @@ def batch(
     Lambda counts an error, and SQS delivers the whole batch again.
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=False)
+    require_handler(handler, asynchronous=False)
     if (dead_letter is None) is not (client is None):
         raise ConfigurationError("dead_letter= and client= need each other")
 
@@ -96,7 +96,7 @@ class _Record:
                 self.settled = True
             case DeadLetter(reason) if self._dead_letter is not None:
                 message = _received(self.message)
-                bury(self._client, self._dead_letter, message, self.key(self.message), reason)
+                send_dead_letter(self._client, self._dead_letter, message, self.key(self.message), reason)
                 self.settled = True
             case Retry() | Failed() | DeadLetter():
                 pass

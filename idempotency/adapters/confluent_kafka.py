@@ -27,7 +27,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from idempotency._brokers.kafka import MOST_WAITING, Headers, check_settings, dead_headers, named, own_headers, place
 from idempotency._engine.background import drain_sync
-from idempotency.adapters._delivery import as_bytes, handle_sync, needs
+from idempotency.adapters._delivery import as_bytes, handle_sync, require_handler
 from idempotency.consumer import DeadLetter, Delivered, Failed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -77,7 +77,7 @@ def consume(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    needs(handler, asynchronous=False, concurrency=concurrency, pause=pause)
+    require_handler(handler, asynchronous=False, concurrency=concurrency, pause=pause)
     config = _DEFAULTS | dict(config)
     auto_commit = str(config["enable.auto.commit"]).lower() not in ("false", "f", "0")
     check_settings(topics, dead_letter, auto_commit, config["auto.offset.reset"])
@@ -230,7 +230,7 @@ class _Group:
         while self._threads:
             self._poll()
 
-    def bury(self, message: Message, reason: str, halted: threading.Event) -> None:
+    def send_dead_letter(self, message: Message, reason: str, halted: threading.Event) -> None:
         """Send a dead letter, and wait until it is stored."""
         try:
             self._send(message, dead_headers(_headers(message), place(*_where(message)), reason), halted)
@@ -361,7 +361,7 @@ class _Delivery:
                 return
             case DeadLetter(reason, _):
                 self._run.check()
-                self._run.group.bury(self.message, reason, self._run.halted)
+                self._run.group.send_dead_letter(self.message, reason, self._run.halted)
         self._run.commit(self.message)
         self.again = None
 

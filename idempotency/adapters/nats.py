@@ -24,9 +24,9 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo
 from nats.js.errors import FetchTimeoutError, NotFoundError, ServiceUnavailableError
 
-from idempotency._brokers.headers import missing
+from idempotency._brokers.headers import no_identity
 from idempotency._brokers.nats import MESSAGE_ID, dead_headers, matches, named
-from idempotency.adapters._delivery import handle_all, needs, outlived
+from idempotency.adapters._delivery import handle_all, require_handler, warn_if_ttl_is_short
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
 
@@ -55,14 +55,14 @@ async def consume(
     its stream, and the stream of ``dead_letter``. Raises :class:`~idempotency.errors.ConfigurationError` for what
     cannot work.
     """
-    needs(handler, asynchronous=True, concurrency=concurrency, pause=pause)
+    require_handler(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     info = await subscription.consumer_info()
     ack_wait = _ack_wait(info.config)
     await _check_dead_letters(jetstream, info, dead_letter)
     with suppress(NotFoundError):
         # None or 0: for ever.
         kept = (await jetstream.stream_info(info.stream_name)).config.max_age or 0.0
-        outlived(handler, kept, f"the stream {info.stream_name}")
+        warn_if_ttl_is_short(handler, kept, f"the stream {info.stream_name}")
     # Python 3.11: wait_for(), by which nats-py waits for answers, loses a cancellation that comes with the answer.
     if (task := asyncio.current_task()) and task.cancelling():
         raise asyncio.CancelledError
@@ -110,7 +110,7 @@ class _Places:
         self._jetstream = jetstream
         self._dead_letter = dead_letter
 
-    async def bury(self, message: Msg, reason: str) -> None:
+    async def send_dead_letter(self, message: Msg, reason: str) -> None:
         """Publish a dead letter, and wait until it is stored."""
         # There is no other way to ask.
         most = self._jetstream._nc.max_payload
@@ -163,7 +163,7 @@ class _Delivery:
     def key(self, message: Msg, /) -> str:
         identity = named(message.headers)
         if identity is None:
-            raise missing(
+            raise no_identity(
                 f"a message on {message.subject!r}",
                 f"publish it with the header {MESSAGE_ID} or Idempotency-Key, or give idempotent_consumer key=, such "
                 "as sequence_key, which tells redeliveries apart but not a repeated publish",
@@ -180,7 +180,7 @@ class _Delivery:
             case Failed():
                 await self.message.nak(self._places.pause)
             case DeadLetter(reason, _):
-                await self._places.bury(self.message, reason)
+                await self._places.send_dead_letter(self.message, reason)
                 await self.message.term()
 
     async def extend(self) -> None:

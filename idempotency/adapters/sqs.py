@@ -26,9 +26,9 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 
-from idempotency._brokers.sqs import bury, message_key
+from idempotency._brokers.sqs import message_key, send_dead_letter
 from idempotency._engine.background import drain_sync
-from idempotency.adapters._delivery import as_bytes, handle_sync, needs, outlived
+from idempotency.adapters._delivery import as_bytes, handle_sync, require_handler, warn_if_ttl_is_short
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -64,11 +64,11 @@ def consume(
     :class:`~idempotency.errors.ConfigurationError` for what cannot work, and what boto3 raises, but for failures of the
     network and of SQS while it polls: then it polls again.
     """
-    needs(handler, asynchronous=False)
+    require_handler(handler, asynchronous=False)
     _check(concurrency=(concurrency, 1, math.inf), pause=(pause, 0, _LONGEST), poll=(poll, 1, 20))
     queue = _Queue.open(client, queue_url, pause, poll, dead_letter)
     queue.check(handler.max_attempts)
-    outlived(handler, queue.retention, f"the queue {queue.name}")
+    warn_if_ttl_is_short(handler, queue.retention, f"the queue {queue.name}")
     _consume(queue, handler, concurrency, stop or threading.Event())
 
 
@@ -231,7 +231,7 @@ class _Delivery:
                 # seconds would make every message a dead letter.
                 queue.hide(message, after if queue.deliveries is None else max(after, queue.visibility))
             case DeadLetter(reason) if queue.dead_letter is not None:
-                bury(queue.client, queue.dead_letter, message, self.key(message), reason)
+                send_dead_letter(queue.client, queue.dead_letter, message, self.key(message), reason)
                 queue.delete(message)
             case Failed():
                 queue.hide(message, queue.pause)

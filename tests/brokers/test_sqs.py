@@ -21,7 +21,7 @@ from brokers.kit import until
 from brokers.sqs import connect, count, moto, text
 from idempotency import Event, Policy, idempotent_consumer
 from idempotency.adapters import sqs
-from idempotency.adapters.sqs import bury, consume, message_key
+from idempotency.adapters.sqs import consume, message_key, send_dead_letter
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore
@@ -258,7 +258,7 @@ def test_an_attribute_more_than_sqs_allows_is_left_out() -> None:
     full = {f"a{number}": text("x") for number in range(9)}
     for attributes in (full, {**full, "id": text("1")}, {**full, "Idempotency-Reason": text("exhausted")}):
         message = {"MessageId": "1", "Body": "", "Attributes": {}, "MessageAttributes": attributes}
-        bury(Sender(), "dead", message, "key-1", "key-reused")
+        send_dead_letter(Sender(), "dead", message, "key-1", "key-reused")
 
     added = [
         {name: each["StringValue"] for name, each in sending["MessageAttributes"].items() if name not in full}

@@ -43,7 +43,7 @@ from celery.utils.imports import symbol_by_name
 
 from idempotency._engine.background import drain_sync
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
-from idempotency._signature import dress, signature_without_session, takes_session
+from idempotency._signature import signature_without_session, takes_session, wrap_like
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.celery._worker import (
     NEVER_ENCODED,
@@ -172,7 +172,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         signature = signature_without_session(cls.run) if cls._takes_session else inspect.signature(cls.run)
         cls._sent = signature.replace(parameters=[*signature.parameters.values()][bound:])
         if cls._takes_session:
-            cls.__header__ = app.type_checker(dress(lambda: None, cls.run, session), bound=bound)
+            cls.__header__ = app.type_checker(wrap_like(lambda: None, cls.run, session), bound=bound)
         # With pydantic=True a model is a dict of plain JSON when it comes from run().
         returns = (lambda: None) if getattr(cls, "_dump_pydantic_arguments", None) else cls.run
         name = f"{given.consumer}:{cls.name}" if given.consumer else cls.name

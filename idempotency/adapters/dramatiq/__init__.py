@@ -38,10 +38,10 @@ from typing import Any, Unpack
 from dramatiq import Actor, Broker
 from dramatiq.asyncio import EventLoopThread, async_to_sync, get_event_loop_thread
 
-from idempotency._brokers.headers import missing
+from idempotency._brokers.headers import no_identity
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.rules import Rules
-from idempotency._signature import dress, is_async, work_of
+from idempotency._signature import bind_arguments, is_async, wrap_like
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.dramatiq._delivery import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
@@ -97,7 +97,7 @@ def idempotent_actor(
         prepare(broker)
         name = actor_name if consumer is None else f"{consumer}:{actor_name}"
         verbs = _verbs(store, name, function, given)
-        bind = work_of(function, given.get("session"))
+        bind = bind_arguments(function, given.get("session"))
 
         def compared(args: Any, kwargs: Any, body: Callable[[], bytes | None] = lambda: None) -> Any:
             return compared_by(fingerprint, body, *args, **kwargs)
@@ -116,10 +116,10 @@ def idempotent_actor(
             if delivery is not None:
                 return delivery.settle(deliver(delivery, args, kwargs), pause)
             if key is None:
-                raise missing(f"a call of {actor_name!r}", "send() a message, or give key= to idempotent_actor")
+                raise no_identity(f"a call of {actor_name!r}", "send() a message, or give key= to idempotent_actor")
             return verbs.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
 
-        dress(handle, function, given.get("session"))
+        wrap_like(handle, function, given.get("session"))
         signature = inspect.signature(handle)
         throws = options.get("throws") or ()
         options["throws"] = (*(throws if isinstance(throws, tuple) else (throws,)), DeadLetteredError)

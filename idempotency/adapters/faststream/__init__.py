@@ -300,7 +300,9 @@ class _Delivery(BaseMiddleware[Any, Any]):
                 if place is None:
                     raise RejectMessage from error
                 try:
-                    await source.bury(self.context.get("broker"), place, msg, self._named | msg.headers, reason)
+                    await source.send_dead_letter(
+                        self.context.get("broker"), place, msg, self._named | msg.headers, reason
+                    )
                 except Exception as failure:
                     await redeliver(failure)
                     raise

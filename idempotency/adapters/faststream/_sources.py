@@ -11,7 +11,7 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.message import StreamMessage
 
-from idempotency._brokers.headers import KEY_HEADERS, REASON, header, missing
+from idempotency._brokers.headers import KEY_HEADERS, REASON, header, no_identity
 from idempotency.errors import ConfigurationError
 
 _FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
@@ -78,7 +78,7 @@ class Source:
         """Return the key of a message; KeyMissingError, with the remedy, if nothing identifies it."""
         found = header(message.headers) or self.named(message)
         if not found:
-            raise missing(f"a message for {self.function.__qualname__}", self.remedy)
+            raise no_identity(f"a message for {self.function.__qualname__}", self.remedy)
         return found
 
     def attempt(self, message: StreamMessage[Any]) -> int | None:
@@ -94,7 +94,7 @@ class Source:
         await asyncio.sleep(after)
         await message.nack()
 
-    async def bury(
+    async def send_dead_letter(
         self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
     ) -> None:
         """Send a dead letter, and wait until it is taken."""
@@ -193,11 +193,11 @@ class JetStream(Source):
         nack: Any = message.nack
         await nack(delay=after)
 
-    async def bury(
+    async def send_dead_letter(
         self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
     ) -> None:
         if not _of_a_stream(message):
-            return await super().bury(broker, place, message, headers, reason)
+            return await super().send_dead_letter(broker, place, message, headers, reason)
         # Not before it is needed: the package is an extra of FastStream.
         from idempotency._brokers.nats import dead_headers
 

@@ -36,10 +36,10 @@ from taskiq import AsyncBroker, Context, TaskiqEvents, TaskiqMessage
 from taskiq.exceptions import NoResultError
 from taskiq.kicker import AsyncKicker
 
-from idempotency._brokers.headers import missing
+from idempotency._brokers.headers import no_identity
 from idempotency._engine.background import drain
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
-from idempotency._signature import dress, is_async, name_of, work_of
+from idempotency._signature import bind_arguments, is_async, name_of, wrap_like
 from idempotency.adapters._delivery import as_sent
 from idempotency.adapters.taskiq._dependencies import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
@@ -94,7 +94,7 @@ def idempotent_task(
             raise ConfigurationError(f"{name_of(function)} must be a coroutine function: its message is sent again")
         scope = f"{consumer}:{name_of(function)}"
         made = Consumer(store, scope, function, options)
-        bind = work_of(function, options.get("session"))
+        bind = bind_arguments(function, options.get("session"))
         this = object()
 
         def compared(args: Any, kwargs: Any, body: Callable[[], bytes | None] = lambda: None) -> Any:
@@ -123,10 +123,10 @@ def idempotent_task(
                 delivery = _Delivery(context, dead_letter, pause, made.rules.unsettled)
                 return await delivery.handled(lambda: deliver(context, args, kwargs))
             if key is None:
-                raise missing(f"a call of {name_of(function)}", "kiq() the task, or give key= to idempotent_task")
+                raise no_identity(f"a call of {name_of(function)}", "kiq() the task, or give key= to idempotent_task")
             return await made.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
 
-        dress(task, function, options.get("session"))
+        wrap_like(task, function, options.get("session"))
         given = take_dependencies(task, function)
         signature = inspect.signature(task)
         cast(Any, task).forget = made.forget

@@ -193,7 +193,7 @@ def place_of(client: Any) -> str:
     return str(getattr(pool, "service_name", "the server"))
 
 
-def room_of(client: Any) -> int:
+def max_connections_of(client: Any) -> int:
     """Say how many connections a client may have to one server."""
     pool = getattr(client, "connection_pool", None)
     if pool is not None:

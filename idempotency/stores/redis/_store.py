@@ -38,9 +38,9 @@ from idempotency.stores.redis._open import (
     SyncClient,
     abandon,
     clients_of,
+    max_connections_of,
     place_of,
     read_url,
-    room_of,
 )
 from idempotency.stores.redis._send import (
     RAW,
@@ -52,7 +52,7 @@ from idempotency.stores.redis._send import (
     sender_sync,
     unwrapped,
 )
-from idempotency.stores.redis._watch import Watching
+from idempotency.stores.redis._watch import Watchers
 from idempotency.stores.redis._wire import Command, Durability
 
 _AT_ONCE = 32
@@ -69,15 +69,15 @@ _AWAITED = "this RedisStore has only an asyncio client, and its verbs are not aw
 class _Loop:
     """What belongs to one event loop: a client, how many commands may use it at once, and what is watched."""
 
-    __slots__ = ("client", "loop", "send", "turns", "watching")
+    __slots__ = ("client", "loop", "send", "slots", "watching")
 
     def __init__(self, loop: AbstractEventLoop, client: AsyncClient, own: bool) -> None:
-        room = room_of(client)
+        room = max_connections_of(client)
         self.loop = loop
         self.client = client
         self.send: Send = sender(client, own)
-        self.turns = asyncio.Semaphore(max(1, min(_AT_ONCE, room - 1)))
-        self.watching = Watching(client, room)
+        self.slots = asyncio.Semaphore(max(1, min(_AT_ONCE, room - 1)))
+        self.watching = Watchers(client, room)
 
 
 class _Threads:
@@ -86,16 +86,16 @@ class _Threads:
     A forked child makes its own: turns may have been taken, and connections are the parent's.
     """
 
-    __slots__ = ("client", "pid", "send", "turns")
+    __slots__ = ("client", "pid", "send", "slots")
 
     def __init__(self, client: SyncClient, own: bool) -> None:
         self.pid = os.getpid()
         self.client = client
         self.send: SendSync = sender_sync(client, own)
         # A queue of so many turns: a threading.Semaphore costs ten times as much.
-        self.turns: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(max(1, min(_AT_ONCE, room_of(client)))):
-            self.turns.put(None)
+        self.slots: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(max(1, min(_AT_ONCE, max_connections_of(client)))):
+            self.slots.put(None)
 
 
 class RedisStore:
@@ -357,7 +357,7 @@ class RedisStore:
             here = self._enter()
         try:
             with Deadline(here.loop, self._timeout):
-                async with here.turns:
+                async with here.slots:
                     return await here.send(command)
         except _FAILED as error:
             raise self._failed(error) from error
@@ -395,7 +395,7 @@ class RedisStore:
     async def _bounded(self, here: _Loop, action: Callable[[_Loop], Awaitable[Any]]) -> Any:
         try:
             with Deadline(here.loop, self._timeout):
-                async with here.turns:
+                async with here.slots:
                     return await action(here)
         except _FAILED as error:
             raise self._failed(error) from error
@@ -415,13 +415,13 @@ class RedisStore:
             if threads is None or threads.pid != os.getpid():
                 threads = self._enter_sync()
             try:
-                threads.turns.get(timeout=self._timeout)
+                threads.slots.get(timeout=self._timeout)
             except queue.Empty:
                 raise TimeoutError from None
             try:
                 return action(threads)
             finally:
-                threads.turns.put(None)
+                threads.slots.put(None)
         except _FAILED as error:
             raise self._failed(error) from error
 

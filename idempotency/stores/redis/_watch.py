@@ -119,7 +119,7 @@ class _Feed:
                     await self._pubsub.unsubscribe(name)
 
 
-class Watching:
+class Watchers:
     """What is watched in one event loop."""
 
     def __init__(self, client: AsyncClient, room: int) -> None:

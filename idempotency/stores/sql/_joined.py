@@ -36,7 +36,7 @@ from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._table import create_schema
 from idempotency.stores.sql._trust import check_driver, has_begun
 from idempotency.stores.sql._values import packed
-from idempotency.stores.sql._verbs import TRIES, Found, claim_values, complete_values, read_record, told_values
+from idempotency.stores.sql._verbs import TRIES, Found, claim_values, complete_values, listen_values, read_record
 
 # Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
@@ -169,7 +169,7 @@ class Joined:
     def _complete(self, connection: Connection, claim: Claim, result: bytes | None, state: State) -> bool:
         values = complete_values(claim, result, state)
         if self._family == "postgresql":
-            values |= told_values(claim, self._table)
+            values |= listen_values(claim, self._table)
         gives = self._family in ("postgresql", "sqlite")
         sent = self._send(connection, self._sql.complete_in, values, fetch=gives)
         return sent.row is not None if gives else sent.hit > 0
@@ -256,14 +256,14 @@ class _Begun(NamedTuple):
     pooled: PoolProxiedConnection
 
 
-def keep_commit(session: Session) -> None:
+def guard_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`allow_commit`."""
     for mark in (CLOSED, _OVER, _BEGUN):
         session.info.pop(mark, None)
     session.info[HELD] = True
 
 
-def allow_commit(session: Session) -> None:
+def unguard_commit(session: Session) -> None:
     """Let ``session`` be committed again."""
     session.info.pop(HELD, None)
 
@@ -299,7 +299,7 @@ def give_back(session: Session) -> None:
         # A close alone relies on the pool, which leaves out its own rollback for a transaction that looks ended: as
         # it does after whatever is raised from within a commit, before the driver is told to commit.
         if session.in_transaction():
-            allow_commit(session)  # nothing is: a connection that guards its transaction would begin it to be ended
+            unguard_commit(session)  # nothing is: a connection that guards its transaction would begin it to be ended
             session.rollback()
         session.close()
     except BaseException as error:
@@ -310,7 +310,7 @@ def give_back(session: Session) -> None:
 
 def roll_back(session: Session) -> None:
     """Undo what ``session`` did, and let it begin nothing more: nobody would commit it."""
-    allow_commit(session)
+    unguard_commit(session)
     finish(session)
     try:
         session.rollback()
@@ -330,7 +330,7 @@ def discard(session: Session) -> None:
 
     The server rolls back what is cut off.
     """
-    allow_commit(session)
+    unguard_commit(session)
     finish(session)
     begun: _Begun | None = session.info.get(_BEGUN)
     # By the connection itself: a session whose rollback failed does not know it any more.

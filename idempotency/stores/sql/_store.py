@@ -23,7 +23,7 @@ from idempotency._sql.bounded import Abandoned, Call, Watchdog
 from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
 from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
-from idempotency._synchronization import Turns
+from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.base import Changed, Entry
 from idempotency.stores.sql._database import (
@@ -102,7 +102,7 @@ class SQLStore:
         self._joined: Joined | None = None
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
-        self._turns = Turns() if url.get_backend_name() == "sqlite" else None
+        self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
         _stores.add(self)
 
     async def claim(self, claim: Claim, /) -> Record:
@@ -127,13 +127,13 @@ class SQLStore:
         return self._timeout
 
     @property
-    def turns(self) -> Turns | None:
+    def local_lock(self) -> LocalLock | None:
         """Return the queue that joined transactions stand in, where the database has one writer at a time: SQLite.
 
         Its own lock stays the one that counts. Who waits for that one looks at it from time to time and sleeps up to
         0.1 s in between, in which nobody may be writing; here the next one is woken.
         """
-        return self._turns
+        return self._local_lock
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store was given an engine of the other side."""

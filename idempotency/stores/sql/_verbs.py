@@ -80,7 +80,7 @@ class Verbs:
     def _ended(self, connection: Connection, statement: TextClause, claim: Claim, values: dict[str, Any]) -> bool:
         if not self._tells:
             return self._execute(connection, statement, values).rowcount > 0
-        return self._execute(connection, statement, values | told_values(claim, self._table)).first() is not None
+        return self._execute(connection, statement, values | listen_values(claim, self._table)).first() is not None
 
     def inspect(self, connection: Connection, record: bytes) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
@@ -153,7 +153,7 @@ def complete_values(claim: Claim, result: bytes | None, state: State) -> dict[st
     return {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
 
 
-def told_values(claim: Claim, table: Table) -> dict[str, Any]:
+def listen_values(claim: Claim, table: Table) -> dict[str, Any]:
     """Return the parameters by which the statements that end a claim tell its watchers, where they do."""
     return {"channel": table.name, "payload": claim.id.hex()}
 

@@ -17,9 +17,9 @@ from idempotency.testing.contract._claims import (
     expired,
     lapsed,
     new_claim,
-    outlived,
     rival,
     verdict,
+    warn_if_ttl_is_short,
 )
 
 
@@ -43,7 +43,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT, ttl=0.6)
         await store.claim(claim)
         await lapsed(store, claim)
-        await outlived(store, 2 * SHORT)
+        await warn_if_ttl_is_short(store, 2 * SHORT)
         began = time.monotonic()
         assert await store.complete(claim, b"result")
 
@@ -64,7 +64,7 @@ class ExpiryContract(Contract):
         claim = new_claim(ttl=SHORT)
         await store.claim(claim)
         assert await store.complete(claim, b"old")
-        await outlived(store, SHORT)
+        await warn_if_ttl_is_short(store, SHORT)
         newcomer = rival(claim)
 
         assert await verdict(store, newcomer) == Execute(1)
@@ -75,7 +75,7 @@ class ExpiryContract(Contract):
         """What asked for hold stays unknown past its lease and ttl."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         await store.claim(claim)
-        await outlived(store, 2 * SHORT)
+        await warn_if_ttl_is_short(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 
@@ -84,7 +84,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         await store.claim(claim)
         assert await store.renew(claim)
-        await outlived(store, 2 * SHORT)
+        await warn_if_ttl_is_short(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 
@@ -93,7 +93,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2)
         await store.claim(claim)
         assert await store.complete(claim, None, State.UNKNOWN)
-        await outlived(store, 2 * SHORT)
+        await warn_if_ttl_is_short(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 

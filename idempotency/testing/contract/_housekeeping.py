@@ -16,9 +16,9 @@ from idempotency.testing.contract._claims import (
     expired,
     lapsed,
     new_claim,
-    outlived,
     rival,
     verdict,
+    warn_if_ttl_is_short,
 )
 
 
@@ -39,7 +39,7 @@ class HousekeepingContract(Contract):
         await store.release(released)
         await store.claim(gone)
         await store.complete(gone, b"result")
-        await outlived(store, SHORT)
+        await warn_if_ttl_is_short(store, SHORT)
 
         assert await store.inspect(new_claim().id) is None
         assert await store.inspect(released.id) is None
@@ -239,7 +239,7 @@ class HousekeepingContract(Contract):
         for claim in gone:
             await store.claim(claim)
             await store.complete(claim, b"")
-        await outlived(store, 2 * SHORT)
+        await warn_if_ttl_is_short(store, 2 * SHORT)
 
         assert 0 <= await store.purge(2) <= 2
         while await store.purge(100):

@@ -21,9 +21,9 @@ from idempotency.testing.contract._claims import (
     Contract,
     lapsed,
     new_claim,
-    outlived,
     rival,
     verdict,
+    warn_if_ttl_is_short,
 )
 
 RESULTS = {
@@ -143,7 +143,7 @@ class WriteContract(Contract):
         """A record past its expiry is absent for its owner too."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2)
         await store.claim(claim)
-        await outlived(store, SHORT)
+        await warn_if_ttl_is_short(store, SHORT)
 
         assert not await store.renew(claim)
         assert not await store.complete(claim, b"result")
@@ -166,7 +166,7 @@ class WriteContract(Contract):
         claim = new_claim(lease=0.6, ttl=0.2)
         await store.claim(claim)
         for _ in range(4):
-            await outlived(store, 0.25)
+            await warn_if_ttl_is_short(store, 0.25)
             assert await store.renew(claim)
 
         assert await verdict(store, rival(claim, fingerprint=OTHER)) == Mismatch()
