@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from weakref import WeakKeyDictionary
+
+Changed = Callable[[float], Awaitable[None]]
+"""Wait until the watched record may have changed, at the latest for the given seconds."""
 
 _MOMENT = 0.01
 """Seconds: a shorter wait counts as no wait."""

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.util import greenlet_spawn
 
-from idempotency.stores.base import Changed
+from idempotency._synchronization import Changed
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
 # A connection may die without a word, and a pooler in between may swallow LISTEN: so also listeners look now and then.

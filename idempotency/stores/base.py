@@ -18,16 +18,13 @@ A store decides ownership and nothing else; what a duplicate is told is decided 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from idempotency._rules import Claim, Record, State
+from idempotency._synchronization import Changed
 from idempotency.errors import ConfigurationError
-
-Changed = Callable[[float], Awaitable[None]]
-"""Wait until the watched record may have changed, at the latest for the given seconds."""
 
 
 class Store(Protocol):
