@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from idempotency._rules import Claim, Record, State
-from idempotency._synchronization import Changed
+from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
 
 
