@@ -35,20 +35,22 @@ def blocks(page: str) -> dict[str, list[str]]:
 
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
+TRANSACTIONS = blocks("transactions.md")
 SETUP = "Code for each framework"
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Run blocks as one module, its databases in SQLite, and return its names."""
+    """Run blocks as one module, its databases in SQLite, and return its names; run again, they are added to it."""
     # Each is made the default of its process by being made.
     monkeypatch.setattr("dramatiq.broker.global_broker", None)
     monkeypatch.setattr("celery._state.default_app", None)
     monkeypatch.setattr("celery._state._tls", _TLS())
 
+    module = ModuleType("shop")
+    monkeypatch.setitem(sys.modules, "shop", module)
+
     def run(*sources: str) -> dict[str, Any]:
-        module = ModuleType("shop")
-        monkeypatch.setitem(sys.modules, "shop", module)
         for source in sources:
             source = re.sub(r"postgresql\+asyncpg://[^\"]*", f"sqlite+aiosqlite:///{tmp_path}/shop.db", source)
             source = re.sub(r"redis://[^\"]*", "memory://", source)
@@ -82,6 +84,7 @@ def test_the_code_for_lambda_handles_a_record_once(run: Callable[..., dict[str, 
 
     with names["SyncSession"]() as session:
         assert session.scalar(select(func.count()).select_from(names["Invoice"])) == 1
+    names["sync_engine"].dispose()
     assert answers == [{"batchItemFailures": []}] * 2
 
 
@@ -139,3 +142,45 @@ def test_the_code_for_django_replays_a_response(tmp_path: Path) -> None:
     )
 
     assert ran.stdout.split("\n") == ["201 None", "201 true", ""], ran.stderr
+
+
+@pytest.mark.parametrize("heading", ["In your code", "Whose key", "How long"])
+def test_the_other_code_on_http_is_accepted(heading: str, run: Callable[..., dict[str, Any]]) -> None:
+    """The library takes the rest of what the page on HTTP shows."""
+    run(*HTTP["FastAPI"], *HTTP[heading])
+
+
+async def test_the_code_for_one_transaction_has_one_effect(run: Callable[..., dict[str, Any]]) -> None:
+    """What is requested, delivered or called twice is one order, by each block of the page on transactions."""
+    from sqlalchemy import func, select
+
+    setup, (starlette, fastapi) = TRANSACTIONS["One transaction"], TRANSACTIONS["HTTP"]
+    names = run(*setup)
+    names["Base"].metadata.create_all(names["sync_engine"])
+    names["sync_store"].create_schema_sync()
+
+    def orders() -> int:
+        with names["SyncSession"]() as session:
+            return session.scalar(select(func.count()).select_from(names["Order"])) or 0
+
+    counted = []
+    for block, request in ((starlette, {"json": {"item": "tea"}}), (fastapi, {"params": {"item": "tea"}})):
+        app = run(block)["app"]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            key = {"Idempotency-Key": f"{len(counted)}"}
+            answers = [await client.post("/orders", headers=key, **request) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [201, 201]
+        counted.append(orders())
+    consumer = run(*TRANSACTIONS["Messages"])["on_order_placed"]
+    for _ in range(2):
+        await consumer.deliver({"id": "1", "item": "tea"})
+    counted.append(orders())
+    functions = run(*TRANSACTIONS["Functions"])
+    assert functions["invoice"]("A-1") == functions["invoice"]("A-1")
+    counted.append(orders())
+    receipts = [functions["charge"]("A-1", 3) for _ in range(2)]
+    names["sync_engine"].dispose()
+    await names["engine"].dispose()
+
+    assert counted == [1, 2, 3, 4]
+    assert receipts == [functions["Receipt"]("A-1", 3)] * 2
