@@ -86,13 +86,12 @@ class Policy:
     max_response: int = 1 << 20
 
     def __post_init__(self) -> None:
-        for name in ("ttl", "lease"):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} must be positive, not {getattr(self, name)!r}")
+        for name, duration in (("ttl", self.ttl), ("lease", self.lease)):
+            if duration <= 0:
+                raise ConfigurationError(f"{name} must be positive, not {duration!r}")
         if self.wait < 0:
             raise ConfigurationError(f"wait must not be negative, not {self.wait!r}")
-        for name in ("max_request", "max_response"):
-            size = getattr(self, name)
+        for name, size in (("max_request", self.max_request), ("max_response", self.max_response)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ConfigurationError(f"{name} must be a number of bytes, not {size!r}")
         if not isinstance(self.required, bool):

@@ -20,7 +20,7 @@ _JSON, _BYTES, _CUSTOM, _FAILURE = b"j", b"b", b"c", b"e"
 
 
 class Codec(Protocol):
-    """Turn a result into bytes and back. ``decode`` must return a value equal to the one given to ``encode``."""
+    """Convert a result to bytes and back. ``decode`` must return a value equal to the one given to ``encode``."""
 
     def encode(self, value: Any, /) -> bytes:
         """Encode a result; any exception means that it is not recorded."""
