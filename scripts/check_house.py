@@ -109,7 +109,7 @@ def probes(source: Source) -> Iterator[str]:
             asked = ast.unparse(node.args[0])
             of_store = asked.rpartition(".")[2].lstrip("_") == "store" and source.name not in STORES
             if of_store or not allowed:
-                yield f"{source.name}:{node.lineno}: {node.func.id}({asked}, ...): ask by type, or give a reason in PROBES"
+                yield f"{source.name}:{node.lineno}: {node.func.id}({asked}, ...): ask by type, or list it in PROBES"
 
 
 def stray_rooms(package: Path) -> Iterator[str]:
