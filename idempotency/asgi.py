@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
+from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
-from idempotency._engine.transaction import transactions
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, decode_response, encode_response
@@ -134,7 +134,7 @@ class IdempotencyMiddleware:
         self.runner = Runner(opened, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()
-        self.transactions = None if session is None else transactions(self.runner.store, session)
+        self.new_lease = leases_of(self.runner, session)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -144,7 +144,7 @@ class IdempotencyMiddleware:
             if policy is not None:
                 exchange = _Exchange(self, policy, scope, receive, send)
                 await exchange.run()
-                if self.runner.writes and not self._hears_of_stop and _stops_gracefully():
+                if self.runner.writing and not self._hears_of_stop and _stops_gracefully():
                     # The answer is out. A server that stops waits for its requests, and for nothing else.
                     await exchange.written()
                 return
@@ -344,18 +344,8 @@ class _Exchange:
                 await self._refuse("unavailable", error, _again_after(error))
             return
         if isinstance(verdict, Execute):
-            transaction = self._shared.transactions(claim) if self._shared.transactions is not None else None
-            operation = Operation(claim, verdict.attempt, transaction, self._name())
-            self._lease = Lease(
-                self._shared.runner,
-                claim,
-                operation,
-                self._name(),
-                claimed_at,
-                transaction,
-                policy.outcome_of_exception,
-            )
-            await self._execute(operation, body.receive(self._receive))
+            self._lease = self._shared.new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
+            await self._execute(self._lease.operation, body.receive(self._receive))
         else:
             await send_response(self._send, self._answer(verdict))
 
@@ -416,7 +406,8 @@ class _Exchange:
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
             # A 5xx is how frameworks answer an exception, so it is a failure, whatever is recorded of it.
-            told = await self._lease.end(outcome, result, failed=status >= 500)
+            end = self._lease.fail if status >= 500 else self._lease.end
+            known = await end(outcome, result)
         except StoreError as error:
             # The transaction did not commit, or nobody can say: the same request may be sent again either way.
             return self._problem("unavailable", error, _again_after(error))
@@ -425,11 +416,11 @@ class _Exchange:
             if not self._lease.ended:
                 await self._failed(error)
             raise
-        return None if told is None else self._answer(told)
+        return None if known is None else self._answer(known)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
-        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error, failed=True)
+        await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
 
     async def _unprotected(self, receive: Receive) -> None:
         state = _state_of(self._scope.setdefault("state", {}))
