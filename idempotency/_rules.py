@@ -36,10 +36,10 @@ _WIDTH = 64
 
 
 RETRY_WHILE_RELEASED = 1.0
-"""Seconds after which a duplicate retries that met a claim which is being released."""
+"""Seconds after which a duplicate of a claim that is being released retries."""
 
 RETRY_WHILE_LOCKED = 1.0
-"""Seconds after which a duplicate retries that met a locked row: the row does not say how long its owner will take."""
+"""Seconds after which a duplicate retries whose row is locked: the row does not say how long its owner will take."""
 
 
 class State(enum.IntEnum):

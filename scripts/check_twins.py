@@ -1,14 +1,15 @@
 """Compare the async and the sync half of the code that is written twice; fail on a difference without a reason.
 
 The halves are compared method by method, without docstrings, annotations, async and await, and with the names of the
-sync half. A statement, handler, method or class that is marked ``# async only: reason`` or ``# sync only: reason``, on
-its first line or on the line above it, is not compared.
+sync half. A statement, handler or method that is marked ``# async only: reason`` or ``# sync only: reason``, on its
+first line or in the comment above it, is not compared.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -66,18 +67,9 @@ class Unmarked(ast.NodeTransformer):
     def _is_marked(self, node: ast.AST) -> bool:
         if not isinstance(node, ast.stmt | ast.ExceptHandler):
             return False
-        decorators = getattr(node, "decorator_list", [])
-        first = min(node.lineno, *(each.lineno for each in decorators)) if decorators else node.lineno
-        above = self._lines[first - 2].strip() if first > 1 else ""
-        return bool(MARK.search(self._lines[first - 1])) or bool(MARK.match(above)) or self._is_below_mark(first)
-
-    def _is_below_mark(self, first: int) -> bool:
-        # A reason may go on over several lines.
-        while first > 1 and self._lines[first - 2].strip().startswith("#"):
-            first -= 1
-            if MARK.match(self._lines[first - 1].strip()):
-                return True
-        return False
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))]) - 1
+        comments = itertools.takewhile(lambda line: line.lstrip().startswith("#"), reversed(self._lines[:first]))
+        return any(MARK.search(line) for line in [self._lines[first], *comments])
 
 
 def _is_docstring(node: ast.AST) -> bool:
@@ -93,9 +85,8 @@ def _plain_node(node: ast.AST) -> Any:
     match node:
         case ast.Await(value=value):
             return value
-        # The session itself, and the one that is behind an AsyncSession.
-        case ast.Attribute(value=value, attr="sync_session" | "session" as attr) if attr == "sync_session":
-            return value
+        case ast.Attribute(value=value, attr="sync_session"):
+            return value  # an AsyncSession, and the Session that it has
         case ast.Try(body=body, handlers=[], finalbody=[]):
             return body
         case ast.AnnAssign(target=target, value=ast.expr() as value):
@@ -126,7 +117,7 @@ def members_of(source: str, name: str) -> dict[str, list[str]]:
 
 
 def differences(first: dict[str, list[str]], second: dict[str, list[str]]) -> Iterator[str]:
-    """Return one text for each method that differs, and one where their order does."""
+    """Return one text for each method that differs, and one if their order differs."""
     for name in first | second:
         ours, theirs = first.get(name), second.get(name)
         if ours is None or theirs is None:
@@ -134,7 +125,7 @@ def differences(first: dict[str, list[str]], second: dict[str, list[str]]) -> It
         elif ours != theirs:
             lines = [line for line in difflib.ndiff(ours, theirs) if line[0] in "-+"]
             yield "\n    ".join([name, *lines[:6]])
-    if list(first) != list(second) and set(first) == set(second):
+    if set(first) == set(second) and list(first) != list(second):
         yield f"order of methods: {', '.join(first)}; {', '.join(second)}"
 
 

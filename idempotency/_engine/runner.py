@@ -108,7 +108,7 @@ class Runner:
             self.release_later(claim)
             if isinstance(error, StoreError) and not mine.done():
                 mine.set_exception(error)
-                mine.exception()  # there may be no followers, and asyncio reports an exception that nobody reads
+                mine.exception()  # there may be no followers, and asyncio reports an exception that is never read
             raise
         finally:
             del self._waits[loop, claim.id]

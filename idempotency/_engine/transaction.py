@@ -215,7 +215,7 @@ class Transaction:
                 raise
             raise failure from error
 
-    # async only: a task, whose deadline :meth:`close` keeps too when the caller is cancelled.
+    # async only: a task, for which close() waits until the same deadline when the caller is cancelled.
     async def _send_commit(self, result: bytes | None, state: State) -> bool:
         self._deadline = loop_time() + self._store.timeout
         # Both in one step of SQLAlchemy's, because each step is a switch to a greenlet and back.
@@ -285,7 +285,7 @@ class Transaction:
         if not sent.done():
             self._abandon(sent)
         elif not sent.cancelled():
-            sent.exception()  # a cancelled caller has not read it, and asyncio reports an exception that nobody reads
+            sent.exception()  # read here for a cancelled caller: asyncio reports an exception that is never read
 
     # async only: a step is a task.
     async def _do(self, work: Callable[[Session], T]) -> T:

@@ -37,7 +37,7 @@ class TransactionalLease(Lease):
         self._failure: Exception | None = None
 
     def stop(self) -> None:
-        """Stop renewing, and give the session to nobody any more."""
+        """Stop renewing, and refuse further uses of the session."""
         super().stop()
         self._transaction.settled = True
 
@@ -101,7 +101,7 @@ class TransactionalLease(Lease):
         return after_roll_back(outcome == "hold")
 
     def _end_later(self, error: BaseException) -> None:
-        """Release or hold the key in the background, after a commit of which nobody knows whether it is applied."""
+        """Release or hold the key in the background, after a commit whose outcome is unknown."""
         if self.operation.outcome_after(self._policy.outcome_of_exception(error)) == "hold":
             self._runner.write_later(self._hold_uncommitted, self._claim.lease)
             self._emit("held", error)
