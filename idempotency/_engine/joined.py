@@ -100,8 +100,8 @@ class JoinedCall:
             try:
                 return judge_row(self._claim, await self._transaction.claim(remaining))
             except ConflictError as error:
-                # The operation has not run yet, so the transaction can begin anew.
-                await self._transaction.begin_anew()
+                # The operation has not run yet, so the transaction can begin again.
+                await self._transaction.begin_again()
                 if tried and isinstance(error, UnusableError):
                     self._calls.emit("unavailable", self._claim, error=error)
                     raise
@@ -199,7 +199,7 @@ class JoinedCall:
         try:
             if not held:
                 # The effect is rolled back, and the row with it.
-                await self._transaction.begin_anew()
+                await self._transaction.begin_again()
                 held = isinstance(await self._ask(self._joined.lock_timeout), Execute)
             written = held and await self._transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:

@@ -97,8 +97,8 @@ class SyncJoinedCall:
             try:
                 return judge_row(self._claim, self._transaction.claim(remaining))
             except ConflictError as error:
-                # The operation has not run yet, so the transaction can begin anew.
-                self._transaction.begin_anew()
+                # The operation has not run yet, so the transaction can begin again.
+                self._transaction.begin_again()
                 if tried and isinstance(error, UnusableError):
                     self._calls.emit("unavailable", self._claim, error=error)
                     raise
@@ -170,7 +170,7 @@ class SyncJoinedCall:
         try:
             if not held:
                 # The effect is rolled back, and the row with it.
-                self._transaction.begin_anew()
+                self._transaction.begin_again()
                 held = isinstance(self._ask(self._joined.lock_timeout), Execute)
             written = held and self._transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:

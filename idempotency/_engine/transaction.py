@@ -175,7 +175,7 @@ class Transaction:
             return False
         return True
 
-    async def begin_anew(self) -> None:
+    async def begin_again(self) -> None:
         """Undo everything, and begin once more."""
         await self.roll_back()
         if self._abandoned:

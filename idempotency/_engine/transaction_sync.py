@@ -71,8 +71,8 @@ class SyncTransaction:
             return False
         return True
 
-    def begin_anew(self) -> None:
-        """See :meth:`Transaction.begin_anew`."""
+    def begin_again(self) -> None:
+        """See :meth:`Transaction.begin_again`."""
         self.roll_back()
         if self._abandoned:
             self._session, self._abandoned = None, False
