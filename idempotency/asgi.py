@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
+from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
-from idempotency._engine.transaction import transactions
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, encode_response
@@ -97,14 +97,14 @@ class IdempotencyMiddleware:
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
         self._options = check_options(scope, secret, header_name, replayed_header, strict, docs)
-        self._routes = Routes(policy if policy is not None else Policy(), policies or {})
+        self._routes = Routes(policy if policy is not None else Policy(), {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         check_store(opened, asynchronous=True)
         self._runner = Runner(opened, on_event)
         self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
         if callable(scope) or self._routes.calls_back:
             require_starlette()
-        self._transactions = None if session is None else transactions(self._runner.store, session)
+        self._new_lease = leases_of(self._runner, session)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -114,7 +114,7 @@ class IdempotencyMiddleware:
             if policy is not None:
                 exchange = _Exchange(self, policy, scope, receive, send)
                 await exchange.run()
-                if self._runner.writes and self._lifespan.requests_wait_for_writes():
+                if self._runner.writing and self._lifespan.requests_wait_for_writes():
                     # The answer is sent. A server that stops waits for its requests, and for nothing else.
                     await exchange.written()
                 return
@@ -286,18 +286,8 @@ class _Exchange:
                 await self._refuse("unavailable", error, _again_after(error))
             return
         if isinstance(verdict, Execute):
-            transaction = self._middleware._transactions(claim) if self._middleware._transactions is not None else None
-            operation = Operation(claim, verdict.attempt, transaction, self._name())
-            self._lease = Lease(
-                self._middleware._runner,
-                claim,
-                operation,
-                self._name(),
-                claimed_at,
-                transaction,
-                policy.outcome_of_exception,
-            )
-            await self._execute(operation, body.receive(self._receive))
+            self._lease = self._middleware._new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
+            await self._execute(self._lease.operation, body.receive(self._receive))
         else:
             await send_response(self._send, self._answer(verdict))
 
@@ -337,7 +327,8 @@ class _Exchange:
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
-            verdict = await self._lease.end(outcome, result, failed=status >= 500)
+            end = self._lease.fail if status >= 500 else self._lease.end
+            verdict = await end(outcome, result)
         except StoreError as error:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
             return self._problem("unavailable", error, _again_after(error))
@@ -350,7 +341,7 @@ class _Exchange:
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
-        await self._lease.end(outcome, _SERVER_ERROR if outcome == "store" else None, error, failed=True)
+        await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
 
     async def _unprotected(self, receive: Receive) -> None:
         state = mapping_of(self._scope.setdefault("state", {}))
