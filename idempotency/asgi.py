@@ -130,7 +130,7 @@ class IdempotencyMiddleware:
         self._opened = isinstance(store, str)
         self._hears_of_stop = False
         opened = open_store(store) if isinstance(store, str) else store
-        check_store(opened, asynchronous=True)
+        check_store(opened, Store)
         self.runner = Runner(opened, on_event)
         if callable(scope) or self._routes.calls_back:
             _require_starlette()

@@ -9,14 +9,15 @@ from idempotency._engine.calls import Calls
 from idempotency._engine.leased import Leased
 from idempotency._engine.leased_sync import SyncLeased
 from idempotency.errors import ConfigurationError
-from idempotency.stores.base import check_store
+from idempotency.stores.base import Store, SyncStore, check_store
 
 
-def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
+def runner_of(asynchronous: bool, store: object, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
     """Choose how the calls are held: under a lease, or joined with the transaction of a session."""
     if session is None:
-        check_store(store, asynchronous)
-        return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
+        if asynchronous:
+            return Leased(check_store(store, Store), calls).run
+        return SyncLeased(check_store(store, SyncStore), calls).run
     try:
         from idempotency._engine.joined import Joined
         from idempotency._engine.joined_sync import SyncJoined
