@@ -21,7 +21,7 @@ from idempotency import _rules as _core
 from idempotency._rules import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.redis import Durability, RedisStore
-from idempotency.stores.redis._send import _KeptSync
+from idempotency.stores.redis._send_sync import OwnPoolSync
 
 
 def new_claim(key: str = "k", **options: object) -> Claim:
@@ -304,7 +304,7 @@ def test_two_hundred_threads_at_once(server: RedisServer) -> None:
         records = list(threads.map(lambda _: store.claim_sync(new_claim()), range(400)))
 
     assert len({record.token for record in records}) == 1
-    store._sync.close()
+    store._clients.sync_client.close()
 
 
 @pytest.mark.alone
@@ -405,7 +405,7 @@ def test_dropped_idle_connections_are_not_noticed_by_threads(server: RedisServer
 def test_kept_connections_are_made_anew_after_one_was_dropped(server: RedisServer) -> None:
     """Whoever is given one later, while the thread that noticed sends its command again, has a fresh one too."""
     with redis.Redis(port=server.port) as client, server.client() as other:
-        kept = _KeptSync(client.connection_pool)
+        kept = OwnPoolSync(client.connection_pool)
         for connection in [kept.take(), kept.take()]:
             kept.give(connection)
         other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
