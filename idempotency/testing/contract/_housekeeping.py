@@ -22,8 +22,8 @@ from idempotency.testing.contract._claims import (
 )
 
 
-class KeptStore(Store, Housekeeping, Protocol):
-    """A store an operator can look into."""
+class ManagedStore(Store, Housekeeping, Protocol):
+    """A store whose records an operator can inspect and manage."""
 
 
 Outcome = Literal["done", "release"]
@@ -32,7 +32,7 @@ Outcome = Literal["done", "release"]
 class HousekeepingContract(Contract):
     """Check what an operator sees and does."""
 
-    async def test_inspect_absent(self, store: KeptStore) -> None:
+    async def test_inspect_absent(self, store: ManagedStore) -> None:
         """There is nothing to see of a key that was never claimed, released or expired."""
         released, gone = new_claim(), new_claim(ttl=SHORT)
         await store.claim(released)
@@ -45,7 +45,7 @@ class HousekeepingContract(Contract):
         assert await store.inspect(released.id) is None
         assert await store.inspect(gone.id) is None
 
-    async def test_inspect_running(self, store: KeptStore) -> None:
+    async def test_inspect_running(self, store: ManagedStore) -> None:
         """A running record is shown with its names and times."""
         claim = new_claim(scope="other contract", lease=20.0, ttl=100.0)
         await store.claim(claim)
@@ -62,7 +62,7 @@ class HousekeepingContract(Contract):
         assert 0 <= entry.age < 10
 
     @pytest.mark.parametrize("key", ["cl\u00e9 \u9375 \U0001f511", "\ud800", "a\\x41\\0\x00", "k" * 1000], ids=ascii)
-    async def test_inspect_shows_any_key(self, store: KeptStore, key: str) -> None:
+    async def test_inspect_shows_any_key(self, store: ManagedStore, key: str) -> None:
         """Scope and key are shown as they were given, whatever they are written in."""
         claim = new_claim(scope=f"contract {new_claim().key} {key}"[:1000], key=key)
         await store.claim(claim)
@@ -72,7 +72,7 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert (entry.scope, entry.key) == (claim.scope, key)
 
-    async def test_inspect_shows_how_a_long_key_begins(self, store: KeptStore) -> None:
+    async def test_inspect_shows_how_a_long_key_begins(self, store: ManagedStore) -> None:
         """Of two long keys that begin alike, each is shown by its beginning, and they are told apart."""
         keys = [f"{new_claim().key} {'k' * 65_536} {number}" for number in "12"]
         for key in keys:
@@ -87,7 +87,7 @@ class HousekeepingContract(Contract):
         ]
         assert shown[0] != shown[1]
 
-    async def test_inspect_done(self, store: KeptStore) -> None:
+    async def test_inspect_done(self, store: ManagedStore) -> None:
         """A finished record is shown with the size of its result and the time it is kept."""
         claim = new_claim(ttl=100.0)
         await store.claim(claim)
@@ -100,7 +100,7 @@ class HousekeepingContract(Contract):
         assert entry.expires_in is not None
         assert 90 < entry.expires_in <= 100
 
-    async def test_inspect_result_not_kept(self, store: KeptStore) -> None:
+    async def test_inspect_result_not_kept(self, store: ManagedStore) -> None:
         """A result that was not kept has no size, an empty one has size 0."""
         dropped, empty = new_claim(), new_claim()
         for claim, result in ((dropped, None), (empty, b"")):
@@ -114,7 +114,7 @@ class HousekeepingContract(Contract):
         assert of_empty is not None
         assert of_empty.result_size == 0
 
-    async def test_inspect_taken_over(self, store: KeptStore) -> None:
+    async def test_inspect_taken_over(self, store: ManagedStore) -> None:
         """A record that changed hands shows its attempt."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
@@ -126,7 +126,7 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert entry.attempt == 2
 
-    async def test_inspect_newer_format(self, store: KeptStore, make_newer: MakeNewer) -> None:
+    async def test_inspect_newer_format(self, store: ManagedStore, make_newer: MakeNewer) -> None:
         """A record in a format this reader does not know is shown with its version, not hidden."""
         claim = new_claim()
         await store.claim(claim)
@@ -137,7 +137,7 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert entry.version == 2
 
-    async def test_unresolved_are_listed(self, store: KeptStore) -> None:
+    async def test_unresolved_are_listed(self, store: ManagedStore) -> None:
         """What nobody will finish is listed: completed as unknown, or held and its lease over; nothing else."""
         unknown, abandoned = new_claim(), new_claim(lease=SHORT, hold=True)
         held, running, done = new_claim(hold=True), new_claim(lease=SHORT), new_claim()
@@ -159,7 +159,7 @@ class HousekeepingContract(Contract):
         assert listed[unknown.id].expires_in is None
         assert listed[abandoned.id].expires_in is None
 
-    async def test_unresolved_are_limited(self, store: KeptStore) -> None:
+    async def test_unresolved_are_limited(self, store: ManagedStore) -> None:
         """The list is no longer than asked."""
         for _ in range(3):
             claim = new_claim()
@@ -179,7 +179,7 @@ class HousekeepingContract(Contract):
         ],
     )
     async def test_resolve(
-        self, store: KeptStore, lapse: bool, outcome: Outcome, result: bytes | None, told: object
+        self, store: ManagedStore, lapse: bool, outcome: Outcome, result: bytes | None, told: object
     ) -> None:
         """What was found out is what duplicates are told; the owner that vanished cannot write any more."""
         claim = await self._unresolved(store, lapse)
@@ -192,7 +192,7 @@ class HousekeepingContract(Contract):
         assert not await store.release(claim)
         assert await verdict(store, rival(claim)) == told
 
-    async def test_resolve_repeated(self, store: KeptStore) -> None:
+    async def test_resolve_repeated(self, store: ManagedStore) -> None:
         """What is resolved is not resolved again."""
         claim = await self._unresolved(store, False)
 
@@ -202,7 +202,7 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"first")
         assert claim.id not in {entry.id for entry in await store.unresolved(10_000)}
 
-    async def test_resolved_expires(self, store: KeptStore) -> None:
+    async def test_resolved_expires(self, store: ManagedStore) -> None:
         """A resolved record is kept for the ttl given, and then it is new."""
         claim = await self._unresolved(store, True)
         assert await store.resolve(claim.id, "done", b"found out", ttl=SHORT)
@@ -210,7 +210,7 @@ class HousekeepingContract(Contract):
         await expired(store, claim)
 
     @pytest.mark.parametrize("outcome", ["done", "release"])
-    async def test_resolve_leaves_others_alone(self, store: KeptStore, outcome: Outcome) -> None:
+    async def test_resolve_leaves_others_alone(self, store: ManagedStore, outcome: Outcome) -> None:
         """Neither a live owner, nor a free key, nor a result can be resolved."""
         running, held, done, absent = new_claim(), new_claim(hold=True), new_claim(), new_claim()
         abandoned = new_claim(lease=SHORT)
@@ -228,7 +228,7 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(absent)) == Execute(1)
         assert await verdict(store, rival(abandoned)) == Execute(2)
 
-    async def test_purge_deletes_only_expired(self, store: KeptStore) -> None:
+    async def test_purge_deletes_only_expired(self, store: ManagedStore) -> None:
         """Purging takes what is expired, at most a batch at a time, and nothing that is alive."""
         done, running, lapsed_one = new_claim(), new_claim(), new_claim(lease=SHORT)
         held = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
@@ -253,7 +253,7 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(gone[0], fingerprint=OTHER)) == Execute(1)
 
     @staticmethod
-    async def _unresolved(store: KeptStore, lapse: bool) -> Claim:
+    async def _unresolved(store: ManagedStore, lapse: bool) -> Claim:
         if lapse:
             claim = new_claim(lease=SHORT, hold=True)
             await store.claim(claim)

@@ -1,4 +1,4 @@
-"""The contract of the blocking verbs: the same promises, kept for threads."""
+"""The contract of the blocking verbs: the same promises, for threads."""
 
 from __future__ import annotations
 
@@ -21,16 +21,12 @@ from idempotency._rules import (
     Verdict,
     judge,
 )
-from idempotency.stores.base import Entry, SyncStore
+from idempotency.stores.base import SyncInspecting, SyncStore
 from idempotency.testing.contract._claims import OTHER, PATIENCE, SHORT, new_claim, rival
 
 
-class KeptSyncStore(SyncStore, Protocol):
-    """A store that can be looked into, as a consumer with ``max_attempts`` does."""
-
-    def inspect_sync(self, record: bytes, /) -> Entry | None:
-        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
-        ...
+class InspectedSyncStore(SyncStore, SyncInspecting, Protocol):
+    """A store that can be inspected, as a consumer with ``max_attempts`` does."""
 
 
 def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
@@ -161,7 +157,7 @@ class SyncStoreContract:
 
         assert told == Execute(1)
 
-    def test_inspect_absent_sync(self, store: KeptSyncStore) -> None:
+    def test_inspect_absent_sync(self, store: InspectedSyncStore) -> None:
         """There is nothing to see of a key that was never claimed, or was released."""
         released = new_claim()
         store.claim_sync(released)
@@ -170,7 +166,7 @@ class SyncStoreContract:
         assert store.inspect_sync(new_claim().id) is None
         assert store.inspect_sync(released.id) is None
 
-    def test_inspect_running_sync(self, store: KeptSyncStore) -> None:
+    def test_inspect_running_sync(self, store: InspectedSyncStore) -> None:
         """A running record is shown with its names, times and attempt; looking at it changes nothing."""
         claim = new_claim(scope="other contract", lease=SHORT, ttl=100.0)
         store.claim_sync(claim)
@@ -189,7 +185,7 @@ class SyncStoreContract:
         assert 110 < entry.expires_in <= 120
         assert verdict_sync(store, owner) == Execute(2)
 
-    def test_inspect_done_sync(self, store: KeptSyncStore) -> None:
+    def test_inspect_done_sync(self, store: InspectedSyncStore) -> None:
         """A finished record is shown with the size of its result and the time it is kept."""
         claim = new_claim(ttl=100.0)
         store.claim_sync(claim)
