@@ -176,6 +176,8 @@ class Clients:
                 here.loop.call_soon_threadsafe(abandon, here.client)
 
     def __del__(self) -> None:
+        # For a store that was never closed, as in a script with asyncio.run: the loop is closed, so aclose() cannot be
+        # awaited any more. Without this, its sockets stay open until the garbage collector runs, with a warning.
         for here in self._loops.values():
             if here.loop.is_closed():
                 self._abandon(here)
