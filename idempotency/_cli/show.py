@@ -43,7 +43,7 @@ def finding_as_json(finding: Finding) -> dict[str, Any]:
 def print_entry(entry: Entry) -> None:
     """Print everything that is known of one record."""
     expires = "never" if entry.expires_in is None else f"in {duration(entry.expires_in)}"
-    lease = f"{duration(entry.lease_left)} left" if entry.lease_left > 0 else "over"
+    lease = f"{duration(entry.lease_left)} remaining" if entry.lease_left > 0 else "over"
     if entry.state is not State.RUNNING:
         lease = "ended"
     for name, value in (

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -633,6 +634,26 @@ def test_every_new_loop_gets_a_client(server: RedisServer) -> None:
         while len(client.client_list()) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisServer) -> None:
+    """A script with asyncio.run that closes nothing: once the store is gone, its connections are closed."""
+
+    def use() -> None:
+        store = RedisStore.from_url(server.url)
+        assert asyncio.run(store.claim(new_claim("k", token="t"))).token == "t"
+
+    gc.disable()
+    try:
+        use()
+        with server.client() as client:
+            deadline = time.monotonic() + 2
+            while len(client.client_list()) > 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_two_loops_at_once(server: RedisServer) -> None:

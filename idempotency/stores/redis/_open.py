@@ -33,7 +33,7 @@ _CONNECTIONS = 40
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a URL says: the servers, the kind of deployment, and options of a connection."""
+    """The parts of a URL: the servers, the kind of deployment, and options of a connection."""
 
     kind: str
     hosts: list[tuple[str, int]]
@@ -104,7 +104,7 @@ class Address:
 
 
 def read_url(url: str) -> Address:
-    """Read a URL, and raise ConfigurationError, without quoting its credentials, for one that makes no sense."""
+    """Read a URL, and raise ConfigurationError, without quoting its credentials, for one that cannot be read."""
     scheme = url.partition("://")[0].lower()
     try:
         return _read(url, scheme)

@@ -26,14 +26,14 @@ from idempotency.stores.redis._wire import Command, Durability
 
 
 class RedisStore:
-    """Keep records in Redis.
+    """Hold records in Redis.
 
     ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store. A
-    blocking client given here is taken for ``sync_client``.
+    blocking client given here is used as ``sync_client``.
     ``sync_client``: a ``redis.Redis`` or ``RedisCluster`` for the ``*_sync`` verbs. It is bounded by its own
     ``socket_timeout``.
     ``prefix``: how the names of keys and channels begin. Default ``"idempotency"``.
-    ``timeout``: seconds within which an asyncio verb ends, also when the server is frozen. Default 5.
+    ``timeout``: seconds within which an asyncio verb ends, also when the server does not respond. Default 5.
     ``durability``: a :class:`Durability`; default None, see there what a failover can lose.
 
     Run the server with ``maxmemory-policy noeviction`` (or ``volatile-ttl`` and enough memory): an evicted record is a

@@ -33,7 +33,7 @@ class HousekeepingContract(Contract):
     """Check what an operator sees and does."""
 
     async def test_inspect_absent(self, store: ManagedStore) -> None:
-        """There is nothing to see of a key that was never claimed, released or expired."""
+        """Nothing is shown for a key that was never claimed, or is released or expired."""
         released, gone = new_claim(), new_claim(ttl=SHORT)
         await store.claim(released)
         await store.release(released)
@@ -73,7 +73,7 @@ class HousekeepingContract(Contract):
         assert (entry.scope, entry.key) == (claim.scope, key)
 
     async def test_inspect_shows_how_a_long_key_begins(self, store: ManagedStore) -> None:
-        """Of two long keys that begin alike, each is shown by its beginning, and they are told apart."""
+        """Two long keys with the same beginning are each shown by it, and they still look different."""
         keys = [f"{new_claim().key} {'k' * 65_536} {number}" for number in "12"]
         for key in keys:
             await store.claim(new_claim(key=key))
@@ -88,7 +88,7 @@ class HousekeepingContract(Contract):
         assert shown[0] != shown[1]
 
     async def test_inspect_done(self, store: ManagedStore) -> None:
-        """A finished record is shown with the size of its result and the time it is kept."""
+        """A finished record is shown with the size of its result and the time until it expires."""
         claim = new_claim(ttl=100.0)
         await store.claim(claim)
         await store.complete(claim, b"\x00" * 1234)
@@ -101,7 +101,7 @@ class HousekeepingContract(Contract):
         assert 90 < entry.expires_in <= 100
 
     async def test_inspect_result_not_kept(self, store: ManagedStore) -> None:
-        """A result that was not kept has no size, an empty one has size 0."""
+        """A result that was not recorded has no size, an empty one has size 0."""
         dropped, empty = new_claim(), new_claim()
         for claim, result in ((dropped, None), (empty, b"")):
             await store.claim(claim)
@@ -115,7 +115,7 @@ class HousekeepingContract(Contract):
         assert of_empty.result_size == 0
 
     async def test_inspect_taken_over(self, store: ManagedStore) -> None:
-        """A record that changed hands shows its attempt."""
+        """A record that was taken over shows its attempt."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -138,7 +138,7 @@ class HousekeepingContract(Contract):
         assert entry.version == 2
 
     async def test_unresolved_are_listed(self, store: ManagedStore) -> None:
-        """What nobody will finish is listed: completed as unknown, or held and its lease over; nothing else."""
+        """What no owner will finish is listed: completed as unknown, or held and its lease over; nothing else."""
         unknown, abandoned = new_claim(), new_claim(lease=SHORT, hold=True)
         held, running, done = new_claim(hold=True), new_claim(lease=SHORT), new_claim()
         for claim in (unknown, abandoned, held, running, done):
@@ -160,7 +160,7 @@ class HousekeepingContract(Contract):
         assert listed[abandoned.id].expires_in is None
 
     async def test_unresolved_are_limited(self, store: ManagedStore) -> None:
-        """The list is no longer than asked."""
+        """The list is no longer than its limit."""
         for _ in range(3):
             claim = new_claim()
             await store.claim(claim)
@@ -170,7 +170,7 @@ class HousekeepingContract(Contract):
 
     @pytest.mark.parametrize("lapse", [False, True], ids=["completed as unknown", "held and lapsed"])
     @pytest.mark.parametrize(
-        ("outcome", "result", "told"),
+        ("outcome", "result", "expected"),
         [
             ("done", b"found out", Replay(b"found out")),
             ("done", b"", Replay(b"")),
@@ -179,9 +179,9 @@ class HousekeepingContract(Contract):
         ],
     )
     async def test_resolve(
-        self, store: ManagedStore, lapse: bool, outcome: Outcome, result: bytes | None, told: object
+        self, store: ManagedStore, lapse: bool, outcome: Outcome, result: bytes | None, expected: object
     ) -> None:
-        """What was found out is what duplicates are told; the owner that vanished cannot write any more."""
+        """Duplicates get what was found out; the owner that vanished cannot write any more."""
         claim = await self._unresolved(store, lapse)
 
         assert await store.resolve(claim.id, outcome, result)
@@ -190,10 +190,10 @@ class HousekeepingContract(Contract):
         assert not await store.complete(claim, None, State.UNKNOWN)
         assert not await store.renew(claim)
         assert not await store.release(claim)
-        assert await verdict(store, rival(claim)) == told
+        assert await verdict(store, rival(claim)) == expected
 
     async def test_resolve_repeated(self, store: ManagedStore) -> None:
-        """What is resolved is not resolved again."""
+        """A resolved record cannot be resolved again."""
         claim = await self._unresolved(store, False)
 
         assert await store.resolve(claim.id, "done", b"first")
@@ -203,7 +203,7 @@ class HousekeepingContract(Contract):
         assert claim.id not in {entry.id for entry in await store.unresolved(10_000)}
 
     async def test_resolved_expires(self, store: ManagedStore) -> None:
-        """A resolved record is kept for the ttl given, and then it is new."""
+        """A resolved record expires after the ttl given, and then its key is new."""
         claim = await self._unresolved(store, True)
         assert await store.resolve(claim.id, "done", b"found out", ttl=SHORT)
 
@@ -229,7 +229,7 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(abandoned)) == Execute(2)
 
     async def test_purge_deletes_only_expired(self, store: ManagedStore) -> None:
-        """Purging takes what is expired, at most a batch at a time, and nothing that is alive."""
+        """Purging deletes expired records, at most a batch at a time, and no others."""
         done, running, lapsed_one = new_claim(), new_claim(), new_claim(lease=SHORT)
         held = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         for claim in (done, running, lapsed_one, held):
