@@ -41,8 +41,8 @@ schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 
 Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
-Table = Annotated[str | None, typer.Option(help="SQL: the table, default idempotency_record.")]
-Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix, default idempotency.")]
+Table = Annotated[str | None, typer.Option(help="SQL: the name of the table, default idempotency_record.")]
+Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix of the keys, default idempotency.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -102,8 +102,8 @@ def inspect(
 
 @app.command("list")
 def list_(
-    state: Annotated[Listed, typer.Option(help="Whose outcome is unknown.")] = Listed.UNKNOWN,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the oldest first.")] = 100,
+    state: Annotated[Listed, typer.Option(help="The state of the records to list.")] = Listed.UNKNOWN,
+    limit: Annotated[int, typer.Option(min=1, help="The most records to list; the oldest come first.")] = 100,
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
@@ -125,10 +125,11 @@ def list_(
 def resolve(
     record: Id,
     outcome: Annotated[Outcome, typer.Argument(help="done: the effect happened. release: it did not.")],
-    status: Annotated[int | None, typer.Option(min=200, max=599, help="done: the response duplicates get.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="A header of it, as 'Name: value'; repeat it.")] = None,
+    status: Annotated[int | None, typer.Option(min=200, max=599, help="done: the status that duplicates get.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="A header, 'Name: value'; may be repeated.")] = None,
     body_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="The file with its body.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="The file with the response's body."),
     ] = None,
     ttl: Annotated[float, typer.Option(min=1, help="done: seconds until the record expires.")] = 86400,
     store: Url = None,

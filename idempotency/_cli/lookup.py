@@ -35,6 +35,7 @@ def open_named(url: str | None, table: str | None, prefix: str | None, *, create
         raise ConfigurationError("--table is for SQL; a Redis store has --prefix")
     if prefix is not None and not redis:
         raise ConfigurationError("--prefix is for Redis; a SQL store has --table")
+    # Every store that can be opened by a URL from another process takes timeout=.
     names = {name: value for name, value in (("table", table), ("prefix", prefix)) if value is not None}
     store = open_store(url, timeout=TIMEOUT, **names)
     if url.startswith("sqlite") and not create:

@@ -26,18 +26,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, TypeVar
+from typing import Literal, Protocol, TypeGuard, TypeVar
 
 from idempotency._rules import Claim, Record, State
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Session
-
-    from idempotency._sql.bounded import Abandoned, Watchdog
-    from idempotency._synchronization import LocalLock
+from idempotency.stores._joining import Joining as Joining
 
 C = TypeVar("C")
 
@@ -289,66 +283,6 @@ class Forkable(Protocol):
 
     def forked(self) -> None:
         """Drop the connections that belong to the parent process, without closing them there."""
-        ...
-
-
-class Joining(Protocol):
-    """A store that can claim and complete in a transaction of the caller, so that effect and record commit as one."""
-
-    async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
-        """Claim in the transaction of ``session``; commit nothing.
-
-        Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds. None: it still holds
-        the row. After None or an error, the transaction can only be rolled back.
-        """
-        ...
-
-    def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
-        """See :meth:`claim_in`."""
-        ...
-
-    async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
-        """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
-        ...
-
-    def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
-        """See :meth:`look_in`."""
-        ...
-
-    async def complete_in(
-        self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
-    ) -> bool:
-        """Record the end in the transaction of ``session``; commit nothing. False for a superseded owner."""
-        ...
-
-    def complete_in_sync(
-        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
-    ) -> bool:
-        """See :meth:`complete_in`."""
-        ...
-
-    def check_shared(self, engine: object) -> None:
-        """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
-        ...
-
-    @property
-    def timeout(self) -> float:
-        """Return how long a verb may take, in seconds."""
-        ...
-
-    @property
-    def local_lock(self) -> LocalLock | None:
-        """Return the queue for joined transactions, where the database has one writer at a time; else None."""
-        ...
-
-    @property
-    def abandoned(self) -> Abandoned:
-        """Return the statements of this store whose callers stopped waiting for them."""
-        ...
-
-    @property
-    def watchdog(self) -> Watchdog:
-        """Return what cuts off statements in threads when their time is over."""
         ...
 
 
