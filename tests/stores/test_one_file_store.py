@@ -1,4 +1,4 @@
-"""A store of one file: it keeps the contract, and the command line does with it what it is able to."""
+"""A store of one file: it passes the contract, and the command line uses what it can do."""
 
 from __future__ import annotations
 
