@@ -138,7 +138,7 @@ def resolve(
 ) -> None:
     """Resolve a record whose outcome is unknown."""
 
-    async def settle(opened: AnyStore) -> Entry:
+    async def resolve_one(opened: AnyStore) -> Entry:
         resolving = require(opened, Resolving, "resolve")
         entry = await one(opened, record)
         if status is not None and not entry.scope.startswith("http:"):
@@ -152,7 +152,7 @@ def resolve(
     if status is not None and outcome is Outcome.RELEASE:
         _fail("--status is for done: a released key has no response")
     result = None if status is None else _response(status, header or [], body_file)
-    resolved = _run(open_named, settle, store, table, prefix)
+    resolved = _run(open_named, resolve_one, store, table, prefix)
     words = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
     typer.echo(f"{resolved.id.hex()} {words}")
 
