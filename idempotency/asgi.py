@@ -99,8 +99,7 @@ class IdempotencyMiddleware:
         self._options = check_options(scope, secret, header_name, replayed_header, strict, docs)
         self._routes = Routes(policy if policy is not None else Policy(), {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
-        check_store(opened, asynchronous=True)
-        self._runner = Runner(opened, on_event)
+        self._runner = Runner(check_store(opened, Store), on_event)
         self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
         if callable(scope) or self._routes.calls_back:
             require_starlette()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session, sessionmaker
 
+__all__ = ["Codec", "idempotent"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,9 +53,9 @@ def idempotent(
     default nothing is compared.
     ``policy``: its ``ttl``, ``lease``, ``wait``, ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and
     ``max_response`` apply.
-    ``codec``: how the result becomes bytes, default by the annotation of what the function returns: JSON values,
-    dataclasses, pydantic models, datetime, Decimal, UUID, Enum, bytes. A result that cannot be kept is returned all the
-    same; later calls are told that the operation is completed.
+    ``codec``: a :class:`Codec`, which turns the result into bytes and back. Default: by the annotation of what the
+    function returns: JSON values, dataclasses, pydantic models, datetime, Decimal, UUID, Enum, bytes. A result that
+    cannot be recorded is returned all the same; later calls get the answer that the operation is completed.
     ``session``: a sessionmaker on the database of ``store``, an SQLStore. The function's effect and its record are
     then one transaction, whose session it gets as keyword ``session`` if it has that parameter, and as
     ``current().session``. It does not commit it.

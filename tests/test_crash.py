@@ -44,6 +44,15 @@ def test_an_effect_before_its_record_is_doubled(tmp_path: Path) -> None:
     assert "\n  doubled: between" in str(report)
 
 
+def test_the_verbs_of_any_store_are_labels(tmp_path: Path) -> None:
+    """A class with the verbs of a store needs no registration: each verb is two labels."""
+    report = crash_everywhere(scenarios.Stored, str(tmp_path), recorded="after complete")
+
+    assert report.labels == ("before claim", "after claim", "before complete", "after complete")
+    assert report.repeated == ("before complete",)
+    assert report.ok
+
+
 def test_a_record_before_its_effect_loses_it(tmp_path: Path) -> None:
     """Killed between record and effect, the effect never happens, and the report names the place."""
     report = crash_everywhere(scenarios.Lost, str(tmp_path))

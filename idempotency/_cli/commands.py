@@ -1,4 +1,4 @@
-"""``idempotency COMMAND``: each command opens the store, asks one thing of it, and says what came of it."""
+"""``idempotency COMMAND``: each command opens the store, asks one thing of it, and prints the answer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
-from idempotency._cli.doctor import examine
-from idempotency._cli.lookup import find, find_key, hexadecimal, is_sql, one, open_named
+from idempotency._cli.lookup import MANY, find, hexadecimal, one, open_named
 from idempotency._http.codec import encode_response
 from idempotency._rules import record_id
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
-from idempotency.stores.base import Entry
+from idempotency.stores.base import (
+    CreatingSchema,
+    Entry,
+    Examining,
+    Forgetting,
+    Inspecting,
+    NamingSchema,
+    Purging,
+    Resolving,
+    Searching,
+    require,
+    supports,
+)
 
 T = TypeVar("T")
 
@@ -30,8 +41,8 @@ schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 
 Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
-Table = Annotated[str | None, typer.Option(help="SQL: the table, default idempotency_record.")]
-Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix, default idempotency.")]
+Table = Annotated[str | None, typer.Option(help="SQL: the name of the table, default idempotency_record.")]
+Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix of the keys, default idempotency.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -43,7 +54,7 @@ class Listed(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What was found out about an unresolved operation."""
+    """What the operator found out about an operation of unknown outcome."""
 
     DONE = "done"
     RELEASE = "release"
@@ -51,7 +62,7 @@ class Outcome(StrEnum):
 
 @app.callback()
 def root() -> None:
-    """Look after the records of idempotency keys."""
+    """Inspect and manage the records of idempotency keys."""
 
 
 @app.command()
@@ -72,8 +83,8 @@ def inspect(
         if record is not None:
             return await find(opened, hexadecimal(record))
         if key is not None and scope is None:
-            return await find_key(opened, key)
-        found = await opened.inspect(record_id(scope or "", key or ""))
+            return await require(opened, Searching, "a key without --scope").find(key=key, limit=MANY)
+        found = await require(opened, Inspecting, "inspect").inspect(record_id(scope or "", key or ""))
         return [] if found is None else [found]
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
@@ -91,15 +102,17 @@ def inspect(
 
 @app.command("list")
 def list_(
-    state: Annotated[Listed, typer.Option(help="Whose outcome is unknown.")] = Listed.UNKNOWN,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the oldest first.")] = 100,
+    state: Annotated[Listed, typer.Option(help="The state of the records to list.")] = Listed.UNKNOWN,
+    limit: Annotated[int, typer.Option(min=1, help="The most records to list; the oldest come first.")] = 100,
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
     """List the records that wait to be resolved."""
-    entries = _run(open_named, lambda opened: opened.unresolved(limit), store, table, prefix)
+    entries = _run(
+        open_named, lambda opened: require(opened, Resolving, "list").unresolved(limit), store, table, prefix
+    )
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
@@ -112,23 +125,25 @@ def list_(
 def resolve(
     record: Id,
     outcome: Annotated[Outcome, typer.Argument(help="done: the effect happened. release: it did not.")],
-    status: Annotated[int | None, typer.Option(min=200, max=599, help="done: the response duplicates get.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="A header of it, as 'Name: value'; repeat it.")] = None,
+    status: Annotated[int | None, typer.Option(min=200, max=599, help="done: the status that duplicates get.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="A header, 'Name: value'; may be repeated.")] = None,
     body_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="The file with its body.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, readable=True, help="The file with the response's body."),
     ] = None,
-    ttl: Annotated[float, typer.Option(min=1, help="done: seconds for which it is kept.")] = 86400,
+    ttl: Annotated[float, typer.Option(min=1, help="done: seconds until the record expires.")] = 86400,
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Settle a record whose outcome is unknown."""
+    """Resolve a record whose outcome is unknown."""
 
-    async def settle(opened: AnyStore) -> Entry:
+    async def resolve_one(opened: AnyStore) -> Entry:
+        resolving = require(opened, Resolving, "resolve")
         entry = await one(opened, record)
         if status is not None and not entry.scope.startswith("http:"):
             raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
-        if not await opened.resolve(entry.id, outcome.value, result, ttl=ttl):
+        if not await resolving.resolve(entry.id, outcome.value, result, ttl=ttl):
             raise ConfigurationError(f"{record} is {show.state(entry)}, not unknown: nothing was changed")
         return entry
 
@@ -137,9 +152,9 @@ def resolve(
     if status is not None and outcome is Outcome.RELEASE:
         _fail("--status is for done: a released key has no response")
     result = None if status is None else _response(status, header or [], body_file)
-    settled = _run(open_named, settle, store, table, prefix)
-    said = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
-    typer.echo(f"{settled.id.hex()} {said}")
+    resolved = _run(open_named, resolve_one, store, table, prefix)
+    words = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
+    typer.echo(f"{resolved.id.hex()} {words}")
 
 
 @app.command()
@@ -150,13 +165,14 @@ def forget(
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Forget a record nobody is running, done or not: the next request of its key runs again."""
+    """Delete a record whose owner is not running, done or not: the next request of its key runs again."""
 
     async def drop(opened: AnyStore) -> Entry:
+        forgetting = require(opened, Forgetting, "forget")
         entry = await one(opened, record)
         if not yes:
             _confirm(entry)
-        if not await opened.forget(entry.id):
+        if not await forgetting.forget(entry.id):
             raise ConfigurationError(f"{record} is being run, or gone: nothing was forgotten")
         return entry
 
@@ -173,9 +189,9 @@ def purge(
     """Delete every expired record; on Redis there is nothing to do."""
 
     async def empty(opened: AnyStore) -> int:
-        total = 0
+        purging, total = require(opened, Purging, "purge"), 0
         with _progress() as advance:
-            while gone := await opened.purge(batch):
+            while gone := await purging.purge(batch):
                 total += gone
                 advance(gone)
         return total
@@ -187,7 +203,7 @@ def purge(
 @app.command()
 def doctor(store: Url = None, table: Table = None, prefix: Prefix = None, as_json: AsJson = False) -> None:
     """Examine the store and its server; exit code 1 when something must be fixed."""
-    findings = _run(open_named, examine, store, table, prefix)
+    findings = _run(open_named, lambda opened: require(opened, Examining, "doctor").examine(), store, table, prefix)
     if as_json:
         show.print_json([show.finding_as_json(finding) for finding in findings])
     else:
@@ -201,11 +217,11 @@ def doctor(store: Url = None, table: Table = None, prefix: Prefix = None, as_jso
 def create(store: Url = None, table: Table = None) -> None:
     """Create the table and its index where they are missing."""
 
-    async def make(opened: Any) -> str:
-        if not is_sql(opened):
-            return "Redis needs no schema"
-        await opened.create_schema()
-        return f"table {opened._table.name} is there"
+    async def make(opened: AnyStore) -> str:
+        await require(opened, CreatingSchema, "schema create").create_schema()
+        if not supports(opened, NamingSchema):
+            return "the schema is there"
+        return f"{opened.schema} is there" if opened.schema else f"{_name_of(opened)} needs no schema"
 
     typer.echo(_run(lambda *names: open_named(*names, create=True), make, store, table, None))
 
@@ -215,7 +231,7 @@ def sql(
     dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
     table: Table = None,
 ) -> None:
-    """Print the statements that create the table; no store is asked."""
+    """Print the statements that create the table; needs no store."""
     try:
         from idempotency.stores.sql import schema_sql
     except ImportError:
@@ -227,8 +243,8 @@ def sql(
 
 
 def _run(
-    opening: Callable[[str | None, str | None, str | None], Any],
-    work: Callable[[Any], Awaitable[T]],
+    opening: Callable[[str | None, str | None, str | None], AnyStore],
+    work: Callable[[AnyStore], Awaitable[T]],
     *names: str | None,
 ) -> T:
     async def with_store() -> T:
@@ -242,6 +258,10 @@ def _run(
         return asyncio.run(with_store())
     except IdempotencyError as error:
         _fail(str(error))
+
+
+def _name_of(store: object) -> str:
+    return type(store).__name__.removesuffix("Store")
 
 
 def _fail(message: str) -> NoReturn:
@@ -274,7 +294,7 @@ def _progress() -> Iterator[Callable[[int], object]]:
     if not sys.stdout.isatty():
         yield lambda _: None
         return
-    # How many are expired is not known before they are deleted: the bar says that it goes on, and how far it is.
+    # How many are expired is not known before they are deleted: the bar only shows how many are deleted by now.
     columns = (TextColumn("purging"), BarColumn(), TextColumn("{task.completed:.0f} records"), TimeElapsedColumn())
     with Progress(*columns, console=Console(), transient=True) as progress:
         task = progress.add_task("purge", total=None)

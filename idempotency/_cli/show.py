@@ -13,16 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from idempotency._cli.doctor import Finding
 from idempotency._cli.lookup import LOGGED
 from idempotency._rules import State
-from idempotency.stores.base import Entry
+from idempotency.stores.base import Entry, Finding
 
 _LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"
 
 
 def on_terminal() -> bool:
-    """Say whether somebody reads along."""
+    """Return whether the output goes to a terminal."""
     return sys.stdout.isatty()
 
 
@@ -32,19 +31,19 @@ def print_json(items: Sequence[dict[str, Any]]) -> None:
 
 
 def as_json(entry: Entry) -> dict[str, Any]:
-    """Turn a record into what JSON can hold."""
+    """Convert a record to what JSON can hold."""
     return {**asdict(entry), "id": entry.id.hex(), "state": state(entry), "unresolved": entry.unresolved}
 
 
 def finding_as_json(finding: Finding) -> dict[str, Any]:
-    """Turn a finding into what JSON can hold."""
+    """Convert a finding to what JSON can hold."""
     return asdict(finding)
 
 
 def print_entry(entry: Entry) -> None:
     """Print everything that is known of one record."""
     expires = "never" if entry.expires_in is None else f"in {duration(entry.expires_in)}"
-    lease = f"{duration(entry.lease_left)} left" if entry.lease_left > 0 else "over"
+    lease = f"{duration(entry.lease_left)} remaining" if entry.lease_left > 0 else "over"
     if entry.state is not State.RUNNING:
         lease = "ended"
     for name, value in (
@@ -80,12 +79,12 @@ def print_entries(entries: Sequence[Entry]) -> None:
 
 
 def state(entry: Entry) -> str:
-    """Name the state; a held record that was left behind is called what it is: unknown."""
+    """Return the name of the state; that of a held record whose lease is over is ``unknown``, as its outcome is."""
     return "unknown" if entry.unresolved else entry.state.name.lower()
 
 
 def printable(text: str) -> str:
-    """Escape what would begin a new line or speak to the terminal."""
+    """Escape what would begin a new line or control the terminal."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 

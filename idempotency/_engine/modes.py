@@ -11,7 +11,7 @@ from idempotency._engine.leased import Leased
 from idempotency._engine.leased_sync import SyncLeased
 from idempotency._engine.runner import Runner
 from idempotency.errors import ConfigurationError
-from idempotency.stores.base import check_store
+from idempotency.stores.base import Store, SyncStore, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 _NEEDS_SQLALCHEMY = "session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'"
 
 
-def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
+def runner_of(asynchronous: bool, store: object, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
     """Choose how functions and consumers hold their keys: leased, or joined where there is a ``session``."""
     if session is None:
-        check_store(store, asynchronous)
-        return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
+        if asynchronous:
+            return Leased(check_store(store, Store), calls).run
+        return SyncLeased(check_store(store, SyncStore), calls).run
     try:
         from idempotency._engine.joined import Joined
         from idempotency._engine.joined_sync import SyncJoined

@@ -58,11 +58,11 @@ class Made:
         self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
 
 
-_MADE: WeakKeyDictionary[Any, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[object, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
 """The function that has each scope, by store."""
 
 
-def takes_scope_of_another(store: Any, scope: str, made: Made) -> bool:
+def takes_scope_of_another(store: object, scope: str, made: Made) -> bool:
     """Note which function has a scope of a store; return whether a different function has it already.
 
     The same function may be made again, by a module that is loaded again or a definition that is typed again; its code

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 from idempotency._engine.calls import Calls, Ended
 from idempotency._engine.modes import runner_of
 from idempotency._messages.options import ConsumerOptions, rules_of
-from idempotency._messages.rules import SOON, Rules, Tally
+from idempotency._messages.rules import SOON, Tally
 from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
-from idempotency.stores.base import Counting, Entry, SyncCounting, check_store
+from idempotency.stores.base import CountingStore, Forgetting, check_store, require
 
 TURN = 60.0
 """Seconds for which a suspect waits for its turn before it is given back."""
@@ -24,10 +24,12 @@ TURN = 60.0
 class Consumer:
     """One consumer of messages, by name, whose handling is awaited. ``returns``: the function whose result is kept."""
 
-    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+    def __init__(self, store: object, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        check_counts(store, self.rules, asynchronous=True)  # async only: it says which
+        self._counts = (
+            None if self.rules.max_attempts is None else check_store(store, CountingStore)
+        )  # async only: its verbs are awaited
         self._run = runner(store, self.rules.calls, options, asynchronous=True)  # async only: it says which
         self._lock = LocalLock()
 
@@ -78,9 +80,10 @@ class Consumer:
 
     async def forget(self, key: str) -> bool:
         """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+        store = require(self._store, Forgetting, "forget of a message")
         for each in self.rules.tallies_of(key):
-            await self._store.forget(each)
-        return cast(bool, await self._store.forget(record_id(self.rules.calls.scope, key)))
+            await store.forget(each)
+        return await store.forget(record_id(self.rules.calls.scope, key))
 
     async def _ended(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
         ended: Ended = await self._run(claim, work)
@@ -110,10 +113,10 @@ class Consumer:
 
     async def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
-        if not rules.counts(attempt):
+        if self._counts is None or not rules.counts(attempt):
             return 1
         try:
-            begun: int = (await self._store.claim(rules.tally("begun", claim))).attempt
+            begun = (await self._counts.claim(rules.tally("begun", claim))).attempt
             counted.append(True)
             if rules.busy_matters(begun):
                 begun -= await self._counted("busy", claim)
@@ -125,17 +128,21 @@ class Consumer:
         return begun
 
     async def _counted(self, kind: Tally, claim: Claim) -> int:
+        if self._counts is None:
+            return 0
         try:
-            found: Entry | None = await self._store.inspect(self.rules.tally(kind, claim).id)
+            found = await self._counts.inspect(self.rules.tally(kind, claim).id)
         except UnreadableError:
             # A count that is damaged is none.
             return 0
         return 0 if found is None else found.attempt
 
     async def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        if self._counts is None:
+            return
         with suppress(StoreError):
             for kind in kinds:
-                await self._store.claim(self.rules.tally(kind, claim))
+                await self._counts.claim(self.rules.tally(kind, claim))
 
 
 def noted(work: Callable[..., Any], ran: list[bool]) -> Callable[..., Any]:
@@ -163,11 +170,5 @@ def _uncancelled(work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     return handle
 
 
-def check_counts(store: Any, rules: Rules, *, asynchronous: bool) -> None:
-    if rules.max_attempts is None:
-        return
-    check_store(store, asynchronous, Counting if asynchronous else SyncCounting)
-
-
-def runner(store: Any, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
+def runner(store: object, calls: Calls, options: ConsumerOptions, *, asynchronous: bool) -> Callable[..., Any]:
     return runner_of(asynchronous, store, calls, options.get("session"), options.get("lock_timeout", 5.0))

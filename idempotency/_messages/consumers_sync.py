@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 from idempotency._engine.calls import Ended
-from idempotency._messages.consumers import TURN, check_counts, noted, runner
+from idempotency._messages.consumers import TURN, noted, runner
 from idempotency._messages.options import ConsumerOptions, rules_of
 from idempotency._messages.rules import SOON, Tally
 from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
-from idempotency.stores.base import Entry
+from idempotency.stores.base import CountingSyncStore, SyncForgetting, check_store, require
 
 
 class SyncConsumer:
     """One consumer of messages, by name, whose handling is called. ``returns``: the function whose result is kept."""
 
-    def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
+    def __init__(self, store: object, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        check_counts(store, self.rules, asynchronous=False)  # sync only: it says which
+        self._counts = (
+            None if self.rules.max_attempts is None else check_store(store, CountingSyncStore)
+        )  # sync only: its verbs are not awaited
         self._run = runner(store, self.rules.calls, options, asynchronous=False)  # sync only: it says which
         self._lock = LocalLock()
 
@@ -62,9 +64,10 @@ class SyncConsumer:
 
     def forget(self, key: str) -> bool:
         """See :meth:`Consumer.forget`."""
+        store = require(self._store, SyncForgetting, "forget of a message")
         for each in self.rules.tallies_of(key):
-            self._store.forget_sync(each)
-        return cast(bool, self._store.forget_sync(record_id(self.rules.calls.scope, key)))
+            store.forget_sync(each)
+        return store.forget_sync(record_id(self.rules.calls.scope, key))
 
     def _ended(self, claim: Claim, work: Callable[..., Any]) -> Ended:
         ended: Ended = self._run(claim, work)
@@ -94,10 +97,10 @@ class SyncConsumer:
 
     def _begun(self, claim: Claim, attempt: int | None, counted: list[bool]) -> int:
         rules = self.rules
-        if not rules.counts(attempt):
+        if self._counts is None or not rules.counts(attempt):
             return 1
         try:
-            begun: int = self._store.claim_sync(rules.tally("begun", claim)).attempt
+            begun = self._counts.claim_sync(rules.tally("begun", claim)).attempt
             counted.append(True)
             if rules.busy_matters(begun):
                 begun -= self._counted("busy", claim)
@@ -109,14 +112,18 @@ class SyncConsumer:
         return begun
 
     def _counted(self, kind: Tally, claim: Claim) -> int:
+        if self._counts is None:
+            return 0
         try:
-            found: Entry | None = self._store.inspect_sync(self.rules.tally(kind, claim).id)
+            found = self._counts.inspect_sync(self.rules.tally(kind, claim).id)
         except UnreadableError:
             # A count that is damaged is none.
             return 0
         return 0 if found is None else found.attempt
 
     def _count(self, claim: Claim, kinds: tuple[Tally, ...]) -> None:
+        if self._counts is None:
+            return
         with suppress(StoreError):
             for kind in kinds:
-                self._store.claim_sync(self.rules.tally(kind, claim))
+                self._counts.claim_sync(self.rules.tally(kind, claim))

@@ -34,11 +34,11 @@ _EXTRAS = {
 
 
 class AnyStore(Store, SyncStore, Housekeeping, Protocol):
-    """A store with all its faces; which verbs it answers natively is said by its URL's driver."""
+    """A store with both sets of verbs and housekeeping; the driver in its URL may serve only one of the two sets."""
 
 
 def open_store(url: str, **options: Any) -> AnyStore:
-    """Open the store a URL names; it connects at its first use, and ``aclose`` or ``close`` ends it.
+    """Open the store that a URL names; it connects at its first use, and ``aclose`` or ``close`` closes it.
 
     ``url`` is memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or any SQLAlchemy URL;
     ``options`` are those of the store's class. Raises :class:`~idempotency.errors.ConfigurationError` for a URL that
@@ -114,7 +114,7 @@ def _made(make: Callable[..., AnyStore], options: dict[str, Any]) -> AnyStore:
     known = inspect.signature(make).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        # As Python itself says it of a call.
+        # The words of Python itself for a call.
         raise UnknownOptionError(
             f"got an unexpected keyword argument {unknown[0]!r}; the store's options are "
             f"{', '.join(name for name in known if name != 'url')}"

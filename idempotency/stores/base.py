@@ -1,30 +1,77 @@
-"""What a store must do: four atomic verbs, each one round trip, and a way to be told of a change.
+"""What a store must do, and what else a store may do: each a capability, which is a protocol in this file.
 
-A store decides ownership and nothing else; what a duplicate is told is decided by ``_core.judge``.
+Every store has the verbs: of :class:`Store` where it is awaited, of :class:`SyncStore` where it is not. Each verb is
+atomic and one round trip. A caller that needs more asks for it by type: :func:`supports`, :func:`require` and
+:func:`check_store` are the only places in the library that look at the attributes of a store.
+
+A store decides who owns a key, and nothing else. What a duplicate gets is decided by ``_rules.judge``.
 
 - Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
 - Every write after the claim is fenced by the claim's token.
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
-- A lease of 0 is over at once, whatever the clock: claims that are told apart by nothing else count by their attempt.
+- A lease of 0 is over at once, whatever the clock. Several claims may then be made at one reading of the clock: they
+  count by their attempt.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
-- Any verb may be repeated with the same claim, as a client does whose answer was lost, with the same effect. The answer
-  is the same too, but for a release: repeated, it finds no record and answers False.
+- Any verb may be repeated with the same claim, as a client does when the answer was lost, with the same effect. The
+  answer is the same too, except for a release: repeated, it finds no record and answers False.
 - A store that cannot be reached, or gives no answer in time, raises :class:`~idempotency.errors.StoreError`.
   A record that makes no sense is no error: it is ``Record.unreadable()``.
 
-``idempotency.testing.StoreContract`` pins each of these sentences.
+``idempotency.testing.StoreContract`` tests each of these sentences.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, TypeGuard, TypeVar
 
 from idempotency._rules import Claim, Record, State
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
+from idempotency.stores._joining import Joining as Joining
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
+
+    ``unresolved`` is True for a record that no owner will finish: completed as unknown, or held and its lease over.
+    ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
+    beginning and a digest are shown.
+    """
+
+    id: bytes
+    scope: str
+    key: str
+    state: State
+    attempt: int
+    hold: bool
+    age: float
+    lease_left: float
+    expires_in: float | None
+    result_size: int | None
+    version: int
+
+    @property
+    def unresolved(self) -> bool:
+        """Return whether the outcome is unknown and waits for :meth:`Resolving.resolve`."""
+        return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of an examination: ``ok``, ``note`` for what is worth knowing, or ``fix`` for what must be put right."""
+
+    level: Literal["ok", "note", "fix"]
+    what: str
+
+
+# The verbs.
 
 
 class Store(Protocol):
@@ -41,20 +88,20 @@ class Store(Protocol):
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """Record the end; False, and nothing written, when ``claim`` is no longer the owner.
 
-        ``result`` None means "done, result not kept". ``State.UNKNOWN`` records that nobody knows how it ended.
-        A lease that is over does not matter as long as nobody took over.
+        ``result`` None means "done, but the result is not recorded". ``State.UNKNOWN`` records that the outcome is not
+        known. A lease that is over does not matter as long as no other claim took over.
         """
         ...
 
     async def release(self, claim: Claim, /) -> bool:
-        """Forget a running record; False when ``claim`` is no longer the owner, or no longer running."""
+        """Delete a running record; False when ``claim`` is no longer the owner, or no longer running."""
         ...
 
     def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
         """Watch the record of ``claim`` for its end (completed, held or released).
 
         A change after the context is entered is not missed, provided that a claim with ``watched`` set follows the
-        entry. Notification is a wake-up and no promise: a store without one returns after a polling interval.
+        entry. A notification is only a reason to look again: a store that has none returns after a polling interval.
         """
         ...
 
@@ -87,125 +134,77 @@ class SyncStore(Protocol):
         ...
 
 
-class OneSided(Protocol):
-    """A store that may have been given a client, or an engine, for one kind of verbs only."""
-
-    def check_side(self, asynchronous: bool) -> None:
-        """Raise ConfigurationError, with the remedy, where the verbs that are awaited, or the others, cannot work."""
-        ...
+# What an operator does with records. No request needs it, but ``max_attempts`` of a consumer counts by some of it.
 
 
-class Counting(Protocol):
-    """What ``max_attempts`` needs besides the verbs."""
-
-    async def inspect(self, record: bytes, /) -> Entry | None:
-        """See :meth:`Housekeeping.inspect`."""
-        ...
-
-    async def forget(self, record: bytes, /) -> bool:
-        """See :meth:`Housekeeping.forget`."""
-        ...
-
-
-class SyncCounting(Protocol):
-    """See :class:`Counting`."""
-
-    def inspect_sync(self, record: bytes, /) -> Entry | None:
-        """See :meth:`Housekeeping.inspect`."""
-        ...
-
-    def forget_sync(self, record: bytes, /) -> bool:
-        """See :meth:`Housekeeping.forget`."""
-        ...
-
-
-def check_store(store: object, asynchronous: bool, *more: type) -> None:
-    """Refuse, with the remedy, what is no store for functions that are awaited, or for those that are not.
-
-    ``more``: protocols of what it must be able to do besides the verbs.
-    """
-    what = type(store).__name__
-    if isinstance(store, type):
-        raise ConfigurationError(f"store must be a Store, not the class {store.__name__}: call it, or open_store(url)")
-    mine, other = (Store, SyncStore) if asynchronous else (SyncStore, Store)
-    lacking = _lacking(store, mine)
-    if set(_verbs(mine)) == set(lacking) and set(_verbs(other)) == set(_lacking(store, other)):
-        raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {what}")
-    lacking += [verb for each in more for verb in _lacking(store, each)]
-    if lacking:
-        how = "is awaited" if asynchronous else "is not awaited"
-        raise ConfigurationError(
-            f"{what} cannot be used where the store {how}: it lacks {', '.join(lacking)}; use a store that has them, "
-            "as open_store(url) makes it"
-        )
-    if not _lacking(store, OneSided):
-        cast(OneSided, store).check_side(asynchronous)
-
-
-def _verbs(protocol: type) -> list[str]:
-    return [name for name, member in vars(protocol).items() if not name.startswith("_") and callable(member)]
-
-
-def _lacking(store: object, protocol: type) -> list[str]:
-    # Not by isinstance, which does not see what a wrapper hands on.
-    return [verb for verb in _verbs(protocol) if not callable(getattr(store, verb, None))]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
-
-    ``unresolved`` is True for a record that nobody will finish: completed as unknown, or held and its lease over.
-    ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
-    beginning and a digest are shown.
-    """
-
-    id: bytes
-    scope: str
-    key: str
-    state: State
-    attempt: int
-    hold: bool
-    age: float
-    lease_left: float
-    expires_in: float | None
-    result_size: int | None
-    version: int
-
-    @property
-    def unresolved(self) -> bool:
-        """Say whether the outcome is unknown and waits for :meth:`Housekeeping.resolve`."""
-        return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
-
-
-class Housekeeping(Protocol):
-    """What an operator does with records; no request needs it."""
+class Inspecting(Protocol):
+    """Look at one record."""
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """Show the record of this id (:func:`idempotency._rules.record_id`); None when there is none, or it expired."""
         ...
 
+
+class Searching(Protocol):
+    """Look for records without their whole id."""
+
+    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
+        """List records whose id begins with the hex digits ``start``, at most ``limit``, in no particular order.
+
+        With ``key``, only its records, in every scope; the store may have to read all records for that. Raises
+        :class:`~idempotency.errors.ConfigurationError` when ``start`` is not made of hex digits.
+        """
+        ...
+
+
+class Resolving(Protocol):
+    """List the records whose outcome is unknown, and resolve them."""
+
     async def unresolved(self, limit: int = 100) -> list[Entry]:
-        """List records whose outcome is unknown, oldest first as far as the store can tell."""
+        """List records whose outcome is unknown, oldest first as far as the store knows their age."""
         ...
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
     ) -> bool:
-        """Settle an unresolved record by what was found out; False, and nothing changed, when it is not unresolved.
+        """Resolve a record by what was found out; False, and nothing changed, when its outcome is not unknown.
 
-        ``"done"``: the effect happened; duplicates get ``result``, or are told it was not kept. ``"release"``: it did
-        not, and the next request runs. The vanished owner's token is replaced: should it return, it cannot write.
+        ``"done"``: the effect happened; duplicates get ``result``, or the answer that it was not recorded.
+        ``"release"``: it did not, and the next request runs. The token of the owner that vanished is replaced: should
+        it return, it cannot write.
         """
         ...
 
+
+class Forgetting(Protocol):
+    """Delete a record on purpose."""
+
     async def forget(self, record: bytes, /) -> bool:
-        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        """Delete a record, so that its operation can run again; False when there is none, or its owner is running."""
         ...
 
+
+class Checking(Protocol):
+    """Try whether the store can be used."""
+
     async def check(self) -> None:
-        """Ask whether the store can be used; :class:`~idempotency.errors.StoreError` says what to do if not."""
+        """Do nothing if the store can be used; else raise :class:`~idempotency.errors.StoreError` with the remedy."""
         ...
+
+
+class Examining(Protocol):
+    """Examine the store and its server, for ``idempotency doctor``."""
+
+    async def examine(self) -> list[Finding]:
+        """Return what an operator should know: whether the store can be used, and what a crash would make it forget.
+
+        A store that cannot be used is a finding too, and not an error.
+        """
+        ...
+
+
+class CreatingSchema(Protocol):
+    """Create what the records need."""
 
     async def create_schema(self) -> None:
         """Create what the records need, where it is missing: a table in SQL, elsewhere nothing.
@@ -214,6 +213,145 @@ class Housekeeping(Protocol):
         """
         ...
 
+
+class NamingSchema(Protocol):
+    """Name what :meth:`CreatingSchema.create_schema` creates."""
+
+    @property
+    def schema(self) -> str:
+        """Return what is created, as ``table idempotency_record``; empty where the records need nothing."""
+        ...
+
+
+class Purging(Protocol):
+    """Delete what is expired."""
+
     async def purge(self, batch: int = 1000) -> int:
         """Delete up to ``batch`` expired records and return how many; 0 where the server expires them itself."""
         ...
+
+
+class Housekeeping(Inspecting, Resolving, Forgetting, Checking, CreatingSchema, Purging, Protocol):
+    """What ``StoreContract`` requires of a store besides the verbs."""
+
+
+class Counting(Inspecting, Forgetting, Protocol):
+    """What ``max_attempts`` of a consumer needs besides the verbs."""
+
+
+class SyncInspecting(Protocol):
+    """See :class:`Inspecting`."""
+
+    def inspect_sync(self, record: bytes, /) -> Entry | None:
+        """See :meth:`Inspecting.inspect`."""
+        ...
+
+
+class SyncForgetting(Protocol):
+    """See :class:`Forgetting`."""
+
+    def forget_sync(self, record: bytes, /) -> bool:
+        """See :meth:`Forgetting.forget`."""
+        ...
+
+
+class SyncCounting(SyncInspecting, SyncForgetting, Protocol):
+    """See :class:`Counting`."""
+
+
+class CountingStore(Store, Counting, Protocol):
+    """A store for asyncio that ``max_attempts`` can count in."""
+
+
+class CountingSyncStore(SyncStore, SyncCounting, Protocol):
+    """A store for threads that ``max_attempts`` can count in."""
+
+
+# What only some stores need or can do.
+
+
+class OneSided(Protocol):
+    """A store that may have been given a client, or an engine, for one kind of verbs only."""
+
+    def check_side(self, asynchronous: bool) -> None:
+        """Raise ConfigurationError, with the remedy, where the verbs that are awaited, or the others, cannot work."""
+        ...
+
+
+class Forkable(Protocol):
+    """A store whose connections must not be used in a process that was forked."""
+
+    def forked(self) -> None:
+        """Drop the connections that belong to the parent process, without closing them there."""
+        ...
+
+
+# How a caller asks what a store can do.
+
+
+def supports(store: object, capability: type[C]) -> TypeGuard[C]:
+    """Return whether a store has a capability: a protocol of this module, or several combined in one."""
+    return not _missing(store, capability)
+
+
+def require(store: object, capability: type[C], for_what: str) -> C:
+    """Return the store with the type of a capability.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` in one line, with what the store lacks, when it has it not.
+    ``for_what`` is the subject of that line, as ``idempotency doctor``.
+    """
+    if supports(store, capability):
+        return store
+    lacks = ", ".join(_missing(store, capability))
+    raise ConfigurationError(
+        f"{for_what} needs the capability {capability.__name__}, which {type(store).__name__} does not have: it lacks"
+        f" {lacks}"
+    )
+
+
+def check_store(store: object, capability: type[C], /) -> C:
+    """Return a store that has the verbs of ``capability``: of ``Store`` or ``SyncStore``, and what it needs besides.
+
+    Raises :class:`~idempotency.errors.ConfigurationError`, with the remedy, for anything else.
+    """
+    what = type(store).__name__
+    if isinstance(store, type):
+        raise ConfigurationError(f"store must be a Store, not the class {store.__name__}: call it, or open_store(url)")
+    asynchronous = Store in capability.__mro__
+    if not any(set(_members(verbs)) - set(_missing(store, verbs)) for verbs in (Store, SyncStore)):
+        raise ConfigurationError(f"store must be a Store, as open_store(url) makes it, not {what}")
+    if supports(store, capability):
+        _check_side(store, asynchronous)
+        return store
+    how = "is awaited" if asynchronous else "is not awaited"
+    raise ConfigurationError(
+        f"{what} cannot be used where the store {how}: it lacks {', '.join(_missing(store, capability))}; use a "
+        "store that has them, as open_store(url) makes it"
+    )
+
+
+def _check_side(store: object, asynchronous: bool) -> None:
+    if supports(store, OneSided):
+        store.check_side(asynchronous)
+
+
+def _missing(store: object, capability: type) -> list[str]:
+    # Not by isinstance, which does not see the verbs that a wrapper passes on by __getattr__.
+    return [name for name, member in _members(capability).items() if not _has(store, name, member)]
+
+
+def _has(store: object, name: str, member: object) -> bool:
+    if isinstance(member, property):
+        return hasattr(store, name)
+    return callable(getattr(store, name, None))
+
+
+def _members(capability: type) -> dict[str, object]:
+    return dict(_declared(capability))
+
+
+def _declared(capability: type) -> Iterator[tuple[str, object]]:
+    for protocol in capability.__mro__:
+        for name, member in vars(protocol).items():
+            if not name.startswith("_") and (callable(member) or isinstance(member, property)):
+                yield name, member

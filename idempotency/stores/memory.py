@@ -1,4 +1,4 @@
-"""Records in the memory of one process: for tests, development and a single worker that may forget at a restart."""
+"""Records in the memory of one process: for tests, development, or one worker whose restart may forget all keys."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from math import inf
 from typing import Literal
 
 from idempotency._durations import seconds
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
+from idempotency.stores._operating import id_digits
 from idempotency.stores._shown import shown
-from idempotency.stores.base import Changed, Entry
+from idempotency.stores.base import Changed, Entry, Finding
 
 _DROPPED_PER_CLAIM = 32
 
 
 class MemoryStore:
-    """Keep records in this process; safe to share between threads and event loops, native to both.
+    """Hold records in this process; safe to share between threads and event loops, native to both.
 
-    ``max_records``: how many records are kept. Default 100000. ``max_bytes``: over how many bytes of keys and results
-    no new key is taken; results of operations that already run are kept beyond it. Default 256 MiB.
-    ``clock``: what durations are measured by. Default ``time.monotonic``.
+    ``max_records``: how many records there may be. Default 100000. ``max_bytes``: how many bytes of keys and results
+    there may be before a new key is refused; results of operations that already run are stored beyond it. Default
+    256 MiB.
+    ``clock``: the clock that durations are measured by, in seconds. Default ``time.monotonic``.
 
-    A full store drops what is expired and nothing else, since a live key that is forgotten lets its effect happen
+    A full store drops expired records and no others, since the effect of a live key that is forgotten could happen
     twice: a claim of a new key then raises :class:`~idempotency.errors.StoreError`.
     """
 
@@ -43,7 +46,7 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._lock = threading.Lock()
-        self._records: dict[bytes, _Held] = {}
+        self._records: dict[bytes, _Stored] = {}
         self._bytes = 0
         self._expiries: list[tuple[float, bytes]] = []
         self._watchers: dict[bytes, set[_Watcher]] = {}
@@ -54,27 +57,27 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             self._drop_expired(now, _DROPPED_PER_CLAIM)
-            held = self._live(record, now)
-            if held is None:
+            stored = self._live(record, now)
+            if stored is None:
                 self._make_room(now)
-                held = self._records[record] = _Held(claim, now)
-                self._bytes += held.size
+                stored = self._records[record] = _Stored(claim, now)
+                self._bytes += stored.size
             else:
-                found = held.record(now)
+                found = stored.record(now)
                 if not takes_over(claim, found):
                     return found
-                held.own(claim, now)
-            self._schedule(record, held)
-            return held.record(now)
+                stored.own(claim, now)
+            self._schedule(record, stored)
+            return stored.record(now)
 
     def renew_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
         with self._lock:
             now = self._clock()
-            held = self._owned(claim, now)
-            if held is None or held.state is not State.RUNNING:
+            stored = self._owned(claim, now)
+            if stored is None or stored.state is not State.RUNNING:
                 return False
-            held.start_lease(claim, now)
+            stored.start_lease(claim, now)
             return True
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
@@ -82,12 +85,12 @@ class MemoryStore:
         record = claim.id
         with self._lock:
             now = self._clock()
-            held = self._owned(claim, now)
-            if held is None:
+            stored = self._owned(claim, now)
+            if stored is None:
                 return False
-            if held.state is State.DONE:
-                return True  # the same command again: what was recorded stays
-            self._settle(record, held, state, result, now + claim.ttl)
+            if stored.state is State.DONE:
+                return True  # the same command again: the result stays as it was recorded
+            self._end(record, stored, state, result, now + claim.ttl)
         self._announce(record)
         return True
 
@@ -95,8 +98,8 @@ class MemoryStore:
         """See :meth:`~idempotency.stores.base.Store.release`."""
         record = claim.id
         with self._lock:
-            held = self._owned(claim, self._clock())
-            if held is None or held.state is not State.RUNNING:
+            stored = self._owned(claim, self._clock())
+            if stored is None or stored.state is not State.RUNNING:
                 return False
             self._forget(record)
         self._announce(record)
@@ -141,95 +144,121 @@ class MemoryStore:
         """Do nothing: the records live as long as the store."""
 
     async def inspect(self, record: bytes, /) -> Entry | None:
-        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
+        """See :meth:`~idempotency.stores.base.Inspecting.inspect`."""
         return self.inspect_sync(record)
 
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
         with self._lock:
             now = self._clock()
-            held = self._live(record, now)
-            return None if held is None else held.entry(record, now)
+            stored = self._live(record, now)
+            return None if stored is None else stored.entry(record, now)
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
-        """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
+        """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
+        unresolved = [entry for entry in self._entries() if entry.unresolved]
+        return heapq.nlargest(limit, unresolved, key=lambda entry: entry.age)
+
+    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Searching.find`."""
+        digits, wanted = id_digits(start), None if key is None else shown(key)
+        found = (each for each in self._entries() if each.id.hex().startswith(digits) and wanted in (None, each.key))
+        return list(islice(found, limit))
+
+    def _entries(self) -> list[Entry]:
         with self._lock:
             now = self._clock()
-            entries = [held.entry(record, now) for record, held in self._records.items() if held.expires > now]
-        return heapq.nlargest(limit, (entry for entry in entries if entry.unresolved), key=lambda entry: entry.age)
+            return [stored.entry(record, now) for record, stored in self._records.items() if stored.expires > now]
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
     ) -> bool:
-        """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
+        """See :meth:`~idempotency.stores.base.Resolving.resolve`."""
         with self._lock:
             now = self._clock()
-            held = self._live(record, now)
-            if held is None or not held.entry(record, now).unresolved:
+            stored = self._live(record, now)
+            if stored is None or not stored.entry(record, now).unresolved:
                 return False
             if outcome == "release":
                 self._forget(record)
             else:
-                held.token = os.urandom(16).hex()
-                self._settle(record, held, State.DONE, result, now + seconds("ttl", ttl))
+                stored.token = os.urandom(16).hex()
+                self._end(record, stored, State.DONE, result, now + seconds("ttl", ttl))
         self._announce(record)
         return True
 
     async def check(self) -> None:
         """Do nothing: the memory is there."""
 
+    async def examine(self) -> list[Finding]:
+        """See :meth:`~idempotency.stores.base.Examining.examine`."""
+        with self._lock:
+            self._drop_expired(self._clock(), len(self._records))
+            records, size = len(self._records), self._bytes
+            full = self._is_full()
+        use = f"{records} of at most {self._max_records} records, {size} of at most {self._max_bytes} bytes"
+        return [
+            Finding("note", "the records are in the memory of this process: its restart forgets every key"),
+            Finding("fix", f"full: {use}; claims of new keys fail") if full else Finding("ok", use),
+        ]
+
+    @property
+    def schema(self) -> str:
+        """Return nothing: memory needs no schema."""
+        return ""
+
     async def create_schema(self) -> None:
         """Do nothing: there is no schema."""
 
     async def forget(self, record: bytes, /) -> bool:
-        """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
+        """See :meth:`~idempotency.stores.base.Forgetting.forget`."""
         return self.forget_sync(record)
 
     def forget_sync(self, record: bytes, /) -> bool:
         """See :meth:`forget`."""
         with self._lock:
             now = self._clock()
-            held = self._live(record, now)
-            if held is None or (held.state is State.RUNNING and held.lease_end > now):
+            stored = self._live(record, now)
+            if stored is None or (stored.state is State.RUNNING and stored.lease_end > now):
                 return False
             self._forget(record)
         self._announce(record)
         return True
 
     async def purge(self, batch: int = 1000) -> int:
-        """See :meth:`~idempotency.stores.base.Housekeeping.purge`; claims drop expired records too."""
+        """See :meth:`~idempotency.stores.base.Purging.purge`; claims drop expired records too."""
         with self._lock:
             return self._drop_expired(self._clock(), batch)
 
-    def _live(self, record: bytes, now: float) -> _Held | None:
-        held = self._records.get(record)
-        if held is not None and held.expires <= now:
+    def _live(self, record: bytes, now: float) -> _Stored | None:
+        stored = self._records.get(record)
+        if stored is not None and stored.expires <= now:
             self._forget(record)
             return None
-        return held
+        return stored
 
-    def _owned(self, claim: Claim, now: float) -> _Held | None:
-        held = self._live(claim.id, now)
-        return held if held is not None and held.token == claim.token and held.version <= FORMAT else None
+    def _owned(self, claim: Claim, now: float) -> _Stored | None:
+        stored = self._live(claim.id, now)
+        return stored if stored is not None and stored.token == claim.token and stored.version <= FORMAT else None
 
-    def _settle(self, record: bytes, held: _Held, state: State, result: bytes | None, expires: float) -> None:
-        self._bytes -= held.size
-        held.state = state
-        held.result = None if result is None else bytes(result)
-        held.hold = state is State.UNKNOWN
-        held.expires = inf if held.hold else expires
-        self._bytes += held.size
-        self._schedule(record, held)
+    def _end(self, record: bytes, stored: _Stored, state: State, result: bytes | None, expires: float) -> None:
+        self._bytes -= stored.size
+        stored.state = state
+        stored.result = None if result is None else bytes(result)
+        stored.hold = state is State.UNKNOWN
+        stored.expires = inf if stored.hold else expires
+        self._bytes += stored.size
+        self._schedule(record, stored)
 
     def _forget(self, record: bytes) -> None:
         self._bytes -= self._records.pop(record).size
 
-    def _schedule(self, record: bytes, held: _Held) -> None:
-        # A record that lives longer than planned is queued anew when its turn comes, so a renewal costs nothing here.
-        if held.expires < held.queued:
-            held.queued = held.expires
-            heapq.heappush(self._expiries, (held.expires, record))
-        # Released records leave their turns behind; without this they would pile up for as long as a ttl.
+    def _schedule(self, record: bytes, stored: _Stored) -> None:
+        # A record that was renewed is queued again when its old expiry is reached, so a renewal costs nothing here.
+        if stored.expires < stored.queued:
+            stored.queued = stored.expires
+            heapq.heappush(self._expiries, (stored.expires, record))
+        # Released records stay in the queue; without this it would grow for as long as a ttl.
         if len(self._expiries) > 2 * len(self._records) + 1024:
             self._expiries = [(each.expires, key) for key, each in self._records.items() if each.expires < inf]
             heapq.heapify(self._expiries)
@@ -239,22 +268,25 @@ class MemoryStore:
     def _drop_expired(self, now: float, limit: int) -> int:
         dropped = 0
         while dropped < limit and self._expiries and self._expiries[0][0] <= now:
-            turn, record = heapq.heappop(self._expiries)
-            held = self._records.get(record)
-            if held is None or held.queued != turn:
+            expires, record = heapq.heappop(self._expiries)
+            stored = self._records.get(record)
+            if stored is None or stored.queued != expires:
                 continue
-            if held.expires <= now:
+            if stored.expires <= now:
                 self._forget(record)
                 dropped += 1
             else:
-                held.queued = inf
-                self._schedule(record, held)
+                stored.queued = inf
+                self._schedule(record, stored)
         return dropped
 
     def _make_room(self, now: float) -> None:
-        while len(self._records) >= self._max_records or self._bytes >= self._max_bytes:
+        while self._is_full():
             if not self._drop_expired(now, _DROPPED_PER_CLAIM):
                 raise StoreError(f"the memory store is full: {len(self._records)} records, {self._bytes} bytes")
+
+    def _is_full(self) -> bool:
+        return len(self._records) >= self._max_records or self._bytes >= self._max_bytes
 
     def _announce(self, record: bytes) -> None:
         with self._lock:
@@ -263,8 +295,8 @@ class MemoryStore:
             watcher.wake()
 
 
-class _Held:
-    """A record as it is kept. ``queued`` is when its turn to be dropped comes."""
+class _Stored:
+    """A record in the store. ``queued``: the time at which the queue of expiries looks at it next."""
 
     __slots__ = (
         "attempt",
@@ -304,7 +336,7 @@ class _Held:
         self.lease_end = now + claim.lease
         self.expires = inf if self.hold else self.lease_end + claim.ttl
 
-    def lease_left(self, now: float) -> float:
+    def remaining_lease(self, now: float) -> float:
         # The difference of two readings of a clock can be longer than what was added, by its last digit.
         return min(self.lease_end - now, self.lease)
 
@@ -320,7 +352,7 @@ class _Held:
             fingerprint=self.claim.fingerprint,
             state=self.state,
             attempt=self.attempt,
-            lease_left=self.lease_left(now),
+            lease_left=self.remaining_lease(now),
             hold=self.hold,
             result=self.result,
             version=self.version,
@@ -335,7 +367,7 @@ class _Held:
             attempt=self.attempt,
             hold=self.hold,
             age=now - self.created,
-            lease_left=self.lease_left(now),
+            lease_left=self.remaining_lease(now),
             expires_in=None if self.expires == inf else self.expires - now,
             result_size=None if self.result is None else len(self.result),
             version=self.version,
@@ -352,7 +384,7 @@ class _Watcher:
         self._event = asyncio.Event()
 
     def wake(self) -> None:
-        # A loop that is closed has nobody left to wake.
+        # In a loop that is closed no task waits any more.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._event.set)
 

@@ -1,4 +1,4 @@
-"""Prove a store, or a handler of your own."""
+"""Test a store, or a handler of your own."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def __getattr__(name: str) -> object:
             import pytest
         except ImportError as error:
             raise ImportError(f"{name} needs pytest: pip install pytest pytest-asyncio") from error
-        # Only a module that is registered before its import explains its failed assertions.
+        # pytest explains the failed assertions of a module only if it is registered before its import.
         pytest.register_assert_rewrite(f"{__name__}.contract")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

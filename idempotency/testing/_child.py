@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Child:
-    """A forked process that does one thing and writes what came of it into a pipe."""
+    """A forked process that does one thing and writes its result into a pipe."""
 
     def __init__(self, work: Callable[[Callable[[object], None]], None], limit: float) -> None:
         reading, writing = os.pipe()

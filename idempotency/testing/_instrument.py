@@ -1,4 +1,4 @@
-"""Put points around all that reaches a store or database, from outside: the library itself knows nothing of them."""
+"""Put crash points around every call of a store or a database, from outside: the library does not know of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from idempotency.testing._points import crash_point, step
+from idempotency.testing.faulty import FaultyStore
 
-_STORES = (("idempotency.stores.redis", "RedisStore"), ("idempotency.stores.sql", "SQLStore"))
+_SHIPPED = ("idempotency.stores.redis", "idempotency.stores.sql")
 _VERBS = ("claim", "renew", "complete", "release")
+_VERBS_SYNC = tuple(f"{verb}_sync" for verb in _VERBS)
 _SETTING = re.compile(r"SET STATEMENT .*? FOR ")
 _WRITE = re.compile(
     r"(?<!FOR )\b(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE TABLE|CREATE INDEX)"
@@ -26,16 +29,42 @@ _READ = re.compile(r"\b(SELECT)\b.*?\bFROM\s+[\"`]?(\w+)", re.IGNORECASE | re.DO
 def instrument() -> None:
     """Make points of every store verb, SQL statement, COMMIT and ROLLBACK of this process, for good.
 
-    A renewal is none: it comes by the clock, and so not at the same place in every run.
+    A store is any class with the verbs in a module that is imported by now. A renewal is no point: it comes by the
+    clock, and so not at the same place in every run.
     """
-    for module, name in _STORES:
+    for module in _SHIPPED:
         with suppress(ImportError):
-            store = getattr(importlib.import_module(module), name)
-            for verb in (*_VERBS, *(f"{each}_sync" for each in _VERBS)):
-                if hasattr(store, verb):
-                    setattr(store, verb, _around(verb, getattr(store, verb)))
+            importlib.import_module(module)
+    for store in _store_classes():
+        for verb in (*_VERBS, *_VERBS_SYNC):
+            if inspect.isfunction(found := vars(store).get(verb)):
+                setattr(store, verb, _around(verb, found))
     with suppress(ImportError):
         _instrument_sqlalchemy()
+
+
+def _store_classes() -> set[type]:
+    """Return the classes that are stores, and their bases, in which some of their verbs may be."""
+    found: set[type] = set()
+    for module in list(sys.modules.values()):
+        for value in list(getattr(module, "__dict__", {}).values()):
+            # Not by isinstance: it would ask a lazy proxy, such as those of Celery, for its object.
+            if issubclass(type(value), type) and _is_store(value):
+                found.update(base for base in value.__mro__ if not _is_protocol(base))
+    return found
+
+
+def _is_store(kind: type) -> bool:
+    def has(verb: str) -> bool:
+        return any(verb in vars(base) for base in kind.__mro__)
+
+    if _is_protocol(kind) or kind.__module__ == FaultyStore.__module__:
+        return False  # the points of a FaultyStore are those of its inner store
+    return all(map(has, (*_VERBS, "aclose"))) or all(map(has, (*_VERBS_SYNC, "close")))
+
+
+def _is_protocol(kind: type) -> bool:
+    return "_is_protocol" in vars(kind) and bool(vars(kind)["_is_protocol"])
 
 
 def _around(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +93,7 @@ def _instrument_sqlalchemy() -> None:
 
 
 def _instrument_dialect(connection: Any) -> None:
-    # The events of these two come before they are sent; a point is wanted also after the server has applied them.
+    # SQLAlchemy's events for these two come before they are sent; a point is needed also after the server applied them.
     dialect = connection.dialect
     for verb, name in (("do_commit", "COMMIT"), ("do_rollback", "ROLLBACK")):
         if verb not in vars(dialect):

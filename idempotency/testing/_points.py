@@ -17,7 +17,7 @@ _passed: Callable[[str], None] | None = None
 
 
 def crash_point(label: str) -> None:
-    """Mark a place, such as ``crash_point("after-charge")``, at which a process under proof may die.
+    """Mark a place, such as ``crash_point("after-charge")``, at which a process that is tested may die.
 
     Does nothing otherwise. A server that is started by hand dies at its first pass of the label that the environment
     variable ``IDEMPOTENCY_CRASH_AT`` names, read once; ``label #2`` names the second pass.
@@ -54,9 +54,9 @@ def arm(label: str, number: signal.Signals = signal.SIGKILL, announce: Callable[
 
 @contextmanager
 def step(name: str, *, silent: bool = False) -> Iterator[None]:
-    """Put a point before and one after what is done inside; the labels of points within begin with ``name``.
+    """Put one point before and one after the block; the labels of points within it begin with ``name``.
 
-    ``silent`` makes no point of any of it.
+    With ``silent`` there is no point, also not within the block.
     """
     inside = _inside.get()
     if silent or inside is None:

@@ -1,6 +1,6 @@
 """The process that runs a scenario's processes: it imports the scenario once, and forks one process per task.
 
-It never runs the scenario itself, so what it forks has no event loop, thread or connection of an earlier life.
+It never runs the scenario itself, so the processes it forks inherit no event loop, thread or connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RETRY_PAUSE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be proven. ``patience`` and ``pause`` are seconds; with a ``pause``, owners are stopped instead."""
+    """What is to be tested. ``patience`` and ``pause`` are seconds; with a ``pause``, owners are stopped instead."""
 
     scenario: str
     args: list[str]
@@ -41,9 +41,9 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What became of one key whose owner was ended at ``label``.
+    """The effects of one key whose owner was ended at ``label``.
 
-    ``fault`` says why the deliveries came to no end, ``missed`` why nothing is proven at this label.
+    ``fault``: why no delivery succeeded. ``missed``: why nothing is proven at this label.
     """
 
     label: str
@@ -91,7 +91,7 @@ class Proof:
         write(True)
 
     def try_label(self, number: int, label: str) -> Trial:
-        """End an owner at ``label``, deliver again until that is settled, and read the ledger."""
+        """End an owner at ``label``, deliver again until that succeeds, and read the ledger."""
         key = f"{self._run}-{number}"
         paused = self._job.pause is not None
         owner = self._owner(label, key, signal.SIGSTOP if paused else signal.SIGKILL)
@@ -101,13 +101,13 @@ class Proof:
             self._answer(lambda write: write(self._settle(key, self._job.pause or 0.0)))
             os.kill(owner.pid, signal.SIGCONT)
             status = owner.wait()
-        said = owner.answers()
+        answers = owner.answers()
         ended = stopped if paused else os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if not ended or said[:1] != [label]:
+        if not ended or answers[:1] != [label]:
             return Trial(
                 label=label,
-                missed=f"the owner did not end there (wait status {status}): {said}; what is done once for all keys, "
-                "such as making a table, belongs into prepare()",
+                missed=f"the owner did not end there (wait status {status}): {answers}; what is done once "
+                "for all keys, such as making a table, belongs in prepare()",
             )
         settled = self._answer(lambda write: write(self._settle(key, self._job.patience)))
         if settled is None:
@@ -125,7 +125,7 @@ class Proof:
                 try:
                     _call(runner, scenario.deliver, key)
                 except Exception as error:
-                    write(_told(error))
+                    write(_describe(error))
 
         return Child(deliver, self._limit)
 
@@ -141,11 +141,11 @@ class Proof:
                     return {"held": held, "fault": ""}
                 except OutcomeUnknownError as error:
                     if held or not hasattr(scenario, "resolve"):
-                        return {"held": True, "fault": _told(error)}
+                        return {"held": True, "fault": _describe(error)}
                     held = True
                     _call(runner, scenario.resolve, key)
                 except Exception as error:
-                    fault = _told(error)
+                    fault = _describe(error)
                 if time.monotonic() > end:
                     return {"held": held, "fault": fault}
                 runner.run(asyncio.sleep(RETRY_PAUSE))
@@ -199,7 +199,7 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ManualClock:
-    """Tell the time only as far as it was advanced, in seconds; give it as ``MemoryStore(clock=...)``."""
+    """A clock that goes only as far as it is advanced, in seconds; give it as ``MemoryStore(clock=...)``."""
 
     def __init__(self, now: float = 0.0) -> None:
         self._now = now

@@ -9,7 +9,7 @@ A scenario is a class (or function) that makes an object with two methods, each 
             self.store = SQLStore(self.engine)
 
         async def deliver(self, key: str) -> None:
-            '''Do once what the sender of a request or message does; raise unless it would be content.'''
+            '''Send a request or message once, as its sender does; raise where the sender would send it again.'''
             await place_order(Message(id=key, item="tea"))
 
         async def count(self, key: str) -> int:
@@ -21,9 +21,9 @@ A scenario is a class (or function) that makes an object with two methods, each 
 
 Two more methods are called where they exist: ``prepare()`` once before all others, to make tables; and
 ``resolve(key)`` when ``deliver`` raised :class:`~idempotency.errors.OutcomeUnknownError`, to find out what happened
-and settle the key, as an operator does.
+and resolve the key, as an operator does.
 
-Every process makes a scenario of its own, so it connects with nothing that another left behind. Import at the top of
+Every process makes a scenario of its own, so it uses no connection of another. Import at the top of
 the module what deliveries need, and each starts within milliseconds. POSIX only: processes are forked.
 """
 
@@ -45,10 +45,10 @@ __all__ = ["Report", "Scenario", "assert_once", "crash_everywhere", "crash_point
 
 
 class Scenario(Protocol):
-    """What is proven: see the module's text for an example and the optional methods."""
+    """What is tested: see the text of the module for an example and the optional methods."""
 
     def deliver(self, key: str, /) -> Awaitable[object] | object:
-        """Deliver the request or message of this key once; raise unless its sender would be content."""
+        """Deliver the request or message of this key once; raise where its sender would send it again."""
         ...
 
     def count(self, key: str, /) -> Awaitable[int] | int:
@@ -58,11 +58,11 @@ class Scenario(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What became of the effects. All but ``scenario`` and the numbers are labels at which the owner was ended.
+    """The effects that were found. All but ``scenario`` and the numbers are labels at which the owner was ended.
 
-    ``lost``: the sender was content and there is no effect. ``doubled``: there is more than one. ``stuck``: the sender
-    was never content. ``repeated``: there are two, where ``recorded=`` allows it. ``held``: the key was unknown until
-    it was resolved. ``missed``: nothing is proven there, as when the owner did not come by; ``notes`` say why.
+    ``lost``: a delivery succeeded and there is no effect. ``doubled``: there is more than one. ``stuck``: no delivery
+    succeeded. ``repeated``: there are two, where ``recorded=`` allows it. ``held``: the outcome was unknown until it
+    was resolved. ``missed``: nothing is proven there, as when the owner did not reach it; ``notes`` give the reason.
     """
 
     scenario: str
@@ -79,7 +79,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Say whether every label was reached and nothing was lost, doubled or stuck."""
+        """Return whether every label was reached and nothing was lost, doubled or stuck."""
         return not (self.lost or self.doubled or self.stuck or self.missed)
 
     def __str__(self) -> str:
@@ -109,14 +109,14 @@ def crash_everywhere(
     ``scenario``: a class or function at the top of a module, or ``"module:name"``, which is called with ``args`` in
     every process. Labels are made by :func:`crash_point`, and before and after every store verb, SQL statement, COMMIT
     and ROLLBACK of the first, undisturbed delivery.
-    ``only``: the labels to try, as when one is looked into. Default: all.
+    ``only``: the labels to try, to examine one of them. Default: all.
     ``recorded``: the label from which the effect is recorded. For effects outside of the transaction under
     ``on_crash="rerun"``: killed before it, an effect may be repeated once. Default None: at no label.
-    ``pause``: stop the owner at each label instead, let duplicates try for so many seconds, and let it go on. Default
-    None: kill it.
+    ``pause``: instead of killing the owner, stop it at each label, send duplicates for so many seconds, and continue
+    it. Default None: kill it.
     ``jobs``: how many labels are tried at once. Default 4. With ``pause`` on SQLite give 1: a stopped owner may
     hold the lock of the whole file.
-    ``patience``: seconds after which a key that is not settled is stuck; longer than its lease. Default 30.
+    ``patience``: seconds after which a key is stuck if no delivery succeeded; longer than its lease. Default 30.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a scenario that cannot be imported, or that fails, or
     has not exactly one effect, when nothing disturbs it.

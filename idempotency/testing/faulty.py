@@ -1,40 +1,52 @@
-"""A store that fails when it is told to."""
+"""A store that fails on order."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, TypeVar
 
 from idempotency._rules import Claim, Record, State
 from idempotency.errors import StoreError
-from idempotency.stores.base import Changed, Entry, Store, SyncStore, check_store
+from idempotency.stores.base import (
+    Changed,
+    Entry,
+    Forgetting,
+    Inspecting,
+    Store,
+    SyncForgetting,
+    SyncInspecting,
+    SyncStore,
+    check_store,
+    require,
+)
 from idempotency.stores.memory import MemoryStore
+
+T = TypeVar("T")
 
 Fault = Literal["fail", "lost", "refuse"] | None
 Verb = Literal["claim", "renew", "complete", "release"]
 
 
 class FaultyStore:
-    """Delegate to a store, with the faults that were ordered; ``calls`` are the verbs in order.
+    """Pass every verb on to an inner store, with the faults that were ordered; ``calls`` are the verbs in order.
 
     ``inner``: the store that does the work, for asyncio, threads or both. Default: a new ``MemoryStore``.
-    While ``down`` is True every verb fails, as if ordered.
+    While ``down`` is True every verb fails as after ``"fail"``.
     """
 
     def __init__(self, inner: Store | SyncStore | None = None) -> None:
-        self.inner = inner if inner is not None else MemoryStore()
+        self.inner: Store | SyncStore = inner if inner is not None else MemoryStore()
         self.calls: list[Verb] = []
         self.down = False
         self._faults: dict[Verb, deque[Fault]] = defaultdict(deque)
 
     def order(self, verb: Verb, *faults: Fault) -> Self:
-        """Let the next calls of ``verb``, sync or async, go as told, one after another, and all later ones well.
+        """Order faults for the next calls of ``verb``, sync or async, one for each call; later calls succeed.
 
         ``"fail"``: StoreError, not applied. ``"lost"``: applied, and its answer lost: StoreError. ``"refuse"``: False,
-        not applied, as for an owner whose lease has passed on (no claim is refused). None: nothing goes wrong.
+        not applied, as for a superseded owner (a claim cannot be refused). None: this call succeeds.
         """
         if verb == "claim" and "refuse" in faults:
             raise ValueError("a claim is not refused: it returns the record that is there")
@@ -43,97 +55,96 @@ class FaultyStore:
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return cast(Record, await self._awaited("claim", lambda: self._async.claim(claim)))
+        fault = await self._next_awaited("claim")
+        return _answer(fault, await self._awaited.claim(claim))
 
     async def renew(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
-        return bool(await self._awaited("renew", lambda: self._async.renew(claim)))
+        fault = await self._next_awaited("renew")
+        return fault != "refuse" and _answer(fault, await self._awaited.renew(claim))
 
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        return bool(await self._awaited("complete", lambda: self._async.complete(claim, result, state)))
+        fault = await self._next_awaited("complete")
+        return fault != "refuse" and _answer(fault, await self._awaited.complete(claim, result, state))
 
     async def release(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
-        return bool(await self._awaited("release", lambda: self._async.release(claim)))
+        fault = await self._next_awaited("release")
+        return fault != "refuse" and _answer(fault, await self._awaited.release(claim))
 
     def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
         """See :meth:`~idempotency.stores.base.Store.watch`; it never fails."""
-        return self._async.watch(claim)
+        return self._awaited.watch(claim)
 
     async def aclose(self) -> None:
-        """Close the store within."""
-        await self._async.aclose()
+        """Close the inner store."""
+        await self._awaited.aclose()
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return cast(Record, self._called("claim", lambda: self._sync.claim_sync(claim)))
+        fault = self._next("claim")
+        return _answer(fault, self._blocking.claim_sync(claim))
 
     def renew_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
-        return bool(self._called("renew", lambda: self._sync.renew_sync(claim)))
+        fault = self._next("renew")
+        return fault != "refuse" and _answer(fault, self._blocking.renew_sync(claim))
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        return bool(self._called("complete", lambda: self._sync.complete_sync(claim, result, state)))
+        fault = self._next("complete")
+        return fault != "refuse" and _answer(fault, self._blocking.complete_sync(claim, result, state))
 
     def release_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
-        return bool(self._called("release", lambda: self._sync.release_sync(claim)))
+        fault = self._next("release")
+        return fault != "refuse" and _answer(fault, self._blocking.release_sync(claim))
+
+    def close(self) -> None:
+        """Close the inner store."""
+        self._blocking.close()
 
     def check_side(self, asynchronous: bool) -> None:
-        """See :class:`~idempotency.stores.base.OneSided`: that of the store within."""
-        check_store(self.inner, asynchronous)
+        """See :class:`~idempotency.stores.base.OneSided`: that of the inner store."""
+        check_store(self.inner, Store if asynchronous else SyncStore)
 
     async def inspect(self, record: bytes, /) -> Entry | None:
-        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`; fails only while ``down``."""
-        self._stay_down()
-        return await self._kept.inspect(record)
+        """See :meth:`~idempotency.stores.base.Inspecting.inspect`; fails only while ``down``."""
+        self._fail_if_down()
+        return await require(self.inner, Inspecting, "FaultyStore.inspect").inspect(record)
 
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
-        self._stay_down()
-        return self._kept.inspect_sync(record)
+        self._fail_if_down()
+        return require(self.inner, SyncInspecting, "FaultyStore.inspect_sync").inspect_sync(record)
 
     async def forget(self, record: bytes, /) -> bool:
-        """See :meth:`~idempotency.stores.base.Housekeeping.forget`; fails only while ``down``."""
-        self._stay_down()
-        return await self._kept.forget(record)
+        """See :meth:`~idempotency.stores.base.Forgetting.forget`; fails only while ``down``."""
+        self._fail_if_down()
+        return await require(self.inner, Forgetting, "FaultyStore.forget").forget(record)
 
     def forget_sync(self, record: bytes, /) -> bool:
         """See :meth:`forget`."""
-        self._stay_down()
-        return self._kept.forget_sync(record)
-
-    def close(self) -> None:
-        """Close the store within."""
-        self._sync.close()
+        self._fail_if_down()
+        return require(self.inner, SyncForgetting, "FaultyStore.forget_sync").forget_sync(record)
 
     @property
-    def _async(self) -> Store:
-        return cast(Store, self.inner)
+    def _awaited(self) -> Store:
+        return require(self.inner, Store, "a verb that is awaited")
 
     @property
-    def _sync(self) -> SyncStore:
-        return cast(SyncStore, self.inner)
+    def _blocking(self) -> SyncStore:
+        return require(self.inner, SyncStore, "a verb that is not awaited")
 
-    @property
-    def _kept(self) -> MemoryStore:
-        # For its housekeeping, which stores of our own all have.
-        return cast(MemoryStore, self.inner)
-
-    def _stay_down(self) -> None:
+    def _fail_if_down(self) -> None:
         if self.down:
             raise StoreError("not applied, as ordered")
 
-    async def _awaited(self, verb: Verb, apply: Callable[[], Awaitable[Any]]) -> Any:
+    async def _next_awaited(self, verb: Verb) -> Fault:
         fault = self._next(verb)
-        await asyncio.sleep(0)  # as a network would, also where the store within does not wait
-        return False if fault == "refuse" else _answered(fault, await apply())
-
-    def _called(self, verb: Verb, apply: Callable[[], Any]) -> Any:
-        fault = self._next(verb)
-        return False if fault == "refuse" else _answered(fault, apply())
+        await asyncio.sleep(0)  # as a network would, also where the inner store does not wait
+        return fault
 
     def _next(self, verb: Verb) -> Fault:
         self.calls.append(verb)
@@ -144,7 +155,7 @@ class FaultyStore:
         return fault
 
 
-def _answered(fault: Fault, answer: Any) -> Any:
+def _answer(fault: Fault, answer: T) -> T:
     if fault == "lost":
         raise StoreError("applied, and its answer lost, as ordered")
     return answer

@@ -13,7 +13,7 @@ from idempotency.testing.crash import assert_once as prove
 
 @pytest.fixture
 def assert_once(request: pytest.FixtureRequest) -> Callable[..., Report]:
-    """Return :func:`idempotency.testing.assert_once`; its report is shown with the test's own, should it fail."""
+    """Return :func:`idempotency.testing.assert_once`; if the test fails, its output shows the report."""
 
     def proven(scenario: Any, *args: str, **options: Any) -> Report:
         report = prove(scenario, *args, **options)

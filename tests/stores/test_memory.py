@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from idempotency._rules import Claim, State
-from idempotency.errors import StoreError
+from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
 
@@ -222,3 +222,27 @@ def test_threads_share_the_store() -> None:
         thread.join()
 
     assert len(store._records) == 4 * 250
+
+
+async def test_records_are_found_by_key_and_by_the_beginning_of_their_id() -> None:
+    """As on every store: a key in every scope, or the first digits of an id."""
+    store = MemoryStore()
+    claims = [a_claim(key, scope=scope) for key, scope in (("a", "s"), ("a", "t"), ("b", "s"))]
+    for claim in claims:
+        await store.claim(claim)
+
+    assert {entry.id for entry in await store.find(key="a")} == {claims[0].id, claims[1].id}
+    assert [entry.id for entry in await store.find(claims[2].id.hex()[:12])] == [claims[2].id]
+    assert len(await store.find(limit=2)) == 2
+    with pytest.raises(ConfigurationError, match="hex digits"):
+        await store.find("order-7")
+
+
+async def test_a_store_that_is_full_is_a_finding_to_fix() -> None:
+    """It is examined as the stores on servers are."""
+    store = MemoryStore(max_records=1)
+    assert [finding.level for finding in await store.examine()] == ["note", "ok"]
+
+    await store.claim(a_claim("a"))
+
+    assert [finding.level for finding in await store.examine()] == ["note", "fix"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from idempotency import _rules as _core
 from idempotency._rules import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.redis import Durability, RedisStore
-from idempotency.stores.redis._send import _KeptSync
+from idempotency.stores.redis._send_sync import OwnPoolSync
 
 
 def new_claim(key: str = "k", **options: object) -> Claim:
@@ -304,7 +305,7 @@ def test_two_hundred_threads_at_once(server: RedisServer) -> None:
         records = list(threads.map(lambda _: store.claim_sync(new_claim()), range(400)))
 
     assert len({record.token for record in records}) == 1
-    store._sync.close()
+    store._clients.sync_client.close()
 
 
 @pytest.mark.alone
@@ -405,7 +406,7 @@ def test_dropped_idle_connections_are_not_noticed_by_threads(server: RedisServer
 def test_kept_connections_are_made_anew_after_one_was_dropped(server: RedisServer) -> None:
     """Whoever is given one later, while the thread that noticed sends its command again, has a fresh one too."""
     with redis.Redis(port=server.port) as client, server.client() as other:
-        kept = _KeptSync(client.connection_pool)
+        kept = OwnPoolSync(client.connection_pool)
         for connection in [kept.take(), kept.take()]:
             kept.give(connection)
         other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -633,6 +634,26 @@ def test_every_new_loop_gets_a_client(server: RedisServer) -> None:
         while len(client.client_list()) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisServer) -> None:
+    """A script with asyncio.run that closes nothing: once the store is gone, its connections are closed."""
+
+    def use() -> None:
+        store = RedisStore.from_url(server.url)
+        assert asyncio.run(store.claim(new_claim("k", token="t"))).token == "t"
+
+    gc.disable()
+    try:
+        use()
+        with server.client() as client:
+            deadline = time.monotonic() + 2
+            while len(client.client_list()) > 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_two_loops_at_once(server: RedisServer) -> None:

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent, idempotent_consumer
 from idempotency._cli.commands import app as command
-from idempotency._cli.lookup import find_key
 from idempotency._rules import Claim
 from idempotency.consumer import DeadLetter, Done, Failed, Replayed
 from idempotency.errors import StoreRefusedError
@@ -110,8 +109,8 @@ async def test_any_key_is_found_by_the_operator(narrow: SQLStore, key: str) -> N
     claim = Claim(scope="s", key=key, fingerprint=b"f" * 32, lease=30, ttl=60)
     await narrow.claim(claim)
 
-    assert [entry.id for entry in await find_key(narrow, key)] == [claim.id]
-    assert await find_key(narrow, f"{key} ") == []
+    assert [entry.id for entry in await narrow.find(key=key)] == [claim.id]
+    assert await narrow.find(key=f"{key} ") == []
 
 
 @pytest.mark.stores("sqlite", "redis", "postgres", "mariadb")
@@ -121,7 +120,7 @@ async def test_any_key_is_found_on_every_store(store: Any, key: str) -> None:
     claim = Claim(scope=f"s {key}", key=key, fingerprint=b"f" * 32, lease=30, ttl=60)
     await store.claim(claim)
 
-    assert [entry.id for entry in await find_key(store, key)] == [claim.id]
+    assert [entry.id for entry in await store.find(key=key)] == [claim.id]
 
 
 @pytest.mark.stores("sqlite", "postgres", "mariadb")

@@ -25,6 +25,7 @@ from kombu.serialization import registry
 
 from idempotency._signature import is_async
 from idempotency.errors import ConfigurationError
+from idempotency.stores.base import Forkable, supports
 
 NEVER_ENCODED = (EncodeError, SerializerNotInstalled)
 """What no second try helps."""
@@ -121,9 +122,9 @@ def hands_on(request: Context) -> bool:
     return any(not each.get("immutable") for each in following)
 
 
-def leave_connections(store: Any, session: Any) -> None:
+def leave_connections(store: object, session: Any) -> None:
     """Leave to the parent process the connections that its fork has brought here."""
-    if hasattr(store, "forked"):
+    if supports(store, Forkable):
         store.forked()
     bind = getattr(session, "kw", {}).get("bind")
     if bind is not None:

@@ -33,7 +33,7 @@ _CONNECTIONS = 40
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a URL says: the servers, the kind of deployment, and options of a connection."""
+    """The parts of a URL: the servers, the kind of deployment, and options of a connection."""
 
     kind: str
     hosts: list[tuple[str, int]]
@@ -42,10 +42,10 @@ class Address:
     secrets: dict[str, str]  # of the sentinels
 
     def __repr__(self) -> str:
-        return f"<Address {self.place}>"
+        return f"<Address {self.servers}>"
 
     @property
-    def place(self) -> str:
+    def servers(self) -> str:
         """Name the servers, without credentials."""
         if not self.hosts:
             return urlsplit(self.url).path
@@ -54,7 +54,7 @@ class Address:
     def open(self, timeout: float) -> AsyncClient:
         """Make an asyncio client for the running loop; nothing is connected yet."""
         options: dict[str, Any] = {
-            "socket_timeout": None,  # the store bounds every verb, and a second time-out would cost a task a command
+            "socket_timeout": None,  # the store bounds every verb; this one would cost a task for each command
             **self._defaults(timeout),
             "retry": AsyncRetry(NoBackoff(), 1, (redis.ConnectionError,)),
             **aioconnection.parse_url(self.url),
@@ -63,10 +63,10 @@ class Address:
             return aioredis.Redis.from_pool(aioredis.ConnectionPool(**options))
         _declare_ssl(options)
         if self.kind == "sentinel":
-            guards = aiosentinel.Sentinel(self.hosts, sentinel_kwargs=self._of_sentinels(options, timeout))
-            primary: aioredis.Redis = guards.master_for(self.service, **options)
+            sentinels = aiosentinel.Sentinel(self.hosts, sentinel_kwargs=self._of_sentinels(options, timeout))
+            primary: aioredis.Redis = sentinels.master_for(self.service, **options)
             return primary
-        # A node that went away is noticed by its time-out; the second half is for asking the others.
+        # A node that is gone is noticed by its time-out; the second half of the time is for the other nodes.
         options["socket_timeout"] = options["socket_timeout"] or timeout / 2
         nodes = [aiocluster.ClusterNode(*host) for host in self.hosts]
         return aiocluster.RedisCluster(startup_nodes=nodes, **_without(options, "db", "host", "port", "retry"))
@@ -83,14 +83,14 @@ class Address:
             return redis.Redis.from_pool(redis.ConnectionPool(**options))
         _declare_ssl(options)
         if self.kind == "sentinel":
-            guards = sentinel.Sentinel(self.hosts, sentinel_kwargs=self._of_sentinels(options, timeout))
-            client: redis.Redis = guards.master_for(self.service, **options)
+            sentinels = sentinel.Sentinel(self.hosts, sentinel_kwargs=self._of_sentinels(options, timeout))
+            client: redis.Redis = sentinels.master_for(self.service, **options)
             return client
         nodes = [cluster.ClusterNode(*host) for host in self.hosts]
         return cluster.RedisCluster(startup_nodes=nodes, **_without(options, "db", "host", "port", "retry"))
 
     def _defaults(self, timeout: float) -> dict[str, Any]:
-        # RESP2: no handshake beyond the needed, and no pushes between replies.
+        # RESP2: no more handshake than is needed, and no pushed messages between replies.
         defaults: dict[str, Any] = {
             "protocol": 2,
             "socket_connect_timeout": timeout,
@@ -104,16 +104,16 @@ class Address:
 
 
 def read_url(url: str) -> Address:
-    """Read a URL, and raise ConfigurationError, without quoting its credentials, for one that makes no sense."""
+    """Read a URL, and raise ConfigurationError, without quoting its credentials, for one that cannot be read."""
     scheme = url.partition("://")[0].lower()
     try:
         return _read(url, scheme)
     except ConfigurationError:
         raise
     except (TypeError, ValueError) as error:
-        # The text of a ValueError may quote any part of the URL; a TypeError names the option that nobody knows.
-        told = f": {error}" if isinstance(error, TypeError) else ""
-        raise ConfigurationError(f"this {scheme}:// URL cannot be read{told}; write {_FORMS}") from None
+        # The text of a ValueError may quote any part of the URL; a TypeError names the option that redis-py lacks.
+        reason = f": {error}" if isinstance(error, TypeError) else ""
+        raise ConfigurationError(f"this {scheme}:// URL cannot be read{reason}; write {_FORMS}") from None
 
 
 def _read(url: str, scheme: str) -> Address:
@@ -164,7 +164,7 @@ def _path(path: str, kind: str) -> tuple[str, str]:
 
 def _checked(address: Address) -> Address:
     options: dict[str, Any] = {**aioconnection.parse_url(address.url)}
-    # An option nobody knows shows when a connection is made, which would be in the first request.
+    # redis-py refuses an unknown option when it makes a connection, which would be in the first request.
     aioredis.ConnectionPool(**options).make_connection()
     return address
 
@@ -179,8 +179,8 @@ def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
-def place_of(client: Any) -> str:
-    """Name the server a client talks to, as far as it can be known."""
+def server_of(client: Any) -> str:
+    """Return the name of the server that a client is connected to, as far as it can be known."""
     pool = getattr(client, "connection_pool", None)
     if pool is None:
         nodes = getattr(getattr(client, "nodes_manager", None), "startup_nodes", {})
@@ -194,7 +194,7 @@ def place_of(client: Any) -> str:
 
 
 def max_connections_of(client: Any) -> int:
-    """Say how many connections a client may have to one server."""
+    """Return how many connections a client may have to one server."""
     pool = getattr(client, "connection_pool", None)
     if pool is not None:
         return int(getattr(pool, "max_connections", _CONNECTIONS))
@@ -203,7 +203,7 @@ def max_connections_of(client: Any) -> int:
 
 
 def clients_of(client: Any) -> list[Any]:
-    """List a client and those it asks for the primary: redis-py leaves the clients of the sentinels open."""
+    """List a client and those it asks for the primary: redis-py does not close the clients of the sentinels."""
     sentinels = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
     return [client, *(sentinels.sentinels if sentinels is not None else ())]
 
@@ -213,22 +213,22 @@ def abandon(client: AsyncClient) -> None:
     for each in clients_of(client):
         pool = getattr(each, "connection_pool", None)
         if pool is not None:
-            links = [*pool._available_connections, *pool._in_use_connections]
+            connections = [*pool._available_connections, *pool._in_use_connections]
         else:
-            links = [link for node in each.nodes_manager.nodes_cache.values() for link in node._connections]
-            each._initialize = True  # what redis-py takes for a closed cluster client
-        for link in links:
-            _cut(link)
+            connections = [one for node in each.nodes_manager.nodes_cache.values() for one in node._connections]
+            each._initialize = True  # the sign by which redis-py knows a closed cluster client
+        for link in connections:
+            _cut_off(link)
 
 
-def _cut(link: Any) -> None:
+def _cut_off(link: Any) -> None:
     writer, link._writer, link._reader = link._writer, None, None
     if writer is None:
         return
-    # A transport of a closed loop can only mark itself closed, and leaves its socket open.
+    # The transport of a closed loop can only mark itself closed: its socket stays open.
     with contextlib.suppress(RuntimeError):
         writer.transport.abort()
-    held = getattr(writer.transport, "_sock", None)
-    if held is not None:
+    socket = getattr(writer.transport, "_sock", None)
+    if socket is not None:
         writer.transport._sock = None
-        held.close()
+        socket.close()

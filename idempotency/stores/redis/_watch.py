@@ -8,13 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from redis.exceptions import RedisClusterException, RedisError
-
 from idempotency.stores.base import Changed
+from idempotency.stores.redis._failures import CLIENT_ERRORS
 from idempotency.stores.redis._open import AsyncClient
 
 POLL = 0.25
-"""Seconds between looks at a record while nothing would announce its change."""
+"""Seconds between looks at a record while no message announces its change."""
 
 _LOOK = 2.0
 """Seconds after which a watched record is looked at anyway: a message can be lost with a connection or a node."""
@@ -23,8 +22,6 @@ _CONFIRM = 1.0
 """Seconds to wait for the server to confirm a subscription, before polling instead."""
 
 _READ = 30.0
-
-_FAILED = (RedisError, RedisClusterException, OSError, RuntimeError)
 
 
 class _Channel:
@@ -60,7 +57,7 @@ class _Feed:
 
     async def _run(self) -> None:
         while not self._ended:
-            with contextlib.suppress(*_FAILED):
+            with contextlib.suppress(*CLIENT_ERRORS):
                 await self._read()
             if not self._ended:
                 await asyncio.sleep(POLL)
@@ -75,17 +72,17 @@ class _Feed:
             while not self._ended:
                 message = await pubsub.get_message(timeout=_READ)
                 if message is not None:
-                    self._heard(message)
+                    self._receive(message)
         finally:
             self._pubsub = None
             self._asked.clear()
             for channel in self.channels.values():
                 channel.confirmed.clear()
                 channel.wake()
-            with contextlib.suppress(*_FAILED):
+            with contextlib.suppress(*CLIENT_ERRORS):
                 await pubsub.aclose()
 
-    def _heard(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         name = message["channel"]
         channel = self.channels.get(name.encode() if isinstance(name, str) else name)
         if channel is None:
@@ -97,42 +94,42 @@ class _Feed:
             channel.wake()
 
     async def subscribe(self) -> None:
-        """Ask for the channels that are not asked for yet. A failure is left to the reading task to notice."""
+        """Ask for the channels that are not asked for yet. A failure is noticed by the task that reads."""
         async with self._lock:
             missing = self.channels.keys() - self._asked
             if self._pubsub is not None and missing:
                 self._asked |= missing
                 try:
                     await self._pubsub.subscribe(*missing)
-                except _FAILED:
+                except CLIENT_ERRORS:
                     pass
                 except asyncio.CancelledError:
                     self._asked -= missing
                     raise
 
     async def unsubscribe(self, name: bytes) -> None:
-        """Stop hearing of a channel."""
+        """End the subscription of a channel."""
         async with self._lock:
             if self._pubsub is not None and name in self._asked and name not in self.channels:
                 self._asked.discard(name)
-                with contextlib.suppress(*_FAILED):
+                with contextlib.suppress(*CLIENT_ERRORS):
                     await self._pubsub.unsubscribe(name)
 
 
 class Watchers:
     """What is watched in one event loop."""
 
-    def __init__(self, client: AsyncClient, room: int) -> None:
+    def __init__(self, client: AsyncClient, connections: int) -> None:
         self._client = client
         # Older redis-py clients of a cluster cannot subscribe; and the last connection is for commands.
-        self._able = room > 1 and hasattr(client, "pubsub")
+        self._can_subscribe = connections > 1 and hasattr(client, "pubsub")
         self._feed: _Feed | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def watch(self, name: bytes) -> AsyncIterator[Changed]:
-        """Watch one channel; entered when the subscription is confirmed, or polling has to do."""
-        if not self._able:
+        """Watch one channel; entered when the subscription is confirmed, or when polling is used instead."""
+        if not self._can_subscribe:
             yield _poll
             return
         if self._feed is None:

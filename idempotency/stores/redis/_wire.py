@@ -2,7 +2,7 @@
 
 A record is one hash under ``{prefix}:1:{64 hex digits of its id}``. Its fields: ``v`` format, ``s`` state, ``t``
 token, ``f`` fingerprint, ``a`` attempt, ``l`` end of the lease, ``h`` hold, ``r`` result, ``c`` scope, ``k`` key, ``n``
-time of the first claim, ``w`` set while somebody watches. Times are milliseconds by the clock of the Redis server.
+time of the first claim, ``w`` set while a duplicate waits. Times are milliseconds by the clock of the Redis server.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE, _FORGET = map(
 )
 
 Command = tuple[Script, tuple[bytes, ...]]
-"""A script, and what follows it on the wire: the number of keys, the key, the arguments."""
+"""A script, and what follows it in the command: the number of keys, the key, the arguments."""
 
 _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
@@ -87,19 +87,19 @@ def release(key: bytes, claim: Claim) -> Command:
 
 
 def inspect(key: bytes) -> Command:
-    """Make the command of ``Housekeeping.inspect``; :func:`entry` reads its reply."""
+    """Make the command of ``Inspecting.inspect``; :func:`entry` reads its reply."""
     return _INSPECT, (b"1", key)
 
 
 def resolve(key: bytes, outcome: str, result: bytes | None, ttl: float) -> Command:
-    """Make the command of ``Housekeeping.resolve``; it replies 1 or 0."""
+    """Make the command of ``Resolving.resolve``; it replies 1 or 0."""
     state = b"%d" % State.DONE if outcome == "done" else b"0"
     head = (b"1", key, _FORMAT, os.urandom(16).hex().encode(), state, _milliseconds(seconds("ttl", ttl)))
     return _RESOLVE, head if result is None else (*head, result)
 
 
 def forget(key: bytes) -> Command:
-    """Make the command that forgets a record which is not being run; it replies 1 or 0."""
+    """Make the command of ``Forgetting.forget``; it replies 1 or 0."""
     return _FORGET, (b"1", key)
 
 
@@ -111,13 +111,13 @@ def record(claim: Claim, reply: Any) -> Record:
         )
     if len(reply) == 1:
         return Record.unreadable(reply[0] or FORMAT)
-    version, state, attempt, left, hold, token, fingerprint, *result = reply
+    version, state, attempt, lease, hold, token, fingerprint, *result = reply
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
         state=State(state),
         attempt=attempt,
-        lease_left=left / 1000,
+        lease_left=lease / 1000,
         hold=hold == 1,
         result=result[0] if result else None,
         version=version,
@@ -128,7 +128,7 @@ def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
     """Read the reply to an inspection of the record of this id."""
     if not reply or not State.RUNNING <= reply[1] <= State.UNKNOWN:
         return None
-    version, state, attempt, hold, age, left, expires, size, scope, key, _ = reply
+    version, state, attempt, hold, age, lease, expires, size, scope, key, _ = reply
     return Entry(
         id=record,
         scope=scope.decode("utf-8", "surrogatepass"),
@@ -137,7 +137,7 @@ def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
         attempt=attempt,
         hold=hold == 1,
         age=age / 1000,
-        lease_left=max(left, -age) / 1000,
+        lease_left=max(lease, -age) / 1000,
         expires_in=None if expires < 0 else expires / 1000,
         result_size=None if size < 0 else size,
         version=version,
@@ -145,13 +145,13 @@ def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
 
 
 def bulk(reply: Any) -> int:
-    """Read how many bytes a value may have; the server's default where it did not say."""
-    told = reply.values() if isinstance(reply, dict) else reply[1::2] if isinstance(reply, list | tuple) else ()
-    return next((int(size) for size in told if isinstance(size, bytes | str)), _BULK)
+    """Read how many bytes a value may have; the server's default where the reply does not contain it."""
+    values = reply.values() if isinstance(reply, dict) else reply[1::2] if isinstance(reply, list | tuple) else ()
+    return next((int(size) for size in values if isinstance(size, bytes | str)), _BULK)
 
 
 def check_size(result: bytes, largest: int) -> None:
-    """Raise StoreRefusedError for a result that the server would end the connection over."""
+    """Raise StoreRefusedError for a result so large that the server would close the connection."""
     if len(result) > largest:
         raise StoreRefusedError(f"the result of {len(result)} bytes is larger than Redis takes ({largest})")
 
@@ -204,7 +204,7 @@ def scan(prefix: bytes, cursor: int) -> tuple[Any, ...]:
 
 
 def ids(prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
-    """Read the ids of records from the names of keys; other keys are passed over."""
+    """Read the ids of records from the names of keys; other keys are ignored."""
     digits = (key[len(prefix) :] for key in keys)
     return [bytes.fromhex(found.decode()) for found in digits if re.fullmatch(rb"[0-9a-f]{64}", found)]
 

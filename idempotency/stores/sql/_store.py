@@ -25,7 +25,8 @@ from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores.base import Changed, Entry
+from idempotency.stores._operating import examined, id_digits, inspect_all
+from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.sql._database import (
     Database,
     Work,
@@ -35,6 +36,8 @@ from idempotency.stores.sql._database import (
     open_sync,
     read_url,
 )
+from idempotency.stores.sql._examine import examine
+from idempotency.stores.sql._find import find_ids
 from idempotency.stores.sql._joined import Joined, connecting
 from idempotency.stores.sql._per_loop import Side
 from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
@@ -166,9 +169,9 @@ class SQLStore:
 
         Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
         whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
-        an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`; it is a
-        :class:`~idempotency.stores.sql._joined.ConflictError` where a transaction that begins anew can succeed. A
-        server that does not answer within ``wait`` and the store's ``timeout`` loses the connection.
+        an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`, also where
+        a transaction that begins anew can succeed. A server that does not answer within ``wait`` and the store's
+        ``timeout`` loses the connection.
         """
         call, bound = Call(), math.ceil(wait) + self._timeout
         # Cut off, which the driver hears of at once, before it is cancelled: a driver ends a cancelled statement by
@@ -296,6 +299,26 @@ class SQLStore:
     def create_schema_sync(self) -> None:
         """See :meth:`create_schema`."""
         self._run_sync(self._create, transaction=True)
+
+    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Searching.find`; with ``key`` alone, it reads the whole table."""
+        return await inspect_all(self._ids(id_digits(start), key), self.inspect, key, limit)
+
+    async def _ids(self, start: str, key: str | None) -> AsyncIterator[bytes]:
+        for record in await self._run(lambda _, connection: find_ids(connection, self._table, start, key)):
+            yield record
+
+    async def examine(self) -> list[Finding]:
+        """See :meth:`~idempotency.stores.base.Examining.examine`."""
+        healthy = "reachable, and the table has every column"
+        return await examined(
+            self.check, healthy, lambda: self._run(lambda _, connection: examine(connection, self._table))
+        )
+
+    @property
+    def schema(self) -> str:
+        """Return what :meth:`create_schema` creates."""
+        return f"table {self._table.name}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
         create_schema(connection, self._table)

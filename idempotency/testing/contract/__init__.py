@@ -1,4 +1,4 @@
-"""The contract of a store, as tests: subclass it, give one fixture, and every promise of ``stores.base`` is checked.
+"""The contract of a store, as tests: subclass it, give one fixture, and every rule of ``stores.base`` is checked.
 
     class TestMyStore(StoreContract):
         @pytest.fixture

@@ -60,7 +60,7 @@ TWINS = {
 
 
 class ClaimContract(Contract):
-    """Check what a claim finds, and what it is told: the table of ``_core``, row by row."""
+    """Check the verdict of a claim in every state of its record: the table of ``_rules``, row by row."""
 
     async def test_absent_is_owned(self, store: Store) -> None:
         """A claim of a new key owns it, for its lease."""
@@ -75,14 +75,14 @@ class ClaimContract(Contract):
         assert 0 < record.lease_left <= 30
 
     async def test_running_is_in_progress(self, store: Store, another: Store) -> None:
-        """A duplicate is told the time left, and another request under the key that it does not match."""
+        """A duplicate gets the remaining time, and another request under the key gets a mismatch."""
         claim = new_claim(lease=20.0)
         await store.claim(claim)
 
-        told = await verdict(another, rival(claim))
+        found = await verdict(another, rival(claim))
 
-        assert isinstance(told, InProgress)
-        assert 0 < told.retry_after <= 20
+        assert isinstance(found, InProgress)
+        assert 0 < found.retry_after <= 20
         assert await verdict(another, rival(claim, fingerprint=OTHER)) == Mismatch()
         assert await verdict(store, claim) == Execute(1)
 
@@ -129,7 +129,7 @@ class ClaimContract(Contract):
         assert await verdict(store, rival(claim)) == Execute(2)
 
     async def test_lapsed_is_not_taken_over_for_something_else(self, store: Store) -> None:
-        """A lease that is over does not let another request have the key."""
+        """A lease that is over does not give the key to another request."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -168,7 +168,7 @@ class ClaimContract(Contract):
         assert (await store.claim(rival(claim))).state is State.UNKNOWN
 
     async def test_done_is_replayed(self, store: Store, another: Store) -> None:
-        """A duplicate is given the result, however often, and another request is told that it does not match."""
+        """A duplicate gets the result, however often it comes, and another request gets a mismatch."""
         claim = new_claim()
         await store.claim(claim)
         assert await store.complete(claim, b"result")
@@ -187,7 +187,7 @@ class ClaimContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"result")
 
     async def test_result_not_kept_is_completed(self, store: Store) -> None:
-        """A result that was not kept is no empty result."""
+        """A result that was not recorded is not an empty result."""
         claim = new_claim()
         await store.claim(claim)
         assert await store.complete(claim, None)
@@ -219,7 +219,7 @@ class ClaimContract(Contract):
         assert await verdict(store, claim) == Replay(b"result")
 
     async def test_old_owner_does_not_claim_back(self, store: Store) -> None:
-        """The token that lost the key is a stranger's."""
+        """An owner that was superseded is a duplicate like any other."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -298,7 +298,7 @@ class ClaimContract(Contract):
         assert 0.5 < record.lease_left <= 0.75
 
     async def test_long_times(self, store: Store) -> None:
-        """A lease of a day and a ttl of ten years are kept as asked."""
+        """A lease of a day and a ttl of ten years are not shortened."""
         claim = new_claim(lease=86400.0, ttl=315_360_000.0)
 
         record = await store.claim(claim)

@@ -18,7 +18,7 @@ ASKED = bytes(range(32))
 OTHER = b"\x00" + b"\xff" * 31
 SHORT = 0.2
 PATIENCE = 15.0
-"""Seconds after which something that must happen has not."""
+"""Seconds after which a test fails because something has not happened."""
 
 MakeNewer = Callable[[bytes], Awaitable[None]]
 
@@ -30,12 +30,12 @@ def new_claim(**changes: Any) -> Claim:
 
 
 def rival(claim: Claim, **changes: Any) -> Claim:
-    """Make a claim of the same key by somebody else, with times that do not run out during a test."""
+    """Make a claim of the same key by another request, with times that do not run out during a test."""
     return replace(claim, **{"token": os.urandom(16).hex(), "lease": 30.0, "ttl": 60.0, "hold": False, **changes})
 
 
 async def verdict(store: Store, claim: Claim) -> Verdict:
-    """Claim, and say what the claim may do."""
+    """Claim, and return the verdict."""
     return judge(claim, await store.claim(claim))
 
 

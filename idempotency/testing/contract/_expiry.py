@@ -50,7 +50,7 @@ class ExpiryContract(Contract):
         assert await expired(store, claim) - began >= 0.55
 
     async def test_running_expires_after_lease_and_ttl(self, store: Store) -> None:
-        """An owner that vanished does not keep its key for ever."""
+        """An owner that vanished does not block its key for ever."""
         claim = new_claim(lease=SHORT, ttl=SHORT)
         began = time.monotonic()
         await store.claim(claim)
@@ -60,7 +60,7 @@ class ExpiryContract(Contract):
         assert 2 * SHORT - 0.05 <= ended - began < 5
 
     async def test_expired_is_absent(self, store: Store) -> None:
-        """An expired record is not replayed to anybody: the key is run from the first attempt on."""
+        """An expired record is never replayed: the key is run from the first attempt on."""
         claim = new_claim(ttl=SHORT)
         await store.claim(claim)
         assert await store.complete(claim, b"old")

@@ -22,8 +22,8 @@ from idempotency.testing.contract._claims import (
 )
 
 
-class KeptStore(Store, Housekeeping, Protocol):
-    """A store an operator can look into."""
+class ManagedStore(Store, Housekeeping, Protocol):
+    """A store whose records an operator can inspect and manage."""
 
 
 Outcome = Literal["done", "release"]
@@ -32,8 +32,8 @@ Outcome = Literal["done", "release"]
 class HousekeepingContract(Contract):
     """Check what an operator sees and does."""
 
-    async def test_inspect_absent(self, store: KeptStore) -> None:
-        """There is nothing to see of a key that was never claimed, released or expired."""
+    async def test_inspect_absent(self, store: ManagedStore) -> None:
+        """Nothing is shown for a key that was never claimed, or is released or expired."""
         released, gone = new_claim(), new_claim(ttl=SHORT)
         await store.claim(released)
         await store.release(released)
@@ -45,7 +45,7 @@ class HousekeepingContract(Contract):
         assert await store.inspect(released.id) is None
         assert await store.inspect(gone.id) is None
 
-    async def test_inspect_running(self, store: KeptStore) -> None:
+    async def test_inspect_running(self, store: ManagedStore) -> None:
         """A running record is shown with its names and times."""
         claim = new_claim(scope="other contract", lease=20.0, ttl=100.0)
         await store.claim(claim)
@@ -62,7 +62,7 @@ class HousekeepingContract(Contract):
         assert 0 <= entry.age < 10
 
     @pytest.mark.parametrize("key", ["cl\u00e9 \u9375 \U0001f511", "\ud800", "a\\x41\\0\x00", "k" * 1000], ids=ascii)
-    async def test_inspect_shows_any_key(self, store: KeptStore, key: str) -> None:
+    async def test_inspect_shows_any_key(self, store: ManagedStore, key: str) -> None:
         """Scope and key are shown as they were given, whatever they are written in."""
         claim = new_claim(scope=f"contract {new_claim().key} {key}"[:1000], key=key)
         await store.claim(claim)
@@ -72,8 +72,8 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert (entry.scope, entry.key) == (claim.scope, key)
 
-    async def test_inspect_shows_how_a_long_key_begins(self, store: KeptStore) -> None:
-        """Of two long keys that begin alike, each is shown by its beginning, and they are told apart."""
+    async def test_inspect_shows_how_a_long_key_begins(self, store: ManagedStore) -> None:
+        """Two long keys with the same beginning are each shown by it, and they still look different."""
         keys = [f"{new_claim().key} {'k' * 65_536} {number}" for number in "12"]
         for key in keys:
             await store.claim(new_claim(key=key))
@@ -87,8 +87,8 @@ class HousekeepingContract(Contract):
         ]
         assert shown[0] != shown[1]
 
-    async def test_inspect_done(self, store: KeptStore) -> None:
-        """A finished record is shown with the size of its result and the time it is kept."""
+    async def test_inspect_done(self, store: ManagedStore) -> None:
+        """A finished record is shown with the size of its result and the time until it expires."""
         claim = new_claim(ttl=100.0)
         await store.claim(claim)
         await store.complete(claim, b"\x00" * 1234)
@@ -100,8 +100,8 @@ class HousekeepingContract(Contract):
         assert entry.expires_in is not None
         assert 90 < entry.expires_in <= 100
 
-    async def test_inspect_result_not_kept(self, store: KeptStore) -> None:
-        """A result that was not kept has no size, an empty one has size 0."""
+    async def test_inspect_result_not_kept(self, store: ManagedStore) -> None:
+        """A result that was not recorded has no size, an empty one has size 0."""
         dropped, empty = new_claim(), new_claim()
         for claim, result in ((dropped, None), (empty, b"")):
             await store.claim(claim)
@@ -114,8 +114,8 @@ class HousekeepingContract(Contract):
         assert of_empty is not None
         assert of_empty.result_size == 0
 
-    async def test_inspect_taken_over(self, store: KeptStore) -> None:
-        """A record that changed hands shows its attempt."""
+    async def test_inspect_taken_over(self, store: ManagedStore) -> None:
+        """A record that was taken over shows its attempt."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -126,7 +126,7 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert entry.attempt == 2
 
-    async def test_inspect_newer_format(self, store: KeptStore, make_newer: MakeNewer) -> None:
+    async def test_inspect_newer_format(self, store: ManagedStore, make_newer: MakeNewer) -> None:
         """A record in a format this reader does not know is shown with its version, not hidden."""
         claim = new_claim()
         await store.claim(claim)
@@ -137,8 +137,8 @@ class HousekeepingContract(Contract):
         assert entry is not None
         assert entry.version == 2
 
-    async def test_unresolved_are_listed(self, store: KeptStore) -> None:
-        """What nobody will finish is listed: completed as unknown, or held and its lease over; nothing else."""
+    async def test_unresolved_are_listed(self, store: ManagedStore) -> None:
+        """What no owner will finish is listed: completed as unknown, or held and its lease over; nothing else."""
         unknown, abandoned = new_claim(), new_claim(lease=SHORT, hold=True)
         held, running, done = new_claim(hold=True), new_claim(lease=SHORT), new_claim()
         for claim in (unknown, abandoned, held, running, done):
@@ -159,8 +159,8 @@ class HousekeepingContract(Contract):
         assert listed[unknown.id].expires_in is None
         assert listed[abandoned.id].expires_in is None
 
-    async def test_unresolved_are_limited(self, store: KeptStore) -> None:
-        """The list is no longer than asked."""
+    async def test_unresolved_are_limited(self, store: ManagedStore) -> None:
+        """The list is no longer than its limit."""
         for _ in range(3):
             claim = new_claim()
             await store.claim(claim)
@@ -170,7 +170,7 @@ class HousekeepingContract(Contract):
 
     @pytest.mark.parametrize("lapse", [False, True], ids=["completed as unknown", "held and lapsed"])
     @pytest.mark.parametrize(
-        ("outcome", "result", "told"),
+        ("outcome", "result", "expected"),
         [
             ("done", b"found out", Replay(b"found out")),
             ("done", b"", Replay(b"")),
@@ -179,9 +179,9 @@ class HousekeepingContract(Contract):
         ],
     )
     async def test_resolve(
-        self, store: KeptStore, lapse: bool, outcome: Outcome, result: bytes | None, told: object
+        self, store: ManagedStore, lapse: bool, outcome: Outcome, result: bytes | None, expected: object
     ) -> None:
-        """What was found out is what duplicates are told; the owner that vanished cannot write any more."""
+        """Duplicates get what was found out; the owner that vanished cannot write any more."""
         claim = await self._unresolved(store, lapse)
 
         assert await store.resolve(claim.id, outcome, result)
@@ -190,10 +190,10 @@ class HousekeepingContract(Contract):
         assert not await store.complete(claim, None, State.UNKNOWN)
         assert not await store.renew(claim)
         assert not await store.release(claim)
-        assert await verdict(store, rival(claim)) == told
+        assert await verdict(store, rival(claim)) == expected
 
-    async def test_resolve_repeated(self, store: KeptStore) -> None:
-        """What is resolved is not resolved again."""
+    async def test_resolve_repeated(self, store: ManagedStore) -> None:
+        """A resolved record cannot be resolved again."""
         claim = await self._unresolved(store, False)
 
         assert await store.resolve(claim.id, "done", b"first")
@@ -202,15 +202,15 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"first")
         assert claim.id not in {entry.id for entry in await store.unresolved(10_000)}
 
-    async def test_resolved_expires(self, store: KeptStore) -> None:
-        """A resolved record is kept for the ttl given, and then it is new."""
+    async def test_resolved_expires(self, store: ManagedStore) -> None:
+        """A resolved record expires after the ttl given, and then its key is new."""
         claim = await self._unresolved(store, True)
         assert await store.resolve(claim.id, "done", b"found out", ttl=SHORT)
 
         await expired(store, claim)
 
     @pytest.mark.parametrize("outcome", ["done", "release"])
-    async def test_resolve_leaves_others_alone(self, store: KeptStore, outcome: Outcome) -> None:
+    async def test_resolve_leaves_others_alone(self, store: ManagedStore, outcome: Outcome) -> None:
         """Neither a live owner, nor a free key, nor a result can be resolved."""
         running, held, done, absent = new_claim(), new_claim(hold=True), new_claim(), new_claim()
         abandoned = new_claim(lease=SHORT)
@@ -228,8 +228,8 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(absent)) == Execute(1)
         assert await verdict(store, rival(abandoned)) == Execute(2)
 
-    async def test_purge_deletes_only_expired(self, store: KeptStore) -> None:
-        """Purging takes what is expired, at most a batch at a time, and nothing that is alive."""
+    async def test_purge_deletes_only_expired(self, store: ManagedStore) -> None:
+        """Purging deletes expired records, at most a batch at a time, and no others."""
         done, running, lapsed_one = new_claim(), new_claim(), new_claim(lease=SHORT)
         held = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         for claim in (done, running, lapsed_one, held):
@@ -253,7 +253,7 @@ class HousekeepingContract(Contract):
         assert await verdict(store, rival(gone[0], fingerprint=OTHER)) == Execute(1)
 
     @staticmethod
-    async def _unresolved(store: KeptStore, lapse: bool) -> Claim:
+    async def _unresolved(store: ManagedStore, lapse: bool) -> Claim:
         if lapse:
             claim = new_claim(lease=SHORT, hold=True)
             await store.claim(claim)

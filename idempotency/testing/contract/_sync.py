@@ -1,4 +1,4 @@
-"""The contract of the blocking verbs: the same promises, kept for threads."""
+"""The contract of the blocking verbs: the same promises, for threads."""
 
 from __future__ import annotations
 
@@ -21,20 +21,16 @@ from idempotency._rules import (
     Verdict,
     judge,
 )
-from idempotency.stores.base import Entry, SyncStore
+from idempotency.stores.base import SyncInspecting, SyncStore
 from idempotency.testing.contract._claims import OTHER, PATIENCE, SHORT, new_claim, rival
 
 
-class KeptSyncStore(SyncStore, Protocol):
-    """A store that can be looked into, as a consumer with ``max_attempts`` does."""
-
-    def inspect_sync(self, record: bytes, /) -> Entry | None:
-        """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
-        ...
+class InspectedSyncStore(SyncStore, SyncInspecting, Protocol):
+    """A store that can be inspected, as a consumer with ``max_attempts`` does."""
 
 
 def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
-    """Claim, and say what the claim may do."""
+    """Claim, and return the verdict."""
     return judge(claim, store.claim_sync(claim))
 
 
@@ -61,7 +57,7 @@ class SyncStoreContract:
         assert verdict_sync(store, claim) == Execute(1)
 
     def test_running_is_in_progress_sync(self, store: SyncStore) -> None:
-        """A duplicate is told so, and another request that it does not match."""
+        """A duplicate gets the verdict that it runs, and another request gets a mismatch."""
         claim = new_claim()
         store.claim_sync(claim)
 
@@ -91,7 +87,7 @@ class SyncStoreContract:
         assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Mismatch()
 
     def test_result_not_kept_is_completed_sync(self, store: SyncStore) -> None:
-        """A result that was not kept is no empty result."""
+        """A result that was not recorded is not an empty result."""
         claim = new_claim()
         store.claim_sync(claim)
 
@@ -117,7 +113,7 @@ class SyncStoreContract:
         assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Execute(1)
 
     def test_renew_starts_the_lease_anew_sync(self, store: SyncStore) -> None:
-        """A renewal counts from now, also when the lease is over and nobody took over."""
+        """A renewal counts from now, also when the lease is over and no other claim took over."""
         claim = new_claim(lease=SHORT)
         store.claim_sync(claim)
         lapsed_sync(store, claim)
@@ -126,7 +122,7 @@ class SyncStoreContract:
         assert isinstance(verdict_sync(store, rival(claim)), InProgress)
 
     def test_zombie_writes_nothing_sync(self, store: SyncStore) -> None:
-        """Who lost the key cannot renew, complete or release it, and changes nothing by trying."""
+        """A superseded owner cannot renew, complete or release the key, and changes nothing by trying."""
         zombie = new_claim(lease=SHORT)
         store.claim_sync(zombie)
         lapsed_sync(store, zombie)
@@ -155,13 +151,13 @@ class SyncStoreContract:
         probe = rival(claim, fingerprint=OTHER)
         deadline = time.monotonic() + PATIENCE
 
-        while (told := verdict_sync(store, probe)) == Mismatch():
+        while (found := verdict_sync(store, probe)) == Mismatch():
             assert time.monotonic() < deadline, "the record does not expire"
             time.sleep(0.02)
 
-        assert told == Execute(1)
+        assert found == Execute(1)
 
-    def test_inspect_absent_sync(self, store: KeptSyncStore) -> None:
+    def test_inspect_absent_sync(self, store: InspectedSyncStore) -> None:
         """There is nothing to see of a key that was never claimed, or was released."""
         released = new_claim()
         store.claim_sync(released)
@@ -170,7 +166,7 @@ class SyncStoreContract:
         assert store.inspect_sync(new_claim().id) is None
         assert store.inspect_sync(released.id) is None
 
-    def test_inspect_running_sync(self, store: KeptSyncStore) -> None:
+    def test_inspect_running_sync(self, store: InspectedSyncStore) -> None:
         """A running record is shown with its names, times and attempt; looking at it changes nothing."""
         claim = new_claim(scope="other contract", lease=SHORT, ttl=100.0)
         store.claim_sync(claim)
@@ -189,8 +185,8 @@ class SyncStoreContract:
         assert 110 < entry.expires_in <= 120
         assert verdict_sync(store, owner) == Execute(2)
 
-    def test_inspect_done_sync(self, store: KeptSyncStore) -> None:
-        """A finished record is shown with the size of its result and the time it is kept."""
+    def test_inspect_done_sync(self, store: InspectedSyncStore) -> None:
+        """A finished record is shown with the size of its result and the time until it expires."""
         claim = new_claim(ttl=100.0)
         store.claim_sync(claim)
         store.complete_sync(claim, b"\x00" * 1234)
@@ -203,12 +199,12 @@ class SyncStoreContract:
         assert 90 < entry.expires_in <= 100
 
     def test_one_owner_of_many_threads(self, store: SyncStore) -> None:
-        """Of fifty claims of a new key in eight threads one runs and the others are told so."""
+        """Of fifty claims of a new key in eight threads one runs, and the others get the verdict that it runs."""
         claim = new_claim()
         claims = [claim, *(rival(claim) for _ in range(49))]
 
         with ThreadPoolExecutor(8) as threads:
-            told = list(threads.map(lambda each: verdict_sync(store, each), claims))
+            verdicts = list(threads.map(lambda each: verdict_sync(store, each), claims))
 
-        assert told.count(Execute(1)) == 1
-        assert sum(isinstance(each, InProgress) for each in told) == 49
+        assert verdicts.count(Execute(1)) == 1
+        assert sum(isinstance(each, InProgress) for each in verdicts) == 49

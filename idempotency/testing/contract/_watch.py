@@ -1,4 +1,4 @@
-"""The contract of watch: who waits is woken by the end of what it waits for."""
+"""The contract of watch: a duplicate that waits is woken by the end of the operation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ async def end(store: Store, claim: Claim, how: str) -> None:
 class WatchContract(Contract):
     """Check that a change is noticed without waiting for the time given."""
 
-    @pytest.mark.parametrize(("how", "told"), ENDS.items(), ids=ENDS.keys())
-    async def test_end_wakes_who_waits(self, store: Store, another: Store, how: str, told: Verdict) -> None:
-        """Whoever waits is woken by the end of the operation, and then finds it."""
+    @pytest.mark.parametrize(("how", "expected"), ENDS.items(), ids=ENDS.keys())
+    async def test_end_wakes_who_waits(self, store: Store, another: Store, how: str, expected: Verdict) -> None:
+        """A duplicate that waits is woken by the end of the operation, and then finds it."""
         claim = new_claim()
         await store.claim(claim)
         waiter = rival(claim, watched=True)
@@ -41,11 +41,11 @@ class WatchContract(Contract):
             await asyncio.sleep(0.05)
             await end(store, claim, how)
             await asyncio.wait_for(waiting, PATIENCE)
-            assert await verdict(another, waiter) == told
+            assert await verdict(another, waiter) == expected
 
-    @pytest.mark.parametrize(("how", "told"), ENDS.items(), ids=ENDS.keys())
+    @pytest.mark.parametrize(("how", "expected"), ENDS.items(), ids=ENDS.keys())
     async def test_end_before_the_wait_is_not_missed(
-        self, store: Store, another: Store, how: str, told: Verdict
+        self, store: Store, another: Store, how: str, expected: Verdict
     ) -> None:
         """An end between the claim and the wait is not missed."""
         claim = new_claim()
@@ -56,7 +56,7 @@ class WatchContract(Contract):
             assert isinstance(await verdict(another, waiter), InProgress)
             await end(store, claim, how)
             await asyncio.wait_for(changed(FOREVER), PATIENCE)
-            assert await verdict(another, waiter) == told
+            assert await verdict(another, waiter) == expected
 
     async def test_end_before_the_claim_is_seen_by_it(self, store: Store, another: Store) -> None:
         """An end between the entry and the claim is seen by the claim itself."""
@@ -69,7 +69,7 @@ class WatchContract(Contract):
             assert await verdict(another, waiter) == Replay(b"result")
 
     async def test_owner_that_watched_itself_announces(self, store: Store, another: Store) -> None:
-        """A claim that owned the key with ``watched`` set announces its end to who comes later."""
+        """A claim that owned the key with ``watched`` set announces its end to duplicates that come later."""
         claim = new_claim(watched=True)
         waiter = rival(claim, watched=True)
         await store.claim(claim)
@@ -80,7 +80,7 @@ class WatchContract(Contract):
             await asyncio.wait_for(changed(FOREVER), PATIENCE)
 
     async def test_renewal_keeps_the_watch(self, store: Store, another: Store) -> None:
-        """A heartbeat of the owner does not make it forget that somebody waits."""
+        """A renewal by the owner does not make the store forget that a duplicate waits."""
         claim = new_claim()
         await store.claim(claim)
         waiter = rival(claim, watched=True)
@@ -143,7 +143,7 @@ class WatchContract(Contract):
         assert isinstance(await verdict(store, rival(claim)), InProgress)
 
     async def test_cancelled_wait_leaves_the_store_usable(self, store: Store) -> None:
-        """A waiter that is cancelled leaves nothing behind that spoils the end, or the next watch."""
+        """A waiter that is cancelled disturbs neither the end of the operation nor the next watch."""
         claim = new_claim()
         await store.claim(claim)
 
@@ -167,6 +167,6 @@ class WatchContract(Contract):
 
     @staticmethod
     async def _until_done(store: Store, waiter: Claim, changed: Changed) -> Verdict:
-        while isinstance(told := await verdict(store, waiter), InProgress):
+        while isinstance(found := await verdict(store, waiter), InProgress):
             await changed(FOREVER)
-        return told
+        return found

@@ -61,7 +61,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"result")
 
     async def test_hold_repeated(self, store: Store) -> None:
-        """So may the word that nobody knows how it ended."""
+        """So may the completion as unknown."""
         claim = new_claim()
         await store.claim(claim)
 
@@ -70,7 +70,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Unknown()
 
     async def test_complete_after_the_lease(self, store: Store) -> None:
-        """A lease that is over does not matter as long as nobody took over."""
+        """A lease that is over does not matter as long as no other claim took over."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -79,7 +79,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"late")
 
     async def test_complete_after_the_lease_of_a_held_key(self, store: Store) -> None:
-        """The owner itself may still say how a held key ended."""
+        """The owner itself may still complete a held key."""
         claim = new_claim(lease=SHORT, hold=True)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -88,7 +88,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"late")
 
     async def test_zombie_writes_nothing(self, store: Store, another: Store) -> None:
-        """Who lost the key cannot renew, complete, hold or release it, and changes nothing by trying."""
+        """A superseded owner cannot renew, complete, hold or release the key, and changes nothing by trying."""
         zombie = new_claim(lease=SHORT)
         await store.claim(zombie)
         await lapsed(store, zombie)
@@ -105,7 +105,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(zombie)) == Replay(b"owner")
 
     async def test_zombie_does_not_undo_a_result(self, store: Store) -> None:
-        """Who lost the key cannot touch the result of its successor."""
+        """A superseded owner cannot change the result of its successor."""
         zombie = new_claim(lease=SHORT)
         await store.claim(zombie)
         await lapsed(store, zombie)
@@ -151,7 +151,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Execute(1)
 
     async def test_renew_starts_the_lease_anew(self, store: Store) -> None:
-        """A renewal counts from now, also when the lease is over and nobody took over."""
+        """A renewal counts from now, also when the lease is over and no other claim took over."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -192,7 +192,7 @@ class WriteContract(Contract):
         assert await verdict(another, rival(claim, fingerprint=OTHER)) == Execute(1)
 
     async def test_release_after_the_lease(self, store: Store) -> None:
-        """A late release frees the key as long as nobody took over."""
+        """A late release frees the key as long as no other claim took over."""
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         await lapsed(store, claim)
@@ -201,7 +201,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Execute(1)
 
     async def test_release_repeated(self, store: Store) -> None:
-        """A release whose answer was lost may be sent again, and does not free the key of who came next."""
+        """A release whose answer was lost may be sent again, and does not free the key of the next owner."""
         claim = new_claim()
         await store.claim(claim)
         await store.release(claim)

@@ -1,7 +1,7 @@
 -- Own the record if it is absent or taken over; return what is there now.
 -- KEYS[1] record; ARGV: format, token, fingerprint, lease (ms), lease + ttl (ms), hold, watched, scope, key
 -- Reply: the attempt as a number when the claim owns the record, else
--- {version, state, attempt, lease left (ms), hold, token, fingerprint[, result]}, or {version} when it cannot be read.
+-- {version, state, attempt, remaining lease (ms), hold, token, fingerprint[, result]}, or {version} when it cannot be read.
 local key = KEYS[1]
 local found = redis.pcall('HMGET', key, 'v', 's', 't', 'f', 'a', 'l', 'h', 'r', 'w')
 if found.err then
@@ -32,16 +32,16 @@ if not (version and version > 0 and state and state > 0 and state < 4 and attemp
   return {0}
 end
 
-local left = lease - now
+local remaining = lease - now
 local mine = state == 1 and token == ARGV[2]
 local same = fingerprint == ARGV[3]
-if mine or (state == 1 and left <= 0 and hold == '0' and ARGV[6] == '0' and same) then
+if mine or (state == 1 and remaining <= 0 and hold == '0' and ARGV[6] == '0' and same) then
   if not mine then attempt = attempt + 1 end
   redis.call('HSET', key, 't', ARGV[2], 'a', string.format('%.0f', attempt), 'l', deadline, 'h', ARGV[6])
   if ARGV[6] == '1' then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ARGV[5]) end
   return attempt
 end
-if ARGV[7] == '1' and state == 1 and left > 0 and same and found[9] ~= '1' then
+if ARGV[7] == '1' and state == 1 and remaining > 0 and same and found[9] ~= '1' then
   redis.call('HSET', key, 'w', '1')
 end
-return {version, state, attempt, left, tonumber(hold), token, fingerprint, found[8] or nil}
+return {version, state, attempt, remaining, tonumber(hold), token, fingerprint, found[8] or nil}

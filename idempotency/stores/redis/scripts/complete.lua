@@ -1,4 +1,4 @@
--- Record the end; 0 when the token is not the owner's. A finished record is left as it is: the command was repeated.
+-- Record the end; 0 when the token is not the owner's. A finished record is not changed: the command was repeated.
 -- KEYS[1] record, and the channel its watchers listen to; ARGV: format, token, state, ttl (ms)[, result]
 local found = redis.pcall('HMGET', KEYS[1], 'v', 's', 't', 'w')
 if found.err then
@@ -17,6 +17,6 @@ else
   redis.call('HSET', KEYS[1], 's', ARGV[3])
   if state == '3' then redis.call('HDEL', KEYS[1], 'r') end
 end
--- Waking a watcher is a courtesy: a user who may not publish must still be able to complete.
+-- A watcher that is not woken polls: a user that may not publish must still be able to complete.
 if found[4] == '1' then redis.pcall('PUBLISH', KEYS[1], '') end
 return 1

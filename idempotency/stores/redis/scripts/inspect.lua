@@ -1,6 +1,6 @@
 -- Show a record to an operator; nothing for one that is absent or makes no sense.
 -- KEYS[1] record
--- Reply: {version, state, attempt, hold, age (ms), lease left (ms), expires in (ms) or -1, result size or -1, scope, key,
+-- Reply: {version, state, attempt, hold, age (ms), remaining lease (ms), expires in (ms) or -1, result size or -1, scope, key,
 -- time of the first claim (ms)}
 local key = KEYS[1]
 local found = redis.pcall('HMGET', key, 'v', 's', 'a', 'l', 'h', 'n', 'c', 'k')

@@ -1,0 +1,51 @@
+"""Find records and examine servers for an operator: what the stores have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._shown import shown
+from idempotency.stores.base import Entry, Finding
+
+DIGITS = 64
+"""Hex digits of a whole id."""
+
+
+def id_digits(start: str) -> str:
+    """Return the digits of an id, or of its beginning, in lower case; ConfigurationError for anything else."""
+    lower = start.lower()
+    if len(lower) > DIGITS or set(lower) - set("0123456789abcdef"):
+        raise ConfigurationError(f"an id begins with at most {DIGITS} hex digits, and not with {start!r}")
+    return lower
+
+
+async def inspect_all(
+    ids: AsyncIterator[bytes], inspect: Callable[[bytes], Awaitable[Entry | None]], key: str | None, limit: int
+) -> list[Entry]:
+    """Inspect the records of these ids until ``limit`` are found; with ``key``, only its records count."""
+    found: dict[bytes, Entry] = {}
+    wanted = None if key is None else shown(key)
+    async for record in ids:
+        entry = await inspect(record)
+        if entry is not None and wanted in (None, entry.key):
+            found[record] = entry
+        if len(found) >= limit:
+            break
+    return list(found.values())
+
+
+async def examined(
+    check: Callable[[], Awaitable[object]], healthy: str, more: Callable[[], Awaitable[list[Finding]]]
+) -> list[Finding]:
+    """Check a store, and examine it further where that succeeds; ``healthy`` is the finding for a successful check."""
+    try:
+        await check()
+        return [Finding("ok", healthy), *await more()]
+    except StoreError as error:
+        return [Finding("fix", str(error))]
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """Read the first two numbers of a version."""
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())

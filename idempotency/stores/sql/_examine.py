@@ -1,0 +1,80 @@
+"""Examine a SQL database: can it be used, and what would a crash make it forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlalchemy import Connection, Table, inspect
+
+from idempotency.stores._operating import version_of
+from idempotency.stores.base import Finding
+
+_OLDEST_SQLITE = (3, 35)
+
+
+def examine(connection: Connection, table: Table) -> list[Finding]:
+    """Examine the server and the table."""
+    by_dialect: dict[str, Callable[[Connection], list[Finding]]] = {
+        "postgresql": _postgresql,
+        "mysql": _mysql,
+        "mariadb": _mysql,
+        "sqlite": _sqlite,
+    }
+    return [*by_dialect[connection.dialect.name](connection), *_examine_table(connection, table.name)]
+
+
+def _examine_table(connection: Connection, name: str) -> list[Finding]:
+    inspector = inspect(connection)
+    findings: list[Finding] = []
+    if inspector.get_pk_constraint(name)["constrained_columns"] != ["id"]:
+        findings.append(Finding("fix", f"the primary key of {name} is not (id): two owners can hold one key"))
+    if not any(index["column_names"][:1] == ["expires_ms"] for index in inspector.get_indexes(name)):
+        findings.append(Finding("fix", f"{name} has no index on expires_ms, which purge needs: schema create"))
+    if inspector.get_table_options(name).get("mysql_engine", "InnoDB") != "InnoDB":
+        findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
+    return findings or [Finding("ok", f"table {name}: primary key and index")]
+
+
+def _postgresql(connection: Connection) -> list[Finding]:
+    # The settings of this user in this database, as the application's connections have them unless it sets its own.
+    findings = [Finding("ok", f"PostgreSQL {_ask(connection, 'SHOW server_version')}")]
+    if _ask(connection, "SELECT pg_is_in_recovery()") == "True":
+        findings.append(Finding("fix", "this is a standby: give the address of the primary"))
+    if _ask(connection, "SHOW fsync") != "on":
+        findings.append(Finding("fix", "fsync off: a crash can destroy the database"))
+    commit = _ask(connection, "SHOW synchronous_commit")
+    if commit == "off":
+        lost = "a crash forgets commits of the last moments that were confirmed; set it on for this user"
+        findings.append(Finding("fix", f"synchronous_commit off: {lost}"))
+    else:
+        findings.append(Finding("ok", f"synchronous_commit {commit}: a crash forgets nothing that was committed"))
+    return findings
+
+
+def _mysql(connection: Connection) -> list[Finding]:
+    findings = [Finding("ok", f"MySQL or MariaDB {_ask(connection, 'SELECT VERSION()')}")]
+    if _ask(connection, "SELECT @@read_only") != "0":
+        findings.append(Finding("fix", "read_only is set: give the address of the primary"))
+    flush = _ask(connection, "SELECT @@innodb_flush_log_at_trx_commit")
+    if flush == "1":
+        return [
+            *findings,
+            Finding("ok", "innodb_flush_log_at_trx_commit 1: a crash forgets nothing that was committed"),
+        ]
+    lost = "a crash forgets up to a second of confirmed commits; set it to 1"
+    return [*findings, Finding("fix", f"innodb_flush_log_at_trx_commit {flush}: {lost}")]
+
+
+def _sqlite(connection: Connection) -> list[Finding]:
+    version = _ask(connection, "SELECT sqlite_version()")
+    needed = version_of(version) >= _OLDEST_SQLITE
+    findings = [Finding("ok", f"SQLite {version}") if needed else Finding("fix", f"SQLite {version}: 3.35 is needed")]
+    mode = _ask(connection, "PRAGMA journal_mode")
+    if mode != "wal":
+        slow = "readers and the writer block each other; the file system must allow shared memory"
+        return [*findings, Finding("fix", f"journal_mode {mode}, not WAL: {slow}")]
+    return [*findings, Finding("ok", "journal_mode WAL")]
+
+
+def _ask(connection: Connection, question: str) -> str:
+    return str(connection.exec_driver_sql(question).scalar_one())
