@@ -22,11 +22,12 @@ from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.transaction import Transaction, check_sessions
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._sql.commit_guard import SESSION_ENDED, was_closed
+from idempotency._sql.failures import ConflictError, UnusableError, conflicts
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores.sql._joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
 
 AGAIN_AFTER = 1.0
 """Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
@@ -129,7 +130,7 @@ class Joined:
         try:
             if not await transaction.commit(result):
                 # The row is locked, so that only the operation itself can have taken it away.
-                raise TransactionError(LEFT)
+                raise TransactionError(SESSION_ENDED)
         except Exception as error:
             outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
             try:

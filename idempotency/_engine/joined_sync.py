@@ -23,15 +23,12 @@ from idempotency._engine.joined import (
 from idempotency._engine.transaction import check_sessions
 from idempotency._engine.transaction_sync import SyncTransaction
 from idempotency._rules import Claim, Execute, InProgress, Verdict
+from idempotency._sql.commit_guard import SESSION_ENDED
+from idempotency._sql.failures import ConflictError, UnusableError
 from idempotency.errors import StoreError, TransactionError
 from idempotency.events import EventKind, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
-from idempotency.stores.sql._joined import (
-    LEFT,
-    ConflictError,
-    UnusableError,
-)
 
 T = TypeVar("T")
 
@@ -122,7 +119,7 @@ class SyncJoined:
         try:
             if not transaction.commit(result):
                 # The row is locked, so that only the operation itself can have taken it away.
-                raise TransactionError(LEFT)
+                raise TransactionError(SESSION_ENDED)
         except Exception as error:
             outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
             return self._failed(claim, operation, transaction, error, outcome, held=False)

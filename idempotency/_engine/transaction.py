@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session, SessionTransaction
 
+    from idempotency._sql.sessions import Sessionmaker
     from idempotency.stores.base import Store
     from idempotency.stores.sql import SQLStore
 
@@ -26,74 +27,25 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
     """Return what makes one transaction per operation; raise ConfigurationError if the two do not fit together."""
     try:
         from sqlalchemy.ext.asyncio import async_sessionmaker
+
+        from idempotency._sql.sessions import check_isolation_level
     except ImportError as error:
         raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     shared = check_sessions(store, sessions, async_sessionmaker)
-    _check_level(sessions)
+    check_isolation_level(sessions)
     return lambda claim: Transaction(shared, sessions, claim)
 
 
-def _check_level(sessions: Any) -> None:
-    from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
-    from idempotency.stores.sql._database import level_of
-
-    engine = sessions.kw.get("bind")
-    if engine is None:
-        return
-    options = {**engine.get_execution_options(), **(sessions.kw.get("execution_options") or {})}
-    level = level_of(engine.dialect, options)
-    if level == "AUTOCOMMIT":
-        raise ConfigurationError(COMMITS_BY_ITSELF)
-    # The claim is committed before, and its row renewed while the handler runs: a snapshot taken in between could not
-    # be completed. SQLite, which has no other level, does not wait for its writer and so never sees an older row.
-    if level in ("REPEATABLE READ", "SERIALIZABLE") and engine.dialect.name != "sqlite":
-        raise ConfigurationError(
-            f"the sessions are {level}, under which the record cannot be completed once its lease was renewed: give"
-            ' session= an engine with isolation_level="READ COMMITTED"'
-        )
-
-
-def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
+def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
     """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
-    from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
+    from idempotency._sql.sessions import check_sessionmaker
     from idempotency.stores.sql import SQLStore
-    from idempotency.stores.sql._joined import TWO_PHASES
 
     if not isinstance(store, SQLStore):
         raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
-    if not isinstance(sessions, kind):
-        raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
-    options: dict[str, Any] = getattr(sessions, "kw", {})
-    _check_kind(sessions.class_, options.get("bind"), kind)
-    store.check_shared(options.get("bind"))
-    if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
-        raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
-    if isinstance(options.get("bind"), Connection | AsyncConnection):
-        raise ConfigurationError(
-            "the sessions are bound to a connection, whose transaction is its owner's: bind them to an engine"
-        )
-    if options.get("twophase"):
-        raise ConfigurationError(TWO_PHASES)
-    if not options.get("autobegin", True):
-        raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
+    check_sessionmaker(sessions, kind)
+    store.check_shared(sessions.kw.get("bind"))
     return store
-
-
-def _check_kind(session: type[Any], bind: object, kind: type[Any]) -> None:
-    """Refuse sessions, or an engine of theirs, that are awaited where they are not, and the reverse."""
-    from sqlalchemy import Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-
-    awaited = kind is async_sessionmaker
-    if issubclass(session, AsyncSession) is not awaited:
-        raise ConfigurationError(f"the sessions are {session.__name__}s: give session= a plain {kind.__name__}(engine)")
-    if isinstance(bind, Engine if awaited else AsyncEngine):
-        maker = "create_async_engine" if awaited else "create_engine"
-        raise ConfigurationError(
-            f"the {kind.__name__} of session= has an {type(bind).__name__}: give it the engine of {maker}(...)"
-        )
 
 
 class Transaction:
@@ -144,7 +96,7 @@ class Transaction:
     @property
     def _opened(self) -> AsyncSession:
         if self._session is None:
-            from idempotency.stores.sql._joined import guard_commit
+            from idempotency._sql.commit_guard import guard_commit
 
             self._session = self._sessions()
             guard_commit(self._session.sync_session)
@@ -175,7 +127,7 @@ class Transaction:
 
     async def begin_anew(self) -> None:
         """Undo everything, and begin once more."""
-        from idempotency.stores.sql._joined import guard_commit
+        from idempotency._sql.commit_guard import guard_commit
 
         await self.roll_back()
         if self._abandoned:
@@ -201,7 +153,7 @@ class Transaction:
         refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
         or nobody can say.
         """
-        from idempotency.stores.sql._joined import failure_of
+        from idempotency._sql.session_failures import failure_of
 
         loop = asyncio.get_running_loop()
         self._deadline = loop.time() + self._store.timeout
@@ -245,7 +197,7 @@ class Transaction:
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
         if self.used:
-            from idempotency.stores.sql._joined import roll_back
+            from idempotency._sql.commit_guard import roll_back
 
             with suppress(StoreError):  # not answered: its connection is closed
                 await self._do(roll_back)
@@ -264,7 +216,7 @@ class Transaction:
             # There is no connection to give back, so nothing to wait for.
             session.sync_session.close()
             return
-        from idempotency.stores.sql._joined import give_back
+        from idempotency._sql.commit_guard import give_back
 
         with suppress(StoreError):
             await self._do(give_back)
@@ -298,7 +250,7 @@ class Transaction:
 
     def _abandon(self, step: asyncio.Task[Any]) -> None:
         """Leave the session to ``step``, which nobody waits for any more, until it has ended; then discard it."""
-        from idempotency.stores.sql._joined import cut_off_session, discard, finish
+        from idempotency._sql.commit_guard import cut_off_session, discard, finish
 
         session = self._opened
         self._abandoned = True
@@ -311,7 +263,7 @@ class Transaction:
 @contextmanager
 def naming_failures(session: Session) -> Iterator[None]:
     """Raise what the library's own statements in ``session`` meet by what failed, wherever they stand."""
-    from idempotency.stores.sql._joined import failure_of
+    from idempotency._sql.session_failures import failure_of
 
     try:
         yield
@@ -329,7 +281,7 @@ def write_and_commit(
 
     A result that the store refuses is left out, as the effect is worth more: the second value says why.
     """
-    from idempotency.stores.sql._joined import commit, finish, unguard_commit
+    from idempotency._sql.commit_guard import commit, finish, unguard_commit
 
     refused = None
     try:
@@ -350,7 +302,7 @@ def write_and_commit(
 
 def check_session_intact(session: Session, root: SessionTransaction | None) -> None:
     """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
-    from idempotency.stores.sql._joined import LEFT, was_closed
+    from idempotency._sql.commit_guard import SESSION_ENDED, was_closed
 
     if was_closed(session) or (root is not None and session.get_transaction() is not root):
-        raise TransactionError(LEFT)
+        raise TransactionError(SESSION_ENDED)
