@@ -82,17 +82,16 @@ class SQLStore:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
-        url = source if isinstance(source, URL) else source.url
+        self._source = source
+        url = self._url
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         ):
             # All would share one connection, so that a verb's commit would commit a handler's open transaction; or each
             # connection would have a database of its own.
             raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
-        self._source = source
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
-        self._url = url
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
@@ -101,6 +100,10 @@ class SQLStore:
         self.watchdog = Watchdog(timeout)
         self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
         _stores.add(self)
+
+    @property
+    def _url(self) -> URL:
+        return self._source if isinstance(self._source, URL) else self._source.url
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
