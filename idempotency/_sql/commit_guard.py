@@ -23,7 +23,7 @@ from idempotency._sql.guarded_connection import (
     ENDED,
     GUARDED,
     REFUSED,
-    guard,
+    guard_connection,
     roll_back_driver,
 )
 from idempotency._sql.send import pooled
@@ -36,10 +36,11 @@ _IN_USE = "idempotency: the connection in use"
 """A key of ``session.info``, whose value is an :class:`_InUse`."""
 
 SESSION_ENDED = (
-    "The session was closed inside the handler, or rolled back together with its record, as it is by a commit past it,"
-    " and its effect is gone: leave all of them to the library; use begin_nested() for a part that may fail."
+    "The session was closed inside the handler, or rolled back together with its record, which also happens by a commit"
+    " past it. Its effect is gone. Leave close, rollback and commit to the library; use begin_nested() for a part that"
+    " may fail."
 )
-TWO_PHASES = "the sessions have twophase=True: what they prepare cannot be refused to be committed"
+TWO_PHASES = "the sessions have twophase=True: the library cannot refuse a commit that was prepared"
 _TOO_LATE = (
     "The operation is settled: nothing would commit what this session does from here on. Open a session of your own for"
     " work after the response or result."
@@ -179,7 +180,7 @@ def _refuse_commit(session: Session) -> None:
         raise TransactionError(REFUSED)
 
 
-def _guard_connection(session: Session, _: object, connection: Connection) -> None:
+def _guard_new_connection(session: Session, _: object, connection: Connection) -> None:
     # Only the connection sees its own commit, and a commit of the outermost transaction past an open savepoint.
     if _FINISHED in session.info:
         # Given back here: nothing closes this session any more, and no later statement of it comes here again.
@@ -193,7 +194,7 @@ def _guard_connection(session: Session, _: object, connection: Connection) -> No
         transaction = connection.get_transaction()
         assert transaction is not None  # the event is for a transaction that has begun
         session.info[_IN_USE] = _InUse(connection, transaction, pooled(connection))
-        guard(connection, session)
+        guard_connection(connection, session)
 
 
 def _note_end(session: Session, transaction: SessionTransaction) -> None:
@@ -210,7 +211,7 @@ def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
 
 _LISTENERS: dict[str, Callable[..., None]] = {
     "before_commit": _refuse_commit,
-    "after_begin": _guard_connection,
+    "after_begin": _guard_new_connection,
     "after_transaction_end": _note_end,
     "after_soft_rollback": _note_rollback,
 }

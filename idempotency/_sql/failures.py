@@ -163,8 +163,8 @@ def _describe_refusal(error: Exception, database: str, table: str) -> str | None
 def _describe_connection(error: Exception, database: str) -> str | None:
     if isinstance(error, OpenTransactionError):
         return (
-            f"the engine's pool gives connections to {database} with a transaction open: let listeners to connect and"
-            " checkout end theirs"
+            f"the engine's pool gives connections to {database} with a transaction open: event listeners for connect"
+            " and checkout must end theirs"
         )
     if isinstance(error, PoolTimeoutError):
         return f"the engine's pool gave no connection to {database}: enlarge pool_size or max_overflow"

@@ -17,7 +17,7 @@ from sqlalchemy.util import await_only
 
 from idempotency._sql.driver import in_transaction
 from idempotency._sql.failures import error_code
-from idempotency._sql.send import named, pooled, send
+from idempotency._sql.send import as_sqlalchemy_error, pooled, send
 from idempotency._sql.sqlite import begin, close_what_is_invalidated
 from idempotency.errors import ConfigurationError, TransactionError
 
@@ -34,12 +34,12 @@ REFUSED = (
 COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
 _WOULD_COMMIT = (
     "This statement would commit what is to be committed together with the idempotency record: use flush(), or"
-    " begin_nested() for a part that may fail; what a database commits by itself, as MariaDB its DDL, needs a"
+    " begin_nested() for a part that may fail. What a database commits by itself, such as DDL on MariaDB, needs a"
     " connection of its own."
 )
 _ENDED_PAST_SESSION = (
     "The transaction that was to be committed together with the idempotency record has been ended past its session,"
-    " by a deadlock, a text, a driver's own cursor or a procedure, so that nothing is recorded: use session.rollback()."
+    " by a deadlock, a text, a driver's own cursor or a procedure. Nothing is recorded: use session.rollback()."
 )
 # Where the guard begins the transaction itself. Not on MariaDB: its drivers do not always know that a transaction is
 # open, and to begin another would commit it.
@@ -78,7 +78,7 @@ _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one
 
 
 class GuardedConnection(Connection):
-    """A ``Connection`` of SQLAlchemy inside an operation; :func:`guard` changes a plain connection into one.
+    """A ``Connection`` of SQLAlchemy inside an operation; :func:`guard_connection` changes a plain connection into one.
 
     ``begun``: its transaction was open at the last check.
 
@@ -183,7 +183,7 @@ class GuardedConnection(Connection):
         raise TransactionError(REFUSED)
 
 
-def guard(connection: Connection, session: Session) -> None:
+def guard_connection(connection: Connection, session: Session) -> None:
     """Make ``connection``, on which ``session`` has just begun, refuse what would end or bypass its transaction."""
     opened: Any = pooled(connection)
     if commits_by_itself(connection):
@@ -219,7 +219,7 @@ def _begin_asyncpg(connection: Connection) -> None:
         try:
             await_only(adapted._start_transaction())
         except Exception as error:
-            raise named(connection, "BEGIN", error) from error
+            raise as_sqlalchemy_error(connection, "BEGIN", error) from error
         except BaseException as error:
             connection.invalidate(error)
             raise

@@ -54,7 +54,7 @@ def send(
         finally:
             cursor.close()
     except Exception as error:
-        raise named(connection, sql, error) from error
+        raise as_sqlalchemy_error(connection, sql, error) from error
     except BaseException as error:
         # Interrupted at an unknown point: the server may still send an answer.
         if not connection.invalidated:
@@ -83,7 +83,7 @@ pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fg
 """Return ``connection.connection`` by the getter of ``Connection``: a guarded connection begins nothing for it."""
 
 
-def named(connection: Connection, sql: str, error: Exception) -> Exception:
+def as_sqlalchemy_error(connection: Connection, sql: str, error: Exception) -> Exception:
     """Return an error of the driver as SQLAlchemy would raise it; if the connection is lost, invalidate it as well."""
     dialect = connection.dialect
     base = dialect.loaded_dbapi.Error

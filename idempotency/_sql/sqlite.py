@@ -18,7 +18,7 @@ from idempotency._sql.send import pooled, send, setting
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 
-BUSY = "PRAGMA busy_timeout"
+BUSY_TIMEOUT = "PRAGMA busy_timeout"
 
 # Statements that store nothing. They begin no transaction: what was read in a snapshot could not be written to once
 # another connection has committed, even if that was the renewal of the operation's own lease.
@@ -54,17 +54,17 @@ def begin_to_write(connection: Connection) -> None:
 
 def waiting(connection: Connection, seconds: float, before: int) -> AbstractContextManager[None]:
     """Let statements wait for the lock for up to ``seconds``, and afterwards for ``before`` milliseconds again."""
-    return setting(connection, BUSY, milliseconds(seconds), before)
+    return setting(connection, BUSY_TIMEOUT, milliseconds(seconds), before)
 
 
-def busy_of(connection: Connection) -> int:
+def busy_timeout_of(connection: Connection) -> int:
     """Return for how many milliseconds statements wait for the lock."""
-    row = send(connection, BUSY).row
+    row = send(connection, BUSY_TIMEOUT).row
     return row[0] if row else 0
 
 
 @contextmanager
-def bounded(connection: Connection, lock_wait: float) -> Iterator[None]:
+def lowered_lock_wait(connection: Connection, lock_wait: float) -> Iterator[None]:
     """Let statements wait for the lock for up to ``lock_wait`` seconds, and afterwards as long as the user has set.
 
     To set it, and to set it back, each take one switch to the thread of aiosqlite. It is not changed for an engine that
@@ -80,9 +80,9 @@ def bounded(connection: Connection, lock_wait: float) -> Iterator[None]:
 
 
 def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
-    before: int = opened.execute(BUSY).fetchone()[0]
+    before: int = opened.execute(BUSY_TIMEOUT).fetchone()[0]
     if before > limit or raises:
-        opened.execute(f"{BUSY} = {limit:d}").fetchone()
+        opened.execute(f"{BUSY_TIMEOUT} = {limit:d}").fetchone()
     return before
 
 

@@ -62,7 +62,7 @@ class Database:
         replaced = False
         for remaining in reversed(range(_STATEMENT_TRIES)):
             try:
-                return self._once(work, statement, transaction)
+                return self._try_once(work, statement, transaction)
             except IdempotencyError:
                 raise
             except Exception as error:  # a driver whose connection dies may raise anything
@@ -74,7 +74,7 @@ class Database:
                     raise failure from getattr(error, "orig", None) or error
         raise AssertionError
 
-    def _once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
+    def _try_once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
         if not self._created:
             with self.engine.begin() as connection:
                 create_schema(connection, self._table)

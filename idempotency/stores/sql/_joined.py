@@ -24,7 +24,7 @@ from idempotency._sql.failures import (
 )
 from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF, GuardedConnection, commits_by_itself
 from idempotency._sql.send import Sent, send, setting
-from idempotency._sql.sqlite import begin_to_write, bounded, busy_of, waiting
+from idempotency._sql.sqlite import begin_to_write, busy_timeout_of, lowered_lock_wait, waiting
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreRefusedError
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
@@ -70,7 +70,7 @@ class JoinedVerbs:
         values = claim_values(claim)
         try:
             for _ in range(CLAIM_TRIES):
-                row = self._once(connection, values, remaining)
+                row = self._claim_once(connection, values, remaining)
                 if row is not None:
                     # The effect would be committed by itself, and a rollback would not undo it.
                     by_itself = commits_by_itself(connection)
@@ -85,7 +85,7 @@ class JoinedVerbs:
         raise ConflictError(f"the claim lost against others {CLAIM_TRIES} times in a row")
 
     @contextmanager
-    def failures(self) -> Iterator[None]:
+    def describing_failures(self) -> Iterator[None]:
         """Raise what fails within as a StoreError that describes it."""
         try:
             yield
@@ -110,7 +110,7 @@ class JoinedVerbs:
             connection.check_open("UPDATE")
             if not connection.begun and self._family == "sqlite":
                 # An operation that has stored nothing waits for the lock here.
-                with bounded(connection, self._lock_wait):
+                with lowered_lock_wait(connection, self._lock_wait):
                     return self._complete_or_undo(connection, claim, result, state)
         return self._complete_or_undo(connection, claim, result, state)
 
@@ -141,14 +141,14 @@ class JoinedVerbs:
         sent = self._send(connection, self._sql.complete_in, values, fetch=returns)
         return sent.row is not None if returns else sent.rowcount > 0
 
-    def _once(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
+    def _claim_once(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         if self._family == "postgresql":
             # A lock_timeout of 0 would mean to wait for ever.
             values = {**values, "wait": f"{max(1, round(wait * 1000))}ms"}
             row = self._send(connection, self._sql.claim_bounded, values).row
             return None if row is None or row[0] is None else Found(*row[:-1])
         if self._family == "sqlite":
-            return self._once_sqlite(connection, values, wait)
+            return self._claim_once_on_sqlite(connection, values, wait)
         seconds = math.ceil(wait)
         if self._mariadb:
             prefix = f"SET STATEMENT innodb_lock_wait_timeout={seconds:d} FOR "
@@ -186,14 +186,14 @@ class JoinedVerbs:
         found = None if row is None else Found(*row)
         return None if found is None or found.free else read_record(found)
 
-    def _once_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
+    def _claim_once_on_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         row: Sequence[Any] | None = None
         try:
             row = self._send(connection, self._sql.look_waiting, values).row
         except DBAPIError as error:
             if "no such table" not in str(error.orig):
                 raise
-        missing, before, found = row is None, row[0] if row else busy_of(connection), _found_beside(row)
+        missing, before, found = row is None, row[0] if row else busy_timeout_of(connection), _found_beside(row)
         if found is not None and not found.free:
             return found
         # The transaction writes first and reads afterwards: one that has read cannot wait for a writer, because the

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, MetaData
@@ -38,7 +38,12 @@ T = TypeVar("T")
 _CUT_OFF_WAIT = 0.25
 """Seconds within which a driver notices that its connection is cut off."""
 
-_Threads = tuple[Database, threading.BoundedSemaphore]
+
+class _Threads(NamedTuple):
+    """What threads share: the engine's way to the table, and a slot for each verb that may run at once."""
+
+    database: Database
+    slots: threading.BoundedSemaphore
 
 
 class SQLStore:
@@ -180,7 +185,7 @@ class SQLStore:
 
     def _claim_in(self, session: Session, claim: Claim, wait: float, statement: InFlight) -> Record | None:
         joined = self._joined_verbs(session)
-        with joined.failures():
+        with joined.describing_failures():
             connection = session.connection()
             statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
             with replacing(connection):
@@ -301,7 +306,7 @@ class SQLStore:
         """Dispose of the synchronous engine this store opened."""
         threads, self._threads = self._threads, None
         if threads is not None and isinstance(self._source, URL):
-            threads[0].engine.dispose()
+            threads.database.engine.dispose()
 
     def forked(self) -> None:
         """Leave the connections of the blocking verbs to the parent process; called in each child that is forked.
@@ -310,7 +315,7 @@ class SQLStore:
         """
         self._opening = threading.Lock()
         threads, self._threads = self._threads, None
-        engine = threads[0].engine if threads is not None else self._source
+        engine = threads.database.engine if threads is not None else self._source
         if isinstance(engine, Engine):
             engine.dispose(close=False)
 
@@ -359,7 +364,7 @@ class SQLStore:
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
-                self._threads = database, threading.BoundedSemaphore(database.max_parallel)
+                self._threads = _Threads(database, threading.BoundedSemaphore(database.max_parallel))
             return self._threads
 
 

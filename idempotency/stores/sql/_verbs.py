@@ -13,7 +13,7 @@ from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
 from idempotency._durations import milliseconds, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
-from idempotency._sql.sqlite import bounded
+from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores.base import Entry
 from idempotency.stores.sql._limits import check_size
@@ -132,7 +132,7 @@ class Verbs:
             values = packed(values)
         if not self._lowers_lock_wait or statement.text.startswith("SELECT"):
             return connection.execute(statement, values)
-        with bounded(connection, self._lock_wait):
+        with lowered_lock_wait(connection, self._lock_wait):
             return connection.execute(statement, values)
 
 
