@@ -4,8 +4,8 @@
     python consumer_celery.py
 
 CELERY_BROKER_URL names the broker (default: RabbitMQ on this machine). One order is sent twice, and handled by a worker
-in this process. In earnest DATABASE_URL names the database, ``celery -A consumer_celery worker`` starts a worker, and
-``invoice.delay(order)`` sends.
+in this process. In production DATABASE_URL names the database, ``celery -A consumer_celery worker`` starts a worker,
+and ``invoice.delay(order)`` sends an order.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def invoice(order: str, session: Session) -> None:
 def main() -> None:
     Base.metadata.create_all(engine)
     for _ in range(2):
-        # To a type checker send() takes the session too.
+        # For a type checker send() has the parameter session too.
         invoice.send_with_options(args=("A-1",))
     worker = dramatiq.Worker(broker, worker_threads=1)
     worker.start()

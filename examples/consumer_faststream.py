@@ -72,7 +72,7 @@ async def main(directory: str) -> None:
     check(broker)
     await app.run()
 
-    # A real queue stays, with what is not handled yet.
+    # In production the queue is not deleted: it has the messages that are not handled yet.
     async with RabbitBroker(url, logger=None) as cleaner:
         await (await cleaner.declare_queue(queue)).delete(if_empty=False)
     async with sessions() as session:

@@ -70,7 +70,7 @@ async def create_order(order: NewOrder, session: Annotated[AsyncSession, Depends
     session.add(row)
     await session.flush()
     if order.item == "milk":
-        # 409 is not recorded, so the order is rolled back; a 400 or 404 would be, and commit it.
+        # A 409 is not recorded, so the order is rolled back. A 400 or 404 would be recorded, and the order committed.
         raise HTTPException(409, "out of milk")
     return {"id": row.id, "item": row.item}
 

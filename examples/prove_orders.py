@@ -34,7 +34,7 @@ class Order(Base):
 
 
 class Orders:
-    """The scenario: every process that is killed makes one of these, and so its own connections."""
+    """The scenario: each process that is killed makes one, with its own connections."""
 
     def __init__(self, url: str) -> None:
         self.engine = create_engine(url)

@@ -1,4 +1,4 @@
-"""Durations: zero is zero, what is positive stays positive, and what is too long is refused."""
+"""Read durations: zero stays zero, a positive one stays positive, and one that is too long is refused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from datetime import timedelta
 from idempotency.errors import ConfigurationError
 
 LONGEST = 1e11
-"""Seconds, 3000 years: what every store can add to its clock."""
+"""Seconds, 3000 years: the longest duration that every store can add to its clock."""
 
 DAY = 86400.0
-"""Seconds for which a driver or a server is waited for at the longest."""
+"""Seconds: the longest time to wait for a driver or a server."""
 
 
 def seconds(name: str, value: object, longest: float = LONGEST) -> float:
-    """Read seconds or a ``timedelta``; ConfigurationError, with the name and the value, for anything else."""
+    """Read seconds or a ``timedelta``; raise ConfigurationError, with the name and the value, for anything else."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or _endless(number):
         raise ConfigurationError(f"{name} must be seconds or a timedelta, not {value!r}")
@@ -33,7 +33,7 @@ def positive(name: str, value: object, longest: float = LONGEST) -> float:
 
 
 def milliseconds(duration: float) -> int:
-    """Round to what stores count in: 0 only for 0, which is over at once."""
+    """Round seconds to the milliseconds that stores use. Only 0, which has passed at once, gives 0."""
     return max(1, round(duration * 1000)) if duration > 0 else 0
 
 

@@ -1,21 +1,22 @@
-"""The rules of an idempotency key: who may run, and what a duplicate is told.
+"""The rules of an idempotency key: who may run, and which verdict a duplicate gets.
 
-Everything the library believes about a key is in this file, and nothing else is: no I/O, no clock, no HTTP.
-A store owns keys, an adapter translates, only :func:`judge` decides.
+All rules of a key are in this file, and nothing else is: no I/O, no clock, no HTTP.
+A store owns keys, an adapter translates verdicts, only the functions of this file make them.
 
     state found                              same fingerprint            other fingerprint
     absent, or expired                       Execute                     Execute
-    running, lease live                      InProgress (time left)      Mismatch
+    running, lease live                      InProgress (remaining lease) Mismatch
     running, lease over, neither side holds  Execute (attempt + 1)       Mismatch
     running, lease over, held                Unknown                     Mismatch
-    running, over since the store looked     InProgress (no time left)   Mismatch
+    running, over since the store looked     InProgress (0 seconds)       Mismatch
     unknown (held by the owner)              Unknown                     Mismatch
     done                                     Replay                      Mismatch
-    done, result not kept                    Completed                   Mismatch
+    done, without a result                   Completed                   Mismatch
     of a newer format, or damaged            Unreadable                  Unreadable
     mine (same token), not finished          Execute                     Execute
 
 The two rows in which the owner changes are :func:`takes_over`; a store applies them atomically, by its own clock.
+:func:`judge` is the whole table. The functions after it decide the cases in which the record alone does not say enough.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ import enum
 import hashlib
 import hmac
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 FORMAT = 1
-"""The record format this reader writes, and the newest it understands."""
+"""The record format that this library writes, and the newest that it reads."""
 
 _WIDTH = 64
 """The most characters of a token and bytes of a fingerprint that are stored."""
 
 
+RETRY_WHILE_RELEASED = 1.0
+"""Seconds after which a duplicate of a claim that is being released retries."""
+
+RETRY_WHILE_LOCKED = 1.0
+"""Seconds after which a duplicate retries whose row is locked: the row does not say how long its owner will take."""
+
+
 class State(enum.IntEnum):
-    """What a record says of its operation. The numbers are stored: never reuse one."""
+    """The state of an operation in its record. The numbers are stored: never reuse one."""
 
     RUNNING = 1
     DONE = 2
@@ -45,10 +54,10 @@ class State(enum.IntEnum):
 class Claim:
     """One attempt to own a key.
 
-    ``scope`` is the space in which ``key`` is unique (surface and caller), ``fingerprint`` the digest of what is asked.
-    ``lease`` is how long the owner may stay silent, ``ttl`` how long a finished record is kept, both in seconds.
-    ``hold`` asks that an owner which vanished leaves the key unknown instead of free for a re-run.
-    ``watched`` asks the store to announce the record's next change to whoever watches it.
+    ``scope`` is the space in which ``key`` is unique (surface and caller), ``fingerprint`` the digest of the request.
+    ``lease`` is how long the key is owned without a renewal, ``ttl`` how long a completed record lives, both in
+    seconds. ``hold`` asks that the key becomes unknown, instead of free for a re-run, if the owner vanishes.
+    ``watched`` asks the store to announce the record's next change to its watchers.
     ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
     A token that is not printable ASCII of at most 64 characters is replaced by its digest, and so is a fingerprint of
     more than 64 bytes.
@@ -79,8 +88,9 @@ class Claim:
 class Record:
     """What a store holds under a key right now, as durations by the store's own clock.
 
-    ``lease_left`` is in seconds and not positive once the lease is over; ``result`` is None while there is none, or
-    when it was not kept. ``readable`` is False when the store holds something it cannot make sense of.
+    ``lease_left`` is the remaining lease in seconds, not positive once the lease is over. ``result`` is None while
+    there is none, and when it was not recorded. ``readable`` is False when the store holds something that it cannot
+    read.
     """
 
     token: str
@@ -95,7 +105,7 @@ class Record:
 
     @classmethod
     def unreadable(cls, version: int = FORMAT) -> Record:
-        """Make the record that stands for one this reader cannot read."""
+        """Make the record that stands for one that cannot be read."""
         return cls(token="", fingerprint=b"", version=version, readable=False)
 
 
@@ -115,7 +125,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The operation is done, but its result was too large, or streamed, and was not kept."""
+    """The operation is done, but its result was not recorded: it was too large, or streamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +137,14 @@ class InProgress:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """The key was used for something else: for what has the fingerprint ``recorded``."""
+    """The key was used for another request, whose fingerprint is ``recorded``."""
 
     recorded: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The operation began and nobody knows how it ended: never re-run, until resolved."""
+    """The operation began and its outcome is unknown: never re-run, until resolved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +155,13 @@ class Unreadable:
 
 
 Known = Replay | Completed | InProgress | Mismatch | Unknown | Unreadable
-"""What anyone but the owner is told."""
+"""The verdicts for everyone but the owner."""
 
 Verdict = Execute | Known
 
 
 def judge(claim: Claim, record: Record) -> Verdict:
-    """Say what ``claim`` may do, given the record as the store left it after the claim."""
+    """Return the verdict for ``claim``, given the record as the store holds it after the claim."""
     if not record.readable or record.version > FORMAT:
         return Unreadable(record.version)
     if record.token == claim.token and record.state is State.RUNNING:
@@ -164,15 +174,52 @@ def judge(claim: Claim, record: Record) -> Verdict:
         case State.UNKNOWN:
             return Unknown()
         case State.RUNNING:
-            # Not held: the lease ended since the store looked, and the next claim takes it over.
+            # Not held: the lease ended after the store read the record, and the next claim takes it over.
             held = record.hold or claim.hold
             return Unknown() if record.lease_left <= 0 and held else InProgress(max(record.lease_left, 0.0))
 
 
-def takes_over(claim: Claim, record: Record) -> bool:
-    """Say whether a store hands a record that is present and not expired to ``claim``.
+def judge_with_releases(claim: Claim, record: Record, releasing: Collection[str]) -> Verdict:
+    """Return the verdict for ``claim`` while this process releases the claims whose tokens are ``releasing``.
 
-    Either side may forbid it: the owner that vanished (it asked for ``hold``), or the newcomer.
+    Nothing ran under those. So a held one whose lease is over has no unknown outcome: its key is free soon.
+    """
+    verdict = judge(claim, record)
+    being_released = isinstance(verdict, Unknown) and record.token in releasing
+    return InProgress(RETRY_WHILE_RELEASED) if being_released else verdict
+
+
+def judge_row(claim: Claim, record: Record | None) -> Verdict:
+    """Return the verdict for a claim in a transaction; ``record`` None: another transaction has locked the row."""
+    return InProgress(RETRY_WHILE_LOCKED) if record is None else judge(claim, record)
+
+
+def judge_superseded(claim: Claim, record: Record) -> Known | None:
+    """Return the verdict for a superseded owner, given the record after it claimed the key again.
+
+    None: the other owner ended without a result, and ``claim`` owns the key again. Its result can still be recorded.
+    """
+    verdict = judge(claim, record)
+    return None if isinstance(verdict, Execute) else verdict
+
+
+def superseded_again(claim: Claim) -> Known:
+    """Return the verdict for an owner that owned the key again, and was superseded before it recorded its result."""
+    return InProgress(claim.lease)
+
+
+def after_roll_back(held: bool) -> Known:
+    """Return the verdict for a superseded owner that owns the key again, and whose effect was rolled back.
+
+    A retry must run: the key is released, and a duplicate can come at once. ``held``: the operation forbids that.
+    """
+    return Unknown() if held else InProgress(0.0)
+
+
+def takes_over(claim: Claim, record: Record) -> bool:
+    """Return whether ``claim`` becomes the owner of a record that is present and not expired.
+
+    Either side may forbid it by ``hold``: the owner that vanished, or the new claim.
     """
     if not record.readable or record.version > FORMAT or record.state is not State.RUNNING:
         return False
@@ -189,8 +236,8 @@ def takes_over(claim: Claim, record: Record) -> bool:
 def record_id(scope: str, key: str) -> bytes:
     """Digest ``scope`` and ``key`` to the 32 bytes a record is stored under.
 
-    The parts are length-prefixed, so that a delimiter inside one cannot imitate another, and the text is versioned:
-    this format is stored, and a change of it makes every key new.
+    The scope's length comes first, so that no two pairs of scope and key have one digest. The digested text has a
+    version: the digest is stored, so that a change of it makes every key new.
     """
     part = scope.encode("utf-8", "surrogatepass")
     return hashlib.sha256(b"1:%d:%b:%b" % (len(part), part, key.encode("utf-8", "surrogatepass"))).digest()

@@ -1,4 +1,4 @@
-"""Waits within one process: whose turn it is, and how long may still be waited."""
+"""Waits within one process: a lock for its threads and tasks, and a deadline."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from weakref import WeakKeyDictionary
 Changed = Callable[[float], Awaitable[None]]
 """Wait until the watched record may have changed, at the latest for the given seconds."""
 
-_MOMENT = 0.01
-"""Seconds: a shorter wait counts as no wait."""
+_NO_WAIT = 0.01
+"""Seconds. Waits shorter than this are treated as no wait."""
+
+_CANCEL_AGAIN = 0.1
+"""Seconds after which a cancellation is repeated that had no effect."""
 
 
 class LocalLock:
-    """A queue for the threads of one process, and one in each of its event loops."""
+    """A lock for the threads of one process, and one for the tasks of each of its event loops."""
 
     def __init__(self) -> None:
         self._threads = threading.Lock()
@@ -24,33 +27,33 @@ class LocalLock:
 
     @property
     def locked(self) -> bool:
-        """Say whether it is another's turn in this event loop."""
+        """Return whether a task of this event loop has the lock."""
         return self._here().locked()
 
     @property
     def locked_sync(self) -> bool:
-        """Say whether it is another thread's turn."""
+        """Return whether a thread has the lock."""
         return self._threads.locked()
 
     async def acquire(self, wait: float) -> float | None:
-        """Wait up to ``wait`` seconds, and return how many of them are left; None: it is still another's turn."""
-        turn, since = self._here(), monotonic()
-        at_once = not turn.locked()
+        """Wait up to ``wait`` seconds for the lock, and return how many of them remain; None: it was not acquired."""
+        lock, since = self._here(), monotonic()
+        at_once = not lock.locked()
         try:
             async with asyncio.timeout(wait):
-                await turn.acquire()
+                await lock.acquire()
         except TimeoutError:
             return None
         waited = monotonic() - since
-        # On a busy machine a turn that nobody has takes time, too.
-        return wait if at_once or waited <= _MOMENT else max(0.0, wait - waited)
+        # On a busy machine also a free lock takes time.
+        return wait if at_once or waited <= _NO_WAIT else max(0.0, wait - waited)
 
     def release(self) -> None:
-        """Let the next one of this event loop have its turn."""
+        """Release the lock of this event loop."""
         self._here().release()
 
     def acquire_sync(self, wait: float) -> float | None:
-        """See :meth:`take`."""
+        """See :meth:`acquire`."""
         if self._threads.acquire(blocking=False):
             return wait
         since = monotonic()
@@ -59,20 +62,17 @@ class LocalLock:
         return max(0.0, since + wait - monotonic())
 
     def release_sync(self) -> None:
-        """Let the next thread have its turn."""
+        """Release the lock of the threads."""
         self._threads.release()
 
     def _here(self) -> asyncio.Lock:
         return self._loops.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
-_INSIST = 0.1
-
-
 class Deadline:
-    """Raise TimeoutError when what is inside takes longer than ``seconds``: ``asyncio.timeout`` at a third of its cost.
+    """Raise TimeoutError when the body takes longer than ``seconds``, as ``asyncio.timeout`` at a third of its cost.
 
-    And it insists: ``asyncio.wait_for`` of Python 3.11, which redis-py uses, can swallow a cancellation.
+    It repeats its cancellation, because ``asyncio.wait_for`` of Python 3.11, which redis-py uses, can swallow one.
     """
 
     __slots__ = ("_before", "_cancelled", "_handle", "_loop", "_task")
@@ -89,7 +89,7 @@ class Deadline:
     def _cancel(self) -> None:
         self._cancelled += 1
         self._task.cancel()
-        self._handle = self._loop.call_later(_INSIST, self._cancel)
+        self._handle = self._loop.call_later(_CANCEL_AGAIN, self._cancel)
 
     def __enter__(self) -> None:
         pass
@@ -99,6 +99,10 @@ class Deadline:
         if self._cancelled:
             for _ in range(self._cancelled):
                 self._task.uncancel()
-            left = self._task.cancelling()
-            if kind is asyncio.CancelledError and left <= self._before:
+            if kind is asyncio.CancelledError and self._task.cancelling() <= self._before:
                 raise TimeoutError from error
+
+
+def loop_time() -> float:
+    """Return the time of the running event loop, in seconds."""
+    return asyncio.get_running_loop().time()

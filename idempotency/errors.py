@@ -1,4 +1,9 @@
-"""The errors, each with what its problem document says. No logic lives here."""
+"""The errors of this library. Each owns its HTTP status, its title, and whether a retry may help.
+
+Change the answer to a duplicate or to a bad request here: ``status``, ``title``, ``code``, ``retryable`` and
+``safe_new_key`` are attributes of the class, and :mod:`idempotency._http.problem` only writes them down. There is no
+logic in this file.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,9 @@ from typing import ClassVar
 class IdempotencyError(Exception):
     """The base of every error of this library.
 
-    ``code`` is the stable name to branch on, ``status`` the HTTP status, ``retryable`` whether the very same request
-    may succeed later, ``safe_new_key`` whether sending it under a new key cannot repeat an effect.
+    ``code``: the stable name to branch on. ``status``: the HTTP status. ``title``: the title of the problem document.
+    ``retryable``: whether the same request may succeed later. ``safe_new_key``: whether the request can be sent with a
+    new key without repeating an effect.
     """
 
     code: ClassVar[str] = "error"
@@ -27,7 +33,7 @@ class ConfigurationError(IdempotencyError, ValueError):
 
 
 class UnknownOptionError(ConfigurationError, TypeError):
-    """An option is given that there is not; a TypeError too, as Python raises of an argument that there is not."""
+    """An option does not exist. It is a TypeError too, as Python raises for an unknown argument."""
 
 
 class KeyMissingError(IdempotencyError):
@@ -58,7 +64,7 @@ class RequestTooLargeError(IdempotencyError):
 
 
 class BodyInvalidError(IdempotencyError):
-    """The body of a keyed request is not what ``Policy.fingerprint``, a callable, reads it as."""
+    """The callable ``Policy.fingerprint`` cannot parse the body of a keyed request."""
 
     code = "body-invalid"
     status = 400
@@ -88,7 +94,7 @@ class KeyReusedError(IdempotencyError):
 
 
 class OutcomeUnknownError(IdempotencyError):
-    """The operation began and nobody knows how it ended; it is not repeated until somebody resolves the key."""
+    """The operation began, and how it ended is not known. It is not repeated until an operator resolves the key."""
 
     code = "outcome-unknown"
     status = 409
@@ -96,11 +102,11 @@ class OutcomeUnknownError(IdempotencyError):
 
 
 class NotReplayableError(IdempotencyError):
-    """The operation is completed, but its result was too large or streamed, and was not kept."""
+    """The operation is completed, but its result was too large or streamed, and was not recorded."""
 
     code = "completed-not-replayable"
     status = 409
-    title = "The request with this Idempotency-Key is completed; its response was not kept"
+    title = "The request with this Idempotency-Key is completed; its response was not recorded"
 
 
 class RecordedFailureError(IdempotencyError):
@@ -128,7 +134,7 @@ class StoreError(IdempotencyError):
 
 
 class StoreRefusedError(StoreError):
-    """The store refused what it was given to store, and will refuse it again: retries do not help."""
+    """The store refused to write a record, and will refuse it again: retries do not help."""
 
     code = "store-refused"
     status = 500
@@ -141,7 +147,7 @@ class WaitFailedError(StoreError):
 
 
 class TransactionError(IdempotencyError):
-    """The operation tried to commit the session that is committed with its record, closed it, or came too late."""
+    """The operation committed or closed the session that is committed with its record, or used it too late."""
 
     code = "transaction"
     title = "The session is committed with the idempotency record"

@@ -1,7 +1,10 @@
 """What happened to a keyed operation: one event per outcome, delivered to a hook.
 
-Nothing else in the library logs, but for what a message handler raised in a ``consume()`` loop. An event never carries
-a key or a body in clear.
+An event never carries a key or a body in clear.
+
+Besides events, these are logged on the same logger, ``idempotency``: the exception of a message handler and the reason
+of a dead letter, where no framework logs them; what stops a subscriber of FastStream; warnings about how a consumer is
+configured, when it is made or started; and the exceptions of an event hook or of a background thread.
 """
 
 from __future__ import annotations
@@ -16,23 +19,23 @@ from idempotency.policy import Outcome
 
 EventKind = Literal[
     "stored",  # the operation ran and its result is recorded
-    "stored-without-result",  # the operation ran; that it is done is recorded, its result was not kept
+    "stored-without-result",  # the operation ran; it is recorded as done, without its result
     "released",  # the operation ran, and by policy its key is free again
-    "held",  # the operation ran, and by policy or by the handler's word its key is unknown until resolved
+    "held",  # the operation ran, and by policy or as its handler asked, its outcome is unknown until resolved
     "replayed",  # a duplicate was given the recorded result
-    "completed",  # a duplicate was told that the operation is done and its result was not kept
-    "in-progress",  # a duplicate was told that the first is still running
+    "completed",  # a duplicate was answered that the operation is done and its result was not recorded
+    "in-progress",  # a duplicate was answered that the first is still running
     "mismatch",  # the key was used for something else
-    "unknown",  # a duplicate was told that the outcome is unknown
+    "unknown",  # a duplicate was answered that the outcome is unknown
     "unreadable",  # the record cannot be read
     "refused",  # the request was refused before any store access: key missing, key or body malformed, body too large
-    "superseded",  # the owner finished after its lease had passed to another; its result is not recorded
-    "lease-lost",  # a running owner learned that its lease is gone
+    "superseded",  # the owner finished after another claim had taken over; its result is not recorded
+    "lease-lost",  # a running owner found that its lease is gone
     "unavailable",  # the store failed before the operation, which did not run
     "unprotected",  # the store failed before the operation, which ran unprotected (fail_open)
-    "dead-lettered",  # no redelivery helps this message: it was handled in vain too often, or cannot be handled
-    "unsettled",  # the broker could not be told how a delivery ended; it delivers the message again
-    "unrecorded",  # the store failed after the operation; its claim is kept and the record is tried again
+    "dead-lettered",  # no redelivery helps this message: it failed too often, or cannot be handled
+    "unsettled",  # the broker could not be answered for a delivery; it delivers the message again
+    "unrecorded",  # the store failed after the operation; its key stays claimed and the record is tried again
 ]
 
 _WARNINGS: frozenset[EventKind] = frozenset(
@@ -58,8 +61,8 @@ _logger = logging.getLogger("idempotency")
 class Event:
     """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
 
-    ``operation`` names what was asked, with the actual path (``"POST /orders/7"``), ``attempt`` counts from 1 (0: not
-    run), ``error`` is the class name of the failure, if any, and ``detail`` what a failing store says of it.
+    ``operation`` names what was asked, with the actual path (``"POST /orders/7"``). ``attempt`` counts from 1 (0: not
+    run). ``error`` is the class name of the failure, if any, and ``detail`` the message of a failing store.
     """
 
     kind: EventKind
@@ -77,14 +80,14 @@ class EventHook(Protocol):
 
 
 def log_event(event: Event, /) -> None:
-    """Log one line on the logger ``idempotency``: a warning where somebody should look, else debug."""
+    """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
     level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
     if _logger.isEnabledFor(level):
         _logger.log(
             level,
             "%s %s record=%s attempt=%d%s%s",
             event.kind,
-            # A path may hold anything once its escapes are undone: a line break would begin a line of its own.
+            # A decoded path may hold any character. A line break in it would begin a new line in the log.
             event.operation if event.operation.isprintable() else ascii(event.operation),
             event.record or "-",
             event.attempt,
@@ -98,7 +101,7 @@ Failure = BaseException | str | None
 
 
 def kind_of(outcome: Outcome, result: bytes | None) -> EventKind:
-    """Name the event of an end that was recorded, with ``result`` or without one."""
+    """Return the event of an outcome that was recorded, with ``result`` or without one."""
     match outcome:
         case "store":
             return "stored" if result is not None else "stored-without-result"
@@ -123,11 +126,11 @@ def emit_event(
         record=claim.id.hex()[:12] if claim is not None else "",
         attempt=attempt,
         error=error if isinstance(error, str) else type(error).__name__ if error is not None else "",
-        # A store's words name a server and what to do; another error's may hold what the caller sent.
+        # The message of a store error names a server and a remedy. Other messages may hold what the caller sent.
         detail=str(error) if isinstance(error, StoreError) else "",
     )
     try:
         hook(event)
     except Exception:
-        # The effect has happened by now, or must not: a broken hook is no reason to answer otherwise.
+        # The operation has ended, or does not run. A failing hook must not change its answer.
         _logger.exception("the event hook failed")

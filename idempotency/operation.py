@@ -16,11 +16,11 @@ from idempotency.policy import Outcome
 
 
 class HasSession(Protocol):
-    """A transaction, as the operation needs it."""
+    """What has a session for an operation: its transaction."""
 
     @property
     def session(self) -> Any:
-        """Return the session, made at the first call."""
+        """Return the session; the first call makes it."""
         ...
 
 
@@ -36,7 +36,7 @@ class Lost:
     """The signal that the lease is lost: another owner may be running the same operation.
 
     A flag (``if operation.lost: ...``), also from a thread, and awaitable in any event loop (``await operation.lost``).
-    Once set it stays set. Nothing is cancelled: what to do is the operation's to decide.
+    Once set it stays set. Nothing is cancelled: the operation decides what to do.
     """
 
     __slots__ = ("_set", "_waiting")
@@ -61,7 +61,7 @@ class Lost:
             return False
         self._set = True
         for loop, event in self._waiting:
-            # A loop that is closed has nobody left to tell.
+            # A closed loop has no tasks that wait.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(event.set)
         return True
@@ -70,18 +70,18 @@ class Lost:
 class Operation:
     """One run of an operation under its idempotency key.
 
-    ``name`` says what was asked (``"POST /orders/7"``), ``scope`` and ``key`` name its record, ``attempt`` counts its
-    runs from 1 (more than 1: an earlier owner vanished, and its effect may exist), ``lost`` tells that its lease is
-    gone.
+    ``name`` says what is done (``"POST /orders/7"``), ``scope`` and ``key`` name its record, ``attempt`` counts its
+    runs from 1 (more than 1: an earlier owner vanished, and its effect may exist), ``lost`` is the signal
+    that its lease is lost.
     """
 
-    __slots__ = ("_claim", "_transaction", "_word", "attempt", "lost", "name")
+    __slots__ = ("_claim", "_override", "_transaction", "attempt", "lost", "name")
 
     def __init__(self, claim: Claim, attempt: int, transaction: HasSession | None = None, name: str = "") -> None:
         self._claim = claim
         self._transaction = transaction
         self.name = name
-        self._word: Outcome | None = None
+        self._override: Outcome | None = None
         self.attempt = attempt
         self.lost = Lost()
 
@@ -104,36 +104,37 @@ class Operation:
 
         An ``AsyncSession``, or in a synchronous function or consumer a ``Session``.
         Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and in HTTP
-        once the response is recorded: nobody would commit what is done from there on.
+        once the response is recorded: later changes would not be committed.
         """
         if self._transaction is None:
             raise TransactionError("There is no session: give the middleware or decorator session=, a sessionmaker.")
         return self._transaction.session
 
     def derive(self, name: str) -> str:
-        """Derive the idempotency key for a downstream call: the same for every attempt, other for another ``name``.
+        """Derive the idempotency key for a downstream call: the same for every attempt.
 
-        The key is 36 characters long (the form of a UUID), which every provider known to us accepts.
+        Another ``name`` gives another key. It is 36 characters long (the form of a UUID), which every provider known
+        to us accepts.
         """
         digest = hashlib.sha256(b"derive:1:%b:%b" % (self._claim.id, name.encode("utf-8", "surrogatepass")))
         return str(uuid.UUID(bytes=digest.digest()[:16], version=5))
 
     def hold(self) -> None:
-        """Say that the effect has happened: the key is not released from here on.
+        """Declare that the effect has happened: the key is not released from here on.
 
-        An end that would have released it (an exception, a 5xx) leaves it unknown, until somebody resolves it. What
-        is stored is stored as before. Kept in memory: for a crash, ``Policy.on_crash`` decides.
+        An end that would have released it (an exception, a 5xx) makes it unknown, until it is resolved. A result that
+        would have been stored is stored. This is noted in memory only: for a crash, ``Policy.on_crash`` decides.
         """
-        self._word = "hold"
+        self._override = "hold"
 
     def release(self) -> None:
-        """Say that the effect has not happened: the key is released at the end, whatever that end is."""
-        self._word = "release"
+        """Declare that the effect has not happened: the key is released at the end, however the operation ends."""
+        self._override = "release"
 
     def outcome_after(self, outcome: Outcome) -> Outcome:
-        """Return what becomes of the key, given what the policy says and what the operation has said."""
-        if self._word == "release":
+        """Return the outcome, given the one that the policy chose: what the operation has declared goes first."""
+        if self._override == "release":
             return "release"
-        if self._word == "hold" and outcome == "release":
+        if self._override == "hold" and outcome == "release":
             return "hold"
         return outcome

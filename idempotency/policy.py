@@ -1,4 +1,4 @@
-"""What an operation is promised: how long, how often, and what happens when it fails."""
+"""The policy of an operation: how long its key is protected, and what happens to the key when it fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from idempotency._durations import seconds
 from idempotency.errors import ConfigurationError
 
 Outcome = Literal["store", "release", "hold"]
-"""What becomes of a key: its result is kept, it is free again, or it is unknown until resolved."""
+"""How an operation ends: its result is recorded, its key is released, or its outcome is held as unknown."""
 
 Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[bytes | str]]
 
 TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
-"""Answers that say "not now", "not you" or "not here": the same request must be able to get another one."""
+"""Statuses that say "not now", "not you" or "not here": the same request may get another answer later."""
 
 
 class Seconds:
@@ -41,31 +41,34 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Promise what one kind of operation is given. Immutable, checked when made, shared by any number of routes.
+    """Set the rules of one kind of operation. Immutable, checked when made, shared by any number of routes.
 
     Durations are seconds, as a number or a ``timedelta``, at most 100,000,000,000 (3000 years).
 
     ``ttl``: how long a finished key replays, from its completion; a replay does not extend it. Default 86400 (a day).
-    ``lease``: how long an owner may be silent before its key counts as abandoned; it is renewed every third of it.
-    Default 30.
-    ``wait``: how long a duplicate waits for the result of a running owner before it is told 409. Default 0: not at all.
+    ``lease``: how long an owner may be silent before another claim may take over its key; it is renewed after each
+    third of it. Default 30.
+    ``wait``: how long a duplicate waits for the result of a running owner before it is answered with 409. Default 0:
+    it does not wait.
     ``required``: whether a request without a key is refused with 400. Default False: it runs unprotected.
     ``methods``: the HTTP methods that are protected. Default POST and PATCH (draft section 1).
-    ``on_crash``: what becomes of a key whose owner vanished: ``"rerun"`` (the default; the effect happens at least
-    once) or ``"hold"`` (at most once; the key is unknown until resolved).
+    ``on_crash``: what happens to a key whose owner crashed: ``"rerun"`` (the default; the effect happens at least
+    once) or ``"hold"`` (at most once; the outcome is unknown until resolved).
     ``on_store_error``: ``"fail_closed"`` (the default: 503, nothing runs) or ``"fail_open"`` (runs unprotected).
-    ``outcomes``: what becomes of a key by how its operation ended, over the defaults: a status (``404``), a class of
-    statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default every
-    response is stored, except 5xx, the transient 401, 403, 408, 409, 425, 429 and 503, and the redirects 307 and 308
-    (the client sends the same request, key included, elsewhere): these release the key, as an exception does. An exact
-    status wins over a class, a nearer exception class over a farther; an exception without a rule follows that for 500.
+    ``outcomes``: what happens to a key when its operation ends, where the default does not fit: a status (``404``), a
+    class of statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default
+    every response is stored, except 5xx, the transient 401, 403, 408, 409, 425, 429 and 503, and the redirects 307 and
+    308 (the client sends the same request, key included, elsewhere): these release the key, as an exception does. An
+    exact status wins over a class of statuses, and an exception class over its base classes. An exception without a
+    rule follows the rule for 500.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
     returns what is compared, as text or bytes.
-    ``max_request``: bytes of a keyed request's body, over which it is refused with 413. Default 1 GiB.
-    ``max_response``: bytes of a response that are kept; a larger one is passed through and remembered as completed.
-    Default 1 MiB.
+    ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default
+    1 GiB.
+    ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
+    completed without its result. Default 1 MiB.
 
     Raises :class:`~idempotency.errors.ConfigurationError` with the value in the message.
     """
@@ -83,13 +86,12 @@ class Policy:
     max_response: int = 1 << 20
 
     def __post_init__(self) -> None:
-        for name in ("ttl", "lease"):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} must be positive, not {getattr(self, name)!r}")
+        for name, duration in (("ttl", self.ttl), ("lease", self.lease)):
+            if duration <= 0:
+                raise ConfigurationError(f"{name} must be positive, not {duration!r}")
         if self.wait < 0:
             raise ConfigurationError(f"wait must not be negative, not {self.wait!r}")
-        for name in ("max_request", "max_response"):
-            size = getattr(self, name)
+        for name, size in (("max_request", self.max_request), ("max_response", self.max_response)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ConfigurationError(f"{name} must be a number of bytes, not {size!r}")
         if not isinstance(self.required, bool):
@@ -107,22 +109,22 @@ class Policy:
             _one_of(f"outcomes[{rule!r}]", outcome, get_args(Outcome))
 
     def outcome_of_status(self, status: int) -> Outcome:
-        """Say what becomes of a key whose operation answered ``status``."""
+        """Return the outcome of an operation that answered ``status``."""
         default: Outcome = "release" if status >= 500 or status in TRANSIENT else "store"
         if not self.outcomes:
             return default
         exact = self.outcomes.get(status)
         if exact is not None:
             return exact
-        # A rule for a whole class was written with the class in mind, so it wins over our default for one status.
+        # A rule of the user for a class of statuses wins over our default for one status.
         return self.outcomes.get(f"{status // 100}xx", default)
 
     def outcome_of_exception(self, error: BaseException) -> Outcome:
-        """Say what becomes of a key whose operation raised ``error``.
+        """Return the outcome of an operation that raised ``error``.
 
-        Without a rule of its own an ``Exception`` follows that for the status 500, which is what the client is
-        answered. What is none (a cancellation, an exit) stopped the operation anywhere, like a crash: it follows
-        ``on_crash``.
+        An ``Exception`` without a rule of its own follows the rule for the status 500, with which the client is
+        answered. After any other (a cancellation, an exit) it is not known how far the operation got, as after a
+        crash: it follows ``on_crash``.
         """
         for kind in type(error).__mro__:
             rule = self.outcomes.get(kind)

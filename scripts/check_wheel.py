@@ -1,4 +1,4 @@
-"""Check that a wheel holds the whole package, and imports where nothing else is installed: check_wheel.py WHEEL."""
+"""Check that a wheel has the whole package, and can be imported without any other package: check_wheel.py WHEEL."""
 
 import subprocess
 import sys

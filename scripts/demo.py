@@ -66,7 +66,7 @@ class Server:
         raise DemoError(f"the server did not start: {lines[-1]}")
 
     def kill(self) -> None:
-        """Send SIGKILL: the process can do nothing about it."""
+        """Send SIGKILL, which the process cannot handle."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -82,7 +82,7 @@ class Server:
 
 @dataclass
 class Scene:
-    """What was sent and answered in one scene, and how many orders its key has in the end."""
+    """The requests and answers of one scene, and how many orders its key has in the end."""
 
     title: str
     allowed: set[str]
@@ -132,7 +132,7 @@ class Demo:
     async def _crash(self) -> Scene:
         scene = Scene("kill -9 in mid-request, restart, retry", {NO_ANSWER, "409", "201"})
         doomed, other = self._servers
-        # The handler sleeps before it writes the order, so that it dies with its key claimed and no order written.
+        # The handler sleeps before it writes the order, so the process dies with the key claimed and no order written.
         key, body = str(uuid.uuid4()), {"item": "cake", "delay": 3}
         first = asyncio.create_task(self._send(scene, doomed, key, body))
         await asyncio.sleep(1.5)
@@ -185,7 +185,7 @@ async def check_store(url: str) -> None:
 
 
 async def run(url: str, directory: Path) -> bool:
-    """Play every scene; say whether each key has exactly one order."""
+    """Play every scene; return whether each key has exactly one order."""
     started = time.monotonic()
     await check_store(url)
     log = directory / "servers.log"
@@ -196,7 +196,7 @@ async def run(url: str, directory: Path) -> bool:
     try:
         for server in servers:
             server.start()
-        # A kept connection may be closed by its server just as a retry is sent on it, which would be no answer.
+        # A server may close an idle connection just as a retry is sent on it. That would count as no answer.
         limits = httpx.Limits(max_connections=DUPLICATES, max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=30, limits=limits, trust_env=False) as client:
             scenes = await Demo(client, servers).play()
@@ -215,7 +215,7 @@ async def run(url: str, directory: Path) -> bool:
 def main() -> int:
     """Return the exit status: 0 if every scene ended with one order, 1 if not, 2 if the demo could not run."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--store", metavar="URL", help="where keys are kept; default: a SQLite file")
+    parser.add_argument("--store", metavar="URL", help="the store of the keys; default: a SQLite file")
     url: str | None = parser.parse_args().store
     with tempfile.TemporaryDirectory(prefix="orders-demo-") as directory:
         try:

@@ -20,8 +20,13 @@ from idempotency._rules import (
     Unknown,
     Unreadable,
     Verdict,
+    after_roll_back,
     judge,
+    judge_row,
+    judge_superseded,
+    judge_with_releases,
     record_id,
+    superseded_again,
     takes_over,
 )
 
@@ -97,6 +102,68 @@ def test_owner_is_told(record: Record, told: Verdict) -> None:
 def test_duplicate_of_a_lease_that_ended_since_the_store_looked(left: float, hold: bool, told: Verdict) -> None:
     """The next claim takes over what nobody holds; until then its operation may still be running."""
     assert judge(a_claim(hold=hold), replace(LAPSED, lease_left=left)) == told
+
+
+@pytest.mark.parametrize(
+    ("record", "releasing", "verdict"),
+    [
+        (HELD_LAPSED, {"first"}, InProgress(1.0)),
+        (HELD_LAPSED, {"other"}, Unknown()),
+        (UNKNOWN, {"other"}, Unknown()),
+        (LIVE, {"first"}, InProgress(4.5)),
+        (DONE, {"first"}, Replay(b"result")),
+        (replace(LIVE, token="second"), {"first"}, Execute(1)),
+        (DAMAGED, {"first"}, Unreadable(1)),
+    ],
+)
+def test_a_claim_that_is_being_released_has_no_unknown_outcome(
+    record: Record, releasing: set[str], verdict: Verdict
+) -> None:
+    """Nothing ran under it, so that its key is free soon; every other verdict is as ever."""
+    assert judge_with_releases(a_claim(), record, releasing) == verdict
+
+
+@pytest.mark.parametrize(
+    ("record", "verdict"),
+    [
+        (None, InProgress(1.0)),
+        (DONE, Replay(b"result")),
+        (DONE_NOT_KEPT, Completed()),
+        (UNKNOWN, Unknown()),
+        (replace(LIVE, token="second", attempt=2), Execute(2)),
+        (NEWER, Unreadable(2)),
+    ],
+)
+def test_a_locked_row_is_in_progress(record: Record | None, verdict: Verdict) -> None:
+    """Another transaction holds the row, and does not say for how long; else the record decides."""
+    assert judge_row(a_claim(), record) == verdict
+
+
+@pytest.mark.parametrize(
+    ("record", "known"),
+    [
+        (replace(LIVE, token="second"), None),
+        (LIVE, InProgress(4.5)),
+        (replace(LIVE, fingerprint=OTHER), Mismatch()),
+        (DONE, Replay(b"result")),
+        (UNKNOWN, Unknown()),
+        (NEWER, Unreadable(2)),
+    ],
+)
+def test_a_superseded_owner_answers_by_the_record_of_the_other(record: Record, known: Verdict | None) -> None:
+    """Unless the other owner ended without a result, and the key is the first one's again."""
+    assert judge_superseded(a_claim(), record) == known
+
+
+def test_an_owner_that_is_superseded_twice_is_a_duplicate_in_progress() -> None:
+    """How long the lease of the third owner lasts is not known; that of the claim is an estimate."""
+    assert superseded_again(a_claim()) == InProgress(30.0)
+
+
+def test_a_superseded_owner_whose_effect_was_rolled_back_can_be_retried() -> None:
+    """At once, unless the operation declared that its effect happened."""
+    assert after_roll_back(held=False) == InProgress(0.0)
+    assert after_roll_back(held=True) == Unknown()
 
 
 def test_owner_runs_whatever_the_fingerprint() -> None:

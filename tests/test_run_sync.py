@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from idempotency._engine import lease_sync as _run_sync
-from idempotency._engine.beat import Beat
+from idempotency._engine import lease_sync, runner_sync, scheduler
 from idempotency._engine.lease_sync import SyncLease
-from idempotency._engine.runner_sync import SyncRunner
+from idempotency._engine.runner_sync import SyncRunner, _Write
+from idempotency._engine.scheduler import Scheduler
 from idempotency._rules import Claim, Completed, Execute, InProgress, Record, Replay, State, judge
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
@@ -97,7 +97,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The runner's clock."""
     clock = Clock()
-    monkeypatch.setattr(_run_sync, "monotonic", clock)
+    for module in (runner_sync, lease_sync, scheduler):
+        monkeypatch.setattr(module, "monotonic", clock)
     return clock
 
 
@@ -225,7 +226,7 @@ def test_short_operations_leave_nothing_behind(runner: SyncRunner) -> None:
     for number in range(2000):
         lease_of(runner, a_claim(f"key {number}")).end("store", b"")
 
-    assert len(runner.beat._due) < 200
+    assert len(runner.heartbeats._due) < 200
 
 
 def test_a_store_error_does_not_lose_the_lease(runner: SyncRunner, store: Faulty) -> None:
@@ -326,7 +327,7 @@ def test_a_release_that_finds_nothing_is_not_repeated_for_long(runner: SyncRunne
     with pytest.raises(StoreError):
         runner.claim(a_claim())
 
-    until(lambda: not runner.writes.count(_run_sync._Write) and store.calls.count("release") >= 5)
+    until(lambda: not runner.writes.count(_Write) and store.calls.count("release") >= 5)
 
     assert store.calls.count("release") == 5
 
@@ -374,9 +375,9 @@ def test_a_store_that_is_away_is_not_asked_by_thousands(runner: SyncRunner, stor
             runner.claim(a_claim(f"k{number}"))
 
     # One that is being written is not waiting, and may wait again after the next one was let in.
-    assert 990 <= runner.writes.count(_run_sync._Write) <= 1001
+    assert 990 <= runner.writes.count(_Write) <= 1001
     clock.ahead += 60
-    until(lambda: not runner.writes.count(_run_sync._Write))
+    until(lambda: not runner.writes.count(_Write))
 
 
 def test_releases_in_the_background_do_not_hold_up_a_renewal(runner: SyncRunner, store: Faulty) -> None:
@@ -387,9 +388,9 @@ def test_releases_in_the_background_do_not_hold_up_a_renewal(runner: SyncRunner,
         releasing.set()
         return go_on.wait(20)
 
-    runner.persist(lambda: release(a_claim()), 60.0)
+    runner.write_later(lambda: release(a_claim()), 60.0)
     assert releasing.wait(20)
-    runner.beat.at(time.monotonic(), Once(renewed))
+    runner.heartbeats.at(time.monotonic(), Once(renewed))
     assert renewed.wait(20)
     go_on.set()
 
@@ -518,10 +519,10 @@ def test_the_thread_survives_a_job_that_fails(caplog: pytest.LogCaptureFixture) 
                 raise self.error
             return None
 
-    beat, bad, good = Beat(), Job(ValueError("bad")), Job(None)
+    thread, bad, good = Scheduler(), Job(ValueError("bad")), Job(None)
 
-    beat.at(time.monotonic(), bad)
-    beat.at(time.monotonic(), good)
+    thread.at(time.monotonic(), bad)
+    thread.at(time.monotonic(), good)
 
     assert bad.done.wait(20)
     assert good.done.wait(20)
@@ -539,7 +540,7 @@ def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> N
     if child == 0:
         status = 1
         try:
-            assert runner.beat._thread is None
+            assert runner.heartbeats._thread is None
             store.called = threading.Condition()
             store.inner = MemoryStore()
             store.calls.clear()

@@ -1,7 +1,7 @@
-"""Writes that go on in the background: each is repeated for a while, and finished at a graceful stop.
+"""Writes in the background: each is repeated for a while, and finished at a graceful stop.
 
-An event loop that ends cancels all its tasks and waits for them, and so for these writes: a cancellation has them go on
-at once. The interpreter waits at its exit for those of threads. Neither waits for longer than a lease.
+An event loop that ends cancels all its tasks and waits for them. So a cancelled write goes on, and the loop waits for
+it. The interpreter waits at its exit for the writes of threads. Neither waits for longer than a lease.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
 """Seconds between two tries of a write; each pause is twice the one before."""
 
+MOST_WRITES = 1000
+"""How many writes may be pending before no more claims are released in the background."""
+
+RELEASE_TRIES = 5
+"""How often a release that finds nothing is sent."""
+
+RELEASE_OF_HELD = 600.0
+"""Seconds for which the release of a claim with ``hold`` is repeated, at least."""
+
 _written: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[asyncio.Task[None], float]] = WeakKeyDictionary()
 """The writes of each event loop, and until when a stop waits for them."""
 
 
 def repeat(write: Callable[[], Awaitable[bool]], patience: float, lease: float) -> asyncio.Task[None]:
-    """Repeat ``write`` after growing pauses until it says that it is done, for ``patience`` seconds.
+    """Repeat ``write`` with growing pauses until it returns True, for ``patience`` seconds.
 
-    At a stop it goes on until ``lease`` seconds after its beginning.
+    If the event loop ends meanwhile, it goes on until ``lease`` seconds after its beginning.
     """
     loop = asyncio.get_running_loop()
     bound = loop.time() + min(patience, lease)
@@ -66,9 +75,9 @@ async def _done(write: Callable[[], Awaitable[bool]]) -> bool:
 
 
 async def drain() -> None:
-    """Wait until nothing is left to be written in the background: for a lease at the most.
+    """Wait until no write is pending in the background: for a lease at the most.
 
-    Writes are left over where the store failed after an operation had run. Call it where an application stops, before
+    Writes are pending where the store failed after an operation had run. Call it where an application stops, before
     the store, its client or its engine is closed. The middleware does so at the end of the application's lifespan, and
     ``consume()`` of the adapters when it is stopped. It covers the running event loop, and threads.
     """
@@ -76,55 +85,55 @@ async def drain() -> None:
     tasks = _written.get(loop, {})
     while waiting := [task for task, bound in tasks.items() if bound > loop.time()]:
         await asyncio.wait(waiting, timeout=max(tasks[task] for task in waiting) - loop.time())
-    if any(each.writing for each in _unfinished):
+    if any(each.writing for each in _pending):
         await asyncio.to_thread(drain_sync)
 
 
 def drain_sync() -> None:
-    """Wait until nothing is left to be written by threads: for a lease at the most.
+    """Wait until no write of a thread is pending: for a lease at the most.
 
     The interpreter does so at its exit. Call it where a process ends without one, as by ``os._exit``.
     """
-    for each in list(_unfinished):
+    for each in list(_pending):
         each.wait()
 
 
-class Unfinished:
+class PendingWrites:
     """The writes of threads that are not done yet. While there are any, the interpreter does not exit.
 
-    The thread that writes is a daemon, as a driver may wait for a frozen server for ever. So another one, which is
-    none, waits for the writes or their bounds.
+    The thread that writes is a daemon, because a driver may wait for a frozen server for ever. So a second thread,
+    which is no daemon, waits for the writes or their bounds.
     """
 
     def __init__(self) -> None:
-        self.set_up()
-        _unfinished.add(self)
+        self.reset()
+        _pending.add(self)
 
-    def set_up(self) -> None:
-        """Begin without any: in a forked child, those of its parent are the parent's."""
+    def reset(self) -> None:
+        """Begin without any; in a forked child, those of the parent are written by the parent."""
         self._changed = threading.Condition(threading.Lock())
         self._bounds: dict[object, float] = {}
         self._waiting = False
 
     @property
     def writing(self) -> bool:
-        """Say whether there are any."""
+        """Return whether there are any."""
         return bool(self._bounds)
 
     def begin(self, write: object, bound: float) -> None:
-        """Have the interpreter wait for ``write`` until ``bound``, in monotonic time."""
+        """Make the interpreter wait for ``write`` until ``bound``, in monotonic time."""
         with self._changed:
             self._bounds[write] = bound
             if self._waiting:
                 self._changed.notify_all()
                 return
             self._waiting = True
-        # Where the interpreter begins no more threads, it waits for none.
+        # An interpreter that starts no more threads waits for none.
         with suppress(RuntimeError):
-            threading.Thread(target=self._hold, name="idempotency-exit", daemon=False).start()
+            threading.Thread(target=self._delay_exit, name="idempotency-exit", daemon=False).start()
 
     def end(self, write: object) -> None:
-        """Say that ``write`` is done, or given up."""
+        """Note that ``write`` is done, or given up."""
         with self._changed:
             self._bounds.pop(write, None)
             self._changed.notify_all()
@@ -135,19 +144,19 @@ class Unfinished:
             self._wait()
 
     def _wait(self) -> None:
-        while (left := max(self._bounds.values(), default=0.0) - monotonic()) > 0:
-            self._changed.wait(min(left, threading.TIMEOUT_MAX))
+        while (remaining := max(self._bounds.values(), default=0.0) - monotonic()) > 0:
+            self._changed.wait(min(remaining, threading.TIMEOUT_MAX))
 
-    def _hold(self) -> None:
+    def _delay_exit(self) -> None:
         with self._changed:
             self._wait()
             self._waiting = False
 
 
-_unfinished: WeakSet[Unfinished] = WeakSet()
+_pending: WeakSet[PendingWrites] = WeakSet()
 
 
-def set_up_unfinished() -> None:
+def reset_pending_writes() -> None:
     """Begin without any writes of threads, in a forked child."""
-    for each in list(_unfinished):
-        each.set_up()
+    for each in list(_pending):
+        each.reset()

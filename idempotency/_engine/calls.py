@@ -1,4 +1,4 @@
-"""What a decorated function and a consumer share: their claims, their results, and how a call can end."""
+"""What decorated functions and consumers share: their claims, their results, and how a call can end."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Ran:
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The function ran here and raised ``error``; ``outcome`` is what became of its key."""
+    """The function ran here and raised ``error``; ``outcome`` is how it was recorded."""
 
     error: Exception
     outcome: Outcome
 
 
 Ended = Ran | Raised | Known
-"""How a call ended: here, or as the record tells."""
+"""How a call ended: here, or as the record says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """What all calls of one decorated function share. ``name`` is what events call it."""
+    """What all calls of one decorated function share. ``name`` is its name in events."""
 
     name: str
     scope: str
@@ -87,9 +87,9 @@ class Calls:
         emit_event(self.on_event, kind, self.name, claim, attempt, error)
 
     def encode(self, value: Any) -> tuple[bytes | None, str]:
-        """Encode a result; None, and the name of what is wrong, where it cannot be kept.
+        """Encode a result; None, and the name of what is wrong, where it cannot be recorded.
 
-        The effect has happened: from here on nothing may fail because of what the function returned.
+        The effect has happened, so the call must not fail any more because of what the function returned.
         """
         try:
             result = self.results.encode(value)
@@ -99,7 +99,7 @@ class Calls:
 
 
 NOTHING = hashlib.sha256(b"call:1").digest()
-"""What is compared where nothing is."""
+"""The fingerprint of a call that compares nothing."""
 
 
 def _digest(compared: object) -> bytes:
@@ -127,11 +127,11 @@ KIND: dict[type[Known], EventKind] = {
 """The event of each verdict."""
 
 
-def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> IdempotencyError:
+def refusal(known: Completed | InProgress | Mismatch | Unknown | Unreadable) -> IdempotencyError:
     """Make the error of a verdict without a result."""
-    match told:
+    match known:
         case Completed():
-            return NotReplayableError("The operation is completed; its result was not kept.")
+            return NotReplayableError("The operation is completed; its result was not recorded.")
         case InProgress(retry_after):
             error = InProgressError(f"The operation is in progress; try again in {max(retry_after, 0):.3g} s.")
             error.retry_after = max(retry_after, 0.0)
@@ -140,8 +140,8 @@ def refusal(told: Completed | InProgress | Mismatch | Unknown | Unreadable) -> I
             return KeyReusedError("The key was used for something else.")
         case Unknown():
             return OutcomeUnknownError(
-                "Nobody knows how the operation ended; it is not repeated until somebody has found out and "
-                "resolved it: see the command idempotency, list and resolve."
+                "The outcome of the operation is unknown; it is not repeated until it is resolved: see the command "
+                "idempotency, list and resolve."
             )
         case Unreadable(version):
             return UnreadableError(f"The record is damaged, or of a newer format ({version}).")

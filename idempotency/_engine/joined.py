@@ -21,16 +21,13 @@ from idempotency._engine.background import repeat
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.transaction import Transaction, check_sessions
 from idempotency._results.codec import encode_failure
-from idempotency._rules import Claim, Execute, InProgress, Record, State, Verdict, judge
+from idempotency._rules import Claim, Execute, State, Verdict, judge, judge_row
 from idempotency._sql.commit_guard import SESSION_ENDED, was_closed
 from idempotency._sql.failures import ConflictError, UnusableError, conflicts
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
-from idempotency.events import EventKind, kind_of
+from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-
-AGAIN_AFTER = 1.0
-"""Seconds after which a duplicate is told to come back: how long the owner will take, its row does not say."""
 
 
 class Joined:
@@ -39,202 +36,203 @@ class Joined:
     def __init__(
         self, store: object, calls: Calls, sessions: async_sessionmaker[AsyncSession], lock_timeout: float
     ) -> None:
-        self._store = check_sessions(store, sessions, async_sessionmaker)
-        self._calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
-        self._sessions = sessions
-        self._wait = lock_timeout
+        self.store = check_sessions(store, sessions, async_sessionmaker)
+        self.calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
+        self.sessions = sessions
+        self.lock_timeout = lock_timeout
 
     async def run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]]) -> Ended:
-        """Run ``work`` once and commit it with its record, or say what is known.
+        """Run ``work`` once and commit it with its record, or return what is known.
 
-        Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or nobody can say: the same call may
-        be made again.
+        Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or the outcome is unknown: the same
+        call may be made again.
         """
-        lock = self._store.local_lock
+        lock = self.store.local_lock
         if lock is None:
-            return await self._run(claim, work, self._wait)
+            return await JoinedCall(self, claim).run(work, self.lock_timeout)
         if lock.locked and (known := await self._look(claim)) is not None:
             return known
-        # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        left = None
+        # Without the lock the database itself is asked, at once: an owner that was interrupted never releases the lock.
+        remaining = None
         try:
-            left = await lock.acquire(self._wait)
-            return await self._run(claim, work, left or 0.0)
+            remaining = await lock.acquire(self.lock_timeout)
+            return await JoinedCall(self, claim).run(work, remaining or 0.0)
         finally:
-            if left is not None:
+            if remaining is not None:
                 lock.release()
 
     async def _look(self, claim: Claim) -> Ended | None:
-        """Say what is known of a key that is not free, which is read without a turn: a replay waits for no writer."""
-        async with self._sessions() as session:
-            record = await self._store.look_in(session, claim)
-        verdict = judged(claim, record)
-        return None if record is None or isinstance(verdict, Execute) else verdict
+        """Return what is known of a key that is not free, read without the lock: a replay waits for no writer."""
+        async with self.sessions() as session:
+            record = await self.store.look_in(session, claim)
+        if record is None:
+            return None
+        verdict = judge(claim, record)
+        return None if isinstance(verdict, Execute) else verdict
 
-    async def _run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]], wait: float) -> Ended:
-        transaction = Transaction(self._store, self._sessions, claim)
+
+class JoinedCall:
+    """One call: its claim, its transaction and, once it has claimed the key, its operation."""
+
+    def __init__(self, joined: Joined, claim: Claim) -> None:
+        self._joined = joined
+        self._calls = joined.calls
+        self._policy = joined.calls.policy
+        self._claim = claim
+        self._transaction = Transaction(joined.store, joined.sessions, claim)
+        self._operation: Operation
+
+    async def run(self, work: Callable[[AsyncSession], Awaitable[Any]], wait: float) -> Ended:
+        """Claim, waiting up to ``wait`` seconds for the row, and run ``work`` if the key is free."""
         try:
-            verdict = await self._claim(claim, transaction, wait)
+            verdict = await self._ask(wait)
             if not isinstance(verdict, Execute):
                 return verdict
-            operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
-            transaction.bind()
-            keeps = keeps_failures(self._calls.policy)
-            savepoint = await transaction.begin_nested() if keeps else None
-            token = RUNNING.set(operation)
-            try:
-                value = await work(transaction.session)
-                await transaction.flush()
-            except Exception as error:
-                outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
-                try:
-                    held = outcome != "release" and is_intact(savepoint) and await transaction.undo(savepoint)
-                    return await self._failed(claim, operation, transaction, error, outcome, held)
-                except asyncio.CancelledError:
-                    await self._stopped(claim, operation, transaction, error)
-                    raise
-            except BaseException as error:
-                await self._stopped(claim, operation, transaction, error)
-                raise
-            finally:
-                RUNNING.reset(token)
-            return await self._returned(claim, operation, transaction, value)
+            self._operation = Operation(self._claim, verdict.attempt, self._transaction, self._calls.name)
+            self._transaction.bind()
+            return await self._execute(work)
         finally:
-            await transaction.close()
+            await self._transaction.close()
 
-    async def _claim(self, claim: Claim, transaction: Transaction, wait: float) -> Verdict:
+    async def _ask(self, wait: float) -> Verdict:
         # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
-        deadline, tried, left = monotonic() + wait, False, wait
+        deadline, tried, remaining = monotonic() + wait, False, wait
         while True:
             try:
-                return judged(claim, await transaction.claim(left))
+                return judge_row(self._claim, await self._transaction.claim(remaining))
             except ConflictError as error:
-                # Nothing of the caller's has run yet, so the transaction is begun anew.
-                await transaction.begin_anew()
+                # The operation has not run yet, so the transaction can begin again.
+                await self._transaction.begin_again()
                 if tried and isinstance(error, UnusableError):
-                    self._calls.emit("unavailable", claim, error=error)
+                    self._calls.emit("unavailable", self._claim, error=error)
                     raise
                 if tried and monotonic() >= deadline:
-                    return InProgress(AGAIN_AFTER)
-                tried, left = True, max(0.0, deadline - monotonic())
+                    return judge_row(self._claim, None)
+                tried, remaining = True, max(0.0, deadline - monotonic())
             except StoreError as error:
-                self._calls.emit("unavailable", claim, error=error)
+                self._calls.emit("unavailable", self._claim, error=error)
                 raise
 
-    async def _returned(self, claim: Claim, operation: Operation, transaction: Transaction, value: Any) -> Ended:
-        if operation.outcome_after("store") == "release":
-            await transaction.roll_back()
-            self._calls.emit("released", claim, operation.attempt)
+    async def _execute(self, work: Callable[[AsyncSession], Awaitable[Any]]) -> Ended:
+        savepoint = await self._transaction.begin_nested() if records_failures(self._policy) else None
+        token = RUNNING.set(self._operation)
+        try:
+            value = await work(self._transaction.session)
+            await self._transaction.flush()
+        except Exception as error:
+            outcome = self._operation.outcome_after(self._policy.outcome_of_exception(error))
+            try:
+                undone = outcome != "release" and is_intact(savepoint) and await self._transaction.undo(savepoint)
+                return await self._failed(error, outcome, undone)
+            # async only: cancellations are usual, where an interrupted thread ends with its process.
+            except asyncio.CancelledError:
+                await self._interrupted(error)
+                raise
+        except BaseException as error:
+            await self._interrupted(error)
+            raise
+        finally:
+            RUNNING.reset(token)
+        return await self._returned(value)
+
+    async def _returned(self, value: Any) -> Ended:
+        if self._operation.outcome_after("store") == "release":
+            await self._transaction.roll_back()
+            self._emit("released")
             return Ran(value)
         result, flaw = self._calls.encode(value)
         try:
-            if not await transaction.commit(result):
-                # The row is locked, so that only the operation itself can have taken it away.
+            if not await self._transaction.commit(result):
+                # The row is locked, so that only the operation itself can have ended the transaction.
                 raise TransactionError(SESSION_ENDED)
         except Exception as error:
-            outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
+            outcome = outcome_of_failed_commit(self._operation, self._policy, error)
             try:
-                return await self._failed(claim, operation, transaction, error, outcome, held=False)
+                return await self._failed(error, outcome, undone=False)
+            # async only: see _execute.
             except asyncio.CancelledError:
-                await self._stopped(claim, operation, transaction, error)
+                await self._interrupted(error)
                 raise
         except BaseException as error:
-            if operation.outcome_after("release") != "release":
-                await self._stopped(claim, operation, transaction, error)
+            if self._operation.outcome_after("release") != "release":
+                await self._interrupted(error)
             raise
-        refused = transaction.refused
-        kind = kind_of("store", result if refused is None else None)
-        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
+        refused = self._transaction.refused
+        self._emit(kind_of("store", result if refused is None else None), flaw or refused)
         return Ran(value)
 
-    async def _failed(
-        self,
-        claim: Claim,
-        operation: Operation,
-        transaction: Transaction,
-        error: Exception,
-        outcome: Outcome,
-        held: bool,
-    ) -> Raised:
+    async def _failed(self, error: Exception, outcome: Outcome, undone: bool) -> Raised:
         if outcome == "release":
-            await transaction.roll_back()
-            self._calls.emit("released", claim, operation.attempt, error)
+            await self._transaction.roll_back()
+            self._emit("released", error)
             return classify_failure(error)
-        await self._keep(claim, operation, transaction, error, outcome, held)
+        await self._record_failure(error, outcome, undone)
         return Raised(error, outcome)
 
-    async def _stopped(
-        self, claim: Claim, operation: Operation, transaction: Transaction, error: BaseException
-    ) -> None:
-        """Leave nothing of what was interrupted, unless its key is to be kept."""
-        outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
+    async def _interrupted(self, error: BaseException) -> None:
+        """Record the failure of an interrupted operation, unless its key is released."""
+        outcome = self._operation.outcome_after(self._policy.outcome_of_exception(error))
         if outcome == "release":
-            self._calls.emit("released", claim, operation.attempt, error)
+            self._emit("released", error)
             return
-        # First, as this waits for a commit under way, and gives the row free that is claimed again.
-        await transaction.close()
+        # async only: a cancelled caller is not to wait for long, so the record is a task.
+        await self._record_in_background(error, outcome)
 
-        async def keep() -> bool:
-            await self._keep_anew(claim, operation, error, outcome)
+    # async only: see above.
+    async def _record_in_background(self, error: BaseException, outcome: Outcome) -> None:
+        # First, as this waits for a commit that was sent, and unlocks the row that is claimed again.
+        await self._transaction.close()
+
+        async def record() -> bool:
+            again = JoinedCall(self._joined, self._claim)
+            again._operation = self._operation
+            try:
+                await again._record_failure(error, outcome, undone=False)
+            finally:
+                await again._transaction.close()
             return True
 
-        lease = self._calls.policy.lease
-        await asyncio.wait({repeat(keep, lease, lease)}, timeout=self._store.timeout)
+        await asyncio.wait({repeat(record, self._policy.lease, self._policy.lease)}, timeout=self._joined.store.timeout)
 
-    async def _keep_anew(self, claim: Claim, operation: Operation, error: BaseException, outcome: Outcome) -> None:
-        transaction = Transaction(self._store, self._sessions, claim)
-        try:
-            await self._keep(claim, operation, transaction, error, outcome, held=False)
-        finally:
-            await transaction.close()
-
-    async def _keep(
-        self,
-        claim: Claim,
-        operation: Operation,
-        transaction: Transaction,
-        error: BaseException,
-        outcome: Outcome,
-        held: bool,
-    ) -> None:
-        """Record a failure; ``held``: the effect is undone, and the transaction still holds the row."""
+    async def _record_failure(self, error: BaseException, outcome: Outcome, undone: bool) -> None:
+        """Record a failure; ``undone``: the effect is undone, and the transaction still holds the row."""
+        held = undone
         try:
             if not held:
                 # The effect is rolled back, and the row with it.
-                await transaction.begin_anew()
-                held = isinstance(await self._claim(claim, transaction, self._wait), Execute)
-            written = held and await transaction.commit(*recorded_as(outcome, error))
+                await self._transaction.begin_again()
+                held = isinstance(await self._ask(self._joined.lock_timeout), Execute)
+            written = held and await self._transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:
-            self._calls.emit("unrecorded", claim, operation.attempt, failure)
+            self._emit("unrecorded", failure)
         else:
-            kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
-            self._calls.emit(kind, claim, operation.attempt, error)
+            self._emit("superseded" if not written else "held" if outcome == "hold" else "stored", error)
 
-
-def judged(claim: Claim, record: Record | None) -> Verdict:
-    return InProgress(AGAIN_AFTER) if record is None else judge(claim, record)
+    def _emit(self, kind: EventKind, error: Failure = None) -> None:
+        self._calls.emit(kind, self._claim, self._operation.attempt, error)
 
 
 def is_intact(savepoint: SessionTransaction | None) -> TypeGuard[SessionTransaction]:
-    """Say whether rolling the savepoint back undoes the effect and keeps the row.
+    """Return whether rolling the savepoint back undoes the effect and keeps the row locked.
 
-    It is not where the operation has ended the savepoint, or the database everything, as a deadlock does.
+    It does not when the operation ended the savepoint, or a deadlock ended the transaction.
     """
     return savepoint is not None and savepoint.is_active and not was_closed(savepoint.session)
 
 
 def outcome_of_failed_commit(operation: Operation, policy: Policy, error: Exception) -> Outcome:
-    """Say what becomes of the key when the commit failed: what a retry may not meet again is no result to store."""
-    passing = isinstance(error, StoreError)
-    return operation.outcome_after("release" if passing else policy.outcome_of_exception(error))
+    """Return the outcome when the commit failed. A transient failure is not stored as the result."""
+    transient = isinstance(error, StoreError)
+    return operation.outcome_after("release" if transient else policy.outcome_of_exception(error))
 
 
 def recorded_as(outcome: Outcome, error: BaseException) -> tuple[bytes | None, State]:
+    """Return the result and the state by which a failure is recorded."""
     return (None, State.UNKNOWN) if outcome == "hold" else (encode_failure(error), State.DONE)
 
 
 def classify_failure(error: Exception) -> Raised:
-    """Name an error for what it is: one that a retry of the whole may not meet again is retryable."""
+    """Map the error of a released operation: raise a transient database error as StoreError."""
     if isinstance(error, StoreError):
         raise error
     if conflicts(error):
@@ -244,15 +242,16 @@ def classify_failure(error: Exception) -> Raised:
     return Raised(error, "release")
 
 
-def keeps_failures(policy: Policy) -> bool:
-    """Say whether a savepoint is needed, to undo the effect and keep the row."""
+def records_failures(policy: Policy) -> bool:
+    """Return whether a savepoint is needed, to undo the effect and keep the row locked."""
     return any(isinstance(rule, type) and outcome != "release" for rule, outcome in policy.outcomes.items())
 
 
 def policy_of_transaction(policy: Policy, lock_timeout: float) -> Policy:
+    """Check the options of joined calls, and return their policy."""
     if policy.on_store_error == "fail_open":
         raise ConfigurationError("fail_open and session= exclude each other: the record is in the effect's transaction")
     if seconds("lock_timeout", lock_timeout, DAY) < 0:
         raise ConfigurationError(f"lock_timeout must not be negative: {lock_timeout!r}")
-    # A crash rolls the effect back, so nothing of it is left to be unsure about.
+    # A crash rolls the effect back, so its outcome is never unknown.
     return replace(policy, on_crash="rerun")

@@ -5,175 +5,175 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.joined import (
-    AGAIN_AFTER,
     classify_failure,
     is_intact,
-    judged,
-    keeps_failures,
     outcome_of_failed_commit,
     policy_of_transaction,
     recorded_as,
+    records_failures,
 )
 from idempotency._engine.transaction import check_sessions
 from idempotency._engine.transaction_sync import SyncTransaction
-from idempotency._rules import Claim, Execute, InProgress, Verdict
+from idempotency._rules import Claim, Execute, Verdict, judge, judge_row
 from idempotency._sql.commit_guard import SESSION_ENDED
 from idempotency._sql.failures import ConflictError, UnusableError
 from idempotency.errors import StoreError, TransactionError
-from idempotency.events import EventKind, kind_of
+from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
-
-T = TypeVar("T")
 
 
 class SyncJoined:
     """The calls of one synchronous function."""
 
     def __init__(self, store: object, calls: Calls, sessions: sessionmaker[Session], lock_timeout: float) -> None:
-        self._store = check_sessions(store, sessions, sessionmaker)
-        self._calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
-        self._sessions = sessions
-        self._wait = lock_timeout
+        self.store = check_sessions(store, sessions, sessionmaker)
+        self.calls = replace(calls, policy=policy_of_transaction(calls.policy, lock_timeout))
+        self.sessions = sessions
+        self.lock_timeout = lock_timeout
 
     def run(self, claim: Claim, work: Callable[[Session], Any]) -> Ended:
         """See :meth:`Joined.run`."""
-        lock = self._store.local_lock
+        lock = self.store.local_lock
         if lock is None:
-            return self._run(claim, work, self._wait)
+            return SyncJoinedCall(self, claim).run(work, self.lock_timeout)
         if lock.locked_sync and (known := self._look(claim)) is not None:
             return known
-        # Without a turn the database itself is asked, at once: a turn whose owner was interrupted is never given back.
-        left = None
+        # Without the lock the database itself is asked, at once: an owner that was interrupted never releases the lock.
+        remaining = None
         try:
-            left = lock.acquire_sync(self._wait)
-            return self._run(claim, work, left or 0.0)
+            remaining = lock.acquire_sync(self.lock_timeout)
+            return SyncJoinedCall(self, claim).run(work, remaining or 0.0)
         finally:
-            if left is not None:
+            if remaining is not None:
                 lock.release_sync()
 
     def _look(self, claim: Claim) -> Ended | None:
         """See :meth:`Joined._look`."""
-        with self._sessions() as session:
-            record = self._store.look_in_sync(session, claim)
-        verdict = judged(claim, record)
-        return None if record is None or isinstance(verdict, Execute) else verdict
+        with self.sessions() as session:
+            record = self.store.look_in_sync(session, claim)
+        if record is None:
+            return None
+        verdict = judge(claim, record)
+        return None if isinstance(verdict, Execute) else verdict
 
-    def _run(self, claim: Claim, work: Callable[[Session], Any], wait: float) -> Ended:
-        transaction = SyncTransaction(self._store, self._sessions, claim)
+
+class SyncJoinedCall:
+    """One call: its claim, its transaction and, once it has claimed the key, its operation."""
+
+    def __init__(self, joined: SyncJoined, claim: Claim) -> None:
+        self._joined = joined
+        self._calls = joined.calls
+        self._policy = joined.calls.policy
+        self._claim = claim
+        self._transaction = SyncTransaction(joined.store, joined.sessions, claim)
+        self._operation: Operation
+
+    def run(self, work: Callable[[Session], Any], wait: float) -> Ended:
+        """See :meth:`JoinedCall.run`."""
         try:
-            verdict = self._claim(claim, transaction, wait)
+            verdict = self._ask(wait)
             if not isinstance(verdict, Execute):
                 return verdict
-            operation = Operation(claim, verdict.attempt, transaction, self._calls.name)
-            transaction.bind()
-            savepoint = transaction.begin_nested() if keeps_failures(self._calls.policy) else None
-            token = RUNNING.set(operation)
-            try:
-                value = work(transaction.session)
-                transaction.flush()
-            except Exception as error:
-                outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
-                held = outcome != "release" and is_intact(savepoint) and transaction.undo(savepoint)
-                return self._failed(claim, operation, transaction, error, outcome, held)
-            except BaseException as error:
-                self._stopped(claim, operation, transaction, error)
-                raise
-            finally:
-                RUNNING.reset(token)
-            return self._returned(claim, operation, transaction, value)
+            self._operation = Operation(self._claim, verdict.attempt, self._transaction, self._calls.name)
+            self._transaction.bind()
+            return self._execute(work)
         finally:
-            transaction.close()
+            self._transaction.close()
 
-    def _claim(self, claim: Claim, transaction: SyncTransaction, wait: float) -> Verdict:
+    def _ask(self, wait: float) -> Verdict:
         # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
-        deadline, tried, left = monotonic() + wait, False, wait
+        deadline, tried, remaining = monotonic() + wait, False, wait
         while True:
             try:
-                return judged(claim, transaction.claim(left))
+                return judge_row(self._claim, self._transaction.claim(remaining))
             except ConflictError as error:
-                # Nothing of the caller's has run yet, so the transaction is begun anew.
-                transaction.begin_anew()
+                # The operation has not run yet, so the transaction can begin again.
+                self._transaction.begin_again()
                 if tried and isinstance(error, UnusableError):
-                    self._calls.emit("unavailable", claim, error=error)
+                    self._calls.emit("unavailable", self._claim, error=error)
                     raise
                 if tried and monotonic() >= deadline:
-                    return InProgress(AGAIN_AFTER)
-                tried, left = True, max(0.0, deadline - monotonic())
+                    return judge_row(self._claim, None)
+                tried, remaining = True, max(0.0, deadline - monotonic())
             except StoreError as error:
-                self._calls.emit("unavailable", claim, error=error)
+                self._calls.emit("unavailable", self._claim, error=error)
                 raise
 
-    def _returned(self, claim: Claim, operation: Operation, transaction: SyncTransaction, value: Any) -> Ended:
-        if operation.outcome_after("store") == "release":
-            transaction.roll_back()
-            self._calls.emit("released", claim, operation.attempt)
+    def _execute(self, work: Callable[[Session], Any]) -> Ended:
+        savepoint = self._transaction.begin_nested() if records_failures(self._policy) else None
+        token = RUNNING.set(self._operation)
+        try:
+            value = work(self._transaction.session)
+            self._transaction.flush()
+        except Exception as error:
+            outcome = self._operation.outcome_after(self._policy.outcome_of_exception(error))
+            undone = outcome != "release" and is_intact(savepoint) and self._transaction.undo(savepoint)
+            return self._failed(error, outcome, undone)
+        except BaseException as error:
+            self._interrupted(error)
+            raise
+        finally:
+            RUNNING.reset(token)
+        return self._returned(value)
+
+    def _returned(self, value: Any) -> Ended:
+        if self._operation.outcome_after("store") == "release":
+            self._transaction.roll_back()
+            self._emit("released")
             return Ran(value)
         result, flaw = self._calls.encode(value)
         try:
-            if not transaction.commit(result):
-                # The row is locked, so that only the operation itself can have taken it away.
+            if not self._transaction.commit(result):
+                # The row is locked, so that only the operation itself can have ended the transaction.
                 raise TransactionError(SESSION_ENDED)
         except Exception as error:
-            outcome = outcome_of_failed_commit(operation, self._calls.policy, error)
-            return self._failed(claim, operation, transaction, error, outcome, held=False)
+            outcome = outcome_of_failed_commit(self._operation, self._policy, error)
+            return self._failed(error, outcome, undone=False)
         except BaseException as error:
-            if operation.outcome_after("release") != "release":
-                self._stopped(claim, operation, transaction, error)
+            if self._operation.outcome_after("release") != "release":
+                self._interrupted(error)
             raise
-        refused = transaction.refused
-        kind = kind_of("store", result if refused is None else None)
-        self._calls.emit(kind, claim, operation.attempt, flaw or refused)
+        refused = self._transaction.refused
+        self._emit(kind_of("store", result if refused is None else None), flaw or refused)
         return Ran(value)
 
-    def _failed(
-        self,
-        claim: Claim,
-        operation: Operation,
-        transaction: SyncTransaction,
-        error: Exception,
-        outcome: Outcome,
-        held: bool,
-    ) -> Raised:
+    def _failed(self, error: Exception, outcome: Outcome, undone: bool) -> Raised:
         if outcome == "release":
-            transaction.roll_back()
-            self._calls.emit("released", claim, operation.attempt, error)
+            self._transaction.roll_back()
+            self._emit("released", error)
             return classify_failure(error)
-        self._keep(claim, operation, transaction, error, outcome, held)
+        self._record_failure(error, outcome, undone)
         return Raised(error, outcome)
 
-    def _stopped(self, claim: Claim, operation: Operation, transaction: SyncTransaction, error: BaseException) -> None:
-        """Leave nothing of what was interrupted, unless its key is to be kept."""
-        outcome = operation.outcome_after(self._calls.policy.outcome_of_exception(error))
+    def _interrupted(self, error: BaseException) -> None:
+        """See :meth:`JoinedCall._interrupted`."""
+        outcome = self._operation.outcome_after(self._policy.outcome_of_exception(error))
         if outcome == "release":
-            self._calls.emit("released", claim, operation.attempt, error)
-        else:
-            self._keep(claim, operation, transaction, error, outcome, held=False)
+            self._emit("released", error)
+            return
+        # sync only: there is no event loop for a task, so the thread records at once.
+        self._record_failure(error, outcome, undone=False)
 
-    def _keep(
-        self,
-        claim: Claim,
-        operation: Operation,
-        transaction: SyncTransaction,
-        error: BaseException,
-        outcome: Outcome,
-        held: bool,
-    ) -> None:
-        """Record a failure; ``held``: the effect is undone, and the transaction still holds the row."""
+    def _record_failure(self, error: BaseException, outcome: Outcome, undone: bool) -> None:
+        """See :meth:`JoinedCall._record_failure`."""
+        held = undone
         try:
             if not held:
                 # The effect is rolled back, and the row with it.
-                transaction.begin_anew()
-                held = isinstance(self._claim(claim, transaction, self._wait), Execute)
-            written = held and transaction.commit(*recorded_as(outcome, error))
+                self._transaction.begin_again()
+                held = isinstance(self._ask(self._joined.lock_timeout), Execute)
+            written = held and self._transaction.commit(*recorded_as(outcome, error))
         except Exception as failure:
-            self._calls.emit("unrecorded", claim, operation.attempt, failure)
+            self._emit("unrecorded", failure)
         else:
-            kind: EventKind = "superseded" if not written else "held" if outcome == "hold" else "stored"
-            self._calls.emit(kind, claim, operation.attempt, error)
+            self._emit("superseded" if not written else "held" if outcome == "hold" else "stored", error)
+
+    def _emit(self, kind: EventKind, error: Failure = None) -> None:
+        self._calls.emit(kind, self._claim, self._operation.attempt, error)

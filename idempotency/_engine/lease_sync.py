@@ -1,11 +1,11 @@
-"""The lease of an operation in a thread; all of a runner are renewed by one daemon thread."""
+"""The lease of an operation in a thread; one daemon thread renews all leases of a runner."""
 
 from __future__ import annotations
 
 from time import monotonic
 
 from idempotency._engine.runner_sync import SyncRunner
-from idempotency._rules import Claim, Execute, InProgress, Known, State, judge
+from idempotency._rules import Claim, Known, State, judge_superseded, superseded_again
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import Lost, Operation
@@ -13,7 +13,7 @@ from idempotency.policy import Outcome
 
 
 class _LeaseLost(Lost):
-    """The signal, given also when the thread that renews is itself held up by a store that does not answer."""
+    """The signal, set also when the thread that renews waits for a store that does not answer."""
 
     __slots__ = ("_lease",)
 
@@ -22,12 +22,12 @@ class _LeaseLost(Lost):
         self._lease = lease
 
     def __bool__(self) -> bool:
-        self._lease.look()
+        self._lease.check_deadline()
         return super().__bool__()
 
 
 class SyncLease:
-    """The ownership of one running operation: renewed while it lasts, ended by one of complete, hold or release."""
+    """The ownership of one running operation; see :class:`idempotency._engine.lease.Lease`."""
 
     __slots__ = ("_claim", "_deadline", "_name", "_runner", "ended", "operation")
 
@@ -37,20 +37,24 @@ class SyncLease:
         self._runner = runner
         self._claim = claim
         self._name = name
-        # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
-        operation.lost = _LeaseLost(self)
-        runner.beat.at(claimed_at + claim.lease / 3, self)
+        self._start_renewal(claimed_at)
 
+    # sync only: one thread renews for all.
+    def _start_renewal(self, claimed_at: float) -> None:
+        self.operation.lost = _LeaseLost(self)
+        self._runner.heartbeats.at(claimed_at + self._claim.lease / 3, self)
+
+    # sync only: the lease itself is the job of the thread that renews.
     def __call__(self) -> float | None:
         """Renew, in the background thread; return when to renew next."""
         sent = monotonic()
-        self.look()
+        self.check_deadline()
         try:
             alive = self._runner.store.renew_sync(self._claim)
         except StoreError:
-            # Tolerated: the lease still runs in the store, and ends only by its own clock.
-            self.look()
+            # Tolerated: the lease still runs in the store, and ends only by the store's clock.
+            self.check_deadline()
             return monotonic() + min(self._claim.lease / 10, 1.0)
         if not alive:
             self._lose()
@@ -58,8 +62,9 @@ class SyncLease:
         self._deadline = sent + self._claim.lease
         return sent + self._claim.lease / 3
 
-    def look(self) -> None:
-        """Give the signal if the lease was not renewed in time."""
+    # sync only: there is no timer while the thread waits for the store.
+    def check_deadline(self) -> None:
+        """Set the signal if the lease was not renewed in time."""
         if monotonic() >= self._deadline:
             self._lose()
 
@@ -71,15 +76,14 @@ class SyncLease:
         """Stop renewing."""
         if not self.ended:
             self.ended = True
-            self._runner.beat.drop()
+            self._stop_renewal()
+
+    # sync only: see _start_renewal.
+    def _stop_renewal(self) -> None:
+        self._runner.heartbeats.note_ended()
 
     def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
-        """Record how the operation ended; the first call counts.
-
-        None: the caller goes on with its own answer. It is recorded, or the store failed and the record is tried
-        again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
-        recorded, and the verdict says what is known instead. An interruption does not undo the record.
-        """
+        """See :meth:`Lease.end`; an interruption does not undo the record."""
         if self.ended:
             return None
         self.stop()
@@ -89,15 +93,16 @@ class SyncLease:
             except StoreRefusedError as refusal:
                 if result is None:
                     raise
-                # That the operation is done is worth more than its result.
                 return self._record(outcome, None, refusal)
-        except BaseException as failure:
-            # Every write is repeatable, so it is sent again where no signal reaches it.
+        except StoreError as failure:
             self._record_late(outcome, result)
-            if not isinstance(failure, StoreError):
-                raise
             self._emit("unrecorded", failure)
             return None
+        # sync only: a signal may interrupt a thread at any point.
+        except BaseException:
+            # Every write is repeatable, so it is sent again where no signal reaches it.
+            self._record_late(outcome, result)
+            raise
 
     def _record(self, outcome: Outcome, result: bytes | None, error: Failure) -> Known | None:
         if self._write(outcome, result):
@@ -109,20 +114,19 @@ class SyncLease:
         halfway = monotonic() + self._claim.lease / 2
 
         def write() -> bool:
-            kept = result
+            recorded = result
             try:
-                written = self._write(outcome, kept)
+                written = self._write(outcome, recorded)
             except StoreError as failure:
-                if kept is None or (failure.retryable and monotonic() < halfway):
+                if recorded is None or (failure.retryable and monotonic() < halfway):
                     raise
-                # What a store keeps refusing may be the result. That the operation is done is worth more.
-                kept = None
-                written = self._write(outcome, kept)
-            # A release that was applied, and only its answer lost, is refused when it is repeated.
-            self._emit(kind_of(outcome, kept) if written or outcome == "release" else "superseded")
+                recorded = None
+                written = self._write(outcome, recorded)
+            self._emit(kind_of(outcome, recorded) if written or outcome == "release" else "superseded")
             return True
 
-        self._runner.persist(write, self._claim.lease)
+        # sync only: the interpreter waits for it at its exit.
+        self._runner.write_later(write, self._claim.lease)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
@@ -142,11 +146,10 @@ class SyncLease:
         self._emit("superseded")
         if outcome == "release":
             return None
-        verdict = judge(self._claim, self._runner.store.claim_sync(self._claim))
-        if not isinstance(verdict, Execute):
-            return verdict
-        # The other owner is gone without a result and the key was free: this result is the one to keep.
+        known = judge_superseded(self._claim, self._runner.store.claim_sync(self._claim))
+        if known is not None:
+            return known
         if self._write(outcome, result):
             self._emit(kind_of(outcome, result))
             return None
-        return InProgress(self._claim.lease)
+        return superseded_again(self._claim)

@@ -21,11 +21,14 @@ class Leased:
     """The calls of one asynchronous function."""
 
     def __init__(self, store: Store, calls: Calls) -> None:
-        self._store = store
         self._calls = calls
+        # async only: each event loop has a runner, made at its first call.
+        self._store = store
+        # async only: see above.
         self._runners: WeakKeyDictionary[asyncio.AbstractEventLoop, Runner] = WeakKeyDictionary()
 
-    def _runner(self) -> Runner:
+    # async only: see __init__.
+    def _runner_here(self) -> Runner:
         loop = asyncio.get_running_loop()
         runner = self._runners.get(loop)
         if runner is None:
@@ -33,11 +36,12 @@ class Leased:
         return runner
 
     async def run(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
-        """Run ``work`` once under ``claim``, or say what is known.
+        """Run ``work`` once under ``claim``, or return what is known.
 
         Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
         """
-        calls, runner = self._calls, self._runner()
+        calls = self._calls
+        runner = self._runner_here()  # async only: see __init__
         try:
             verdict, claimed_at = await runner.claim(claim, calls.policy.wait)
         except StoreError as error:
@@ -64,11 +68,11 @@ class Leased:
         else:
             outcome = operation.outcome_after("store")
             result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
-            told = await lease.end(outcome, result, flaw)
-            return Ran(value) if told is None else told
+            known = await lease.end(outcome, result, flaw)
+            return Ran(value) if known is None else known
         finally:
             RUNNING.reset(token)
-            await lease.close()
+            lease.stop()
 
 
 async def _unprotected(work: Callable[..., Awaitable[Any]]) -> Ran | Raised:

@@ -20,14 +20,13 @@ class SyncLeased:
 
     def __init__(self, store: SyncStore, calls: Calls) -> None:
         self._calls = calls
+        # sync only: threads share a runner.
         self._runner = SyncRunner(store, calls.on_event)
 
     def run(self, claim: Claim, work: Callable[..., Any]) -> Ended:
-        """Run ``work`` once under ``claim``, or say what is known.
-
-        Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
-        """
-        calls, runner = self._calls, self._runner
+        """See :meth:`Leased.run`."""
+        calls = self._calls
+        runner = self._runner  # sync only: see __init__
         try:
             verdict, claimed_at = runner.claim(claim, calls.policy.wait)
         except StoreError as error:
@@ -54,8 +53,8 @@ class SyncLeased:
         else:
             outcome = operation.outcome_after("store")
             result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
-            told = lease.end(outcome, result, flaw)
-            return Ran(value) if told is None else told
+            known = lease.end(outcome, result, flaw)
+            return Ran(value) if known is None else known
         finally:
             RUNNING.reset(token)
             lease.stop()

@@ -1,19 +1,26 @@
-"""The choice of how calls are held: under a lease, or joined with the transaction of a session."""
+"""The choice of how an operation holds its key: leased, joined or transactional."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.calls import Calls
+from idempotency._engine.lease import NewLease, plain_leases
 from idempotency._engine.leased import Leased
 from idempotency._engine.leased_sync import SyncLeased
+from idempotency._engine.runner import Runner
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import check_store
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+_NEEDS_SQLALCHEMY = "session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'"
+
 
 def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_timeout: float) -> Callable[..., Any]:
-    """Choose how the calls are held: under a lease, or joined with the transaction of a session."""
+    """Choose how functions and consumers hold their keys: leased, or joined where there is a ``session``."""
     if session is None:
         check_store(store, asynchronous)
         return Leased(store, calls).run if asynchronous else SyncLeased(store, calls).run
@@ -21,6 +28,17 @@ def runner_of(asynchronous: bool, store: Any, calls: Calls, session: Any, lock_t
         from idempotency._engine.joined import Joined
         from idempotency._engine.joined_sync import SyncJoined
     except ImportError as error:
-        raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
+        raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
     joined: type[Joined | SyncJoined] = Joined if asynchronous else SyncJoined
     return joined(store, calls, session, lock_timeout).run
+
+
+def leases_of(runner: Runner, session: async_sessionmaker[AsyncSession] | None) -> NewLease:
+    """Choose how requests hold their keys: leased, or transactional where there is a ``session``."""
+    if session is None:
+        return plain_leases(runner)
+    try:
+        from idempotency._engine.transactional import transactional_leases
+    except ImportError as error:
+        raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
+    return transactional_leases(runner, session)

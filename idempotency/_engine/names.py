@@ -1,4 +1,4 @@
-"""What a function is called by default, and whether two different ones of a process would share a name."""
+"""The default name of a function, and whether two different functions of a process would share one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 _MAINS = ("__main__", "__mp_main__")
-_TELLING = (str, bytes, int, float, complex, tuple, frozenset, type, FunctionType, functools.partial, Enum, type(None))
+_COMPARED = (str, bytes, int, float, complex, tuple, frozenset, type, FunctionType, functools.partial, Enum, type(None))
 
 
 def full_name_of(function: Callable[..., Any]) -> str:
     """Return a function's module and qualified name, the same in every process that has it.
 
-    A partial has the name of its function, an object that of its class. The module that a process was started with has
-    the name by which others import it.
+    A partial has the name of its function, an object that of its class. The main module of a process has the name by
+    which others import it.
     """
     named = _named(function)
     return f"{_importable(_module_of(named))}.{named.__qualname__}"
@@ -47,32 +47,32 @@ def _importable(module: str) -> str:
 
 
 class Made:
-    """A function that was decorated, for as long as what calls it is there, and what names its calls."""
+    """A decorated function and the function of its key. It lives as long as the decorator's result."""
 
     __slots__ = ("__weakref__", "function", "key", "load")
 
     def __init__(self, function: Any, key: Any = None) -> None:
         self.function = function
         self.key = key
-        # One object for each time that a module is loaded.
+        # Each time that a module is loaded has an object of its own.
         self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
 
 
 _MADE: WeakKeyDictionary[Any, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
-"""What has each scope of a store."""
+"""The function that has each scope, by store."""
 
 
 def takes_scope_of_another(store: Any, scope: str, made: Made) -> bool:
-    """Note what has a scope of a store; say whether a different function has it already.
+    """Note which function has a scope of a store; return whether a different function has it already.
 
-    The same function may be made anew, as by a module that is loaded again or a definition that is typed again, with
-    other code too. Functions that were made by the same lines with other values are different, unless the values are in
-    their keys too.
+    The same function may be made again, by a module that is loaded again or a definition that is typed again; its code
+    may have changed. Functions that the same lines made with different values are different, unless the functions of
+    their keys were made with different values too.
     """
     try:
         scopes = _MADE.setdefault(store, WeakValueDictionary())
     except TypeError:
-        # A store of somebody's own that has no weak references.
+        # A store of the user's own class, without weak references.
         return False
     if _is_free(scopes, scope, made) or (gc.collect() >= 0 and _is_free(scopes, scope, made)):
         scopes[scope] = made
@@ -96,7 +96,7 @@ def _loaded_again(one: Any, other: Any) -> bool:
 
 
 def _typed_again(one: Any, other: Any) -> bool:
-    """Say whether a definition replaces another one in a notebook or at a prompt."""
+    """Return whether a definition replaces another one in a notebook or at a prompt."""
     named = _named(other)
     main = sys.modules.get("__main__")
     return (
@@ -119,9 +119,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _are_alike(some: list[Any], others: list[Any]) -> bool:
-    # What has a state, as a list or an engine, is another one for each worker of a test, and tells no functions apart.
+    # An object with a state, such as a list or an engine, may differ between two makings of one function: not compared.
     return len(some) == len(others) and all(
-        one is other or (type(one) is type(other) and not isinstance(one, _TELLING)) or bool(one == other)
+        one is other or (type(one) is type(other) and not isinstance(one, _COMPARED)) or bool(one == other)
         for one, other in zip(some, others, strict=True)
     )
 
@@ -137,7 +137,7 @@ def _code(function: Any) -> Any:
 
 
 def _values(function: Any) -> list[Any]:
-    """Return what a function was made with, beside its code."""
+    """Return the values that a function was made with, besides its code."""
     if isinstance(function, functools.partial):
         return [*function.args, *function.keywords, *function.keywords.values(), *_values(function.func)]
     closed = [cell.cell_contents for cell in function.__closure__ or ()]

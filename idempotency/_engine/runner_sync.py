@@ -1,4 +1,4 @@
-"""The runner for threads: claim, judge, and release what nothing runs under; see :mod:`idempotency._engine.runner`."""
+"""The runner for threads; see :mod:`idempotency._engine.runner`."""
 
 from __future__ import annotations
 
@@ -8,40 +8,33 @@ from contextlib import suppress
 from math import inf
 from time import monotonic, sleep
 
-from idempotency._engine.background import FIRST_PAUSE, LONGEST_PAUSE, Unfinished
-from idempotency._engine.beat import Beat
-from idempotency._rules import Claim, Execute, InProgress, Unknown, Verdict, judge
+from idempotency._engine.background import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    MOST_WRITES,
+    RELEASE_OF_HELD,
+    RELEASE_TRIES,
+    PendingWrites,
+)
+from idempotency._engine.scheduler import Scheduler
+from idempotency._rules import Claim, Execute, InProgress, Verdict, judge_with_releases
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.events import EventHook, EventKind, Failure, emit_event
 from idempotency.stores.base import SyncStore
 
-_BACKLOG = 1000
-"""How many writes may be waiting in the background before no more claims are released there."""
-
-
-_HELD = 600.0
-"""Seconds for which a held claim is taken back whose answer was lost."""
-
-
-_MISSES = 5
-"""How often a release that finds nothing is repeated."""
-
-
-_RETRACTION = 1.0
-"""Seconds after which a duplicate comes back that met a claim which is being released."""
-
 
 class SyncRunner:
-    """What all operations of one adapter share: the store, the event hook, and the thread that renews."""
+    """What all operations of one adapter share: the store, the event hook, and the threads in the background."""
 
+    # sync only: threads renew and write.
     def __init__(self, store: SyncStore, on_event: EventHook) -> None:
         self.store = store
-        self.beat = Beat()
-        # Apart, as a slow store would keep the leases waiting behind them.
-        self.writes = Beat()
-        self._unfinished = Unfinished()
+        self.heartbeats = Scheduler()
+        # Apart, because a slow store would delay the renewals behind the writes.
+        self.writes = Scheduler()
+        self._pending = PendingWrites()
         self._on_event = on_event
-        self._retracted: set[str] = set()
+        self._releasing: set[str] = set()
 
     def emit(
         self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
@@ -50,44 +43,39 @@ class SyncRunner:
         emit_event(self._on_event, kind, operation, claim, attempt, error)
 
     def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
-        """Claim the key and say what follows; a duplicate asks again for up to ``wait`` seconds.
+        """Claim the key and return the verdict; a duplicate asks again for up to ``wait`` seconds.
 
         The second value is the monotonic time before the store was asked for the last time: a lease that it gave began
         no earlier.
 
-        Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and
-        whatever the store had taken of it is released.
+        Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and it
+        is released in the background, as the store may have applied it.
         """
-        deadline = monotonic() + wait
         try:
             verdict, asked = self._ask(claim)
             if isinstance(verdict, InProgress) and wait > 0:
-                verdict, asked = self._wait(claim, verdict, asked, deadline)
+                verdict, asked = self._wait(claim, verdict, asked, monotonic() + wait)
             if isinstance(verdict, Execute) and monotonic() >= asked + claim.lease:
-                # The answer took longer than the lease it gave: the key may be another's by now.
+                # The answer took longer than the lease it gave: another may own the key by now.
                 verdict, asked = self._ask(claim)
                 if isinstance(verdict, Execute) and monotonic() >= asked + claim.lease:
                     raise StoreError("the store takes longer to answer than a lease lasts")
+            return verdict, asked
+        # sync only: a signal may interrupt a thread at any point, so that one place releases the claim.
         except BaseException as error:
-            # The store may have applied the claim and only its answer is lost. A signal may have come at any point.
             if not isinstance(error, ConfigurationError):
-                self.let_go(claim)
+                self.release_later(claim)
             raise
-        return verdict, asked
 
     def _ask(self, claim: Claim) -> tuple[Verdict, float]:
         asked = monotonic()
-        record = self.store.claim_sync(claim)
-        verdict = judge(claim, record)
-        if isinstance(verdict, Unknown) and record.token in self._retracted:
-            # Held and over, but nothing ran under it, and it is about to be released: that is no unknown outcome.
-            verdict = InProgress(_RETRACTION)
-        return verdict, asked
+        return judge_with_releases(claim, self.store.claim_sync(claim), self._releasing), asked
 
+    # sync only: the verbs for threads have no watch, so a thread asks again after growing pauses.
     def _wait(self, claim: Claim, verdict: Verdict, asked: float, deadline: float) -> tuple[Verdict, float]:
         pause = 0.01
-        while isinstance(verdict, InProgress) and (left := deadline - monotonic()) > 0:
-            sleep(min(left, pause, max(verdict.retry_after, 0.001)))
+        while isinstance(verdict, InProgress) and (remaining := deadline - monotonic()) > 0:
+            sleep(min(remaining, pause, max(verdict.retry_after, 0.001)))
             pause = min(pause * 1.5, 0.5)
             try:
                 verdict, asked = self._ask(claim)
@@ -95,57 +83,52 @@ class SyncRunner:
                 raise WaitFailedError(str(error)) from error
         return verdict, asked
 
-    def let_go(self, claim: Claim) -> None:
-        """Release a claim in the background that nothing runs under.
-
-        And again where nothing was found, because the store may apply the claim after it was told to release it.
-        """
-        # While the store is away, every call comes here: beyond a number that is no burden to it, such claims are left
-        # to lapse.
-        if self.writes.count(_Write) >= _BACKLOG:
+    def release_later(self, claim: Claim) -> None:
+        """See :meth:`Runner.release_later`."""
+        if self.writes.count(_Write) >= MOST_WRITES:  # sync only: its writes are jobs of a thread
             return
         misses = itertools.count(1)
-        self._retracted.add(claim.token)
-        # Nothing ran under it. A held one would stay unknown until somebody looks, so it is tried for longer.
-        patience = max(claim.lease, _HELD) if claim.hold else claim.lease
-        self.persist(
-            lambda: self.store.release_sync(claim) or next(misses) == _MISSES,
-            patience,
-            claim.lease,
-            lambda: self._retracted.discard(claim.token),
-        )
 
-    def persist(
+        def release() -> bool:
+            return self.store.release_sync(claim) or next(misses) == RELEASE_TRIES
+
+        patience = max(claim.lease, RELEASE_OF_HELD) if claim.hold else claim.lease
+        self._releasing.add(claim.token)
+        # sync only: a job does not call back, so it is given what to do at its end.
+        self.write_later(release, patience, claim.lease, lambda: self._releasing.discard(claim.token))
+
+    # sync only: the write is a job of a thread.
+    def write_later(
         self,
         write: Callable[[], bool],
         patience: float,
         lease: float = inf,
         at_end: Callable[[], object] = lambda: None,
     ) -> None:
-        """Repeat a fenced write in the background until it says that it is done, for ``patience`` seconds.
+        """Repeat a fenced write in the background until it returns True, for ``patience`` seconds.
 
         The interpreter does not exit before, but waits for ``lease`` seconds at the most. Then ``at_end`` is called.
         """
         now = monotonic()
-        job = _Write(write, now + patience, self._unfinished, at_end)
-        self._unfinished.begin(job, now + min(patience, lease))
+        job = _Write(write, now + patience, self._pending, at_end)
+        self._pending.begin(job, now + min(patience, lease))
         self.writes.at(now, job)
 
 
 class _Write:
-    """A write that is repeated after growing pauses."""
+    """A write that is repeated with growing pauses."""
 
-    __slots__ = ("_at_end", "_end", "_pause", "_unfinished", "_write")
+    __slots__ = ("_at_end", "_end", "_pause", "_pending", "_write")
 
     ended = False
 
     def __init__(
-        self, write: Callable[[], bool], end: float, unfinished: Unfinished, at_end: Callable[[], object]
+        self, write: Callable[[], bool], end: float, pending: PendingWrites, at_end: Callable[[], object]
     ) -> None:
         self._write = write
         self._end = end
         self._pause = FIRST_PAUSE
-        self._unfinished = unfinished
+        self._pending = pending
         self._at_end = at_end
 
     def __call__(self) -> float | None:
@@ -154,7 +137,7 @@ class _Write:
             again = self._again()
         finally:
             if again is None:
-                self._unfinished.end(self)
+                self._pending.end(self)
                 self._at_end()
         return again
 

@@ -7,30 +7,36 @@ import math
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._rules import Claim, Record, State
+from idempotency._sql.commit_guard import (
+    SESSION_ENDED,
+    commit,
+    cut_off_session,
+    discard,
+    finish,
+    give_back,
+    guard_commit,
+    roll_back,
+    unguard_commit,
+    was_closed,
+)
+from idempotency._sql.session_failures import failure_of
+from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check_sessionmaker
+from idempotency._synchronization import loop_time
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session, SessionTransaction
-
-    from idempotency._sql.sessions import Sessionmaker
-    from idempotency.stores.base import Store
-    from idempotency.stores.sql import SQLStore
+from idempotency.stores.base import Store
+from idempotency.stores.sql import SQLStore
 
 T = TypeVar("T")
 
 
 def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
     """Return what makes one transaction per operation; raise ConfigurationError if the two do not fit together."""
-    try:
-        from sqlalchemy.ext.asyncio import async_sessionmaker
-
-        from idempotency._sql.sessions import check_isolation_level
-    except ImportError as error:
-        raise ConfigurationError("session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'") from error
     shared = check_sessions(store, sessions, async_sessionmaker)
     check_isolation_level(sessions)
     return lambda claim: Transaction(shared, sessions, claim)
@@ -38,9 +44,6 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
 
 def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
     """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
-    from idempotency._sql.sessions import check_sessionmaker
-    from idempotency.stores.sql import SQLStore
-
     if not isinstance(store, SQLStore):
         raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
     check_sessionmaker(sessions, kind)
@@ -51,16 +54,18 @@ def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmake
 class Transaction:
     """A session that begins at its first use and is committed once, here, together with the record.
 
-    What the library itself does with the session is a step: it ends in time, or its connection is cut off and nothing
-    else is done with the session. So it is when the caller is cancelled in a step other than the commit.
+    What the library itself does with the session is a step. It ends in time, or its connection is cut off and the
+    session is not used again. The same happens when the caller is cancelled in a step other than the commit.
+
+    ``refused``: why the result was not stored with the effect, once that is committed.
     """
 
     __slots__ = (
         "_abandoned",
         "_claim",
         "_deadline",
-        "_ending",
         "_root",
+        "_sent_commit",
         "_session",
         "_sessions",
         "_store",
@@ -73,43 +78,43 @@ class Transaction:
         self._sessions = sessions
         self._claim = claim
         self._session: AsyncSession | None = None
-        self._abandoned = False
-        self._deadline = 0.0
-        self._ending: asyncio.Task[bool] | None = None
         self._root: SessionTransaction | None = None
-        self.settled = False
+        self._abandoned = False
         self.refused: StoreRefusedError | None = None
-        """Why the result was not stored with the effect, once it is committed."""
+        # async only: a commit is a task, which goes on when its caller is cancelled.
+        self._sent_commit: asyncio.Task[bool] | None = None
+        self._deadline = 0.0  # async only: of the commit
+        self.settled = False  # async only: in HTTP code runs after the response is recorded
 
     @property
     def used(self) -> bool:
-        """Say whether there is a session whose effect is still to be committed or rolled back."""
+        """Return whether there is a session whose effect is still to be committed or rolled back."""
         return self._session is not None and not self._abandoned
 
     @property
     def session(self) -> AsyncSession:
-        """Return the session, made at the first call; TransactionError once nobody would commit it."""
-        if self.settled:
+        """Return the session, made at the first call; TransactionError once it would not be committed any more."""
+        if self.settled:  # async only: see __init__
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
 
     @property
     def _opened(self) -> AsyncSession:
         if self._session is None:
-            from idempotency._sql.commit_guard import guard_commit
-
             self._session = self._sessions()
             guard_commit(self._session.sync_session)
         return self._session
 
     async def claim(self, wait: float) -> Record | None:
         """Claim in this transaction; see :meth:`~idempotency.stores.sql.SQLStore.claim_in`."""
-        # The claim bounds itself. Should it not end by that, it is not waited for.
-        seconds = math.ceil(wait) + 2 * self._store.timeout
-        return await self._step(self._store.claim_in(self._opened, self._claim, wait=wait), seconds)
+        # async only: the claim has a bound of its own. If it does not end by that, it is abandoned.
+        claimed = await self._step(
+            self._store.claim_in(self._opened, self._claim, wait=wait), math.ceil(wait) + 2 * self._store.timeout
+        )
+        return claimed
 
     def bind(self) -> None:
-        """Insist on the transaction that is open now, because the record is in it."""
+        """Note the transaction that is open now and contains the record: only this one may be committed."""
         self._root = self._opened.sync_session.get_transaction()
 
     async def begin_nested(self) -> SessionTransaction:
@@ -125,10 +130,8 @@ class Transaction:
             return False
         return True
 
-    async def begin_anew(self) -> None:
+    async def begin_again(self) -> None:
         """Undo everything, and begin once more."""
-        from idempotency._sql.commit_guard import guard_commit
-
         await self.roll_back()
         if self._abandoned:
             self._session, self._abandoned = None, False
@@ -137,105 +140,113 @@ class Transaction:
     async def flush(self) -> None:
         """Send what is pending, however long it takes: what the database refuses is the operation's own error.
 
-        Raises :class:`~idempotency.errors.TransactionError` where the operation has thrown its effect away by itself,
-        and :class:`~idempotency.errors.StoreError` where a retry may not meet the failure again, as a lost connection.
+        Raises :class:`~idempotency.errors.TransactionError` where the operation has undone its effect by itself, and
+        :class:`~idempotency.errors.StoreError` for a failure that is transient, such as a lost connection.
         """
-        pending = self._opened
-        check_session_intact(pending.sync_session, self._root)
-        if pending.new or pending.dirty or pending.deleted:
-            with naming_failures(pending.sync_session):
-                await self._step(pending.flush(), None)
+        session = self._opened
+        check_session_intact(session.sync_session, self._root)
+        if session.new or session.dirty or session.deleted:
+            with naming_failures(session.sync_session):
+                await self._step(session.flush(), None)  # async only: the caller may be cancelled meanwhile
 
     async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """Write ``result`` behind the effect and commit both; False, and both rolled back, for a superseded owner.
 
-        A commit that was sent is seen to its end, whatever is cancelled. Raises the database's own error when it
+        A commit that was sent goes on also when the caller is cancelled. Raises the database's own error when it
         refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
-        or nobody can say.
+        or it is unknown.
         """
-        from idempotency._sql.session_failures import failure_of
-
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + self._store.timeout
-        # Both in one step of SQLAlchemy's, each of which is a switch to a greenlet and back.
-        self._ending = loop.create_task(self._opened.run_sync(self._end, result, state))
-        done, _ = await asyncio.wait({self._ending}, timeout=self._store.timeout)
-        if not done:
-            self._abandon(self._ending)
-            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s")
         try:
-            return self._ending.result()
+            return await self._send_commit(result, state)
         except Exception as error:
+            if self._abandoned and isinstance(error, StoreError):
+                raise  # not answered in time: a look would take as long
             failure = failure_of(error, self._opened.sync_session)
-            if await self._committed_after_all(state, failure is error):
+            # async only: one deadline covers commit and look, as a client waits for both.
+            applied = await self._is_recorded_in_time(state, failure is error)
+            if applied:
                 return True
             if failure is error:
                 raise
             raise failure from error
 
+    # async only: a task, for which close() waits until the same deadline when the caller is cancelled.
+    async def _send_commit(self, result: bytes | None, state: State) -> bool:
+        self._deadline = loop_time() + self._store.timeout
+        # Both in one step of SQLAlchemy's, because each step is a switch to a greenlet and back.
+        self._sent_commit = asyncio.get_running_loop().create_task(self._opened.run_sync(self._end, result, state))
+        done, _ = await asyncio.wait({self._sent_commit}, timeout=self._store.timeout)
+        if not done:
+            self._abandon(self._sent_commit)
+            raise StoreError(f"the commit was not answered within {self._store.timeout:g} s")
+        return self._sent_commit.result()
+
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
         written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
         return written
 
-    async def _committed_after_all(self, state: State, answered: bool) -> bool:
-        """Say whether a commit that failed was applied, and only its answer lost. The record says so: they are one."""
+    # async only: see commit().
+    async def _is_recorded_in_time(self, state: State, answered: bool) -> bool:
         try:
             async with asyncio.timeout_at(self._deadline):
-                # Rolled back first: a transaction that is still open holds the row that is asked for next.
-                await self.roll_back()
-                # This claim waits for the row while the commit is still under way in the server, where a mere look
-                # would not. What was answered is not under way: a row that is held by now is another's.
-                look = Transaction(self._store, self._sessions, self._claim)
-                try:
-                    record = await look.claim(0.0 if answered else self._store.timeout)
-                finally:
-                    await look.close()
+                return await self._is_recorded(state, answered)
         except TimeoutError as error:
             raise StoreError(f"the commit was not answered within {self._store.timeout:g} s") from error
+
+    async def _is_recorded(self, state: State, answered: bool) -> bool:
+        """Return whether a commit that failed was applied, and only its answer lost: then the record is there."""
+        # Rolled back first: a transaction that is still open holds the row that is asked for next.
+        await self.roll_back()
+        # This claim waits for the row while the commit goes on in the server; a mere look would not wait. A commit
+        # that was answered does not go on: if the row is locked now, another transaction has locked it.
+        look = Transaction(self._store, self._sessions, self._claim)
+        try:
+            record = await look.claim(0.0 if answered else self._store.timeout)
+        finally:
+            await look.close()
         return record is not None and record.token == self._claim.token and record.state is state
 
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
         if self.used:
-            from idempotency._sql.commit_guard import roll_back
-
             with suppress(StoreError):  # not answered: its connection is closed
                 await self._do(roll_back)
 
     async def close(self) -> None:
-        """Give the connection back, after the commit under way if there is one.
+        """Return the connection, after the commit that was sent, if there is one.
 
-        A commit that is not answered in time holds up nobody: it is abandoned.
+        A commit that is not answered in time is abandoned.
         """
-        if self._ending is not None and not self._abandoned:
-            await self._see_off(self._ending)
+        if self._sent_commit is not None and not self._abandoned:  # async only: the caller may not have waited for it
+            await self._wait_for_commit(self._sent_commit)
         if not self.used:
             return
         session = self._opened
         if not session.in_transaction():
-            # There is no connection to give back, so nothing to wait for.
+            # There is no connection to return, so nothing to wait for.
             session.sync_session.close()
             return
-        from idempotency._sql.commit_guard import give_back
-
         with suppress(StoreError):
             await self._do(give_back)
 
-    async def _see_off(self, ending: asyncio.Task[bool]) -> None:
-        if not ending.done():
+    # async only: see close().
+    async def _wait_for_commit(self, sent: asyncio.Task[bool]) -> None:
+        if not sent.done():
             try:
-                await asyncio.wait({ending}, timeout=max(0.0, self._deadline - asyncio.get_running_loop().time()))
+                await asyncio.wait({sent}, timeout=max(0.0, self._deadline - loop_time()))
             except asyncio.CancelledError:
-                self._abandon(ending)
+                self._abandon(sent)
                 raise
-        if not ending.done():
-            self._abandon(ending)
-        elif not ending.cancelled():
-            ending.exception()  # where its caller was cancelled nobody has asked for it, and it would be reported
+        if not sent.done():
+            self._abandon(sent)
+        elif not sent.cancelled():
+            sent.exception()  # read here for a cancelled caller: asyncio reports an exception that is never read
 
+    # async only: a step is a task.
     async def _do(self, work: Callable[[Session], T]) -> T:
         return await self._step(self._opened.run_sync(work), self._store.timeout)
 
+    # async only: see above.
     async def _step(self, step: Coroutine[Any, Any, T], seconds: float | None) -> T:
         task = asyncio.get_running_loop().create_task(step)
         try:
@@ -248,10 +259,9 @@ class Transaction:
             raise StoreError(f"the database gave no answer within {seconds:g} s")
         return task.result()
 
+    # async only: the task still uses the session, and ends when its connection is cut off.
     def _abandon(self, step: asyncio.Task[Any]) -> None:
-        """Leave the session to ``step``, which nobody waits for any more, until it has ended; then discard it."""
-        from idempotency._sql.commit_guard import cut_off_session, discard, finish
-
+        """Stop waiting for ``step``. The session is discarded when it has ended."""
         session = self._opened
         self._abandoned = True
         finish(session.sync_session)
@@ -262,9 +272,7 @@ class Transaction:
 
 @contextmanager
 def naming_failures(session: Session) -> Iterator[None]:
-    """Raise what the library's own statements in ``session`` meet by what failed, wherever they stand."""
-    from idempotency._sql.session_failures import failure_of
-
+    """Raise failures of the library's own statements in ``session`` as the errors of :func:`failure_of`."""
     try:
         yield
     except Exception as error:
@@ -279,10 +287,8 @@ def write_and_commit(
 ) -> tuple[bool, StoreRefusedError | None]:
     """Record the end in ``session`` and commit it; False, and all rolled back, for a superseded owner.
 
-    A result that the store refuses is left out, as the effect is worth more: the second value says why.
+    The effect matters more than its result, so a result that the store refuses is omitted: the second value says why.
     """
-    from idempotency._sql.commit_guard import commit, finish, unguard_commit
-
     refused = None
     try:
         written = store.complete_in_sync(session, claim, result, state)
@@ -302,7 +308,5 @@ def write_and_commit(
 
 def check_session_intact(session: Session, root: SessionTransaction | None) -> None:
     """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
-    from idempotency._sql.commit_guard import SESSION_ENDED, was_closed
-
     if was_closed(session) or (root is not None and session.get_transaction() is not root):
         raise TransactionError(SESSION_ENDED)

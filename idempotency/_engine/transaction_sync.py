@@ -27,23 +27,41 @@ class SyncTransaction:
         self._store = store
         self._sessions = sessions
         self._claim = claim
-        self.session: Session = sessions()
+        self._session: Session | None = None
         self._root: SessionTransaction | None = None
-        self._discarded = False
+        self._abandoned = False
         self.refused: StoreRefusedError | None = None
-        guard_commit(self.session)
+
+    @property
+    def used(self) -> bool:
+        """See :attr:`Transaction.used`."""
+        return self._session is not None and not self._abandoned
+
+    @property
+    def session(self) -> Session:
+        """See :attr:`Transaction.session`."""
+        return self._opened
+
+    @property
+    def _opened(self) -> Session:
+        if self._session is None:
+            self._session = self._sessions()
+            guard_commit(self._session)
+        return self._session
 
     def claim(self, wait: float) -> Record | None:
         """See :meth:`Transaction.claim`."""
-        return self._store.claim_in_sync(self.session, self._claim, wait=wait)
+        # sync only: the claim has a bound of its own. If it does not end by that, the store's watchdog cuts it off.
+        claimed = self._store.claim_in_sync(self._opened, self._claim, wait=wait)
+        return claimed
 
     def bind(self) -> None:
         """See :meth:`Transaction.bind`."""
-        self._root = self.session.get_transaction()
+        self._root = self._opened.get_transaction()
 
     def begin_nested(self) -> SessionTransaction:
         """See :meth:`Transaction.begin_nested`."""
-        with naming_failures(self.session):
+        with naming_failures(self._opened):
             return self._do(lambda session: session.begin_nested())
 
     def undo(self, savepoint: SessionTransaction) -> bool:
@@ -54,39 +72,47 @@ class SyncTransaction:
             return False
         return True
 
-    def begin_anew(self) -> None:
-        """See :meth:`Transaction.begin_anew`."""
+    def begin_again(self) -> None:
+        """See :meth:`Transaction.begin_again`."""
         self.roll_back()
-        if self._discarded:
-            self.session, self._discarded = self._sessions(), False
-        guard_commit(self.session)
+        if self._abandoned:
+            self._session, self._abandoned = None, False
+        guard_commit(self._opened)
 
     def flush(self) -> None:
         """See :meth:`Transaction.flush`."""
-        check_session_intact(self.session, self._root)
-        with naming_failures(self.session):
-            self.session.flush()
+        session = self._opened
+        check_session_intact(session, self._root)
+        if session.new or session.dirty or session.deleted:
+            with naming_failures(session):
+                session.flush()  # sync only: a thread is not cancelled
 
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """See :meth:`Transaction.commit`."""
         try:
-            return self._do(lambda session: self._end(session, result, state))
+            return self._send_commit(result, state)
         except Exception as error:
-            if self._discarded and isinstance(error, StoreError):
+            if self._abandoned and isinstance(error, StoreError):
                 raise  # not answered in time: a look would take as long
-            failure = failure_of(error, self.session)
-            if self._committed_after_all(state, failure is error):
+            failure = failure_of(error, self._opened)
+            # sync only: roll back and look have a bound each, by the watchdog; a thread has no bound for several steps.
+            applied = self._is_recorded(state, failure is error)
+            if applied:
                 return True
             if failure is error:
                 raise
             raise failure from error
 
+    # sync only: the watchdog bounds the commit as every step.
+    def _send_commit(self, result: bytes | None, state: State) -> bool:
+        return self._do(lambda session: self._end(session, result, state))
+
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
         written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
         return written
 
-    def _committed_after_all(self, state: State, answered: bool) -> bool:
-        """See :meth:`Transaction._committed_after_all`."""
+    def _is_recorded(self, state: State, answered: bool) -> bool:
+        """See :meth:`Transaction._is_recorded`."""
         self.roll_back()
         look = SyncTransaction(self._store, self._sessions, self._claim)
         try:
@@ -96,36 +122,39 @@ class SyncTransaction:
         return record is not None and record.token == self._claim.token and record.state is state
 
     def roll_back(self) -> None:
-        """Undo the effect."""
-        if not self._discarded:
+        """See :meth:`Transaction.roll_back`."""
+        if self.used:
             with suppress(StoreError):  # not answered: its connection is closed
                 self._do(roll_back)
 
     def close(self) -> None:
-        """Give the connection back, if there is one."""
-        if self._discarded:
+        """Return the connection, if there is one."""
+        if not self.used:
             return
-        if not self.session.in_transaction():
-            self.session.close()
+        session = self._opened
+        if not session.in_transaction():
+            session.close()
             return
         with suppress(StoreError):
             self._do(give_back)
 
+    # sync only: the watchdog cuts a step off that does not end in time.
     def _do(self, work: Callable[[Session], T]) -> T:
         """Do one step, which ends in time; one that is cut off, or interrupted, is the last of its session."""
-        session, store = self.session, self._store
+        session, store = self._opened, self._store
         with store.watchdog.watch(store.timeout, partial(cut_off_session, session)) as watched:
             try:
                 return work(session)
             except BaseException as error:
                 if watched.cut and isinstance(error, Exception):
-                    self._discard()
+                    self._abandon()
                     raise StoreError(f"the database gave no answer within {store.timeout:g} s") from error
                 if not isinstance(error, SQLAlchemyError | IdempotencyError):
-                    # Interrupted anywhere, as by a signal: nobody knows what the server is still going to send.
-                    self._discard()
+                    # Interrupted, as by a signal: what the server still sends is unknown.
+                    self._abandon()
                 raise
 
-    def _discard(self) -> None:
-        self._discarded = True
-        discard(self.session)
+    # sync only: the step has ended, so that the session is discarded at once.
+    def _abandon(self) -> None:
+        self._abandoned = True
+        discard(self._opened)

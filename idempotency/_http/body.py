@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 SPOOL = 1 << 20
-"""Bytes kept in memory; a larger body goes to a temporary file."""
+"""Bytes held in memory; a larger body goes to a temporary file."""
 
 _CHUNK = 1 << 18
 
@@ -37,9 +37,9 @@ class Body:
         self._lock = threading.Lock()
 
     def receive(self, server: Receive) -> Receive:
-        """Make the ASGI ``receive`` that gives the body from its start and after it whatever the server says.
+        """Make the ASGI ``receive`` that gives the body from its start, and then what the server sends.
 
-        Nothing is invented: a disconnect is told when the server tells it.
+        No message is invented: a disconnect is passed on when the server sends it.
         """
         if self._file is None:
             return _Replay(self.data or b"", server)
@@ -84,18 +84,24 @@ class _FileReplay:
         return {"type": "http.request", "body": chunk, "more_body": more}
 
     def _read(self, at: int) -> bytes:
-        # A reading that was cancelled may still be under way in its thread.
+        # A read that was cancelled may still run in its thread.
         with self._lock:
             self._file.seek(at)
             return self._file.read(_CHUNK)
 
 
-async def read_body(receive: Receive, limit: int, content_type: bytes | None = None) -> Body:
-    """Read a whole request body; ``content_type`` decides what of it counts (see :class:`BodyHash`).
+async def read_body(
+    receive: Receive, limit: int, content_type: bytes | None = None, content_length: bytes | None = None
+) -> Body:
+    """Read a whole request body; ``content_type`` decides which bytes of it are compared (see :class:`BodyHash`).
 
-    Raises :class:`DisconnectedError` when it ends early and :class:`~idempotency.errors.RequestTooLargeError` past
-    ``limit`` bytes; then nothing is left behind.
+    Raises :class:`DisconnectedError` when the body ends early, and
+    :class:`~idempotency.errors.RequestTooLargeError` when it has more than ``limit`` bytes: before it is read, where
+    ``content_length`` says so. No temporary file remains then.
     """
+    # 19 digits are more than any limit.
+    if content_length is not None and content_length.isdigit():
+        _check(int(content_length[:19]), limit)
     message = await receive()
     digest = BodyHash(content_type)
     if message["type"] == "http.request" and not message.get("more_body", False):
@@ -120,7 +126,7 @@ async def _read_long(message: Message, receive: Receive, limit: int, digest: Bod
             digest.update(chunk)
             held += chunk
             if file is None and size > SPOOL:
-                # The file outlives this function: the exchange closes it.
+                # Not closed here: the exchange closes it.
                 file = tempfile.TemporaryFile()  # noqa: SIM115
             more = message.get("more_body", False)
             if file is not None and (len(held) >= _CHUNK or not more):

@@ -1,6 +1,6 @@
-"""Treat a callable of the user's (``scope=``, ``fingerprint=``) as a handler: what it raises, the application answers.
+"""Answer an error of a function of the user (``scope=``, ``fingerprint=``) as the application answers a handler's.
 
-Imported only where there are such callables: they are given a Starlette ``Request``.
+This module is imported only where there are such functions: they are given a Starlette ``Request``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from idempotency._http.body import Receive, Send
 
 
 class ReadRequest(Request):
-    """A request that notes the error, if any, by which its body is not what the callable reads it as."""
+    """A request that remembers the error with which reading its body as JSON or as a form failed."""
 
     malformed: BaseException | None = None
 
@@ -38,7 +38,7 @@ class ReadRequest(Request):
             raise
 
     def is_malformed(self, error: BaseException) -> bool:
-        """Say whether ``error`` says that the body is malformed, also where the callable has parsed it by itself."""
+        """Return whether ``error`` means that the body is malformed, also if the user's function parsed it itself."""
         if error is self.malformed:
             return True
         body: bytes = getattr(self, "_body", b"")
@@ -48,10 +48,10 @@ class ReadRequest(Request):
 
 
 async def answer(error: Exception, app: object, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> bool:
-    """Send what the application answers when a handler raises ``error``; False if it has no answer to it.
+    """Send what the application answers when a handler raises ``error``; return False if it has no answer to it.
 
     A Starlette or FastAPI application has its own exception handlers; without them a Starlette ``HTTPException`` is
-    answered with its status and headers. Litestar looks for its handlers by itself, around its middleware.
+    answered with its status and headers. Litestar finds its own handlers, outside of its middleware.
     """
     if "litestar_app" in scope:
         return False
@@ -61,7 +61,7 @@ async def answer(error: Exception, app: object, scope: MutableMapping[str, Any],
 
     application = _application(scope.get("app"), app)
     handlers = {} if application is None else application.exception_handlers
-    # Those two are for what no other handler takes, and stand outside of all middleware.
+    # These two run outside of all middleware, for errors that no other handler takes.
     usual = {kind: handler for kind, handler in handlers.items() if kind not in (500, Exception)}
     if application is not None:
         scope.setdefault("app", application)
@@ -75,7 +75,7 @@ async def answer(error: Exception, app: object, scope: MutableMapping[str, Any],
 
 
 def _application(outer: object, inner: object) -> Starlette | None:
-    """Return the application that this middleware was added to, or else the one that it is around."""
+    """Return the application that this middleware was added to, else the one that it wraps."""
     if isinstance(outer, Starlette):
         return outer
     while inner is not None:

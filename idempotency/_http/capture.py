@@ -1,4 +1,4 @@
-"""One response on its way out: held until it is recorded, or passed through live where it cannot be kept."""
+"""The response of one operation: held back until it is recorded, or sent live where it cannot be recorded."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from idempotency._http.disconnect import Disconnect
 from idempotency._http.exit_stacks import ExitStacks
 
 PATIENCE = 2.0
-"""Seconds for which a response that comes in pieces is held back, before it goes out live and is not kept."""
+"""Seconds for which a response in pieces is held back. After them it is sent live, and its body is not recorded."""
 
 Settle = Callable[[int, Headers, bytes | None], Awaitable[StoredResponse | None]]
-"""Record a response (body None: it cannot be kept); return what to send in its place, or None to send it."""
+"""Record a response (body None: it cannot be recorded); return what to send in its place, or None to send it."""
 
 
 class ResponseCapture:
     """The ASGI ``send`` of one operation.
 
-    Judged by what was collected, never by the first ``more_body``: whatever ends within ``limit`` bytes is settled and
-    then sent, so a client never holds a success that is not recorded. What is larger, an event stream, a file sent by
-    path, one with trailers, or one still unfinished after :data:`PATIENCE` is settled without its body, then live.
+    A response that ends within ``limit`` bytes is settled and then sent, in however many pieces it comes. So a client
+    never has a success that is not recorded. A larger one, an event stream, a file sent by path, one with trailers,
+    or one still unfinished after :data:`PATIENCE` is settled without its body and then sent live.
 
-    Where ``stacks`` have something to run behind the response, which may fail and undo the effect, the response is
-    settled, and its end sent, once the application has returned; what goes out live does so unsettled.
+    Where ``stacks`` still have something to run after the response, it may fail and undo the effect. Then the response
+    is settled, and its end sent, once the application has returned. A response that is sent live is sent before it is
+    settled.
     """
 
     __slots__ = (
@@ -53,13 +54,13 @@ class ResponseCapture:
         self._settle = settle
         self._disconnect = disconnect
         self._stacks = stacks
-        self._settled: bool | None = False  # None: something else was sent in its place, the rest is dropped
-        self._live = False  # begun to be sent, and not settled
+        self._settled: bool | None = False  # None: another response was sent in its place, and the rest is dropped
+        self._live = False  # sending began before it was settled
         self._returned = False
         self._start: Message | None = None
         self._chunks: list[bytes] = []
         self._size = 0
-        self._end: list[Message] = []  # what waits for the application to return
+        self._end: list[Message] = []  # sent once the application has returned
         self._lock: asyncio.Lock | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._late: asyncio.Task[None] | None = None
@@ -73,9 +74,9 @@ class ResponseCapture:
             await self._take(message)
 
     async def flush(self) -> None:
-        """Settle and send what has waited for the application to return; pass on, unkept, what it did not finish.
+        """Settle and send what waits for the application to return; send, without recording it, an unfinished response.
 
-        Raises what failed behind the response, where a middleware of the application has swallowed it.
+        Raises the error of what ran after the response, where a middleware of the application has swallowed it.
         """
         if self._late is not None:
             await asyncio.wait([self._late])
@@ -95,7 +96,7 @@ class ResponseCapture:
             await self._pass(message)
 
     def drop(self) -> None:
-        """Forget what a raising application has begun and what is not sent of it."""
+        """Drop what is not sent yet of the response of an application that raised."""
         self._disarm()
         if self._late is not None:
             self._late.cancel()
@@ -105,8 +106,8 @@ class ResponseCapture:
         if self._settled is not False:
             await self._pass(message)
         elif kind == "http.response.start" and not self._live:
-            # Once more, when the sending of another response was cancelled: this one stands in for it.
-            # ASGI allows any iterable of headers, such as a generator: they are read more than once here.
+            # A second start replaces the first: the application cancelled the response that it had begun.
+            # ASGI allows any iterable of headers, such as a generator. Here they are read more than once.
             self._start = {**message, "headers": [*message.get("headers", ())]}
             self._chunks, self._size, self._end = [], 0, []
             if message.get("trailers", False) or _is_event_stream(self._start):
@@ -116,8 +117,8 @@ class ResponseCapture:
         elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
             await self._take_content(message)
         elif not self._disconnect.is_known:
-            # Early hints, server push, debug: not part of the response. A server that raises because the client is
-            # gone must not stop the application.
+            # Early hints, server push, debug: these are not part of the response. A server that raises because the
+            # client is gone must not stop the application.
             with suppress(OSError):
                 await self._send(message)
 
@@ -145,9 +146,9 @@ class ResponseCapture:
         self._size += len(chunk)
         self._chunks.append(bytes(chunk))
         if not message.get("more_body", False):
-            if self._disconnect.told_early and not self._confirmed():
-                # Told that nobody reads, the application may have stopped in the middle, and BaseHTTPMiddleware ends
-                # what stopped as if it were complete.
+            if self._disconnect.passed_on_early and not self._is_complete():
+                # The application knows that the client is gone, so it may have stopped in the middle of the body.
+                # BaseHTTPMiddleware ends such a body as if it were complete.
                 await self._go_live()
                 await self._pass({"type": "http.response.body", "body": b"", "more_body": False})
                 return
@@ -156,24 +157,24 @@ class ResponseCapture:
             await self._pass({"type": "http.response.body", "body": body, "more_body": False})
         elif self._timer is None:
             self._lock = asyncio.Lock()
-            self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._lose_patience)
+            self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._go_live_soon)
 
-    def _confirmed(self) -> bool:
-        """Say whether the response's own Content-Length says that all of it was collected."""
+    def _is_complete(self) -> bool:
+        """Return whether the response has no body, or a Content-Length that says that all of it was collected."""
         assert self._start is not None
         length = b"%d" % self._size
         return self._start["status"] in (204, 304) or any(
             name.lower() == b"content-length" and value == length for name, value in self._start.get("headers", ())
         )
 
-    def _lose_patience(self) -> None:
+    def _go_live_soon(self) -> None:
         self._late = asyncio.get_running_loop().create_task(self._go_live_late())
 
     async def _go_live_late(self) -> None:
         assert self._lock is not None
         async with self._lock:
             if self._settled is False and not self._live and not self._end:
-                # The client is gone, or nothing was committed: the application learns it at its own next send.
+                # The client is gone, or nothing was committed: the application gets the error at its own next send.
                 with suppress(Exception):
                     await self._go_live()
 
@@ -183,7 +184,7 @@ class ResponseCapture:
             self._disarm()
             self._live = True
             await self._send(self._start)
-            self._disconnect.tell()
+            self._disconnect.pass_on()
         else:
             await self._finish(None)
         if self._chunks:
@@ -194,11 +195,11 @@ class ResponseCapture:
         start = self._start
         assert start is not None
         if await self._settle(start["status"], start["headers"], None) is not None:
-            raise RuntimeError("The response could not be recorded: what the client has of it stays incomplete.")
+            raise RuntimeError("The response could not be recorded, so its end is not sent to the client.")
         self._settled = True
 
     async def _finish(self, body: bytes | None) -> None:
-        """Settle the response, then send its start, or what stands in for the whole."""
+        """Settle the response, then send its start, or the whole response that takes its place."""
         self._disarm()
         start = self._start
         assert start is not None
@@ -209,18 +210,18 @@ class ResponseCapture:
         else:
             self._settled = None
             await send_response(self._send, instead)
-        # Not sooner: an application that stops when it hears would not send its start, and a BaseHTTPMiddleware outside
-        # would raise that there is no response.
-        self._disconnect.tell()
+        # Not sooner: an application that stops at a disconnect would not send its start, and an outer
+        # BaseHTTPMiddleware would raise that there is no response.
+        self._disconnect.pass_on()
 
     def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
 
-async def send_response(send: Send, response: StoredResponse, *extra: tuple[bytes, bytes]) -> None:
-    """Send a whole response, with ``extra`` headers after its own."""
-    await send({"type": "http.response.start", "status": response.status, "headers": [*response.headers, *extra]})
+async def send_response(send: Send, response: StoredResponse) -> None:
+    """Send a whole response."""
+    await send({"type": "http.response.start", "status": response.status, "headers": [*response.headers]})
     await send({"type": "http.response.body", "body": response.body, "more_body": False})
 
 

@@ -1,4 +1,4 @@
-"""Turn a response into the bytes that are recorded, and back.
+"""Encode a response to the bytes that are recorded, and decode them.
 
 Version 1, all numbers unsigned and big-endian:
 
@@ -9,7 +9,7 @@ Version 1, all numbers unsigned and big-endian:
     8n bytes the lengths of every name and value, 4 bytes each
     ...      every name and value in order, then the body
 
-The lengths account for every byte of a record, so one that was cut or extended is not read.
+The lengths account for every byte of a record, so a record that was cut or extended is not read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PREFIX = struct.Struct(">BHII")
 
 DROPPED = frozenset(
     {
-        # Of one connection, not of the response (RFC 9110 section 7.6.1); what Connection lists is dropped as well.
+        # They belong to one connection (RFC 9110 section 7.6.1). The fields that Connection lists are dropped as well.
         b"connection",
         b"keep-alive",
         b"proxy-authenticate",
@@ -42,11 +42,11 @@ DROPPED = frozenset(
         b"trailer",
         b"transfer-encoding",
         b"upgrade",
-        # When the message was made: the server dates the replay itself (RFC 9110 section 6.6.1).
+        # The time at which the message was made: the server dates the replay itself (RFC 9110 section 6.6.1).
         b"date",
-        # A session made for the first request is not to be revived by a later one, perhaps after a logout (RFC 6265).
+        # A replay, perhaps after a logout, must not restore the session of the first request (RFC 6265).
         b"set-cookie",
-        # The answer to the first caller's Origin (Fetch standard, section 3.2); the CORS middleware outside answers
+        # They answer the Origin of the first request (Fetch standard, section 3.2). The outer CORS middleware answers
         # the present one.
         b"access-control-allow-credentials",
         b"access-control-allow-headers",
@@ -55,7 +55,7 @@ DROPPED = frozenset(
         b"access-control-allow-private-network",
         b"access-control-expose-headers",
         b"access-control-max-age",
-        # Of one request and its trace (W3C Trace Context, Baggage, Server Timing).
+        # They belong to one request and its trace (W3C Trace Context, Baggage, Server Timing).
         b"baggage",
         b"server-timing",
         b"traceparent",
@@ -77,8 +77,8 @@ class StoredResponse:
     body: bytes
 
 
-def kept(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Select the header pairs that are recorded: all but :data:`DROPPED` and what a Connection field lists."""
+def recorded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Select the header pairs that are recorded: all but :data:`DROPPED` and the fields that Connection lists."""
     dropped = DROPPED
     pairs: list[tuple[bytes, bytes]] = []
     for field, content in headers:
@@ -92,8 +92,8 @@ def kept(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """Write a response, with those of ``headers`` that are :func:`kept`, as a record of version 1."""
-    texts = [text for pair in kept(headers) for text in pair]
+    """Write a response, with its :func:`recorded_headers`, as a record of version 1."""
+    texts = [text for pair in recorded_headers(headers) for text in pair]
     head = struct.pack(f">BHII{len(texts)}I", VERSION, status, len(texts) // 2, len(body), *map(len, texts))
     return b"".join((head, *texts, body))
 

@@ -1,17 +1,17 @@
-"""Withhold from an application that its client is gone, until that can no longer stop its operation."""
+"""Hold back the news that the client is gone until it can no longer stop the operation."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 
 from idempotency._http.body import Message, Receive
+from idempotency.operation import RUNNING, Operation
 
 LONGEST = 600.0
-"""Seconds for which a disconnect is withheld at most."""
+"""Seconds for which a disconnect is held back at most."""
 
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 5.0
@@ -20,47 +20,45 @@ _LONGEST_PAUSE = 5.0
 class Disconnect:
     """The ASGI ``receive`` of one operation.
 
-    Many frameworks cancel the handler when it says that the client is gone, and the retry would run beside what the
-    handler has begun. So ``http.disconnect`` waits until :meth:`tell`. An application that does nothing but wait for
-    it would never end: it gets it soon, and any other after :data:`LONGEST` seconds.
-
-    ``belongs`` says whether code in a context is part of the operation.
+    Many frameworks cancel the handler when they receive ``http.disconnect``, and the retry would then run beside what
+    the handler has begun. So the message is held back until :meth:`pass_on`. An application that only waits for it
+    would never end: such an application gets it soon, and any other after :data:`LONGEST` seconds.
     """
 
     __slots__ = (
         "_asking",
-        "_belongs",
         "_callers",
         "_deadline",
         "_message",
+        "_operation",
+        "_passed_on",
         "_receive",
-        "_told",
         "_waiting",
-        "told_early",
+        "passed_on_early",
     )
 
-    def __init__(self, receive: Receive, belongs: Callable[[Context], bool]) -> None:
+    def __init__(self, receive: Receive, operation: Operation) -> None:
         self._receive = receive
-        self._belongs = belongs
+        self._operation = operation
         self._asking: asyncio.Lock | None = None
         self._message: Message | None = None
         self._deadline = 0.0
-        self._told = False
+        self._passed_on = False
         self._waiting: asyncio.Event | None = None
         self._callers: set[asyncio.Task[object]] = set()
-        self.told_early = False
+        self.passed_on_early = False
         """Whether the application got the message before its response was settled."""
 
     @property
     def is_known(self) -> bool:
-        """Say whether the server has said that the client is gone."""
+        """Return whether the server has reported that the client is gone."""
         return self._message is not None
 
     async def __call__(self) -> Message:
         """Return the next message for the application."""
         if self._asking is None:
             self._asking = asyncio.Lock()
-        # One caller at a time asks the server, which may say it only once. The message is for all of them.
+        # One caller at a time asks the server, which may send the message only once. All callers get it.
         async with self._asking:
             if self._message is None:
                 message = await self._receive()
@@ -68,13 +66,13 @@ class Disconnect:
                     return message
                 self._message = message
                 self._deadline = asyncio.get_running_loop().time() + LONGEST
-        if not self._told:
+        if not self._passed_on:
             await self._wait()
         return self._message
 
-    def tell(self) -> None:
-        """Stop withholding: the response is recorded, or on its way, or the operation is over."""
-        self._told = True
+    def pass_on(self) -> None:
+        """Pass the message on: the response is recorded, or being sent, or the operation is over."""
+        self._passed_on = True
         if self._waiting is not None:
             self._waiting.set()
 
@@ -86,40 +84,40 @@ class Disconnect:
         pause = _FIRST_PAUSE
         self._callers.add(caller)
         try:
-            while not self._told:
+            while not self._passed_on:
                 if loop.time() >= self._deadline:
-                    self._tell_early()
+                    self._pass_on_early()
                     break
-                # First a pause: code that only asks whether the client is gone yet does not wait for an answer.
+                # A pause first: code that only polls whether the client is gone does not wait for the message.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._waiting.wait()
                         break
                 if self._nothing_else_runs():
-                    self._tell_early()
+                    self._pass_on_early()
                 pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
             self._callers.discard(caller)
 
-    def _tell_early(self) -> None:
-        self.told_early = True
-        self.tell()
+    def _pass_on_early(self) -> None:
+        self.passed_on_early = True
+        self.pass_on()
 
     def _nothing_else_runs(self) -> bool:
-        """Say whether every task of the operation waits here, or for one that does."""
+        """Return whether every task of the operation waits here, or waits for a task that waits here."""
         for task in asyncio.all_tasks():
             if task not in self._callers and getattr(task, "_fut_waiter", None) not in self._callers:
                 context = _context_of(task)
-                if context is None or self._belongs(context):
+                if context is None or context.get(RUNNING) is self._operation:
                     return False
         return True
 
 
 def _context_of(task: asyncio.Task[object]) -> Context | None:
-    """Return the context of a task, or None where it cannot be seen."""
+    """Return the context of a task, or None where there is no way to see it."""
     if sys.version_info >= (3, 12):
         return task.get_context()
-    # Until 3.12 a task hides it; but the callback that will wake the task carries it.
+    # Before Python 3.12 a task does not give its context. The callback that wakes the task has it.
     for callback, context in getattr(getattr(task, "_fut_waiter", None), "_callbacks", None) or ():
         if getattr(callback, "__self__", None) is task:
             return context  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""See what FastAPI still has to run for a request once its response is handed over: dependencies with ``yield``.
+"""Find what FastAPI still runs for a request after its response: dependencies with ``yield``.
 
-Since 0.118 their code after the ``yield`` runs behind the response, and often it commits the effect. The exit stacks
+Since 0.118 their code after the ``yield`` runs after the response, and it often commits the effect. The exit stacks
 that run it are in the scope, one for each of :data:`_KEYS`.
 """
 
@@ -16,14 +16,14 @@ _KEYS = ("fastapi_inner_astack", "fastapi_function_astack", "fastapi_middleware_
 _SEEN = (*_KEYS, "endpoint")
 
 _MANY = 100
-"""Objects that are looked at to find an application behind its middleware."""
+"""How many objects are searched for an application inside its middleware."""
 
 
 class ExitStacks:
-    """The exit stacks of one request; what its scope holds of an earlier one does not count.
+    """The exit stacks of one request. Those of an earlier request in the same scope do not count.
 
-    ``failure`` is what was raised in a stack that was :meth:`watch`-ed, also where a dependency further out, or a
-    middleware, swallowed it.
+    ``failure`` is what was raised in a stack after :meth:`watch`, also where an outer dependency or a middleware
+    swallowed it.
     """
 
     __slots__ = ("_app", "_before", "_scope", "_watched", "failure")
@@ -36,7 +36,7 @@ class ExitStacks:
         self.failure: BaseException | None = None
 
     def watch(self) -> bool:
-        """Say whether something is still to run, and from here on note whether it fails."""
+        """Return whether something is still to run, and record from here on whether it fails."""
         if "fastapi" not in sys.modules:
             return False
         found = False
@@ -56,7 +56,7 @@ class ExitStacks:
         return callbacks is None or any(not self._is_upkeep(callback) for _, callback in callbacks)
 
     def _is_upkeep(self, callback: Callable[..., object]) -> bool:
-        """Say whether this is FastAPI's own: it leaves scopes, and closes streams and uploaded files."""
+        """Return whether this is FastAPI's own: it ends cancel scopes, and closes streams and uploaded files."""
         callback = getattr(callback, "__wrapped__", callback)
         owner = getattr(callback, "__self__", callback)
         if owner is self._scope.get("fastapi_async_cleanup_scopes"):
@@ -73,7 +73,8 @@ class ExitStacks:
         if callbacks is None or any(stack is each for each in self._watched):
             return
         self._watched.append(stack)
-        # Below each dependency, so that it is given what that raises, also where one further out swallows it.
+        # Callbacks run from the last to the first. So ours, before each dependency's, gets the error of that one, also
+        # where an outer dependency swallows it.
         watched = list[Any]()
         for callback in callbacks:
             if not watched or not self._is_upkeep(callback[1]):
@@ -89,26 +90,26 @@ class ExitStacks:
             self.failure = error
 
     def _may_be_hidden(self) -> bool:
-        """Say whether FastAPI may have put its stacks into a copy of the scope, made by a middleware."""
+        """Return whether FastAPI may have put its stacks into a copy of the scope that a middleware made."""
         if self._new(_KEYS[0]) is not None:
             return False
         kind = sys.modules["fastapi"].FastAPI
         endpoint = self._new("endpoint")
         if endpoint is not None:
             return _leads_to(endpoint, kind)
-        # FastAPI has seen this very scope, and no route of it has answered.
+        # FastAPI has used this scope itself, and none of its routes has answered.
         if self._new("fastapi_middleware_astack") is not None:
             return False
         return isinstance(self._scope.get("app"), kind) or _leads_to(self._app, kind)
 
 
 def _leads_to(app: object, kind: type) -> bool:
-    """Say whether ``app``, or what it wraps as middleware does, is a ``kind``."""
+    """Return whether ``app``, or an application inside it, is a ``kind``."""
     found = [app]
-    for place in range(_MANY):
-        if place == len(found):
+    for number in range(_MANY):
+        if number == len(found):
             return False
-        each = found[place]
+        each = found[number]
         if isinstance(each, kind):
             return True
         found += [getattr(each, name) for name in ("app", "__wrapped__", "__self__") if hasattr(each, name)]

@@ -1,4 +1,4 @@
-"""Digest what a request asks and who asks it. Every format here is stored: a change of one makes records mismatch."""
+"""Digest what a request asks and who asks it. Every format here is stored: changing one makes records mismatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from idempotency.errors import ConfigurationError
 
 ANONYMOUS = "http:1:anonymous"
-"""The scope that all callers share of whom nothing is known."""
+"""The scope that all unknown callers share."""
 
 _MAX_DEPTH = 64
 
@@ -42,32 +42,32 @@ def fingerprint(
 class BodyHash:
     r"""Digest a body piece by piece, every byte of it, in constant memory.
 
-    The one difference that does not count is the boundary of a ``multipart/*`` body: clients invent a new one whenever
-    they build the request again, so the parts are compared and not what separates them (RFC 2046 section 5.1.1).
+    Only the boundary of a ``multipart/*`` body may differ: clients make a new one each time they build the request, so
+    the parts are compared and not what separates them (RFC 2046 section 5.1.1).
     Without a usable boundary in ``content_type`` such a body is compared byte by byte too.
     """
 
     def __init__(self, content_type: bytes | None = None) -> None:
         self._delimiter = _delimiter(content_type)
         self._content = hashlib.sha256(b"parts:1:" if self._delimiter else b"raw:1:")
-        # The parts are hashed without what stood between them; their lengths keep them apart.
+        # The parts are hashed without the boundaries between them. Their lengths show where each ends.
         self._lengths = hashlib.sha256()
         self._length = 0
         self._tail = b"\r\n"
 
     def update(self, data: bytes) -> None:
-        """Take the next piece of the body; where it was cut does not matter."""
+        """Add the next piece of the body. How the body is cut into pieces does not matter."""
         if not self._delimiter:
             self._content.update(data)
             return
         parts = (self._tail + data).split(self._delimiter)
-        keep = len(self._delimiter) - 1
-        self._tail = parts[-1][-keep:]
-        parts[-1] = parts[-1][:-keep]
+        size = len(self._delimiter) - 1
+        self._tail = parts[-1][-size:]
+        parts[-1] = parts[-1][:-size]
         self._take(parts)
 
     def digest(self) -> bytes:
-        """Return the 32 bytes for what was taken; call it once, at the end of the body."""
+        """Return the digest of 32 bytes. Call it once, at the end of the body."""
         if self._delimiter:
             self._take([self._tail])
             self._lengths.update(struct.pack(">Q", self._length))
@@ -111,12 +111,12 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 def json_digest(data: bytes) -> bytes | None:
     r"""Digest a JSON text, whatever its white space, the order of its members, and the escapes in its strings.
 
-    Numbers are compared as they are written, so that none is rounded: ``1`` and ``1.0`` differ. Arrays keep their
-    order. Returns None, and the caller compares bytes, for what is not one JSON text in UTF-8 (RFC 8259), for a member
-    name that occurs twice in an object, which readers understand differently, and for nesting deeper than 64.
+    Numbers are compared as they are written, so that none is rounded: ``1`` and ``1.0`` differ. The order of an array
+    counts. Returns None, and the caller compares bytes, for a body that is not one JSON text in UTF-8 (RFC 8259), for
+    an object in which a member name occurs twice, which readers understand differently, and for nesting deeper than 64.
     """
-    # Measured before the parser can hit the interpreter's recursion limit, which depends on who calls us: the answer
-    # for one body must be the same on every retry.
+    # Checked before the parser can reach the interpreter's recursion limit. How far that is depends on the caller's
+    # stack, and the result for one body must be the same on every retry.
     brackets = _JSON_STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
     if max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > _MAX_DEPTH:
         return None
@@ -127,7 +127,7 @@ def json_digest(data: bytes) -> bytes | None:
     return _digest(b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
 
 
-# A number becomes an object that holds its text, and an object is wrapped, so that neither can imitate the other.
+# A number becomes an object that holds its text, and an object is wrapped, so that the two never look the same.
 def _number(text: str) -> dict[str, str]:
     return {"number": text}
 
@@ -148,10 +148,10 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circula
 
 
 def authorization_scope(headers: Iterable[tuple[bytes, bytes]], secret: bytes | None) -> str:
-    """Name the caller by a digest of the Authorization field lines; without any it is :data:`ANONYMOUS`.
+    """Name the caller by a digest of the Authorization field lines, or :data:`ANONYMOUS` if there are none.
 
-    With a ``secret`` the digest is keyed, so that weak credentials cannot be guessed from the store. Another secret, or
-    a refreshed credential, is another caller.
+    With a ``secret`` the digest is keyed, so that weak credentials cannot be guessed from the store. With another
+    secret, or a refreshed credential, the caller is another one.
     """
     lines = [content for field, content in headers if len(field) == 13 and field.lower() == b"authorization"]
     if not lines:
@@ -162,9 +162,9 @@ def authorization_scope(headers: Iterable[tuple[bytes, bytes]], secret: bytes | 
 def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
     """Name the caller by a digest of what the user's ``scope`` callable returned.
 
-    None, and an empty text, mean that nobody is known: such callers share :data:`ANONYMOUS`, as callers without
-    Authorization do. A callable that must never share raises instead. A number is the same caller as its decimal text,
-    and text as its UTF-8 bytes.
+    None, and an empty text, mean that the caller is not known: such callers share :data:`ANONYMOUS`, as callers without
+    Authorization do. A callable that must not allow this raises instead. A number is the same caller as its decimal
+    text, and text as its UTF-8 bytes.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for another type, a bool among them.
     """
@@ -180,7 +180,7 @@ def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
 
 
 def _digest(domain: bytes, parts: Iterable[bytes], secret: bytes | None) -> bytes:
-    # Length-prefixed, so that a delimiter in one part cannot imitate another.
+    # Each part comes after its length, so that two lists of parts never give the same text.
     text = domain + b"".join([b"%d:%b" % (len(part), part) for part in parts])
     if secret:
         return hmac.digest(secret, text, "sha256")

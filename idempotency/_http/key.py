@@ -1,4 +1,4 @@
-"""Read the idempotency key, and how long its sender would wait, from raw header pairs."""
+"""Read the idempotency key, and how long its sender wants to wait, from raw header pairs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from idempotency.errors import KeyInvalidError
 _STRING = rb'[ !#-\[\]-~]*+(?:\\["\\][ !#-\[\]-~]*+)*+'
 _QUOTED = re.compile(rb'"(%b)"' % _STRING)
 
-# What proxies, SDKs and people send unquoted. The comma is left out because a proxy may have joined two field lines
-# with it, the quote because half a String is a damaged key and not another one.
+# Proxies, SDKs and people send such text unquoted. A comma is refused, because a proxy may have joined two field lines
+# with it. A quote is refused, because a String with one quote is a damaged key and not another key.
 _BARE = re.compile(rb"[!#-+\--~]++")
 
 _ESCAPE = re.compile(rb'\\(["\\])')
@@ -33,9 +33,12 @@ _PARAMETER = re.compile(
 )
 
 _WAIT_CAP = 2.0**31
-"""RFC 9111 section 1.2.2: what a number of seconds too large to handle counts as."""
+"""RFC 9111 section 1.2.2: a number of seconds that is too large counts as this one."""
 
-# A quote that is never closed swallows the rest of its line: garbage, but read in linear time.
+_MAX_LENGTH = 255
+"""Characters that a key may have."""
+
+# A quote that is never closed takes the rest of its line: it means nothing, but is read in linear time.
 _ELEMENT = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.?)*+"?)++', re.DOTALL)
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _PREFERENCE = re.compile(
@@ -48,16 +51,15 @@ def read_key(
     name: bytes = b"idempotency-key",
     *,
     strict: bool = False,
-    max_length: int = 255,
 ) -> str | None:
     r"""Read the key from the field ``name``, or return None if there is no such field.
 
     The field is a String of RFC 9651 (draft section 2.1): its text with ``\"`` and ``\\`` unescaped is the key, its
-    parameters are checked and ignored. Unless ``strict``, bare text counts too: visible ASCII without white space,
-    commas and double quotes, taken as it is, so that ``k`` and ``"k"`` are one key and ``k;v=1`` is another.
+    parameters are checked and ignored. Unless ``strict``, bare text is a key too: visible ASCII without white
+    space, commas and double quotes, as it is, so that ``k`` and ``"k"`` are one key and ``k;v=1`` is another.
 
     Raises :class:`~idempotency.errors.KeyInvalidError` for anything else, for two field lines, an empty key, and a key
-    of more than ``max_length`` characters. The message never contains the key.
+    of more than 255 characters. The message never contains the key.
     """
     name = name.lower()
     size = len(name)
@@ -78,8 +80,8 @@ def read_key(
         _refuse(value, strict)
     if not key:
         raise KeyInvalidError("The key is empty.")
-    if len(key) > max_length:
-        raise KeyInvalidError(f"The key has {len(key)} characters; at most {max_length} are allowed.")
+    if len(key) > _MAX_LENGTH:
+        raise KeyInvalidError(f"The key has {len(key)} characters; at most {_MAX_LENGTH} are allowed.")
     return key
 
 
@@ -130,7 +132,7 @@ def _refuse(value: bytes, strict: bool) -> NoReturn:
 
 
 def read_prefer_wait(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
-    """Read the seconds of ``Prefer: wait=n`` (RFC 7240 section 4.3), or return None if nothing legible asks for them.
+    """Read the seconds of ``Prefer: wait=n`` (RFC 7240 section 4.3), or return None if no valid field asks for them.
 
     Of several ``wait`` preferences the first counts (section 2), even if it is malformed and therefore ignored.
     Numbers over 2**31 count as 2**31.

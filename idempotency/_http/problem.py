@@ -1,4 +1,7 @@
-"""Say what went wrong as problem details (RFC 9457), in a form a client can branch on."""
+"""Describe an error as problem details (RFC 9457), in a form that a client can branch on.
+
+The status, the title and whether a retry helps are properties of the error, see :mod:`idempotency.errors`.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from idempotency.errors import (
 )
 
 DRAFT = "https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-idempotency-key-header-07"
-"""What problem types link to unless the user names documentation of their own."""
+"""The URL that problem types link to, unless ``docs=`` is given."""
 
-# RFC 3986 without the fragment, which the problem's code becomes. Nothing here can end the <> of a Link field.
+# RFC 3986 without the fragment, which the problem's code becomes. No character here can end the <> of a Link field.
 _URL = re.compile(r"https?://[A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+")
 
 _DETAILS = {
@@ -54,27 +57,22 @@ def check_docs(docs: str) -> str:
     return docs
 
 
-def problem_response(
-    error: IdempotencyError, *, docs: str, retry_after: float | None = None, detail: str | None = None
-) -> StoredResponse:
+def problem_response(error: IdempotencyError, *, docs: str, retry_after: float | None = None) -> StoredResponse:
     """Describe ``error`` as ``application/problem+json`` with a Link to ``docs`` (draft section 2.7).
 
-    ``type`` is ``docs`` with the error's code as fragment; ``code``, ``retryable``, ``safe_new_key`` and, if known,
-    ``retry_after`` are extension members. ``retry_after`` is in seconds, and told in whole ones, rounded up, at least
-    1. ``detail`` defaults to the message of an error that was found in the request alone (400, 413), else to advice
-    by its code: the message of any other may name a server.
+    ``docs`` has passed :func:`check_docs`.
 
-    Raises :class:`~idempotency.errors.ConfigurationError` if ``docs`` fails :func:`check_docs`.
+    ``type`` is ``docs`` with the error's code as fragment; ``code``, ``retryable``, ``safe_new_key`` and, if known,
+    ``retry_after`` are extension members. ``retry_after`` is in seconds, and sent in whole ones, rounded up, at least
+    1. ``detail`` is the message of an error that was found in the request alone (400, 413). For any other, whose
+    message may name a server, it is advice by the error's code.
     """
-    link = check_docs(docs)
-    if detail is None:
-        told = str(error) if isinstance(error, (KeyMissingError, KeyInvalidError, RequestTooLargeError)) else ""
-        detail = told or _DETAILS.get(error.code, error.title)
+    message = str(error) if isinstance(error, (KeyMissingError, KeyInvalidError, RequestTooLargeError)) else ""
     document: dict[str, object] = {
-        "type": f"{link}#{error.code}",
+        "type": f"{docs}#{error.code}",
         "title": error.title,
         "status": error.status,
-        "detail": detail,
+        "detail": message or _DETAILS.get(error.code, error.title),
         "code": error.code,
         "retryable": error.retryable,
         "safe_new_key": error.safe_new_key,
@@ -83,7 +81,7 @@ def problem_response(
         (b"content-type", b"application/problem+json"),
         (b"content-language", b"en"),
         (b"cache-control", b"no-store"),
-        (b"link", f'<{link}>; rel="describedby"; type="text/html"'.encode("ascii")),
+        (b"link", f'<{docs}>; rel="describedby"; type="text/html"'.encode("ascii")),
     ]
     if retry_after is not None:
         seconds = max(1, math.ceil(retry_after))

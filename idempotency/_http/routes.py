@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from idempotency.errors import ConfigurationError
 from idempotency.policy import Policy
@@ -58,16 +59,16 @@ class _Table:
 
 
 class Routes:
-    r"""Tell the policy of every request: one for all, and others for single routes.
+    r"""Find the policy of every request: one for all, and others for single routes.
 
     A key of ``policies`` is a path (``"/payments"``) or a method and a path (``"POST /payments/{id}"``). ``{name}``
     stands for one segment, ``{name:path}`` for the rest of the path, which may be empty; a trailing slash makes another
-    path. Of several keys that match, the one with the more specific path decides: segment by segment from the left, a
+    path. Of several keys that match, the one with the more specific path decides: segment by segment from the first, a
     literal before ``{name}`` before ``{name:path}``; on the same path the key with a method comes first. A key with a
     method protects that method whatever ``Policy.methods`` says, a key without one those of its policy and no other.
     None takes the route out of scope.
 
-    Everything is resolved at construction; nothing is remembered of the paths that are asked for.
+    Everything is computed at construction. Nothing is stored for the paths of requests.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a key of another form, and for two keys that match the
     same requests.
@@ -80,7 +81,7 @@ class Routes:
             if value is not None and not isinstance(value, Policy):
                 raise ConfigurationError(f"policies[{name!r}] must be a Policy or None, not {type(value).__name__}")
         routes = sorted((_parse(key, value) for key, value in policies.items()), key=lambda route: route.order)
-        _refuse_twins(routes)
+        _refuse_equal_routes(routes)
         used = (policy, *(route.policy for route in routes if route.policy is not None))
         self.calls_back = any(callable(each.fingerprint) for each in used)
         """Whether any policy has a callable fingerprint, which is given a request object."""
@@ -102,6 +103,13 @@ class Routes:
             if match is not None and match.lastindex is not None:
                 return table.policies[match.lastindex - 1]
         return table.default
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """Return the path of a request as the application's own routes see it: without the path it is mounted under."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _table(method: str, routes: list[_Route], policy: Policy) -> _Table:
@@ -144,7 +152,7 @@ def _segment(text: str, key: str) -> _Segment:
     return _Segment(0, re.escape(text))
 
 
-def _refuse_twins(routes: list[_Route]) -> None:
+def _refuse_equal_routes(routes: list[_Route]) -> None:
     seen: dict[tuple[str | None, str], str] = {}
     for route in routes:
         identity = (route.method, route.pattern)

@@ -27,8 +27,8 @@ class Consumer:
     def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        check_counts(store, self.rules, asynchronous=True)
-        self._run = runner(store, self.rules.calls, options, asynchronous=True)
+        check_counts(store, self.rules, asynchronous=True)  # async only: it says which
+        self._run = runner(store, self.rules.calls, options, asynchronous=True)  # async only: it says which
         self._lock = LocalLock()
 
     async def deliver(
@@ -55,13 +55,15 @@ class Consumer:
                 if not mine:
                     return Retry(SOON)
                 begun = await self._begun(claim, attempt, counted)
-                ended = await self._ended(claim, rules.admitted(begun, noted(_uncancelled(work), ran)))
+                # async only: a handler may cancel its own task.
+                handle = _uncancelled(work)
+                ended = await self._ended(claim, rules.admitted(begun, noted(handle, ran)))
         except StoreError as error:
             if ran or counted:
                 await self._count(claim, rules.missing(attempt, bool(ran)))
             return rules.unanswered(claim, error)
+        # async only: the consumer is stopped, which is no fault of the message.
         except asyncio.CancelledError:
-            # The consumer is told to end, which is no fault of the message.
             if counted:
                 with suppress(Exception):
                     await asyncio.wait_for(self._count(claim, rules.missing(attempt, ran=False)), SOON)

@@ -23,8 +23,8 @@ class SyncConsumer:
     def __init__(self, store: Any, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        check_counts(store, self.rules, asynchronous=False)
-        self._run = runner(store, self.rules.calls, options, asynchronous=False)
+        check_counts(store, self.rules, asynchronous=False)  # sync only: it says which
+        self._run = runner(store, self.rules.calls, options, asynchronous=False)  # sync only: it says which
         self._lock = LocalLock()
 
     def deliver(
@@ -46,7 +46,8 @@ class SyncConsumer:
                 if not mine:
                     return Retry(SOON)
                 begun = self._begun(claim, attempt, counted)
-                ended = self._ended(claim, rules.admitted(begun, noted(work, ran)))
+                handle = work  # sync only: a thread is not cancelled
+                ended = self._ended(claim, rules.admitted(begun, noted(handle, ran)))
         except StoreError as error:
             if ran or counted:
                 self._count(claim, rules.missing(attempt, bool(ran)))

@@ -1,4 +1,4 @@
-"""Python values as JSON and back, by their annotation: what comes back equals what went in, or it does not go in."""
+"""Write Python values as JSON and read them, by their annotation. A value that would not come back equal is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SEQUENCES = (list, tuple, set, frozenset)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How values of one type go to JSON and come back. ``to_json`` raises TypeError or ValueError for any other."""
+    """How values of one type go to JSON and come back. ``to_json`` raises TypeError or ValueError for another value."""
 
     to_json: Callable[[Any], Any]
     from_json: Callable[[Any], Any]
@@ -35,7 +35,7 @@ _encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def dump(value: Any) -> bytes:
-    """Write JSON; NaN and the infinities are refused, since JSON has none."""
+    """Write JSON. NaN and the infinities are refused, since JSON has no such numbers."""
     return _encoder.encode(value).encode()
 
 
@@ -43,7 +43,7 @@ load = json.loads
 
 
 def shape_of(annotation: Any, where: str) -> Shape:
-    """Find the shape of an annotation; ConfigurationError, naming ``where`` it is, when there is none."""
+    """Find the shape of an annotation; raise ConfigurationError, which names ``where`` it is, if there is none."""
     return _Finder(where).find(annotation)
 
 
@@ -59,7 +59,7 @@ def _plain(value: Any) -> Any:
 
 
 PLAIN = Shape(_plain, _plain)
-"""What JSON itself knows: None, bool, int, float, str, lists, and dicts with text for keys."""
+"""The types of JSON itself: None, bool, int, float, str, lists, and dicts with text for keys."""
 
 
 def _exactly(kind: type) -> Callable[[Any], Any]:
@@ -75,9 +75,9 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
 def _float(value: Any) -> float:
     if type(value) is not int:
         return float(_exactly(float)(value))
-    # Beyond 2**53 not every integer is one.
+    # Beyond 2**53 not every integer has a float that is equal to it.
     if abs(value) > 2**53:
-        raise ValueError("an integer that no float stands for")
+        raise ValueError("an integer that may have no equal float")
     return float(value)
 
 
@@ -133,7 +133,7 @@ class _Finder:
 
     def _refusal(self, annotation: Any) -> ConfigurationError:
         name = annotation.__qualname__ if isinstance(annotation, type) else repr(annotation)
-        return ConfigurationError(f"{self._where} returns {name}, which cannot be kept: give codec=")
+        return ConfigurationError(f"{self._where} returns {name}, which cannot be recorded: give codec=")
 
     def _union(self, members: tuple[Any, ...]) -> Shape:
         shapes = [self.find(member) for member in members if member is not type(None)]
@@ -143,9 +143,9 @@ class _Finder:
                 lambda value: None if value is None else shape.to_json(value),
                 lambda found: None if found is None else shape.from_json(found),
             )
-        # Of several, the number of the member is written before the value.
+        # The number of the member is written before the value.
         shapes = [self.find(member) for member in members]
-        # An int is a float too, and would come back as one.
+        # Float is tried last: it takes an int too, which would come back as a float.
         tried = sorted(enumerate(shapes), key=lambda each: _bare(members[each[0]]) is float)
         return Shape(lambda value: _numbered(tried, value), lambda found: shapes[found[0]].from_json(found[1]))
 
@@ -189,7 +189,7 @@ class _Finder:
         known = self._classes.get(kind)
         if known is not None:
             return known
-        # In place before its fields are looked at, so that one of them may be the class itself.
+        # Entered before its fields are found, so that the type of a field may be the class itself.
         made: list[Shape] = []
         self._classes[kind] = Shape(lambda value: made[0].to_json(value), lambda found: made[0].from_json(found))
         if issubclass(kind, enum.Enum) and not issubclass(kind, enum.Flag):
@@ -219,12 +219,12 @@ class _Finder:
         for each in inspect.signature(kind).parameters.values():
             if each.name not in given and each.default is inspect.Parameter.empty:
                 raise ConfigurationError(
-                    f"{self._where} returns {kind.__qualname__}, whose parameter {each.name} is not kept: give codec="
+                    f"{self._where} returns {kind.__qualname__}, whose parameter {each.name} is not stored: give codec="
                 )
 
         def to_json(value: Any) -> Any:
             found = written(check(value))
-            # What its __post_init__ makes of the fields need not be what they were.
+            # Its __post_init__ may change the fields.
             made = from_json({name: found[name] for name in given})
             if any(getattr(made, name) != getattr(value, name) for name in fields):
                 raise ValueError(f"{kind.__name__} does not come back as it was")
@@ -239,7 +239,7 @@ class _Finder:
         return Shape(to_json, from_json)
 
     def _typed_dict(self, kind: Any) -> Shape:
-        # Which keys must be there is the type checker's to say; what is there comes back.
+        # Missing keys are for the type checker to find. The keys that are there come back.
         check = _exactly(dict)
         fields = self._fields(kind, kind.__annotations__)
         return Shape(
@@ -249,7 +249,7 @@ class _Finder:
 
 
 def _bare(annotation: Any) -> Any:
-    """Take off what only names or decorates a type."""
+    """Remove what only names or decorates a type."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
@@ -265,14 +265,14 @@ def _bare(annotation: Any) -> Any:
 
 def _numbered(shapes: list[tuple[int, Shape]], value: Any) -> list[Any]:
     for number, shape in shapes:
-        # Whatever another class of the union says of it.
+        # Any exception means that the value does not belong to this member.
         with suppress(Exception):
             return [number, shape.to_json(value)]
-    raise TypeError(f"{type(value).__name__} is none of the union")
+    raise TypeError(f"{type(value).__name__} is not a member of the union")
 
 
 def _is_pydantic(kind: type) -> bool:
-    # Who returns a model has imported pydantic.
+    # If a function returns a pydantic model, pydantic is imported already.
     pydantic = sys.modules.get("pydantic")
     return pydantic is not None and issubclass(kind, pydantic.BaseModel)
 
@@ -282,7 +282,7 @@ def _pydantic(kind: Any) -> Shape:
 
     def to_json(value: Any) -> Any:
         found = json.loads(check(value).model_dump_json(by_alias=True))
-        # A serializer need not have a validator that reads what it wrote.
+        # A model may have a serializer whose output its validators do not read back.
         if from_json(found) != value:
             raise ValueError(f"{kind.__name__} does not come back as it was")
         return found

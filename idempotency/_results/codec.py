@@ -1,4 +1,4 @@
-"""The results of functions as bytes: versioned, explicit, and nothing in them that could be executed.
+"""Encode the results of functions: versioned, explicit, and with nothing that could be executed.
 
 A record begins with its version and its kind, one byte each: ``j`` JSON, ``b`` raw bytes, ``c`` whatever the caller's
 own codec wrote, ``e`` the class name of the exception with which the operation failed for good. The rest is the value.
@@ -20,34 +20,34 @@ _JSON, _BYTES, _CUSTOM, _FAILURE = b"j", b"b", b"c", b"e"
 
 
 class Codec(Protocol):
-    """Turn a result into bytes and back. What ``decode`` gives must be as good as what ``encode`` was given."""
+    """Convert a result to bytes and back. ``decode`` must return a value equal to the one given to ``encode``."""
 
     def encode(self, value: Any, /) -> bytes:
-        """Encode a result; whatever is raised means "not kept"."""
+        """Encode a result; any exception means that it is not recorded."""
         ...
 
     def decode(self, data: bytes, /) -> Any:
-        """Decode a result; whatever is raised means "unreadable"."""
+        """Decode a result; any exception means that the record is unreadable."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """How the results of one function are kept. Its methods are the only ones that know the format."""
+    """How the results of one function are recorded. Only its methods know the format."""
 
     _kind: bytes
     _encode: Callable[[Any], bytes]
     _decode: Callable[[bytes], Any]
 
     def encode(self, value: Any) -> bytes:
-        """Encode a result. Raises whatever the codec raises: the value cannot be kept."""
+        """Encode a result. Any exception of the codec passes through: the value cannot be recorded."""
         return _VERSION + self._kind + self._encode(value)
 
     def decode(self, data: bytes) -> Any:
         """Decode what is recorded.
 
-        Raises :class:`~idempotency.errors.RecordedFailureError` when that is a failure, and
-        :class:`~idempotency.errors.UnreadableError` when it makes no sense here.
+        Raises :class:`~idempotency.errors.RecordedFailureError` when a failure is recorded, and
+        :class:`~idempotency.errors.UnreadableError` when this function cannot have recorded it.
         """
         head, body = data[:2], data[2:]
         if head == _VERSION + _FAILURE:
@@ -67,18 +67,18 @@ class Results:
 
 
 def encode_failure(error: BaseException) -> bytes:
-    """Encode that the operation failed for good; of the exception only its name is kept, its text may be private."""
+    """Encode that the operation failed for good. Only the exception's name is recorded: its text may be private."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return _VERSION + _FAILURE + name.encode("utf-8", "backslashreplace")
 
 
 def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Results:
-    """Choose how the results of ``function`` are kept: by ``codec``, else by the annotation of what it returns.
+    """Choose how the results of ``function`` are recorded: by ``codec``, else by the annotation of its result.
 
     A function without an annotation may return plain JSON values: None, bool, int, float, str, and lists and
-    string-keyed dicts of them. Raises :class:`~idempotency.errors.ConfigurationError` for an annotation of which
-    nothing here knows how to keep it.
+    string-keyed dicts of them. Raises :class:`~idempotency.errors.ConfigurationError` for an annotation that is not
+    supported.
     """
     if codec is not None:
         if not (callable(getattr(codec, "encode", None)) and callable(getattr(codec, "decode", None))):
@@ -107,13 +107,13 @@ def _return_annotation(function: Callable[..., Any]) -> Any:
     annotation = getattr(plain, "__annotations__", {}).get("return", inspect.Signature.empty)
     if annotation is inspect.Signature.empty:
         return annotation
-    # Only this one: the parameters may name what is imported for type checkers alone.
+    # Only this annotation: those of the parameters may name what only type checkers import.
     only = SimpleNamespace(__annotations__={"return": annotation})
     try:
         return get_type_hints(only, getattr(plain, "__globals__", {}), include_extras=True)["return"]
     except Exception as error:
         raise ConfigurationError(
-            f"{_name(function)} returns {annotation!r}, which cannot be looked up here: {error}; give codec="
+            f"{_name(function)} returns {annotation!r}, which cannot be resolved: {error}; give codec="
         ) from error
 
 

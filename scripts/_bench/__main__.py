@@ -33,7 +33,7 @@ def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 urls.append(url)
             else:
-                print(f"nothing listens on 127.0.0.1:{port}, so {url.partition(':')[0]} is left out", file=sys.stderr)
+                print(f"nothing listens on 127.0.0.1:{port}, so {url.partition(':')[0]} is skipped", file=sys.stderr)
     return urls
 
 

@@ -48,8 +48,8 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Trips:
-    """Medians in microseconds, all blocking: a call on a store opened by URL, and on one that was given a client; the
-    scripts that a call sends, sent raw by that client, and as many GETs.
+    """Medians in microseconds, all blocking: a call on a store opened by URL, and on one made with a client; the
+    scripts of a call, sent raw by that client, and as many GETs.
     """
 
     opened: float
@@ -71,7 +71,7 @@ async def joined(subject: SQL, rounds: int) -> AsyncIterator[Throughput]:
 
 
 _Batches = dict[str, Callable[..., Awaitable[None]]]
-"""Run keys, so many at a time: in each of the ways that :class:`Throughput` has."""
+"""Functions that run keys, so many at a time, one for each way that :class:`Throughput` has."""
 
 
 async def _compared(name: str, batches: _Batches, rounds: int) -> AsyncIterator[Throughput]:
@@ -217,7 +217,7 @@ async def _in_tasks(function: Callable[..., Awaitable[Any]], concurrency: int, k
 
 
 async def trips(subject: Redis, rounds: int) -> Trips:
-    """Measure blocking calls, the two scripts that each sends, and two GETs, raw by a client as it comes."""
+    """Measure blocking calls, and raw, by a client with default options, their two scripts and two GETs."""
     client = redis.Redis.from_url(subject.url)
     store = RedisStore.from_url(subject.url, prefix=subject.place)
     given = idempotent(RedisStore(client, prefix=subject.place), key=lambda name: name)(_order)
@@ -258,7 +258,7 @@ def _new_key() -> str:
 
 
 async def measure(subject: Subject, rounds: int) -> AsyncIterator[Throughput | Trips]:
-    """Measure what applies to the store; nothing does to the one in memory."""
+    """Measure what applies to the store. To the one in memory nothing does."""
     if isinstance(subject, SQL):
         async for cost in joined(subject, rounds):
             yield cost

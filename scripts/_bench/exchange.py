@@ -14,7 +14,7 @@ HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % l
 
 
 async def bare(scope: Message, receive: Any, send: Any) -> None:
-    """Read the body and answer: the least an ASGI application does."""
+    """Read the body and answer: the least that an ASGI application does."""
     while (await receive()).get("more_body", False):
         pass
     await send({"type": "http.response.start", "status": 201, "headers": HEADERS})
@@ -22,7 +22,7 @@ async def bare(scope: Message, receive: Any, send: Any) -> None:
 
 
 class Exchange:
-    """One request, and what became of it."""
+    """One request and its answer."""
 
     __slots__ = ("replayed", "scope", "status")
 
@@ -55,7 +55,7 @@ class Exchange:
         self.replayed = False
 
     async def receive(self) -> Message:
-        """Give the whole body at once, as servers do with a small one."""
+        """Return the whole body at once, as servers do with a small one."""
         return {"type": "http.request", "body": BODY, "more_body": False}
 
     async def send(self, message: Message) -> None:
@@ -65,6 +65,6 @@ class Exchange:
             self.replayed = (b"idempotent-replayed", b"true") in message["headers"]
 
     def check(self, *, replayed: bool) -> None:
-        """Raise unless the answer is the one that was to be measured."""
+        """Raise unless the answer is the expected one."""
         if self.status != 201 or self.replayed is not replayed:
             raise RuntimeError(f"answered {self.status}, replayed: {self.replayed}; expected 201, {replayed}")

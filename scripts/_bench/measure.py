@@ -1,6 +1,6 @@
-"""Interleaved measuring: every round runs every case once, so that a slow moment of the machine hits all alike.
+"""Interleaved measuring: every round runs every case once, so that a slow moment of the machine affects all of them.
 
-The order is another in each round, as what ran before leaves its traces in caches and servers.
+The order differs from round to round, since each case changes the caches and servers for the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed is ``run``, on each of ``repeat`` arguments that ``prepare`` made; ``check`` sees them after it."""
+    """``run`` is timed, on each of ``repeat`` arguments that ``prepare`` made; ``check`` gets them afterwards."""
 
     name: str
     prepare: Callable[[], Any]
@@ -28,10 +28,10 @@ async def medians(cases: Sequence[Case], rounds: int, warm_up: int = 20) -> dict
     """Return the median duration of one run of each case, in microseconds."""
     samples: dict[str, list[float]] = {case.name: [] for case in cases}
     random = Random(1)
-    for turn in range(warm_up + rounds):
+    for round_ in range(warm_up + rounds):
         for case in random.sample(cases, len(cases)):
             took = await _time(case)
-            if turn >= warm_up:
+            if round_ >= warm_up:
                 samples[case.name].append(took)
     return {name: median(values) for name, values in samples.items()}
 

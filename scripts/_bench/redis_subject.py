@@ -22,7 +22,7 @@ end"""
 
 
 class Redis(Subject):
-    """One Redis server; the store's connections are told apart from others by their name."""
+    """One Redis server; the store's connections are recognised by their name."""
 
     name = "Redis"
     purges = False
@@ -52,13 +52,13 @@ class Redis(Subject):
         await self._client.aclose()
 
     async def fill(self, keys: Sequence[str]) -> None:
-        """Have a script write the records, in the store's format."""
+        """Let a script write the records, in the store's format."""
         for start in range(0, len(keys), _BATCH):
             ids = [claim_of(key).id.hex() for key in keys[start : start + _BATCH]]
             await self._client.eval(_FILL, 1, f"{self.place}:1:", FINGERPRINT, RESULT, 86_400_000, *ids)
 
     def command(self, verb: Verb, claim: Claim) -> Any:
-        """Take the command from where the store takes it."""
+        """Build the command as the store builds it."""
         key = f"{self.place}:1:{claim.id.hex()}".encode()
         if verb == "complete":
             script, rest = wire.complete(key, claim, RESULT, State.DONE)
@@ -71,11 +71,11 @@ class Redis(Subject):
         await self._client.execute_command(*command)
 
     async def cheapest(self, _: object) -> None:
-        """Get a key that is not there."""
+        """Get a key that does not exist."""
         await self._client.execute_command("GET", "idempotency-bench")
 
     async def count(self, work: Callable[[], Awaitable[object]]) -> int:
-        """Watch the server's own log of commands for those of the store's connections."""
+        """Count the commands of the store's connections with the server's MONITOR."""
         end = f"{self.place} end"
         sent = 0
         async with self._client.monitor() as monitor:

@@ -30,7 +30,7 @@ Statement = tuple[str, Any]
 
 
 class SQL(Subject):
-    """One SQL database. Raw statements are those the store was seen to send, with another key in their parameters."""
+    """One SQL database. Raw statements are those that the store sent, with another key in their parameters."""
 
     def __init__(self, url: str, place: str) -> None:
         self.url = url
@@ -39,7 +39,7 @@ class SQL(Subject):
         self.name = _NAMES[make_url(url).get_backend_name()]
 
     async def open(self) -> None:
-        """Create the table, open the store, and see what it sends."""
+        """Create the table, open the store, and record what it sends."""
         self.store = open_store(self.url, table=self.place)
         await self.store.create_schema()
         self._engine = create_async_engine(self.url)
@@ -60,7 +60,7 @@ class SQL(Subject):
         self._raw = self._engine if self._commits else self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def _replay(self) -> None:
-        # The sample's own id, and a token that the parameters of a raw replay are recognised by.
+        # The id of the sample, and a token by which the parameters of a raw replay are recognised.
         self._again = claim_of("sample")
         await self.store.claim(self._again)
 
@@ -76,11 +76,11 @@ class SQL(Subject):
         await self._insert(keys, _DAY)
 
     async def settle(self) -> None:
-        """Gather statistics and write back what the inserts have left in memory and logs."""
+        """Gather statistics, and write to the tables what is still in memory and logs after the inserts."""
         statements = _SETTLE.get(self._engine.dialect.name, ())
         async with self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             for statement in statements:
-                # CHECKPOINT needs a right that the user may not have, and is a courtesy.
+                # CHECKPOINT needs a right that the user may not have, and it is not required.
                 with suppress(ProgrammingError):
                     await connection.exec_driver_sql(statement.format(self.place))
 
@@ -105,7 +105,7 @@ class SQL(Subject):
                 await connection.execute(insert, [_hexed(row) for row in rows] if as_text else rows)
 
     def command(self, verb: Verb, claim: Claim) -> list[Statement]:
-        """Take the statements from what the store was seen to send."""
+        """Return the statements that the store sent."""
         sample = self._again if verb == "replay" else self._sample
         other: dict[Hashable, Any] = {
             sample.id: claim.id,

@@ -1,4 +1,4 @@
-"""What is measured: a store, and raw round trips of the client it uses."""
+"""The subjects of the measuring: a store, and raw round trips of its client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def claim_of(key: object) -> Claim:
 
 
 class Subject(ABC):
-    """A store to be measured, alone in its place."""
+    """A store to be measured, with a prefix or table of its own."""
 
     name: str
     store: Any
@@ -39,7 +39,7 @@ class Subject(ABC):
 
     @abstractmethod
     async def open(self) -> None:
-        """Make the place and open the store."""
+        """Make its table, if it needs one, and open the store."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -47,22 +47,22 @@ class Subject(ABC):
 
     @abstractmethod
     async def fill(self, keys: Sequence[str]) -> None:
-        """Put finished records there, by the quickest way."""
+        """Write finished records, in the quickest way."""
 
     async def settle(self) -> None:
-        """Have the server do now what it would do in the background after so many writes."""
+        """Make the server do now what it would do in the background after so many writes."""
         return
 
     async def fill_expired(self, keys: Sequence[str]) -> None:
-        """Put expired records there, for the store to purge."""
+        """Write expired records, for the store to purge."""
         raise NotImplementedError
 
     def command(self, verb: Verb, claim: Claim) -> Any:
-        """Make what the store sends for a verb; a replay is the claim of a finished key."""
+        """Return what the store sends for a verb; a replay is the claim of a finished key."""
         raise NotImplementedError
 
     async def send(self, command: Any) -> None:
-        """Send what :meth:`command` made through the store's client, and nothing else."""
+        """Send a command of :meth:`command` through the store's client, and nothing else."""
         raise NotImplementedError
 
     async def cheapest(self, _: object) -> None:
@@ -96,7 +96,7 @@ class Memory(Subject):
             self.store.complete_sync(claim, RESULT)
 
     async def fill_expired(self, keys: Sequence[str]) -> None:
-        """Complete with a ttl that is over at once; only then, as claims drop expired records in passing."""
+        """Complete with a ttl that expires at once; after all claims, since a claim also drops expired records."""
         claims = [claim_of(key) for key in keys]
         for claim in claims:
             self.store.claim_sync(claim)
@@ -105,7 +105,7 @@ class Memory(Subject):
 
 
 def reference_url(url: str) -> str:
-    """Return where records do not lengthen the tables of ``url``: of Redis the next database, else the same place."""
+    """Return a URL whose records do not lengthen the tables of ``url``: the next database of Redis, else the same."""
     parts = urlsplit(url)
     if parts.scheme != "redis":
         return url
@@ -120,7 +120,7 @@ def subject_of(url: str, place: str) -> Subject:
     """
     if url == "memory://":
         return Memory()
-    open_store(url)  # nothing connects, but what is wrong or not installed shows
+    open_store(url)  # it does not connect, but raises for a wrong URL and a missing package
     if url.startswith(("unix:", "rediss:", "redis+", "rediss+")):
         raise ConfigurationError("of the Redis URLs only redis:// is measured")
     if url.startswith("redis:"):

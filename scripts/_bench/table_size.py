@@ -1,4 +1,4 @@
-"""What one verb costs while the table grows."""
+"""The cost of one verb while the table grows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _random = Random(1)
 
 @dataclass(frozen=True)
 class Cost:
-    """A median in microseconds beside a table of some size, and one beside the smallest at the same time."""
+    """A median in microseconds with a table of some size, and one with the smallest table at the same time."""
 
     large: float
     small: float
@@ -36,7 +36,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What is measured at one size; a purge is counted by the row."""
+    """The costs at one size; that of a purge is per row."""
 
     size: int
     claim: Cost
@@ -45,7 +45,7 @@ class Costs:
 
 
 async def measure(subject: Subject, reference: Subject, largest: int) -> AsyncIterator[Costs]:
-    """Fill ``subject`` to each size in turn and measure there, interleaved with ``reference``, which stays small."""
+    """Fill ``subject`` to one size after another and measure, interleaved with ``reference``, which stays small."""
     filled = 0
     await _fill(reference, 0, _SIZES[0])
     for size in (size for size in _SIZES if size <= largest):

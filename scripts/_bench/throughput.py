@@ -1,4 +1,4 @@
-"""Many requests at a time: how much of a small Starlette application's throughput is left."""
+"""Many requests at a time: the throughput, as a part of that of a small Starlette application."""
 
 from __future__ import annotations
 

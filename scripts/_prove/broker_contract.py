@@ -18,7 +18,7 @@ COUNTED = ("deliveries", "effects", "lost", "doubled", "unsettled")
 
 @contextmanager
 def default_places() -> Iterator[Places]:
-    """Give the servers of this machine, else those that wheels bring."""
+    """Yield the servers of this machine, else those of Python packages."""
     with ExitStack() as stack:
         if url := servers.local_postgres():
             database = stack.enter_context(servers.postgres_database(url, f"idempotency_prove_{os.getpid()}"))
@@ -28,7 +28,7 @@ def default_places() -> Iterator[Places]:
 
 
 def run(chosen: list[str]) -> bool:
-    """Prove the chosen adapters, or all; say whether each message had its effect and was settled."""
+    """Prove the chosen adapters, or all; return whether each message had its effect and was settled."""
     started, wrong = time.monotonic(), 0
     print(f"{'adapter':<20} {'  '.join(COUNTED)}   time")
     with default_places() as places, ThreadPoolExecutor(AT_ONCE) as pool:

@@ -1,4 +1,4 @@
-"""Kill a process at every point of every scenario, on every store, and print what became of the effects."""
+"""Kill a process at every point of every scenario, on every store, and count the effects."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ COLUMNS = (*COUNTED, "repeated", "held")
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to hold a record: its scenario on a SQL database and on Redis, None where there is none.
+    """One way to hold a record: its scenario on a SQL database and on Redis; None: there is none.
 
-    ``leased`` says that the effect is on its own: killed between the two, it may be repeated.
+    ``leased``: the effect is not in the transaction of its record, so a kill between the two may repeat it.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Place:
 
 
 def prove(mode: Mode, place: Place, jobs: int = JOBS) -> Report | None:
-    """Run one mode on one store; None where the store cannot hold records in that way."""
+    """Run one mode on one store; return None where the store does not have this mode."""
     scenario = mode.redis if place.backend == "redis" else mode.sql
     if scenario is None:
         return None
@@ -86,7 +86,7 @@ def prove(mode: Mode, place: Place, jobs: int = JOBS) -> Report | None:
 
 @contextmanager
 def default_places(quick: bool) -> Iterator[list[Place]]:
-    """Give SQLite, the embedded PostgreSQL, and with ``quick`` unset every server that lets us in."""
+    """Yield SQLite, the embedded PostgreSQL and, unless ``quick``, every server that runs here and accepts us."""
     name = f"idempotency_prove_{os.getpid()}"
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="idempotency-prove-"))
@@ -105,7 +105,7 @@ def default_places(quick: bool) -> Iterator[list[Place]]:
 
 @contextmanager
 def given_places(urls: list[str]) -> Iterator[list[Place]]:
-    """Give the stores that were named, and remove our tables from them at the end."""
+    """Yield the given stores, and drop our tables in them at the end."""
     places = [Place(_shown(url), url) for url in urls]
     yield places
     for place in places:
@@ -129,7 +129,7 @@ def _drop_tables(url: str) -> None:
 
 
 def row(mode: Mode, place: Place, report: Report, seconds: float) -> str:
-    """Write one line of the table, and below it what went wrong."""
+    """Return one line of the table, and below it what went wrong."""
     cells = []
     for name in COLUMNS:
         value = getattr(report, name)
@@ -140,7 +140,7 @@ def row(mode: Mode, place: Place, report: Report, seconds: float) -> str:
 
 
 def run(places: list[Place], quick: bool) -> bool:
-    """Prove every mode on every store; say whether each key had the effects it may have."""
+    """Prove every mode on every store; return whether each key had the effects it may have."""
     started, killed, wrong = time.monotonic(), 0, 0
     print(f"{'mode':<22} {'store':<14} {'  '.join(COLUMNS)}   time")
     for mode in MODES:

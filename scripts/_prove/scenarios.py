@@ -1,4 +1,4 @@
-"""What scripts/prove kills: one scenario per way in which a record and an effect are held together."""
+"""The scenarios of scripts/prove: one for each way to hold a record and an effect together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import crash_point
 
-# What a delivery imports by itself is imported once here, and not by every process.
+# Imported here once, so that not each process that delivers does it.
 for _driver in ("asyncpg", "psycopg", "aiomysql", "pymysql", "aiosqlite", "sqlalchemy.dialects.postgresql.asyncpg"):
     with suppress(ImportError):
         importlib.import_module(_driver)
@@ -35,15 +35,15 @@ EFFECTS = Table("prove_effect", MetaData(), Column("id", Integer, primary_key=Tr
 
 
 class UnsettledError(Exception):
-    """The client was not given the response it wants, and will send its request again."""
+    """The client did not get the response that it needs, and will send its request again."""
 
 
 def _quiet(event: Event, /) -> None:
-    """Say nothing: hundreds of operations are made to fail."""
+    """Log nothing: hundreds of operations are made to fail."""
 
 
 async def post(app: Any, key: str) -> bytes:
-    """Send one request to ``app`` and return the answer's body; raise if its client has to send it again."""
+    """Send one request to ``app`` and return the body of the answer; raise if the client must send it again."""
     messages: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -226,7 +226,7 @@ class JoinedFunctionSync(OnSQLSync):
 
 
 class LeasedFunctionSync(OnSQLSync):
-    """A call's effect is on its own, and its result is recorded after it."""
+    """A call's effect is committed first, and its result is recorded after it."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -272,7 +272,7 @@ class LeasedFunctionRedisSync:
 
 
 class Leased:
-    """The effect is on its own, and the record is written after it."""
+    """The effect is committed first, and the record is written after it."""
 
     ON_CRASH: Any = "rerun"
     store: Any
@@ -292,7 +292,7 @@ class Leased:
         await post(self.app, key)
 
     async def resolve(self, key: str) -> None:
-        """Find out what happened, and say so."""
+        """Find out what happened, and resolve the key with that."""
         [record] = [entry for entry in await self.store.unresolved(10_000) if entry.key == key]
         happened = await self.count(key)
         if not await self.store.resolve(record.id, "done" if happened else "release", None, ttl=TTL):
@@ -328,12 +328,12 @@ class LeasedRedis(Leased):
 
 
 class HeldSQL(LeasedSQL):
-    """A vanished owner leaves the key unknown."""
+    """After a crash of the owner the outcome of the key is unknown."""
 
     ON_CRASH = "hold"
 
 
 class HeldRedis(LeasedRedis):
-    """A vanished owner leaves the key unknown."""
+    """After a crash of the owner the outcome of the key is unknown."""
 
     ON_CRASH = "hold"

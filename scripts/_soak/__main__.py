@@ -1,4 +1,4 @@
-"""Kill, pause and cut off workers and stores under load, in every mode, and count effects."""
+"""Kill, pause and disconnect workers and stores under load, in every mode, and count effects."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from _soak.verdict import COUNTED, Ledger, Verdict, outbursts
 
 QUICK = 60.0
 BESIDES = 9.0
-"""Seconds that a store takes besides its chaos: to start, to settle, to be asked again."""
+"""Seconds that a store takes besides its chaos: to start, to settle, and to answer everything again."""
 
 LINGERING = 12.0
-"""Seconds within which background work ends that the library bounds: a claim is given back five times."""
+"""Seconds within which the background work of the library ends: a claim is released up to five times."""
 
 POOLED = 40
-"""How many connections the pools of a worker may keep that it had not opened before the chaos."""
+"""How many connections more than before the chaos the pools of a worker may hold."""
 
 THREADS = 10
 SHOWN = 5
@@ -66,7 +66,7 @@ async def soak(place: Place, seed: int, seconds: float) -> tuple[Ledger, Verdict
 
 
 async def warm_up(place: Place, seed: int) -> None:
-    """Open what a worker opens once: its connections and threads."""
+    """Let each worker open what it opens once: its connections and threads."""
     clients = Clients([worker.port for worker in place.workers], seed)
     clients.deadline = time.monotonic() + LINGERING
     numbers = range(CLIENTS[place.store], 2 * CLIENTS[place.store])
@@ -75,7 +75,7 @@ async def warm_up(place: Place, seed: int) -> None:
 
 
 async def chaos(place: Place, seed: int, seconds: float) -> None:
-    """Do what the plan says, and return when everything runs again."""
+    """Carry out the plan, and return when everything runs again."""
     begin, striking = time.monotonic(), []
     for event in draw_events(seed, place.store, seconds):
         await asyncio.sleep(max(0.0, begin + event.at - time.monotonic()))
@@ -85,14 +85,14 @@ async def chaos(place: Place, seed: int, seconds: float) -> None:
 
 
 async def leaks(place: Place, before: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return what is open that was not open before; given time to end by itself."""
+    """Return what is open and was not open before; wait a while for it to end by itself."""
     until = time.monotonic() + LINGERING
     while True:
         found: dict[str, list[str]] = {"connections": place.open_transactions(), "tasks": [], "files": []}
         for number, worker in enumerate(place.workers):
             now, then = await worker.debug(), before[number]
             if not now:
-                found["tasks"].append(f"worker {number} does not answer; what it does is in what it wrote")
+                found["tasks"].append(f"worker {number} does not answer; its log shows what it does")
                 os.kill(worker.pid, signal.SIGUSR1)
                 continue
             if now["in use"]:
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--store", action="append", choices=MODES, help="a store to soak, repeatable; default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the chaos lasts on each store")
     parser.add_argument("--quick", action="store_true", help=f"about {QUICK:g} seconds in all")
-    parser.add_argument("--seed", type=int, default=None, help="what operations and chaos are drawn from")
+    parser.add_argument("--seed", type=int, default=None, help="the seed that operations and chaos are drawn from")
     parser.add_argument("--driver", action="append", default=[], help="a driver, as postgresql+asyncpg, repeatable")
     options = parser.parse_args()
     stores = options.store or list(MODES)

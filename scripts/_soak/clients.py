@@ -1,4 +1,4 @@
-"""The clients: each asks for its operations, and asks again until it has a final answer."""
+"""The clients: each sends its operations, and sends each again until it has a final answer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ AT_ONCE = 8
 RETRYABLE = frozenset(
     {"in-progress", "store-unavailable", "retry: in-progress", "retry: unavailable", "own", "no answer"}
 )
-"""What is no final answer; ``own`` is the handler's error, which it raised on purpose."""
+"""Answers that are not final; ``own`` is the error that the handler raised on purpose."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client was answered: ``run`` names the run of the handler that a success speaks of."""
+    """One answer to a client. ``run``: which run of the handler a success is the result of."""
 
     asked: float
     at: float
@@ -39,20 +39,20 @@ class Answer:
 
 
 def allowance(operation: Operation) -> float:
-    """Return how long after two leases an answer may come: a handler runs twice, and a request is under way."""
+    """Return how many seconds after two leases an answer may come: two runs of the handler, and one request."""
     return 2 * operation.seconds + 1.0
 
 
 @dataclass
 class Book:
-    """What the clients asked for and were answered."""
+    """The operations of the clients, and their answers."""
 
     operations: dict[str, Operation] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
 
 
 async def ask(port: int, path: str, body: dict[str, Any], patience: float) -> tuple[int, dict[str, Any]]:
-    """Post one request over a connection of its own; status 0 where there is no whole answer in time."""
+    """Post one request over a new connection; the status is 0 where there is no complete answer in time."""
     payload = json.dumps(body).encode()
     head = f"POST /{path} HTTP/1.1\r\nhost: soak\r\nconnection: close\r\ncontent-type: application/json\r\n"
     key = f"idempotency-key: {body['key']}\r\n" if "key" in body else ""
@@ -82,7 +82,7 @@ class Clients:
         self._draw = Random(seed)
 
     async def run(self, operations: Iterator[Operation]) -> None:
-        """Ask for one operation after another until the run is closed."""
+        """Send one operation after another until the run is closed."""
         for operation in operations:
             if not self.open:
                 return
@@ -92,7 +92,7 @@ class Clients:
             await asyncio.gather(*(self.settle(operation, leaves) for leaves in leaving))
 
     async def settle(self, operation: Operation, leaves: float | None = None, within: float = math.inf) -> None:
-        """Ask until the answer is final, or the time of the run, or ``within`` seconds, are over."""
+        """Send an operation until its answer is final, or until the time of the run or ``within`` seconds are over."""
         patience, begin = operation.patience if leaves is None else leaves, time.monotonic()
         while time.monotonic() < min(begin + within, self.deadline) + allowance(operation):
             answer = await self._ask(operation, patience)
@@ -103,7 +103,7 @@ class Clients:
             await asyncio.sleep(AGAIN_AFTER)
 
     async def settle_again(self) -> None:
-        """Ask for everything once more, a few at a time: each must be answered as before."""
+        """Send everything once more, a few at a time: each must be answered as before."""
         waiting = list(self.book.operations.values())
 
         async def one_after_another() -> None:

@@ -1,4 +1,4 @@
-"""What a run runs on: a private server, a way to it for each worker, the workers; and the chaos that strikes them."""
+"""The environment of a run: a private server, a proxy to it for each worker, the workers; and the chaos."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from idempotency.stores.sql import SQLStore
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 5.0
 LOSING = 0.5
-"""Seconds within which replies are lost: so short that no lease may be lost by it."""
+"""Seconds for which replies are lost: too few for a lease to be lost."""
 
 SYNC_DRIVERS = {"postgresql": "postgresql+psycopg", "mariadb": "mysql+pymysql", "sqlite": "sqlite"}
 IN_TRANSACTION = {
@@ -40,7 +40,7 @@ IN_TRANSACTION = {
 
 @dataclass(frozen=True)
 class Struck:
-    """Chaos that happened: what, to which worker (None: to all), from when to when."""
+    """One piece of chaos that happened: what, to which worker (None: to all), from when to when."""
 
     kind: str
     worker: int | None
@@ -49,7 +49,7 @@ class Struck:
 
 
 class Worker:
-    """One worker process, started again after each end."""
+    """One worker process, which is started again each time it ends."""
 
     def __init__(self, config: dict[str, Any], log: Path) -> None:
         self.port = servers.free_port()
@@ -67,7 +67,7 @@ class Worker:
         warnings = ["-W", "default", "-W", "always::ResourceWarning"]
         command = [sys.executable, *warnings, "-m", "_soak.worker", json.dumps(self._config)]
         with open(self.log, "ab") as log:
-            # A session of its own, so that Ctrl-C reaches the command only, which ends its workers.
+            # In a new session, so that Ctrl-C reaches the command only, which then ends its workers.
             self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + START_TIMEOUT
         while not await self.debug():
@@ -76,7 +76,7 @@ class Worker:
             await asyncio.sleep(0.05)
 
     async def debug(self) -> dict[str, Any]:
-        """Return what may leak; nothing while the worker does not answer."""
+        """Return what may leak, or an empty dict while the worker does not answer."""
         return (await ask(self.port, "debug", {}, 5.0))[1]
 
     def kill(self) -> None:
@@ -152,7 +152,7 @@ class Place:
         await asyncio.gather(*(worker.start() for worker in self.workers))
 
     async def strike(self, event: Event) -> None:
-        """Do one piece of chaos to its end, after what strikes the same target already."""
+        """Carry out one piece of chaos, after the one that already strikes the same target."""
         hits_worker = event.kind.endswith(("the worker", "the way", "replies"))
         target = (event.worker, event.kind.endswith("the worker")) if hits_worker else None
         async with self._locks.setdefault(target, asyncio.Lock()):

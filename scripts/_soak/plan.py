@@ -1,4 +1,4 @@
-"""The plan of a run, drawn from its seed: which operations the clients ask for, and what chaos comes when."""
+"""The plan of a run, drawn from its seed: the operations of the clients, and the chaos with its times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEASE = 2.0
 TIMEOUT = 1.0
 WORKERS = 2
 CLIENTS = {"postgresql": 5, "mariadb": 5, "sqlite": 2, "redis": 5}
-"""How many clients there are for each mode; SQLite has one writer at a time."""
+"""How many clients each mode has; SQLite has one writer at a time."""
 
 SQL_MODES = ("transactional", "leased", "hold", "joined", "joined-sync", "consumer")
 MODES = {"postgresql": SQL_MODES, "mariadb": SQL_MODES, "sqlite": SQL_MODES, "redis": ("leased", "hold", "consumer")}
@@ -37,7 +37,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Event:
-    """One piece of chaos: ``at`` seconds from the start, for ``seconds``; ``worker`` is the one it strikes, if any."""
+    """One piece of chaos: ``at`` seconds from the start, for ``seconds``; ``worker`` is its target, if it has one."""
 
     at: float
     kind: str
@@ -47,7 +47,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Operation:
-    """What one key asks for, and how its clients behave.
+    """The operation of one key, and how its clients behave.
 
     ``shape``: how the handler writes its effect. ``fails``: whether its first run in a process raises before or after
     the effect, or not at all. ``seconds``: how long it takes. ``patience``: after how many seconds a client gives up
@@ -77,19 +77,19 @@ def draw_events(seed: int, store: str, seconds: float) -> list[Event]:
     events, at = [], 1.0
     while at < seconds:
         kind = draw.choice(draw.choice(groups))
-        # A half is shorter than a lease and is to be bridged; the other half is longer.
+        # Half of them are shorter than a lease, so that no lease is lost. The others are longer.
         length = round(draw.uniform(0.1, LEASE) if draw.random() < 0.5 else draw.uniform(LEASE, 2.5 * LEASE), 2)
         events.append(Event(round(at, 2), kind, draw.randrange(WORKERS), min(length, round(seconds - at, 2))))
-        # Some come one upon the other; after the others there is a quiet moment.
+        # Some follow each other at once. After the others there is a quiet moment.
         at += draw.uniform(0.2, 1.0) if draw.random() < 0.4 else length + draw.uniform(0.5, 2.0)
     return events
 
 
 def draw_operations(seed: int, store: str, mode: str, client: int) -> Iterator[Operation]:
-    """Yield what one client asks for, one after another."""
+    """Yield the operations of one client, one after another."""
     draw = Random(f"{seed} {store} {mode} {client}")
     shapes = SHAPES.get(mode) or SHAPES["leased" if store == "redis" else "joined"]
-    # A handler in a transaction keeps all other writers of SQLite waiting.
+    # A handler in a transaction makes all other writers of SQLite wait.
     slowness = 0.1 if store == "sqlite" else 1.0
     for number in itertools.count():
         yield Operation(

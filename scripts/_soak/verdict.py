@@ -1,4 +1,4 @@
-"""The verdict: what each operation's answers and effects must have in common, by docs/guarantees.md."""
+"""The verdict: whether the answers and effects of each operation are as docs/guarantees.md says."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ EXPECTED = (
     r"\AFuture exception was never retrieved\n.*unexpected connection_lost\(\) call",
     r"\AException during reset or similar",
 )
-"""What a worker may write: uvicorn when it cancels requests at a graceful stop, psycopg when it gives up a query,
+"""What a worker may write: uvicorn when it cancels requests at a graceful stop, psycopg when it abandons a query,
 asyncpg when a connection attempt is cancelled while the server hangs up, SQLAlchemy's pool when it drops a connection
 that was lost."""
 
 CONTINUED = (
     r"\s|[\[(]|Traceback|During handling|The above exception|(future|task|transport|handle): |[\w.]+(Error|Exception)\b"
 )
-"""How the lines begin that go on with what the line before says: of tracebacks and their causes, and of asyncio."""
+"""How a line begins that belongs to the line before it: in tracebacks and their causes, and of asyncio."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass
 class Verdict:
-    """What was counted of a run on one store."""
+    """What was counted in a run on one store."""
 
     faults: list[Fault] = field(default_factory=list)
     repeats: Counter[str] = field(default_factory=Counter)
@@ -59,7 +59,7 @@ class Verdict:
 
 
 class Ledger:
-    """Everything that is known of a run: answers, effects, what handlers did, and the chaos."""
+    """Everything that is known about a run: answers, effects, what handlers did, and the chaos."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Ledger:
         self.trace: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for line in trace:
             self.trace[line["key"]].append(line)
-        # What the workers noticed themselves: load does to them what chaos does.
+        # What the workers noticed themselves: load has the same effects as chaos.
         self._stalls = [
             Struck(line["what"], line["worker"], line["at"] - line["seconds"], line["at"])
             for line in self.trace.pop("", [])
@@ -94,7 +94,7 @@ class Ledger:
         return verdict
 
     def effects_of(self, operation: Operation) -> list[str]:
-        """Return the runs that had an effect, once for each."""
+        """Return the runs that had an effect, once for each effect."""
         if self.is_leased(operation):
             return [line["run"] for line in self.trace[operation.key] if line["what"] == "effect"]
         return self._effects[operation.key]
@@ -129,7 +129,7 @@ class Ledger:
             fault("unexpected answers", "two clients were answered by different runs")
 
     def _flaw(self, operation: Operation, answer: Answer) -> str:
-        """Say what is wrong with a final answer by itself."""
+        """Return what is wrong with a final answer by itself, or an empty text."""
         held = operation.mode == "hold" or operation.shape == "hold"
         match answer.code:
             case "ok" if operation.shape != "refuse" and answer.run:
@@ -144,21 +144,21 @@ class Ledger:
         return f"{answer.status} {answer.code} {answer.words}".strip()
 
     def _runs_after(self, operation: Operation, unknown: Answer) -> str:
-        """Name a run that began although the outcome had been called unknown; none where the guarantees allow it."""
+        """Return a run that began after an answer that the outcome is unknown, unless the guarantees allow it."""
         lines = self.trace[operation.key]
         began = [line for line in lines if line["what"] == "began"]
         before = [line for line in began if line["at"] <= unknown.at]
         if any(line["what"] == "raised" for line in lines):
-            return ""  # a handler that raised gives the key back, when the store is there again
+            return ""  # the key of a handler that raised is released once the store is back
         if not before and self._claimed_elsewhere(operation, unknown):
-            return ""  # a claim whose answer was lost is unknown to other processes, until it is released
+            return ""  # a claim whose answer was lost makes the outcome unknown until it is released
         joined = operation.mode != "transactional" and not self.is_leased(operation)
-        if joined and any(self._kept_from_store(line, unknown.at) for line in before):
-            return ""  # what is to be held is in the transaction, and the store was not there to be told
+        if joined and any(self._seconds_cut_off(line, unknown.at) for line in before):
+            return ""  # the store was away when the outcome was to be held
         return next((str(line["run"]) for line in began if line["at"] > unknown.at), "")
 
     def _claimed_elsewhere(self, operation: Operation, unknown: Answer) -> bool:
-        """Say whether another process, or one that ended, may have claimed the key without having heard so."""
+        """Return whether another process, or one that ended, may have claimed the key without getting the answer."""
         lost = [
             answer
             for answer in self.book.answers[operation.key]
@@ -171,7 +171,7 @@ class Ledger:
         )
 
     def _excused(self, operation: Operation) -> bool:
-        """Say whether each repeat of a leased effect is one of those that docs/guarantees.md allows."""
+        """Return whether docs/guarantees.md allows each repeat of a leased effect."""
         if not self.is_leased(operation):
             return False
         lines = self.trace[operation.key]
@@ -184,25 +184,25 @@ class Ledger:
         )
 
     def _may_lose_result(self, operation: Operation, answer: Answer) -> bool:
-        """Say whether the store was away for long enough to be given the fact alone that the operation is completed."""
+        """Return whether the store was away so long that the operation may be recorded without its result."""
         began = [line for line in self.trace[operation.key] if line["what"] == "began"]
         return self.is_leased(operation) and any(self._may_lose(line, answer.at) for line in began)
 
     def _may_lose(self, run: dict[str, Any], until: float) -> bool:
-        """Say whether the owner died, or was kept from the store for as long as a renewal takes to be missed."""
-        return self._kept_from_store(run, until) >= LEASE / 3
+        """Return whether the owner died, or could not reach the store until a renewal was missed."""
+        return self._seconds_cut_off(run, until) >= LEASE / 3
 
-    def _kept_from_store(self, run: dict[str, Any], until: float) -> float:
-        """Return for how many seconds a run's worker could not reach the store, or did not run; endless if it ended."""
-        kept, reached = 0.0, float(run["asked"])
+    def _seconds_cut_off(self, run: dict[str, Any], until: float) -> float:
+        """Return how many seconds a run's worker did not reach the store or did not run; infinite if it ended."""
+        cut_off, reached = 0.0, float(run["asked"])
         for each in sorted((*self.struck, *self._stalls), key=attrgetter("begin")):
             if each.worker in (None, run["worker"]) and each.begin < until and each.end > run["asked"]:
-                # What overlaps counts once.
-                kept += max(0.0, min(each.end, until) - max(each.begin, reached))
+                # Times that overlap count once.
+                cut_off += max(0.0, min(each.end, until) - max(each.begin, reached))
                 reached = max(reached, each.end)
                 if each.kind in ENDS_A_WORKER:
                     return math.inf
-        return kept
+        return cut_off
 
     def timeline(self, key: str) -> list[str]:
         """Return what happened to one operation, in order of time, with the chaos around it."""
@@ -214,8 +214,8 @@ class Ledger:
         begin, end = min(answer.asked for answer in answers) - LEASE, max(moments)[0]
         for each in (*self.struck, *self._stalls):
             if each.begin < end and each.end > begin:
-                whom = "" if each.worker is None else f" {each.worker}"
-                moments.append((each.begin, f"{each.kind}{whom}, for {each.end - each.begin:.2f} s"))
+                worker = "" if each.worker is None else f" {each.worker}"
+                moments.append((each.begin, f"{each.kind}{worker}, for {each.end - each.begin:.2f} s"))
         lines, since = [], min(moments)[0]
         for words, group in groupby(sorted(moments), key=itemgetter(1)):
             first, *others = group
@@ -224,7 +224,7 @@ class Ledger:
 
 
 def describe(answer: Answer) -> str:
-    """Say what a client was answered."""
+    """Describe an answer in one line."""
     if not answer.status:
         return f"worker {answer.worker} gave no answer"
     return " ".join(
@@ -245,12 +245,12 @@ def outbursts(log: str) -> list[str]:
 
 
 def without_names(block: str) -> str:
-    """Remove what makes two texts of one kind differ, such as addresses and the numbers of tasks."""
+    """Remove what differs between two texts of one kind, such as addresses and the numbers of tasks."""
     return re.sub(r"0x[0-9a-f]+|(?<=Task-)\d+|\b\d{4,}\b", "*", block)
 
 
 def _open_traceback(block: str) -> bool:
-    """Say whether the line of the exception itself is still to come."""
+    """Return whether the line with the exception itself is still to come."""
     return block.rfind("Traceback (most recent call last)") > -1 and block.splitlines()[-1].startswith(
         (" ", "Traceback")
     )

@@ -34,7 +34,7 @@ from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 
 ASKED: ContextVar[float] = ContextVar("asked")
-"""When the request came in, under which a handler runs: its claim was sent no earlier."""
+"""When the request of the running handler came in. Its claim was not sent earlier."""
 
 STALL = 0.4
 THREADS = 8
@@ -46,7 +46,7 @@ class Base(DeclarativeBase):
 
 
 class Effect(Base):
-    """One effect of one run of a handler; nothing keeps an operation from having two."""
+    """One effect of one run of a handler. Nothing in the table prevents a second one."""
 
     __tablename__ = "soak_effect"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -55,11 +55,11 @@ class Effect(Base):
 
 
 class OwnError(Exception):
-    """What a handler raises on purpose."""
+    """The error that a handler raises on purpose."""
 
 
 class UndoneError(Exception):
-    """What undoes a savepoint."""
+    """The error that rolls a savepoint back."""
 
 
 def quiet(event: Any, /) -> None:
@@ -67,7 +67,7 @@ def quiet(event: Any, /) -> None:
 
 
 class Trace:
-    """A file, shared by all workers, with a line for each thing a handler did: the ledger outside of the store."""
+    """A file that all workers share, outside of the store, with a line for each step of a handler."""
 
     def __init__(self, path: str, worker: int) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -93,7 +93,7 @@ class Trace:
 
 
 def write_effect(session: Session, work: dict[str, Any], run: str) -> None:
-    """Write the effect as the operation's shape says; an error of these statements is the application's own."""
+    """Write the effect in the way of the operation's shape; an error of these statements is the application's own."""
     try:
         _write_effect(session, work["shape"], Effect(operation=work["key"], run=run))
     except TransactionError:
@@ -202,7 +202,7 @@ class Handlers:
         await answer(scope, receive, send)
 
     async def joined(self, work: dict[str, Any], session: Any) -> str:
-        """Write the effect by the session that commits with the record."""
+        """Write the effect in the session that commits with the record."""
         run = self.trace.begin(work)
         await asyncio.sleep(work["seconds"] / 2)
         self.trace.fail("before", work, run)
@@ -232,7 +232,7 @@ class Handlers:
         await JSONResponse({"run": run}, 201)(scope, receive, send)
 
     async def leased_message(self, work: dict[str, Any]) -> str:
-        """Have an effect outside of the store: its line in the trace."""
+        """Have an effect outside of the store: a line in the trace."""
         run = self.trace.begin(work)
         await asyncio.sleep(work["seconds"] / 2)
         self.trace.fail("before", work, run)
@@ -241,7 +241,7 @@ class Handlers:
         return run
 
     async def deliver(self, work: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Deliver one message, and say how it is to be settled."""
+        """Deliver one message, and answer how it is to be settled."""
         match await self.consume.deliver(work):
             case Replayed(_, kept=False):
                 return 409, {"code": "completed-not-replayable"}
@@ -273,7 +273,7 @@ class Handlers:
             await (self.debug if mode == "debug" else self.modes[mode])(scope, receive, send)
 
     async def live(self, receive: Any, send: Any) -> None:
-        """Start and end with the server, as docs/http.md asks an application to."""
+        """Start and end with the server, as docs/http.md says."""
         await receive()
         loop = asyncio.get_running_loop()
         pool = ThreadPoolExecutor(THREADS)
@@ -289,7 +289,7 @@ class Handlers:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def watch(self) -> None:
-        """Note when the process stood still: an owner that is paused loses its lease, whatever paused it."""
+        """Record when the process stood still: an owner that is paused for any reason may lose its lease."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(0.1)
@@ -297,7 +297,7 @@ class Handlers:
                 self.trace.write("stalled", seconds=late)
 
     def watch_store(self) -> None:
-        """Note when the store took no write of this worker's: then it cannot renew a lease, whatever the reason."""
+        """Record when the store accepted no write of this worker: then it could not renew a lease either."""
         last = time.monotonic()
         while True:
             time.sleep(0.1)
@@ -323,7 +323,7 @@ def described(coroutine: Any) -> str:
 
 
 def errors_answered(app: Any) -> Any:
-    """Answer what ``app`` raises, as a framework does, and tell the application's own from other errors."""
+    """Answer the errors of ``app`` as a framework does; those that the handler raised on purpose have a code."""
 
     async def wrapped(scope: Any, receive: Any, send: Any) -> None:
         ASKED.set(time.monotonic())

@@ -184,6 +184,13 @@ def test_two_keys_for_the_same_requests_are_refused(twins):
         Routes(DEFAULT, dict.fromkeys(twins, A))
 
 
+@pytest.mark.parametrize("policies", [["x"], [("/a", A)], "/a", {"/a"}, 1])
+def test_policies_that_are_no_mapping_are_refused(policies):
+    """As any wrong option, with a ConfigurationError."""
+    with pytest.raises(ConfigurationError, match="a mapping of routes to policies"):
+        Routes(DEFAULT, policies)
+
+
 @pytest.mark.parametrize("value", [False, "POST", {"ttl": 1}, Policy])
 def test_what_is_no_policy_is_refused(value):
     """Only a Policy, or None, is a value."""

@@ -1,4 +1,4 @@
-"""The thread that does what is due in the background: it begins with the first job, and is not taken over a fork."""
+"""The thread that does jobs in the background, each at its time. A forked child starts one of its own."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ import weakref
 from time import monotonic
 from typing import Protocol
 
-from idempotency._engine.background import set_up_unfinished
+from idempotency._engine.background import reset_pending_writes
 
 _logger = logging.getLogger("idempotency")
 
 _IDLE = 10.0
-"""Seconds after which the thread ends when nothing is due."""
+"""Seconds after which the thread ends when no job is due."""
 
 
 class Job(Protocol):
-    """What is done in the background, at a time."""
+    """Something to do in the background, at a time."""
 
     @property
     def ended(self) -> bool:
-        """Say whether it need not be done any more."""
+        """Return whether it need not be done any more."""
         ...
 
     def __call__(self) -> float | None:
-        """Do it, and return when it is to be done again, in monotonic time; None: not again."""
+        """Do it, and return when to do it again, in monotonic time; None: not again."""
         ...
 
 
-class Beat:
-    """A daemon thread that does what is due. It ends when nothing is for a while; a forked child begins its own."""
+class Scheduler:
+    """A daemon thread that does jobs. It ends when no job is due for a while; a forked child starts its own."""
 
     def __init__(self) -> None:
-        self.set_up()
-        _beats.add(self)
+        self.reset()
+        _schedulers.add(self)
 
-    def set_up(self) -> None:
-        """Begin without a thread and with nothing due."""
+    def reset(self) -> None:
+        """Begin without a thread and without jobs."""
         self._changed = threading.Condition(threading.Lock())
         self._due: list[tuple[float, int, Job]] = []
         self._numbers = itertools.count()
-        self._dropped = 0
+        self._ended = 0
         self._thread: threading.Thread | None = None
 
     def at(self, when: float, job: Job) -> None:
         """Do ``job`` at ``when``, in monotonic time."""
         with self._changed:
             if self._thread is None:
-                # It may not begin, where there are too many; then nothing is due, and the next job begins one.
+                # It cannot start where there are too many threads. Then no job is added, and the next one starts it.
                 thread = threading.Thread(target=self._work, name="idempotency", daemon=True)
                 thread.start()
                 self._thread = thread
@@ -59,17 +59,20 @@ class Beat:
             if self._due[0][2] is job:
                 self._changed.notify()
 
-    def drop(self) -> None:
-        """Hear that a job has ended before its turn; without this they would pile up for a third of a lease."""
+    def note_ended(self) -> None:
+        """Note that a job ended before it was due: where many have, they are removed.
+
+        Without this they would pile up for a third of a lease.
+        """
         with self._changed:
-            self._dropped += 1
-            if self._dropped > 64 and self._dropped * 2 > len(self._due):
+            self._ended += 1
+            if self._ended > 64 and self._ended * 2 > len(self._due):
                 self._due = [each for each in self._due if not each[2].ended]
                 heapq.heapify(self._due)
-                self._dropped = 0
+                self._ended = 0
 
     def count(self, kind: type[Job]) -> int:
-        """Count the jobs of a kind that wait for their turn."""
+        """Count the jobs of a kind that are not done yet."""
         with self._changed:
             return sum(isinstance(job, kind) for _, _, job in self._due)
 
@@ -80,7 +83,7 @@ class Beat:
             try:
                 again = job()
             except Exception:
-                # The lease lapses if it cannot be renewed; the thread serves others.
+                # A lease that cannot be renewed ends. The thread goes on with the other jobs.
                 _logger.exception("a background write failed")
                 continue
             if again is not None:
@@ -89,22 +92,22 @@ class Beat:
     def _next(self) -> Job | None:
         with self._changed:
             while True:
-                left = self._due[0][0] - monotonic() if self._due else _IDLE
-                if left <= 0:
+                remaining = self._due[0][0] - monotonic() if self._due else _IDLE
+                if remaining <= 0:
                     return heapq.heappop(self._due)[2]
-                if not self._changed.wait(min(left, threading.TIMEOUT_MAX)) and not self._due:
+                if not self._changed.wait(min(remaining, threading.TIMEOUT_MAX)) and not self._due:
                     self._thread = None
                     return None
 
 
-_beats: weakref.WeakSet[Beat] = weakref.WeakSet()
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    # Of the threads only the one that forked goes on, and a lock may have been held by another.
-    for beat in list(_beats):
-        beat.set_up()
-    set_up_unfinished()
+    # Of the threads only the one that forked goes on, and another may have had a lock.
+    for scheduler in list(_schedulers):
+        scheduler.reset()
+    reset_pending_writes()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,72 @@
+"""The options of the middleware, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from idempotency._http.problem import check_docs
+from idempotency.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+Caller = str | bytes | int | None
+CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
+
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all requests of one middleware have in common, in the form in which a request needs it."""
+
+    caller: CallerScope | Literal["authorization"] | None
+    secret: bytes | None
+    header_name: bytes
+    """The name of the header with the key, in lower case."""
+    replayed: tuple[bytes, bytes]
+    """The header that marks a replay."""
+    strict: bool
+    docs: str
+
+
+def check_options(
+    scope: CallerScope | Literal["authorization"] | None,
+    secret: bytes | str | None,
+    header_name: str,
+    replayed_header: str,
+    strict: bool,
+    docs: str,
+) -> Options:
+    """Check the options of a middleware, whose docstring says what they mean.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for a value that cannot work.
+    """
+    if scope is not None and scope != "authorization" and not callable(scope):
+        raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
+    for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
+        if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+            raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
+    if secret is not None and (not isinstance(secret, str | bytes) or not secret):
+        raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
+    return Options(
+        caller=scope,
+        secret=secret.encode() if isinstance(secret, str) else secret,
+        header_name=header_name.lower().encode("ascii"),
+        replayed=(replayed_header.lower().encode("ascii"), b"true"),
+        strict=strict,
+        docs=check_docs(docs),
+    )
+
+
+def require_starlette() -> None:
+    """Check that Starlette is installed, whose ``Request`` the callables of the user are given."""
+    try:
+        import starlette.requests  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            "a callable scope or fingerprint is given a Starlette Request: pip install starlette"
+        ) from error

@@ -1,0 +1,46 @@
+"""The ``state`` of a request, in which the application finds its operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from idempotency.operation import Operation
+
+
+class RequestState:
+    """A state that belongs to one request only: some servers share one among requests, as batch endpoints do theirs.
+
+    It takes its place in the scope when it is made. It begins as a copy of the state that it stands in for.
+    """
+
+    __slots__ = ("_given", "_outer", "_own", "_scope")
+
+    def __init__(self, scope: MutableMapping[str, Any], operation: Operation | None) -> None:
+        self._scope = scope
+        self._outer = scope.get("state")
+        self._given = dict(mapping_of(self._outer))
+        self._own = scope["state"] = {**self._given, "idempotency": operation}
+
+    def share(self) -> None:
+        """Copy what the application has put into the state to the outer one, and nothing that is older."""
+        outer, given = mapping_of(self._outer), self._given
+        if len(self._own) > 1 and isinstance(outer, MutableMapping):
+            for name, value in self._own.items():
+                if name != "idempotency" and (name not in given or given[name] is not value):
+                    outer[name] = given[name] = value
+
+    def leave(self) -> None:
+        """Put the outer state back into the scope, at the end of the operation."""
+        self.share()
+        # A task may outlive the request and still hold this state.
+        self._own["idempotency"] = None
+        if self._outer is not None and self._scope.get("state") is self._own:
+            self._scope["state"] = self._outer
+
+
+def mapping_of(state: object) -> Mapping[str, Any]:
+    """Return the mapping behind the ``state`` of a scope: ASGI's is one, Starlette's ``State`` wraps one."""
+    if not isinstance(state, dict):
+        state = getattr(state, "_state", state)
+    return state if isinstance(state, Mapping) else {}

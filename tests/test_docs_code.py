@@ -1,0 +1,186 @@
+"""The code of the documents, run as it stands there but for the URLs of servers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+from celery._state import _TLS
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page: str) -> dict[str, list[str]]:
+    """Return the Python blocks of a page by the heading above them."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for part in re.split(
+        r"(^```python\n.*?^```$|^#+ [^\n]*$)", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL
+    ):
+        if part.startswith("#"):
+            heading = part.lstrip("# ")
+        elif part.startswith("```python"):
+            found.setdefault(heading, []).append(part.removeprefix("```python\n").removesuffix("```"))
+    return found
+
+
+HTTP = blocks("http.md")
+MESSAGES = blocks("messages.md")
+TRANSACTIONS = blocks("transactions.md")
+SETUP = "Code for each framework"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run blocks as one module, its databases in SQLite, and return its names; run again, they are added to it."""
+    # Each is made the default of its process by being made.
+    monkeypatch.setattr("dramatiq.broker.global_broker", None)
+    monkeypatch.setattr("celery._state.default_app", None)
+    monkeypatch.setattr("celery._state._tls", _TLS())
+
+    module = ModuleType("shop")
+    monkeypatch.setitem(sys.modules, "shop", module)
+
+    def run(*sources: str) -> dict[str, Any]:
+        for source in sources:
+            source = re.sub(r"postgresql\+asyncpg://[^\"]*", f"sqlite+aiosqlite:///{tmp_path}/shop.db", source)
+            source = re.sub(r"redis://[^\"]*", "memory://", source)
+            source = re.sub(r"postgresql\+psycopg://[^\"]*", f"sqlite:///{tmp_path}/shop.db", source)
+            exec(compile(source, "shop.py", "exec", dont_inherit=True), vars(module))
+        return vars(module)
+
+    return run
+
+
+@pytest.mark.parametrize("framework", [heading for heading in MESSAGES if heading != SETUP])
+def test_the_code_for_each_framework_is_accepted(framework: str, run: Callable[..., dict[str, Any]]) -> None:
+    """The library, and the framework, take what the page on messages shows."""
+    run(*MESSAGES[SETUP], *MESSAGES[framework])
+
+
+def test_the_code_for_lambda_handles_a_record_once(run: Callable[..., dict[str, Any]]) -> None:
+    """A record that Lambda passes twice is one invoice, and both batches are done."""
+    from sqlalchemy import func, select
+
+    names = run(*MESSAGES[SETUP], *MESSAGES["AWS Lambda behind SQS"])
+    names["Base"].metadata.create_all(names["sync_engine"])
+    record = {
+        "messageId": "1",
+        "body": json.dumps({"order": "A-1"}),
+        "eventSourceARN": "arn:aws:sqs:eu-north-1:1:orders",
+        "attributes": {"ApproximateReceiveCount": "1"},
+    }
+
+    answers = [names["lambda_handler"]({"Records": [record]}, None) for _ in range(2)]
+
+    with names["SyncSession"]() as session:
+        assert session.scalar(select(func.count()).select_from(names["Invoice"])) == 1
+    names["sync_engine"].dispose()
+    assert answers == [{"batchItemFailures": []}] * 2
+
+
+@pytest.mark.parametrize("framework", ["Starlette", "FastAPI", "Litestar", "Quart"])
+async def test_the_code_for_each_web_framework_replays_a_response(
+    framework: str, run: Callable[..., dict[str, Any]]
+) -> None:
+    """A request that is sent twice is answered by the handler, and then by the record."""
+    app = run(*HTTP[framework])["app"]
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+        first, second = [await client.post("/orders", headers={"Idempotency-Key": "1f5a"}) for _ in range(2)]
+
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert second.json() == first.json()
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+
+
+def test_the_code_for_django_replays_a_response(tmp_path: Path) -> None:
+    """The same in Django, whose settings are those of a process."""
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "asgi.py").write_text(HTTP["Django"][0].replace("redis://localhost:6379", "memory://"))
+    (shop / "settings.py").write_text("SECRET_KEY = 'x'\nALLOWED_HOSTS = ['*']\nROOT_URLCONF = 'shop.urls'\n")
+    (shop / "urls.py").write_text(
+        dedent(
+            """\
+            from django.http import JsonResponse
+            from django.urls import path
+            from idempotency import current
+
+            urlpatterns = [path("orders", lambda _: JsonResponse({"order": current().derive("order")}, status=201))]
+            """
+        )
+    )
+    program = dedent(
+        """\
+        import asyncio, httpx
+        from shop.asgi import application
+
+        async def main():
+            transport = httpx.ASGITransport(application)
+            async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+                for _ in range(2):
+                    answer = await client.post("/orders", headers={"Idempotency-Key": "1f5a"})
+                    print(answer.status_code, answer.headers.get("idempotent-replayed"))
+
+        asyncio.run(main())
+        """
+    )
+
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert ran.stdout.split("\n") == ["201 None", "201 true", ""], ran.stderr
+
+
+@pytest.mark.parametrize("heading", ["In your code", "Whose key", "How long"])
+def test_the_other_code_on_http_is_accepted(heading: str, run: Callable[..., dict[str, Any]]) -> None:
+    """The library takes the rest of what the page on HTTP shows."""
+    run(*HTTP["FastAPI"], *HTTP[heading])
+
+
+async def test_the_code_for_one_transaction_has_one_effect(run: Callable[..., dict[str, Any]]) -> None:
+    """What is requested, delivered or called twice is one order, by each block of the page on transactions."""
+    from sqlalchemy import func, select
+
+    setup, (starlette, fastapi) = TRANSACTIONS["One transaction"], TRANSACTIONS["HTTP"]
+    names = run(*setup)
+    names["Base"].metadata.create_all(names["sync_engine"])
+    names["sync_store"].create_schema_sync()
+
+    def orders() -> int:
+        with names["SyncSession"]() as session:
+            return session.scalar(select(func.count()).select_from(names["Order"])) or 0
+
+    counted = []
+    for block, request in ((starlette, {"json": {"item": "tea"}}), (fastapi, {"params": {"item": "tea"}})):
+        app = run(block)["app"]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+            key = {"Idempotency-Key": f"{len(counted)}"}
+            answers = [await client.post("/orders", headers=key, **request) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [201, 201]
+        counted.append(orders())
+    consumer = run(*TRANSACTIONS["Messages"])["on_order_placed"]
+    for _ in range(2):
+        await consumer.deliver({"id": "1", "item": "tea"})
+    counted.append(orders())
+    functions = run(*TRANSACTIONS["Functions"])
+    assert functions["invoice"]("A-1") == functions["invoice"]("A-1")
+    counted.append(orders())
+    receipts = [functions["charge"]("A-1", 3) for _ in range(2)]
+    names["sync_engine"].dispose()
+    await names["engine"].dispose()
+
+    assert counted == [1, 2, 3, 4]
+    assert receipts == [functions["Receipt"]("A-1", 3)] * 2
