@@ -21,11 +21,11 @@ _SCHEMES = (
 
 
 class AnyStore(Store, SyncStore, Housekeeping, Protocol):
-    """A store with all verbs. The driver in its URL decides whether it serves awaited verbs, sync verbs, or both."""
+    """A store with both sets of verbs and housekeeping; the driver in its URL may serve only one of the two sets."""
 
 
 def open_store(url: str, **options: Any) -> AnyStore:
-    """Open the store that a URL names. It connects at its first use; ``aclose`` or ``close`` ends it.
+    """Open the store that a URL names; it connects at its first use, and ``aclose`` or ``close`` closes it.
 
     ``url`` is memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or any SQLAlchemy URL;
     ``options`` are those of the store's class. Raises :class:`~idempotency.errors.ConfigurationError` for a URL that
@@ -86,7 +86,7 @@ def _made(make: Callable[..., AnyStore], options: dict[str, Any]) -> AnyStore:
     known = inspect.signature(make).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        # The words of Python for a call.
+        # The words of Python itself for a call.
         raise UnknownOptionError(
             f"got an unexpected keyword argument {unknown[0]!r}; the store's options are "
             f"{', '.join(name for name in known if name != 'url')}"

@@ -161,9 +161,8 @@ class SQLStore:
         Where another transaction holds the row uncommitted, this waits for it for up to ``wait`` seconds (MariaDB and
         MySQL: whole seconds, rounded up; SQLite: for any other writer of the database). None: that transaction still
         holds the row. After None or an error, the caller's transaction can only be rolled back. Raises
-        :class:`~idempotency.errors.StoreError`; it is a ``ConflictError`` of ``idempotency._sql.failures`` where a
-        transaction that begins anew can succeed. The connection is cut off if the server does not answer within
-        ``wait`` and the store's ``timeout``.
+        :class:`~idempotency.errors.StoreError`, also where a transaction that begins anew can succeed. The connection
+        is cut off if the server does not answer within ``wait`` and the store's ``timeout``.
         """
         statement, limit = InFlight(), math.ceil(wait) + self._timeout
         # The connection is cut off first, which the driver notices at once. Then the task is cancelled: a driver ends a
