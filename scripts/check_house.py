@@ -27,7 +27,7 @@ ROOMS = {
 PROBES = {
     "_engine/names.py": "inspects modules and functions",
     "_engine/transaction.py": "reads the options of a sessionmaker",
-    "_engine/beat.py": "os.register_at_fork is missing on Windows",
+    "_engine/scheduler.py": "os.register_at_fork is missing on Windows",
     "_http/*.py": "inspects requests of Starlette, exit stacks of FastAPI and tasks of asyncio",
     "_results/*.py": "inspects annotations and functions",
     "_signature.py": "inspects functions",

@@ -402,7 +402,9 @@ async def test_a_pool_that_always_gives_open_transactions_is_refused_clearly(loc
             driver.cursor().execute("SELECT 1")
 
         claim = new_claim()
-        with pytest.raises(StoreError, match="transaction open: let listeners to connect and checkout end theirs"):
+        with pytest.raises(
+            StoreError, match="transaction open: event listeners for connect and checkout must end theirs"
+        ):
             await bench.store.claim(claim)
         assert bench.seen(claim) == 0
 

@@ -23,6 +23,7 @@ from tcp_proxy import Proxy
 
 from idempotency import Policy, current, idempotent
 from idempotency._rules import Claim, Execute, Replay, judge
+from idempotency._sql.failures import ConflictError
 from idempotency.errors import (
     ConfigurationError,
     InProgressError,
@@ -35,7 +36,6 @@ from idempotency.errors import (
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
-from idempotency.stores.sql._joined import ConflictError
 
 asynchronous = pytest.mark.stores(*JOINED_KINDS)
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)

@@ -22,11 +22,12 @@ from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.transaction import Transaction, check_sessions
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute, State, Verdict, judge, judge_row
+from idempotency._sql.commit_guard import SESSION_ENDED, was_closed
+from idempotency._sql.failures import ConflictError, UnusableError, conflicts
 from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
-from idempotency.stores.sql._joined import LEFT, ConflictError, UnusableError, conflicts, was_closed
 
 
 class Joined:
@@ -143,7 +144,7 @@ class JoinedCall:
         try:
             if not await self._transaction.commit(result):
                 # The row is locked, so that only the operation itself can have ended the transaction.
-                raise TransactionError(LEFT)
+                raise TransactionError(SESSION_ENDED)
         except Exception as error:
             outcome = outcome_of_failed_commit(self._operation, self._policy, error)
             try:

@@ -21,15 +21,12 @@ from idempotency._engine.joined import (
 from idempotency._engine.transaction import check_sessions
 from idempotency._engine.transaction_sync import SyncTransaction
 from idempotency._rules import Claim, Execute, Verdict, judge, judge_row
+from idempotency._sql.commit_guard import SESSION_ENDED
+from idempotency._sql.failures import ConflictError, UnusableError
 from idempotency.errors import StoreError, TransactionError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome
-from idempotency.stores.sql._joined import (
-    LEFT,
-    ConflictError,
-    UnusableError,
-)
 
 
 class SyncJoined:
@@ -135,7 +132,7 @@ class SyncJoinedCall:
         try:
             if not self._transaction.commit(result):
                 # The row is locked, so that only the operation itself can have ended the transaction.
-                raise TransactionError(LEFT)
+                raise TransactionError(SESSION_ENDED)
         except Exception as error:
             outcome = outcome_of_failed_commit(self._operation, self._policy, error)
             return self._failed(error, outcome, undone=False)

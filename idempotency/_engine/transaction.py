@@ -9,24 +9,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._rules import Claim, Record, State
-from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
-from idempotency._synchronization import loop_time
-from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
-from idempotency.stores.base import Store
-from idempotency.stores.sql import SQLStore
-from idempotency.stores.sql._database import level_of
-from idempotency.stores.sql._joined import (
-    LEFT,
-    TWO_PHASES,
+from idempotency._sql.commit_guard import (
+    SESSION_ENDED,
     commit,
     cut_off_session,
     discard,
-    failure_of,
     finish,
     give_back,
     guard_commit,
@@ -34,6 +25,12 @@ from idempotency.stores.sql._joined import (
     unguard_commit,
     was_closed,
 )
+from idempotency._sql.session_failures import failure_of
+from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check_sessionmaker
+from idempotency._synchronization import loop_time
+from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
+from idempotency.stores.base import Store
+from idempotency.stores.sql import SQLStore
 
 T = TypeVar("T")
 
@@ -41,59 +38,17 @@ T = TypeVar("T")
 def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
     """Return what makes one transaction per operation; raise ConfigurationError if the two do not fit together."""
     shared = check_sessions(store, sessions, async_sessionmaker)
-    _check_level(sessions)
+    check_isolation_level(sessions)
     return lambda claim: Transaction(shared, sessions, claim)
 
 
-def _check_level(sessions: Any) -> None:
-    engine = sessions.kw.get("bind")
-    if engine is None:
-        return
-    options = {**engine.get_execution_options(), **(sessions.kw.get("execution_options") or {})}
-    level = level_of(engine.dialect, options)
-    if level == "AUTOCOMMIT":
-        raise ConfigurationError(COMMITS_BY_ITSELF)
-    # The claim is committed before, and its row renewed while the handler runs: a snapshot taken in between could not
-    # be completed. SQLite, which has no other level, does not wait for its writer and so never sees an older row.
-    if level in ("REPEATABLE READ", "SERIALIZABLE") and engine.dialect.name != "sqlite":
-        raise ConfigurationError(
-            f"the sessions are {level}, under which the record cannot be completed once its lease was renewed: give"
-            ' session= an engine with isolation_level="READ COMMITTED"'
-        )
-
-
-def check_sessions(store: object, sessions: Any, kind: type[Any]) -> SQLStore:
+def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
     """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
     if not isinstance(store, SQLStore):
         raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
-    if not isinstance(sessions, kind):
-        raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
-    options: dict[str, Any] = getattr(sessions, "kw", {})
-    _check_kind(sessions.class_, options.get("bind"), kind)
-    store.check_shared(options.get("bind"))
-    if any(each is not options.get("bind") for each in (options.get("binds") or {}).values()):
-        raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
-    if isinstance(options.get("bind"), Connection | AsyncConnection):
-        raise ConfigurationError(
-            "the sessions are bound to a connection, whose transaction is its owner's: bind them to an engine"
-        )
-    if options.get("twophase"):
-        raise ConfigurationError(TWO_PHASES)
-    if not options.get("autobegin", True):
-        raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
+    check_sessionmaker(sessions, kind)
+    store.check_shared(sessions.kw.get("bind"))
     return store
-
-
-def _check_kind(session: type[Any], bind: object, kind: type[Any]) -> None:
-    """Refuse sessions, or an engine of theirs, that are awaited where they are not, and the reverse."""
-    awaited = kind is async_sessionmaker
-    if issubclass(session, AsyncSession) is not awaited:
-        raise ConfigurationError(f"the sessions are {session.__name__}s: give session= a plain {kind.__name__}(engine)")
-    if isinstance(bind, Engine if awaited else AsyncEngine):
-        maker = "create_async_engine" if awaited else "create_engine"
-        raise ConfigurationError(
-            f"the {kind.__name__} of session= has an {type(bind).__name__}: give it the engine of {maker}(...)"
-        )
 
 
 class Transaction:
@@ -354,4 +309,4 @@ def write_and_commit(
 def check_session_intact(session: Session, root: SessionTransaction | None) -> None:
     """Raise TransactionError where the operation closed ``session``, or ended ``root``, which holds its record."""
     if was_closed(session) or (root is not None and session.get_transaction() is not root):
-        raise TransactionError(LEFT)
+        raise TransactionError(SESSION_ENDED)

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._engine.transaction import check_session_intact, naming_failures, write_and_commit
 from idempotency._rules import Claim, Record, State
+from idempotency._sql.commit_guard import cut_off_session, discard, give_back, guard_commit, roll_back
+from idempotency._sql.session_failures import failure_of
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError
 from idempotency.stores.sql import SQLStore
-from idempotency.stores.sql._joined import cut_off_session, discard, failure_of, give_back, guard_commit, roll_back
 
 T = TypeVar("T")
 

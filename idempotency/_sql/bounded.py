@@ -1,4 +1,4 @@
-"""Bound in time what a database is asked, and close the connection of what nobody waits for any more."""
+"""Limit the time of statements, and close the connections of those that are abandoned."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from idempotency._sql.driver import cut_off
 
-_FAILS = 0.25
-_AGAIN = 1.0
-_TRIES = 60
+_FIRST_WAIT = 0.25
+_NEXT_WAIT = 1.0
+"""Seconds in which an abandoned statement should end once its connection is cut off, and once it is cancelled."""
+
+_CUT_OFF_TRIES = 60
+
 _IDLE = 10.0
+"""Seconds after which the watchdog's thread ends if it has nothing to watch."""
 
 Cut = Callable[[], object]
 """End the connection of a statement under way, from any thread."""
 
 
-class Call:
-    """One verb under way: the connection that it uses, and whether anybody waits for it."""
+class InFlight:
+    """A statement that may be under way: the connection that it uses, and whether it was abandoned."""
 
     __slots__ = ("abandoned", "connection", "driver")
 
@@ -34,57 +38,57 @@ class Call:
         self.abandoned = False
 
     def cut_off(self) -> None:
-        """End the connection, if there is one by now."""
+        """Abandon the statement, and end its connection if there is one already."""
         self.abandoned = True
         if self.connection is not None:
             cut_off(self.driver, self.connection)
 
 
 class Abandoned:
-    """The statements of one store that nobody waits for any more, until each has ended.
+    """The abandoned statements of one store, until each has ended.
 
-    Such a statement shares its connection with nothing that comes later: the connection is cut off, the statement is
-    cancelled, and what it was part of is discarded.
+    Nothing later uses the connection of such a statement: the connection is cut off, the statement is cancelled, and
+    what it was part of is discarded.
     """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, task: asyncio.Task[Any], cut: Cut, discard: Callable[[], Awaitable[object]] | None = None) -> None:
-        """See ``task`` to its end in the background, and then ``discard`` what it leaves."""
-        mine = asyncio.get_running_loop().create_task(_end(task, cut, discard))
-        self._tasks.add(mine)
-        mine.add_done_callback(self._tasks.discard)
+        """End ``task`` in the background by ``cut``, and then call ``discard``."""
+        ending = asyncio.get_running_loop().create_task(_end(task, cut, discard))
+        self._tasks.add(ending)
+        ending.add_done_callback(self._tasks.discard)
 
     async def wait(self) -> None:
         """Wait until those of the running event loop have ended."""
         loop = asyncio.get_running_loop()
-        mine = [task for task in list(self._tasks) if task.get_loop() is loop]
-        if mine:
-            await asyncio.wait(mine)
+        of_this_loop = [task for task in list(self._tasks) if task.get_loop() is loop]
+        if of_this_loop:
+            await asyncio.wait(of_this_loop)
 
 
 async def _end(task: asyncio.Task[Any], cut: Cut, discard: Callable[[], Awaitable[object]] | None) -> None:
-    for attempt in range(_TRIES):
+    for attempt in range(_CUT_OFF_TRIES):
         if task.done():
             break
         cut()
-        # Cut off, it fails by itself. What is cancelled again and again is connecting anew, or a driver that asks the
-        # server to cancel, and waits for its answer.
+        # A statement that is cut off fails by itself. One that does not may be connecting anew, or be in a driver that
+        # asks the server to cancel and waits for its answer: so it is cancelled, several times if need be.
         if attempt:
             task.cancel()
-        # The event loop cancels this task too when it ends, and waits for it.
+        # When the event loop ends, it cancels this task too, and waits for it.
         with suppress(asyncio.CancelledError):
-            await asyncio.wait({task}, timeout=_AGAIN if attempt else _FAILS)
+            await asyncio.wait({task}, timeout=_NEXT_WAIT if attempt else _FIRST_WAIT)
     if task.done() and not task.cancelled():
-        task.exception()  # nobody else asks for it, and it would be reported
+        task.exception()  # without this, asyncio would report that it was never retrieved
     if discard is not None:
         with suppress(Exception, asyncio.CancelledError):
             await discard()
 
 
 class Watched:
-    """A blocking statement under way. ``cut`` says that its connection was cut off, because it took too long."""
+    """A blocking statement under way. ``cut``: its connection was cut off, because it took too long."""
 
     __slots__ = ("_all", "_cut_off", "_deadline", "cut")
 
@@ -102,7 +106,7 @@ class Watched:
         self._all.pop(self, None)
 
     def look(self) -> None:
-        """Cut the connection off where the time is over; again later, as the driver may connect anew."""
+        """Cut the connection off if the time is over. Later calls do it again, because the driver may connect anew."""
         if monotonic() >= self._deadline:
             self.cut = True
             self._cut_off()
@@ -111,7 +115,8 @@ class Watched:
 class Watchdog:
     """A daemon thread that cuts off blocking statements that take longer than they may.
 
-    It looks four times in ``seconds``, which no statement is given less than, and ends when there are none for a while.
+    ``seconds`` is the shortest time that any statement gets. The thread looks four times in it. It ends when there has
+    been no statement for a while.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -121,17 +126,17 @@ class Watchdog:
     def _set_up(self) -> None:
         self._process = os.getpid()
         self._watched: dict[Watched, None] = {}
-        self._some = threading.Event()
+        self._any_watched = threading.Event()
         self._ending = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def watch(self, seconds: float, cut_off: Cut) -> Watched:
         """Cut off what is done inside, as a context, after ``seconds``."""
         if self._process != os.getpid():
-            self._set_up()  # forked: the thread is the parent's, and so may be the lock
+            self._set_up()  # in a forked child: the thread exists in the parent only, which may hold the lock
         watched = Watched(self._watched, monotonic() + seconds, cut_off)
-        if not self._some.is_set():
-            self._some.set()
+        if not self._any_watched.is_set():
+            self._any_watched.set()
         if self._thread is None:
             self._begin()
         return watched
@@ -140,7 +145,8 @@ class Watchdog:
         with self._ending:
             if self._thread is None:
                 thread = threading.Thread(target=self._work, name="idempotency-watchdog", daemon=True)
-                # Where none can begin, as while the interpreter exits, the statement is worth more than its bound.
+                # No thread can begin while the interpreter exits. Then it is better to send the statement without a
+                # limit than not at all.
                 with suppress(RuntimeError):
                     thread.start()
                     self._thread = thread
@@ -152,11 +158,11 @@ class Watchdog:
             sleep(self._pause)
 
     def _ended(self) -> bool:
-        self._some.clear()
-        if self._watched or self._some.wait(_IDLE):
+        self._any_watched.clear()
+        if self._watched or self._any_watched.wait(_IDLE):
             return False
         with self._ending:
-            # A statement that began before this line is seen here; one that begins after it begins another thread.
+            # A statement that began before this line is seen here. One that begins after it starts another thread.
             if self._watched:
                 return False
             self._thread = None

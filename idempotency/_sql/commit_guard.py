@@ -1,251 +1,217 @@
-"""The connection of an operation: all that it executes is in one transaction, which it neither commits nor loses."""
+"""The commit guard: it refuses every commit of an operation's session until the library has written the record.
+
+:func:`guard_commit` guards one session. The session's events, and the connection that it uses (see
+:mod:`idempotency._sql.guarded_connection`), then refuse what would commit the effect without its record. The listeners
+are on SQLAlchemy's class ``Session``. :func:`install` adds them; importing this module does not.
+"""
 
 from __future__ import annotations
 
-import re
+import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
-from weakref import ref
+from typing import NamedTuple
 
-from sqlalchemy import Connection, PoolProxiedConnection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.orm import Session
-from sqlalchemy.util import await_only
+from sqlalchemy import Connection, RootTransaction, event
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import PoolProxiedConnection
 
-from idempotency._sql.driver import in_transaction
-from idempotency._sql.failures import error_code
-from idempotency._sql.send import named, pooled, send
-from idempotency._sql.sqlite import begin, close_what_is_invalidated
+from idempotency._sql.driver import cut_off
+from idempotency._sql.engines import level_of
+from idempotency._sql.guarded_connection import (
+    COMMITS_BY_ITSELF,
+    ENDED,
+    GUARDED,
+    REFUSED,
+    guard_connection,
+    roll_back_driver,
+)
+from idempotency._sql.send import pooled
 from idempotency.errors import ConfigurationError, TransactionError
 
-HELD = "idempotency: committed with its record"
-CLOSED = "idempotency: closed by its operation"
-REFUSED = (
-    "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
-    " begin_nested() for a part that may fail."
+_FINISHED = "idempotency: its operation is settled"
+"""A key of ``session.info``. While it is there, the session may begin no transaction."""
+
+_IN_USE = "idempotency: the connection in use"
+"""A key of ``session.info``, whose value is an :class:`_InUse`."""
+
+SESSION_ENDED = (
+    "The session was closed inside the handler, or rolled back together with its record, which also happens by a commit"
+    " past it. Its effect is gone. Leave close, rollback and commit to the library; use begin_nested() for a part that"
+    " may fail."
 )
-COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
-_WOULD_COMMIT = (
-    "This statement would commit what is to be committed together with the idempotency record: use flush(), or"
-    " begin_nested() for a part that may fail; what a database commits by itself, as MariaDB its DDL, needs a"
-    " connection of its own."
+TWO_PHASES = "the sessions have twophase=True: the library cannot refuse a commit that was prepared"
+_TOO_LATE = (
+    "The operation is settled: nothing would commit what this session does from here on. Open a session of your own for"
+    " work after the response or result."
 )
-_ENDED = (
-    "The transaction that was to be committed together with the idempotency record has been ended past its session,"
-    " by a deadlock, a text, a driver's own cursor or a procedure, so that nothing is recorded: use session.rollback()."
-)
-# Not MariaDB: its drivers do not always hear that a transaction is open, and to begin another would commit it.
-_BEGUN_HERE = ("sqlite", "postgresql")
-_MYSQL = ("mysql", "mariadb")
-_ROLLED_BACK = frozenset({1213, 1020, 1206})
-_LOCK_TIMEOUT = 1205
-_COMMENTS = r"(?>[\s;]+|/\*.*?\*/|--[^\n]*\n)*+"
-_COMMITS = r"COMMIT|END|PREPARE\s+TRANSACTION"
-# What stands in /*! */ is executed, and so is what SET STATEMENT sets something for.
-_COMMENTS_MYSQL = r"(?>[\s;]+|/\*M?!\d*|/\*(?!M?!).*?\*/|(?:--|\#)[^\n]*\n)*+(?:SET\s+STATEMENT\s[^;]*?\sFOR\s+)?"
-_COMMITS_MYSQL = (
-    r"BEGIN|START|XA|CREATE(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY)|DROP(?!\s+TEMPORARY)|ALTER|RENAME|TRUNCATE|GRANT|REVOKE"
-    r"|LOCK|UNLOCK|(?:ANALYZE|CHECK)\s+(?:\w+\s+)?TABLE|OPTIMIZE|REPAIR|FLUSH|CACHE|LOAD\s+INDEX|(?:UN)?INSTALL|RESET"
-    r"|SET\s+(?!GLOBAL\b)[^'\"]*?\bautocommit"
-)
-_ROLLS_BACK = r"ABORT|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b)"
-_ENDS = re.compile(rf"{_COMMENTS}(?:(?P<commit>{_COMMITS})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL)
-_ENDS_ON_MYSQL = re.compile(
-    rf"{_COMMENTS_MYSQL}(?:(?P<commit>{_COMMITS}|{_COMMITS_MYSQL})|{_ROLLS_BACK})\b", re.IGNORECASE | re.DOTALL
-)
-# What may hold a semicolon that ends no statement: quotes, comments, and the bodies of functions.
-_QUOTED = re.compile(
-    r"'[^']*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|/\*.*?\*/|--[^\n]*|\bBEGIN\s+ATOMIC\b.*", re.DOTALL | re.IGNORECASE
-)
-_QUOTED_ON_MYSQL = re.compile(
-    r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`|/\*(?!M?!).*?\*/|(?:--\s|\#)[^\n]*", re.DOTALL
-)
-# Drivers that go on, after what a signal raises in the middle of a statement, as if its answer were that of the next.
-# What they raise themselves before they send one is of these.
-_READ_ON = ("pg8000", "mysqlconnector")
-_UNSENT = TypeError | ValueError | LookupError | ArithmeticError | AttributeError
-_UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one"
 
 
-class GuardedConnection(Connection):
-    """A ``Connection`` of SQLAlchemy's inside an operation; :func:`guard` makes one of it.
+class _InUse(NamedTuple):
+    """The connection of a guarded session, the transaction on it, and the pool's connection, by which it is cut off."""
 
-    ``begun`` says that its transaction was open when that was looked at last.
+    connection: Connection
+    transaction: RootTransaction
+    pooled: PoolProxiedConnection
 
-    The methods are private there. The public events cost each statement of the operation more than the record does
-    (decision 11), and none of them hears of a driver's own cursor.
+
+_installing = threading.Lock()
+_installed = False
+
+
+def install() -> None:
+    """Add the guard's listeners to ``Session``, once in a process.
+
+    They are on the class because to add them to each session takes as long as to make the session. A session that is
+    not guarded ignores them.
     """
-
-    __slots__ = ()
-    # Of the session a weak reference: it has the connection.
-    _session: ref[Session]
-    _root: Any
-    _driver: Any
-    begun: bool
-    _ended: bool
-    _beginning: bool
-
-    @property
-    def _holds(self) -> bool:
-        session = self._session()
-        return session is not None and HELD in session.info and self._root.is_active
-
-    @property
-    def connection(self) -> PoolProxiedConnection:
-        """The pool's connection: what is sent by its driver directly is in the transaction, or seen to end it."""
-        if not (self._beginning or self.begun or self.invalidated) and self._holds:
-            if self.dialect.name in _BEGUN_HERE:
-                self._begin("")
-            self.begun = _in_transaction(self.dialect.driver, self._driver) is True
-        return pooled(self)
-
-    @property
-    def info(self) -> Any:
-        """See ``Connection.info``, for which no transaction has to begin."""
-        return pooled(self).info
-
-    def check_open(self, sql: str) -> None:
-        """Raise TransactionError if the transaction has been ended; have it begun before ``sql`` is executed."""
-        if self.invalidated:
-            return
-        opened = _in_transaction(self.dialect.driver, self._driver)
-        if self._ended or (self.begun and opened is False):
-            raise TransactionError(_ENDED)
-        if not opened and self.dialect.name == "sqlite":
-            self._begin(sql)
-        self.begun = self.begun or opened is True
-
-    def _begin(self, sql: str) -> None:
-        self._beginning = True
-        try:
-            if self.dialect.name == "sqlite":
-                begin(self, sql)
-            elif self.dialect.driver == "asyncpg":
-                _begin_asyncpg(self)
-            else:
-                # The driver begins with whatever comes first.
-                send(self, "SELECT 1", unseen=True)
-        finally:
-            self._beginning = False
-
-    def _execute_context(self, dialect: Any, constructor: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._beginning or not self._holds:
-            return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
-        sql = getattr(statement, "string", statement)
-        mysql = dialect.name in _MYSQL
-        ends = _ends(sql, dialect.name)
-        if ends is not None and ends["commit"]:
-            raise TransactionError(_WOULD_COMMIT)
-        self.check_open(sql)
-        try:
-            result = super()._execute_context(dialect, constructor, statement, *args, **kwargs)
-        except DBAPIError as error:
-            # The server has rolled back all of it, and begins another transaction for what comes next.
-            self._ended = mysql and self._rolled_back(error_code(error))
-            raise
-        except Exception as error:
-            if dialect.driver in _READ_ON and not isinstance(error, SQLAlchemyError | _UNSENT):
-                self.invalidate(error)
-            raise
-        self._ended = ends is not None
-        # A text of several statements may have ended what it began.
-        self.begun = self.begun or dialect.name == "postgresql"
-        return result
-
-    def _rolled_back(self, code: str | int | None) -> bool:
-        if code != _LOCK_TIMEOUT:
-            return code in _ROLLED_BACK
-        row = None
-        with suppress(Exception):
-            row = send(self, "SELECT @@innodb_rollback_on_timeout", unseen=True).row
-        return row is None or bool(row[0])
-
-    def _commit_impl(self) -> None:
-        session = self._session()
-        if session is None or HELD not in session.info:
-            super()._commit_impl()
-            return
-        session.info.setdefault(CLOSED, None)
-        # SQLAlchemy takes the transaction for ended, whatever is raised here, and may leave it open in the pool.
-        roll_back_driver(self)
-        raise TransactionError(REFUSED)
+    global _installed
+    if _installed:
+        return
+    with _installing:
+        if not _installed:
+            for name, listener in _LISTENERS.items():
+                # Before the listeners that are there already: what is refused is refused before they have acted on it.
+                event.listen(Session, name, listener, insert=True)
+            _installed = True
 
 
-def guard(connection: Connection, session: Session) -> None:
-    """Have ``connection``, on which ``session`` has just begun, refuse what would end or evade its transaction."""
-    opened: Any = pooled(connection)
-    if commits_by_itself(connection):
-        raise ConfigurationError(COMMITS_BY_ITSELF)
-    if not (hasattr(Connection, "_commit_impl") and hasattr(Connection, "_execute_context")):
-        raise ConfigurationError(_UNKNOWN)
-    guarded: Any = connection
-    guarded.__class__ = GuardedConnection
-    guarded._session, guarded._root = ref(session), connection.get_transaction()
-    guarded._driver = opened.driver_connection
-    guarded.begun = guarded._ended = guarded._beginning = False
-    if connection.dialect.name == "sqlite":
-        close_what_is_invalidated(connection.engine)
+def guard_commit(session: Session) -> None:
+    """Refuse every commit of ``session``, and note when it is closed, until :func:`unguard_commit`."""
+    install()
+    for mark in (ENDED, _FINISHED, _IN_USE):
+        session.info.pop(mark, None)
+    session.info[GUARDED] = True
 
 
-def _ends(sql: str, family: str) -> re.Match[str] | None:
-    """Find what ends the transaction, in any of the statements that some drivers send in one text."""
-    pattern, quoted = (_ENDS_ON_MYSQL, _QUOTED_ON_MYSQL) if family in _MYSQL else (_ENDS, _QUOTED)
-    first = pattern.match(sql)
-    if first is not None or ";" not in sql or family == "sqlite":
-        return first
-    found = map(pattern.match, quoted.sub("''", sql).split(";"))
-    return next((each for each in found if each is not None), None)
+def unguard_commit(session: Session) -> None:
+    """Let ``session`` be committed again."""
+    session.info.pop(GUARDED, None)
 
 
-def _begin_asyncpg(connection: Connection) -> None:
-    # SQLAlchemy sends this BEGIN before its first statement; what the driver sends directly before it would be outside.
-    adapted: Any = pooled(connection).dbapi_connection
-    if not hasattr(adapted, "_start_transaction"):
-        raise ConfigurationError(_UNKNOWN)
-    if adapted._transaction is None:
-        try:
-            await_only(adapted._start_transaction())
-        except Exception as error:
-            raise named(connection, "BEGIN", error) from error
-        except BaseException as error:
-            connection.invalidate(error)
-            raise
+def was_closed(session: Session) -> bool:
+    """Return whether a transaction of ``session`` has ended since :func:`guard_commit`, other than by a rollback."""
+    root = session.get_transaction()
+    used = _in_use(session)
+    # The connection's transaction has ended, and the session does not know it. A failed flush ends both, and raises.
+    ended = root is not None and root.is_active and used is not None and not used.transaction.is_active
+    return ended or ENDED in session.info
 
 
-def roll_back_driver(connection: Connection) -> None:
-    """Roll back past SQLAlchemy, which takes the transaction for ended."""
+def lost_connection(session: Session) -> bool | None:
+    """Return whether ``session`` has lost the connection that it had; None if it never had one."""
+    used = _in_use(session)
+    return None if used is None else used.connection.invalidated
+
+
+def commit(session: Session) -> None:
+    """Commit ``session``. Where that fails, leave no transaction open that looks ended, or that a later look reads."""
     try:
-        connection.dialect.do_rollback(pooled(connection))
+        session.commit()
+    except Exception:
+        used: _InUse = session.info[_IN_USE]
+        if not (used.transaction.is_active or used.connection.closed or used.connection.invalidated):
+            roll_back_driver(used.connection)
+        raise
+
+
+def finish(session: Session) -> None:
+    """Refuse every further transaction of ``session``: nothing would commit it."""
+    session.info[_FINISHED] = True
+
+
+def give_back(session: Session) -> None:
+    """Return the connection of ``session`` to its pool, with no transaction open."""
+    try:
+        # A close alone relies on the pool, which does not roll back a transaction that looks ended. It looks ended when
+        # an error was raised inside a commit, before the driver was asked to commit.
+        if session.in_transaction():
+            # A guarded connection would begin a transaction only to end it.
+            unguard_commit(session)
+            session.rollback()
+        session.close()
     except BaseException as error:
-        connection.invalidate(error)
+        discard(session)
         if not isinstance(error, Exception):
             raise
 
 
-def _in_transaction(name: str, driver: Any) -> bool | None:
-    # asyncmy does not hear of a status without any flag, as a statement that ends the transaction leaves it.
-    if name == "asyncmy":
-        return None
+def roll_back(session: Session) -> None:
+    """Undo what ``session`` did, and let it begin no further transaction: nothing would commit it."""
+    unguard_commit(session)
+    finish(session)
     try:
-        # Not asked of a connection from a pool: what SQLAlchemy pings one with begins a transaction of pg8000's.
-        return bool(driver._in_transaction) if name == "pg8000" else in_transaction(name, driver)
-    except Exception:  # what a driver says of a connection that is lost does not matter
-        return None
+        session.rollback()
+    except Exception:
+        discard(session)
 
 
-def commits_by_itself(connection: Connection) -> bool | None:
-    """Say whether the driver commits each statement, whatever set it; None where only its server knows."""
-    adapted: Any = pooled(connection).dbapi_connection
-    driver: Any = pooled(connection).driver_connection
-    match connection.dialect.driver:
-        case "pysqlite" | "aiosqlite":
-            # Of Python 3.12; of older ones, which know isolation_level alone, no transaction is begun by itself.
-            return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
-        case "psycopg" | "psycopg_async" | "psycopg2" | "pg8000":
-            return bool(driver.autocommit)
-        case "asyncpg":
-            return bool(adapted.autocommit)
-        case "pymysql" | "aiomysql" | "asyncmy" | "mysqldb":
-            return bool(driver.get_autocommit())
-        case _:
-            return None
+def cut_off_session(session: Session) -> None:
+    """End the driver's connection of ``session``, so that what waits for it fails. Any thread may call this."""
+    used = _in_use(session)
+    if used is not None:
+        cut_off(used.connection.dialect.driver, used.pooled)
+
+
+def discard(session: Session) -> None:
+    """Close the connection of ``session``, which was lost or is in the middle of a statement, and use neither again.
+
+    The server rolls back the transaction of a connection that is cut off.
+    """
+    unguard_commit(session)
+    finish(session)
+    used = _in_use(session)
+    # By the connection itself: a session whose rollback failed does not know its connection any more.
+    if used is not None and not used.connection.closed:
+        with suppress(Exception):
+            used.connection.invalidate()
+    with suppress(Exception):
+        session.close()
+
+
+def _in_use(session: Session) -> _InUse | None:
+    used: _InUse | None = session.info.get(_IN_USE)
+    return used
+
+
+def _refuse_commit(session: Session) -> None:
+    # A savepoint is the operation's own. The outermost commit would separate the effect from its record.
+    if GUARDED in session.info and not session.in_nested_transaction():
+        raise TransactionError(REFUSED)
+
+
+def _guard_new_connection(session: Session, _: object, connection: Connection) -> None:
+    # Only the connection sees its own commit, and a commit of the outermost transaction past an open savepoint.
+    if _FINISHED in session.info:
+        # Given back here: nothing closes this session any more, and no later statement of it comes here again.
+        connection.close()
+        raise TransactionError(_TOO_LATE)
+    if GUARDED in session.info:
+        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
+            raise ConfigurationError(COMMITS_BY_ITSELF)
+        if session.twophase:
+            raise ConfigurationError(TWO_PHASES)
+        transaction = connection.get_transaction()
+        assert transaction is not None  # the event is for a transaction that has begun
+        session.info[_IN_USE] = _InUse(connection, transaction, pooled(connection))
+        guard_connection(connection, session)
+
+
+def _note_end(session: Session, transaction: SessionTransaction) -> None:
+    # The operation may roll back on purpose. A close may undo work by accident, so it is noted.
+    if transaction.parent is None and GUARDED in session.info:
+        session.info.setdefault(ENDED, transaction)
+
+
+def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
+    # Only an explicit rollback comes here: a failed flush undoes as much by itself.
+    if session.info.get(ENDED) is transaction:
+        del session.info[ENDED]
+
+
+_LISTENERS: dict[str, Callable[..., None]] = {
+    "before_commit": _refuse_commit,
+    "after_begin": _guard_new_connection,
+    "after_transaction_end": _note_end,
+    "after_soft_rollback": _note_rollback,
+}

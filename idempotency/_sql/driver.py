@@ -1,4 +1,4 @@
-"""What SQLAlchemy does not say of a driver's connection: whether a transaction is open, and how to cut it off."""
+"""What SQLAlchemy does not offer for a driver's connection: whether a transaction is open, and how to cut it off."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _IDLE = 0
 _IN_TRANSACTION = 1
 
 
-def bound_of(timeout: float) -> float:
-    """Return how long a server may wait for a lock: it says so before the client gives the verb up."""
+def lock_wait_limit(timeout: float) -> float:
+    """Return for how many seconds a server may wait for a lock: its answer comes before the client's ``timeout``."""
     return timeout * 0.8
 
 
 def in_transaction(driver: str, connection: Any) -> bool | None:
-    """Say whether a transaction is open, as the driver last heard of it; None where the driver does not know."""
+    """Return whether a transaction is open, by the driver's last answer; None where the driver does not know."""
     match driver:
         case "pysqlite" | "aiosqlite":
             return bool(connection.in_transaction)
@@ -37,16 +37,16 @@ def in_transaction(driver: str, connection: Any) -> bool | None:
 
 
 def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
-    """End a connection without a word to a server that may not answer; what waits for it then fails by itself.
+    """End a connection without a message to the server, which may not answer. What waits for it then fails.
 
-    May be called from another thread. A connection that was given back to its pool is left alone.
+    Any thread may call this. It does nothing to a connection that was given back to its pool.
     """
-    # What a driver says of a connection that is gone already does not matter.
+    # A driver may raise anything for a connection that is closed already.
     with suppress(Exception):
         connection: Any = pooled.driver_connection
         if connection is None:
             return
-        # An answer that is there already is still read, and the connection given back as if it were whole.
+        # A statement whose answer has arrived still reads it, and gives the connection back: it must not be reused.
         pooled.invalidate(soft=True)
         match driver:
             case "asyncpg":
@@ -62,7 +62,8 @@ def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
 
 
 def _socket_of(connection: Any) -> Any:
-    # pg8000, whose _sock is a file; pymysql; mysql-connector; libpq and the C client of MySQL have a number.
+    # Of pg8000 (its _sock is a file), pymysql and mysql-connector. Connections of libpq and of MySQL's C client have
+    # fileno() themselves.
     for name in ("_usock", "_sock", "_socket"):
         found = getattr(connection, name, None)
         if found is not None:
@@ -71,6 +72,6 @@ def _socket_of(connection: Any) -> Any:
 
 
 def _shut_down(owner: Any) -> None:
-    # Not closed: another socket would get its number while somebody still waits for it.
+    # Not closed: another socket could get its number while something still waits on it.
     with socket.socket(fileno=os.dup(owner.fileno())) as connection:
         connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""What the errors of a database mean: the statement, its data, the connection it went over, or the server."""
+"""What the errors of a database mean, of its statements, data and connections, and the words for them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,51 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
+from idempotency.errors import StoreError, StoreRefusedError
 
-# Of a statement that was refused for its data: too long, out of range, not of the character set, against a constraint,
-# beyond a packet. DataError and IntegrityError are what most drivers make of them.
+# The statement was refused for its data: too long, out of range, not of the character set, against a constraint, larger
+# than a packet. Most drivers raise DataError or IntegrityError for them.
 _DATA_CLASSES = ("22", "23")
 _DATA = frozenset(
     {"54000", 1048, 1062, 1118, 1153, 1162, 1264, 1265, 1292, 1300, 1301, 1366, 1406, 1690, 3819, 3854, 3988, 4025}
 )
 _DATA_SQLITE = frozenset({18, 19, 20})  # SQLITE_TOOBIG, SQLITE_CONSTRAINT, SQLITE_MISMATCH
 
-# The server takes no writes on this connection: it is a standby by now, or set to be read-only.
+# The server takes no writes on this connection: it has become a standby, or is set to be read-only.
 _READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
-# The connection's prepared statements are gone, or of a table that has changed since.
+# The connection's prepared statements are gone, or belong to a table that has changed since.
 _STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
 # Lock not available, lock wait time-out, and a statement over the time limit set for it on MariaDB or MySQL.
 _LOCKED = frozenset({"55P03", 1205, 1969, 3024})
 _LOCKED_SQLITE = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 BUSY_SNAPSHOT = 517
+
+# Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.
+_CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
+
+_NO_TABLE = frozenset({"42P01", 1146})
+_NO_COLUMN = frozenset({"42703", 1054})
+_NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
+_NO_DATABASE = frozenset({"3D000", 1049})
+
+
+class ConflictError(StoreError):
+    """The database asks for the transaction to be rolled back and begun anew."""
+
+
+class UnusableError(ConflictError):
+    """The connection could not be used and is replaced. Begin anew once only: the next one may be no better."""
+
+
+class OpenTransactionError(Exception):
+    """The pool gave a connection with a transaction already open on it."""
 
 
 def error_code(error: BaseException) -> str | int | None:
@@ -39,16 +63,16 @@ def error_code(error: BaseException) -> str | int | None:
     first = cause.args[0] if cause.args else None
     if isinstance(first, int):
         return first
-    if isinstance(first, dict):  # as pg8000 hands on what the server sent
+    if isinstance(first, dict):  # pg8000 passes on what the server sent
         first = first.get("C")
         return first if isinstance(first, str) else None
-    # SQLAlchemy has an error of its own for a plan of asyncpg's that is out of date, without a code.
-    told = (getattr(each, name, None) for each in (cause, cause.__cause__) for name in ("sqlstate", "pgcode"))
-    return next((state for state in told if isinstance(state, str)), None)
+    # For an outdated plan of asyncpg, SQLAlchemy raises an error of its own, and only its cause has the code.
+    states = (getattr(each, name, None) for each in (cause, cause.__cause__) for name in ("sqlstate", "pgcode"))
+    return next((state for state in states if isinstance(state, str)), None)
 
 
 def refuses_data(error: BaseException) -> bool:
-    """Say whether a statement was refused for its data, so that the same one never succeeds."""
+    """Return whether a statement was refused for its data, so that the same one never succeeds."""
     if isinstance(error, DataError | IntegrityError):
         return True
     cause: Any = getattr(error, "orig", None) or error
@@ -57,12 +81,12 @@ def refuses_data(error: BaseException) -> bool:
         return code.startswith(_DATA_CLASSES) or code in _DATA
     if code is not None:
         return code in _DATA if getattr(cause, "sqlite_errorcode", None) is None else code & 0xFF in _DATA_SQLITE
-    # What a driver could not write down: a number beyond its column, or text beyond its character set.
+    # The driver could not encode it: a number that is too large, or text outside the character set.
     return any(isinstance(each, UnicodeError | OverflowError) for each in (cause, cause.__cause__))
 
 
 def waited_for_lock(error: BaseException) -> bool:
-    """Say whether a statement gave up its wait for another transaction."""
+    """Return whether a statement gave up waiting for the lock of another transaction."""
     code = error_code(error)
     if _is_server(error):
         return code in _LOCKED
@@ -70,25 +94,92 @@ def waited_for_lock(error: BaseException) -> bool:
 
 
 def read_only(error: BaseException) -> bool:
-    """Say whether the server, or the connection, takes no writes."""
+    """Return whether the server, or the connection, takes no writes."""
     return _is_server(error) and error_code(error) in _READ_ONLY
 
 
 def unusable(error: BaseException) -> bool:
-    """Say whether a connection is open and of no use any more, so that another one may do what this one could not."""
+    """Return whether a connection is open and can no longer be used, so that a statement may succeed on another one."""
     return _is_server(error) and error_code(error) in _READ_ONLY | _STALE
 
 
 def _is_server(error: BaseException) -> bool:
-    # Extended codes of SQLite are numbers as those of MySQL are.
+    # The codes of SQLite are numbers like those of MySQL, with other meanings.
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlite_errorcode", None) is None
+
+
+def unreachable(error: Exception) -> bool:
+    """Return whether the connection was lost, or there was none."""
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or error.statement is None)
+
+
+def conflicts(error: Exception) -> bool:
+    """Return whether a transaction that begins anew can succeed where this one failed."""
+    return isinstance(error, DBAPIError) and error_code(error) in _CONFLICTS
+
+
+def describe_database(url: URL) -> str:
+    """Name the database without the credentials in its URL."""
+    name = DATABASES.get(url.get_backend_name(), url.get_backend_name())
+    if name == "SQLite":
+        return f"{name} database {url.database or ':memory:'}"
+    port = f":{url.port}" if url.port else ""
+    return f"{name} at {url.host or 'the default host'}{port}, database {url.database or ''}"
+
+
+def describe_failure(error: Exception, url: URL, table: str) -> StoreError:
+    """Return the StoreError that says what failed in the database at ``url``, and what to do about it."""
+    database = describe_database(url)
+    described = _describe_refusal(error, database, table) or _describe_connection(error, database)
+    if described is not None:
+        return StoreError(described)
+    kind = StoreRefusedError if refuses_data(error) else StoreError
+    return kind(f"{database} refused: {type(getattr(error, 'orig', None) or error).__name__}")
+
+
+def _describe_refusal(error: Exception, database: str, table: str) -> str | None:
+    code, words = error_code(error), str(getattr(error, "orig", ""))
+    if code in _NO_TABLE or "no such table" in words:
+        return (
+            f"{database} has no table {table}: run `idempotency schema create`, call SQLStore.create_schema() or"
+            " create_schema_sync(), or hand idempotency.stores.sql.records_table to your migrations"
+        )
+    if code in _NO_COLUMN or "no such column" in words or "has no column" in words:
+        return (
+            f"{database} has a table {table} that lacks a column: bring it in step with"
+            " idempotency.stores.sql.records_table by a migration"
+        )
+    if code in _NO_DATABASE:
+        return f"{database} does not exist: create it, or correct the URL"
+    if code in _NOT_ALLOWED:
+        return f"{database} refused the user: correct the URL, or grant the rights"
+    if read_only(error):
+        return f"{database} is read-only: is it a replica? Give the address of the primary"
+    if "unable to open database file" in words:
+        return f"{database} cannot be opened: create its directory, or correct the URL"
+    return None
+
+
+def _describe_connection(error: Exception, database: str) -> str | None:
+    if isinstance(error, OpenTransactionError):
+        return (
+            f"the engine's pool gives connections to {database} with a transaction open: event listeners for connect"
+            " and checkout must end theirs"
+        )
+    if isinstance(error, PoolTimeoutError):
+        return f"the engine's pool gave no connection to {database}: enlarge pool_size or max_overflow"
+    if "database is locked" in str(getattr(error, "orig", "")):
+        return f"{database} is locked by another writer"
+    if isinstance(error, OSError) or unreachable(error):
+        return f"{database} cannot be reached: start it, or correct the URL"
+    return None
 
 
 @contextmanager
 def replacing(connection: Connection) -> Iterator[None]:
-    """Close the connection if what is done within finds it unusable, and those of its age when they are next drawn.
+    """Close the connection if what is done within finds it unusable, and others of its age when they are next drawn.
 
-    SQLAlchemy does so itself for a connection that is lost. One that is open, it gives out again and again.
+    SQLAlchemy does this itself for a connection that is lost. It would reuse one that is open.
     """
     try:
         yield

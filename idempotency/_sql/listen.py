@@ -1,4 +1,4 @@
-"""Watch records end: by LISTEN on one connection of its own where the database notifies, else by polling."""
+"""Watch for the end of records: by LISTEN on a connection of its own where the database notifies, else by polling."""
 
 from __future__ import annotations
 
@@ -13,50 +13,54 @@ from sqlalchemy.util import greenlet_spawn
 from idempotency._synchronization import Changed
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
-# A connection may die without a word, and a pooler in between may swallow LISTEN: so also listeners look now and then.
+# A connection may die without notice, and a pooler in between may ignore LISTEN: so listeners poll too, less often.
 _LISTENING_POLL = 5.0
 _LINGER = 5.0
+"""Seconds for which the listening connection stays open without a watcher."""
+
 _RELISTEN = 0.5
+"""Seconds between a failure of the listening connection and the next try."""
 
-Heard = Callable[[str | None], None]
-"""Take the payload of a notification; None when notifications begin, and something before may have been missed."""
+Notified = Callable[[str | None], None]
+"""Take the payload of a notification; None when notifications begin, because an earlier one may have been missed."""
 
-Hear = Callable[[Any, str, Heard], Awaitable[None]]
+Listen = Callable[[Any, str, Notified], Awaitable[None]]
 
 
-async def _hear_asyncpg(driver: Any, channel: str, heard: Heard) -> None:
+async def _listen_asyncpg(driver: Any, channel: str, notified: Notified) -> None:
     lost = asyncio.Event()
     driver.add_termination_listener(lambda _: lost.set())
 
-    def notified(*notification: Any) -> None:
-        heard(notification[3])
+    def received(*notification: Any) -> None:
+        notified(notification[3])
 
-    await driver.add_listener(channel, notified)
-    heard(None)
+    await driver.add_listener(channel, received)
+    notified(None)
     await lost.wait()
 
 
-async def _hear_psycopg(driver: Any, channel: str, heard: Heard) -> None:
+async def _listen_psycopg(driver: Any, channel: str, notified: Notified) -> None:
     await driver.set_autocommit(True)
     await driver.execute(f'LISTEN "{channel}"')
-    heard(None)
+    notified(None)
     async for notification in driver.notifies():
-        heard(notification.payload)
+        notified(notification.payload)
 
 
-_HEAR: dict[str, Hear] = {"asyncpg": _hear_asyncpg, "psycopg": _hear_psycopg}
+_LISTEN_BY_DRIVER: dict[str, Listen] = {"asyncpg": _listen_asyncpg, "psycopg": _listen_psycopg}
 
 
 class Watchers:
     """The watchers of one store on one event loop, and the connection that listens for them while there are any.
 
-    ``engine`` is the synchronous face of an async engine. The listening connection is detached from its pool.
+    ``engine`` is the ``sync_engine`` of an async engine. The listening connection is detached from its pool.
     """
 
     def __init__(self, engine: Engine, channel: str) -> None:
         self._engine = engine
         self._channel = channel
-        self._hear = _HEAR.get(engine.dialect.driver) if engine.dialect.name == "postgresql" else None
+        notifies = engine.dialect.name == "postgresql"
+        self._listen = _LISTEN_BY_DRIVER.get(engine.dialect.driver) if notifies else None
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._listening = asyncio.Event()
         self._tried = asyncio.Event()
@@ -64,15 +68,15 @@ class Watchers:
         self._closing: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
-    async def watch(self, record: bytes, patience: float) -> AsyncIterator[Changed]:
-        """Watch one record. Entering waits up to ``patience`` seconds for the connection, else the watcher polls."""
+    async def watch(self, record: bytes, wait: float) -> AsyncIterator[Changed]:
+        """Watch one record. Entering waits up to ``wait`` seconds for the connection; without it the watcher polls."""
         payload, changed = record.hex(), asyncio.Event()
         self._waiting.setdefault(payload, set()).add(changed)
         try:
-            if self._hear is not None:
-                self._listen_on(self._hear)
+            if self._listen is not None:
+                self._start_listening(self._listen)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._tried.wait(), patience)
+                    await asyncio.wait_for(self._tried.wait(), wait)
             yield _Waiter(changed, self._listening)
         finally:
             self._waiting[payload].discard(changed)
@@ -95,35 +99,35 @@ class Watchers:
             listener.cancel()
         return listener
 
-    def _listen_on(self, hear: Hear) -> None:
+    def _start_listening(self, listen: Listen) -> None:
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
         if self._listener is None:
             self._tried.clear()
-            self._listener = asyncio.get_running_loop().create_task(self._listen(hear))
+            self._listener = asyncio.get_running_loop().create_task(self._keep_listening(listen))
 
-    async def _listen(self, hear: Hear) -> None:
+    async def _keep_listening(self, listen: Listen) -> None:
         while True:
-            # Whatever fails here is the database's trouble: the watchers poll, and their claims will report it.
+            # A failure of the database is not raised here: the watchers poll, and their claims report it.
             with suppress(Exception):
-                await self._hear_once(hear)
+                await self._listen_once(listen)
             self._tried.set()
             await asyncio.sleep(_RELISTEN)
 
-    async def _hear_once(self, hear: Hear) -> None:
+    async def _listen_once(self, listen: Listen) -> None:
         pooled = await greenlet_spawn(self._engine.raw_connection)
         driver: Any = pooled.driver_connection
         pooled.detach()
         try:
-            await hear(driver, self._channel, self._heard)
+            await listen(driver, self._channel, self._notified)
         finally:
             self._listening.clear()
             self._wake_all()
             with suppress(Exception):
                 await asyncio.wait_for(driver.close(), 1)
 
-    def _heard(self, payload: str | None) -> None:
+    def _notified(self, payload: str | None) -> None:
         if payload is None:
             self._listening.set()
             self._tried.set()
@@ -139,7 +143,7 @@ class Watchers:
 
 
 class _Waiter:
-    """Wait for one watcher's next change: the callable a watcher is given."""
+    """The callable that a watcher is given: it waits for the record's next change."""
 
     def __init__(self, changed: asyncio.Event, listening: asyncio.Event) -> None:
         self._changed = changed

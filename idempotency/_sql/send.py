@@ -1,4 +1,4 @@
-"""One statement in a caller's transaction, on the driver's own cursor where SQLAlchemy would add nothing but time."""
+"""Send one statement in a caller's transaction, by the driver's own cursor where SQLAlchemy would only add time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
-# Drivers whose cursor SQLAlchemy only hands through. asyncpg's is told of changes of the schema, and any other may be
-# told of anything.
-_PLAIN = frozenset({"pysqlite", "aiosqlite", "psycopg", "pymysql", "aiomysql", "asyncmy"})
+# Drivers for whose cursors SQLAlchemy does nothing of its own. For asyncpg it watches for changes of the schema; for a
+# driver that is not listed it may do anything.
+_PLAIN_CURSORS = frozenset({"pysqlite", "aiosqlite", "psycopg", "pymysql", "aiomysql", "asyncmy"})
 
 
 class Sent(NamedTuple):
-    """The first row that came back, if one was asked for, and how many rows the statement hit or gave."""
+    """The first row of the answer, if rows were fetched, and how many rows the statement changed or returned."""
 
     row: Sequence[Any] | None
-    hit: int
+    rowcount: int
 
 
 def send(
@@ -29,34 +29,34 @@ def send(
     fetch: bool = True,
     unseen: bool = False,
 ) -> Sent:
-    """Send one statement in the driver's own words; ``fetch`` says that it gives rows.
+    """Send one statement in the driver's own syntax. ``fetch``: it returns rows.
 
-    Raises what ``exec_driver_sql`` would. SQLAlchemy's result takes longer to make than SQLite takes to execute; who
-    listens to statements, or logs them, gets to see these too, unless ``unseen``, and pays for it.
+    Raises what ``exec_driver_sql`` would. SQLAlchemy takes longer to make a result than SQLite takes to execute. So
+    SQLAlchemy is used only where something listens to statements or logs them. ``unseen`` hides the statement from it.
     """
     driver = connection.dialect.driver
-    if not unseen and (driver not in _PLAIN or _observed(connection)):
+    if not unseen and (driver not in _PLAIN_CURSORS or _observed(connection)):
         result = connection.exec_driver_sql(sql, parameters or None)
         return Sent(result.first() if fetch else None, result.rowcount)
     opened = pooled(connection)
     try:
         if driver == "aiosqlite":
-            # One switch to its thread, where a cursor takes one to be made, to execute, to fetch and to be closed.
+            # One switch to its thread. A cursor would take four: to be made, to execute, to fetch and to be closed.
             rows: Any = opened.dbapi_connection.run_async(  # type: ignore[union-attr]
                 lambda driver: driver.execute_fetchall(sql, parameters)
             )
             return Sent(rows[0] if rows else None, len(rows))
         cursor = opened.cursor()
         try:
-            # A driver may take nothing for a parameter.
+            # Some drivers treat an empty tuple as parameters, so none is passed.
             cursor.execute(sql, *([parameters] if parameters else []))
             return Sent(cursor.fetchone() if fetch else None, cursor.rowcount)
         finally:
             cursor.close()
     except Exception as error:
-        raise named(connection, sql, error) from error
+        raise as_sqlalchemy_error(connection, sql, error) from error
     except BaseException as error:
-        # Nobody knows what the server is still going to send.
+        # Interrupted at an unknown point: the server may still send an answer.
         if not connection.invalidated:
             connection.invalidate(error)
         raise
@@ -75,23 +75,23 @@ def setting(connection: Connection, name: str, value: int, before: int) -> Itera
 
 
 def _observed(connection: Connection) -> bool:
-    heard = connection.dispatch
-    return bool(heard.before_cursor_execute or heard.after_cursor_execute or connection.engine.echo)
+    listeners = connection.dispatch
+    return bool(listeners.before_cursor_execute or listeners.after_cursor_execute or connection.engine.echo)
 
 
 pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fget  # type: ignore[attr-defined]
-"""Return ``connection.connection``, past what an operation's connection does before it gives that away."""
+"""Return ``connection.connection`` by the getter of ``Connection``: a guarded connection begins nothing for it."""
 
 
-def named(connection: Connection, sql: str, error: Exception) -> Exception:
-    """Return an error of the driver as SQLAlchemy would raise it, with the same care for what it says is lost."""
+def as_sqlalchemy_error(connection: Connection, sql: str, error: Exception) -> Exception:
+    """Return an error of the driver as SQLAlchemy would raise it; if the connection is lost, invalidate it as well."""
     dialect = connection.dialect
     base = dialect.loaded_dbapi.Error
     if not isinstance(error, base):
         return error
     lost = dialect.is_disconnect(error, pooled(connection), None)
     if lost:
-        # SQLAlchemy drops it, and its idle siblings of the same age, when it finds it lost itself.
+        # When SQLAlchemy itself finds the connection lost, it drops it, and the idle ones of the same age too.
         with suppress(Exception):
             connection.exec_driver_sql("SELECT 1")
         if not connection.invalidated:

@@ -1,4 +1,4 @@
-"""What SQLite needs: a transaction that is begun in time, and connections that are closed in their own thread."""
+"""What SQLite needs: a transaction that begins early enough, and connections that are closed in their own thread."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from idempotency._sql.send import pooled, send, setting
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 
-BUSY = "PRAGMA busy_timeout"
+BUSY_TIMEOUT = "PRAGMA busy_timeout"
 
-# What stores nothing. It begins no transaction, as a snapshot that has been read could not be written to once another
-# connection has committed, be it the renewal of the operation's own lease.
+# Statements that store nothing. They begin no transaction: what was read in a snapshot could not be written to once
+# another connection has committed, even if that was the renewal of the operation's own lease.
 _STORES_NOTHING = re.compile(
     r"\s*(?:SELECT|VALUES|EXPLAIN|ATTACH|DETACH|BEGIN"
     r"|WITH(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b)"
     r"|PRAGMA(?!\s+(?:\w+\.)?(?:user_version|application_id)\s*[=(]))\b",
     re.IGNORECASE | re.DOTALL,
 )
-# What the driver itself begins a transaction for.
+# Statements for which the driver itself begins a transaction.
 _STORES_ROWS = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 
 def begin(connection: Connection, sql: str = "") -> None:
-    """Begin a transaction, unless one is open, or ``sql`` needs none or has the driver begin it."""
+    """Begin a transaction, unless one is open, ``sql`` needs none, or the driver begins it for ``sql``."""
     driver: Any = pooled(connection).driver_connection
     level = driver.isolation_level
     if driver.in_transaction or _STORES_NOTHING.match(sql) or (level is not None and _STORES_ROWS.match(sql)):
         return
-    # As the driver would, in the words that its user has chosen: by default without a lock.
+    # As the driver would, in the mode that the user has chosen; by default without a lock.
     send(connection, f"BEGIN {level or ''}", fetch=False)
 
 
 def begin_to_write(connection: Connection) -> None:
-    """Begin anew, with the lock for writing, where the driver does not begin by itself or a snapshot may be read."""
+    """Begin anew with the lock for writing, where the driver does not begin by itself, or a snapshot may be open."""
     driver: Any = pooled(connection).driver_connection
     if driver.in_transaction:
         send(connection, "ROLLBACK", fetch=False)
@@ -53,23 +53,24 @@ def begin_to_write(connection: Connection) -> None:
 
 
 def waiting(connection: Connection, seconds: float, before: int) -> AbstractContextManager[None]:
-    """Have statements wait for the lock for up to ``seconds``, and then for ``before`` milliseconds again."""
-    return setting(connection, BUSY, milliseconds(seconds), before)
+    """Let statements wait for the lock for up to ``seconds``, and afterwards for ``before`` milliseconds again."""
+    return setting(connection, BUSY_TIMEOUT, milliseconds(seconds), before)
 
 
-def busy_of(connection: Connection) -> int:
+def busy_timeout_of(connection: Connection) -> int:
     """Return for how many milliseconds statements wait for the lock."""
-    row = send(connection, BUSY).row
+    row = send(connection, BUSY_TIMEOUT).row
     return row[0] if row else 0
 
 
 @contextmanager
-def bounded(connection: Connection, bound: float) -> Iterator[None]:
-    """Have statements wait for the lock for up to ``bound`` seconds, and then as long as the user has it again.
+def lowered_lock_wait(connection: Connection, lock_wait: float) -> Iterator[None]:
+    """Let statements wait for the lock for up to ``lock_wait`` seconds, and afterwards as long as the user has set.
 
-    Each of the two is one switch to the thread of aiosqlite, and none is made for an engine that waits less anyway.
+    To set it, and to set it back, each take one switch to the thread of aiosqlite. It is not changed for an engine that
+    waits less anyway.
     """
-    limit = milliseconds(bound)
+    limit = milliseconds(lock_wait)
     before = _in_its_thread(connection, partial(_lower, limit=limit))
     try:
         yield
@@ -79,9 +80,9 @@ def bounded(connection: Connection, bound: float) -> Iterator[None]:
 
 
 def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
-    before: int = opened.execute(BUSY).fetchone()[0]
+    before: int = opened.execute(BUSY_TIMEOUT).fetchone()[0]
     if before > limit or raises:
-        opened.execute(f"{BUSY} = {limit:d}").fetchone()
+        opened.execute(f"{BUSY_TIMEOUT} = {limit:d}").fetchone()
     return before
 
 
@@ -94,10 +95,10 @@ def _in_its_thread(connection: Connection, work: Callable[[sqlite3.Connection], 
 
 
 def close_what_is_invalidated(engine: Engine) -> None:
-    """Have each connection that ``engine`` gives up rolled back and closed, at once and by its own thread.
+    """Roll back and close each connection that ``engine`` invalidates, at once and in the connection's own thread.
 
-    SQLAlchemy closes it behind the statement that was given up, which may wait for the lock, get it, and keep it for
-    as long as anybody refers to its cursor; and aiosqlite never ends a close that is interrupted.
+    SQLAlchemy would close it only after the abandoned statement. That may wait for the lock, get it, and hold it for as
+    long as something refers to its cursor; and aiosqlite never ends a close that is interrupted.
     """
     if engine.pool not in _WATCHED:
         _WATCHED.add(engine.pool)
@@ -107,21 +108,21 @@ def close_what_is_invalidated(engine: Engine) -> None:
 
 
 def cut_off(driver: Any) -> None:
-    """Interrupt what the aiosqlite connection ``driver`` is executing, and have it rolled back and closed."""
+    """Interrupt what the aiosqlite connection ``driver`` executes, and let its thread roll it back and close it."""
     opened, driver._connection = driver._connection, None
     if opened is None:
         return
     driver._running = False
     driver._execute = _execute_nothing
     opened.interrupt()
-    # Past its methods, which wait for an answer: nobody does.
+    # Not by its methods: they wait for an answer, which is not needed here.
     driver._tx.put_nowait((None, partial(_end, opened)))
 
 
 async def _execute_nothing(function: Callable[..., object], *_args: object, **_options: object) -> None:
-    # SQLAlchemy closes its cursor after a failure, and would log that it cannot.
+    # Only a close succeeds: SQLAlchemy closes its cursor after a failure, and would log that it cannot.
     if getattr(function, "__name__", "") != "close":
-        raise sqlite3.ProgrammingError("the connection was closed: its statement was given up")
+        raise sqlite3.ProgrammingError("the connection was closed: its statement was abandoned")
 
 
 def _end(opened: sqlite3.Connection) -> object:
@@ -132,12 +133,12 @@ def _end(opened: sqlite3.Connection) -> object:
 
 
 def _roll_back_and_close(opened: sqlite3.Connection) -> None:
-    # The rollback first: a closed connection lives on, with its lock, until its last cursor is gone.
+    # The rollback comes first: a closed connection holds its lock until its last cursor is gone.
     with suppress(sqlite3.Error):
         try:
             opened.rollback()
         except sqlite3.OperationalError:
-            # The interrupt holds until no statement is under way, and one is that still has rows to give.
+            # The interrupt lasts until no statement is under way, and one with rows not yet fetched is under way.
             for cursor in gc.get_referrers(opened):
                 if isinstance(cursor, sqlite3.Cursor):
                     cursor.close()
@@ -157,6 +158,6 @@ def _close_invalidated(adapted: Any, _record: object, _error: object) -> None:
 
 
 def _drop_closed(adapted: Any, record: Any) -> None:
-    # One that was cut off while nothing was executed, of which SQLAlchemy has not heard.
+    # It was cut off while it executed nothing, so SQLAlchemy has seen no error of it.
     if adapted is not None and adapted.driver_connection._connection is None:
         record.invalidate()

@@ -7,30 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from idempotency._sql.requirements import DATABASES, not_installed, sqlalchemy_not_installed
 from idempotency.errors import ConfigurationError, UnknownOptionError
 from idempotency.stores.base import Housekeeping, Store, SyncStore
 
 __all__ = ["AnyStore", "Housekeeping", "Store", "SyncStore", "open_store"]
 
 _REDIS = frozenset({"redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"})
-_SCHEMES = "memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or an SQLAlchemy URL"
-
-_DRIVERS = {
-    "MySQLdb": "mysqlclient",
-    "aiomysql": "asgi-idempotency[mysql]",
-    "aiosqlite": "asgi-idempotency[sqlite]",
-    "asyncpg": "asgi-idempotency[postgresql]",
-    "psycopg": "asgi-idempotency[psycopg]",
-}
-"""What to install for a driver's module, where that is not its name."""
-
-
-_EXTRAS = {
-    "sqlite+aiosqlite": "asgi-idempotency[sqlite]",
-    "postgresql+asyncpg": "asgi-idempotency[postgresql]",
-    "mysql+aiomysql": "asgi-idempotency[mysql]",
-    "mariadb+aiomysql": "asgi-idempotency[mysql]",
-}
+_SCHEMES = (
+    "memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or an SQLAlchemy URL of "
+    + ", ".join(DATABASES.values())
+)
 
 
 class AnyStore(Store, SyncStore, Housekeeping, Protocol):
@@ -71,7 +58,7 @@ def _open_redis(url: str, options: dict[str, Any]) -> AnyStore:
     try:
         import redis  # noqa: F401
     except ImportError as error:
-        raise _not_installed("redis://", "asgi-idempotency[redis]") from error
+        raise not_installed("redis", "redis", "asgi-idempotency[redis]") from error
     from idempotency.stores.redis import RedisStore
 
     try:
@@ -79,32 +66,17 @@ def _open_redis(url: str, options: dict[str, Any]) -> AnyStore:
     except ConfigurationError:
         raise
     except ValueError:
-        # The client's own message may quote the part of the URL that holds the password.
+        # The client's own message may quote the part of the URL that has the password in it.
         raise ConfigurationError(f"this {url.partition('://')[0]}:// URL cannot be read") from None
 
 
 def _open_sql(url: str, scheme: str, options: dict[str, Any]) -> AnyStore:
+    if scheme.partition("+")[0] not in DATABASES:
+        raise ConfigurationError(f"no store is known for {scheme}://; a store URL starts with {_SCHEMES}")
     try:
-        from sqlalchemy import exc, make_url
+        import sqlalchemy  # noqa: F401
     except ImportError as error:
-        raise _not_installed(f"{scheme}://", _EXTRAS.get(scheme, "asgi-idempotency[sql]")) from error
-    try:
-        dialect = make_url(url).get_dialect()
-    except exc.NoSuchModuleError:
-        raise ConfigurationError(f"no store is known for {scheme}://; a store URL starts with {_SCHEMES}") from None
-    except (exc.ArgumentError, ValueError):
-        # As above: SQLAlchemy quotes the URL it cannot parse.
-        raise ConfigurationError(f"this {scheme}:// URL cannot be read") from None
-    try:
-        dialect.import_dbapi()
-    except ImportError as error:
-        if "+" not in scheme:
-            raise ConfigurationError(
-                f"{scheme}:// names no driver, and the default one is not installed; synchronous code uses one such as "
-                f"postgresql+psycopg://, an ASGI application {', '.join(f'{name}://' for name in _EXTRAS)}"
-            ) from error
-        module = error.name or dialect.driver
-        raise _not_installed(f"{scheme}://", _DRIVERS.get(module, module)) from error
+        raise sqlalchemy_not_installed(scheme) from error
     from idempotency.stores.sql import SQLStore
 
     return _made(partial(SQLStore.from_url, url), options)
@@ -120,7 +92,3 @@ def _made(make: Callable[..., AnyStore], options: dict[str, Any]) -> AnyStore:
             f"{', '.join(name for name in known if name != 'url')}"
         )
     return make(**options)
-
-
-def _not_installed(scheme: str, requirement: str) -> ConfigurationError:
-    return ConfigurationError(f"{scheme} needs a package that is not installed: pip install '{requirement}'")

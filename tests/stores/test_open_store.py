@@ -59,7 +59,7 @@ async def test_scheme_picks_the_store(url: str, name: str) -> None:
         ("postgresql+psycopg://localhost/db", "psycopg", "pip install 'asgi-idempotency[psycopg]'"),
         ("mysql+aiomysql://localhost/db", "aiomysql", "pip install 'asgi-idempotency[mysql]'"),
         ("mysql+asyncmy://localhost/db", "asyncmy", "pip install 'asyncmy'"),
-        ("mysql://localhost/db", "MySQLdb", "postgresql+asyncpg://, mysql+aiomysql://, mariadb+aiomysql://"),
+        ("mysql://localhost/db", "MySQLdb", "synchronous code mysql+pymysql:// (pip install 'pymysql')"),
     ],
 )
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, url: str, module: str, install: str) -> None:

@@ -1,4 +1,4 @@
-"""How large a result may be: known before it is sent, as a server ends the connection over what is too large for it."""
+"""How large a result may be. It is checked before it is sent: a server ends the connection that sends too much."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _SMALL = 32 * 1024
 _REST = 4096
 """Bytes for the rest of the statement."""
 
-# PostgreSQL has 1 GiB for a message and for a value, which drivers that speak in text write with two digits a byte;
-# SQLite has a billion bytes for a row.
+# PostgreSQL takes 1 GiB for a message and for a value, and drivers that send text write two digits for a byte. SQLite
+# takes a billion bytes for a row.
 _LARGEST = {"postgresql": 512 * 1024**2 - _REST, "sqlite": 10**9 - 1024**2}
 _PACKET = "idempotency: max_allowed_packet"
 
 
 def check_size(connection: Connection, result: bytes | None) -> None:
-    """Raise StoreRefusedError for a result that the server of ``connection`` does not take; nothing is lost by it."""
+    """Raise StoreRefusedError for a result that the server of ``connection`` does not take, before anything is sent."""
     if result is None or len(result) <= _SMALL:
         return
     largest = _LARGEST.get(connection.dialect.name)
     if largest is None:
-        # As base64.
+        # It is sent as base64.
         largest = (_packet(connection) - _REST) // 4 * 3
     if len(result) > largest:
         raise StoreRefusedError(f"the result of {len(result)} bytes is larger than the database takes ({largest})")
 
 
 def _packet(connection: Connection) -> int:
-    # Once for each connection of the driver: it keeps what the server said when it connected.
+    # Asked once for each connection of the driver: for it the value stays as it was at its beginning.
     known: int | None = connection.info.get(_PACKET)
     if known is None:
         known = connection.info[_PACKET] = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())

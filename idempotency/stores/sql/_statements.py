@@ -1,7 +1,7 @@
 """The SQL of every verb, for PostgreSQL, for MariaDB and MySQL, and for SQLite.
 
 Times are milliseconds since the epoch by the database's clock; parameters are durations. In the templates ``{now}`` is
-that clock and ``{r}`` what a column of the row that is there is prefixed with.
+that clock, and ``{r}`` is the prefix of the columns of a row that is already there.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ import re
 from sqlalchemy import Dialect, Table, TextClause, text
 
 from idempotency._rules import FORMAT, State
+from idempotency._sql.clock import NOW_MS
+from idempotency._sql.requirements import DATABASES
 from idempotency.errors import ConfigurationError
 
-_NOW = {
-    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)",
-    # Free of the session's time zone, in which an hour of each year happens twice.
-    "mysql": "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)",
-    "sqlite": "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)",
-}
-
-# A lease of 0 is over by every clock: one that is set back, and that of MariaDB, which stands still in a statement.
+# A lease of 0 is over by every clock: also by one that is set back, and by MariaDB's, which stands still during a
+# statement.
 _UNTIL = "CASE WHEN :lease > 0 THEN {now} + :lease ELSE 0 END"
 
 _SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
@@ -31,10 +27,10 @@ _LAPSED = (
     f"({_RUNNING} AND {{r}}lease_until_ms <= {{now}}"
     " AND NOT {r}hold AND NOT :hold AND {r}fingerprint = :fingerprint)"
 )
-# Whether a row that is there passes to the claim: it is expired, or _core.takes_over says so.
+# Whether the claim takes the row: it is expired, or _rules.takes_over says so.
 _FREE = f"({_EXPIRED} OR {_OURS} OR {_LAPSED})"
-_MINE = f"id = :id AND token = :token AND NOT {_EXPIRED}"
-# Whoever is unresolved never expires, which an index knows.
+_OWNED = f"id = :id AND token = :token AND NOT {_EXPIRED}"
+# A record that is unresolved never expires. So expires_ms IS NULL, which an index finds, comes first.
 _UNRESOLVED = (
     f"(expires_ms IS NULL AND {_SANE} AND (state = {State.UNKNOWN:d}"
     f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
@@ -71,21 +67,21 @@ RETURNING {_FOUND}"""
 
 _CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
 _LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
-# With how long the connection waits for the lock, and a row of NULLs where there is no record.
+# It also returns for how long the connection waits for the lock, and a row of NULLs where there is no record.
 _LOOK_WAITING = (
     f"SELECT busy.timeout, {_FOUND}, {_FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
 )
 
-# What the client gives up must not wait in the server for ever: a lock_timeout for this statement alone, which is a
-# transaction of its own. It takes effect for a wait that begins after it was set.
+# A statement that the client abandons must not wait in the server for ever. So it sets lock_timeout for itself alone:
+# it is a transaction of its own. The setting takes effect for a wait that begins after it.
 _BOUND = """bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '{bound}', TRUE) AS applied
 )"""
 _BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "applied IS NOT NULL AND "}
 
-# ON CONFLICT locks the row it finds even where its WHERE is false: so nothing is inserted, and nothing locked, where
-# the statement already sees a row that does not pass to the claim. No row comes back when another transaction
-# committed after this statement began to look: it is repeated.
+# ON CONFLICT locks the row it finds even where its WHERE is false. So nothing is inserted, and nothing locked, where
+# the statement already sees a row that the claim does not take. No row is returned when another transaction committed
+# after this statement began: then the statement is repeated.
 _CLAIM_POSTGRESQL = f"""
 WITH {_BOUND}, seen AS (
     SELECT {_FOUND}, {{r}}watched, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
@@ -95,9 +91,9 @@ WITH {_BOUND}, seen AS (
 ){{flag}}
 SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free{{flagged}}"""
 
-# In a transaction of the caller, whose lock_timeout is left as it was. It takes effect for a wait that begins after
-# it was set, also within one statement; a statement that fails takes it back. The last line is evaluated last, and
-# gives one row in any case, of NULLs when the claim has to be repeated.
+# In a transaction of the caller, whose lock_timeout is restored. The setting takes effect for a wait that begins after
+# it, also within one statement; a statement that fails undoes it. The last line is evaluated last, and returns one row
+# in any case: a row of NULLs when the claim has to be repeated.
 _CLAIM_BOUNDED = f"""
 WITH before AS MATERIALIZED (
     SELECT current_setting('lock_timeout') AS setting
@@ -113,7 +109,7 @@ WITH before AS MATERIALIZED (
 )
 SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN found ON TRUE"""
 
-# A watcher may rely on being told only if the flag was set while the row was still running.
+# A watcher may rely on a notification only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
     UPDATE {{table}} SET watched = TRUE FROM bound
     WHERE applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
@@ -122,9 +118,9 @@ _FLAG = f""", flag AS (
 )"""
 _FLAGGED = f" AND (watched OR state <> {State.RUNNING:d} OR EXISTS (SELECT 1 FROM flag))"
 
-# Assignments are evaluated from left to right and see the columns assigned before. The token carries the decision: from
-# there on, the row is won if its token is ours and it was expired or running. With state and version it is running and
-# ours, or it is not won, which is said in fewer words: the server reads all of them each time.
+# Assignments are evaluated from left to right and see the columns assigned before. The token stores the decision: after
+# it is assigned, the claim has won the row if the row's token is ours and the row was expired or running. Once state
+# and version are assigned too, _OURS says the same in less text, all of which the server reads each time.
 _WON = f"(token = :token AND ({_EXPIRED} OR ({_RUNNING})))"
 _CLAIM_MYSQL = f"""
 INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})
@@ -141,27 +137,28 @@ ON DUPLICATE KEY UPDATE
     result = IF({_OURS}, NULL, result),
     expires_ms = IF({_OURS}, VALUES(expires_ms), expires_ms)"""
 
-# {from}, {using} and {bounded} name the bound, where there is one: it is applied before a row is locked.
+# {from}, {using} and {bounded} refer to the CTE ``bound``, where there is one: it is evaluated before a row is locked.
 _RENEW = (
     "UPDATE {table} SET lease_until_ms = {until}, expires_ms = {now} + :keep{from}"
-    f" WHERE {{bounded}}{_MINE} AND {_RUNNING}"
+    f" WHERE {{bounded}}{_OWNED} AND {_RUNNING}"
 )
 _COMPLETE = (
     "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
-    f" WHERE {{bounded}}{_MINE} AND {_SANE}"
+    f" WHERE {{bounded}}{_OWNED} AND {_SANE}"
 )
-# The row is the transaction's own by its lock, or by its token: nobody else's claim found it expired.
+# It need not ask whether the row is expired: the transaction owns it by its lock, or by its token, which another claim
+# that found it expired would have replaced.
 _COMPLETE_IN = (
     "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
     f" WHERE {{bounded}}id = :id AND token = :token AND {_SANE}"
 )
-_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}{_MINE} AND {_RUNNING}"
-_SETTLE = (
+_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}{_OWNED} AND {_RUNNING}"
+_RESOLVE_DONE = (
     f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token,"
     f" expires_ms = {{now}} + :keep{{from}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
 )
-_FORGET = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
-_DROP = (
+_RESOLVE_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
+_FORGET = (
     f"DELETE FROM {{table}}{{using}}"
     f" WHERE {{bounded}}id = :id AND NOT {_EXPIRED} AND NOT ({_RUNNING} AND lease_until_ms > {{now}})"
 )
@@ -175,8 +172,8 @@ _PURGE = {
     "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",
 }
 
-# The watchers are told in the same statement, and only if there are any: commits that notify queue up for one lock.
-_TOLD = (
+# The same statement notifies the watchers, and only if there are any: all commits that notify wait for one lock.
+_NOTIFYING = (
     f"WITH {_BOUND}, ended AS ({{statement}} RETURNING watched)"
     " SELECT CASE WHEN watched THEN pg_notify(:channel, :payload) IS NULL END FROM ended"
 )
@@ -193,46 +190,48 @@ _TYPES = {
 class Statements:
     """The statements of one table in one dialect, made once. ``dialect`` must have connected, to know its server.
 
-    ``bound`` is for how many seconds the server may wait for a lock in any of them; :attr:`claim_bounded` is given it.
-    ``look`` is set where a claim is not one statement: on SQLite it is read first, because a read takes no lock and
-    writes nothing, where an upsert that changes nothing would still rewrite the index; on MySQL, which has no
-    RETURNING, it is read afterwards. ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes
-    them.
+    ``lock_wait``: for how many seconds the server may wait for a lock in any of them; :attr:`claim_bounded` gets its
+    limit as a parameter or a prefix instead.
+    ``claim_looks_first``: a claim first reads by ``look``. So it is on SQLite, because a read takes no lock and writes
+    nothing, where an upsert that changes nothing would still rewrite the index.
+    ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
+    ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
-    def __init__(self, dialect: Dialect, table: Table, bound: float) -> None:
+    def __init__(self, dialect: Dialect, table: Table, lock_wait: float) -> None:
         family = "mysql" if dialect.name == "mariadb" else dialect.name
-        if family not in _NOW:
-            raise ConfigurationError(f"SQLStore knows PostgreSQL, MariaDB, MySQL and SQLite, not {dialect.name}")
+        if family not in NOW_MS:
+            raise ConfigurationError(f"the database must be {', '.join(DATABASES.values())}, not {dialect.name}")
         quote = dialect.identifier_preparer
         mariadb = bool(getattr(dialect, "is_mariadb", False))
         self._postgresql = family == "postgresql"
+        self._sqlite = family == "sqlite"
         self.packs = family == "mysql"
-        self._words = {"now": _NOW[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self._words = {"now": NOW_MS[family], "table": quote.format_table(table), "key": quote.quote("key")}
         self._words["until"] = _UNTIL.format(**self._words)
         # A lock_timeout of 0 would mean to wait for ever.
-        self._words["bound"] = f"{max(1, round(bound * 1000))}ms"
+        self._words["bound"] = f"{max(1, round(lock_wait * 1000))}ms"
         self._words |= _BOUNDED if self._postgresql else dict.fromkeys(_BOUNDED, "")
-        # Fractions of a second, where innodb_lock_wait_timeout has whole ones only.
-        self._prefix = f"SET STATEMENT max_statement_time={bound:.3f} FOR " if mariadb else ""
-        self.look_first = family == "sqlite"
+        # It takes fractions of a second; innodb_lock_wait_timeout takes whole seconds only.
+        self._prefix = f"SET STATEMENT max_statement_time={lock_wait:.3f} FOR " if mariadb else ""
+        self.claim_looks_first = self._sqlite
         self.returns = family != "mysql" or mariadb
         self.look = self._text(_LOOK)
-        self.look_waiting = self._text(_LOOK_WAITING) if self.look_first else self.look
+        self.look_waiting = self._text(_LOOK_WAITING) if self._sqlite else self.look
         self.look_locked = self._text(f"{_LOOK} FOR UPDATE") if family == "mysql" else self.look
         self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
-        told = _TOLD if self._postgresql else "{statement}"
-        alone = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
-        self.renew = self._bounded(alone, _RENEW)
-        self.complete = self._bounded(told, _COMPLETE)
-        # A row of what was hit, where the driver's way past its cursor counts none.
-        self.complete_in = self._bounded(told, f"{_COMPLETE_IN} RETURNING 1" if self.look_first else _COMPLETE_IN)
-        self.release = self._bounded(told, _RELEASE)
+        notifying = _NOTIFYING if self._postgresql else "{statement}"
+        plain = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
+        self.renew = self._bounded(plain, _RENEW)
+        self.complete = self._bounded(notifying, _COMPLETE)
+        # On SQLite it returns a row for each row it changes, because aiosqlite's execute_fetchall counts none.
+        self.complete_in = self._bounded(notifying, f"{_COMPLETE_IN} RETURNING 1" if self._sqlite else _COMPLETE_IN)
+        self.release = self._bounded(notifying, _RELEASE)
         self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
-        self.settle = self._bounded(alone, _SETTLE)
-        self.forget = self._bounded(alone, _FORGET)
-        self.drop = self._bounded(alone, _DROP)
+        self.resolve_done = self._bounded(plain, _RESOLVE_DONE)
+        self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
+        self.forget = self._bounded(plain, _FORGET)
         self.purge = self._text(self._prefix + _PURGE[family])
         number = "CAST(:lease AS SIGNED)" if family == "mysql" else ":lease"
         self.echo = self._text(f"SELECT :result, :key, {number}, :hold, :watched")
@@ -250,7 +249,7 @@ class Statements:
             flag = _FLAG.format(**self._words)
             watched = self._text(_CLAIM_POSTGRESQL, r="r.", flag=flag, flagged=_FLAGGED)
             return bare, watched, self._text(_CLAIM_BOUNDED, r="r.")
-        if self.look_first:
+        if self._sqlite:
             claim = self._text(_CLAIM_SQLITE)
             return claim, claim, claim
         sql = _CLAIM_MYSQL + (f" RETURNING {_FOUND}" if self.returns else "")
@@ -260,7 +259,7 @@ class Statements:
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:
         sql = template.format(r=r, **self._words, **words)
         if self._postgresql:
-            # The server infers a parameter's type from the first place it is used in, and must infer it everywhere.
+            # Each use of a parameter gets its type, because the server would infer it from the first use only.
             sql = re.sub(r":(\w+)", lambda name: f"CAST({name[0]} AS {_TYPES[name[1]]})", sql)
         if self.packs:
             sql = re.sub(r":(id|fingerprint|result)\b", r"FROM_BASE64(:\1)", sql)

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, Self, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, MetaData
@@ -19,52 +19,53 @@ from sqlalchemy.orm import Session
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
-from idempotency._sql.bounded import Abandoned, Call, Watchdog
-from idempotency._sql.commit_guard import COMMITS_BY_ITSELF
-from idempotency._sql.failures import replacing
+from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
+from idempotency._sql.engines import check_backend, check_driver, open_async, open_sync, read_url
+from idempotency._sql.failures import describe_database, replacing
 from idempotency._sql.send import pooled
+from idempotency._sql.session_failures import connecting
+from idempotency._sql.sessions import check_same_database
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._operating import examined, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
-from idempotency.stores.sql._database import (
-    Database,
-    Work,
-    check_backend,
-    check_driver,
-    open_async,
-    open_sync,
-    read_url,
-)
+from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._examine import examine
 from idempotency.stores.sql._find import find_ids
-from idempotency.stores.sql._joined import Joined, connecting
-from idempotency.stores.sql._per_loop import Side
+from idempotency.stores.sql._joined import JoinedVerbs
+from idempotency.stores.sql._per_loop import PerLoop
 from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
-_HEARD = 0.25
-_Threads = tuple[Database, threading.BoundedSemaphore]
+_CUT_OFF_WAIT = 0.25
+"""Seconds within which a driver notices that its connection is cut off."""
+
+
+class _Threads(NamedTuple):
+    """What threads share: the engine's way to the table, and a slot for each verb that may run at once."""
+
+    database: Database
+    slots: threading.BoundedSemaphore
 
 
 class SQLStore:
     """A store for asyncio and for threads, with housekeeping, on a SQL database.
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
-    a verb of the other side raises :class:`~idempotency.errors.ConfigurationError`. It is never disposed of here, and
-    its pool is never used up: at most one connection fewer than ``pool_size`` is used at a time, on SQLite one.
+    a verb of the other kind raises :class:`~idempotency.errors.ConfigurationError`. The store never disposes of it, and
+    never uses up its pool: it uses at most one connection fewer than ``pool_size`` at a time, on SQLite one.
     ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
     :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
-    the server is frozen; a blocking one up to a quarter of it later, and while it connects when its driver gives up,
-    whose own time-outs :meth:`from_url` sets. What is given up does not go on: its connection is closed, and the
-    server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own ``innodb_lock_wait_timeout``). On an
-    SQLite engine that was passed in, ``busy_timeout`` is lowered to that around each statement that writes, and set
-    back, which takes two switches to aiosqlite's thread.
+    the server is frozen. A blocking verb may end up to a quarter of it later. While it connects, its driver's own
+    time-outs hold, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
+    closed, and the server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own
+    ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
+    each statement that writes, and set back, which takes two switches to aiosqlite's thread.
 
-    Before its first claim, an engine's driver is tried: one that changes what it carries, or counts no rows, is
-    refused with :class:`~idempotency.errors.ConfigurationError`.
+    Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with
+    :class:`~idempotency.errors.ConfigurationError`.
     """
 
     def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
@@ -77,8 +78,8 @@ class SQLStore:
     def from_url(cls, url: str | URL, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> Self:
         """Make a store that opens its engines itself, at the first use, and closes them.
 
-        ``url`` is any of SQLAlchemy's with a driver, as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
-        serves both sides), ``mysql+aiomysql://``, ``sqlite+aiosqlite:///file``. SQLite is opened in WAL mode.
+        ``url`` is an SQLAlchemy URL with a driver, such as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
+        serves both kinds of verbs), ``mysql+aiomysql://``, ``sqlite+aiosqlite:///file``. SQLite is opened in WAL mode.
         Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
         """
         store = cls.__new__(cls)
@@ -89,24 +90,28 @@ class SQLStore:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
-        url = source if isinstance(source, URL) else source.url
-        check_backend(url)
+        self._source = source
+        url = self._url
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         ):
-            # One connection for everybody, so a verb's commit would commit what a handler has open; or one each.
+            # All would share one connection, so that a verb's commit would commit a handler's open transaction; or each
+            # connection would have a database of its own.
             raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
-        self._source = source
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
-        self._sides: dict[asyncio.AbstractEventLoop, Side] = {}
+        self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._threads: _Threads | None = None
         self._opening = threading.Lock()
-        self._joined: Joined | None = None
+        self._joined: JoinedVerbs | None = None
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
         self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
         _stores.add(self)
+
+    @property
+    def _url(self) -> URL:
+        return self._source if isinstance(self._source, URL) else self._source.url
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -131,15 +136,15 @@ class SQLStore:
 
     @property
     def local_lock(self) -> LocalLock | None:
-        """Return the queue that joined transactions stand in, where the database has one writer at a time: SQLite.
+        """Return the lock that joined transactions take first, where the database has one writer at a time: SQLite.
 
-        Its own lock stays the one that counts. Who waits for that one looks at it from time to time and sleeps up to
-        0.1 s in between, in which nobody may be writing; here the next one is woken.
+        The database's own lock is the one that decides. But SQLite waits for it by trying from time to time, and sleeps
+        up to 0.1 s in between, in which the lock may be free. This lock wakes the next waiter at once.
         """
         return self._local_lock
 
     def check_side(self, asynchronous: bool) -> None:
-        """Raise ConfigurationError where this store was given an engine of the other side."""
+        """Raise ConfigurationError where this store has an engine for the other kind of verbs."""
         if isinstance(self._source, URL):
             check_driver(self._source, asynchronous)
         if asynchronous and isinstance(self._source, Engine):
@@ -151,64 +156,53 @@ class SQLStore:
 
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
-        mine = self._source if isinstance(self._source, URL) else self._source.url
-        other = getattr(engine, "url", mine)  # a factory that chooses its engine per session cannot be checked
-        if (mine.get_backend_name(), mine.host, mine.port, mine.database) != (
-            other.get_backend_name(),
-            other.host,
-            other.port,
-            other.database,
-        ):
-            raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
-        options = engine.get_execution_options() if isinstance(engine, Engine | AsyncEngine) else {}
-        if options.get("isolation_level") == "AUTOCOMMIT":
-            raise ConfigurationError(COMMITS_BY_ITSELF)
+        check_same_database(self._url, engine)
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
 
-        Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds (MariaDB and MySQL:
-        whole seconds, rounded up; SQLite: any other writer of the database). None: it still holds it. After None or
-        an error, the transaction can only be rolled back. Raises :class:`~idempotency.errors.StoreError`, also where
-        a transaction that begins anew can succeed. A server that does not answer within ``wait`` and the store's
-        ``timeout`` loses the connection.
+        Where another transaction holds the row uncommitted, this waits for it for up to ``wait`` seconds (MariaDB and
+        MySQL: whole seconds, rounded up; SQLite: for any other writer of the database). None: that transaction still
+        holds the row. After None or an error, the caller's transaction can only be rolled back. Raises
+        :class:`~idempotency.errors.StoreError`, also where a transaction that begins anew can succeed. The connection
+        is cut off if the server does not answer within ``wait`` and the store's ``timeout``.
         """
-        call, bound = Call(), math.ceil(wait) + self._timeout
-        # Cut off, which the driver hears of at once, before it is cancelled: a driver ends a cancelled statement by
-        # asking the server to, and waits for its answer. What is only cancelled is still without a connection.
-        cut = asyncio.get_running_loop().call_later(bound, call.cut_off)
+        statement, limit = InFlight(), math.ceil(wait) + self._timeout
+        # The connection is cut off first, which the driver notices at once. Then the task is cancelled: a driver ends a
+        # cancelled statement by asking the server to, and waits for the answer, unless there is no connection.
+        cut = asyncio.get_running_loop().call_later(limit, statement.cut_off)
         try:
-            async with asyncio.timeout(bound + _HEARD):
-                return await session.run_sync(self._claim_in, claim, wait, call)
+            async with asyncio.timeout(limit + _CUT_OFF_WAIT):
+                return await session.run_sync(self._claim_in, claim, wait, statement)
         except TimeoutError as error:
-            raise StoreError(f"the claim was not answered within {bound:g} s: is the database running?") from error
+            raise StoreError(f"the claim was not answered within {limit:g} s: is the database running?") from error
         finally:
             cut.cancel()
 
     def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
         """See :meth:`claim_in`."""
-        call = Call()
-        with self.watchdog.watch(math.ceil(wait) + self._timeout, call.cut_off):
-            return self._claim_in(session, claim, wait, call)
+        statement = InFlight()
+        with self.watchdog.watch(math.ceil(wait) + self._timeout, statement.cut_off):
+            return self._claim_in(session, claim, wait, statement)
 
-    def _claim_in(self, session: Session, claim: Claim, wait: float, call: Call) -> Record | None:
-        joined = self._join(session)
-        with joined.failures():
+    def _claim_in(self, session: Session, claim: Claim, wait: float, statement: InFlight) -> Record | None:
+        joined = self._joined_verbs(session)
+        with joined.describing_failures():
             connection = session.connection()
-            call.driver, call.connection = connection.dialect.driver, pooled(connection)
+            statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
             with replacing(connection):
                 return joined.claim_in(connection, claim, wait)
 
     async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
-        """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
+        """Return the committed record, if it is not free for ``claim`` and can be read without a wait."""
         return await session.run_sync(self.look_in_sync, claim)
 
     def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
         """See :meth:`look_in`."""
         try:
-            return self._join(session).look(session.connection(), claim)
+            return self._joined_verbs(session).look(session.connection(), claim)
         except (StoreError, DBAPIError):
-            # The claim, which comes next, says what is wrong.
+            # The claim comes next, and raises what is wrong.
             return None
 
     async def complete_in(
@@ -223,19 +217,19 @@ class SQLStore:
         """See :meth:`complete_in`."""
         connection = session.connection()
         with replacing(connection):
-            return self._join(session).complete(connection, claim, result, state)
+            return self._joined_verbs(session).complete(connection, claim, result, state)
 
-    def _join(self, session: Session) -> Joined:
+    def _joined_verbs(self, session: Session) -> JoinedVerbs:
         if self._joined is None:
             with connecting(session):
                 engine = session.connection().engine
-            self._joined = Joined(engine, self._table, self._timeout)
+            self._joined = JoinedVerbs(engine, self._table, self._timeout)
         return self._joined
 
     @asynccontextmanager
     async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
-        side = await self._side()
-        async with side.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
+        loop = await self._this_loop()
+        async with loop.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
             yield changed
 
     def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
@@ -289,7 +283,7 @@ class SQLStore:
         return await self._run(lambda verbs, connection: verbs.purge(connection, batch))
 
     async def check(self) -> None:
-        """Check that the server answers and the table is as it must be; else raise StoreError with what to do."""
+        """Check that the server answers and the table has every column; else raise StoreError with what to do."""
         await self._run(lambda verbs, connection: verbs.check(connection))
 
     async def create_schema(self) -> None:
@@ -325,54 +319,54 @@ class SQLStore:
 
     async def aclose(self) -> None:
         """Dispose of the engine this store opened on the running loop, and stop listening."""
-        side = self._sides.pop(asyncio.get_running_loop(), None)
-        if side is not None:
-            await side.aclose()
+        loop = self._per_loop.pop(asyncio.get_running_loop(), None)
+        if loop is not None:
+            await loop.aclose()
         await self.abandoned.wait()
 
     def close(self) -> None:
         """Dispose of the synchronous engine this store opened."""
         threads, self._threads = self._threads, None
         if threads is not None and isinstance(self._source, URL):
-            threads[0].engine.dispose()
+            threads.database.engine.dispose()
 
     def forked(self) -> None:
-        """Leave the blocking verbs' connections to the parent process; called in each child that is forked.
+        """Leave the connections of the blocking verbs to the parent process; called in each child that is forked.
 
-        And the places of its other threads, none of which goes on in the child to give them back.
+        The child begins with all slots free: the parent's other threads, which do not exist here, cannot free theirs.
         """
         self._opening = threading.Lock()
         threads, self._threads = self._threads, None
-        engine = threads[0].engine if threads is not None else self._source
+        engine = threads.database.engine if threads is not None else self._source
         if isinstance(engine, Engine):
             engine.dispose(close=False)
 
     async def _run(self, work: Work[T], transaction: bool = False) -> T:
-        side = await self._side()
-        return await side.run(work, transaction)
+        loop = await self._this_loop()
+        return await loop.run(work, transaction)
 
     def _run_sync(self, work: Work[T], transaction: bool = False) -> T:
         database, slots = self._threads or self._open_threads()
         if not slots.acquire(timeout=self._timeout):
-            raise StoreError(f"{database.place}: no connection became free within {self._timeout:g} s")
-        call = Call()
+            raise StoreError(f"{describe_database(self._url)}: no connection became free within {self._timeout:g} s")
+        statement = InFlight()
         try:
-            with self.watchdog.watch(self._timeout, call.cut_off):
-                return database.perform(work, call, transaction)
+            with self.watchdog.watch(self._timeout, statement.cut_off):
+                return database.perform(work, statement, transaction)
         finally:
             slots.release()
 
-    async def _side(self) -> Side:
+    async def _this_loop(self) -> PerLoop:
         loop = asyncio.get_running_loop()
-        side = self._sides.get(loop)
-        if side is None:
-            for other in list(self._sides):
+        found = self._per_loop.get(loop)
+        if found is None:
+            for other in list(self._per_loop):
                 if other.is_closed():
-                    self._sides.pop(other, None)
+                    self._per_loop.pop(other, None)
             engine, owned = self._async_engine()
-            side = self._sides[loop] = Side(engine, self._table, owned, self._timeout, self.abandoned)
-            await side.open()
-        return side
+            found = self._per_loop[loop] = PerLoop(engine, self._table, owned, self._timeout, self.abandoned)
+            await found.open()
+        return found
 
     def _async_engine(self) -> tuple[AsyncEngine, bool]:
         if isinstance(self._source, URL):
@@ -392,7 +386,7 @@ class SQLStore:
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
-                self._threads = database, threading.BoundedSemaphore(database.width)
+                self._threads = _Threads(database, threading.BoundedSemaphore(database.max_parallel))
             return self._threads
 
 

@@ -1,4 +1,4 @@
-"""The table of records, as SQLAlchemy knows it, and how it comes to exist."""
+"""The table of records as SQLAlchemy describes it, and how it is created."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _DUPLICATE_INDEX = 1061
 
 
 def records_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
-    """Make the table of records in ``metadata``, to be handed to Alembic or created with the rest.
+    """Make the table of records in ``metadata``, for Alembic, or to be created with the other tables.
 
-    Raises :class:`~idempotency.errors.ConfigurationError` for a name that is no plain identifier of at most 50.
+    Raises :class:`~idempotency.errors.ConfigurationError` unless the name is an identifier of at most 50 characters.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,49}", name):
         raise ConfigurationError(f"table must be an identifier of at most 50 letters, digits and _, not {name!r}")
@@ -77,7 +77,7 @@ def create_schema(connection: Connection, table: Table) -> None:
     """Create the table and its index where they are missing; any number of processes may do so at once."""
     name = connection.dialect.name
     if name == "postgresql":
-        # IF NOT EXISTS looks first and creates then: of two at once, one fails on the catalogue's unique index.
+        # IF NOT EXISTS first looks and then creates: of two at once, one would fail on the catalogue's unique index.
         connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"create {table.name}"})
     connection.execute(CreateTable(table, if_not_exists=True))
     for index in table.indexes:

@@ -1,4 +1,4 @@
-"""Whether a driver can be trusted with records. It is tried once, before the first claim that goes over it."""
+"""Check that a driver stores and returns records unchanged. It is tried once, before the first claim that it sends."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _BYTES = bytes(range(256))
 _TEXT = "'\"\\x\\\\%s:a;--"
 _NUMBER = 2**62 + 1
 
-# Drivers that count the rows of an UPDATE. Those of MySQL do unless they are told to count only what it changed.
+# Drivers that count the rows that an UPDATE finds. Those of MySQL may be set to count only the rows that it changes.
 _COUNTING = frozenset({"asyncpg", "psycopg", "psycopg2", "pg8000", "pysqlite", "aiosqlite"})
 
-# A transaction of one statement begins with it.
-_BEGUN = {
+# Whether a transaction had begun before this statement. One that is a transaction by itself begins with it.
+_HAS_BEGUN = {
     "postgresql": "SELECT now() < statement_timestamp()",
     **dict.fromkeys(("mysql", "mariadb"), "SELECT 1 - @@autocommit"),
 }
 
 
-def check_driver(connection: Connection, statements: Statements) -> None:
-    """Raise ConfigurationError for a driver, or its settings, that gives values back as others than they were sent.
+def try_driver(connection: Connection, statements: Statements) -> None:
+    """Raise ConfigurationError for a driver, or settings of it, that returns other values than were sent.
 
-    Sent past SQLAlchemy's events: this is no statement of the application's, nor of a request.
+    SQLAlchemy's events do not see these statements: they belong to no request and to nothing of the application.
     """
     values = {"result": _BYTES, "key": _TEXT, "lease": _NUMBER, "hold": True, "watched": False}
     row = _send(connection, statements, statements.echo, values).row
@@ -52,13 +52,13 @@ def _same(row: Any) -> bool:
 
 
 def _counts(connection: Connection, statements: Statements) -> bool:
-    """Say whether a row that is found and not changed counts as one, by a row that nobody else can meet."""
+    """Return whether a row that is found and not changed counts. The row has a random id, which nothing else uses."""
     nothing = {"scope": "", "key": "", "fingerprint": b"", "hold": False, "watched": False, "lease": 0, "keep": 0}
     values = {"id": os.urandom(32), "token": os.urandom(16).hex(), **nothing}
     _send(connection, statements, statements.probe, values, fetch=False)
-    found = [_send(connection, statements, statements.touch, values, fetch=False).hit for _ in range(2)]
-    gone = _send(connection, statements, statements.unprobe, values, fetch=False).hit
-    return (*found, gone) == (1, 1, 1)
+    found = [_send(connection, statements, statements.touch, values, fetch=False).rowcount for _ in range(2)]
+    deleted = _send(connection, statements, statements.unprobe, values, fetch=False).rowcount
+    return (*found, deleted) == (1, 1, 1)
 
 
 def _send(
@@ -75,12 +75,12 @@ def _send(
 
 def _refusal(connection: Connection, why: str) -> str:
     dialect = connection.dialect
-    return f"records cannot be kept by {dialect.name}+{dialect.driver} as it is set up: it {why}"
+    return f"records cannot be stored by {dialect.name}+{dialect.driver} as it is set up: it {why}"
 
 
 def has_begun(connection: Connection) -> bool:
-    """Say whether a transaction is open, after a statement in it, for a driver that does not say what it commits."""
+    """Return whether a transaction is open, after a statement, for a driver that does not know what it commits."""
     if connection.dialect.name == "sqlite" or connection.dialect.driver == "mysqlconnector":
         return bool(getattr(pooled(connection).driver_connection, "in_transaction", True))
-    row = send(connection, _BEGUN[connection.dialect.name], unseen=True).row
+    row = send(connection, _HAS_BEGUN[connection.dialect.name], unseen=True).row
     return row is not None and bool(row[0])

@@ -1,4 +1,4 @@
-"""Values on their way to a database and back, in forms that every driver and every character set carries unchanged."""
+"""Values in forms that every driver and every character set sends and returns unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ESCAPED = re.compile(r"\\(\\|0|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 def storable(value: str) -> str:
-    """Return a scope or key in ASCII: a text column may be of any character set, and none of them holds NUL."""
+    """Return a scope or key in ASCII: a text column may have any character set, and none can store NUL."""
     value = shown(value)
     if "\\" not in value and "\0" not in value and value.isascii():
         return value
@@ -33,7 +33,7 @@ def _unescaped(found: re.Match[str]) -> str:
 def packed(values: dict[str, Any]) -> dict[str, Any]:
     """Return parameters with bytes as base64, for a server that decodes it.
 
-    The drivers of MySQL disagree on how bytes are escaped, and some send two digits for each.
+    The drivers of MySQL escape bytes in different ways, and some send two digits for each byte.
     """
     return {
         name: b2a_base64(value, newline=False).decode("ascii") if isinstance(value, bytes) else value
@@ -51,12 +51,12 @@ def as_bytes(value: Any) -> bytes:
 
 
 def as_text(value: Any) -> str:
-    """Read a column of text, which some drivers give as bytes; TypeError where it holds something else."""
+    """Read a column of text, which some drivers return as bytes; TypeError where it holds something else."""
     if type(value) is str:
         return value
     return as_bytes(value).decode()
 
 
 def as_flag(value: Any) -> bool:
-    """Read a boolean, which is a number to some databases, and a string of bits to some drivers."""
+    """Read a boolean, which some databases return as a number, and some drivers as a string of bits."""
     return any(as_bytes(value)) if isinstance(value, bytes | bytearray | memoryview) else bool(value)

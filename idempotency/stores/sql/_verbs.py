@@ -1,7 +1,7 @@
-"""The verbs as functions of a connection: what each sends, and how its answer is read, is written here once.
+"""The verbs as functions of a connection: what each sends, and how it reads the answer.
 
-The same function serves a connection of our own, sync or async (inside SQLAlchemy's greenlet), and one that is in a
-caller's transaction.
+The same functions serve the store's own connections, sync or async (inside SQLAlchemy's greenlet), and a connection
+that is in a caller's transaction.
 """
 
 from __future__ import annotations
@@ -13,46 +13,48 @@ from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
 
 from idempotency._durations import milliseconds, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
-from idempotency._sql.sqlite import bounded
+from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores.base import Entry
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
-from idempotency.stores.sql._trust import check_driver
+from idempotency.stores.sql._trust import try_driver
 from idempotency.stores.sql._values import as_bytes, as_flag, as_text, packed, storable, stored
 
-TRIES = 10
+CLAIM_TRIES = 10
+"""How often a claim is repeated when another one has changed the row in between."""
 
 
 class Verbs:
-    """The verbs over one table. ``dialect`` must have connected once; ``bound``: see :class:`Statements`.
+    """The verbs over one table. ``dialect`` must have connected once; for ``lock_wait`` see :class:`Statements`.
 
-    ``lowers``: SQLite's wait for its lock has to be lowered to that, and set back, around what writes.
+    ``lowers_lock_wait``: around each statement that writes, the time for which SQLite waits for its lock is lowered to
+    ``lock_wait``, and set back.
     """
 
-    def __init__(self, dialect: Dialect, table: Table, bound: float, lowers: bool = False) -> None:
-        self._sql = Statements(dialect, table, bound)
-        self._bound = bound
-        self._lowers = lowers
+    def __init__(self, dialect: Dialect, table: Table, lock_wait: float, lowers_lock_wait: bool = False) -> None:
+        self._sql = Statements(dialect, table, lock_wait)
+        self._lock_wait = lock_wait
+        self._lowers_lock_wait = lowers_lock_wait
         self._table = table
-        self._tells = dialect.name == "postgresql"
+        self._notifies = dialect.name == "postgresql"
         self._trusted = False
 
     def claim(self, connection: Connection, claim: Claim) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         if not self._trusted:
-            check_driver(connection, self._sql)
+            try_driver(connection, self._sql)
             self._trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         values = claim_values(claim)
-        for _ in range(TRIES):
+        for _ in range(CLAIM_TRIES):
             row = self._claimed(connection, statement, values)
             if row is not None:
                 return read_record(row)
-        raise StoreError(f"the claim lost against others {TRIES} times in a row")
+        raise StoreError(f"the claim lost against others {CLAIM_TRIES} times in a row")
 
     def _claimed(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> Row[Any] | None:
-        if self._sql.look_first:
+        if self._sql.claim_looks_first:
             row = self._execute(connection, self._sql.look, values).first()
             if row is not None and not row.free:
                 return row
@@ -78,9 +80,11 @@ class Verbs:
         return self._ended(connection, self._sql.release, claim, {"id": claim.id, "token": claim.token})
 
     def _ended(self, connection: Connection, statement: TextClause, claim: Claim, values: dict[str, Any]) -> bool:
-        if not self._tells:
+        if not self._notifies:
             return self._execute(connection, statement, values).rowcount > 0
-        return self._execute(connection, statement, values | listen_values(claim, self._table)).first() is not None
+        return (
+            self._execute(connection, statement, values | notification_values(claim, self._table)).first() is not None
+        )
 
     def inspect(self, connection: Connection, record: bytes) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
@@ -101,7 +105,7 @@ class Verbs:
     ) -> bool:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
         if outcome == "release":
-            return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
+            return self._execute(connection, self._sql.resolve_release, {"id": record}).rowcount > 0
         check_size(connection, result)
         values = {
             "id": record,
@@ -109,26 +113,26 @@ class Verbs:
             "token": os.urandom(16).hex(),
             "keep": milliseconds(seconds("ttl", ttl)),
         }
-        return self._execute(connection, self._sql.settle, values).rowcount > 0
+        return self._execute(connection, self._sql.resolve_done, values).rowcount > 0
 
     def forget(self, connection: Connection, record: bytes) -> bool:
         """Delete a record, unless its owner is running."""
-        return self._execute(connection, self._sql.drop, {"id": record}).rowcount > 0
+        return self._execute(connection, self._sql.forget, {"id": record}).rowcount > 0
 
     def purge(self, connection: Connection, batch: int) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
         return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
 
     def check(self, connection: Connection) -> None:
-        """Read every column of no row: the server answers, and the table is as it must be."""
+        """Read every column of no row, which fails unless the server answers and the table has the columns."""
         self._execute(connection, self._sql.check, {}).all()
 
     def _execute(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> CursorResult[Any]:
         if self._sql.packs:
             values = packed(values)
-        if not self._lowers or statement.text.startswith("SELECT"):
+        if not self._lowers_lock_wait or statement.text.startswith("SELECT"):
             return connection.execute(statement, values)
-        with bounded(connection, self._bound):
+        with lowered_lock_wait(connection, self._lock_wait):
             return connection.execute(statement, values)
 
 
@@ -153,13 +157,13 @@ def complete_values(claim: Claim, result: bytes | None, state: State) -> dict[st
     return {"id": claim.id, "token": claim.token, "state": int(state), "result": result, "keep": keep}
 
 
-def listen_values(claim: Claim, table: Table) -> dict[str, Any]:
-    """Return the parameters by which the statements that end a claim tell its watchers, where they do."""
+def notification_values(claim: Claim, table: Table) -> dict[str, Any]:
+    """Return the parameters of the notification that the statements which end a claim send to its watchers."""
     return {"channel": table.name, "payload": claim.id.hex()}
 
 
 class Found(NamedTuple):
-    """A row as the statements that claim and look give it, from a cursor that knows no names."""
+    """A row as the statements ``claim`` and ``look`` return it, from a cursor that has no names of columns."""
 
     version: Any
     state: Any
@@ -173,8 +177,8 @@ class Found(NamedTuple):
 
 
 def read_record(row: Row[Any] | Found) -> Record:
-    """Read a row; one that makes no sense is ``Record.unreadable()``."""
-    # SQLite stores anything in any column, and a row may have been written by hand: nothing is taken for granted.
+    """Read a row; a damaged one is ``Record.unreadable()``."""
+    # SQLite stores anything in any column, and a row may have been written by hand: every value is checked.
     try:
         version = int(row.version)
         if version > FORMAT:

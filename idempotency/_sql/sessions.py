@@ -1,0 +1,88 @@
+"""What every transactional system asks of the sessions it is given, before it commits with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
+from idempotency._sql.commit_guard import TWO_PHASES, install
+from idempotency._sql.engines import level_of
+from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF
+from idempotency.errors import ConfigurationError
+
+Sessionmaker = sessionmaker[Any] | async_sessionmaker[Any]
+
+
+def check_sessionmaker(sessions: object, kind: type[Sessionmaker]) -> None:
+    """Raise ConfigurationError unless ``sessions`` is a ``kind`` whose sessions the library can guard and commit."""
+    if not isinstance(sessions, kind):
+        raise ConfigurationError(f"session= must be a {kind.__name__} here, not {type(sessions).__name__}")
+    options: dict[str, Any] = sessions.kw
+    bind = options.get("bind")
+    _check_kind(sessions.class_, bind, kind)
+    if any(each is not bind for each in (options.get("binds") or {}).values()):
+        raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
+    if isinstance(bind, Connection | AsyncConnection):
+        raise ConfigurationError(
+            "the sessions are bound to a connection, whose transaction is its owner's: bind them to an engine"
+        )
+    if options.get("twophase"):
+        raise ConfigurationError(TWO_PHASES)
+    if not options.get("autobegin", True):
+        raise ConfigurationError("the sessions have autobegin=False: their transaction has to begin at the first use")
+    # Already here, when the application starts: later, another thread may be reading the listeners.
+    install()
+
+
+def _check_kind(session: type[Any], bind: object, kind: type[Sessionmaker]) -> None:
+    """Refuse async sessions, or an async engine, where sync ones are needed, and the reverse."""
+    asynchronous = kind is async_sessionmaker
+    if issubclass(session, AsyncSession) is not asynchronous:
+        raise ConfigurationError(f"the sessions are {session.__name__}s: give session= a plain {kind.__name__}(engine)")
+    if isinstance(bind, Engine if asynchronous else AsyncEngine):
+        maker = "create_async_engine" if asynchronous else "create_engine"
+        raise ConfigurationError(
+            f"the {kind.__name__} of session= has an {type(bind).__name__}: give it the engine of {maker}(...)"
+        )
+
+
+def check_same_database(records: URL, bind: object) -> None:
+    """Raise ConfigurationError unless sessions on ``bind`` reach the database ``records``, in transactions."""
+    if not isinstance(bind, Engine | AsyncEngine):
+        return  # sessions that choose their engine each time cannot be checked
+    other = bind.url
+    if (records.get_backend_name(), records.host, records.port, records.database) != (
+        other.get_backend_name(),
+        other.host,
+        other.port,
+        other.database,
+    ):
+        raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
+    if bind.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        raise ConfigurationError(COMMITS_BY_ITSELF)
+
+
+def check_isolation_level(sessions: Sessionmaker) -> None:
+    """Raise ConfigurationError for a level under which a session cannot complete a record once its lease was renewed.
+
+    It matters for records that are claimed in one transaction and completed in another.
+    """
+    engine = sessions.kw.get("bind")
+    if engine is None:
+        return
+    options = {**engine.get_execution_options(), **(sessions.kw.get("execution_options") or {})}
+    level = level_of(engine.dialect, options)
+    if level == "AUTOCOMMIT":
+        raise ConfigurationError(COMMITS_BY_ITSELF)
+    # The claim is committed first, and its row is renewed while the handler runs: the record could not be completed
+    # in a snapshot taken in between. SQLite has no other level. Its transactions do not wait for a writer, and so never
+    # see an older row.
+    if level in ("REPEATABLE READ", "SERIALIZABLE") and engine.dialect.name != "sqlite":
+        raise ConfigurationError(
+            f"the sessions are {level}, under which the record cannot be completed once its lease was renewed: give"
+            ' session= an engine with isolation_level="READ COMMITTED"'
+        )
