@@ -27,9 +27,8 @@ class Consumer:
     def __init__(self, store: object, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        self._counts = (
-            None if self.rules.max_attempts is None else check_store(store, CountingStore)
-        )  # async only: its verbs are awaited
+        # async only: its verbs are awaited
+        self._counts = None if self.rules.max_attempts is None else check_store(store, CountingStore)
         self._run = runner(store, self.rules.calls, options, asynchronous=True)  # async only: it says which
         self._lock = LocalLock()
 

@@ -23,9 +23,8 @@ class SyncConsumer:
     def __init__(self, store: object, consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> None:
         self.rules = rules_of(consumer, returns, options)
         self._store = store
-        self._counts = (
-            None if self.rules.max_attempts is None else check_store(store, CountingSyncStore)
-        )  # sync only: its verbs are not awaited
+        # sync only: its verbs are not awaited
+        self._counts = None if self.rules.max_attempts is None else check_store(store, CountingSyncStore)
         self._run = runner(store, self.rules.calls, options, asynchronous=False)  # sync only: it says which
         self._lock = LocalLock()
 
