@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
-from targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
+
+from tests.kit import servers
+from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
-    config.addinivalue_line("markers", "stores(*kinds): run on these stores only; see tests/targets.py for the names")
+    config.addinivalue_line(
+        "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

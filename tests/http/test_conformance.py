@@ -16,20 +16,20 @@ import asyncio
 import json
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi_calls import Effects, Reply, call, protect, respond
-from faults import FlakyStore
 from starlette.middleware.cors import CORSMiddleware
-from time_travel import settled
 
 from idempotency import Policy
 from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
+from tests.kit.asgi_calls import Effects, Reply, call, protect, respond
+from tests.kit.faults import FlakyStore
+from tests.kit.paths import ROOT
+from tests.kit.time_travel import settled
 
 DOCS = "https://api.example/docs/idempotency"
 NOTED = {13, 15, 16, 25, 27, 55}
@@ -190,7 +190,7 @@ def _timed(app: Any, **policy: Any) -> tuple[Any, ManualClock]:
 
 
 def _documentation() -> str:
-    return (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    return (ROOT / "docs" / "http.md").read_text()
 
 
 async def test_row_17_the_expiry_policy_is_published():

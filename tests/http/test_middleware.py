@@ -16,12 +16,9 @@ from typing import Any
 import anyio.to_thread
 import httpx
 import pytest
-from asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
-from faults import FlakyStore
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
-from time_travel import now, others, settled, travelling, travelling_store
 
 import idempotency.asgi
 from idempotency import IdempotencyMiddleware, Policy, current
@@ -32,6 +29,9 @@ from idempotency.errors import ConfigurationError
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
+from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
+from tests.kit.faults import FlakyStore
+from tests.kit.time_travel import now, others, settled, travelling, travelling_store
 
 RECORD = record_id(ANONYMOUS, "k")
 

@@ -12,8 +12,6 @@ import json
 from typing import Any
 
 import pytest
-from asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
-from faults import FlakyStore
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -21,13 +19,15 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
-from time_travel import settled, travelling, travelling_store
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import Claim, record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
+from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
+from tests.kit.faults import FlakyStore
+from tests.kit.time_travel import settled, travelling, travelling_store
 
 
 def starlette(endpoint: Any, **options: Any) -> Starlette:

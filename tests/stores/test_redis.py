@@ -15,13 +15,13 @@ import pytest
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.cluster import RedisCluster
-from redis_servers import RedisServer, embedded, free_port, require
 
 from idempotency import _rules as _core
 from idempotency._rules import Claim, Record, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.redis import Durability, RedisStore
 from idempotency.stores.redis._send import _KeptSync
+from tests.kit.redis_servers import RedisServer, embedded, free_port, require
 
 
 def new_claim(key: str = "k", **options: object) -> Claim:

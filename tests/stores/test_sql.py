@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from servers import with_driver, with_port
 from sqlalchemy import Engine, NullPool, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from targets import unique_name
-from tcp_proxy import Proxy
 
 from idempotency._rules import Claim, Execute, InProgress, Record, Replay, State, Unreadable, judge
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, UnreadableError
 from idempotency.stores.sql import SQLStore, records_table, schema_sql
 from idempotency.stores.sql._database import _write_ahead
+from tests.kit.servers import with_driver, with_port
+from tests.kit.targets import unique_name
+from tests.kit.tcp_proxy import Proxy
 
 DRIVERS = {
     "sqlite": ("sqlite_url", "sqlite+aiosqlite"),
