@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from inspect import isawaitable
 from typing import Any, Literal, Self, cast
 
 from idempotency._rules import Claim, Record, State
@@ -13,7 +14,7 @@ from idempotency.errors import StoreError
 from idempotency.stores.base import Changed, Entry, Store, SyncStore, check_store
 from idempotency.stores.memory import MemoryStore
 
-Fault = Literal["fail", "lost", "refuse"] | None
+Fault = Literal["fail", "lost", "refuse"] | Callable[[], object] | None
 Verb = Literal["claim", "renew", "complete", "release"]
 
 
@@ -35,6 +36,8 @@ class FaultyStore:
 
         ``"fail"``: StoreError, not applied. ``"lost"``: applied, and its answer lost: StoreError. ``"refuse"``: False,
         not applied, as for an owner whose lease has passed on (no claim is refused). None: nothing goes wrong.
+        A callable is called before the verb is applied, and for asyncio what it returns is awaited: ``Event().wait``
+        makes a store that answers late.
         """
         if verb == "claim" and "refuse" in faults:
             raise ValueError("a claim is not refused: it returns the record that is there")
@@ -129,10 +132,14 @@ class FaultyStore:
     async def _awaited(self, verb: Verb, apply: Callable[[], Awaitable[Any]]) -> Any:
         fault = self._next(verb)
         await asyncio.sleep(0)  # as a network would, also where the store within does not wait
+        if callable(fault) and isawaitable(pause := fault()):
+            await pause
         return False if fault == "refuse" else _answered(fault, await apply())
 
     def _called(self, verb: Verb, apply: Callable[[], Any]) -> Any:
         fault = self._next(verb)
+        if callable(fault):
+            fault()
         return False if fault == "refuse" else _answered(fault, apply())
 
     def _next(self, verb: Verb) -> Fault:

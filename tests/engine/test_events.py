@@ -15,9 +15,8 @@ from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.events import Event, EventKind, log_event
 from idempotency.stores.memory import MemoryStore
-from idempotency.testing import ManualClock
+from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, respond
-from tests.kit.faults import FlakyStore
 from tests.kit.time_travel import settled, travelling, travelling_store
 
 KEY = "kEy-Y9pHd2"
@@ -32,7 +31,7 @@ class Scene:
 
     def __init__(self, **policy: Any) -> None:
         self.clock = ManualClock()
-        self.store = FlakyStore(MemoryStore(clock=self.clock))
+        self.store = FaultyStore(MemoryStore(clock=self.clock))
         self.events: list[Event] = []
         self.status: int | type[Exception] = 201
         self.app = Effects(self._handle)
@@ -223,7 +222,7 @@ async def test_each_outcome_is_one_event(scene, expected):
             record=RECORD if known else "",
             attempt=attempt,
             error=error,
-            detail="no connection to redis.internal" if error == "StoreError" else "",
+            detail="not applied, as ordered" if error == "StoreError" else "",
         )
         for kind, known, attempt, error in expected
     ]
@@ -234,7 +233,7 @@ async def test_each_outcome_is_one_event(scene, expected):
 async def test_a_lost_lease_is_one_event():
     """Told when it is learnt, once."""
     events: list[Event] = []
-    store = FlakyStore(travelling_store()).order("renew", "refuse")
+    store = FaultyStore(travelling_store()).order("renew", "refuse")
     app = Effects()
     app.gate = asyncio.Event()
     first = asyncio.create_task(call(protect(app, store, on_event=events.append), key=KEY))

@@ -14,7 +14,7 @@ from idempotency._rules import Claim, Completed, Execute, InProgress, Mismatch, 
 from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import Event
 from idempotency.operation import Operation
-from tests.kit.faults import FlakyStore
+from tests.kit.observed_store import ObservedStore
 from tests.kit.time_travel import now, others, settled, travelling, travelling_store
 
 LEASE = 30.0
@@ -28,7 +28,7 @@ class Desk:
     """A runner on a store that can fail, and the events it gave."""
 
     def __init__(self) -> None:
-        self.store = FlakyStore(travelling_store())
+        self.store = ObservedStore(travelling_store())
         self.events: list[Event] = []
         self.runner = Runner(self.store, self.events.append)
 
@@ -98,7 +98,7 @@ async def test_failed_renewals_are_tolerated_while_the_lease_runs():
     lease = await desk.own()
     desk.store.order("renew", *["fail"] * 15)
     await asyncio.sleep(27)
-    assert desk.store.count("renew") > 15
+    assert desk.store.calls.count("renew") > 15
     assert not lease.operation.lost
     await asyncio.sleep(60)
     assert not lease.operation.lost
@@ -158,7 +158,7 @@ async def test_a_refused_renewal_is_a_lost_lease():
     await lease.operation.lost
     assert now() - began == pytest.approx(10)
     await asyncio.sleep(100)
-    assert desk.store.count("renew") == 1
+    assert desk.store.calls.count("renew") == 1
     assert desk.kinds == ["lease-lost"]
     lease.stop()
 
@@ -372,7 +372,7 @@ async def test_an_end_that_failed_is_written_in_the_background(outcome, kind, th
     assert desk.kinds == ["unrecorded"]
     assert len(others()) == 1
     await asyncio.sleep(1)
-    assert desk.store.count(verb) == 4
+    assert desk.store.calls.count(verb) == 4
     assert desk.kinds == ["unrecorded", kind]
     assert await desk.told() == then
 
@@ -389,7 +389,9 @@ async def test_the_background_gives_up_after_a_lease():
     await asyncio.wait([task])
     assert now() - began <= LEASE
     assert now() - began > LEASE - 2.1
-    assert desk.store.count("complete") == pytest.approx(30, abs=5)  # from half a lease on, also without the result
+    assert desk.store.calls.count("complete") == pytest.approx(
+        30, abs=5
+    )  # from half a lease on, also without the result
     assert desk.kinds == ["unrecorded"]
 
 
@@ -430,13 +432,13 @@ async def test_one_waiter_asks_for_all():
     lease = await desk.own()
     waiting = [asyncio.create_task(desk.told(wait=20)) for _ in range(50)]
     await asyncio.sleep(5)
-    assert desk.store.count("watch") == 1
-    assert desk.store.count("claim") == 1 + 50 + 1
+    assert desk.store.watches == 1
+    assert desk.store.calls.count("claim") == 1 + 50 + 1
     began = now()
     await lease.end("store", b"r")
     assert await asyncio.gather(*waiting) == [Replay(b"r")] * 50
     assert now() == began
-    assert desk.store.count("claim") == 1 + 50 + 2
+    assert desk.store.calls.count("claim") == 1 + 50 + 2
 
 
 @travelling
@@ -469,7 +471,7 @@ async def test_a_cancelled_watcher_is_replaced():
     first.cancel()
     await asyncio.sleep(1)
     assert first.cancelled()
-    assert desk.store.count("watch") == 2
+    assert desk.store.watches == 2
     await lease.end("store", b"r")
     assert await asyncio.gather(*rest) == [Replay(b"r")] * 4
 
@@ -501,13 +503,13 @@ async def test_a_failing_store_is_told_to_all_waiters_at_once():
     lease = await desk.own()
     waiting = [asyncio.create_task(desk.told(wait=25)) for _ in range(20)]
     await asyncio.sleep(1)
-    asked = desk.store.count("claim")
+    asked = desk.store.calls.count("claim")
     desk.store.order("claim", "fail")
     lease.stop()
     desk.store.inner._announce(lease._claim.id)
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [WaitFailedError] * 20
-    assert desk.store.count("claim") == asked + 1
+    assert desk.store.calls.count("claim") == asked + 1
     await asyncio.sleep(5)
 
 

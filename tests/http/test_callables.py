@@ -23,8 +23,8 @@ from starlette.routing import Route
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.errors import ConfigurationError
 from idempotency.events import Event
+from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, call, protect
-from tests.kit.faults import FlakyStore
 
 
 class StrangerError(Exception):
@@ -68,7 +68,7 @@ async def test_the_application_answers_what_a_callable_raises(where, placed, kin
     async def raises(request):
         raise error
 
-    store, effects, events = FlakyStore(), Effects(), []
+    store, effects, events = FaultyStore(), Effects(), []
     options = {**options_of(where, raises), "store": store, "on_event": events.append}
     app = application(kind, effects)
     if placed == "added":
@@ -91,7 +91,7 @@ async def test_an_http_exception_has_its_status_around_any_application(where):
     def raises(request):
         raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
 
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     reply = await call(protect(app, store, **options_of(where, raises)), key="k")
     assert (reply.status, reply.header(b"www-authenticate")) == (401, b"Basic")
     assert (store.calls, app.runs) == ([], 0)
@@ -108,7 +108,7 @@ async def test_litestar_answers_by_itself(where):
     async def order() -> None:
         raise AssertionError
 
-    store = FlakyStore()
+    store = FaultyStore()
     middleware = DefineMiddleware(IdempotencyMiddleware, store=store, **options_of(where, raises))
     reply = await call(Litestar([order], middleware=[middleware]), path="/orders", key="k")
     assert (reply.status, json.loads(reply.body)["detail"]) == (401, "who?")
@@ -126,7 +126,7 @@ async def test_another_error_is_raised_before_anything_is_claimed(where, error):
         return "alice"
 
     broken = True
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     protected = protect(app, store, **options_of(where, raises))
     with pytest.raises(error):
         await call(protected, key="k")
@@ -165,7 +165,7 @@ async def as_text(request: Request) -> str:
 @pytest.mark.parametrize("framework", [True, False])
 async def test_a_body_that_cannot_be_read_is_the_requests_fault(compare, body, framework):
     """400, nothing claimed and nothing run; the same key may be used for the request as it was meant."""
-    store, effects = FlakyStore(), Effects()
+    store, effects = FaultyStore(), Effects()
     options = {"store": store, "policy": Policy(fingerprint=compare)}
     app = application("starlette", effects) if framework else effects
     protected = IdempotencyMiddleware(app, **options)
@@ -219,7 +219,7 @@ async def test_a_form_that_a_callable_read_is_closed(ending, monkeypatch):
 @pytest.mark.parametrize("value", [None, 7, True, ["a"], {"a": 1}, object()])
 async def test_a_fingerprint_of_another_type_is_a_mistake(value):
     """It is raised before anything is claimed, and no retry is taken for another request because of it."""
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     with pytest.raises(ConfigurationError, match="fingerprint must return str or bytes, not"):
         await call(protect(app, store, policy=Policy(fingerprint=lambda request: value)), key="k")
     assert (store.calls, app.runs) == ([], 0)

@@ -28,9 +28,9 @@ from idempotency._rules import record_id
 from idempotency.errors import ConfigurationError
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
-from idempotency.testing import ManualClock
+from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
-from tests.kit.faults import FlakyStore
+from tests.kit.observed_store import ObservedStore
 from tests.kit.time_travel import now, others, settled, travelling, travelling_store
 
 RECORD = record_id(ANONYMOUS, "k")
@@ -272,7 +272,7 @@ async def test_a_derived_key_is_the_same_in_every_attempt():
 async def test_the_attempt_counts_owners_that_vanished():
     """A take-over is the second attempt, and derives the same keys as the first."""
     clock = ManualClock()
-    store = FlakyStore(MemoryStore(clock=clock))
+    store = FaultyStore(MemoryStore(clock=clock))
     app = Effects()
     app.gate = asyncio.Event()
     protected = protect(app, store)
@@ -374,7 +374,7 @@ async def test_a_sync_endpoint_reads_the_operation_in_its_thread():
 @pytest.mark.parametrize("fault", ["fail", "lost"])
 async def test_fail_closed_runs_nothing(fault):
     """503, retryable, and the retry runs once the store is back."""
-    store = FlakyStore().order("claim", fault)
+    store = FaultyStore().order("claim", fault)
     app = Effects()
     protected = protect(app, store)
     first = await call(protected, key="k")
@@ -388,7 +388,7 @@ async def test_fail_closed_runs_nothing(fault):
 @pytest.mark.parametrize("fault", ["fail", "lost"])
 async def test_fail_open_runs_unprotected_and_says_so(fault):
     """The handler gets its body and no operation; an event tells."""
-    store = FlakyStore().order("claim", fault)
+    store = FaultyStore().order("claim", fault)
     events: list[Event] = []
     app = Effects()
     protected = protect(app, store, policy=Policy(on_store_error="fail_open"), on_event=events.append)
@@ -412,7 +412,7 @@ def ended_by_sigterm() -> Iterator[None]:
 @travelling
 async def test_a_store_out_of_reach_after_the_effect():
     """The answer is delivered and the claim kept: 409 while the store is away, the replay when it is back."""
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     events: list[Event] = []
     app = Effects()
     protected = protect(app, store, on_event=events.append)
@@ -428,26 +428,26 @@ async def test_a_store_out_of_reach_after_the_effect():
 @travelling
 async def test_a_completion_whose_answer_was_lost():
     """It is recorded already; repeating it changes nothing."""
-    store = FlakyStore(travelling_store()).order("complete", "lost")
+    store = FaultyStore(travelling_store()).order("complete", "lost")
     protected = protect(Effects(), store)
     first = await call(protected, key="k")
     assert (await call(protected, key="k")).body == first.body == b'{"run":1}'
     await asyncio.sleep(1)
-    assert store.count("complete") == 2
+    assert store.calls.count("complete") == 2
     assert (await call(protected, key="k")).body == first.body
 
 
 @travelling
 async def test_a_release_whose_answer_was_lost():
     """The key is free, and repeating the release frees no successor."""
-    store = FlakyStore(travelling_store()).order("release", "lost")
+    store = FaultyStore(travelling_store()).order("release", "lost")
     app = Effects(status=503)
     protected = protect(app, store)
     await call(protected, key="k")
     app.status = 201
     assert (await call(protected, key="k")).status == 201
     await asyncio.sleep(1)
-    assert store.count("release") == 2
+    assert store.calls.count("release") == 2
     assert (await call(protected, key="k")).replayed
 
 
@@ -455,11 +455,11 @@ async def test_a_release_whose_answer_was_lost():
 async def test_an_owner_cancelled_while_its_result_is_written():
     """Neither the record nor the cancellation is lost."""
     never = asyncio.Event()
-    store = FlakyStore(travelling_store()).order("complete", never.wait)
+    store = FaultyStore(travelling_store()).order("complete", never.wait)
     app = Effects()
     protected = protect(app, store)
     first = asyncio.create_task(call(protected, key="k"))
-    while store.count("complete") == 0:
+    while store.calls.count("complete") == 0:
         await asyncio.sleep(0)
     await settled()
     first.cancel()
@@ -472,7 +472,7 @@ async def test_an_owner_cancelled_while_its_result_is_written():
 async def test_a_timeout_of_the_application_while_its_result_is_written():
     """What it sends instead goes out whole, and the first result stays recorded."""
     never = asyncio.Event()
-    store = FlakyStore(travelling_store()).order("complete", never.wait)
+    store = FaultyStore(travelling_store()).order("complete", never.wait)
 
     async def handler(scope, receive, send):
         try:
@@ -523,7 +523,7 @@ async def test_a_scope_that_raises_stops_the_request(is_async):
     async def refuse_async(request):
         raise PermissionError("who are you?")
 
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     protected = protect(app, store, scope=refuse_async if is_async else refuse)
     with pytest.raises(PermissionError):
         await call(protected, key="k")
@@ -551,7 +551,7 @@ async def test_a_secret_keys_what_is_stored():
     """Scope and fingerprint differ from those without it; text and bytes are one secret."""
     digests = []
     for secret in (None, "s3cret", b"s3cret", b"other"):
-        store = FlakyStore()
+        store = ObservedStore()
         await call(protect(Effects(), store, secret=secret), key="k", headers=[(b"authorization", b"Bearer alice")])
         [claim] = store.claims
         digests.append((claim.scope, claim.fingerprint))
@@ -579,7 +579,7 @@ async def test_other_connections_pass_untouched(kind):
     async def app(*arguments):
         got.extend(arguments)
 
-    store = FlakyStore()
+    store = FaultyStore()
     scope, client, reply = {"type": kind, "headers": [(b"idempotency-key", b"k")]}, Client(), Reply()
     await protect(app, store)(scope, client, reply.send)
     assert [id(each) for each in got[:2]] == [id(scope), id(client)]
@@ -596,7 +596,7 @@ async def test_a_request_that_is_not_protected_is_not_touched(request_):
     async def app(scope, receive, send):
         got.extend((scope, receive, send))
 
-    store = FlakyStore()
+    store = FaultyStore()
     scope, client, send = http_scope(**request_), Client(), Reply().send
     await protect(app, store, policies={"/free": None})(scope, client, send)
     assert got[0] is scope
@@ -617,7 +617,7 @@ async def test_a_scope_without_state_is_given_one():
 
 async def test_a_store_opened_from_a_url_is_closed_at_shutdown(monkeypatch):
     """Once, before the shutdown is complete; one that was passed in is not."""
-    store = FlakyStore()
+    store = ObservedStore()
     monkeypatch.setattr(idempotency.asgi, "open_store", lambda url: store)
     order: list[Any] = []
 
@@ -637,7 +637,7 @@ async def test_a_store_opened_from_a_url_is_closed_at_shutdown(monkeypatch):
 @pytest.mark.parametrize("sent", [(), (b"half",), (b"half", b"more")])
 async def test_a_client_that_leaves_while_it_sends_starts_nothing(sent):
     """Its request never was; nothing is claimed, run or answered."""
-    store, app, reply = FlakyStore(), Effects(), Reply()
+    store, app, reply = FaultyStore(), Effects(), Reply()
     client = Client(gone=True)
     client.messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in sent]
     await protect(app, store)(http_scope(key="k"), client, reply.send)
@@ -734,13 +734,13 @@ async def test_a_body_on_disk_is_removed(ending, files):
 async def test_two_middlewares_of_one_application_are_one():
     """Added to the application and to one mounted in it: the outer protects, the inner passes through."""
     inner_app = Effects()
-    inner_store, outer_store = FlakyStore(), FlakyStore()
+    inner_store, outer_store = FaultyStore(), FaultyStore()
     mounted = Starlette(routes=[Mount("/shop", app=protect(inner_app, inner_store))])
     app = protect(mounted, outer_store)
     await call(app, path="/shop/orders", key="k")
     assert (await call(app, path="/shop/orders", key="k")).replayed
     assert (inner_app.runs, inner_store.calls) == (1, [])
-    assert outer_store.count("claim") == 2
+    assert outer_store.calls.count("claim") == 2
 
 
 async def test_two_workers_share_one_store():
@@ -902,7 +902,7 @@ async def test_a_stream_whose_client_is_gone_ends_in_order():
 async def test_an_application_that_ends_while_its_stream_goes_live(ending):
     """The record is being written when it returns or fails: one end counts, and nothing is left behind."""
     slow = asyncio.Event()
-    store = FlakyStore(travelling_store()).order("complete", slow.wait)
+    store = FaultyStore(travelling_store()).order("complete", slow.wait)
 
     async def handler(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -1056,13 +1056,13 @@ async def test_without_a_wait_in_the_policy_nobody_waits():
     """Prefer asks, the policy decides."""
     app = Effects()
     app.gate = asyncio.Event()
-    store = FlakyStore(travelling_store())
+    store = ObservedStore(travelling_store())
     protected = protect(app, store)
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()
     began = now()
     assert (await call(protected, key="k", headers=[(b"prefer", b"wait=5")])).code == "in-progress"
-    assert (now(), store.count("watch")) == (began, 0)
+    assert (now(), store.watches) == (began, 0)
     app.gate.set()
     await first
 
@@ -1070,17 +1070,17 @@ async def test_without_a_wait_in_the_policy_nobody_waits():
 @travelling
 async def test_fifty_duplicates_have_one_watcher():
     """They get the answer when it is there, from one question."""
-    store = FlakyStore(travelling_store())
+    store = ObservedStore(travelling_store())
     app = Effects()
     app.gate = asyncio.Event()
     protected = protect(app, store, policy=Policy(wait=20))
     tasks = [asyncio.create_task(call(protected, key="k")) for _ in range(51)]
     await asyncio.sleep(7)
-    assert (store.count("claim"), store.count("watch"), app.runs) == (52, 1, 1)
+    assert (store.calls.count("claim"), store.watches, app.runs) == (52, 1, 1)
     app.gate.set()
     replies = await asyncio.gather(*tasks)
     assert {reply.status for reply in replies} == {201}
-    assert (store.count("claim"), store.count("watch"), app.runs) == (53, 1, 1)
+    assert (store.calls.count("claim"), store.watches, app.runs) == (53, 1, 1)
 
 
 @travelling
@@ -1092,7 +1092,7 @@ async def test_a_released_key_lets_one_waiter_run():
 
     app = Effects(handler)
     app.gate = asyncio.Event()
-    protected = protect(app, FlakyStore(travelling_store()), policy=Policy(wait=20))
+    protected = protect(app, FaultyStore(travelling_store()), policy=Policy(wait=20))
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()
     waiting = [asyncio.create_task(call(protected, key="k")) for _ in range(10)]
@@ -1110,7 +1110,7 @@ async def test_a_waiter_that_is_cancelled_is_replaced():
     """The others still get the answer, and nothing of it is left behind."""
     app = Effects()
     app.gate = asyncio.Event()
-    store = FlakyStore(travelling_store())
+    store = ObservedStore(travelling_store())
     protected = protect(app, store, policy=Policy(wait=20))
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()
@@ -1122,7 +1122,7 @@ async def test_a_waiter_that_is_cancelled_is_replaced():
     app.gate.set()
     assert all(reply.replayed for reply in await asyncio.gather(*rest))
     await first
-    assert store.count("watch") == 2
+    assert store.watches == 2
 
 
 @travelling
@@ -1130,18 +1130,18 @@ async def test_a_store_that_fails_while_waiting_is_told_to_all_at_once():
     """Every duplicate gets its 503 from the one question that failed."""
     app = Effects()
     app.gate = asyncio.Event()
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     protected = protect(app, store, policy=Policy(wait=60, lease=10))
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()
     waiting = [asyncio.create_task(call(protected, key="k")) for _ in range(20)]
     await asyncio.sleep(1)
-    asked = store.count("claim")
+    asked = store.calls.count("claim")
     store.order("claim", "fail")
     began = now()
     replies = await asyncio.gather(*waiting)
     assert {reply.code for reply in replies} == {"store-unavailable"}
-    assert store.count("claim") == asked + 1
+    assert store.calls.count("claim") == asked + 1
     assert now() - began <= 10
     app.gate.set()
     assert (await first).status == 201
@@ -1202,7 +1202,7 @@ async def test_a_waiter_that_knows_of_an_owner_never_runs_unprotected():
     """fail_open is for a store that is not there, not for a duplicate of what is running."""
     app = Effects()
     app.gate = asyncio.Event()
-    store = FlakyStore()
+    store = ObservedStore()
     protected = protect(app, store, policy=Policy(wait=30, on_store_error="fail_open"))
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()

@@ -13,8 +13,8 @@ from starlette.routing import Mount
 
 from idempotency import Policy, current
 from idempotency.stores.memory import MemoryStore
+from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, respond
-from tests.kit.faults import FlakyStore
 
 
 class Meeting:
@@ -158,7 +158,7 @@ async def test_what_the_application_puts_into_the_state_is_seen_outside():
 @pytest.mark.parametrize("state", [{}, State()])
 async def test_a_middleware_that_is_added_twice_protects_once(state):
     """The inner one passes through, whatever holds the state."""
-    app, inner_store = Effects(), FlakyStore()
+    app, inner_store = Effects(), FaultyStore()
     inner = Starlette(routes=[Mount("/shop", app=protect(app, inner_store, policy=Policy(required=True)))])
     protected = protect(inner, MemoryStore())
     assert (await call(protected, path="/shop/orders", key="k", state=state)).status == 201

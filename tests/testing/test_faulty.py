@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from idempotency._rules import Claim, State
@@ -61,6 +63,30 @@ async def test_refuse_is_the_answer_to_an_owner_that_lost_its_lease() -> None:
 
     assert not await store.complete(mine, b"result")
     assert (await inner.claim(claim())).result is None
+
+
+async def test_a_callable_makes_a_late_answer() -> None:
+    """The verb waits for it, and is applied then."""
+    inner, mine, gate = MemoryStore(), claim(), asyncio.Event()
+    store = FaultyStore(inner).order("claim", gate.wait)
+
+    claiming = asyncio.create_task(store.claim(mine))
+    while store.calls != ["claim"]:
+        await asyncio.sleep(0)
+    assert await inner.inspect(mine.id) is None
+    gate.set()
+
+    assert (await claiming).token == mine.token
+
+
+def test_a_blocking_caller_waits_for_a_callable() -> None:
+    """It is called in the thread of the caller, before the verb is applied."""
+    store, mine = FaultyStore(), claim()
+    found: list[object] = []
+    store.order("claim", lambda: found.append(store.inspect_sync(mine.id)))
+
+    assert store.claim_sync(mine).token == mine.token
+    assert found == [None]
 
 
 async def test_down_fails_every_verb() -> None:
