@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.kit import servers
+from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -154,3 +155,17 @@ def sync_store(target: Target) -> Iterator[Any]:
     """A fresh, ready store of each kind, for the blocking verbs."""
     with target.opened_sync() as store:
         yield store
+
+
+@pytest.fixture
+async def ledger(target: Target) -> AsyncIterator[Ledger]:
+    """A ledger for asyncio."""
+    async with open_ledger(target) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def sync_ledger(target: Target) -> Iterator[Ledger]:
+    """A ledger for threads."""
+    with open_sync_ledger(target) as ledger:
+        yield ledger

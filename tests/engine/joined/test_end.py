@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -12,25 +11,11 @@ from sqlalchemy import event, text
 
 from idempotency import idempotent
 from idempotency.errors import ConfigurationError, InProgressError, TransactionError
-from tests.kit.ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger, open_sync_ledger
+from tests.kit.ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_sync_ledger
 from tests.kit.targets import Target
 
 asynchronous = pytest.mark.stores(*JOINED_KINDS, "mariadb_asyncmy")
 synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
-
-
-@pytest.fixture
-async def ledger(target: Target) -> AsyncIterator[Ledger]:
-    """A ledger for asyncio."""
-    async with open_ledger(target) as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def sync_ledger(target: Target) -> Iterator[Ledger]:
-    """A ledger for threads."""
-    with open_sync_ledger(target) as ledger:
-        yield ledger
 
 
 def committing(ledger: Ledger) -> list[str]:
