@@ -13,7 +13,7 @@ from celery.signals import worker_process_init, worker_ready
 from idempotency.adapters.celery import idempotent_task
 from idempotency.testing._points import CRASH_AT, arm, watch
 from tests.adapters.rigs.celery_queue import application
-from tests.adapters.rigs.orders import Ledger, Work
+from tests.adapters.rigs.orders import OrderLedger, Work
 
 work = Work()
 place, extra = work.setting.place, work.setting.extra
@@ -70,7 +70,7 @@ def bill(order: dict[str, Any]) -> dict[str, Any]:
 
 @worker_process_init.connect
 def count_over_a_connection_of_its_own(**_: Any) -> None:
-    work.ledger = Ledger(work.setting)
+    work.ledger = OrderLedger(work.setting)
 
 
 def die_alone(passed: str) -> None:

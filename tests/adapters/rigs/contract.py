@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import create_engine
 
 from idempotency.stores.sql import SQLStore
-from tests.adapters.rigs.orders import ATTEMPTS, Ledger, Rig, Setting, Worker, until
+from tests.adapters.rigs.orders import ATTEMPTS, OrderLedger, Rig, Setting, Worker, until
 from tests.kit.servers import forget_redis_keys, with_driver
 from tests.kit.targets import unique_name
 
@@ -44,7 +44,7 @@ class Case:
 
     rig: Rig
     setting: Setting
-    ledger: Ledger
+    ledger: OrderLedger
     expected: dict[str, int]
 
     @contextmanager
@@ -105,7 +105,7 @@ class Places:
         rig: Rig = import_module(f"tests.adapters.rigs.{adapter}_rig").Rig(place)
         try:
             setting = Setting(place, mode, self.database, self.redis, on_crash, rig.environment())
-            ledger = Ledger(setting)
+            ledger = OrderLedger(setting)
             try:
                 ledger.create()
                 if mode == "joined":

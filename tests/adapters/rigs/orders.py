@@ -60,7 +60,7 @@ class Setting:
         return f"{self.place}_effects"
 
 
-class Ledger:
+class OrderLedger:
     """What happened, counted in PostgreSQL over a connection of its own that commits at once."""
 
     def __init__(self, setting: Setting) -> None:
@@ -110,7 +110,7 @@ class Work:
 
     def __init__(self) -> None:
         self.setting = Setting.read()
-        self.ledger = Ledger(self.setting)
+        self.ledger = OrderLedger(self.setting)
         self.joined = self.setting.mode == "joined"
 
     def open(self, *, asynchronous: bool) -> tuple[Any, ConsumerOptions]:
