@@ -53,7 +53,7 @@ def free_port() -> int:
             return port
 
 
-class RedisServer:
+class RedisProcess:
     """One server: started by entering the context, killed by leaving it."""
 
     def __init__(self, *options: str, executable: str | None = None, sentinel: str | None = None) -> None:
@@ -64,7 +64,7 @@ class RedisServer:
         self._sentinel = sentinel
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "RedisServer":
+    def __enter__(self) -> "RedisProcess":
         self._directory = tempfile.mkdtemp(prefix="redis-test-")
         self.start()
         return self
