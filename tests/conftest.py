@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
-from targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
+
+from tests.kit import servers
+from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
+from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
-    config.addinivalue_line("markers", "stores(*kinds): run on these stores only; see tests/targets.py for the names")
+    config.addinivalue_line(
+        "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -151,3 +155,17 @@ def sync_store(target: Target) -> Iterator[Any]:
     """A fresh, ready store of each kind, for the blocking verbs."""
     with target.opened_sync() as store:
         yield store
+
+
+@pytest.fixture
+async def ledger(target: Target) -> AsyncIterator[Ledger]:
+    """A ledger for asyncio."""
+    async with open_ledger(target) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def sync_ledger(target: Target) -> Iterator[Ledger]:
+    """A ledger for threads."""
+    with open_sync_ledger(target) as ledger:
+        yield ledger

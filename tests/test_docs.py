@@ -1,11 +1,10 @@
 """What the documents say, checked against the tests they name."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.kit.paths import ROOT
 
 
 @pytest.mark.parametrize(

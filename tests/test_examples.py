@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import httpx
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.kit.paths import EXAMPLES
 
 
 async def test_orders_transactional(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

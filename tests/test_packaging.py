@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 import idempotency
+from tests.kit.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = Path(idempotency.__file__).parent
 
 # -S leaves out site-packages: what imports here needs the standard library only.

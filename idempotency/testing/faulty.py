@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from inspect import isawaitable
 from typing import Literal, Self, TypeVar
 
 from idempotency._rules import Claim, Record, State
@@ -25,7 +27,7 @@ from idempotency.stores.memory import MemoryStore
 
 T = TypeVar("T")
 
-Fault = Literal["fail", "lost", "refuse"] | None
+Fault = Literal["fail", "lost", "refuse"] | Callable[[], object] | None
 Verb = Literal["claim", "renew", "complete", "release"]
 
 
@@ -47,6 +49,8 @@ class FaultyStore:
 
         ``"fail"``: StoreError, not applied. ``"lost"``: applied, and its answer lost: StoreError. ``"refuse"``: False,
         not applied, as for a superseded owner (a claim cannot be refused). None: this call succeeds.
+        A callable is called before the verb is applied, and for asyncio what it returns is awaited: ``Event().wait``
+        makes a store that answers late.
         """
         if verb == "claim" and "refuse" in faults:
             raise ValueError("a claim is not refused: it returns the record that is there")
@@ -83,22 +87,22 @@ class FaultyStore:
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        fault = self._next("claim")
+        fault = self._next_called("claim")
         return _answer(fault, self._blocking.claim_sync(claim))
 
     def renew_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
-        fault = self._next("renew")
+        fault = self._next_called("renew")
         return fault != "refuse" and _answer(fault, self._blocking.renew_sync(claim))
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        fault = self._next("complete")
+        fault = self._next_called("complete")
         return fault != "refuse" and _answer(fault, self._blocking.complete_sync(claim, result, state))
 
     def release_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
-        fault = self._next("release")
+        fault = self._next_called("release")
         return fault != "refuse" and _answer(fault, self._blocking.release_sync(claim))
 
     def close(self) -> None:
@@ -144,6 +148,14 @@ class FaultyStore:
     async def _next_awaited(self, verb: Verb) -> Fault:
         fault = self._next(verb)
         await asyncio.sleep(0)  # as a network would, also where the inner store does not wait
+        if callable(fault) and isawaitable(pause := fault()):
+            await pause
+        return fault
+
+    def _next_called(self, verb: Verb) -> Fault:
+        fault = self._next(verb)
+        if callable(fault):
+            fault()
         return fault
 
     def _next(self, verb: Verb) -> Fault:

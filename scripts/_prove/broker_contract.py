@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
-import servers
-from brokers.adapters import ADAPTERS, missing_broker
-from brokers.contract import CASES, MODES, Counted, Places, excused
+from tests.adapters.rigs.adapters import ADAPTERS, missing_broker
+from tests.adapters.rigs.contract import CASES, MODES, Counted, Places, excused
+from tests.kit import servers
 
 AT_ONCE = 4
 COUNTED = ("deliveries", "effects", "lost", "doubled", "unsettled")

@@ -16,12 +16,12 @@ from typing import Any
 
 import broker_contract
 import scenarios
-import servers
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from idempotency.errors import IdempotencyError
 from idempotency.testing import Report, crash_everywhere
+from tests.kit import servers
 
 JOBS = 8
 COUNTED = ("labels", "expected", "found", "lost", "doubled", "stuck")

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import servers
 from sqlalchemy import NullPool, create_engine, text
-from tcp_proxy import Proxy
 
 from _soak.clients import ask
 from _soak.plan import DRIVERS, Event
 from _soak.worker import Base
 from idempotency.stores.sql import SQLStore
+from tests.kit import servers
+from tests.kit.tcp_proxy import Proxy
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 5.0

@@ -16,20 +16,20 @@ import asyncio
 import json
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi_calls import Effects, Reply, call, protect, respond
-from faults import FlakyStore
 from starlette.middleware.cors import CORSMiddleware
-from time_travel import settled
 
 from idempotency import Policy
 from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
-from idempotency.testing import ManualClock
+from idempotency.testing import FaultyStore, ManualClock
+from tests.kit.asgi_calls import Effects, Reply, call, protect, respond
+from tests.kit.observed_store import ObservedStore
+from tests.kit.paths import ROOT
+from tests.kit.time_travel import settled
 
 DOCS = "https://api.example/docs/idempotency"
 NOTED = {13, 15, 16, 25, 27, 55}
@@ -190,7 +190,7 @@ def _timed(app: Any, **policy: Any) -> tuple[Any, ManualClock]:
 
 
 def _documentation() -> str:
-    return (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    return (ROOT / "docs" / "http.md").read_text()
 
 
 async def test_row_17_the_expiry_policy_is_published():
@@ -398,7 +398,7 @@ async def test_row_31_the_key_is_read_from_the_field():
 
 async def test_row_32_the_fingerprint_is_computed_for_each_request():
     """It is part of the claim: 32 bytes, others for another payload."""
-    store = FlakyStore()
+    store = ObservedStore()
     protected = protect(Effects(), store)
     for body in (b"one", b"one", b"two"):
         await call(protected, key="k", body=body)
@@ -409,7 +409,7 @@ async def test_row_32_the_fingerprint_is_computed_for_each_request():
 
 async def test_row_33_each_request_is_enforced():
     """Every keyed request claims its key before anything runs; the store is asked once for each."""
-    store = FlakyStore()
+    store = FaultyStore()
     seen: list[list[str]] = []
 
     async def look(scope, receive, send):
@@ -489,7 +489,7 @@ async def test_row_38_simultaneous_requests_run_once(wait):
     """Of 50, one runs; each other conflicts or is given the replay."""
     app = Effects()
     app.gate = asyncio.Event()
-    protected = protect(app, FlakyStore(), policy=Policy(wait=wait))
+    protected = protect(app, FaultyStore(), policy=Policy(wait=wait))
     tasks = [asyncio.create_task(call(protected, key="k")) for _ in range(50)]
     await settled()
     app.gate.set()
@@ -632,7 +632,7 @@ async def test_row_50_the_format_of_a_key_is_fixed():
 async def test_row_51_a_key_is_judged_before_anything_else(caplog):
     """A malformed one reaches neither the store, nor the caller's scope, nor the handler, nor a log."""
     caplog.set_level(logging.DEBUG)
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     asked: list[object] = []
     protected = protect(app, store, scope=lambda request: asked.append(request))
     await call(protected, key='"hunter2')
@@ -642,7 +642,7 @@ async def test_row_51_a_key_is_judged_before_anything_else(caplog):
 
 async def test_row_52_the_record_is_found_by_caller_and_key():
     """The caller is what the server knows of it, digested: not what the client says of itself."""
-    store = FlakyStore()
+    store = ObservedStore()
     protected = protect(Effects(), store, scope=lambda request: request.headers["x-authenticated-as"])
     for name in (b"alice", b"alice", b"bob"):
         await call(protected, key="k", headers=[(b"x-authenticated-as", name)])
@@ -670,7 +670,7 @@ async def test_row_53_another_callers_key_is_new():
 
 async def test_row_54_a_key_cannot_inject():
     """Delimiters in a key or caller do not imitate another pair, and what is stored under is a digest."""
-    store = FlakyStore()
+    store = ObservedStore()
     protected = protect(Effects(), store, scope=lambda request: request.headers["x-caller"])
     pairs = [
         ("a", "b:c"),
@@ -729,7 +729,7 @@ async def test_row_57_stored_responses_are_sensitive():
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE"])
 async def test_row_58_other_methods_are_not_touched(method):
     """On them the field is harmless, well-formed or not; POST and PATCH are protected."""
-    store, app = FlakyStore(), Effects()
+    store, app = FaultyStore(), Effects()
     protected = protect(app, store)
     for value in ("k", "k", '"broken'):
         assert (await call(protected, method=method, key=value)).status == 201

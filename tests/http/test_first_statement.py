@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from servers import MariaDBServer
 from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from targets import Target
-from test_transactional import INSERT_A_CUP, Order, Shop, first_answer, open_shop
 
 from idempotency import ConfigurationError, Policy
 from idempotency.errors import TransactionError
+from tests.http.test_transactional import INSERT_A_CUP, Order, Shop, first_answer, open_shop
+from tests.kit.servers import MariaDBServer
+from tests.kit.targets import Target
 
 EVERY = pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "mariadb_asyncmy", "sqlite")
 pytestmark = EVERY

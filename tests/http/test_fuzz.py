@@ -8,7 +8,6 @@ import random
 from typing import Any
 
 import pytest
-from asgi_calls import Client, Effects, Reply, http_scope, protect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from idempotency import Operation, Policy
 from idempotency._http.key import read_key
 from idempotency.errors import KeyInvalidError
 from idempotency.stores.memory import MemoryStore
+from tests.kit.asgi_calls import Client, Effects, Reply, http_scope, protect
 
 
 def steady(examples: int) -> settings:

@@ -12,8 +12,6 @@ import json
 from typing import Any
 
 import pytest
-from asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
-from faults import FlakyStore
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -21,13 +19,15 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
-from time_travel import settled, travelling, travelling_store
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import Claim, record_id
 from idempotency.stores.memory import MemoryStore
-from idempotency.testing import ManualClock
+from idempotency.testing import FaultyStore, ManualClock
+from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
+from tests.kit.observed_store import ObservedStore
+from tests.kit.time_travel import settled, travelling, travelling_store
 
 
 def starlette(endpoint: Any, **options: Any) -> Starlette:
@@ -44,7 +44,7 @@ def starlette(endpoint: Any, **options: Any) -> Starlette:
 @travelling
 async def test_a_late_owner_neither_overwrites_nor_frees_its_successors_record(status):
     """Whether it succeeds or fails after its lease, what the second recorded stays: a third request replays it."""
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     store.order("renew", *["fail"] * 1000)
     gates = [asyncio.Event(), asyncio.Event()]
     statuses = [status, 201]
@@ -73,7 +73,7 @@ async def test_a_late_owner_neither_overwrites_nor_frees_its_successors_record(s
 @travelling
 async def test_a_late_failure_does_not_free_a_running_successor():
     """While the second still runs, the first one's failure leaves it its key."""
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     store.order("renew", *["fail"] * 1000)
     gates = [asyncio.Event(), asyncio.Event()]
 
@@ -100,7 +100,7 @@ async def test_a_duplicate_that_arrives_while_the_first_completes_does_not_run()
     """Whenever it asks, before, in and after the completion, there is no gap in which the key looks free."""
     for pause in range(12):
         app = Effects()
-        protected = protect(app, FlakyStore())
+        protected = protect(app, FaultyStore())
         first = asyncio.create_task(call(protected, key="k"))
         for _ in range(pause):
             await asyncio.sleep(0)
@@ -128,7 +128,7 @@ async def test_a_waiter_that_gives_up_leaves_the_live_claim():
 
 async def _abandoned(clock: ManualClock, store: MemoryStore) -> Claim:
     """Leave behind what a killed worker leaves: a claim that nobody renews."""
-    flaky = FlakyStore(store).order("release", "refuse")
+    flaky = ObservedStore(store).order("release", "refuse")
     app = Effects()
     app.gate = asyncio.Event()
     victim = asyncio.create_task(call(protect(app, flaky), key="k", body=b"one"))
@@ -654,7 +654,7 @@ async def test_a_handler_longer_than_its_lease_keeps_it():
 @travelling
 async def test_a_failed_renewal_neither_stops_nor_fails_the_handler():
     """A store that is away for two of three beats is an event for nobody."""
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     store.order("renew", *["fail"] * 10)
     app = Effects()
     app.gate = asyncio.Event()
@@ -675,7 +675,7 @@ async def test_a_lost_lease_is_told_to_the_handler_and_nothing_is_cancelled():
         await scope["state"]["idempotency"].lost
         await respond(send, 503)
 
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     store.order("renew", "refuse")
     app = Effects(handler)
     assert (await call(protect(app, store), key="k")).status == 503
@@ -686,7 +686,7 @@ async def test_a_lost_lease_is_told_to_the_handler_and_nothing_is_cancelled():
 
 async def test_a_claim_whose_answer_was_lost_does_not_lock_the_only_client_out():
     """It is told 503, and its retry runs: not 409 about itself."""
-    store = FlakyStore().order("claim", "lost")
+    store = FaultyStore().order("claim", "lost")
     app = Effects()
     protected = protect(app, store)
     assert (await call(protected, key="k")).code == "store-unavailable"
@@ -698,13 +698,13 @@ async def test_a_claim_whose_answer_was_lost_does_not_lock_the_only_client_out()
 @pytest.mark.parametrize("fault", ["fail", "lost"])
 async def test_a_store_that_fails_after_the_effect_does_not_change_the_answer(fault):
     """The client gets its 201, and the key is neither freed nor forgotten: the record follows."""
-    store = FlakyStore().order("complete", fault)
+    store = FaultyStore().order("complete", fault)
     app = Effects()
     protected = protect(app, store)
     first = await call(protected, key="k")
     assert (first.status, first.body) == (201, b'{"run":1}')
     assert (await call(protected, key="k")).status in (201, 409)
-    await _until(lambda: store.count("complete") == 2)
+    await _until(lambda: store.calls.count("complete") == 2)
     assert (await call(protected, key="k")).replayed
     assert app.runs == 1
 
@@ -717,13 +717,13 @@ async def _until(condition: Any) -> None:
 
 async def test_a_store_that_is_down_means_503_and_nothing_runs():
     """Not an exception, and by default not an unprotected run."""
-    store = FlakyStore()
+    store = FaultyStore()
     store.down = True
     app = Effects()
     reply = await call(protect(app, store), key="k")
     assert (reply.status, reply.code, app.runs) == (503, "store-unavailable", 0)
     assert reply.header(b"retry-after") == b"1"
-    assert b"redis.internal" not in reply.body
+    assert b"as ordered" not in reply.body
     store.down = False
     await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
 
@@ -750,7 +750,7 @@ async def test_retry_after_is_the_time_left():
 @travelling
 async def test_waiting_duplicates_do_not_poll():
     """Forty duplicates of a 20 second request ask once each, and one of them twice more."""
-    store = FlakyStore(travelling_store())
+    store = FaultyStore(travelling_store())
     app = Effects()
     app.gate = asyncio.Event()
     protected = protect(app, store, policy=Policy(wait=25))
@@ -759,7 +759,7 @@ async def test_waiting_duplicates_do_not_poll():
     app.gate.set()
     replies = await asyncio.gather(*tasks)
     assert sum(reply.replayed for reply in replies) == 40
-    assert store.count("claim") == 41 + 2
+    assert store.calls.count("claim") == 41 + 2
 
 
 async def test_duplicates_do_not_count_as_attempts():

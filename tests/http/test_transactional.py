@@ -11,7 +11,6 @@ import httpx
 import pytest
 import sqlalchemy
 from fastapi import Depends, FastAPI
-from servers import with_port
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -21,8 +20,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-from targets import Target
-from tcp_proxy import Proxy
 
 from idempotency import ConfigurationError, IdempotencyMiddleware, Policy, drain
 from idempotency.adapters.fastapi import session as session_of_request
@@ -30,6 +27,9 @@ from idempotency.errors import TransactionError
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
+from tests.kit.servers import with_port
+from tests.kit.targets import Target
+from tests.kit.tcp_proxy import Proxy
 
 pytestmark = pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asgi_servers import STORE_TIMEOUT, Bench, Live
-from servers import PostgresServer, RedisServer, Server
-from targets import Target
+
+from tests.kit.asgi_servers import STORE_TIMEOUT, Bench, Live
+from tests.kit.servers import PostgresServer, RedisServer, Server
+from tests.kit.targets import Target
 
 
 @pytest.hookimpl(tryfirst=True)

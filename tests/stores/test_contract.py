@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from newer import make_newer
-from targets import SYNC_KINDS, Target
 
 from idempotency.testing import StoreContract, SyncStoreContract
+from tests.kit.newer import make_newer
+from tests.kit.targets import SYNC_KINDS, Target
 
 
 class TestContract(StoreContract):

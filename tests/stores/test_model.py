@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from targets import Target
 
 from idempotency._rules import (
     Claim,
@@ -29,6 +28,7 @@ from idempotency._rules import (
 )
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock
+from tests.kit.targets import Target
 
 LEASE = 5
 TTL = 20

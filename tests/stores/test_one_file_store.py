@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from one_file_store import DictStore
+from tests.stores.one_file_store import DictStore
 from typer.testing import CliRunner, Result
 
 from idempotency._cli import lookup

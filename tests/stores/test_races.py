@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from targets import SERVER_KINDS, Target, run_on
 
 from idempotency._rules import Claim, Execute, InProgress, Replay, Verdict, judge
+from tests.kit.targets import SERVER_KINDS, Target, run_on
 
 PROCESSES = 4
 CLAIMS = 25

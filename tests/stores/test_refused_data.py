@@ -8,13 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import servers
-from asgi_calls import call
-from servers import with_driver
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
-from targets import run_on, unique_name
 from typer.testing import CliRunner
 
 from idempotency import IdempotencyMiddleware, drain, drain_sync, idempotent, idempotent_consumer
@@ -24,6 +20,10 @@ from idempotency.consumer import DeadLetter, Done, Failed, Replayed
 from idempotency.errors import StoreRefusedError
 from idempotency.events import Event
 from idempotency.stores.sql import SQLStore
+from tests.kit import servers
+from tests.kit.asgi_calls import call
+from tests.kit.servers import with_driver
+from tests.kit.targets import run_on, unique_name
 
 ODD = {
     "accents": "clé",

@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 import redis
-from asgi_calls import call
-from ledger import Ledger, open_ledger, open_sync_ledger
-from servers import MariaDBServer, RedisServer, with_driver
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from targets import Target, unique_name
 
 from idempotency import IdempotencyMiddleware, Policy, idempotent
 from idempotency._rules import Claim, Completed, Replay, judge
@@ -23,6 +19,10 @@ from idempotency.errors import NotReplayableError, StoreRefusedError
 from idempotency.events import Event
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
+from tests.kit.asgi_calls import call
+from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
+from tests.kit.servers import MariaDBServer, RedisServer, with_driver
+from tests.kit.targets import Target, unique_name
 
 MIB = 1024**2
 LARGE = Policy(max_response=100 * MIB)

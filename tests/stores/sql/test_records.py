@@ -1,0 +1,129 @@
+"""The rows of the records: their clock, damage, and what purges them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from idempotency._rules import Record, Unreadable, judge
+from idempotency.errors import UnreadableError
+from idempotency.stores.sql import SQLStore
+from tests.kit.sql_store import DRIVERS, POSTGRES, SHORT, Verbs_of, new_claim, scalar
+
+
+@pytest.mark.parametrize("driver", list(DRIVERS))
+async def test_the_applications_clock_does_not_matter(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the application's clock a day ahead, leases and expiries are what the database's clock says."""
+    mine = new_claim()
+    await store.claim(mine)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 86400)
+
+    record = await store.claim(new_claim())
+    entry = await store.inspect(mine.id)
+
+    assert 25 < record.lease_left <= 30
+    assert entry is not None
+    assert entry.expires_in is not None
+    assert 85 < entry.expires_in <= 90
+
+
+@pytest.mark.parametrize("driver", ["mariadb"])
+async def test_the_sessions_time_zone_does_not_matter(store: SQLStore, engine: AsyncEngine) -> None:
+    """A session in another time zone sees the same time left."""
+    await store.claim(new_claim())
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def move(connection: Any, *_: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SET time_zone = '+11:00'")
+        cursor.close()
+
+    record = await store.claim(new_claim())
+    event.remove(engine.sync_engine, "checkout", move)
+
+    assert 25 < record.lease_left <= 30
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "postgres", "mariadb"])
+@pytest.mark.parametrize("damage", ["state = 9", "state = 0", "version = 0", "attempt = 0"])
+async def test_damaged_rows_are_unreadable(store: SQLStore, engine: AsyncEngine, table: str, damage: str) -> None:
+    """A row that makes no sense is reported as such and neither run again nor changed, its lease over or not."""
+    await store.claim(new_claim(lease=SHORT))
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {table} SET {damage}, lease_until_ms = 1"))
+    whole = f"SELECT concat(version, ' ', state, ' ', attempt, ' ', token) FROM {table}"
+    whole = (
+        whole.replace("concat(", "(").replace(", ' ', ", " || ' ' || ") if engine.dialect.name == "sqlite" else whole
+    )
+    before = await scalar(engine, whole)
+
+    record = await store.claim(mine := new_claim())
+
+    assert isinstance(judge(mine, record), Unreadable)
+    assert await scalar(engine, whole) == before
+
+
+@pytest.mark.parametrize("driver", ["sqlite"])
+async def test_sqlite_values_of_a_wrong_type_are_unreadable(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """SQLite keeps text where a number belongs: such a record is unreadable, and an operator is told."""
+    claim = new_claim()
+    await store.claim(claim)
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {table} SET state = 'done', attempt = 'x'"))
+
+    record = await store.claim(new_claim())
+
+    assert record == Record.unreadable()
+    with pytest.raises(UnreadableError):
+        await store.inspect(claim.id)
+
+
+@pytest.mark.parametrize("driver", list(DRIVERS))
+async def test_purge_takes_batches(store: SQLStore) -> None:
+    """Each purge deletes at most a batch of what expired, and never what did not."""
+    for number in range(7):
+        await store.claim(new_claim(f"expired-{number}", lease=SHORT, ttl=SHORT))
+    await store.claim(kept := new_claim("kept"))
+    await store.claim(held := new_claim("held", lease=SHORT, ttl=SHORT, hold=True))
+    await asyncio.sleep(0.15)
+
+    counts = [await store.purge(3) for _ in range(4)]
+
+    assert counts == [3, 3, 1, 0]
+    assert await store.inspect(kept.id) is not None
+    assert await store.inspect(held.id) is not None
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_purge_passes_by_what_is_locked(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """An expired row that a transaction holds is left for a later purge, and not waited for."""
+    for number in range(3):
+        await store.claim(new_claim(f"key-{number}", lease=SHORT, ttl=SHORT))
+    await asyncio.sleep(0.15)
+    async with engine.connect() as connection:
+        await connection.execute(text(f"SELECT 1 FROM {table} LIMIT 1 FOR UPDATE"))
+
+        purged = await store.purge()
+
+    assert purged == 2
+
+
+@pytest.mark.parametrize("driver", ["postgres", "mariadb"])
+async def test_purge_uses_the_index(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """The statement that purges finds its rows by the index of expiries."""
+    async with engine.connect() as connection:
+        purge = str(Verbs_of(store, connection.sync_connection)._sql.purge).replace(":limit", "10")  # type: ignore[arg-type]
+        purge = re.sub(r"^SET STATEMENT .* FOR (?=DELETE)", "", purge)
+        if engine.dialect.name == "postgresql":
+            await connection.execute(text("SET enable_seqscan = off"))
+        plan = " ".join(str(row) for row in await connection.execute(text(f"EXPLAIN {purge}")))
+
+    assert f"{table}_expires" in plan
+    assert "Filter" not in plan

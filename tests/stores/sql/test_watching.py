@@ -1,0 +1,114 @@
+"""Watchers of a SQL record: notified on PostgreSQL, polling elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from idempotency.stores.sql import SQLStore
+from tests.kit.servers import with_port
+from tests.kit.sql_store import POSTGRES, is_idle, new_claim, scalar, until
+from tests.kit.tcp_proxy import Proxy
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_a_watcher_is_notified(store: SQLStore, engine: AsyncEngine) -> None:
+    """The end of a watched record wakes its watcher long before it would poll, and only that one."""
+    mine, other = new_claim(), new_claim("other")
+    await store.claim(mine)
+    await store.claim(other)
+    async with store.watch(mine) as changed, store.watch(other) as other_changed:
+        await store.claim(new_claim(watched=True))
+        await store.claim(new_claim("other", watched=True))
+        await asyncio.sleep(0.1)
+        for wait in (changed, other_changed):
+            await wait(0)
+        assert await is_idle(engine)
+        waiting = asyncio.create_task(changed(10))
+        unconcerned = asyncio.create_task(other_changed(10))
+
+        await store.complete(mine, b"done")
+        begun = time.monotonic()
+        await waiting
+        took = time.monotonic() - begun
+
+        assert took < 0.3
+        assert not unconcerned.done()
+        unconcerned.cancel()
+
+
+async def test_no_watcher_no_notification(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """The end of a record that nobody watches notifies nobody."""
+    heard: list[str] = []
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.add_listener(table, lambda *notification: heard.append(notification[3]))
+        for claim in (new_claim("unwatched"), new_claim("released"), new_claim("watched", watched=True)):
+            await store.claim(claim)
+            await (store.release(claim) if claim.key == "released" else store.complete(claim, b""))
+        await driver.fetchval("SELECT 1")
+        await asyncio.sleep(0.05)
+        await driver.reset()
+
+    assert heard == [new_claim("watched").id.hex()]
+
+
+async def test_listening_survives_a_lost_connection(url: str, proxy: Proxy, table: str) -> None:
+    """When the listening connection dies its watchers are woken, poll, and are notified again later."""
+    store = SQLStore.from_url(with_port(url, proxy.port), table=table)
+    await store.create_schema()
+    mine = new_claim()
+    await store.claim(mine)
+    async with store.watch(mine) as changed:
+        (side,) = store._per_loop.values()
+        await store.claim(new_claim(watched=True))
+        waiting = asyncio.create_task(changed(10))
+        proxy.cut()
+        await asyncio.wait_for(waiting, 2)
+        polled = time.monotonic()
+        await changed(10)
+        polled = time.monotonic() - polled
+
+        async def listening() -> bool:
+            return side.watchers._listening.is_set()
+
+        await until(listening)
+        await store.complete(mine, b"")
+        await asyncio.wait_for(changed(10), 1)
+    await store.aclose()
+
+    assert polled < 1
+
+
+async def test_the_listening_connection_is_closed_when_idle(
+    store: SQLStore, monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, table: str
+) -> None:
+    """One connection serves all watchers, and none is left when nobody watches."""
+    monkeypatch.setattr("idempotency._sql.listen._LINGER", 0)
+    listeners = f"SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%{table}%'"
+    async with store.watch(new_claim("one")), store.watch(new_claim("two")):
+        while_watched = await scalar(engine, listeners)
+
+    async def closed() -> bool:
+        return await scalar(engine, listeners) == 0
+
+    await until(closed)
+    assert while_watched == 1
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "mariadb"])
+async def test_without_notifications_a_watcher_polls(store: SQLStore) -> None:
+    """Where the database cannot notify, waiting ends after a polling interval that grows to half a second."""
+    async with store.watch(new_claim()) as changed:
+        intervals = []
+        for _ in range(6):
+            begun = time.monotonic()
+            await changed(10)
+            intervals.append(time.monotonic() - begun)
+
+    expected = [0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    assert all(low - 0.01 <= took < low + 0.3 for low, took in zip(expected, intervals, strict=True)), intervals
