@@ -1,4 +1,4 @@
-"""The functions that read a message or call: ``key=``, and ``fingerprint=``, what repeats of it must have in common."""
+"""The functions that read a message or a call: ``key=`` and ``fingerprint=``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
 
 
 def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
-    """Return what is compared of one message or call; ``body`` is asked for only where it is needed."""
+    """Return what is compared of one message or call; ``body`` is called only where it is needed."""
     if fingerprint is None:
         return None
     if fingerprint == "body":
@@ -25,9 +25,9 @@ def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, 
 
 
 def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: bool = False) -> None:
-    """Refuse a ``key`` or ``fingerprint`` that can read no message or call at all.
+    """Refuse a ``key`` or ``fingerprint`` that cannot read any message or call.
 
-    ``body``: whether there may be one to compare. ``awaited``: whether coroutine functions are awaited.
+    ``body``: whether ``"body"`` is allowed. ``awaited``: whether coroutine functions are awaited.
     """
     readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
     for name, given in readers.items():
@@ -36,4 +36,4 @@ def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: boo
         if not callable(given):
             raise ConfigurationError(f"{name}= must be a function, not {given!r}")
         if is_async(given) and not awaited:
-            raise ConfigurationError(f"{name}= must not be a coroutine function: nobody awaits what it returns")
+            raise ConfigurationError(f"{name}= must not be a coroutine function: its result is not awaited")

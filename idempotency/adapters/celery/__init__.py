@@ -257,7 +257,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             except SoftTimeLimitExceeded:
                 raise
             except Exception as error:
-                return self._consumer.rules.unnamed(error)
+                return self._consumer.rules.refuse_unreadable(error)
             return self._consumer.deliver(key, self._work(args, kwargs), attempt=self._attempt(), compared=compared)
         except Exception as error:
             # It may have ended while it waited for another; its own failure is here only where "stop" is asked for.
@@ -313,7 +313,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         """Refuse to give None to what follows this task."""
         error = NotReplayableError("the result, which what follows is given, was not kept")
         try:
-            letter = self._consumer.rules.refused(error, error.code)
+            letter = self._consumer.rules.refuse(error, error.code)
         except NotReplayableError:
             self._requeue(error, StopWorker)
         self._bury(letter.reason, error)

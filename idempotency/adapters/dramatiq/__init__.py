@@ -108,7 +108,7 @@ def idempotent_actor(
                 # Not the whole message: its options and its time are another's at each retry.
                 same = compared(args, kwargs, lambda: as_sent(signature, args, kwargs))
             except Exception as error:
-                return verbs.rules.unnamed(error)
+                return verbs.rules.refuse_unreadable(error)
             return verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=same)
 
         def handle(*args: Any, **kwargs: Any) -> Any:

@@ -95,7 +95,7 @@ class Delivery:
         self.message.options["store_results"] = False
         if self.feeds and self.rules is not None:
             error = NotReplayableError("The result was not kept, so the rest of the pipeline cannot be given it.")
-            self.settle(self.rules.refused(error, error.code), 0)
+            self.settle(self.rules.refuse(error, error.code), 0)
 
 
 _DELIVERY: ContextVar[Delivery | None] = ContextVar("idempotency_dramatiq_delivery", default=None)

@@ -234,12 +234,13 @@ class _Delivery(BaseMiddleware[Any, Any]):
         try:
             key = await self._key(source, msg)
         except Exception as error:
-            rules = consumer.rules
-            return rules.unidentified(error, attempt) if self._shared.key is None else rules.unnamed(error)
+            if self._shared.key is None:
+                return consumer.rules.refuse_unidentified(error, attempt)
+            return consumer.rules.refuse_unreadable(error)
         try:
             compared = await self._compared(msg)
         except Exception as error:
-            return consumer.rules.unnamed(error)
+            return consumer.rules.refuse_unreadable(error)
         self._named = {KEY_HEADERS[0]: key} if isinstance(key, str) and key else {}
         until = monotonic() + LONGEST_HOLD
         async with _extended(source, msg):
@@ -371,7 +372,7 @@ def _unpublished(consumer: Consumer) -> DeadLetter:
         "The message is handled; its result was not kept, and cannot be published again. "
         "Return what can be kept, or give codec=."
     )
-    return consumer.rules.refused(error, error.code)
+    return consumer.rules.refuse(error, error.code)
 
 
 async def _redeliver(

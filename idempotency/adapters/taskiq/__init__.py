@@ -107,7 +107,7 @@ def idempotent_task(
                 named = context.message.task_id if key is None else key(*args, **kwargs)
                 same = compared(args, kwargs, lambda: as_sent(signature, context.message.args, context.message.kwargs))
             except Exception as error:
-                return made.rules.unnamed(error)
+                return made.rules.refuse_unreadable(error)
             limit = context.message.labels.get("timeout")
 
             async def work(*session: Any) -> Any:
