@@ -44,7 +44,7 @@ from celery.utils.imports import symbol_by_name
 from idempotency._engine.background import drain_sync
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._signature import signature_without_session, takes_session, wrap_like
-from idempotency.adapters._delivery import as_sent
+from idempotency.adapters._body import arguments_as_bytes
 from idempotency.adapters.celery._worker import (
     NEVER_ENCODED,
     StopWorker,
@@ -248,7 +248,9 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         given = self._given
         key = self.request.id if given.key is None else given.key(*args, **kwargs)
         # What else is in a message is not the same at each delivery: retries, what follows, and the encoding.
-        return key, compared_by(given.fingerprint, lambda: as_sent(self._sent, args, kwargs), *args, **kwargs)
+        return key, compared_by(
+            given.fingerprint, lambda: arguments_as_bytes(self._sent, args, kwargs), *args, **kwargs
+        )
 
     def _deliver(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Delivered:
         try:

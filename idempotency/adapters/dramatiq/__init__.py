@@ -42,7 +42,7 @@ from idempotency._brokers.headers import no_identity
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.rules import Rules
 from idempotency._signature import bind_arguments, is_async, wrap_like
-from idempotency.adapters._delivery import as_sent
+from idempotency.adapters._body import arguments_as_bytes
 from idempotency.adapters.dramatiq._delivery import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError
@@ -106,7 +106,7 @@ def idempotent_actor(
             try:
                 named = delivery.message.message_id if key is None else key(*args, **kwargs)
                 # Not the whole message: its options and its time are another's at each retry.
-                same = compared(args, kwargs, lambda: as_sent(signature, args, kwargs))
+                same = compared(args, kwargs, lambda: arguments_as_bytes(signature, args, kwargs))
             except Exception as error:
                 return verbs.rules.refuse_unreadable(error)
             return verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=same)

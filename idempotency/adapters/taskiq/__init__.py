@@ -40,7 +40,7 @@ from idempotency._brokers.headers import no_identity
 from idempotency._engine.background import drain
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._signature import bind_arguments, is_async, name_of, wrap_like
-from idempotency.adapters._delivery import as_sent
+from idempotency.adapters._body import arguments_as_bytes
 from idempotency.adapters.taskiq._dependencies import CONTEXT, take_dependencies
 from idempotency.consumer import Consumer, ConsumerOptions, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
@@ -105,7 +105,9 @@ def idempotent_task(
             _refuse_shared(store, scope, this, context.message.task_name)
             try:
                 named = context.message.task_id if key is None else key(*args, **kwargs)
-                same = compared(args, kwargs, lambda: as_sent(signature, context.message.args, context.message.kwargs))
+                same = compared(
+                    args, kwargs, lambda: arguments_as_bytes(signature, context.message.args, context.message.kwargs)
+                )
             except Exception as error:
                 return made.rules.refuse_unreadable(error)
             limit = context.message.labels.get("timeout")
