@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import redis
-from servers import NO_REDIS, forget_redis_keys, local_redis, no_identity
+from servers import NO_REDIS, forget_redis_keys, local_redis, missing
 
 from brokers.celery_queue import SOLO, application, worker
 
@@ -19,7 +19,7 @@ class Rig:
         self.place = place
         url = local_redis()
         if url is None:
-            no_identity(NO_REDIS)
+            missing(NO_REDIS)
         self._url = url
         self._redis = redis.Redis.from_url(url)
         self.app = application(place, url)

@@ -7,7 +7,7 @@ from typing import Any
 import dramatiq
 import redis
 from dramatiq.brokers.redis import RedisBroker
-from servers import NO_REDIS, forget_redis_keys, local_redis, no_identity
+from servers import NO_REDIS, forget_redis_keys, local_redis, missing
 
 from brokers.dramatiq_rabbit import COMMAND, message
 
@@ -19,7 +19,7 @@ class Rig:
         self.place = place
         url = local_redis()
         if url is None:
-            no_identity(NO_REDIS)
+            missing(NO_REDIS)
         self._url = url
         self._redis = redis.Redis.from_url(url)
         self._broker = RedisBroker(client=self._redis, namespace=place, middleware=[])

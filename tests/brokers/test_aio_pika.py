@@ -14,7 +14,7 @@ import pika
 import pytest
 from aio_pika import Message, connect, connect_robust
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
-from servers import no_identity, with_port
+from servers import missing, with_port
 from targets import unique_name
 from tcp_proxy import Proxy
 
@@ -33,7 +33,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "consumer_aio_pika.py"
 @pytest.fixture(autouse=True)
 def _rabbitmq() -> None:
     if reason := missing_broker("aio_pika"):
-        no_identity(reason)
+        missing(reason)
 
 
 @pytest.fixture

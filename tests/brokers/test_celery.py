@@ -24,7 +24,7 @@ from celery.signals import setup_logging
 from kombu.exceptions import OperationalError
 from kombu.serialization import registry
 from pydantic import BaseModel
-from servers import no_identity
+from servers import missing
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 from targets import unique_name
@@ -58,7 +58,7 @@ def keep_logging(**_: Any) -> None:
 @pytest.fixture(params=RIGS)
 def adapter(request: pytest.FixtureRequest) -> str:
     if reason := missing_broker(request.param):
-        no_identity(reason)
+        missing(reason)
     return str(request.param)
 
 
@@ -901,7 +901,7 @@ def run_example(url: str, queue: str) -> None:
 
 def test_the_example_runs_on_rabbitmq() -> None:
     if reason := missing_broker("celery_rabbit"):
-        no_identity(reason)
+        missing(reason)
     queue = unique_name("celery_example")
     try:
         run_example(URL, queue)

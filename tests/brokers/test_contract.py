@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from servers import no_identity
+from servers import missing
 
 from brokers.adapters import ADAPTERS, missing_broker
 from brokers.contract import CASES, MODES, Counted, Places, excused
@@ -42,7 +42,7 @@ def test_a_message_takes_effect_once_and_is_settled_once(
     adapter: str, mode: str, case: str, request: pytest.FixtureRequest, running: dict[str, Future[Counted]]
 ) -> None:
     if reason := missing_broker(adapter):
-        no_identity(reason)
+        missing(reason)
     if reason := excused(adapter, case):
         pytest.skip(reason)
     counted = running[request.node.nodeid].result()

@@ -24,7 +24,7 @@ from dramatiq.middleware import AsyncIO, GroupCallbacks, Retries, TimeLimit, def
 from dramatiq.rate_limits.backends import StubBackend as StubCounters
 from dramatiq.results import ResultMissing, Results
 from dramatiq.results.backends import StubBackend
-from servers import no_identity
+from servers import missing
 from targets import unique_name
 
 from brokers.adapters import missing_broker
@@ -49,7 +49,7 @@ def broker() -> StubBroker:
 @pytest.fixture
 def rabbitmq() -> Iterator[RabbitmqBroker]:
     if reason := missing_broker("dramatiq_rabbit"):
-        no_identity(reason)
+        missing(reason)
     broker = RabbitmqBroker(url=URL, confirm_delivery=True)
     yield broker
     for queue in broker.get_declared_queues():
@@ -737,6 +737,6 @@ def test_what_would_lose_messages_is_refused() -> None:
 
 def test_the_example_runs() -> None:
     if reason := missing_broker("dramatiq_rabbit"):
-        no_identity(reason)
+        missing(reason)
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "2 deliveries, 1 invoice\n"

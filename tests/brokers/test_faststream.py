@@ -35,7 +35,7 @@ from faststream.rabbit.message import RabbitMessage
 from faststream.redis import ListSub, RedisBroker, StreamSub
 from nats.js.api import ConsumerConfig
 from pydantic import BaseModel, Field, computed_field
-from servers import no_identity
+from servers import missing
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from targets import unique_name
@@ -123,7 +123,7 @@ class Rabbit:
 @pytest.fixture
 def rabbit() -> Iterator[Rabbit]:
     if reason := missing_broker("faststream_rabbit"):
-        no_identity(reason)
+        missing(reason)
     opened = Rabbit()
     yield opened
     opened.close()
@@ -1253,7 +1253,7 @@ def test_the_bytes_of_a_result_are_these() -> None:
 
 def test_the_example_runs() -> None:
     if reason := missing_broker("faststream_rabbit"):
-        no_identity(reason)
+        missing(reason)
     environment = {**os.environ, "AMQP_URL": URL}
     done = subprocess.run(
         [sys.executable, EXAMPLE], capture_output=True, text=True, timeout=60, check=True, env=environment

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from servers import Proxy, no_identity, with_port
+from servers import Proxy, missing, with_port
 
 from brokers.adapters import missing_broker
 from brokers.contract import Places
@@ -21,7 +21,7 @@ AWAY = 3.0
 def test_a_worker_that_is_asked_to_end_writes_its_record(adapter: str, postgres_url: str, redis_url: str) -> None:
     """The message was handled and is acknowledged; the worker ends when that is recorded."""
     if reason := missing_broker(adapter):
-        no_identity(reason)
+        missing(reason)
     with (
         Proxy(urlsplit(redis_url).port or 6379) as proxy,
         Places(postgres_url, redis_url).case(adapter, "leased") as case,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel
-from servers import no_identity
+from servers import missing
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from taskiq import (
@@ -729,6 +729,6 @@ def test_what_cannot_work_is_refused() -> None:
 
 def test_the_example_runs() -> None:
     if reason := missing_broker("taskiq_rabbit"):
-        no_identity(reason)
+        missing(reason)
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "2 deliveries, 1 invoice\n"
