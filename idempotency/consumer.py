@@ -277,8 +277,7 @@ class _Reader:
         return self._key_function()(message)
 
     def compared(self, message: Any) -> bytes | str | None:
-        compared: bytes | str | None = compared_by(self.fingerprint, lambda: None, message)
-        return compared
+        return compared_by(self.fingerprint, lambda: None, message)
 
     def _key_function(self, key_of_adapter: Callable[[Any], object] | None = None) -> Callable[[Any], object]:
         key_function = self.key or key_of_adapter

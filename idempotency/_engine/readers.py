@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from idempotency._signature import is_async
 from idempotency.errors import ConfigurationError
+
+T = TypeVar("T")
 
 Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
 """What repeated messages must have in common with the first: what a function returns, the body, or nothing."""
 
 
-def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
+def compared_by(
+    fingerprint: Callable[..., T] | Literal["body"] | None, body: Callable[[], bytes | None], *args: Any, **kwargs: Any
+) -> T | bytes | None:
     """Return what is compared of one message or call; ``body`` is called only where it is needed."""
     if fingerprint is None:
         return None

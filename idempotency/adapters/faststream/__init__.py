@@ -83,7 +83,7 @@ class IdempotencyMiddleware:
     ) -> None:
         check_readers(key, fingerprint, awaited=True)
         self.key = key
-        self.fingerprint = fingerprint
+        self.fingerprint: Fingerprint = fingerprint
         self.dead_letter = dead_letter
         self.pause = pause
         self.counts = options.get("max_attempts") is not None

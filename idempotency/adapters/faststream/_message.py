@@ -118,7 +118,7 @@ class MessageMiddleware(BaseMiddleware[Any, Any]):
         key = self._shared.key(msg)
         return await key if inspect.isawaitable(key) else key
 
-    async def _compared(self, msg: StreamMessage[Any]) -> Any:
+    async def _compared(self, msg: StreamMessage[Any]) -> bytes | str | None:
         compared = compared_by(self._shared.fingerprint, lambda: as_bytes(msg.body), msg)
         return await compared if inspect.isawaitable(compared) else compared
 
