@@ -177,14 +177,14 @@ def idempotent_consumer(
     ``consumer`` is the name of the consumer. Two consumers of one message both run. Two handlers with one name log a
     warning: a message that one has handled is not handled by the other. ``key`` is given the message and returns what
     identifies it, as text: the same at every redelivery, and unique among all messages of this consumer. Without it the
-    handler raises :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` knows the
+    handler raises :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` reads the
     identity that its broker gives a message, so that ``key`` is not needed there.
     ``fingerprint``: what repeated messages must have in common with the first. ``"body"``, the default: the raw body,
-    as the broker delivered it, without headers. Only an adapter knows the body: a direct call, and ``deliver()``
+    as the broker delivered it, without headers. Only an adapter has the body: a direct call, and ``deliver()``
     without ``body=``, compares nothing. A function is given the message and returns text or bytes. None: nothing.
     Where the record or the message compares nothing, only the key counts.
     ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the first; an adapter
-    knows it too. A message for which one of these functions raises, or returns a wrong value, is settled by
+    reads it too. A message for which one of these functions raises, or returns a wrong value, is settled by
     ``on_refused``.
     The other options are :class:`ConsumerOptions`. With ``session=`` the handler's effect and its record are one
     transaction; an error of the handler rolls back both.
@@ -283,8 +283,8 @@ class _Reader:
         key_function = self.key or key_of_adapter
         if key_function is None:
             raise KeyMissingError(
-                "a message came to a consumer without key=: give it, or consume through an adapter, which knows how "
-                "its broker identifies a message"
+                "a message came to a consumer without key=: give it, or consume through an adapter, which reads "
+                "the identity that its broker gives a message"
             )
         return key_function
 

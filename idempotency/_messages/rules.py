@@ -126,7 +126,7 @@ class Rules:
     def answer(self, claim: Claim, ended: Ended) -> Any:
         """Return the result, None where it was not recorded; raise where the message must be redelivered.
 
-        It is for a framework that knows no other answer: it redelivers a message whose handler raises.
+        It is for a framework without an adapter, which redelivers a message whose handler raises.
         """
         if isinstance(ended, Completed):
             self.calls.emit("completed", claim)

@@ -370,7 +370,9 @@ def _sort(subscriber: Any, handler: Any) -> Source:
             name = f"redis-channel:{subscriber.channel.name}:{_name(handler)}"
             return Transient(subscriber, handler, "channel", name)
         case _:
-            raise ConfigurationError(f"{type(subscriber).__qualname__} is a subscriber that this adapter does not know")
+            raise ConfigurationError(
+                f"{type(subscriber).__qualname__} is a subscriber that this adapter does not support"
+            )
 
 
 def broker_of(subscriber: Any) -> str:
