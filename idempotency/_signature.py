@@ -1,4 +1,4 @@
-"""What is read from functions: whether they are awaited, their names, and whether they take a session."""
+"""Inspection of functions: whether they are awaited, their names, and whether they take a session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from idempotency.errors import ConfigurationError
 
 
 def abandon(value: object) -> None:
-    """Close an awaitable or a generator that nobody will use, so that nothing warns of it."""
+    """Close an awaitable or a generator that is not used, so that Python does not warn of it."""
     if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
         close = getattr(value, "close", None)
         if close is not None:
@@ -19,7 +19,7 @@ def abandon(value: object) -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Say whether a call of ``function`` is awaited; ConfigurationError for a generator, which has no one result."""
+    """Return whether a call of ``function`` is awaited; ConfigurationError for a generator: it has no one result."""
     for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
         if inspect.iscoroutinefunction(each):
             return True
@@ -32,56 +32,56 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return what events call a function."""
+    """Return the name by which events mention a function."""
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
 
 
 def takes_session(function: Callable[..., Any]) -> bool:
-    """Say whether a function is given the session as its keyword ``session``."""
+    """Return whether a function is given the session as its keyword ``session``."""
     parameter = inspect.signature(function).parameters.get("session")
     return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
 
 
 def needs_session(function: Callable[..., Any]) -> bool:
-    """Say whether a function cannot be called without the keyword ``session``."""
+    """Return whether a function cannot be called without the keyword ``session``."""
     return takes_session(function) and (
         inspect.signature(function).parameters["session"].default is inspect.Parameter.empty
     )
 
 
 def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature that callers see: frameworks inject what they find in it."""
+    """Return the signature that callers see: frameworks pass the arguments that they find in it."""
     signature = inspect.signature(function)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "session"]
-    return signature.replace(parameters=kept)
+    others = [parameter for name, parameter in signature.parameters.items() if name != "session"]
+    return signature.replace(parameters=others)
 
 
 def bind_arguments(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
-    """Return what binds a call's arguments, and leaves the session, where there is one, for the runner to give."""
-    gives = session is not None and takes_session(function)
-    call = function if is_async(function) else _ended(function)
+    """Return a function that binds the arguments of a call; the runner adds the session, where there is one."""
+    passes_session = session is not None and takes_session(function)
+    call = function if is_async(function) else _refuse_unfinished(function)
 
     def bind(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         if session is None:
             return lambda: call(*args, **kwargs)
-        if gives:
+        if passes_session:
             return lambda opened: call(*args, **{**kwargs, "session": opened})
         return lambda _: call(*args, **kwargs)
 
     return bind
 
 
-def _ended(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a result that stands for work yet to be done: it would be recorded before it is."""
+def _refuse_unfinished(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a result whose work is not done yet, such as a coroutine: it would be recorded before it is done."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
             abandon(value)
             raise ConfigurationError(
-                f"{name_of(function)} returned a {type(value).__name__}, whose work is yet to be done: decorate the "
-                "coroutine function itself, or give what wraps it functools.wraps"
+                f"{name_of(function)} returned a {type(value).__name__}, whose work is not done yet: decorate the "
+                "coroutine function itself, or use functools.wraps in its wrapper"
             )
         return value
 

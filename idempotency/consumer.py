@@ -1,9 +1,9 @@
 """Idempotency keys for message handlers: a redelivered message takes effect once, and is settled once.
 
 ``handler(message)`` returns the result or raises, as a framework without an adapter needs it.
-``handler.deliver(message)`` says instead how the broker is to be answered, as an adapter needs it:
+``handler.deliver(message)`` returns instead how the delivery is to be settled, as an adapter needs it:
 
-    the message                              outcome                    the broker
+    the message                              settlement                 the broker
     was handled, and committed               Done(result)               ack
     had been handled                         Replayed(result)           ack; replies and publishes go out again
     is being handled by another, or the      Retry(after)               redeliver later, never ack
@@ -73,20 +73,23 @@ class AsyncHandler(Protocol[P, R]):
         key: Callable[[Any], object] | None = None,
         body: bytes | None = None,
     ) -> Delivered:
-        """Handle a message, and say how it is to be settled.
+        """Handle a message, and return how it is to be settled.
 
-        ``attempt`` is the broker's count of its deliveries, ``key`` says what identifies a message where the handler
-        was not given a ``key`` of its own, ``body`` is the message as the broker delivered it, for
+        ``attempt`` is the broker's count of its deliveries. ``key`` returns what identifies a message; it is used where
+        the handler has no ``key`` of its own. ``body`` is the message as the broker delivered it, for
         ``fingerprint="body"``.
         """
         ...
 
     async def forget(self, key: str, /) -> bool:
-        """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+        """Forget that a message was handled, so that it can be sent again.
+
+        Return False where it was not handled, or is being handled.
+        """
         ...
 
     def unsettled(self, error: BaseException, /) -> None:
-        """Tell the event hook that the broker could not be told how a delivery ended."""
+        """Emit the event of a delivery that could not be settled: the broker delivers the message again."""
         ...
 
     @property
@@ -101,7 +104,7 @@ class AsyncHandler(Protocol[P, R]):
 
     @property
     def ttl(self) -> float:
-        """Return for how many seconds the record of a message is kept."""
+        """Return for how many seconds the record of a message is stored."""
         ...
 
 
@@ -149,7 +152,7 @@ class SyncHandler(Protocol[P, R]):
 
 
 class Decorate(Protocol):
-    """What :func:`idempotent_consumer` returns."""
+    """The decorator that :func:`idempotent_consumer` returns."""
 
     @overload
     def __call__(  # type: ignore[overload-overlap]
@@ -171,20 +174,20 @@ def idempotent_consumer(
 ) -> Decorate:
     """Make a message handler, of one argument or more, take effect once for each message.
 
-    ``consumer`` names who consumes: two consumers of one message both run, two handlers of one name are warned of, as
-    they would take messages from each other. ``key`` is given the message and returns what identifies it, text, the
-    same at every redelivery and unique among all that this consumer is given; without one the handler raises
-    :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` knows the identity its
-    broker gives a message, so that with one ``key`` may be left out.
+    ``consumer`` is the name of the consumer. Two consumers of one message both run. Two handlers with one name log a
+    warning: a message that one has handled is not handled by the other. ``key`` is given the message and returns what
+    identifies it, as text: the same at every redelivery, and unique among all messages of this consumer. Without it the
+    handler raises :class:`~idempotency.errors.KeyMissingError`. An adapter of :mod:`idempotency.adapters` reads the
+    identity that its broker gives a message, so that ``key`` is not needed there.
     ``fingerprint``: what repeated messages must have in common with the first. ``"body"``, the default: the raw body,
-    as the broker delivered it, without headers; only an adapter knows that, so that a direct call, and ``deliver()``
+    as the broker delivered it, without headers. Only an adapter has the body: a direct call, and ``deliver()``
     without ``body=``, compares nothing. A function is given the message and returns text or bytes. None: nothing.
     Where the record or the message compares nothing, only the key counts.
     ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the first; an adapter
-    knows it too. A message for which one of these functions raises or returns what it may not is settled by
+    reads it too. A message for which one of these functions raises, or returns a wrong value, is settled by
     ``on_refused``.
     The other options are :class:`ConsumerOptions`. With ``session=`` the handler's effect and its record are one
-    transaction, and what it raises rolls back both.
+    transaction; an error of the handler rolls back both.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
@@ -202,14 +205,14 @@ def idempotent_consumer(
         bind = bind_arguments(function, session)
         read = _Reader(_first_parameter(function), key, fingerprint, attempt)
         if is_async(function):
-            handler = _equip_async(Consumer(store, consumer, function, options), read, bind)
+            handler = _handler_async(Consumer(store, consumer, function, options), read, bind)
         else:
-            handler = _equip_sync(SyncConsumer(store, consumer, function, options), read, bind)
+            handler = _handler_sync(SyncConsumer(store, consumer, function, options), read, bind)
         handler._made = Made(function, key)
         if takes_scope_of_another(store, f"consumer:{consumer}", handler._made):
             _logger.warning(
-                "two different handlers of this process are the consumer %r: a message that one has handled is none for"
-                " the other; give each a consumer= of its own",
+                "two different handlers of this process are the consumer %r: a message that one has handled is not "
+                "handled by the other; give each a consumer= of its own",
                 consumer,
             )
         return wrap_like(handler, function, session)
@@ -225,8 +228,8 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """What was read from a message."""
+class _Fields:
+    """The values that were read from a message."""
 
     key: object
     attempt: int | None
@@ -235,7 +238,7 @@ class _Read:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """What is read from a message."""
+    """The functions that read a message. ``first``: the name of the handler's first parameter, which is the message."""
 
     first: str
     key: Callable[[Any], object] | None
@@ -250,43 +253,43 @@ class _Reader:
         rules: Rules,
         message: Any,
         attempt: int | None,
-        otherwise: Callable[[Any], object] | None,
+        key_of_adapter: Callable[[Any], object] | None,
         body: bytes | None,
-    ) -> _Read | DeadLetter:
-        """Read a delivered message, or say how one is settled that cannot be read.
+    ) -> _Fields | DeadLetter:
+        """Read a delivered message, or return the dead letter of a message that cannot be read.
 
-        Raises :class:`~idempotency.errors.KeyMissingError` where nothing says how to name a message.
+        Raises :class:`~idempotency.errors.KeyMissingError` where neither the handler nor the adapter has a key
+        function.
         """
-        resolve = self._resolver(otherwise)
+        key_function = self._key_function(key_of_adapter)
         try:
-            key = resolve(message)
+            key = key_function(message)
         except Exception as error:
-            return rules.unidentified(error, attempt) if self.key is None else rules.unnamed(error)
+            return rules.refuse_unidentified(error, attempt) if self.key is None else rules.refuse_unreadable(error)
         try:
             if attempt is None and self.attempt is not None:
                 attempt = self.attempt(message)
-            return _Read(key, attempt, compared_by(self.fingerprint, lambda: body, message))
+            return _Fields(key, attempt, compared_by(self.fingerprint, lambda: body, message))
         except Exception as error:
-            return rules.unnamed(error)
+            return rules.refuse_unreadable(error)
 
     def key_of(self, message: Any) -> object:
-        return self._resolver()(message)
+        return self._key_function()(message)
 
     def compared(self, message: Any) -> bytes | str | None:
-        compared: bytes | str | None = compared_by(self.fingerprint, lambda: None, message)
-        return compared
+        return compared_by(self.fingerprint, lambda: None, message)
 
-    def _resolver(self, otherwise: Callable[[Any], object] | None = None) -> Callable[[Any], object]:
-        resolve = self.key or otherwise
-        if resolve is None:
+    def _key_function(self, key_of_adapter: Callable[[Any], object] | None = None) -> Callable[[Any], object]:
+        key_function = self.key or key_of_adapter
+        if key_function is None:
             raise KeyMissingError(
-                "a message came to a consumer without key=: give it, or consume through an adapter, which knows how "
-                "its broker names a message"
+                "a message came to a consumer without key=: give it, or consume through an adapter, which reads "
+                "the identity that its broker gives a message"
             )
-        return resolve
+        return key_function
 
 
-def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
+def _handler_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     async def handle(*args: Any, **kwargs: Any) -> Any:
         message = read.message(args, kwargs)
         return await consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
@@ -304,14 +307,10 @@ def _equip_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable
             return found
         return await consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
-    handler: Any = handle
-    handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
-    handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
-    handler.ttl = consumer.rules.calls.policy.ttl
-    return handler
+    return _with_members(handle, deliver, consumer)
 
 
-def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
+def _handler_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     def handle(*args: Any, **kwargs: Any) -> Any:
         message = read.message(args, kwargs)
         return consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
@@ -329,8 +328,13 @@ def _equip_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Calla
             return found
         return consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
-    handler: Any = handle
-    handler.deliver, handler.forget, handler.unsettled = deliver, consumer.forget, consumer.rules.unsettled
-    handler.consumer, handler.max_attempts = consumer.rules.calls.name, consumer.rules.max_attempts
-    handler.ttl = consumer.rules.calls.policy.ttl
-    return handler
+    return _with_members(handle, deliver, consumer)
+
+
+def _with_members(handle: Any, deliver: Callable[..., Any], consumer: Consumer | SyncConsumer) -> Any:
+    """Give a handler the members of :class:`AsyncHandler` or :class:`SyncHandler`."""
+    rules = consumer.rules
+    handle.deliver, handle.forget, handle.unsettled = deliver, consumer.forget, rules.unsettled
+    handle.consumer, handle.max_attempts = rules.calls.name, rules.attempts.max_attempts
+    handle.ttl = rules.calls.policy.ttl
+    return handle

@@ -34,7 +34,7 @@ PAIRS = [
     (Half("_engine/transaction.py", "Transaction"), Half("_engine/transaction_sync.py", "SyncTransaction")),
     (Half("_messages/consumers.py", "Consumer"), Half("_messages/consumers_sync.py", "SyncConsumer")),
     (Half("function.py", "_wrap_async"), Half("function.py", "_wrap_sync")),
-    (Half("consumer.py", "_equip_async"), Half("consumer.py", "_equip_sync")),
+    (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 
 SAME_NAMES = {"loop_time": "monotonic", "asynccontextmanager": "contextmanager"}

@@ -1,4 +1,4 @@
-"""Headers that name a message, and that say why one is a dead letter: the same for every broker."""
+"""Headers that identify a message, and that give the reason of a dead letter: the same for every broker."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 from idempotency.errors import KeyMissingError
 
 KEY_HEADERS = ("Idempotency-Key", "id")
-"""Headers of a message that name it: what HTTP clients send, and what an outbox stamps (Debezium's ``id``)."""
-
+"""Headers that identify a message: what HTTP clients send, and what an outbox adds (Debezium's ``id``)."""
 
 REASON = "Idempotency-Reason"
-"""The header, or attribute, of a dead letter that says why it is one."""
+"""The header, or attribute, that gives the reason of a dead letter."""
 
 
-def header(headers: Mapping[str, Any] | None) -> str | None:
-    """Return the first header that names a message, as text; gateways from HTTP may have lower-cased the first."""
+def identity_header(headers: Mapping[str, Any] | None) -> str | None:
+    """Return the first header that identifies a message, as text; gateways from HTTP may lower-case its name."""
     headers = headers or {}
     first, *others = KEY_HEADERS
     for name in (first, *(name for name in headers if name.lower() == first.lower()), *others):
@@ -28,5 +27,5 @@ def header(headers: Mapping[str, Any] | None) -> str | None:
 
 
 def no_identity(what: str, remedy: str) -> KeyMissingError:
-    """Make the error of a message without an identity."""
-    return KeyMissingError(f"{what} has no identity, so a redelivery could not be told from another message: {remedy}")
+    """Return the error of a message without an identity."""
+    return KeyMissingError(f"{what} has no identity, so a redelivery looks like another message: {remedy}")

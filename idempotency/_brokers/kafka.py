@@ -1,48 +1,55 @@
-"""What the adapters of both Kafka clients have in common: how a message is named, and what a dead letter carries."""
+"""Messages of Kafka, for both clients: what identifies one, the headers of a dead letter, and settings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 
-from idempotency._brokers.headers import KEY_HEADERS, REASON, header
+from idempotency._brokers.headers import KEY_HEADERS, REASON, identity_header
 from idempotency.errors import ConfigurationError
 
 Headers = list[tuple[str, bytes]]
 
 MOST_WAITING = 2000
-"""Messages of a partition that wait here before it is paused; at half of it, it is resumed.
+"""A partition is paused while more of its messages wait here, and resumed when half of that many wait.
 
-Not sooner: what a client has fetched beyond is dropped by a pause, and a resumed partition is idle for up to a second.
+The number is high because a pause is expensive: the client drops what it has fetched ahead, and a resumed partition is
+idle for up to a second.
 """
 
 
-def place(topic: str, partition: int, offset: int) -> str:
-    """Return where a message is, such as ``orders:0:42``: the same at every redelivery, another one if sent again."""
+def message_position(topic: str, partition: int, offset: int) -> str:
+    """Return the position of a message, such as ``orders:0:42``.
+
+    It is the same at every redelivery. A message that is published again has another position.
+    """
     return f"{topic}:{partition}:{offset}"
 
 
-def named(headers: Iterable[tuple[str, bytes | None]] | None, place: str) -> str:
-    """Return what the header ``Idempotency-Key`` or ``id`` says, else the message's place."""
-    return header(dict(headers or ())) or place
+def identity_of(headers: Iterable[tuple[str, bytes | None]] | None, position: str) -> str:
+    """Return the value of the header ``Idempotency-Key`` or ``id``, else the message's position."""
+    return identity_header(dict(headers or ())) or position
 
 
-def dead_headers(headers: Iterable[tuple[str, bytes | None]] | None, place: str, reason: str) -> Headers:
-    """Return the headers of a dead letter: the message's own, why it is one, and its name for when it is sent again."""
-    own = {REASON: reason.encode()}
-    if header(dict(headers or ())) is None:
-        own[KEY_HEADERS[0]] = place.encode()
-    return [(name, value) for name, value in own_headers(headers) if name not in own] + list(own.items())
+def dead_letter_headers(headers: Iterable[tuple[str, bytes | None]] | None, position: str, reason: str) -> Headers:
+    """Return the headers of a dead letter: those of the message, the reason, and the identity.
+
+    The identity is for the case that the dead letter is sent back to its topic.
+    """
+    added = {REASON: reason.encode()}
+    if identity_header(dict(headers or ())) is None:
+        added[KEY_HEADERS[0]] = position.encode()
+    return [(name, value) for name, value in original_headers(headers) if name not in added] + list(added.items())
 
 
-def own_headers(headers: Iterable[tuple[str, bytes | None]] | None) -> Headers:
-    """Return the headers of a dead letter that is too large with what is added: the message's own."""
+def original_headers(headers: Iterable[tuple[str, bytes | None]] | None) -> Headers:
+    """Return the headers of the message alone, for a dead letter that is too large with those that are added."""
     return [(name, value or b"") for name, value in headers or ()]
 
 
 def check_settings(topics: Collection[str], dead_letter: str, auto_commit: object, reset: object) -> None:
     """Refuse settings that lose messages."""
-    # A topic that begins with ^ is a pattern, for librdkafka.
+    # librdkafka treats a topic that begins with ^ as a pattern.
     if dead_letter in topics or any(each[0] == "^" and re.match(each, dead_letter) for each in topics if each):
         raise ConfigurationError(f"the dead letters of {dead_letter!r} cannot go to the same topic")
     if auto_commit:

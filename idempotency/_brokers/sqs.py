@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from idempotency._brokers.headers import KEY_HEADERS, REASON, header
+from idempotency._brokers.headers import KEY_HEADERS, REASON, identity_header
 
 _MOST_ATTRIBUTES = 10
 
@@ -14,32 +14,33 @@ _MOST_ATTRIBUTES = 10
 def message_key(queue: str, message: Mapping[str, Any]) -> str:
     """Return what identifies a message of the queue of that name. The format is stored: a change makes every key new.
 
-    The attribute's text; ``orders.fifo customer-7 order-42``: queue, group and deduplication id, none of which has a
-    space (its producer may use an id in each group, by the queue's deduplication scope); or the message id.
+    It is the text of the attribute. Else it is queue, group and deduplication id, such as
+    ``orders.fifo customer-7 order-42``: none of them has a space, and by the queue's deduplication scope a producer may
+    use one id in several groups. Else it is the message id.
     """
-    named = header(_values(message))
-    if named is not None:
-        return named
+    identity = identity_header(_values(message))
+    if identity is not None:
+        return identity
     attributes = message["Attributes"]
     given = attributes.get("MessageDeduplicationId")
-    # What SQS derives from the body names no message: two orders may be equal.
+    # An id that SQS derives from the body identifies no message: two orders may be equal.
     if given and given != hashlib.sha256(message["Body"].encode()).hexdigest():
         return f"{queue} {attributes['MessageGroupId']} {given}"
-    identity: str = message["MessageId"]
-    return identity
+    message_id: str = message["MessageId"]
+    return message_id
 
 
 def send_dead_letter(client: Any, url: str, message: Mapping[str, Any], key: str, reason: str) -> None:
-    """Send a dead letter: with its identity, since the copy has a new message id, and may be sent back one day."""
+    """Send a dead letter, with its identity: the copy has a new message id, and may be sent back to its queue later."""
     attributes = dict(message.get("MessageAttributes", {}))
-    added = {REASON: reason} if header(_values(message)) else {KEY_HEADERS[0]: key, REASON: reason}
+    added = {REASON: reason} if identity_header(_values(message)) else {KEY_HEADERS[0]: key, REASON: reason}
     for name, value in added.items():
         if name in attributes or len(attributes) < _MOST_ATTRIBUTES:
             attributes[name] = {"DataType": "String", "StringValue": value}
     ordered = {}
     if url.endswith(".fifo"):
-        # As SQS itself does it: by the producer's deduplication id, a message that was sent back and failed again
-        # within five minutes would be dropped here, and then deleted there.
+        # SQS itself does the same. With the producer's deduplication id, a message that is sent back and fails again
+        # within five minutes would be dropped by the queue for dead letters, and then deleted from its own.
         ordered = {
             "MessageGroupId": message["Attributes"]["MessageGroupId"],
             "MessageDeduplicationId": message["MessageId"],

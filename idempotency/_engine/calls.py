@@ -97,6 +97,29 @@ class Calls:
             return None, type(error).__name__
         return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")
 
+    def replay(self, claim: Claim, replay: Replay) -> Any:
+        """Return a recorded result; UnreadableError where it cannot be decoded, or the recorded failure."""
+        try:
+            value = self.results.decode(replay.result)
+        except UnreadableError as error:
+            self.emit("unreadable", claim, error=error)
+            raise
+        self.emit("replayed", claim)
+        return value
+
+    def answer(self, claim: Claim, ended: Ended) -> Any:
+        """Return the result of a call, new or recorded; raise its error, or the error of its verdict."""
+        match ended:
+            case Ran(value):
+                return value
+            case Raised(error, _):
+                raise error
+            case Replay():
+                return self.replay(claim, ended)
+            case verdict:
+                self.emit(KIND[type(verdict)], claim)
+                raise refusal(verdict)
+
 
 NOTHING = hashlib.sha256(b"call:1").digest()
 """The fingerprint of a call that compares nothing."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from idempotency._signature import is_async
 from idempotency.errors import ConfigurationError
+
+T = TypeVar("T")
 
 Fingerprint = Callable[..., bytes | str] | Literal["body"] | None
 """What repeats must have in common with the first: what a function returns, the body, or nothing."""
 
 
-def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, **kwargs: Any) -> Any:
+def compared_by(
+    fingerprint: Callable[..., T] | Literal["body"] | None, body: Callable[[], bytes | None], *args: Any, **kwargs: Any
+) -> T | bytes | None:
     """Return what is compared of one message or call; ``body`` is called only where it is needed."""
     if fingerprint is None:
         return None
@@ -27,7 +31,7 @@ def compared_by(fingerprint: Any, body: Callable[[], bytes | None], *args: Any, 
 def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: bool = False) -> None:
     """Refuse a ``key`` or ``fingerprint`` that cannot read any message or call.
 
-    ``body``: whether there may be one to compare. ``awaited``: whether coroutine functions are awaited.
+    ``body``: whether ``"body"`` is allowed. ``awaited``: whether coroutine functions are awaited.
     """
     readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
     for name, given in readers.items():

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from idempotency._engine.calls import Calls
+from idempotency._messages.attempts import Attempts
 from idempotency._messages.rules import Rules
 from idempotency._messages.settlement import Final
 from idempotency._results.codec import Codec, results_of
@@ -23,18 +24,18 @@ _WEEK = Policy(ttl=timedelta(days=7))
 
 
 class ConsumerOptions(TypedDict, total=False):
-    """What every consumer can be told, by the decorator and by each adapter.
+    """The options of every consumer, for the decorator and for each adapter.
 
     ``session``: a sessionmaker on the database of the store, an SQLStore: the handler's effect and its record are then
     one transaction. Default None: leased. ``lock_timeout``: seconds a duplicate waits for such a transaction, default
     5. ``policy``: its ``ttl`` (default here 7 days: longer than the broker can redeliver), ``lease``, ``wait``,
     ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and ``max_response`` apply. ``codec``: how the
     result becomes bytes, default by the annotation of what the handler returns.
-    ``max_attempts``: how often a message is handled, counted in the store: each failure, and each redelivery that was
-    begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: what then becomes of it.
-    ``on_refused``: what becomes of a message whose key was used for another message, whose outcome is unknown, whose
-    record cannot be read, or which ``key`` or ``fingerprint`` cannot read. Both ``"dead-letter"`` (the default) or
-    ``"stop"``: an error is raised, the consumer stops.
+    ``max_attempts``: how often a message is handled, counted in the store: each failure counts, and each redelivery
+    that was begun and never ended. Default None: as often as the broker delivers. ``on_exhausted``: how a message is
+    settled after that. ``on_refused``: how a message is settled whose key was used for another message, whose outcome
+    is unknown, whose record cannot be read, or which ``key`` or ``fingerprint`` cannot read. Both are ``"dead-letter"``
+    (the default) or ``"stop"``: an error is raised, which stops the consumer.
     ``on_event``: as everywhere.
     """
 
@@ -49,6 +50,10 @@ class ConsumerOptions(TypedDict, total=False):
 
 
 def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> Rules:
+    """Make the rules of a consumer of that name; ``returns``: the function whose result is recorded.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
+    """
     if not isinstance(consumer, str) or not consumer:
         raise ConfigurationError(f"consumer must be a name, not {consumer!r}")
     max_attempts = options.get("max_attempts")
@@ -71,4 +76,5 @@ def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOption
         results=results_of(returns, options.get("codec")),
         on_event=options.get("on_event", log_event),
     )
-    return Rules(calls, max_attempts, on_exhausted, on_refused, options.get("session") is not None)
+    attempts = Attempts(calls.scope, calls.policy.ttl, max_attempts)
+    return Rules(calls, attempts, on_exhausted, on_refused, options.get("session") is not None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from idempotency._engine.calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
+from idempotency._messages.attempts import Attempts
 from idempotency._messages.settlement import DeadLetter, Delivered, Done, ExhaustedError, Failed, Final, Replayed, Retry
-from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay, record_id
+from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay
 from idempotency.errors import (
     IdempotencyError,
     KeyInvalidError,
@@ -19,128 +19,72 @@ from idempotency.errors import (
     UnreadableError,
 )
 from idempotency.events import emit_event
-from idempotency.operation import current
 from idempotency.policy import Outcome
 
-if TYPE_CHECKING:
-    pass
-
 SOON = 1.0
-Tally = Literal["begun", "busy", "failed"]
-"""What is counted of a message: how often it was begun, how often that was in vain, and how often it failed."""
-
-TALLIES: tuple[Tally, ...] = ("begun", "busy", "failed")
+"""Seconds before a message is redelivered that could not be begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What of a consumer does not depend on whether its handler is awaited."""
+    """The rules of one consumer: the same whether its handler is awaited or not.
+
+    ``joined``: whether the effect and the record are one transaction.
+    """
 
     calls: Calls
-    max_attempts: int | None
+    attempts: Attempts
     on_exhausted: Final
     on_refused: Final
     joined: bool
 
     @property
-    def open(self) -> bool:
-        """Say whether messages are handled while the store does not answer; a transaction needs it."""
+    def fail_open(self) -> bool:
+        """Return whether messages are handled while the store does not answer; a transaction needs the store."""
         return self.calls.policy.on_store_error == "fail_open" and not self.joined
 
-    def counts(self, attempt: int | None) -> bool:
-        """Say whether the store counts this delivery before it is handled: a first one costs nothing unless it fails.
+    def claim_of_record(self, claim: Claim, ended: Ended) -> Claim | None:
+        """Return the claim to try next, with the record's fingerprint; None where the delivery has ended.
 
-        The broker's own count is no help further on: it includes deliveries that met a running owner.
+        Where the message or its record compares nothing, there is no mismatch: only the key counts.
         """
-        return self.max_attempts is not None and attempt != 1
-
-    def uncounted(self, attempt: int | None, ended: Ended) -> tuple[Tally, ...]:
-        """Say what is still to be counted of a delivery, also of the last: its dead letter may not arrive."""
-        match ended:
-            case Raised(_, "release"):
-                return self.missing(attempt, ran=True)
-            case InProgress() | Mismatch():
-                return self.missing(attempt, ran=False)
-            case _:
-                return ()
-
-    def missing(self, attempt: int | None, ran: bool) -> tuple[Tally, ...]:
-        """Say what is still to be counted of a delivery whose handler ``ran`` in vain, or was not called.
-
-        A first one that ran was not counted yet, and a later one that did not run was counted for nothing.
-        """
-        if self.max_attempts is None:
-            return ()
-        if ran:
-            return ("begun", "failed") if attempt == 1 else ("failed",)
-        return ("busy",) if attempt != 1 else ()
-
-    def tally(self, kind: Tally, claim: Claim) -> Claim:
-        """Make a claim that counts by its attempt: it is over at once, so the next one takes it over."""
-        scope, ttl = self._tally_scope(kind), self.calls.policy.ttl
-        return Claim(scope=scope, key=claim.key, fingerprint=NOTHING, lease=0.0, ttl=ttl)
-
-    def tallies_of(self, key: str) -> list[bytes]:
-        """Return the ids of what is counted under a key."""
-        return [record_id(self._tally_scope(kind), key) for kind in TALLIES]
-
-    def _tally_scope(self, kind: Tally) -> str:
-        return f"{kind}:1:{self.calls.scope}"
-
-    def busy_matters(self, begun: int) -> bool:
-        """Say whether it matters how many of these met a running owner and so were none."""
-        return self.max_attempts is not None and begun >= self.max_attempts
-
-    def admitted(self, begun: int, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Refuse a message that was begun too often: its handler may have taken the process down each time."""
-
-        def refuse(*_: Any) -> Any:
-            operation = current()
-            if operation is not None:
-                operation.release()
-            raise ExhaustedError(
-                f"the message was begun {begun - 1} times (max_attempts={self.max_attempts}) and never completed; "
-                "forget its key to have it handled again"
-            )
-
-        return refuse if self.max_attempts is not None and begun > self.max_attempts else work
-
-    def as_recorded(self, claim: Claim, ended: Ended) -> Claim | None:
-        """Return the claim to make instead, where this one or the record compares nothing, and so none differs."""
         if isinstance(ended, Mismatch) and NOTHING in (claim.fingerprint, ended.recorded):
             return replace(claim, fingerprint=ended.recorded)
         return None
 
-    def outcome(self, claim: Claim, ended: Ended, begun: int) -> Delivered:
-        """Say how a delivery is to be settled."""
+    def settlement(self, claim: Claim, ended: Ended, begun: int) -> Delivered:
+        """Return how a delivery is to be settled. ``begun``: how often its message was begun."""
         match ended:
             case Ran(value):
                 return Done(value)
             case Raised(error, outcome):
-                return self._failed(claim, error, outcome, begun)
-            case Completed() | Replay():
+                return self._settlement_of_failure(claim, error, outcome, begun)
+            case Completed():
+                self.calls.emit("completed", claim)
+                return Replayed(None, kept=False)
+            case Replay():
                 try:
-                    return Replayed(self.replay(claim, ended), kept=isinstance(ended, Replay))
+                    return Replayed(self.calls.replay(claim, ended))
                 except (RecordedFailureError, UnreadableError) as error:
                     return self._final(claim, begun, error, self.on_refused)
             case InProgress(retry_after):
                 self.calls.emit("in-progress", claim)
                 return Retry(max(retry_after, 0.0))
-            case told:
-                self.calls.emit(KIND[type(told)], claim)
-                return self._final(claim, begun, refusal(told), self.on_refused)
+            case verdict:
+                self.calls.emit(KIND[type(verdict)], claim)
+                return self._final(claim, begun, refusal(verdict), self.on_refused)
 
-    def _failed(self, claim: Claim, error: Exception, outcome: Outcome, begun: int) -> Delivered:
-        # A redelivery would only be told what is recorded now.
+    def _settlement_of_failure(self, claim: Claim, error: Exception, outcome: Outcome, begun: int) -> Delivered:
+        # A redelivery would only meet what is recorded now.
         if outcome != "release":
-            kept: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
-            return self._final(claim, begun, error, self.on_refused, kept.code)
-        if self.max_attempts is not None and begun >= self.max_attempts:
+            recorded: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
+            return self._final(claim, begun, error, self.on_refused, recorded.code)
+        if self.attempts.limit_reached(begun):
             return self._final(claim, begun, error, self.on_exhausted, ExhaustedError.code)
         return Failed(error)
 
-    def unanswered(self, claim: Claim, error: StoreError) -> Retry | DeadLetter:
-        """Say how a delivery is to be settled whose record could not be had: again later, unless that cannot help."""
+    def settlement_without_store(self, claim: Claim, error: StoreError) -> Retry | DeadLetter:
+        """Return how a delivery is to be settled for which the store failed: again later, unless that cannot help."""
         return Retry(SOON, "unavailable") if error.retryable else self._final(claim, 0, error, self.on_refused)
 
     def _final(self, claim: Claim, begun: int, error: Exception, rule: Final, reason: str = "") -> DeadLetter:
@@ -149,57 +93,42 @@ class Rules:
         self.calls.emit("dead-lettered", claim, begun, error)
         return DeadLetter(reason or (error.code if isinstance(error, IdempotencyError) else "error"), error)
 
-    def unnamed(self, error: Exception) -> DeadLetter:
-        """Say how a message is settled that cannot be named or compared.
+    def refuse_unreadable(self, error: Exception) -> DeadLetter:
+        """Refuse a message of which the key or the fingerprint cannot be read.
 
         Its data is at fault, whatever ``error`` is, and the messages after it are handled.
         """
         kind = KeyMissingError if isinstance(error, KeyMissingError) else KeyInvalidError
-        return self.refused(error, kind.code)
+        return self.refuse(error, kind.code)
 
-    def unidentified(self, error: Exception, attempt: int | None) -> DeadLetter:
-        """Say how a message is settled in which an adapter finds no identity, and for which there is no ``key``.
+    def refuse_unidentified(self, error: Exception, attempt: int | None) -> DeadLetter:
+        """Refuse a message in which an adapter finds no identity, where the consumer has no ``key=``.
 
-        A producer may name none of its messages, so the first delivery raises and the message stays: else a whole queue
-        could go to the dead letters. One that is delivered again has stopped a consumer, and does not stop another.
+        The producer may give none of its messages an identity, and then all of the queue would become dead letters. So
+        the first delivery raises ``error``, which stops the consumer, and the message stays in the queue. When it is
+        delivered again it has stopped a consumer once; it must not stop another, and becomes a dead letter.
         """
         if isinstance(error, KeyMissingError) and (attempt is None or attempt <= 1):
             raise error
-        return self.unnamed(error)
+        return self.refuse_unreadable(error)
 
-    def refused(self, error: Exception, reason: str) -> DeadLetter:
-        """Say what becomes of a message that no redelivery helps, and of which no record tells."""
+    def refuse(self, error: Exception, reason: str) -> DeadLetter:
+        """Refuse a message that no redelivery helps, and whose key is not known or free."""
         if self.on_refused == "stop":
             raise error
         emit_event(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
         return DeadLetter(reason, error)
 
     def unsettled(self, error: BaseException) -> None:
-        """Tell the event hook that the broker could not be told how a delivery ended: it delivers the message again."""
+        """Emit the event of a delivery that could not be settled: the broker delivers the message again."""
         emit_event(self.calls.on_event, "unsettled", self.calls.name, error=error)
 
-    def replay(self, claim: Claim, told: Replay | Completed) -> Any:
-        """Return the recorded result; None where it was not kept."""
-        if isinstance(told, Completed):
+    def answer(self, claim: Claim, ended: Ended) -> Any:
+        """Return the result, None where it was not recorded; raise where the message must be redelivered.
+
+        It is for a framework without an adapter, which redelivers a message whose handler raises.
+        """
+        if isinstance(ended, Completed):
             self.calls.emit("completed", claim)
             return None
-        try:
-            value = self.calls.results.decode(told.result)
-        except UnreadableError as error:
-            self.calls.emit("unreadable", claim, error=error)
-            raise
-        self.calls.emit("replayed", claim)
-        return value
-
-    def answer(self, claim: Claim, ended: Ended) -> Any:
-        """Return the result, or raise: a framework that knows nothing else redelivers what raises."""
-        match ended:
-            case Ran(value):
-                return value
-            case Raised(error, _):
-                raise error
-            case Completed() | Replay():
-                return self.replay(claim, ended)
-            case told:
-                self.calls.emit(KIND[type(told)], claim)
-                raise refusal(told)
+        return self.calls.answer(claim, ended)

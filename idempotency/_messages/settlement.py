@@ -1,4 +1,4 @@
-"""How a delivered message ended: one of five outcomes, each of which means one settlement."""
+"""The five settlements of a delivered message: each says how the broker is answered."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from idempotency.errors import IdempotencyError
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The message was handled, and what it did is committed: ack."""
+    """The message was handled and its effect is committed: ack."""
 
     result: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The message had been handled before: ack. ``result`` is the recorded one, None where it was not ``kept``."""
+    """The message had been handled before: ack.
+
+    ``result`` is the recorded result. ``kept``: whether a result was recorded; ``result`` is None where it was not.
+    """
 
     result: Any
     kept: bool = True
@@ -25,9 +28,9 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The message cannot be handled now: redeliver in about ``after`` seconds, and never ack.
+    """The message cannot be handled now: redeliver it in about ``after`` seconds, and never ack it.
 
-    ``reason``: another is handling it just now, or the store does not answer.
+    ``reason``: another delivery of it is being handled, or the store does not answer.
     """
 
     after: float
@@ -36,29 +39,32 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler failed and what it did in the session is rolled back: the broker's own retry."""
+    """The handler failed, and its effect in the session is rolled back: the broker's own retry."""
 
     error: Exception
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """The message is not to be delivered again: ``reason`` is stable, such as ``"exhausted"`` or ``"key-reused"``."""
+    """The message must not be delivered again.
+
+    ``reason`` is a stable word, such as ``"exhausted"`` or ``"key-reused"``.
+    """
 
     reason: str
     error: Exception
 
 
 Delivered = Done | Replayed | Retry | Failed | DeadLetter
-"""How a delivery is to be settled; each means one settlement."""
+"""How a delivery is to be settled; each means one answer to the broker."""
 
 
 Final = Literal["dead-letter", "stop"]
-"""What becomes of a message that no redelivery helps: a dead letter, or an error that stops the consumer."""
+"""How a message that no redelivery helps is settled: as a dead letter, or by an error that stops the consumer."""
 
 
 class ExhaustedError(IdempotencyError):
-    """The message was handled ``max_attempts`` times, in vain, and is not handled again."""
+    """The message was handled ``max_attempts`` times without success, and is not handled again."""
 
     code = "exhausted"
     title = "The message was handled too often"

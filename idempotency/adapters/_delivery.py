@@ -1,27 +1,19 @@
-"""The seam of the message adapters: one delivery of one message, and its one settlement.
+"""What the adapters of brokers have in common: they handle one delivery of a message, and settle it once.
 
-An adapter says what its broker can do, as a :class:`Delivery`; :func:`handle` and :func:`handle_sync` do the rest:
+An adapter implements :class:`Delivery` for its broker; :func:`handle` and :func:`handle_sync` do the rest:
 
-    key, body, attempt -> handler.deliver -> one of five outcomes -> settle
+    key, body, attempt -> handler.deliver -> one of five settlements -> settle
                           meanwhile: extend; while the store does not answer: hold
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import fields, is_dataclass
-from datetime import date, time, timedelta
-from decimal import Decimal
-from enum import Enum
-from inspect import Signature
-from pathlib import PurePath
 from typing import Any, Protocol
-from uuid import UUID
 
 from idempotency._durations import DAY, seconds
 from idempotency._engine.background import drain
@@ -30,16 +22,15 @@ from idempotency.errors import ConfigurationError
 
 _logger = logging.getLogger("idempotency")
 
-
 LONGEST_HOLD = 600.0
 """Seconds for which a message is held while the store does not answer. RabbitMQ gives a consumer half an hour."""
 
-AGAIN = 2
-"""The attempt of a message that is handled again without having been delivered again."""
+LATER_ATTEMPT = 2
+"""The attempt of a message that is handled again here, without a redelivery."""
 
 
-class Told(Protocol):
-    """What every delivery can be asked."""
+class ReceivedMessage(Protocol):
+    """A message as it was received, for asyncio and for threads."""
 
     @property
     def message(self) -> Any:
@@ -48,12 +39,12 @@ class Told(Protocol):
 
     @property
     def attempt(self) -> int | None:
-        """Return 1 for a first delivery, more for a later one, None where the broker does not tell."""
+        """Return 1 for a first delivery, more for a later one, None where the broker does not count."""
         ...
 
     @property
     def heartbeat(self) -> float | None:
-        """Return after how many seconds the delivery is to be extended; None: the broker waits without."""
+        """Return after how many seconds the delivery is to be extended; None: the broker needs no extension."""
         ...
 
     @property
@@ -66,26 +57,26 @@ class Told(Protocol):
         ...
 
 
-class Delivery(Told, Protocol):
+class Delivery(ReceivedMessage, Protocol):
     """One delivery, for asyncio."""
 
     async def settle(self, delivered: Delivered, /) -> None:
-        """Tell the broker, by one settlement; whatever is raised means that it redelivers."""
+        """Answer the broker, once. Any error means that the broker redelivers the message."""
         ...
 
     async def extend(self) -> None:
-        """Tell the broker that the message is still being handled."""
+        """Ask the broker to wait longer, because the message is still being handled."""
         ...
 
     async def hold(self) -> bool:
-        """Wait a moment before a message that the store did not let begin is handled again here; False: do not.
+        """Wait a moment while the store does not answer; return whether the message is then handled again here.
 
-        For a broker that counts what is given back to it, and in the end gives it up.
+        It is for a broker that counts the messages which are given back to it, and at last does not redeliver them.
         """
         ...
 
 
-class SyncDelivery(Told, Protocol):
+class SyncDelivery(ReceivedMessage, Protocol):
     """One delivery, for threads."""
 
     def settle(self, delivered: Delivered, /) -> None:
@@ -98,24 +89,24 @@ class SyncDelivery(Told, Protocol):
 
 
 async def handle(handler: AsyncHandler[Any, Any], delivery: Delivery) -> None:
-    """Handle one delivery and settle it. What is raised stops the consumer, and leaves the delivery unsettled."""
-    async with _extended(delivery):
+    """Handle one delivery and settle it. An error stops the consumer, and the delivery is not settled."""
+    async with extended(delivery.heartbeat, delivery.extend):
         message, key, body = delivery.message, delivery.key, delivery.body
         delivered = await handler.deliver(message, attempt=delivery.attempt, key=key, body=body)
         while unavailable(delivered) and await delivery.hold():
-            # The store may have failed after the handler had begun, which counts from the second time on.
-            delivered = await handler.deliver(message, attempt=AGAIN, key=key, body=body)
+            # The store may have failed after the handler began. With a later attempt such a begin is counted.
+            delivered = await handler.deliver(message, attempt=LATER_ATTEMPT, key=key, body=body)
         _log_failure(handler.consumer, delivered)
         try:
             await delivery.settle(delivered)
         except Exception as error:
-            # What was done is committed, or rolled back. The redelivery meets the record of it.
+            # The effect is committed or rolled back. The redelivery meets its record.
             handler.unsettled(error)
 
 
 def handle_sync(handler: SyncHandler[Any, Any], delivery: SyncDelivery) -> None:
     """See :func:`handle`."""
-    with _extended_sync(delivery):
+    with _extended_sync(delivery.heartbeat, delivery.extend):
         delivered = handler.deliver(delivery.message, attempt=delivery.attempt, key=delivery.key, body=delivery.body)
         _log_failure(handler.consumer, delivered)
         try:
@@ -125,12 +116,12 @@ def handle_sync(handler: SyncHandler[Any, Any], delivery: SyncDelivery) -> None:
 
 
 def unavailable(delivered: Delivered) -> bool:
-    """Say whether a message was not handled because the store does not answer."""
+    """Return whether a message was not handled because the store does not answer."""
     return isinstance(delivered, Retry) and delivered.reason == "unavailable"
 
 
 def _log_failure(consumer: str, delivered: Delivered) -> None:
-    # No framework is above that would: the handler's own error, of which an event tells the name only.
+    # There is no framework above us that logs the handler's error, and an event has only the name of its class.
     match delivered:
         case Failed(error):
             _logger.error("%s failed to handle a message, which is delivered again", consumer, exc_info=error)
@@ -147,8 +138,8 @@ async def handle_all(
 ) -> None:
     """Handle deliveries, up to ``concurrency`` at a time, until there are no more, a stop is set, or one raises.
 
-    Either way those in hand are handled to their end. A cancellation reaches them; they are not settled, and so
-    redelivered.
+    In each case the deliveries in hand are handled to their end. A cancellation cancels them too; they are then not
+    settled, and so redelivered. ``failed`` is set when one raises.
     """
     failed = failed or asyncio.Event()
     free, running, errors = asyncio.Semaphore(concurrency), set[asyncio.Task[None]](), list[BaseException]()
@@ -161,7 +152,7 @@ async def handle_all(
             failed.set()
 
     try:
-        # Before the next is taken: a delivery that waits here is one that another consumer cannot have.
+        # Wait for a free place before the next is taken: no other consumer could have a delivery that waits here.
         while await free.acquire() and (delivery := await _next(deliveries, failed, *stops)) is not None:
             task = asyncio.create_task(handle(handler, delivery))
             running.add(task)
@@ -175,7 +166,7 @@ async def handle_all(
             await asyncio.wait(running)
     if errors:
         raise errors[0]
-    # Before the caller closes the store, its client or its engine.
+    # Writes in the background must end before the caller closes the store, its client or its engine.
     await drain()
 
 
@@ -190,7 +181,7 @@ async def _next(deliveries: AsyncIterator[Delivery], *stops: asyncio.Event) -> D
     finally:
         for task in waiting:
             task.cancel()
-        # What it was waiting on is to be let go of before the caller closes it.
+        # The tasks must have ended before the caller closes what they wait for.
         await asyncio.wait(waiting)
 
 
@@ -199,7 +190,7 @@ async def _take(deliveries: AsyncIterator[Delivery]) -> Delivery | None:
 
 
 def require_handler(handler: Any, *, asynchronous: bool, concurrency: int = 1, pause: float = 1.0) -> None:
-    """Refuse a handler that an adapter cannot call, and numbers by which none would ever be called."""
+    """Refuse a handler that an adapter cannot call, and options with which no handler could ever be called."""
     if type(concurrency) is not int or concurrency < 1:
         raise ConfigurationError(f"concurrency must be a number, at least 1, not {concurrency!r}")
     if seconds("pause", pause, DAY) < 0:
@@ -210,94 +201,51 @@ def require_handler(handler: Any, *, asynchronous: bool, concurrency: int = 1, p
         raise ConfigurationError(f"the handler must {'' if asynchronous else 'not '}be a coroutine function here")
 
 
-def warn_if_ttl_is_short(handler: Any, kept: float, where: str) -> None:
-    """Warn where a broker may deliver a message again after its record is gone; ``kept``: seconds, of the broker."""
-    if kept > handler.ttl:
+def warn_if_ttl_is_short(handler: Any, retention: float, where: str) -> None:
+    """Log a warning if the broker may redeliver a message after its record has expired.
+
+    ``retention``: seconds for which the broker, at ``where``, stores messages.
+    """
+    if retention > handler.ttl:
         _logger.warning(
-            "%s keeps messages for %.0f s, and %s their records for %.0f s: one that is delivered again after that is "
-            "handled again; give it policy=Policy(ttl=...)",
+            "%s keeps messages for %.0f s, and %s their records for %.0f s: a message that is delivered again later "
+            "than that is handled again; give it policy=Policy(ttl=...)",
             where,
-            kept,
+            retention,
             handler.consumer,
             handler.ttl,
         )
 
 
-def as_bytes(value: Any) -> bytes | None:
-    """Return what is compared of a body, or of arguments, that a client may have decoded; None if nothing can be.
-
-    Two deliveries of one message give the same, in any process: an object of which that cannot be known counts by its
-    being there alone.
-    """
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if value is None:
-        return b""
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
-    try:
-        return json.dumps(value, sort_keys=True, default=_plain).encode()
-    except Exception:
-        # Such as a mapping whose keys JSON has not, or that contains itself.
-        return None
-
-
-def as_sent(signature: Signature, args: Any, kwargs: Any) -> bytes | None:
-    """Return what is compared of the arguments of a task, which may have been sent with their names or without."""
-    with suppress(TypeError):
-        bound = signature.bind_partial(*args, **kwargs)
-        args, kwargs = bound.args, bound.kwargs
-    return as_bytes([args, kwargs])
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case bytes() | bytearray() | memoryview():
-            return {"bytes": bytes(value).hex()}
-        case Decimal() | UUID() | date() | time() | timedelta() | PurePath():
-            return str(value)
-        case Enum():
-            return value.value
-        case set() | frozenset():
-            return sorted(json.dumps(each, sort_keys=True, default=_plain) for each in value)
-        case Mapping():
-            return dict(value)
-        case _ if is_dataclass(value) and not isinstance(value, type):
-            return {each.name: getattr(value, each.name) for each in fields(value)}
-        case _ if hasattr(value, "model_dump"):
-            return value.model_dump(mode="json")
-        case _:
-            return "?"
-
-
 @asynccontextmanager
-async def _extended(delivery: Delivery) -> AsyncIterator[None]:
-    if delivery.heartbeat is None:
+async def extended(heartbeat: float | None, extend: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Call ``extend`` every ``heartbeat`` seconds, until the block has ended; None: never."""
+    if heartbeat is None:
         yield
         return
-    task = asyncio.create_task(_extend(delivery, delivery.heartbeat))
+    task = asyncio.create_task(_extend(heartbeat, extend))
     try:
         yield
     finally:
         task.cancel()
 
 
-async def _extend(delivery: Delivery, every: float) -> None:
+async def _extend(heartbeat: float, extend: Callable[[], Awaitable[object]]) -> None:
     while True:
-        await asyncio.sleep(every)
-        # The broker redelivers a message that could not be extended: a duplicate, which is what all this is for.
+        await asyncio.sleep(heartbeat)
+        # The broker redelivers a message that could not be extended: a duplicate, which meets its record.
         with suppress(Exception):
-            await delivery.extend()
+            await extend()
 
 
 @contextmanager
-def _extended_sync(delivery: SyncDelivery) -> Iterator[None]:
-    if delivery.heartbeat is None:
+def _extended_sync(heartbeat: float | None, extend: Callable[[], object]) -> Iterator[None]:
+    if heartbeat is None:
         yield
         return
     ended = threading.Event()
     thread = threading.Thread(
-        target=_extend_sync, args=(delivery, delivery.heartbeat, ended), name="idempotency-extend", daemon=True
+        target=_extend_sync, args=(heartbeat, extend, ended), name="idempotency-extend", daemon=True
     )
     thread.start()
     try:
@@ -307,7 +255,7 @@ def _extended_sync(delivery: SyncDelivery) -> Iterator[None]:
         thread.join()
 
 
-def _extend_sync(delivery: SyncDelivery, every: float, ended: threading.Event) -> None:
-    while not ended.wait(every):
+def _extend_sync(heartbeat: float, extend: Callable[[], object], ended: threading.Event) -> None:
+    while not ended.wait(heartbeat):
         with suppress(Exception):
-            delivery.extend()
+            extend()

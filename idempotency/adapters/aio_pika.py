@@ -6,12 +6,13 @@
     await consume(await channel.get_queue("orders"), on_order)
 
 Key: the header ``Idempotency-Key`` or ``id``, else the AMQP property ``message_id``; ``key=`` of the decorator wins.
-aio-pika gives each ``Message`` a new ``message_id`` unless it is told one: it then names the publishing, and a message
-that is published again is another. One without stops the consumer, and is a dead letter when it is delivered again.
-The message is acknowledged after the commit. What is in hand when the consumer ends by an error or a cancellation is
-requeued. A dead letter is rejected without requeue: give the queue a dead-letter exchange, without one RabbitMQ drops
-it. While the store does not answer, messages are held, up to 10 minutes: a quorum queue counts what is requeued towards
-its delivery-limit.
+aio-pika gives each ``Message`` a new ``message_id`` unless it is given one. Such an id identifies one publish: a
+message that is published again is another message. A message without an identity stops the consumer, and is a dead
+letter when it is delivered again.
+The message is acknowledged after the commit. Messages in hand are requeued when the consumer ends by an error or a
+cancellation. A dead letter is rejected without requeue: give the queue a dead-letter exchange, as without one RabbitMQ
+drops it. While the store does not answer, messages are held, up to 10 minutes, and not requeued: a quorum queue counts
+each requeue towards its delivery-limit.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from uuid import uuid4
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue, AbstractRobustChannel
 from aio_pika.exceptions import ChannelInvalidStateError
 
-from idempotency._brokers.headers import header, no_identity
+from idempotency._brokers.headers import identity_header, no_identity
 from idempotency.adapters._delivery import LONGEST_HOLD, handle_all, require_handler
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 
-_LOOK = 1.0
+_CHECK_INTERVAL = 1.0
+"""Seconds between two looks at whether the broker has ended the consumer."""
 
 
 async def consume(
@@ -43,12 +45,12 @@ async def consume(
 ) -> None:
     """Handle the messages of ``queue`` until ``stop`` is set or a handler's error stops the consumer.
 
-    ``handler`` is decorated with :func:`~idempotency.idempotent_consumer`. ``concurrency``: how many are handled at a
-    time, and the channel's prefetch count. ``pause``: seconds before a message that failed, or whose duplicate is
-    being handled, is requeued; until then it holds one of those places.
+    ``handler`` is decorated with :func:`~idempotency.idempotent_consumer`. ``concurrency``: how many messages are
+    handled at a time, and the channel's prefetch count. ``pause``: seconds before a message that failed, or whose
+    duplicate is being handled, is requeued; until then it counts as one that is handled.
 
-    Raises :class:`ConnectionError` when the channel is closed or the queue is deleted; over ``connect_robust()``
-    aio-pika opens the channel again, and waits until the queue is there again.
+    Raises :class:`ConnectionError` when the channel is closed or the queue is deleted. Over ``connect_robust()``
+    aio-pika opens the channel again instead, and waits until the queue exists again.
     """
     require_handler(handler, asynchronous=True, concurrency=concurrency, pause=pause)
     await queue.channel.set_qos(prefetch_count=concurrency)
@@ -64,7 +66,8 @@ async def consume(
                 failed=failed,
             )
     finally:
-        # Not sooner: they would be delivered here again. Nobody else would have them while the channel is open.
+        # Only after the consumer has ended: before, they would be delivered here again. But before the channel is
+        # closed, as no other consumer gets them while it is open.
         for each in taken:
             with suppress(Exception):
                 await each.message.nack(requeue=True)
@@ -74,14 +77,14 @@ async def consume(
 
 @asynccontextmanager
 async def _watched(queue: AbstractQueue, tag: str) -> AsyncIterator[asyncio.Event]:
-    """Look whether the broker ends the consumer; aio-pika itself only does over a robust connection."""
+    """Set the event when the broker ends the consumer; aio-pika itself handles that over a robust connection only."""
     gone = asyncio.Event()
 
     async def watch() -> None:
         channel: Any = await queue.channel.get_underlay_channel()
-        # Only newer versions would call back; all of them forget the consumer.
+        # Only newer versions have a callback; all versions remove the consumer from this mapping.
         while tag in channel.consumers:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_CHECK_INTERVAL)
         gone.set()
 
     if isinstance(queue.channel, AbstractRobustChannel):
@@ -127,13 +130,13 @@ class _Delivery:
         return self.message.body
 
     def key(self, message: AbstractIncomingMessage, /) -> str:
-        named = header(message.headers) or message.message_id
-        if not named:
+        identity = identity_header(message.headers) or message.message_id
+        if not identity:
             raise no_identity(
                 f"a message on {message.routing_key!r}",
                 "publish it with message_id=, or give key= to idempotent_consumer",
             )
-        return named
+        return identity
 
     async def settle(self, delivered: Delivered, /) -> None:
         match delivered:
@@ -141,8 +144,8 @@ class _Delivery:
                 await asyncio.sleep(min(after, self._pause))
             case Failed():
                 await asyncio.sleep(self._pause)
-        # From here on the broker may have been told, also where waiting for that is cancelled: a second settlement
-        # would have it close the channel.
+        # From here on the broker may have the answer, also where the wait for it is cancelled. After a second answer
+        # the broker would close the channel.
         self._taken.discard(self)
         match delivered:
             case Done() | Replayed():
@@ -153,7 +156,7 @@ class _Delivery:
                 await self.message.reject(requeue=False)
 
     async def extend(self) -> None:
-        """Nothing: RabbitMQ waits for as long as the consumer's time-out allows, half an hour by default."""
+        """Do nothing: RabbitMQ waits until the consumer's time-out, half an hour by default."""
 
     async def hold(self) -> bool:
         await asyncio.sleep(self._pause)

@@ -5,9 +5,9 @@
 
     lambda_handler = batch(on_order)
 
-Key: see :mod:`idempotency.adapters.sqs`, which finds the same one in the same message.
+Key: see :mod:`idempotency.adapters.sqs`, which reads the same key from the same message.
 The event source mapping must report partial failures, ``FunctionResponseTypes: [ReportBatchItemFailures]``: without
-that Lambda ignores the answer, and deletes what failed too.
+that Lambda ignores the answer, and deletes messages that failed too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from idempotency._brokers.sqs import message_key, send_dead_letter
-from idempotency.adapters._delivery import as_bytes, handle_sync, require_handler
+from idempotency.adapters._body import as_bytes
+from idempotency.adapters._delivery import handle_sync, require_handler
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
@@ -27,13 +28,13 @@ def batch(
 ) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
     """Make a Lambda handler of partial batches; ``handler`` is given each record as Lambda passes it.
 
-    The event source mapping must have ``ReportBatchItemFailures``: without it Lambda deletes what failed, too. A
-    message that failed, or is being handled by another, is delivered again after the queue's visibility time-out, and
-    the messages of a FIFO group after it, which are not handled. ``dead_letter``: URL of the queue for dead letters,
-    and ``client`` the one to send them with. Default None: they count as failed, so that the queue's redrive policy
-    sends them there.
-    An error that stops a consumer, where ``"stop"`` is asked for, is raised after the rest of the batch is handled:
-    Lambda counts an error, and SQS delivers the whole batch again.
+    The event source mapping must have ``ReportBatchItemFailures``: without it Lambda deletes messages that failed too.
+    A message that failed, or whose duplicate is being handled, is delivered again after the queue's visibility
+    time-out. The messages after it in the same FIFO group are not handled, and delivered again as well.
+    ``dead_letter``: URL of the queue for dead letters, and ``client``: the SQS client that sends them. Default None:
+    they count as failed, so that the queue's redrive policy moves them there.
+    An error that stops a consumer, by ``"stop"``, is raised after the rest of the batch is handled: Lambda counts an
+    error, and SQS delivers the whole batch again.
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
     require_handler(handler, asynchronous=False)
@@ -42,18 +43,18 @@ def batch(
 
     def handle_batch(event: Mapping[str, Any], context: Any = None) -> dict[str, Any]:
         failed: list[str] = []
-        held: set[str] = set()
+        blocked_groups: set[str] = set()
         errors: list[Exception] = []
         for record in event["Records"]:
-            delivery = _Record(record, client, dead_letter)
-            if delivery.group not in held:
+            delivery = _Delivery(record, client, dead_letter)
+            if delivery.group not in blocked_groups:
                 try:
                     handle_sync(handler, delivery)
                 except Exception as error:
                     errors.append(error)
             if not delivery.settled:
                 failed.append(record["messageId"])
-                held.update(filter(None, [delivery.group]))
+                blocked_groups.update(filter(None, [delivery.group]))
         if errors:
             raise errors[0]
         return {"batchItemFailures": [{"itemIdentifier": each} for each in failed]}
@@ -61,7 +62,7 @@ def batch(
     return handle_batch
 
 
-class _Record:
+class _Delivery:
     """One record of a Lambda event, which Lambda settles."""
 
     heartbeat = None
@@ -79,7 +80,7 @@ class _Record:
 
     @property
     def group(self) -> str | None:
-        """Return whom the message must not overtake; a group of a standard queue has no order."""
+        """Return the group whose order the message must keep; a group of a standard queue has no order."""
         attributes: Mapping[str, str] = self.message["attributes"]
         return attributes.get("MessageGroupId") if self._queue.endswith(".fifo") else None
 
@@ -102,11 +103,11 @@ class _Record:
                 pass
 
     def extend(self) -> None:
-        """Nothing: the visibility time-out of a queue behind Lambda is longer than its functions may run."""
+        """Do nothing: the visibility time-out of a queue behind Lambda is longer than its functions may run."""
 
 
 def _received(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of Lambda as boto3 would have received it."""
+    """Return a record of Lambda in the form in which boto3 receives a message."""
     attributes = {}
     for name, value in record.get("messageAttributes", {}).items():
         attributes[name] = {"DataType": value["dataType"]}

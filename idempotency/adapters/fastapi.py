@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def session(request: Request) -> AsyncSession:
     """Give an endpoint the session that is committed with its response: ``Annotated[AsyncSession, Depends(session)]``.
 
-    The endpoint never commits it. Raises :class:`~idempotency.errors.TransactionError` for a request that runs without
-    an idempotency key, which has no such session: protect the route with ``Policy(required=True)``.
+    The endpoint never commits it. A request without an idempotency key has no such session, and raises
+    :class:`~idempotency.errors.TransactionError`: require a key for the route, with ``Policy(required=True)``.
     """
     operation = getattr(request.state, "idempotency", None)
     if not isinstance(operation, Operation):

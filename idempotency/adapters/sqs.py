@@ -6,9 +6,9 @@
     consume(boto3.client("sqs"), queue_url, on_order, dead_letter=dead_letter_url)
 
 Key: the message attribute ``Idempotency-Key`` or ``id``, else the deduplication id that the producer gave a FIFO queue,
-else the message id; see :func:`message_key`. A message id names one send: its redeliveries are caught, but an order
-that was sent twice is two. ``key=`` of the decorator wins; behind SNS, without raw delivery, the attributes are inside
-of the body, so that it is needed.
+else the message id; see :func:`message_key`. A message id identifies one send: its redeliveries are caught, but an
+order that was sent twice is two messages. ``key=`` of the decorator wins. Behind SNS without raw delivery, ``key=`` is
+needed: there the attributes are inside of the body.
 The message is deleted after the commit.
 """
 
@@ -28,15 +28,19 @@ from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTT
 
 from idempotency._brokers.sqs import message_key, send_dead_letter
 from idempotency._engine.background import drain_sync
-from idempotency.adapters._delivery import as_bytes, handle_sync, require_handler, warn_if_ttl_is_short
+from idempotency.adapters._body import as_bytes
+from idempotency.adapters._delivery import handle_sync, require_handler, warn_if_ttl_is_short
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry, SyncHandler
 from idempotency.errors import ConfigurationError
 
 __all__ = ["consume", "message_key"]
 
-_LONGEST = 43200
+_LONGEST_INVISIBLE = 43200
+"""Seconds for which SQS hides a message at most."""
+
 _MOST_RECEIVED = 10
-_AGAIN = 1.0
+_POLL_PAUSE = 1.0
+"""Seconds between a poll that failed and the next."""
 
 
 def consume(
@@ -54,18 +58,19 @@ def consume(
 
     ``client``: ``boto3.client("sqs")``. ``handler`` is decorated with :func:`~idempotency.idempotent_consumer` and is
     given the message as ``receive_message`` returns it. ``concurrency``: how many are handled at a time, each in a
-    thread. ``pause``: seconds before a message that failed is delivered again, rounded up to whole ones. ``poll``:
-    seconds that SQS waits for messages, and that a stop may take besides the messages in hand.
-    ``dead_letter``: URL of the queue for dead letters, which keep their attributes and group. Default None: SQS sends
-    them there by the queue's redrive policy; until then each is delivered again, and not handled. With neither it is
-    delivered until the queue's retention ends, and a handler with ``max_attempts`` is refused. The redrive policy
-    counts every delivery, also those that met a running handler: let its maxReceiveCount be well above.
-    The client must be allowed GetQueueAttributes, on both queues. Raises
-    :class:`~idempotency.errors.ConfigurationError` for what cannot work, and what boto3 raises, but for failures of the
-    network and of SQS while it polls: then it polls again.
+    thread. ``pause``: seconds before a message that failed is delivered again, rounded up to whole seconds. ``poll``:
+    seconds that SQS waits for messages; a stop takes up to so much more than the messages in hand.
+    ``dead_letter``: URL of the queue for dead letters, which have the attributes and the group of their messages.
+    Default None: SQS moves them to a queue by the redrive policy; until then each is delivered again, and not handled.
+    With neither, a dead letter is delivered until the queue's retention ends, and a handler with ``max_attempts`` is
+    refused. The redrive policy counts every delivery, also those that met a running handler: its maxReceiveCount should
+    be much higher than ``max_attempts``.
+    The client needs the permission GetQueueAttributes, on both queues. Raises
+    :class:`~idempotency.errors.ConfigurationError` for what cannot work, and the errors of boto3. Where the network or
+    SQS fails during a poll, nothing is raised, and the poll is repeated.
     """
     require_handler(handler, asynchronous=False)
-    _check(concurrency=(concurrency, 1, math.inf), pause=(pause, 0, _LONGEST), poll=(poll, 1, 20))
+    _check(concurrency=(concurrency, 1, math.inf), pause=(pause, 0, _LONGEST_INVISIBLE), poll=(poll, 1, 20))
     queue = _Queue.open(client, queue_url, pause, poll, dead_letter)
     queue.check(handler.max_attempts)
     warn_if_ttl_is_short(handler, queue.retention, f"the queue {queue.name}")
@@ -80,7 +85,7 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
 
     with ThreadPoolExecutor(concurrency, "idempotency-sqs") as threads:
         while not over():
-            # Not more than there are threads: a message that waits here is one that another consumer cannot have.
+            # Not more than there are threads: no other consumer could have a message that waits here.
             if len(running) == concurrency:
                 wait(running, return_when=FIRST_COMPLETED)
             else:
@@ -92,14 +97,16 @@ def _consume(queue: _Queue, handler: SyncHandler[Any, Any], concurrency: int, st
             running.difference_update([each for each in running if each.done() and not each.exception()])
     for each in running:
         each.result()
-    # Before the caller closes the store, its client or its engine.
+    # Writes in the background must end before the caller closes the store, its client or its engine.
     drain_sync()
 
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """A queue that is polled. ``deliveries``: after how many its redrive policy makes a message a dead letter.
+    """A queue that is polled.
 
+    ``visibility``: its visibility time-out, ``retention``: how long it stores messages, both in seconds.
+    ``deliveries``: the number of deliveries after which its redrive policy makes a message a dead letter.
     ``circular``: whether its dead letters would come back to it.
     """
 
@@ -130,7 +137,7 @@ class _Queue:
             pause,
             poll,
             dead_letter,
-            # One queue has many URLs.
+            # One queue may have several URLs, but it has one ARN.
             dead_letter is not None and ask(dead_letter, "QueueArn")["QueueArn"] == found["QueueArn"],
         )
 
@@ -163,23 +170,24 @@ class _Queue:
         try:
             answer = self.client.receive_message(
                 QueueUrl=self.url,
-                # SQS keeps a group's order by not delivering beyond a message in flight. One received with it would
-                # have to be given back when the first fails, again and again, and the redrive policy counts that.
+                # SQS keeps the order of a group: it delivers no message of it while one is being handled. But one that
+                # is received in the same call would have to be given back each time that the first fails, and the
+                # redrive policy counts each time.
                 MaxNumberOfMessages=1 if self.ordered else min(most, _MOST_RECEIVED),
                 WaitTimeSeconds=self.poll,
                 MessageAttributeNames=["All"],
                 MessageSystemAttributeNames=["All"],
             )
         except (BotoCoreError, ClientError) as error:
-            if not _passes(error):
+            if not _may_pass(error):
                 raise
-            time.sleep(_AGAIN)
+            time.sleep(_POLL_PAUSE)
             return []
         return [_Delivery(self, message) for message in answer.get("Messages", ())]
 
     def give_back(self, deliveries: list[_Delivery]) -> None:
         for delivery in deliveries:
-            # Else SQS delivers it when its visibility time-out is over.
+            # Without it SQS delivers the message when its visibility time-out is over.
             with suppress(BotoCoreError, ClientError):
                 self.hide(delivery.message, 0)
 
@@ -187,7 +195,7 @@ class _Queue:
         self.client.change_message_visibility(
             QueueUrl=self.url,
             ReceiptHandle=message["ReceiptHandle"],
-            VisibilityTimeout=min(math.ceil(seconds), _LONGEST),
+            VisibilityTimeout=min(math.ceil(seconds), _LONGEST_INVISIBLE),
         )
 
     def delete(self, message: Mapping[str, Any]) -> None:
@@ -201,7 +209,7 @@ class _Delivery:
         self.message = message
         self.heartbeat = queue.visibility / 3
         self._queue = queue
-        self._telling = threading.Lock()
+        self._changing = threading.Lock()
         self._settled = False
 
     @property
@@ -216,8 +224,8 @@ class _Delivery:
         return message_key(self._queue.name, message)
 
     def settle(self, delivered: Delivered, /) -> None:
-        with self._telling:
-            # An extension after it would hide the message for longer than was asked.
+        with self._changing:
+            # An extension after the settlement would hide the message for too long.
             self._settled = True
             self._settle(delivered)
 
@@ -227,8 +235,8 @@ class _Delivery:
             case Done() | Replayed():
                 queue.delete(message)
             case Retry(after):
-                # A redrive policy counts this one too: faster than SQS by itself, and a store that is away for some
-                # seconds would make every message a dead letter.
+                # The redrive policy counts this delivery too. If we gave it back faster than SQS does by itself, every
+                # message would be a dead letter after some seconds without the store.
                 queue.hide(message, after if queue.deliveries is None else max(after, queue.visibility))
             case DeadLetter(reason) if queue.dead_letter is not None:
                 send_dead_letter(queue.client, queue.dead_letter, message, self.key(message), reason)
@@ -236,17 +244,17 @@ class _Delivery:
             case Failed():
                 queue.hide(message, queue.pause)
             case DeadLetter():
-                # SQS delivers it again and again, at its own pace, until the redrive policy takes it.
+                # SQS delivers it again, after each visibility time-out, until the redrive policy moves it.
                 pass
 
     def extend(self) -> None:
-        with self._telling:
+        with self._changing:
             if not self._settled:
                 self._queue.hide(self.message, self._queue.visibility)
 
 
-def _passes(error: Exception) -> bool:
-    """Say whether a poll that failed may succeed when it is repeated."""
+def _may_pass(error: Exception) -> bool:
+    """Return whether a poll that failed may succeed when it is repeated."""
     if not isinstance(error, ClientError):
         return isinstance(error, ConnectionError | HTTPClientError)
     code = error.response.get("Error", {}).get("Code", "")

@@ -17,7 +17,7 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from idempotency.adapters._delivery import as_bytes
+from idempotency.adapters._body import as_bytes
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_written_down_is_not_compared() -> None:
 
 def test_a_set_is_the_same_in_another_process() -> None:
     """Its order there is another."""
-    program = "from idempotency.adapters._delivery import as_bytes; print(as_bytes([{str(n) for n in range(50)}]))"
+    program = "from idempotency.adapters._body import as_bytes; print(as_bytes([{str(n) for n in range(50)}]))"
     found = {
         subprocess.check_output(
             [sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": seed}

@@ -370,8 +370,8 @@ def test_a_report_that_never_comes_is_not_waited_for_for_ever(monkeypatch: pytes
         raise RuntimeError("always")
 
     group, unreporting = Group("confluent_kafka"), {"delivery.report.only.error": True}
-    monkeypatch.setattr(confluent_kafka, "_LONGEST_BURIAL", 0.2)
-    monkeypatch.setattr(confluent_kafka, "_HALTED_BURIAL", 0.2)
+    monkeypatch.setattr(confluent_kafka, "_LONGEST_REPORT", 0.2)
+    monkeypatch.setattr(confluent_kafka, "_LONGEST_REPORT_WHEN_HALTED", 0.2)
     try:
         group.publish("poison")
         member = group.member(work, max_attempts=1).start(producer=unreporting)
@@ -379,7 +379,7 @@ def test_a_report_that_never_comes_is_not_waited_for_for_ever(monkeypatch: pytes
         member.stop()
         assert member.raised is None
         assert group.rig.topic.committed() == [0, 0]
-        monkeypatch.setattr(confluent_kafka, "_LONGEST_BURIAL", 1000.0)
+        monkeypatch.setattr(confluent_kafka, "_LONGEST_REPORT", 1000.0)
         stopped = group.member(work, max_attempts=1).start(producer=unreporting)
         until(lambda: stopped.heard("dead-lettered"), "its report is waited for")
         stopped.stop()
@@ -393,8 +393,8 @@ def test_a_stop_does_not_wait_for_a_broker_that_is_away(
     group: Group, monkeypatch: pytest.MonkeyPatch, value: str, ending: str
 ) -> None:
     """The message in hand is handled, and its offset not committed, or its dead letter not sent."""
-    monkeypatch.setattr(aiokafka, "_AFTER_HALT", 0.2)
-    monkeypatch.setattr(confluent_kafka, "_HALTED_BURIAL", 0.2)
+    monkeypatch.setattr(aiokafka, "_LONGEST_ANSWER_WHEN_HALTED", 0.2)
+    monkeypatch.setattr(confluent_kafka, "_LONGEST_REPORT_WHEN_HALTED", 0.2)
     begun, gate = threading.Event(), threading.Event()
 
     def work(value: str, partition: int, offset: int) -> None:

@@ -21,7 +21,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, StreamConfig
 from nats.js.errors import NotFoundError
 
 from idempotency import ConfigurationError, Policy, idempotent_consumer
-from idempotency._brokers.nats import dead_id, matches
+from idempotency._brokers.nats import dead_letter_id, matches
 from idempotency.adapters.nats import consume, sequence_key
 from idempotency.consumer import AsyncHandler
 from idempotency.errors import KeyMissingError
@@ -235,7 +235,7 @@ async def test_a_dead_letter_whose_termination_is_lost_is_one(stream: Stream, mo
 )
 def test_a_dead_letter_is_named_by_domain_stream_consumer_place_and_time(reply: str, identity: str) -> None:
     """The numbers that differ between redeliveries, here 3, 7, 1 and 9, are no part of the name."""
-    assert dead_id(Msg(_client=None, subject="orders", reply=reply)) == identity  # type: ignore[arg-type]
+    assert dead_letter_id(Msg(_client=None, subject="orders", reply=reply)) == identity  # type: ignore[arg-type]
 
 
 async def test_a_stream_made_anew_has_dead_letters_of_its_own(stream: Stream) -> None:

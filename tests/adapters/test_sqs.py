@@ -444,7 +444,7 @@ def test_a_poll_that_fails_on_its_way_is_repeated(
     client: Client, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, stop, runs = create(), threading.Event(), list[str]()
-    monkeypatch.setattr(sqs, "_AGAIN", 0.01)
+    monkeypatch.setattr(sqs, "_POLL_PAUSE", 0.01)
 
     @idempotent_consumer(MemoryStore(), consumer="billing")
     def on_order(message: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.stores.one_file_store import DictStore
 from typer.testing import CliRunner, Result
 
 from idempotency._cli import lookup
@@ -16,6 +15,7 @@ from idempotency.errors import ConfigurationError
 from idempotency.function import idempotent
 from idempotency.stores.base import Examining, Housekeeping, Searching, Store, require, supports
 from idempotency.testing import StoreContract
+from tests.stores.one_file_store import DictStore
 
 
 class TestContract(StoreContract):

@@ -1,29 +1,32 @@
-"""Celery: a base class for tasks, on RabbitMQ, Redis and every other broker that Celery knows.
+"""Celery: a base class for tasks, on RabbitMQ, Redis and every other broker that Celery supports.
 
     @app.task(base=idempotent_task(store, session=Session, max_attempts=5))
     def bill(order_id): ...
 
-A base class, not a decorator: it stands outside of ``autoretry_for``, whose retries are no failures here, and it brings
-the settings without which a killed worker loses its message, ``acks_late`` and ``reject_on_worker_lost``.
+It is a base class and not a decorator for two reasons. It runs outside of ``autoretry_for``, whose retries are no
+failures here. And it sets ``acks_late`` and ``reject_on_worker_lost``, without which the message of a killed worker is
+lost.
 
 Key: the task's id, the same at every retry and redelivery, or what ``key=`` makes of the arguments. Consumer: the
-task's name, after ``consumer=`` if given. The message is acknowledged after the commit. A duplicate of a task that is
-running is sent again with the same id and number of retries, and then acknowledged; the result of the running one is
-left alone. So a task may last longer than the ``visibility_timeout`` of Redis.
+task's name, after ``consumer=`` if given. The message is acknowledged after the commit. A duplicate of a running task
+is sent again with the same id and number of retries, and then acknowledged; the result of the running task is not
+changed. So a task may take longer than the ``visibility_timeout`` of Redis.
 
-What the task raises is rolled back. ``self.retry()`` and ``autoretry_for`` are Celery's own, with its ``max_retries``;
-what else is raised is tried again up to ``max_attempts`` times, as ``self.retry()`` does it. ``Ignore`` and ``Reject``
-are passed on, also rolled back; ``self.replace()`` is refused. A task that fails for good is a failure in the result
-backend. Its message is sent to ``dead_letter=`` if given; else rejected, so that a dead-letter exchange of RabbitMQ
-gets it (Celery before 5.7 acknowledges it), while Redis drops it.
+An error of the task rolls its effect back. ``self.retry()`` and ``autoretry_for`` are Celery's own, with its
+``max_retries``. After any other error the task is tried again up to ``max_attempts`` times, in the way of
+``self.retry()``. ``Ignore`` and ``Reject`` are passed to Celery, and roll back too; ``self.replace()`` is refused. A
+task that fails for good is a failure in the result backend. Its message is sent to ``dead_letter=`` if given. Else it
+is rejected, so that a dead-letter exchange of RabbitMQ gets it (Celery before 5.7 acknowledges it); Redis drops it.
 
-What fails around the task has its message delivered again: a hook, the result backend, sending the retry or what
-follows. The result backend may call the task failed until then. The replay sends what follows. A hard time limit is as
-a killed worker: the task is run again, up to ``max_attempts`` times (Celery before 5.7 acknowledges it).
+After a failure around the task the message is delivered again: of a hook, of the result backend, or of sending the
+retry or a following task. Until then the task may be a failure in the result backend. The replay sends the following
+tasks. A hard time limit has the effect of a killed worker: the task is run again, up to ``max_attempts`` times (Celery
+before 5.7 acknowledges it).
 
-At a replay the task returns its recorded result, and what follows it goes out again: the next one of a chain with the
-same id, a ``link`` with a new one, for which that task needs a ``key=``. Where the result could not be kept it is None;
-if something that takes it follows, the message is a dead letter. Called directly, ``bill(7)`` is the plain function.
+At a replay the task returns its recorded result, and the following tasks are sent again: the next task of a chain with
+the same id, a ``link`` with a new one, so that a linked task needs a ``key=``. A result that could not be recorded is
+None at the replay; if a following task takes the result, the message is then a dead letter. A direct call, ``bill(7)``,
+calls the plain function.
 """
 
 from __future__ import annotations
@@ -44,18 +47,18 @@ from celery.utils.imports import symbol_by_name
 from idempotency._engine.background import drain_sync
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._signature import signature_without_session, takes_session, wrap_like
-from idempotency.adapters._delivery import as_sent
+from idempotency.adapters._body import arguments_as_bytes
 from idempotency.adapters.celery._worker import (
-    NEVER_ENCODED,
+    ENCODING_ERRORS,
     StopWorker,
     Tracer,
-    as_it_came,
     check,
-    decided,
-    guarded,
-    hands_on,
-    leave_connections,
+    drop_inherited_connections,
     request_of,
+    result_is_used,
+    serializer_option,
+    settled_by,
+    with_failures_around,
 )
 from idempotency.consumer import (
     ConsumerOptions,
@@ -76,8 +79,8 @@ _REASON = "idempotency-reason"
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """What a base class was made with."""
+class _Settings:
+    """The arguments with which a base class was made."""
 
     store: Any
     key: Callable[..., str] | None
@@ -90,13 +93,13 @@ class _Given:
 
 @dataclass(frozen=True, slots=True)
 class _Passed:
-    """A task ended by telling Celery something: a retry that is sent already, or that its message be dropped."""
+    """The task ended with an error that is an instruction for Celery: a retry, which is sent already, or a drop."""
 
     signal: TaskPredicate
 
 
 class _Unsent(Reject):  # type: ignore[misc]
-    """The task told Celery to retry it, which could not be sent."""
+    """The retry that the task asked for could not be sent."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error, requeue=True)
@@ -116,11 +119,11 @@ def idempotent_task(
     """Make a base class whose tasks take effect once: for ``@app.task(base=...)`` or ``Celery(task_cls=...)``.
 
     ``key`` and ``fingerprint`` are given the task's arguments: ``lambda order_id: f"bill:{order_id}"``. By default the
-    key is the task's id, and of repeated messages the arguments are compared (``"body"``), as they were sent; None
-    compares nothing. A ``self.retry()`` with other arguments is another message under the same id: where its first one
-    is delivered again, that is a dead letter, unless ``fingerprint`` says otherwise. ``consumer``: a name that precedes
-    the task's own in the record. ``pause``: seconds before a task that failed, or whose duplicate is running, is tried
-    again. Default 1.
+    key is the task's id, and the arguments of repeated messages are compared (``"body"``), as they were sent; None
+    compares nothing. A ``self.retry()`` with other arguments is another message under the same id: where the first
+    message is delivered again, it is a dead letter, unless ``fingerprint`` returns the same for both. ``consumer``: a
+    name that precedes the task's own in the record. ``pause``: seconds before a task that failed, or whose duplicate is
+    running, is tried again. Default 1.
     ``dead_letter``: the queue that gets the message of a task that failed for good, with the header
     ``idempotency-reason``. A worker on that queue runs it again, after ``task.forget(key)`` where attempts are counted.
     The other options are :class:`~idempotency.consumer.ConsumerOptions`, with a ``sessionmaker`` for ``session``: its
@@ -134,12 +137,14 @@ def idempotent_task(
     if pause <= 0:
         raise ConfigurationError(f"pause must be positive: {pause!r}")
     check_readers(key, fingerprint)
-    given = _Given(store, key, consumer, fingerprint, pause, dead_letter, options)
-    worker_process_init.connect(lambda **_: leave_connections(store, options.get("session")), weak=False)
-    # A child ends by os._exit, before which the interpreter waits for nothing.
+    settings = _Settings(store, key, consumer, fingerprint, pause, dead_letter, options)
+    worker_process_init.connect(lambda **_: drop_inherited_connections(store, options.get("session")), weak=False)
+    # A child process ends by os._exit(), which does not wait for writes in the background.
     worker_process_shutdown.connect(_drain)
-    # A failure whose message is kept elsewhere is acknowledged.
-    return type("IdempotentTask", (_IdempotentTask,), {"_given": given, "acks_on_failure": dead_letter is not None})
+    # The message of a failed task is acknowledged where a copy of it is in the queue for dead letters.
+    return type(
+        "IdempotentTask", (_IdempotentTask,), {"_settings": settings, "acks_on_failure": dead_letter is not None}
+    )
 
 
 def _drain(**_: Any) -> None:
@@ -153,7 +158,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
     reject_on_worker_lost = True
     acks_on_timeout = False
 
-    _given: _Given
+    _settings: _Settings
     _consumer: SyncConsumer
     _takes_session: bool
     _sent: inspect.Signature
@@ -164,63 +169,66 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         super().on_bound(app)
         if cls.name is None:
             return
-        given = cls._given
-        check(cls, app, _IdempotentTask, given.pause)
-        session = given.options.get("session")
+        settings = cls._settings
+        check(cls, app, _IdempotentTask, settings.pause)
+        session = settings.options.get("session")
         cls._takes_session = session is not None and takes_session(cls.run)
         bound = not isinstance(inspect.getattr_static(cls, "run"), staticmethod)
         signature = signature_without_session(cls.run) if cls._takes_session else inspect.signature(cls.run)
         cls._sent = signature.replace(parameters=[*signature.parameters.values()][bound:])
         if cls._takes_session:
             cls.__header__ = app.type_checker(wrap_like(lambda: None, cls.run, session), bound=bound)
-        # With pydantic=True a model is a dict of plain JSON when it comes from run().
+        # With pydantic=True run() returns a dict of plain JSON where the annotation is a model.
         returns = (lambda: None) if getattr(cls, "_dump_pydantic_arguments", None) else cls.run
-        name = f"{given.consumer}:{cls.name}" if given.consumer else cls.name
-        cls._consumer = SyncConsumer(given.store, name, returns, given.options)
+        name = f"{settings.consumer}:{cls.name}" if settings.consumer else cls.name
+        cls._consumer = SyncConsumer(settings.store, name, returns, settings.options)
         cls.Request = request_of(symbol_by_name(cls.Request))
 
     @property
     def __trace__(self) -> Tracer | None:
-        """What Celery runs the task with, and makes when the worker starts."""
+        """The tracer, with which Celery runs the task; Celery sets it when the worker starts."""
         return self._tracer
 
     @__trace__.setter
     def __trace__(self, tracer: Tracer | None) -> None:
-        self._tracer = None if tracer is None else guarded(tracer, self._outside)
+        self._tracer = None if tracer is None else with_failures_around(tracer, self._settle_failure_around)
 
     @classmethod
     def forget(cls, key: str) -> bool:
-        """Forget that a task was run, so that it can be sent again; False when it was not, or is just now."""
+        """Forget that a task was run, so that it can be sent again; False where it was not run, or is running."""
         return cls._consumer.forget(key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
-        # The second is Celery's own mark of a task that is in its body, and so calls itself as a function.
+        # Celery sets _protected while the body of the task runs: then the task calls itself as a function.
         if request.called_directly or request._protected:
             return super().__call__(*args, **kwargs)
         request._protected = 1
         if request.is_eager:
-            key, compared = self._named(args, kwargs)
+            key, compared = self._key_and_compared(args, kwargs)
             value = self._consumer.call(key, self._work(args, kwargs), compared)
             if isinstance(value, _Passed):
-                # Not decided(): it may run within a task whose message is in hand.
+                # Without settled_by(): the call may be inside another task, whose message it must not settle.
                 raise value.signal
             return value
         return self._settle(self._deliver(args, kwargs))
 
     def retry(self, *args: Any, **kwargs: Any) -> Any:
-        """See Celery. What it raises when there were too many retries is final; a retry that is not sent is none."""
+        """Retry the task, as Celery does.
+
+        The error after too many retries is final. A retry that could not be sent is not: the message is redelivered.
+        """
         request = self.request
         if request.called_directly or request.is_eager:
             return super().retry(*args, **kwargs)
         try:
             with self._confirmed() as connection:
-                return super().retry(*args, **{**as_it_came(request), "connection": connection, **kwargs})
+                return super().retry(*args, **{**serializer_option(request), "connection": connection, **kwargs})
         except TaskPredicate as signal:
             unsent = signal.reason if isinstance(signal, Reject) else None
             if not isinstance(unsent, Exception) or unsent is not signal.__context__:
                 raise
-            if isinstance(unsent, NEVER_ENCODED):
+            if isinstance(unsent, ENCODING_ERRORS):
                 self._give_up(unsent)
                 raise unsent from None
             raise _Unsent(unsent) from unsent
@@ -229,7 +237,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             raise
 
     def replace(self, sig: Any) -> NoReturn:
-        """Refuse: Celery sends the replacement and drops the task, which is rolled back.
+        """Refuse it: Celery sends the replacement and drops the task, whose effect would be rolled back.
 
         Raises :class:`~idempotency.errors.ConfigurationError`.
         """
@@ -244,23 +252,26 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         if not self.request.called_directly:
             self.request.given_up = error
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bytes | str | None]:
-        given = self._given
-        key = self.request.id if given.key is None else given.key(*args, **kwargs)
-        # What else is in a message is not the same at each delivery: retries, what follows, and the encoding.
-        return key, compared_by(given.fingerprint, lambda: as_sent(self._sent, args, kwargs), *args, **kwargs)
+    def _key_and_compared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bytes | str | None]:
+        settings = self._settings
+        key = self.request.id if settings.key is None else settings.key(*args, **kwargs)
+        # Other parts of a message are not the same at each delivery: retries, following tasks, and the encoding.
+        return key, compared_by(
+            settings.fingerprint, lambda: arguments_as_bytes(self._sent, args, kwargs), *args, **kwargs
+        )
 
     def _deliver(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Delivered:
         try:
             try:
-                key, compared = self._named(args, kwargs)
+                key, compared = self._key_and_compared(args, kwargs)
             except SoftTimeLimitExceeded:
                 raise
             except Exception as error:
-                return self._consumer.rules.unnamed(error)
+                return self._consumer.rules.refuse_unreadable(error)
             return self._consumer.deliver(key, self._work(args, kwargs), attempt=self._attempt(), compared=compared)
         except Exception as error:
-            # It may have ended while it waited for another; its own failure is here only where "stop" is asked for.
+            # The time limit may end while the delivery waits for a duplicate. The task's own failure comes here only
+            # by "stop".
             if isinstance(error, SoftTimeLimitExceeded) and error is not self.request.get("failed"):
                 self._requeue(error)
             self._requeue(error, StopWorker)
@@ -282,50 +293,53 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         return work
 
     def _attempt(self) -> int | None:
-        """Say whether this is a first delivery. A retry that Celery counts is one; what was sent again here is none."""
+        """Return 1 for a first delivery, else None.
+
+        A retry that Celery counts is a first delivery of its own. A message that was sent again here is not.
+        """
         request = self.request
         sent_again = (request.headers or {}).get(_SENT_AGAIN) == str(request.retries)
         return None if sent_again or (request.delivery_info or {}).get("redelivered") else 1
 
     def _settle(self, delivered: Delivered) -> Any:
-        given, retries = self._given, self.request.retries
+        settings, retries = self._settings, self.request.retries
         match delivered:
             case Done(_Passed(_Unsent(error=error))):
                 self._consumer.rules.unsettled(error)
                 self._requeue(error)
-            case Replayed(kept=False) if hands_on(self.request):
-                self._not_kept()
+            case Replayed(kept=False) if result_is_used(self.request):
+                self._fail_without_result()
             case Done(value) | Replayed(value):
                 return _value(value)
             case Retry(after):
-                self._send_again(min(after, given.pause), retries)
-                raise decided(Ignore("a duplicate of a running task, sent again"))
+                self._send_again(min(after, settings.pause), retries)
+                raise settled_by(Ignore("a duplicate of a running task, sent again"))
             case Failed(error):
-                final = given.options.get("max_attempts") is None or self.request.get("given_up") is error
+                final = settings.options.get("max_attempts") is None or self.request.get("given_up") is error
                 if final:
-                    self._bury("failed", error)
-                self._send_again(given.pause, retries + 1)
-                raise decided(TaskRetry(exc=error, when=given.pause)) from error
+                    self._fail_for_good("failed", error)
+                self._send_again(settings.pause, retries + 1)
+                raise settled_by(TaskRetry(exc=error, when=settings.pause)) from error
             case DeadLetter(reason, error):
-                self._bury(reason, error)
+                self._fail_for_good(reason, error)
 
-    def _not_kept(self) -> NoReturn:
-        """Refuse to give None to what follows this task."""
-        error = NotReplayableError("the result, which what follows is given, was not kept")
+    def _fail_without_result(self) -> NoReturn:
+        """Refuse to give None to a following task."""
+        error = NotReplayableError("the result was not recorded, and a following task takes it")
         try:
-            letter = self._consumer.rules.refused(error, error.code)
+            letter = self._consumer.rules.refuse(error, error.code)
         except NotReplayableError:
             self._requeue(error, StopWorker)
-        self._bury(letter.reason, error)
+        self._fail_for_good(letter.reason, error)
 
-    def _outside(self, error: Exception, request: Any) -> Exception:
-        """Say what becomes of the message when something around this task has failed."""
+    def _settle_failure_around(self, error: Exception, request: Any) -> Exception:
+        """Return the error that settles the message after something around this task has failed."""
         stack: Any = self.request_stack
         stack.push(request)
         try:
-            # What follows is not encoded by a second try either.
-            if isinstance(error, NEVER_ENCODED):
-                self._bury("failed", error)
+            # A second try could not encode the following task either.
+            if isinstance(error, ENCODING_ERRORS):
+                self._fail_for_good("failed", error)
             self._consumer.rules.unsettled(error)
             self._requeue(error)
         except Exception as signal:
@@ -337,25 +351,28 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         signature = self.signature_from_request(countdown=countdown, retries=retries)
         self._send(signature, {_SENT_AGAIN: str(retries)})
 
-    def _bury(self, reason: str, error: Exception) -> NoReturn:
-        """Fail for good, as Celery does; the message is where it can be sent again from."""
-        if self._given.dead_letter is not None:
-            # An expired one would not reach the queue.
-            signature = self.signature_from_request(queue=self._given.dead_letter, expires=None)
+    def _fail_for_good(self, reason: str, error: Exception) -> NoReturn:
+        """Fail as Celery does, after a copy of the message was sent to the queue for dead letters, if there is one."""
+        if self._settings.dead_letter is not None:
+            # A message that has expired would not reach the queue.
+            signature = self.signature_from_request(queue=self._settings.dead_letter, expires=None)
             self._send(signature, {_REASON: reason}, final=error)
-        raise decided(error)
+        raise settled_by(error)
 
     def _send(self, signature: Any, headers: dict[str, str], final: Exception | None = None) -> None:
-        """Send the message of this task. The one in hand may be acknowledged when the broker has confirmed it."""
+        """Send the message of this task again, and wait until the broker has confirmed it: then it may be acknowledged.
+
+        ``final``: the error of a task that fails for good.
+        """
         signature.options["headers"] = {**(signature.options.get("headers") or {}), **headers}
-        signature.options.update(as_it_came(self.request))
+        signature.options.update(serializer_option(self.request))
         try:
             with self._confirmed() as connection:
                 signature.apply_async(connection=connection, add_to_parent=False)
         except Exception as error:
-            if final is not None and isinstance(error, NEVER_ENCODED):
-                # It would come back for ever; as it is, the broker may have a place for it.
-                raise decided(Reject(repr(final), requeue=False)) from final
+            if final is not None and isinstance(error, ENCODING_ERRORS):
+                # A requeued message would come back for ever. A rejected one goes to a dead-letter exchange, if any.
+                raise settled_by(Reject(repr(final), requeue=False)) from final
             self._consumer.rules.unsettled(error)
             self._requeue(error)
 
@@ -363,14 +380,14 @@ class _IdempotentTask(Task):  # type: ignore[misc]
         return self.app.connection_for_write(transport_options={"confirm_publish": True})
 
     def _requeue(self, error: Exception, how: type[Reject] = Reject) -> NoReturn:
-        # So that a message which only comes back does not keep the worker busy.
-        # A soft time limit that ends only now must not make a failure of it, which is not delivered again.
+        # Wait, so that a message which only comes back does not keep the worker busy. A soft time limit that ends now
+        # must not make it a failure, which is not delivered again.
         with suppress(SoftTimeLimitExceeded):
-            time.sleep(self._given.pause)
-        raise decided(how(repr(error), requeue=True)) from error
+            time.sleep(self._settings.pause)
+        raise settled_by(how(repr(error), requeue=True)) from error
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, _Passed):
-        raise decided(value.signal)
+        raise settled_by(value.signal)
     return value

@@ -1,10 +1,8 @@
-"""What stands around a Celery task: its tracer, where it runs, and its request, in the worker.
+"""Parts of a Celery worker around a task: the tracer that runs it, its request, and checks before it runs.
 
-Celery acknowledges or drops the message of whatever fails. What fails around a task, before it or after its commit,
-is no failure of the task: the next one of its chain could not be sent, the result backend is away, a hook raised. Its
-message is delivered again, so that the task is run, or the replay sends what follows.
-
-Beside that, what is done for a task before it runs.
+Celery acknowledges or drops the message of a task that fails. But a failure around the task, before it or after its
+commit, is no failure of the task: the next task of its chain could not be sent, the result backend cannot be reached, a
+hook raised. Then the message is delivered again, so that the task is run, or the replay sends the tasks that follow.
 """
 
 from __future__ import annotations
@@ -27,11 +25,12 @@ from idempotency._signature import is_async
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import Forkable, supports
 
-NEVER_ENCODED = (EncodeError, SerializerNotInstalled)
-"""What no second try helps."""
+ENCODING_ERRORS = (EncodeError, SerializerNotInstalled)
+"""A message that raises one of these can never be encoded: it is not tried again."""
 
 _CONTENT_TYPE = "content_type"
-_decided: ContextVar[Exception | None] = ContextVar("idempotency_decided", default=None)
+_settlement: ContextVar[Exception | None] = ContextVar("idempotency_celery_settlement", default=None)
+"""The error by which a task settles its message."""
 
 Signal = TypeVar("Signal", bound=Exception)
 Tracer = Callable[[str, Any, Any, dict[str, Any]], tuple[Any, Any, Any, Any]]
@@ -41,21 +40,22 @@ class StopWorker(Reject):  # type: ignore[misc]
     """Put the message back into its queue, and shut the worker down."""
 
 
-def decided(signal: Signal) -> Signal:
-    """Note what a task is about to raise: it says what becomes of the message, whatever else fails from now on."""
-    _decided.set(signal)
+def settled_by(signal: Signal) -> Signal:
+    """Return the error that the task raises to settle its message, and note it: a later failure changes nothing."""
+    _settlement.set(signal)
     return signal
 
 
-def guarded(tracer: Tracer, outside: Callable[[Exception, Context], Exception]) -> Tracer:
-    """Make a tracer that asks ``outside`` what becomes of a message when something around its task has failed.
+def with_failures_around(tracer: Tracer, settle: Callable[[Exception, Context], Exception]) -> Tracer:
+    """Return a tracer that settles the message also where something around its task fails.
 
-    It raises nothing: what a tracer raises ends a worker without processes of its own, or is lost in a thread.
+    ``settle`` is given the failure and the request, and returns the error that settles the message. The tracer itself
+    raises nothing: an error of a tracer ends a worker that has no child processes, and is lost in a thread.
     """
 
     def trace(uuid: str, args: Any, kwargs: Any, request: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-        _decided.set(None)
-        # Celery before 5.7 takes the next one off the list that it is given.
+        _settlement.set(None)
+        # Celery before 5.7 removes the next task from the list that it is given.
         given = {**request, "chain": [*request["chain"]]} if request.get("chain") else request
         try:
             traced = tracer(uuid, args, kwargs, given)
@@ -65,20 +65,20 @@ def guarded(tracer: Tracer, outside: Callable[[Exception, Context], Exception]) 
             error = raised
         else:
             info = traced[1]
-            if info is None or info.state != FAILURE or info.retval is _decided.get():
+            if info is None or info.state != FAILURE or info.retval is _settlement.get():
                 return traced
             error = info.retval
-        if (signal := _decided.get()) is not None:
-            return _answer(signal)
+        if (signal := _settlement.get()) is not None:
+            return _traced(signal)
         if isinstance(error, TaskPredicate):
-            return _answer(error)
-        return _answer(outside(error, Context(request, args=args, kwargs=kwargs, called_directly=False)))
+            return _traced(error)
+        return _traced(settle(error, Context(request, args=args, kwargs=kwargs, called_directly=False)))
 
     return trace
 
 
-def _answer(signal: Exception) -> tuple[Any, Any, Any, Any]:
-    """Say what a tracer does when a task has raised this."""
+def _traced(signal: Exception) -> tuple[Any, Any, Any, Any]:
+    """Return what a tracer returns when a task raises this."""
     try:
         raise get_pickleable_exception(signal)
     except Exception:
@@ -86,9 +86,9 @@ def _answer(signal: Exception) -> tuple[Any, Any, Any, Any]:
 
 
 def request_of(base: Any) -> Any:
-    """Make the class of a task's requests: it hears in the worker that the worker is to stop, in every pool.
+    """Return the class of a task's requests, which runs in the worker's main process and can stop the worker.
 
-    A command would have to come over the broker, where remote control may be switched off.
+    This works in every pool. A command would have to go through the broker, and remote control may be switched off.
     """
     if issubclass(base, _Request):
         return base
@@ -99,7 +99,7 @@ class _Request:
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)  # type: ignore[call-arg]
         request: dict[str, Any] = self.request_dict  # type: ignore[attr-defined]
-        # Redis, unlike RabbitMQ, has it elsewhere.
+        # With RabbitMQ it is among the properties, with Redis it is not.
         request["properties"] = {**request["properties"], _CONTENT_TYPE: message.content_type}
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,20 +110,20 @@ class _Request:
         return answer
 
 
-def as_it_came(request: Context) -> dict[str, Any]:
-    """Say how the message of a task is encoded, so that it can be sent again."""
+def serializer_option(request: Context) -> dict[str, Any]:
+    """Return the option by which the message of a task is encoded as it was, when it is sent again."""
     name = registry.type_to_name.get((request.properties or {}).get(_CONTENT_TYPE))
     return {} if name is None else {"serializer": name}
 
 
-def hands_on(request: Context) -> bool:
-    """Say whether something is given the result of this task."""
+def result_is_used(request: Context) -> bool:
+    """Return whether a following task is given the result of this task."""
     following = [*(request.callbacks or ()), *(request.chain or ())[-1:], *filter(None, [request.chord])]
     return any(not each.get("immutable") for each in following)
 
 
-def leave_connections(store: object, session: Any) -> None:
-    """Leave to the parent process the connections that its fork has brought here."""
+def drop_inherited_connections(store: object, session: Any) -> None:
+    """Drop the connections that a fork has copied from the parent process, without closing them for the parent."""
     if supports(store, Forkable):
         store.forked()
     bind = getattr(session, "kw", {}).get("bind")
@@ -132,11 +132,11 @@ def leave_connections(store: object, session: Any) -> None:
 
 
 def check(task: Any, app: Any, base: type, pause: float) -> None:
-    """Refuse what would lose messages of a task of this base."""
+    """Refuse settings with which messages of a task of this base would be lost."""
     if not task.acks_late or not (task.reject_on_worker_lost or getattr(task, "retry_on_worker_lost", None)):
         raise ConfigurationError(
-            f"{task.name} needs acks_late and reject_on_worker_lost, which its base class sets: else the message of a "
-            "task whose worker is killed is lost"
+            f"{task.name} needs acks_late and reject_on_worker_lost, which its base class sets: without them the "
+            "message of a task whose worker is killed is lost"
         )
     if is_async(task.run):
         raise ConfigurationError(f"{task.name} is a coroutine function, which Celery does not await")

@@ -6,24 +6,25 @@
     @dramatiq.actor(actor_class=idempotent_actor(store, session=Session, max_attempts=5))
     def bill(order_id, amount, session): ...
 
-Key: the message's ``message_id``, which retries and redeliveries keep; two ``send`` calls are two messages, unless
-``key=`` finds the same in their arguments. The message is acknowledged after the commit, after the result is stored
-and the rest of the pipeline is enqueued. Where one of these fails, and where a callback of ``on_success`` or of a group
-cannot be enqueued, that is a failure: the retry handles nothing again, but passes the recorded result on.
+Key: the message's ``message_id``, the same at every retry and redelivery. Two ``send`` calls are two messages, unless
+``key=`` returns the same for their arguments. The message is acknowledged after the commit, and after the result is
+stored and the rest of the pipeline is enqueued. If one of these fails, or a callback of ``on_success`` or of a group
+cannot be enqueued, the message is retried: the retry handles nothing again, but passes the recorded result on.
 
-What follows is so sent at least once: the rest of a pipeline under the same ``message_id``, ``on_success`` under a new
-one. A group counts each of its members once, so that a duplicate completes none; a worker that is killed just between
-the two steps of counting leaves the group waiting. A result that was not kept, being too large or of no type that can
-be recorded, cannot be passed on to the rest of a pipeline by a duplicate, which is then a dead letter
-(``completed-not-replayable``); it leaves what the result backend has.
+So the following messages are sent at least once: the rest of a pipeline under the same ``message_id``, ``on_success``
+under a new one. A group counts each of its members once, so that a duplicate does not count for another member. If a
+worker is killed just between the two steps of counting, the group is never completed. A result may not be recorded: it
+is too large, or of a type that cannot be recorded. Then a duplicate cannot pass it on to the rest of a pipeline, and is
+a dead letter (``completed-not-replayable``); the result backend is not changed.
 
-A failure goes to the middleware ``Retries`` (15 s and more between attempts by default, see ``min_backoff``), and what
-``max_retries``, ``throws`` and ``retry_when`` say holds beside ``max_attempts``: whichever ends it first. A dead letter
-goes to the broker's dead-letter queue, as theirs does (7 days by default). Whatever is to be delivered again is
-enqueued before it is acknowledged; while the broker takes nothing, the worker thread waits.
+A failure goes to the middleware ``Retries`` (15 s and more between attempts by default, see ``min_backoff``). Its
+``max_retries``, ``throws`` and ``retry_when`` apply beside ``max_attempts``: the first of them that ends the retries
+wins. A dead letter goes to the broker's dead-letter queue, as dramatiq's own do (7 days by default). A message that is
+to be delivered again is enqueued before it is acknowledged; while the broker does not accept it, the worker thread
+waits.
 
-A killed worker's messages are redelivered by RabbitMQ at once, by Redis after ``heartbeat_timeout`` (60 s) and by
-chance (``maintenance_chance``).
+RabbitMQ redelivers the messages of a killed worker at once, Redis after ``heartbeat_timeout`` (60 s) and then by chance
+(``maintenance_chance``).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import inspect
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 from dramatiq import Actor, Broker
@@ -42,8 +44,14 @@ from idempotency._brokers.headers import no_identity
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.rules import Rules
 from idempotency._signature import bind_arguments, is_async, wrap_like
-from idempotency.adapters._delivery import as_sent
-from idempotency.adapters.dramatiq._delivery import DeadLetteredError, Delivery, NotPassedOnError, begin, prepare
+from idempotency.adapters._body import arguments_as_bytes
+from idempotency.adapters.dramatiq._middleware import (
+    DeadLetteredError,
+    NotPassedOnError,
+    WorkerMessage,
+    install_middleware,
+    start_handling,
+)
 from idempotency.consumer import Consumer, ConsumerOptions, Delivered, SyncConsumer
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import Store, SyncStore
@@ -57,7 +65,7 @@ class IdempotentActor(Actor[Any, Any]):
     """An actor each of whose messages takes effect once."""
 
     forget: Callable[[str], bool]
-    """Forget that a message was handled, so that it can be sent again; False when it was not, or is just now."""
+    """Forget that a message was handled, so that it can be sent again; False where it was not, or is being handled."""
 
 
 def idempotent_actor(
@@ -71,14 +79,15 @@ def idempotent_actor(
 ) -> Callable[..., IdempotentActor]:
     """Make the ``actor_class`` of an actor whose messages take effect once.
 
-    ``consumer``: who consumes; the actor's name belongs to it, so that two actors never share a record. ``key`` is
-    given the actor's arguments and returns what identifies the message, default its ``message_id``; a message that it
-    cannot read becomes a dead letter. ``fingerprint`` is given them too, and returns what repeated messages must have
-    in common with the first. ``"body"``, the default: the arguments, as they were sent; None: nothing. ``pause``:
-    seconds, at most, before a message whose duplicate is being handled is delivered again; that is no retry. The other
-    options are :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message stops a worker.
+    ``consumer``: the consumer's name; the actor's name is added to it, so that two actors never share a record. ``key``
+    is given the actor's arguments and returns what identifies the message, default its ``message_id``; a message that
+    it cannot read becomes a dead letter. ``fingerprint`` is given them too, and returns what repeated messages must
+    have in common with the first. ``"body"``, the default: the arguments, as they were sent; None: nothing. ``pause``:
+    seconds, at most, before a message whose duplicate is being handled is delivered again; that is not a retry. The
+    other options are :class:`~idempotency.consumer.ConsumerOptions`; ``"stop"`` is refused, as no message can stop a
+    worker.
 
-    An actor that is called, not sent to, needs ``key``; it returns or raises as its function does, or raises
+    A direct call of an actor needs ``key``; it returns or raises as the function does, or raises
     :class:`~idempotency.errors.InProgressError` and the like. ``forget(key)`` works in any process, for an asynchronous
     actor outside of a worker on an event loop of its own. The session, where there is one, is the keyword
     ``session`` of the function if it has that parameter, and ``current().session``.
@@ -89,50 +98,76 @@ def idempotent_actor(
         if options.get(name) == "stop":
             raise ConfigurationError(f'{name}="stop": a message cannot stop a dramatiq worker; it can be a dead letter')
     check_readers(key, fingerprint)
-    given = options
+    settings = _Settings(store, consumer, key, fingerprint, pause, options)
 
     def declare(
         function: Callable[..., Any], *, actor_name: str, broker: Broker, options: dict[str, Any], **declared: Any
     ) -> IdempotentActor:
-        prepare(broker)
-        name = actor_name if consumer is None else f"{consumer}:{actor_name}"
-        verbs = _verbs(store, name, function, given)
-        bind = bind_arguments(function, given.get("session"))
-
-        def compared(args: Any, kwargs: Any, body: Callable[[], bytes | None] = lambda: None) -> Any:
-            return compared_by(fingerprint, body, *args, **kwargs)
-
-        def deliver(delivery: Delivery, args: Any, kwargs: Any) -> Delivered:
-            try:
-                named = delivery.message.message_id if key is None else key(*args, **kwargs)
-                # Not the whole message: its options and its time are another's at each retry.
-                same = compared(args, kwargs, lambda: as_sent(signature, args, kwargs))
-            except Exception as error:
-                return verbs.rules.unnamed(error)
-            return verbs.deliver(named, bind(*args, **kwargs), attempt=delivery.attempt, compared=same)
-
-        def handle(*args: Any, **kwargs: Any) -> Any:
-            delivery = begin(actor_name, options, pause, verbs.rules)
-            if delivery is not None:
-                return delivery.settle(deliver(delivery, args, kwargs), pause)
-            if key is None:
-                raise no_identity(f"a call of {actor_name!r}", "send() a message, or give key= to idempotent_actor")
-            return verbs.call(key(*args, **kwargs), bind(*args, **kwargs), compared(args, kwargs))
-
-        wrap_like(handle, function, given.get("session"))
-        signature = inspect.signature(handle)
+        install_middleware(broker)
+        handler = _Handler(settings, function, actor_name, options)
         throws = options.get("throws") or ()
         options["throws"] = (*(throws if isinstance(throws, tuple) else (throws,)), DeadLetteredError)
-        actor = IdempotentActor(handle, actor_name=actor_name, broker=broker, options=options, **declared)
-        actor.forget = verbs.forget
+        actor = IdempotentActor(handler.function, actor_name=actor_name, broker=broker, options=options, **declared)
+        actor.forget = handler.verbs.forget
         return actor
 
     return declare
 
 
 @dataclass(frozen=True, slots=True)
+class _Settings:
+    """The arguments of :func:`idempotent_actor`."""
+
+    store: Any
+    consumer: str | None
+    key: Callable[..., object] | None
+    fingerprint: Fingerprint
+    pause: float
+    options: ConsumerOptions
+
+
+class _Handler:
+    """What handles the messages of one actor, and its direct calls. ``function``: the function that dramatiq calls."""
+
+    def __init__(
+        self, settings: _Settings, function: Callable[..., Any], actor_name: str, actor_options: dict[str, Any]
+    ) -> None:
+        name = actor_name if settings.consumer is None else f"{settings.consumer}:{actor_name}"
+        session = settings.options.get("session")
+        self.verbs = _verbs(settings.store, name, function, settings.options)
+        self.function = wrap_like(lambda *args, **kwargs: self._handle(args, kwargs), function, session)
+        self._settings = settings
+        self._actor_name = actor_name
+        self._actor_options = actor_options
+        self._bind = bind_arguments(function, session)
+        self._signature = inspect.signature(self.function)
+
+    def _handle(self, args: Any, kwargs: Any) -> Any:
+        key, pause = self._settings.key, self._settings.pause
+        message = start_handling(self._actor_name, self._actor_options, pause, self.verbs.rules)
+        if message is not None:
+            return message.settle(self._deliver(message, args, kwargs), pause)
+        if key is None:
+            raise no_identity(f"a call of {self._actor_name!r}", "send() a message, or give key= to idempotent_actor")
+        identity = key(*args, **kwargs)
+        compared = compared_by(self._settings.fingerprint, lambda: None, *args, **kwargs)
+        return self.verbs.call(identity, self._bind(*args, **kwargs), compared)
+
+    def _deliver(self, message: WorkerMessage, args: Any, kwargs: Any) -> Delivered:
+        key, fingerprint = self._settings.key, self._settings.fingerprint
+        try:
+            identity = message.message.message_id if key is None else key(*args, **kwargs)
+            # Not the whole message: at each retry it has other options and another time.
+            body = partial(arguments_as_bytes, self._signature, args, kwargs)
+            compared = compared_by(fingerprint, body, *args, **kwargs)
+        except Exception as error:
+            return self.verbs.rules.refuse_unreadable(error)
+        return self.verbs.deliver(identity, self._bind(*args, **kwargs), attempt=message.attempt, compared=compared)
+
+
+@dataclass(frozen=True, slots=True)
 class _Verbs:
-    """What can be asked of a consumer, from a thread."""
+    """The verbs of a consumer, for calls from a thread."""
 
     deliver: Callable[..., Delivered]
     call: Callable[..., Any]
@@ -151,7 +186,7 @@ def _verbs(store: Any, consumer: str, function: Callable[..., Any], options: Con
 
 
 def _anywhere(forget: Callable[[str], Coroutine[Any, Any, bool]]) -> Callable[[str], bool]:
-    """Let a coroutine function be called in a worker, on its event loop, and outside of one."""
+    """Return a function for threads that runs a coroutine function: in a worker on its event loop, else on our own."""
 
     def call(key: str) -> bool:
         thread = get_event_loop_thread() or _event_loop()
@@ -162,7 +197,7 @@ def _anywhere(forget: Callable[[str], Coroutine[Any, Any, bool]]) -> Callable[[s
 
 @functools.cache
 def _event_loop() -> EventLoopThread:
-    """Start the event loop of a process that is no worker: always the same one, as a store's connections are its."""
+    """Start the event loop of a process that is not a worker: only one, as a store's connections belong to a loop."""
     thread = EventLoopThread(_logger)
     thread.daemon = True
     thread.start(timeout=1.0)

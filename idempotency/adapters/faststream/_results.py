@@ -1,7 +1,8 @@
 """The results of FastStream's handlers as bytes.
 
-A record begins with one byte: ``p`` a value as the handler's annotation says, ``w`` a value as it is published, which
-the annotation cannot say or is not there to say, ``r`` a Response, ``a`` an AckMessage, which publishes nothing.
+A record begins with one byte: ``p``: a value, encoded by the handler's annotation. ``w``: a value as it is published,
+where there is no annotation, or it does not describe the value. ``r``: a Response. ``a``: an AckMessage, with which
+nothing is published.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ _TEXT, _JSON = "text/plain", "application/json"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A recorded result: what was not kept is None."""
+class Recorded:
+    """A recorded result. A result that was not recorded is a bare None instead."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Acked:
-    """What a handler did that raised AckMessage: it is done, and publishes nothing."""
+class Acknowledged:
+    """The result of a handler that raised AckMessage: the message is done, and nothing is published."""
 
     options: dict[str, Any]
 
 
 class ResultCodec:
-    """How the results of one handler are kept, so that they can be published again.
+    """The codec of the results of one handler, so that they can be published again.
 
-    ``serializer``: with what the broker publishes them; None: plain JSON values only.
+    ``serializer``: the one with which the broker publishes them; None: plain JSON values only.
     """
 
     def __init__(self, function: Callable[..., Any], codec: Codec | None, broker: str, serializer: Any = None) -> None:
@@ -51,34 +52,34 @@ class ResultCodec:
         self._serializer = serializer
 
     def encode(self, value: Any) -> bytes:
-        """Encode what the handler returned; raises for what cannot be published again as it is."""
-        if isinstance(value, Acked):
+        """Encode what the handler returned; raises for a result that could not be published again unchanged."""
+        if isinstance(value, Acknowledged):
             return b"a"
         if isinstance(value, Response):
             return b"r" + self._encode_response(value)
         if self._results is not None:
-            # Else it is not what the annotation says, or not all of it: an alias, what a middleware put in its place.
+            # It fails where the value does not match the annotation, as when a middleware has replaced it.
             with suppress(Exception):
                 return b"p" + self._results.encode(value)
         return b"w" + _to_wire(value, self._serializer)
 
-    def decode(self, data: bytes) -> Kept:
+    def decode(self, data: bytes) -> Recorded:
         """Decode what :meth:`encode` wrote."""
         kind, rest = data[:1], data[1:]
         if kind == b"a":
-            return Kept(Acked({}))
+            return Recorded(Acknowledged({}))
         if kind == b"r":
-            return Kept(self._decode_response(rest))
+            return Recorded(self._decode_response(rest))
         if kind == b"w":
-            return Kept(_from_wire(rest))
+            return Recorded(_from_wire(rest))
         if self._results is None:
             raise ValueError("the handler's annotation has changed")
-        return Kept(self._results.decode(rest))
+        return Recorded(self._results.decode(rest))
 
     def _encode_response(self, response: Response) -> bytes:
         kind = type(response)
         if self._response(kind.__name__) is not kind:
-            raise TypeError(f"{kind.__qualname__} is a Response of nobody's making but the application's")
+            raise TypeError(f"{kind.__qualname__} is a Response class of the application, not of FastStream")
         given = dict(vars(response))
         body = _to_wire(given.pop("body"), self._serializer)
         options = given | given.pop("message_options", {}) | given.pop("publish_options", {})
@@ -111,7 +112,7 @@ def _results(function: Callable[..., Any], codec: Codec | None) -> Results | Non
     try:
         return results_of(function, codec)
     except ConfigurationError:
-        # Such as a Response, or what only FastStream's serializer knows how to send.
+        # Such as a Response, or a type that only FastStream's serializer can encode.
         return None
 
 
@@ -135,7 +136,7 @@ def _from_wire(data: bytes) -> Any:
             found = json.loads(body)
             if not isinstance(found, str):
                 return found
-            # A time, a UUID: as a str it would be published as a text, which it was not.
+            # Such as a time or a UUID, which were published as JSON. A str would be published as text.
             published: Any = Enum("published", {"JSON": found})
             return published.JSON
     raise ValueError(f"unknown kind {kind!r}")
@@ -145,5 +146,5 @@ def _plain(value: Any) -> tuple[str, Any]:
     if isinstance(value, bytes):
         return "b", base64.b64encode(value).decode()
     if json.loads(json.dumps(value)) != value:
-        raise TypeError(f"{type(value).__name__} is an option of a Response that cannot be kept")
+        raise TypeError(f"{type(value).__name__} is an option of a Response that cannot be recorded")
     return "j", value

@@ -1,4 +1,4 @@
-"""What FastStream's brokers tell of a message: how it came, what identifies it, and whether it can come again."""
+"""The sources of messages by FastStream's brokers: what identifies a message, and whether it is delivered again."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.message import StreamMessage
 
-from idempotency._brokers.headers import KEY_HEADERS, REASON, header, no_identity
+from idempotency._brokers.headers import KEY_HEADERS, REASON, identity_header, no_identity
 from idempotency.errors import ConfigurationError
 
-_FREE = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
+_ALLOWED_POLICIES = (AckPolicy.REJECT_ON_ERROR, AckPolicy.NACK_ON_ERROR)
 _NATS_ID = "Nats-Msg-Id"
 
 
 class Source:
     """One handler of one subscriber.
 
-    ``place``: what ``publish()`` of this broker calls the place it publishes to. ``redelivers``: the broker delivers
-    again what is given back to it; ``gives_up``: but not for ever.
+    ``destination``: the keyword by which this broker's ``publish()`` is given the destination. ``redelivers``: the
+    broker delivers a message again that is given back to it. ``limits_redeliveries``: it does so a limited number of
+    times. ``dead_letters``: the broker sends its dead letters itself.
     """
 
-    place = "topic"
+    destination = "topic"
     redelivers = True
-    gives_up = False
+    limits_redeliveries = False
     dead_letters = False
     remedy = "publish it with the header Idempotency-Key, or give key= to IdempotencyMiddleware"
 
@@ -42,47 +43,47 @@ class Source:
         policy = self.subscriber.ack_policy
         if any("Batch" in kind.__name__ for kind in type(self.subscriber).__mro__):
             raise self.refusal("it takes batches: a batch is several messages, of which each has its own record")
-        if self.redelivers and policy not in _FREE:
+        if self.redelivers and policy not in _ALLOWED_POLICIES:
             raise self.refusal(
                 f"ack_policy={policy} acknowledges or drops a message that is not handled yet: "
                 "use AckPolicy.NACK_ON_ERROR, or REJECT_ON_ERROR"
             )
 
     def refusal(self, why: str) -> ConfigurationError:
-        """Make the error of a subscriber that cannot be right."""
+        """Return the error of a subscriber that cannot be idempotent."""
         return ConfigurationError(f"the subscriber of {self.function.__qualname__} cannot be idempotent: {why}")
 
     @property
     def serializer(self) -> Any:
-        """Return with what results are published; None: with a codec of the application's own."""
+        """Return the serializer of the results; None: they are published with a codec of the application."""
         config = self.subscriber._outer_config
         return None if config.broker_codec else config.fd_config._serializer
 
     def publishes(self, message: StreamMessage[Any]) -> bool:
-        """Say whether the result of a message goes anywhere."""
+        """Return whether the result of a message is published, or sent as a reply."""
         replies = message.reply_to and not self.subscriber._no_reply
         return bool(replies or self._handler._publishers)
 
     def subscription(self, message: StreamMessage[Any]) -> str:
-        """Name what delivers one message once: part of the scope of its record."""
+        """Return the name of what delivers each message once, such as a queue: part of the scope of its record."""
         raise NotImplementedError
 
-    def named(self, message: StreamMessage[Any]) -> str | None:
+    def identity(self, message: StreamMessage[Any]) -> str | None:
         """Return what identifies a message at every redelivery, where no header does."""
         return None
 
-    def prepare(self, message: StreamMessage[Any]) -> None:
-        """Mend how the message is settled."""
+    def fix_commit(self, message: StreamMessage[Any]) -> None:
+        """Make the message commit its own offset alone, where FastStream commits others with it."""
 
     def key(self, message: StreamMessage[Any]) -> str:
         """Return the key of a message; KeyMissingError, with the remedy, if nothing identifies it."""
-        found = header(message.headers) or self.named(message)
+        found = identity_header(message.headers) or self.identity(message)
         if not found:
             raise no_identity(f"a message for {self.function.__qualname__}", self.remedy)
         return found
 
     def attempt(self, message: StreamMessage[Any]) -> int | None:
-        """Return 1 for a first delivery, more for a later one, None where nobody can tell."""
+        """Return 1 for a first delivery, more for a later one, None where it is not known."""
         return None
 
     async def heartbeat(self) -> float | None:
@@ -95,14 +96,16 @@ class Source:
         await message.nack()
 
     async def send_dead_letter(
-        self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
+        self, broker: Any, destination: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
     ) -> None:
         """Send a dead letter, and wait until it is taken."""
         headers = headers | {REASON: reason}
-        await broker.publish(message.body, headers=headers, **{self.place: place}, **self.forwarded(message))
+        await broker.publish(
+            message.body, headers=headers, **{self.destination: destination}, **self.forwarded(message)
+        )
 
     def forwarded(self, message: StreamMessage[Any]) -> dict[str, Any]:
-        """Say what of a dead letter goes on besides its body and headers."""
+        """Return what a dead letter has of its message besides body and headers, as options of ``publish()``."""
         return {}
 
 
@@ -111,7 +114,7 @@ class Rabbit(Source):
 
     dead_letters = True
     # A quorum queue has a delivery-limit.
-    gives_up = True
+    limits_redeliveries = True
     remedy = "publish it with message_id= or the header Idempotency-Key, or give key= to IdempotencyMiddleware"
 
     def check(self) -> None:
@@ -128,7 +131,7 @@ class Rabbit(Source):
     def subscription(self, message: StreamMessage[Any]) -> str:
         return f"rabbitmq:{self.subscriber.queue.add_prefix(self.prefix).name}"
 
-    def named(self, message: StreamMessage[Any]) -> str | None:
+    def identity(self, message: StreamMessage[Any]) -> str | None:
         found: str | None = message.raw_message.message_id
         return found
 
@@ -141,9 +144,9 @@ class JetStream(Source):
 
     remedy = (
         "publish it with the header Nats-Msg-Id or Idempotency-Key, or give key= to IdempotencyMiddleware, such as "
-        "sequence_key, which tells redeliveries apart but not a repeated publish"
+        "sequence_key, which catches redeliveries but not a repeated publish"
     )
-    place = "subject"
+    destination = "subject"
     _heartbeat: float | None = None
 
     def check(self) -> None:
@@ -165,13 +168,14 @@ class JetStream(Source):
         if (config.max_deliver or 0) > 0:
             raise self.refusal(
                 f"its consumer has max_deliver={config.max_deliver}, which also counts deliveries that met a running "
-                "handler, and then gives the message up: use max_deliver=-1, and max_attempts= of the middleware"
+                "handler, and then the message is not delivered again: use max_deliver=-1, and max_attempts= of the "
+                "middleware"
             )
 
     def subscription(self, message: StreamMessage[Any]) -> str:
         return f"nats:{self.subscriber.stream.name}:{self._durable}"
 
-    def named(self, message: StreamMessage[Any]) -> str | None:
+    def identity(self, message: StreamMessage[Any]) -> str | None:
         return message.headers.get(_NATS_ID) or None
 
     def attempt(self, message: StreamMessage[Any]) -> int | None:
@@ -182,9 +186,9 @@ class JetStream(Source):
             try:
                 config = (await self.subscriber.subscription.consumer_info()).config
             except Exception:
-                # Without, a long handler only has its message redelivered, which meets its record.
+                # Without a heartbeat the message of a long handler is redelivered, and then meets its record.
                 return None
-            # The server's own: a durable consumer need not be as it is declared here.
+            # Check the server's own settings: an existing durable consumer may differ from the declaration here.
             self._check_consumer(config)
             self._heartbeat = min(config.backoff or [config.ack_wait]) / 3
         return self._heartbeat
@@ -194,39 +198,40 @@ class JetStream(Source):
         await nack(delay=after)
 
     async def send_dead_letter(
-        self, broker: Any, place: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
+        self, broker: Any, destination: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
     ) -> None:
         if not _of_a_stream(message):
-            return await super().send_dead_letter(broker, place, message, headers, reason)
-        # Not before it is needed: the package is an extra of FastStream.
-        from idempotency._brokers.nats import dead_headers
+            return await super().send_dead_letter(broker, destination, message, headers, reason)
+        # Imported only here: the package is an extra of FastStream.
+        from idempotency._brokers.nats import dead_letter_headers
 
         jetstream = self.subscriber.jetstream
-        own = dead_headers(message.raw_message, headers.get(KEY_HEADERS[0]), reason, jetstream._nc.max_payload)
-        # Not the broker's publish(), which does not wait until the message is stored.
-        await jetstream.publish(place, message.raw_message.data, headers=own)
+        key, max_payload = headers.get(KEY_HEADERS[0]), jetstream._nc.max_payload
+        own = dead_letter_headers(message.raw_message, key, reason, max_payload)
+        # The broker's own publish() does not wait until the message is stored.
+        await jetstream.publish(destination, message.raw_message.data, headers=own)
 
 
 def _of_a_stream(message: StreamMessage[Any]) -> bool:
-    # Else it is a test's.
+    # A message of FastStream's test broker has another reply subject.
     return bool(message.raw_message.reply.startswith("$JS.ACK"))
 
 
 def sequence_key(message: StreamMessage[Any]) -> str:
-    """Return the identity of a message of JetStream, or where it has none its place in the stream: ``orders:42``."""
+    """Return the identity of a JetStream message, or where it has none its position in the stream: ``orders:42``."""
     metadata = message.raw_message.metadata
-    named = header(message.headers) or message.headers.get(_NATS_ID)
-    return named or f"{metadata.stream}:{metadata.sequence.stream}"
+    identity = identity_header(message.headers) or message.headers.get(_NATS_ID)
+    return identity or f"{metadata.stream}:{metadata.sequence.stream}"
 
 
 class Transient(Source):
-    """A source that keeps nothing: what is taken from it is gone, and so is held while it is handled again."""
+    """A source that stores nothing: a message that was taken from it is held here while it is handled again."""
 
     redelivers = False
 
-    def __init__(self, subscriber: Any, handler: Any, place: str, subscription: str) -> None:
+    def __init__(self, subscriber: Any, handler: Any, destination: str, subscription: str) -> None:
         super().__init__(subscriber, handler)
-        self.place = place
+        self.destination = destination
         self._subscription = subscription
 
     def subscription(self, message: StreamMessage[Any]) -> str:
@@ -239,7 +244,7 @@ class Transient(Source):
 class RedisStream(Source):
     """A consumer group of a stream of Redis."""
 
-    place = "stream"
+    destination = "stream"
 
     def check(self) -> None:
         if not self.subscriber.stream_sub.group:
@@ -250,7 +255,7 @@ class RedisStream(Source):
         stream = self.subscriber.stream_sub
         return f"redis-stream:{stream.name}:{stream.group}"
 
-    def named(self, message: StreamMessage[Any]) -> str | None:
+    def identity(self, message: StreamMessage[Any]) -> str | None:
         entries = message.raw_message["message_ids"]
         return f"{message.raw_message['channel']}:{entries[0].decode()}" if entries else None
 
@@ -261,7 +266,7 @@ class RedisStream(Source):
         return 1 + (self.subscriber.stream_sub.min_idle_time is not None)
 
     async def nack(self, message: StreamMessage[Any], after: float) -> None:
-        # It stays pending, and is claimed when it has been idle for as long as the claiming subscriber says.
+        # The message stays pending. The claiming subscriber claims it when it has been idle for that subscriber's time.
         await message.nack()
 
 
@@ -271,17 +276,17 @@ class Kafka(Source):
     def check(self) -> None:
         super().check()
         if not self.subscriber.group_id:
-            raise self.refusal("it has no group_id, so no offset of it is kept")
+            raise self.refusal("it has no group_id, so no offset of it is stored")
 
     def subscription(self, message: StreamMessage[Any]) -> str:
         return f"kafka:{self.position(message)[0]}:{self.subscriber.group_id}"
 
-    def named(self, message: StreamMessage[Any]) -> str:
+    def identity(self, message: StreamMessage[Any]) -> str:
         topic, partition, offset = self.position(message)
         return f"{topic}:{partition}:{offset}"
 
     def position(self, message: StreamMessage[Any]) -> tuple[str, int, int]:
-        """Return where the message is."""
+        """Return topic, partition and offset of the message."""
         raw = message.raw_message
         return raw.topic, raw.partition, raw.offset
 
@@ -296,9 +301,9 @@ class Confluent(Kafka):
         raw = message.raw_message
         return raw.topic(), raw.partition(), raw.offset()
 
-    def prepare(self, message: StreamMessage[Any]) -> None:
+    def fix_commit(self, message: StreamMessage[Any]) -> None:
         settled: Any = message
-        # Else it is a test's.
+        # A message of FastStream's test broker has another kind of consumer.
         if hasattr(settled.consumer, "consumer"):
             settled.consumer = _ExactConsumer(settled.consumer, self.position(message))
 
@@ -309,7 +314,8 @@ class Confluent(Kafka):
 class _ExactConsumer:
     """Commit the offset of one message.
 
-    FastStream commits what was polled last, in all partitions: after a seek too, and so past a message that failed.
+    FastStream commits the offsets that were polled last, of all partitions. After a seek that is past a message that
+    failed.
     """
 
     def __init__(self, consumer: Any, position: tuple[str, int, int]) -> None:
@@ -318,7 +324,7 @@ class _ExactConsumer:
 
     async def commit(self) -> None:
         topic, partition, offset = self._position
-        # Not before it is needed: the package is an extra of FastStream.
+        # Imported only here: the package is an extra of FastStream.
         from confluent_kafka import TopicPartition
 
         commit = partial(
@@ -326,7 +332,7 @@ class _ExactConsumer:
             offsets=[TopicPartition(topic, partition, offset + 1)],
             asynchronous=False,
         )
-        # Its only thread: the consumer may not be closed meanwhile.
+        # In the only thread of the consumer, so that it is not closed meanwhile.
         await asyncio.get_running_loop().run_in_executor(self._consumer._thread_pool, commit)
 
     async def seek(self, topic: str, partition: int, offset: int) -> None:
@@ -334,7 +340,7 @@ class _ExactConsumer:
 
 
 def source_of(subscriber: Any, handler: Any) -> Source:
-    """Find what a subscriber is, and refuse what it cannot be.
+    """Return the source of a subscriber's handler, and refuse one that cannot be idempotent.
 
     Raises :class:`~idempotency.errors.ConfigurationError`.
     """
@@ -364,7 +370,9 @@ def _sort(subscriber: Any, handler: Any) -> Source:
             name = f"redis-channel:{subscriber.channel.name}:{_name(handler)}"
             return Transient(subscriber, handler, "channel", name)
         case _:
-            raise ConfigurationError(f"{type(subscriber).__qualname__} is a subscriber that this adapter does not know")
+            raise ConfigurationError(
+                f"{type(subscriber).__qualname__} is a subscriber that this adapter does not support"
+            )
 
 
 def broker_of(subscriber: Any) -> str:
@@ -377,6 +385,6 @@ def broker_of(subscriber: Any) -> str:
 
 
 def _name(handler: Any) -> str:
-    # Each subscriber is given every message here, so that only the handler tells two of them apart.
+    # Each subscriber is given every message here, so that two of them differ by the handler only.
     function = unwrap(handler._original_call)
     return f"{function.__module__}.{function.__qualname__}"

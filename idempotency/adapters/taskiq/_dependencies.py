@@ -14,20 +14,20 @@ from taskiq_dependencies.dependency import Dependency
 from taskiq_dependencies.graph import FastapiDepends  # type: ignore[attr-defined]
 
 CONTEXT = "idempotency_context"
-"""The keyword under which taskiq hands its context over."""
+"""The keyword by which taskiq passes its context."""
 
 _MARKS = (Dependency,) if FastapiDepends is None else (Dependency, FastapiDepends)
 
 
 def take_dependencies(task: Any, function: Callable[..., Any]) -> Dependencies:
-    """Have taskiq pass a task the arguments of its message and its context; return what else the function is given."""
+    """Make taskiq pass a task only the arguments of its message and its context; return its dependencies."""
     signature = inspect.signature(task)
     seen = {*signature.parameters, "return"}
     task.__annotations__ = {name: each for name, each in function.__annotations__.items() if name in seen}
-    # taskiq reads annotations of a signature as they are: of one that is made by hand, they must be no text.
+    # taskiq does not resolve the annotations of a signature: in one that is made by hand they must not be strings.
     hints, bare = get_type_hints(task, include_extras=True), get_type_hints(task)
     given = [each.replace(annotation=hints.get(name, Any)) for name, each in signature.parameters.items()]
-    # What taskiq does not provide keeps its place, so that arguments are parsed as the types of theirs.
+    # Parameters that taskiq does not provide keep their position, so that arguments are parsed by the right annotation.
     hidden = {each.name: _hidden(each, bare) for each in given if _is_dependency(each)}
     shown = [hidden.get(each.name, each) for each in given]
     shown.append(inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, default=TaskiqDepends(Context)))
@@ -47,10 +47,10 @@ def _hidden(parameter: inspect.Parameter, bare: dict[str, Any]) -> inspect.Param
 
 
 class Dependencies:
-    """What a function is given beside the arguments of a message.
+    """The dependencies of a function: its arguments that are not in the message.
 
-    taskiq itself opens dependencies before a task is called, and acknowledges the message also where that fails; it
-    closes them after the task has returned, when the message is recorded as handled.
+    They are opened and closed here, and not by taskiq: taskiq opens them before it calls the task, and acknowledges the
+    message also where that fails. And it closes them after the task, when the message is already recorded as handled.
     """
 
     def __init__(self, signature: inspect.Signature, hints: dict[str, Any], used: bool) -> None:
@@ -60,20 +60,20 @@ class Dependencies:
 
     @cached_property
     def _graph(self) -> DependencyGraph:
-        # Not before the first message, as in taskiq: what dependencies depend on may be defined further below.
+        # Resolved at the first message, as in taskiq: a dependency may depend on something that is defined later.
         def target() -> None: ...
 
         target.__signature__, target.__annotations__ = self._signature, self._hints  # type: ignore[attr-defined]
         return DependencyGraph(target)
 
     async def give(self, context: Context, work: Callable[[dict[str, Any]], Awaitable[Any]]) -> Any:
-        """Do ``work`` with the dependencies, open meanwhile; what their opening or closing raises is its failure."""
+        """Do ``work`` with the dependencies open; an error of their opening or closing is a failure of the work."""
         if not self._used:
             return await work({})
         broker = context.broker
         known = {**broker.custom_dependency_context, Context: context, TaskiqState: broker.state}
         opened = self._graph.async_ctx(known, broker.dependency_overrides or None)
-        # The label timeout limits the task, not what it leaves behind.
+        # The label timeout limits the task, and not the closing of its dependencies.
         try:
             result = await work(await opened.resolve_kwargs())
         except BaseException as error:

@@ -8,7 +8,7 @@ import pytest
 from faststream import Response
 from faststream.rabbit import RabbitExchange, RabbitResponse
 
-from idempotency.adapters.faststream._results import Acked, Kept, ResultCodec
+from idempotency.adapters.faststream._results import Acknowledged, Recorded, ResultCodec
 from tests.adapters.rigs.faststream_brokers import annotated, bare
 
 
@@ -36,7 +36,7 @@ def test_a_response_comes_back_as_it_was(broker: str, value: Any) -> None:
 
 def test_a_value_as_it_is_published_is_read_under_an_annotation_too() -> None:
     """As when the handler was annotated since; the other way round nobody can tell what it was."""
-    assert ResultCodec(annotated, None, "rabbit").decode(b'wj{"total": 7}') == Kept({"total": 7})
+    assert ResultCodec(annotated, None, "rabbit").decode(b'wj{"total": 7}') == Recorded({"total": 7})
     with pytest.raises(ValueError, match="annotation has changed"):
         ResultCodec(bare, None, "rabbit").decode(b'p\x01j{"total":7}')
 
@@ -49,7 +49,7 @@ def test_a_response_with_what_cannot_be_kept_is_not_kept() -> None:
 
 def test_a_handler_that_only_acknowledged_says_so_again() -> None:
     codec = ResultCodec(annotated, None, "rabbit")
-    assert codec.decode(codec.encode(Acked({"multiple": True}))) == Kept(Acked({}))
+    assert codec.decode(codec.encode(Acknowledged({"multiple": True}))) == Recorded(Acknowledged({}))
 
 
 def test_the_bytes_of_a_result_are_these() -> None:
