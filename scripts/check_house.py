@@ -42,8 +42,8 @@ PROBES = {
 STORES = {"stores/base.py", "testing/_instrument.py"}
 """Where the attributes of a store itself may be looked at; the second wraps the verbs of each class of stores."""
 
-# How often each word may occur. "kept" is an attribute of the public Replayed.
-WORDS = {"told": 0, "left": 0, "kept": 20, "turn": 0, "bury": 0, "dress": 0, "lest": 0, "whoever": 0, "whom": 0}
+# How often each word may occur: "kept" as Replayed.kept, "left" in "lease_left", which are public names.
+WORDS = {"told": 0, "left": 0, "kept": 8, "turn": 0, "bury": 0, "dress": 0, "lest": 0, "whoever": 0, "whom": 0}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _CODELESS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -125,7 +125,7 @@ def count_words(source: Source) -> Counter[str]:
     """Count the words that are not plain, in docstrings, comments and names."""
     texts = [text.value for text in source.docstrings if isinstance(text.value, str)]
     texts += [token.string for token in source.tokens if token.type in (tokenize.COMMENT, tokenize.NAME)]
-    found = (word.lower() for text in texts for word in _WORD.findall(text))
+    found = (word.lower() for text in texts for word in _WORD.findall(text.replace("lease_left", "")))
     return Counter(word for word in found if word in WORDS)
 
 

@@ -75,8 +75,8 @@ class WorkerMessage:
         match delivered:
             case Done(result):
                 return result
-            case Replayed(result, kept):
-                if not kept:
+            case Replayed(result, recorded):
+                if not recorded:
                     self._without_result()
                 return result
             case Retry(after):

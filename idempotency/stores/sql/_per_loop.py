@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -82,3 +83,10 @@ class PerLoop:
     async def _perform(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
         async with self._slots:
             return await greenlet_spawn(self._database.perform, work, statement, transaction)
+
+
+class Threads(NamedTuple):
+    """What threads share: the engine's way to the table, and a slot for each verb that may run at once."""
+
+    database: Database
+    slots: threading.BoundedSemaphore

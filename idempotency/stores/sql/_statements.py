@@ -118,7 +118,7 @@ _FLAG = f""", flag AS (
 )"""
 _FLAGGED = f" AND (watched OR state <> {State.RUNNING:d} OR EXISTS (SELECT 1 FROM flag))"
 
-# Assignments are evaluated from left to right and see the columns assigned before. The token stores the decision: after
+# Assignments are evaluated in their order and see the columns assigned before. The token stores the decision: after
 # it is assigned, the claim has won the row if the row's token is ours and the row was expired or running. Once state
 # and version are assigned too, _OURS says the same in less text, all of which the server reads each time.
 _WON = f"(token = :token AND ({_EXPIRED} OR ({_RUNNING})))"

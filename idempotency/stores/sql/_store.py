@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, NamedTuple, Self, TypeVar
+from typing import Literal, Self, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, MetaData
@@ -33,20 +33,13 @@ from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._examine import examine
 from idempotency.stores.sql._find import find_ids
 from idempotency.stores.sql._joined import JoinedVerbs
-from idempotency.stores.sql._per_loop import PerLoop
+from idempotency.stores.sql._per_loop import PerLoop, Threads
 from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
 _CUT_OFF_WAIT = 0.25
 """Seconds within which a driver notices that its connection is cut off."""
-
-
-class _Threads(NamedTuple):
-    """What threads share: the engine's way to the table, and a slot for each verb that may run at once."""
-
-    database: Database
-    slots: threading.BoundedSemaphore
 
 
 class SQLStore:
@@ -101,7 +94,7 @@ class SQLStore:
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
-        self._threads: _Threads | None = None
+        self._threads: Threads | None = None
         self._opening = threading.Lock()
         self._joined: JoinedVerbs | None = None
         self.abandoned = Abandoned()
@@ -377,7 +370,7 @@ class SQLStore:
             "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
         )
 
-    def _open_threads(self) -> _Threads:
+    def _open_threads(self) -> Threads:
         with self._opening:
             if self._threads is None:
                 if isinstance(self._source, AsyncEngine):
@@ -386,7 +379,7 @@ class SQLStore:
                     )
                 engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
-                self._threads = _Threads(database, threading.BoundedSemaphore(database.max_parallel))
+                self._threads = Threads(database, threading.BoundedSemaphore(database.max_parallel))
             return self._threads
 
 

@@ -112,11 +112,11 @@ class ClaimContract(Contract):
     async def test_a_lease_of_zero_is_over_at_once(self, store: Store, another: Store) -> None:
         """Each claim takes over from the one before at once, and is counted: once, and with the others at a time."""
         claim = new_claim(lease=0.0)
-        in_turn = [(await each.claim(rival(claim, lease=0.0))).attempt for each in (store, another) * 30]
+        one_after_another = [(await each.claim(rival(claim, lease=0.0))).attempt for each in (store, another) * 30]
 
         together = await asyncio.gather(*(store.claim(rival(claim, lease=0.0)) for _ in range(20)))
 
-        assert in_turn == list(range(1, 61))
+        assert one_after_another == list(range(1, 61))
         assert sorted(record.attempt for record in together) == list(range(61, 81))
         assert await verdict(store, rival(claim)) == Execute(81)
 

@@ -67,12 +67,12 @@ class SyncStoreContract:
     def test_a_lease_of_zero_is_over_at_once_sync(self, store: SyncStore) -> None:
         """Each claim takes over from the one before at once, and is counted: once, and with the others at a time."""
         claim = new_claim(lease=0.0)
-        in_turn = [store.claim_sync(rival(claim, lease=0.0)).attempt for _ in range(60)]
+        one_after_another = [store.claim_sync(rival(claim, lease=0.0)).attempt for _ in range(60)]
 
         with ThreadPoolExecutor(8) as threads:
             together = list(threads.map(store.claim_sync, [rival(claim, lease=0.0) for _ in range(20)]))
 
-        assert in_turn == list(range(1, 61))
+        assert one_after_another == list(range(1, 61))
         assert sorted(record.attempt for record in together) == list(range(61, 81))
 
     @pytest.mark.parametrize("result", [b"", bytes(range(256)), b"9007199254740993"], ids=len)
