@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from idempotency._sql.failures import OpenTransactionError, error_code
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
 from idempotency.errors import StoreError, StoreRefusedError
@@ -28,6 +29,8 @@ _READ_ONLY = frozenset({"25006", 1290, 1792, 1836})
 # The connection's prepared statements are gone, or belong to a table that has changed since.
 _STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
+# Serialization failure, deadlock, lock wait time-out, outdated snapshot: the statement had no effect, and is repeated.
+_REPEATABLE = frozenset({"40001", "40P01", 1205, 1213, 517})
 # Lock not available, lock wait time-out, and a statement over the time limit set for it on MariaDB or MySQL.
 _LOCKED = frozenset({"55P03", 1205, 1969, 3024})
 _LOCKED_SQLITE = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
@@ -188,3 +191,12 @@ def replacing(connection: Connection) -> Iterator[None]:
             connection.engine.pool._invalidate(pooled(connection), error, _checkin=False)
             connection.invalidate(error)
         raise
+
+
+def is_repeatable(error: Exception) -> bool:
+    """Return whether a verb of a store may succeed when its statement is repeated."""
+    # A connection that is found dead has most often been idle in the pool while its server was restarted. Every verb
+    # may be repeated, and the pool has dropped its other connections of that age.
+    if isinstance(error, OpenTransactionError):
+        return True
+    return error_code(error) in _REPEATABLE or (isinstance(error, DBAPIError) and error.connection_invalidated)

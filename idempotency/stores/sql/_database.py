@@ -6,11 +6,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from idempotency._sql.bounded import InFlight
 from idempotency._sql.driver import in_transaction, lock_wait_limit
-from idempotency._sql.failures import OpenTransactionError, describe_failure, error_code, replacing, unusable
+from idempotency._sql.failures import (
+    OpenTransactionError,
+    describe_failure,
+    is_repeatable,
+    replacing,
+    unusable,
+)
 from idempotency.errors import IdempotencyError, StoreError
 from idempotency.stores.sql._table import create_schema
 from idempotency.stores.sql._verbs import Verbs
@@ -18,8 +24,6 @@ from idempotency.stores.sql._verbs import Verbs
 T = TypeVar("T")
 Work = Callable[[Verbs, Connection], T]
 
-# Serialization failure, deadlock, lock wait time-out, outdated snapshot: the statement had no effect, and is repeated.
-_REPEATABLE = frozenset({"40001", "40P01", 1205, 1213, 517})
 # The drivers of PostgreSQL that begin and end AUTOCOMMIT without a round trip.
 _CHEAP_AUTOCOMMIT = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _DEFAULT_POOL_SIZE = 5
@@ -67,7 +71,7 @@ class Database:
                 raise
             except Exception as error:  # a driver whose connection dies may raise anything
                 # A new connection may reach another server. If that one cannot be used either, its error is raised.
-                again = not replaced if unusable(error) else _is_repeatable(error)
+                again = not replaced if unusable(error) else is_repeatable(error)
                 replaced = replaced or unusable(error)
                 if not remaining or statement.abandoned or not again:
                     failure = describe_failure(error, self.engine.url, self._table.name)
@@ -102,11 +106,3 @@ class Database:
                 # Interrupted at an unknown point, as by a signal: the server may still send an answer.
                 connection.invalidate(error)
                 raise
-
-
-def _is_repeatable(error: Exception) -> bool:
-    # A connection that is found dead has most often been idle in the pool while its server was restarted. Every verb
-    # may be repeated, and the pool has dropped its other connections of that age.
-    if isinstance(error, OpenTransactionError):
-        return True
-    return error_code(error) in _REPEATABLE or (isinstance(error, DBAPIError) and error.connection_invalidated)
