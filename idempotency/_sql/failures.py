@@ -11,7 +11,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from idempotency._sql.failures import OpenTransactionError, error_code
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
 from idempotency.errors import StoreError, StoreRefusedError
