@@ -195,7 +195,7 @@ def _documentation() -> str:
 
 async def test_row_17_the_expiry_policy_is_published():
     """The period that the documentation names is the one that applies unless told otherwise."""
-    assert "A result is kept for `ttl` (a day) from its completion" in _documentation()
+    assert "A result is replayed for `ttl` (a day) from its completion" in _documentation()
     app = Effects()
     protected, clock = _timed(app)
     await call(protected, key="k")
