@@ -33,7 +33,7 @@ def positive(name: str, value: object, longest: float = LONGEST) -> float:
 
 
 def milliseconds(duration: float) -> int:
-    """Round seconds to the milliseconds that stores use. Only 0, which has passed at once, gives 0."""
+    """Round seconds to the milliseconds that stores use. A positive duration gives at least 1."""
     return max(1, round(duration * 1000)) if duration > 0 else 0
 
 

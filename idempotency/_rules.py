@@ -1,7 +1,7 @@
 """The rules of an idempotency key: who may run, and which verdict a duplicate gets.
 
 All rules of a key are in this file, and nothing else is: no I/O, no clock, no HTTP.
-A store owns keys, an adapter translates verdicts, only the functions of this file make them.
+A store records who owns a key, an adapter translates verdicts, and only the functions of this file make verdicts.
 
     state found                              same fingerprint            other fingerprint
     absent, or expired                       Execute                     Execute
@@ -13,7 +13,7 @@ A store owns keys, an adapter translates verdicts, only the functions of this fi
     done                                     Replay                      Mismatch
     done, without a result                   Completed                   Mismatch
     of a newer format, or damaged            Unreadable                  Unreadable
-    mine (same token), not finished          Execute                     Execute
+    running, of the claim itself (its token) Execute                     Execute
 
 The two rows in which the owner changes are :func:`takes_over`; a store applies them atomically, by its own clock.
 :func:`judge` is the whole table. The functions after it decide the cases in which the record alone does not say enough.
@@ -75,7 +75,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", record_id(self.scope, self.key))
-        # So that every store can hold them; those of this library are 32 hex digits and 32 bytes.
+        # Shortened so that every store can store them; those of this library are 32 hex digits and 32 bytes.
         token = self.token
         if not (0 < len(token) <= _WIDTH and token.isascii() and token.isprintable()):
             digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
@@ -86,10 +86,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a store holds under a key right now, as durations by the store's own clock.
+    """What a store has under a key right now. Times are durations by the store's own clock.
 
     ``lease_left`` is the remaining lease in seconds, not positive once the lease is over. ``result`` is None while
-    there is none, and when it was not recorded. ``readable`` is False when the store holds something that it cannot
+    there is none, and when it was not recorded. ``readable`` is False when the store has something there that it cannot
     read.
     """
 
@@ -111,7 +111,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Execute:
-    """The key is ours: run the operation, for the ``attempt``-th time."""
+    """The claim owns the key: run the operation, for the ``attempt``-th time."""
 
     attempt: int = 1
 
@@ -161,7 +161,7 @@ Verdict = Execute | Known
 
 
 def judge(claim: Claim, record: Record) -> Verdict:
-    """Return the verdict for ``claim``, given the record as the store holds it after the claim."""
+    """Return the verdict for ``claim``, given the record as it is in the store after the claim."""
     if not record.readable or record.version > FORMAT:
         return Unreadable(record.version)
     if record.token == claim.token and record.state is State.RUNNING:
@@ -182,7 +182,8 @@ def judge(claim: Claim, record: Record) -> Verdict:
 def judge_with_releases(claim: Claim, record: Record, releasing: Collection[str]) -> Verdict:
     """Return the verdict for ``claim`` while this process releases the claims whose tokens are ``releasing``.
 
-    Nothing ran under those. So a held one whose lease is over has no unknown outcome: its key is free soon.
+    No operation ran under these claims. So the outcome of one with ``hold`` whose lease is over is not unknown: its
+    key is free soon.
     """
     verdict = judge(claim, record)
     being_released = isinstance(verdict, Unknown) and record.token in releasing

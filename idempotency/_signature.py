@@ -19,7 +19,7 @@ def abandon(value: object) -> None:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Return whether a call of ``function`` is awaited; ConfigurationError for a generator: it has no one result."""
+    """Return whether a call of ``function`` is awaited; ConfigurationError for a generator, which has many results."""
     for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
         if inspect.iscoroutinefunction(each):
             return True

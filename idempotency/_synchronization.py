@@ -9,7 +9,7 @@ from time import monotonic
 from weakref import WeakKeyDictionary
 
 Changed = Callable[[float], Awaitable[None]]
-"""Wait until the watched record may have changed, at the latest for the given seconds."""
+"""A function that waits until the watched record may have changed, but for the given seconds at the most."""
 
 _NO_WAIT = 0.01
 """Seconds. Waits shorter than this are treated as no wait."""
@@ -45,7 +45,7 @@ class LocalLock:
         except TimeoutError:
             return None
         waited = monotonic() - since
-        # On a busy machine also a free lock takes time.
+        # On a busy machine it takes time to acquire even a free lock.
         return wait if at_once or waited <= _NO_WAIT else max(0.0, wait - waited)
 
     def release(self) -> None:
@@ -70,7 +70,7 @@ class LocalLock:
 
 
 class Deadline:
-    """Raise TimeoutError when the body takes longer than ``seconds``, as ``asyncio.timeout`` at a third of its cost.
+    """Raise TimeoutError when the block takes longer than ``seconds``: ``asyncio.timeout`` at a third of its cost.
 
     It repeats its cancellation, because ``asyncio.wait_for`` of Python 3.11, which redis-py uses, can swallow one.
     """

@@ -199,7 +199,7 @@ class _Exchange:
 
     def _is_protected_already(self, key: str) -> bool:
         """Return whether the middleware was added twice, as to an application and one mounted in it."""
-        # Both places are asked: some servers share a state among requests, and a task that outlives its request still
+        # Both places are checked: some servers share a state among requests, and a task that outlives its request still
         # has its context.
         outer = RUNNING.get()
         if outer is None or (outer.key, outer.name) != (key, self._name()):

@@ -283,7 +283,7 @@ class _Reader:
         key_function = self.key or key_of_adapter
         if key_function is None:
             raise KeyMissingError(
-                "a message came to a consumer without key=: give it, or consume through an adapter, which reads "
+                "a message came to a consumer without key=: give key=, or consume through an adapter, which reads "
                 "the identity that its broker gives a message"
             )
         return key_function

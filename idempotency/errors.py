@@ -1,4 +1,4 @@
-"""The errors of this library. Each owns its HTTP status, its title, and whether a retry may help.
+"""The errors of this library. Each has its HTTP status, its title, and whether a retry may help.
 
 Change the answer to a duplicate or to a bad request here: ``status``, ``title``, ``code``, ``retryable`` and
 ``safe_new_key`` are attributes of the class, and :mod:`idempotency._http.problem` only writes them down. There is no

@@ -1,6 +1,6 @@
 """What happened to a keyed operation: one event per outcome, delivered to a hook.
 
-An event never carries a key or a body in clear.
+An event never contains the text of a key or a body.
 
 Besides events, these are logged on the same logger, ``idempotency``: the exception of a message handler and the reason
 of a dead letter, where no framework logs them; what stops a subscriber of FastStream; warnings about how a consumer is

@@ -28,7 +28,7 @@ RUNNING: ContextVar[Operation | None] = ContextVar("idempotency_operation", defa
 
 
 def current() -> Operation | None:
-    """Return the operation this code runs under, in any task or thread started below it; None outside of one."""
+    """Return the operation that calls this, also in a task or thread that it has started; None outside of one."""
     return RUNNING.get()
 
 
@@ -132,7 +132,7 @@ class Operation:
         self._override = "release"
 
     def outcome_after(self, outcome: Outcome) -> Outcome:
-        """Return the outcome, given the one that the policy chose: what the operation has declared goes first."""
+        """Return the outcome, given the one that the policy chose: what the operation has declared replaces it."""
         if self._override == "release":
             return "release"
         if self._override == "hold" and outcome == "release":

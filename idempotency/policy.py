@@ -21,7 +21,7 @@ TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
 
 
 class Seconds:
-    """A duration field: takes seconds or a ``timedelta``, reads as float seconds."""
+    """A duration field: it can be set to seconds or a ``timedelta``, and is read as seconds, a float."""
 
     def __init__(self, default: float) -> None:
         self._default = default

@@ -20,7 +20,7 @@ def identity_header(headers: Mapping[str, Any] | None) -> str | None:
     first, *others = KEY_HEADERS
     for name in (first, *(name for name in headers if name.lower() == first.lower()), *others):
         value = headers.get(name)
-        # An order may have the number 0.
+        # The number 0 is a value too, such as that of an order.
         if value or type(value) is int:
             return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
     return None

@@ -14,7 +14,7 @@ _MOST_ATTRIBUTES = 10
 def message_key(queue: str, message: Mapping[str, Any]) -> str:
     """Return what identifies a message of the queue of that name. The format is stored: a change makes every key new.
 
-    It is the text of the attribute. Else it is queue, group and deduplication id, such as
+    It is the text of the attribute ``Idempotency-Key`` or ``id``. Else it is queue, group and deduplication id, such as
     ``orders.fifo customer-7 order-42``: none of them has a space, and by the queue's deduplication scope a producer may
     use one id in several groups. Else it is the message id.
     """

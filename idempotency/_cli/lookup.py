@@ -90,7 +90,7 @@ async def one(store: object, digits: str) -> Entry:
 
 
 def hexadecimal(digits: str) -> str:
-    """Return the digits of an id, or of its beginning, in lower case; ConfigurationError if they are none."""
+    """Return the digits of an id, or of its beginning, in lower case; ConfigurationError for any other text."""
     lower = digits.strip().lower()
     if not LOGGED <= len(lower) <= DIGITS or set(lower) - set("0123456789abcdef"):
         raise ConfigurationError(f"an id is {DIGITS} hex digits, or at least its first {LOGGED}, not {digits!r}")

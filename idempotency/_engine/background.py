@@ -1,7 +1,8 @@
 """Writes in the background: each is repeated for a while, and finished at a graceful stop.
 
-An event loop that ends cancels all its tasks and waits for them. So a cancelled write goes on, and the loop waits for
-it. The interpreter waits at its exit for the writes of threads. Neither waits for longer than a lease.
+An event loop that ends cancels all its tasks and waits for them. A write goes on when it is cancelled, so the loop
+waits until it is done. For the writes of threads, the interpreter waits at its exit. Neither waits for longer than a
+lease.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ LONGEST_PAUSE = 2.0
 """Seconds between two tries of a write; each pause is twice the one before."""
 
 MOST_WRITES = 1000
-"""How many writes may be pending before no more claims are released in the background."""
+"""If so many writes are pending, no further claim is released in the background."""
 
 RELEASE_TRIES = 5
-"""How often a release that finds nothing is sent."""
+"""How often a release is sent if it finds no record each time."""
 
 RELEASE_OF_HELD = 600.0
 """Seconds for which the release of a claim with ``hold`` is repeated, at least."""
@@ -35,7 +36,7 @@ _written: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[asyncio.Task[None], 
 def repeat(write: Callable[[], Awaitable[bool]], patience: float, lease: float) -> asyncio.Task[None]:
     """Repeat ``write`` with growing pauses until it returns True, for ``patience`` seconds.
 
-    If the event loop ends meanwhile, it goes on until ``lease`` seconds after its beginning.
+    If the event loop ends meanwhile, the write is repeated for at most ``lease`` seconds from this call on.
     """
     loop = asyncio.get_running_loop()
     bound = loop.time() + min(patience, lease)
@@ -99,10 +100,10 @@ def drain_sync() -> None:
 
 
 class PendingWrites:
-    """The writes of threads that are not done yet. While there are any, the interpreter does not exit.
+    """The pending writes of threads. While there are any, the interpreter does not exit.
 
     The thread that writes is a daemon, because a driver may wait for a frozen server for ever. So a second thread,
-    which is no daemon, waits for the writes or their bounds.
+    which is no daemon, waits until the writes are done or their time limits are over.
     """
 
     def __init__(self) -> None:
@@ -110,14 +111,14 @@ class PendingWrites:
         _pending.add(self)
 
     def reset(self) -> None:
-        """Begin without any; in a forked child, those of the parent are written by the parent."""
+        """Begin with no pending writes. A forked child calls this: the parent process does its writes itself."""
         self._changed = threading.Condition(threading.Lock())
         self._bounds: dict[object, float] = {}
         self._waiting = False
 
     @property
     def writing(self) -> bool:
-        """Return whether there are any."""
+        """Return whether a write is pending."""
         return bool(self._bounds)
 
     def begin(self, write: object, bound: float) -> None:
@@ -128,7 +129,7 @@ class PendingWrites:
                 self._changed.notify_all()
                 return
             self._waiting = True
-        # An interpreter that starts no more threads waits for none.
+        # While the interpreter exits, it can start no thread. Then it does not wait for this write.
         with suppress(RuntimeError):
             threading.Thread(target=self._delay_exit, name="idempotency-exit", daemon=False).start()
 
@@ -139,7 +140,7 @@ class PendingWrites:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Wait until all are done, or their bounds are over."""
+        """Wait until all writes are done, or their time limits are over."""
         with self._changed:
             self._wait()
 

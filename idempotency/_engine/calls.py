@@ -40,7 +40,7 @@ class Raised:
 
 
 Ended = Ran | Raised | Known
-"""How a call ended: here, or as the record says."""
+"""How a call ended: the function ran in this call, or the record has a verdict."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Calls:
         emit_event(self.on_event, kind, self.name, claim, attempt, error)
 
     def encode(self, value: Any) -> tuple[bytes | None, str]:
-        """Encode a result; None, and the name of what is wrong, where it cannot be recorded.
+        """Encode a result. If it cannot be recorded, return None and the name of the reason.
 
         The effect has happened, so the call must not fail any more because of what the function returned.
         """
@@ -98,7 +98,7 @@ class Calls:
         return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")
 
     def replay(self, claim: Claim, replay: Replay) -> Any:
-        """Return a recorded result; UnreadableError where it cannot be decoded, or the recorded failure."""
+        """Return a recorded result. Raise UnreadableError if it cannot be decoded, or the failure that is recorded."""
         try:
             value = self.results.decode(replay.result)
         except UnreadableError as error:

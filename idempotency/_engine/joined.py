@@ -42,7 +42,7 @@ class Joined:
         self.lock_timeout = lock_timeout
 
     async def run(self, claim: Claim, work: Callable[[AsyncSession], Awaitable[Any]]) -> Ended:
-        """Run ``work`` once and commit it with its record, or return what is known.
+        """Run ``work`` once and commit it with its record, or return the verdict of the record.
 
         Raises :class:`~idempotency.errors.StoreError` when nothing was committed, or the outcome is unknown: the same
         call may be made again.
@@ -52,7 +52,8 @@ class Joined:
             return await JoinedCall(self, claim).run(work, self.lock_timeout)
         if lock.locked and (known := await self._look(claim)) is not None:
             return known
-        # Without the lock the database itself is asked, at once: an owner that was interrupted never releases the lock.
+        # If the lock is not free in time, the database is asked, without a wait: an owner that was interrupted may
+        # never release the lock.
         remaining = None
         try:
             remaining = await lock.acquire(self.lock_timeout)
@@ -62,7 +63,7 @@ class Joined:
                 lock.release()
 
     async def _look(self, claim: Claim) -> Ended | None:
-        """Return what is known of a key that is not free, read without the lock: a replay waits for no writer."""
+        """Return the verdict for a key that is not free, read without the lock: a replay does not wait for a writer."""
         async with self.sessions() as session:
             record = await self.store.look_in(session, claim)
         if record is None:
@@ -95,7 +96,7 @@ class JoinedCall:
             await self._transaction.close()
 
     async def _ask(self, wait: float) -> Verdict:
-        # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
+        # The first try gets exactly ``wait``: on SQLite, to change the connection's own limit takes two statements.
         deadline, tried, remaining = monotonic() + wait, False, wait
         while True:
             try:
@@ -124,7 +125,7 @@ class JoinedCall:
             try:
                 undone = outcome != "release" and is_intact(savepoint) and await self._transaction.undo(savepoint)
                 return await self._failed(error, outcome, undone)
-            # async only: cancellations are usual, where an interrupted thread ends with its process.
+            # async only: a task is often cancelled; a thread is interrupted only when its process ends.
             except asyncio.CancelledError:
                 await self._interrupted(error)
                 raise
@@ -175,12 +176,12 @@ class JoinedCall:
         if outcome == "release":
             self._emit("released", error)
             return
-        # async only: a cancelled caller is not to wait for long, so the record is a task.
+        # async only: a cancelled caller must not wait for long, so a task writes the record.
         await self._record_in_background(error, outcome)
 
     # async only: see above.
     async def _record_in_background(self, error: BaseException, outcome: Outcome) -> None:
-        # First, as this waits for a commit that was sent, and unlocks the row that is claimed again.
+        # Closed first: that waits for a commit that was sent, and unlocks the row, which is claimed again below.
         await self._transaction.close()
 
         async def record() -> bool:
@@ -195,7 +196,7 @@ class JoinedCall:
         await asyncio.wait({repeat(record, self._policy.lease, self._policy.lease)}, timeout=self._joined.store.timeout)
 
     async def _record_failure(self, error: BaseException, outcome: Outcome, undone: bool) -> None:
-        """Record a failure; ``undone``: the effect is undone, and the transaction still holds the row."""
+        """Record a failure; ``undone``: the effect is undone, and the row is still locked by the transaction."""
         held = undone
         try:
             if not held:
@@ -236,7 +237,7 @@ def classify_failure(error: Exception) -> Raised:
     if isinstance(error, StoreError):
         raise error
     if conflicts(error):
-        raise ConflictError("the transaction met another: begin anew") from error
+        raise ConflictError("the transaction conflicts with another one: begin it again") from error
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         raise StoreError("the connection was lost while the operation ran: nothing is committed") from error
     return Raised(error, "release")

@@ -45,7 +45,8 @@ class SyncJoined:
             return SyncJoinedCall(self, claim).run(work, self.lock_timeout)
         if lock.locked_sync and (known := self._look(claim)) is not None:
             return known
-        # Without the lock the database itself is asked, at once: an owner that was interrupted never releases the lock.
+        # If the lock is not free in time, the database is asked, without a wait: an owner that was interrupted may
+        # never release the lock.
         remaining = None
         try:
             remaining = lock.acquire_sync(self.lock_timeout)
@@ -88,7 +89,7 @@ class SyncJoinedCall:
             self._transaction.close()
 
     def _ask(self, wait: float) -> Verdict:
-        # The first try has all of it: a wait that is not the connection's own costs SQLite two statements.
+        # The first try gets exactly ``wait``: on SQLite, to change the connection's own limit takes two statements.
         deadline, tried, remaining = monotonic() + wait, False, wait
         while True:
             try:

@@ -36,7 +36,7 @@ class Lease:
         self._deadline = claimed_at + claim.lease
         self._start_renewal(claimed_at)
 
-    # async only: timers of the event loop renew.
+    # async only: timers of the event loop start the renewals.
     def _start_renewal(self, _: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._claim.lease / 3, self._renew_soon)
         self._expiry: asyncio.TimerHandle | None = None
@@ -49,7 +49,7 @@ class Lease:
             self._expiry = loop.call_at(self._deadline, self._lose)
         self._task = loop.create_task(self._renew())
 
-    # async only: a timer of its own gives the signal while the store does not answer.
+    # async only: another timer sets the signal when the store does not answer in time.
     async def _renew(self) -> None:
         loop = asyncio.get_running_loop()
         sent = loop.time()
@@ -88,9 +88,9 @@ class Lease:
         if self._task is not None:
             self._task.cancel()
 
-    # async only: HTTP alone has a lease that must also return a connection.
+    # async only: only a lease of HTTP may have a connection, which must be returned.
     async def close(self) -> None:
-        """Stop renewing, and return what the lease holds open."""
+        """Stop renewing, and return the connection if the lease has one."""
         self.stop()
 
     # async only: in HTTP a failure has a result too, the response 5xx.
@@ -101,9 +101,9 @@ class Lease:
     async def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """Record how the operation ended; the first call counts.
 
-        None: the caller goes on with its own answer. The outcome is recorded, or the store failed and the record is
-        tried again in the background for the length of a lease. A verdict: another owner has taken over, nothing was
-        recorded, and the verdict is the answer instead. A cancellation does not undo the record.
+        If it returns None, the caller goes on with its own answer: the outcome is recorded, or the store failed and the
+        write is repeated in the background for the length of a lease. If it returns a verdict, another owner has taken
+        over, nothing was recorded, and the verdict is the answer instead. A cancellation does not undo the record.
         """
         if self.ended:
             return None
@@ -120,9 +120,9 @@ class Lease:
             self._record_late(outcome, result)
             self._emit("unrecorded", failure)
             return None
-        # async only: a cancelled request lets the write have a moment.
+        # async only: a cancelled request waits a moment for the write.
         except asyncio.CancelledError:
-            # Every write is repeatable, so it is sent again where no cancellation reaches it.
+            # Every write is repeatable, so it is sent again in a task that is not cancelled.
             task = self._record_late(outcome, result)
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({task}, timeout=_WAIT_WHEN_CANCELLED)
@@ -147,7 +147,7 @@ class Lease:
                 # The store may keep refusing the result. It matters more that the operation is done.
                 recorded = None
                 written = await self._write(outcome, recorded)
-            # A release that was applied, and whose answer was lost, is refused when it is repeated.
+            # A repeated release finds nothing if the first one was applied and only its answer was lost.
             self._emit(kind_of(outcome, recorded) if written or outcome == "release" else "superseded")
             return True
 
@@ -190,7 +190,7 @@ class NewLease(Protocol):
 
 
 def plain_leases(runner: Runner) -> NewLease:
-    """Return what makes a lease without a transaction."""
+    """Return a function that makes leases without a transaction."""
 
     def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy) -> Lease:
         return Lease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at)

@@ -13,7 +13,7 @@ from idempotency.policy import Outcome
 
 
 class _LeaseLost(Lost):
-    """The signal, set also when the thread that renews waits for a store that does not answer."""
+    """The signal that the lease is lost. To read it checks the deadline: the thread that renews may be waiting."""
 
     __slots__ = ("_lease",)
 
@@ -40,7 +40,7 @@ class SyncLease:
         self._deadline = claimed_at + claim.lease
         self._start_renewal(claimed_at)
 
-    # sync only: one thread renews for all.
+    # sync only: one thread renews all leases.
     def _start_renewal(self, claimed_at: float) -> None:
         self.operation.lost = _LeaseLost(self)
         self._runner.heartbeats.at(claimed_at + self._claim.lease / 3, self)
@@ -62,7 +62,7 @@ class SyncLease:
         self._deadline = sent + self._claim.lease
         return sent + self._claim.lease / 3
 
-    # sync only: there is no timer while the thread waits for the store.
+    # sync only: no timer can do this while the thread that renews waits for the store.
     def check_deadline(self) -> None:
         """Set the signal if the lease was not renewed in time."""
         if monotonic() >= self._deadline:
@@ -100,7 +100,7 @@ class SyncLease:
             return None
         # sync only: a signal may interrupt a thread at any point.
         except BaseException:
-            # Every write is repeatable, so it is sent again where no signal reaches it.
+            # Every write is repeatable, so it is sent again by a thread that no signal interrupts.
             self._record_late(outcome, result)
             raise
 
@@ -125,7 +125,7 @@ class SyncLease:
             self._emit(kind_of(outcome, recorded) if written or outcome == "release" else "superseded")
             return True
 
-        # sync only: the interpreter waits for it at its exit.
+        # sync only: the interpreter waits for the write at its exit.
         self._runner.write_later(write, self._claim.lease)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:

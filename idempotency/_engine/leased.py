@@ -36,7 +36,7 @@ class Leased:
         return runner
 
     async def run(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
-        """Run ``work`` once under ``claim``, or return what is known.
+        """Run ``work`` once under ``claim``, or return the verdict of the record.
 
         Raises :class:`~idempotency.errors.StoreError` when the store failed before anything ran.
         """

@@ -19,8 +19,8 @@ _COMPARED = (str, bytes, int, float, complex, tuple, frozenset, type, FunctionTy
 def full_name_of(function: Callable[..., Any]) -> str:
     """Return a function's module and qualified name, the same in every process that has it.
 
-    A partial has the name of its function, an object that of its class. The main module of a process has the name by
-    which others import it.
+    A partial has the name of its function, an object that of its class. For a function of the main module, the name by
+    which other modules import that module is used.
     """
     named = _named(function)
     return f"{_importable(_module_of(named))}.{named.__qualname__}"
@@ -47,14 +47,14 @@ def _importable(module: str) -> str:
 
 
 class Made:
-    """A decorated function and the function of its key. It lives as long as the decorator's result."""
+    """A decorated function and the function of its key. It exists as long as the decorator's result."""
 
     __slots__ = ("__weakref__", "function", "key", "load")
 
     def __init__(self, function: Any, key: Any = None) -> None:
         self.function = function
         self.key = key
-        # Each time that a module is loaded has an object of its own.
+        # A module that is loaded again has another spec object, by which two loads of it differ.
         self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
 
 
@@ -66,13 +66,13 @@ def takes_scope_of_another(store: object, scope: str, made: Made) -> bool:
     """Note which function has a scope of a store; return whether a different function has it already.
 
     The same function may be made again, by a module that is loaded again or a definition that is typed again; its code
-    may have changed. Functions that the same lines made with different values are different, unless the functions of
-    their keys were made with different values too.
+    may have changed. Functions that one definition makes with different values, such as closures, are different, unless
+    their key functions were made with different values too.
     """
     try:
         scopes = _MADE.setdefault(store, WeakValueDictionary())
     except TypeError:
-        # A store of the user's own class, without weak references.
+        # A store of the user's own class may not allow weak references.
         return False
     if _is_free(scopes, scope, made) or (gc.collect() >= 0 and _is_free(scopes, scope, made)):
         scopes[scope] = made
@@ -119,7 +119,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _are_alike(some: list[Any], others: list[Any]) -> bool:
-    # An object with a state, such as a list or an engine, may differ between two makings of one function: not compared.
+    # Objects with a state, such as a list or an engine, are not compared: a function that is made again has others.
     return len(some) == len(others) and all(
         one is other or (type(one) is type(other) and not isinstance(one, _COMPARED)) or bool(one == other)
         for one, other in zip(some, others, strict=True)

@@ -1,4 +1,4 @@
-"""The runner: claim, judge, and release claims under which nothing runs. It knows neither HTTP nor any one store."""
+"""The runner: claim, judge, and release claims under which nothing runs. No code here is for HTTP or for one store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from idempotency.events import EventHook, EventKind, Failure, emit_event
 from idempotency.stores.base import Store
 
 _GRACE = 6.0
-"""Seconds beyond its time for which a waiter lets the store answer."""
+"""Seconds after the end of a wait in which the last answer of the store may still arrive."""
 
 
 class Runner:
@@ -42,8 +42,8 @@ class Runner:
     async def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and return the verdict; a duplicate waits up to ``wait`` seconds for the running owner.
 
-        The second value is the event loop's time before the store was asked for the last time: a lease that it gave
-        began no earlier.
+        The second value is the event loop's time just before the last claim was sent to the store: the lease cannot
+        have begun earlier.
 
         Raises :class:`~idempotency.errors.StoreError`. Then, or when cancelled, nothing runs under this claim, and it
         is released in the background, as the store may have applied it.
@@ -63,7 +63,7 @@ class Runner:
         asked = loop_time()
         try:
             return judge_with_releases(claim, await self.store.claim(claim), self._releasing), asked
-        # async only: here and not for all of claim(), as a waiter that follows another one has nothing to release.
+        # async only: not around all of claim(): a waiter that waits for another waiter's answer has nothing to release.
         except (StoreError, asyncio.CancelledError):
             self.release_later(claim)
             raise
@@ -74,7 +74,7 @@ class Runner:
         while isinstance(verdict, InProgress) and (remaining := deadline - loop.time()) > 0:
             leader = self._waits.get((loop, claim.id))
             try:
-                # The grace is for the last answer of the store; nothing else that hangs delays the request.
+                # The last answer of the store may arrive within the grace. After that nothing delays the request.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(remaining + _GRACE if leader is None else remaining):
                         if leader is None:
@@ -104,7 +104,7 @@ class Runner:
                 mine.set_result(record)
             return verdict, asked
         except (StoreError, asyncio.CancelledError) as error:
-            # Also when the watch fails to end after the claim was won.
+            # It may be an error from the end of the watch, after the claim was won.
             self.release_later(claim)
             if isinstance(error, StoreError) and not mine.done():
                 mine.set_exception(error)
@@ -113,18 +113,18 @@ class Runner:
         finally:
             del self._waits[loop, claim.id]
             if not mine.done():
-                mine.set_result(None)  # this one runs, gave up or was cancelled: the next follower asks
+                mine.set_result(None)  # there is no record to share: one of the others asks the store next
 
     def release_later(self, claim: Claim) -> None:
         """Release in the background a claim under which nothing runs."""
-        # The store may have applied the claim, and only its answer is lost. While the store is away, every operation
-        # comes here. Beyond a number that is no burden, claims are not released, and their leases end by themselves.
+        # The store may have applied the claim, and only its answer is lost. While the store cannot be reached, every
+        # operation comes here. Beyond MOST_WRITES claims are not released, and their leases end by themselves.
         if len(self._writes) >= MOST_WRITES:  # async only: its writes are tasks
             return
         misses = itertools.count(1)
 
         async def release() -> bool:
-            # And again where nothing was found, because the store may apply the claim after its release.
+            # A release that finds nothing is repeated, because the store may apply the claim after it.
             return await self.store.release(claim) or next(misses) == RELEASE_TRIES
 
         # A held claim would stay unknown until it is resolved, so its release is tried for longer.
@@ -139,15 +139,15 @@ class Runner:
     ) -> asyncio.Task[None]:
         """Repeat a fenced write in the background until it returns True, for ``patience`` seconds.
 
-        The event loop does not end before, but waits for ``lease`` seconds at the most. ``claim`` is the one whose
-        writes :meth:`written` waits for.
+        The event loop does not end before the write is done, but waits for ``lease`` seconds at the most.
+        :meth:`written` waits for the writes of ``claim``.
         """
         task = repeat(write, patience, lease)
         self._writes[task] = "" if claim is None else claim.token
         task.add_done_callback(self._writes.pop)
         return task
 
-    # async only: HTTP servers without a lifespan wait for their requests alone.
+    # async only: an HTTP server without a lifespan waits for nothing but its requests when it stops.
     @property
     def writing(self) -> bool:
         """Return whether anything is being written in the background."""

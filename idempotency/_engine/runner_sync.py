@@ -30,7 +30,7 @@ class SyncRunner:
     def __init__(self, store: SyncStore, on_event: EventHook) -> None:
         self.store = store
         self.heartbeats = Scheduler()
-        # Apart, because a slow store would delay the renewals behind the writes.
+        # A second thread, because with a slow store the writes would delay the renewals.
         self.writes = Scheduler()
         self._pending = PendingWrites()
         self._on_event = on_event
@@ -45,8 +45,8 @@ class SyncRunner:
     def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and return the verdict; a duplicate asks again for up to ``wait`` seconds.
 
-        The second value is the monotonic time before the store was asked for the last time: a lease that it gave began
-        no earlier.
+        The second value is the monotonic time just before the last claim was sent to the store: the lease cannot have
+        begun earlier.
 
         Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and it
         is released in the background, as the store may have applied it.
@@ -107,7 +107,8 @@ class SyncRunner:
     ) -> None:
         """Repeat a fenced write in the background until it returns True, for ``patience`` seconds.
 
-        The interpreter does not exit before, but waits for ``lease`` seconds at the most. Then ``at_end`` is called.
+        The interpreter does not exit before the write is done, but waits for ``lease`` seconds at the most. At the end
+        of the write ``at_end`` is called.
         """
         now = monotonic()
         job = _Write(write, now + patience, self._pending, at_end)

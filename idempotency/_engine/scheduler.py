@@ -24,11 +24,11 @@ class Job(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Return whether it need not be done any more."""
+        """Return whether the job need not be done any more."""
         ...
 
     def __call__(self) -> float | None:
-        """Do it, and return when to do it again, in monotonic time; None: not again."""
+        """Do the job, and return when to do it again, in monotonic time; None: not again."""
         ...
 
 
@@ -51,7 +51,8 @@ class Scheduler:
         """Do ``job`` at ``when``, in monotonic time."""
         with self._changed:
             if self._thread is None:
-                # It cannot start where there are too many threads. Then no job is added, and the next one starts it.
+                # It cannot start if there are too many threads. Then this job is not added, and the next job tries to
+                # start the thread.
                 thread = threading.Thread(target=self._work, name="idempotency", daemon=True)
                 thread.start()
                 self._thread = thread
@@ -60,7 +61,7 @@ class Scheduler:
                 self._changed.notify()
 
     def note_ended(self) -> None:
-        """Note that a job ended before it was due: where many have, they are removed.
+        """Note that a job ended before it was due. When many jobs have, they are removed.
 
         Without this they would pile up for a third of a lease.
         """
@@ -104,7 +105,7 @@ _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    # Of the threads only the one that forked goes on, and another may have had a lock.
+    # In the child only the thread that forked exists. Another one may have had a lock, which it cannot release here.
     for scheduler in list(_schedulers):
         scheduler.reset()
     reset_pending_writes()

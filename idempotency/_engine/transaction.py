@@ -36,16 +36,16 @@ T = TypeVar("T")
 
 
 def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
-    """Return what makes one transaction per operation; raise ConfigurationError if the two do not fit together."""
+    """Return what makes one transaction per operation; ConfigurationError if store and sessions do not fit together."""
     shared = check_sessions(store, sessions, async_sessionmaker)
     check_isolation_level(sessions)
     return lambda claim: Transaction(shared, sessions, claim)
 
 
 def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
-    """Return the store if it can commit with what ``sessions``, a ``kind``, makes; else raise ConfigurationError."""
+    """Return the store if ``sessions`` is a ``kind`` that it can commit with; else raise ConfigurationError."""
     if not isinstance(store, SQLStore):
-        raise ConfigurationError("session= needs an SQLStore on the same database: no other commits with a session")
+        raise ConfigurationError("session= needs an SQLStore on the same database: no other store commits with it")
     check_sessionmaker(sessions, kind)
     store.check_shared(sessions.kw.get("bind"))
     return store
@@ -83,8 +83,8 @@ class Transaction:
         self.refused: StoreRefusedError | None = None
         # async only: a commit is a task, which goes on when its caller is cancelled.
         self._sent_commit: asyncio.Task[bool] | None = None
-        self._deadline = 0.0  # async only: of the commit
-        self.settled = False  # async only: in HTTP code runs after the response is recorded
+        self._deadline = 0.0  # async only: the time limit of the commit
+        self.settled = False  # async only: in HTTP, code may run after the response is recorded
 
     @property
     def used(self) -> bool:
@@ -107,7 +107,7 @@ class Transaction:
 
     async def claim(self, wait: float) -> Record | None:
         """Claim in this transaction; see :meth:`~idempotency.stores.sql.SQLStore.claim_in`."""
-        # async only: the claim has a bound of its own. If it does not end by that, it is abandoned.
+        # async only: the claim has a time limit of its own. If it does not end by that, it is abandoned.
         claimed = await self._step(
             self._store.claim_in(self._opened, self._claim, wait=wait), math.ceil(wait) + 2 * self._store.timeout
         )
@@ -138,7 +138,7 @@ class Transaction:
         guard_commit(self._opened.sync_session)
 
     async def flush(self) -> None:
-        """Send what is pending, however long it takes: what the database refuses is the operation's own error.
+        """Send what is pending, without a time limit. If the database refuses it, that is the operation's own error.
 
         Raises :class:`~idempotency.errors.TransactionError` where the operation has undone its effect by itself, and
         :class:`~idempotency.errors.StoreError` for a failure that is transient, such as a lost connection.
@@ -150,11 +150,11 @@ class Transaction:
                 await self._step(session.flush(), None)  # async only: the caller may be cancelled meanwhile
 
     async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
-        """Write ``result`` behind the effect and commit both; False, and both rolled back, for a superseded owner.
+        """Write ``result`` after the effect and commit both. For a superseded owner, roll both back and return False.
 
         A commit that was sent goes on also when the caller is cancelled. Raises the database's own error when it
         refused the commit, and :class:`~idempotency.errors.StoreError` when nothing was committed for another reason,
-        or it is unknown.
+        or when it is unknown whether the commit was applied.
         """
         try:
             return await self._send_commit(result, state)
@@ -173,7 +173,7 @@ class Transaction:
     # async only: a task, for which close() waits until the same deadline when the caller is cancelled.
     async def _send_commit(self, result: bytes | None, state: State) -> bool:
         self._deadline = loop_time() + self._store.timeout
-        # Both in one step of SQLAlchemy's, because each step is a switch to a greenlet and back.
+        # Write and commit are one call of run_sync, because each call is a switch to a greenlet and back.
         self._sent_commit = asyncio.get_running_loop().create_task(self._opened.run_sync(self._end, result, state))
         done, _ = await asyncio.wait({self._sent_commit}, timeout=self._store.timeout)
         if not done:
@@ -195,10 +195,10 @@ class Transaction:
 
     async def _is_recorded(self, state: State, answered: bool) -> bool:
         """Return whether a commit that failed was applied, and only its answer lost: then the record is there."""
-        # Rolled back first: a transaction that is still open holds the row that is asked for next.
+        # Rolled back first: a transaction that is still open has locked the row that is claimed next.
         await self.roll_back()
-        # This claim waits for the row while the commit goes on in the server; a mere look would not wait. A commit
-        # that was answered does not go on: if the row is locked now, another transaction has locked it.
+        # A claim waits for the row while the commit goes on in the server; a read would not wait. A commit that was
+        # answered does not go on: if the row is locked now, another transaction has locked it.
         look = Transaction(self._store, self._sessions, self._claim)
         try:
             record = await look.claim(0.0 if answered else self._store.timeout)
@@ -285,7 +285,7 @@ def naming_failures(session: Session) -> Iterator[None]:
 def write_and_commit(
     store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State
 ) -> tuple[bool, StoreRefusedError | None]:
-    """Record the end in ``session`` and commit it; False, and all rolled back, for a superseded owner.
+    """Record the end in ``session`` and commit it. For a superseded owner, roll all back and return False.
 
     The effect matters more than its result, so a result that the store refuses is omitted: the second value says why.
     """

@@ -51,7 +51,7 @@ class SyncTransaction:
 
     def claim(self, wait: float) -> Record | None:
         """See :meth:`Transaction.claim`."""
-        # sync only: the claim has a bound of its own. If it does not end by that, the store's watchdog cuts it off.
+        # sync only: the claim has a time limit of its own. If it does not end by that, the watchdog cuts it off.
         claimed = self._store.claim_in_sync(self._opened, self._claim, wait=wait)
         return claimed
 
@@ -95,7 +95,7 @@ class SyncTransaction:
             if self._abandoned and isinstance(error, StoreError):
                 raise  # not answered in time: a look would take as long
             failure = failure_of(error, self._opened)
-            # sync only: roll back and look have a bound each, by the watchdog; a thread has no bound for several steps.
+            # sync only: the watchdog limits the rollback and the claim each; it has no limit for several steps.
             applied = self._is_recorded(state, failure is error)
             if applied:
                 return True
@@ -103,7 +103,7 @@ class SyncTransaction:
                 raise
             raise failure from error
 
-    # sync only: the watchdog bounds the commit as every step.
+    # sync only: the watchdog limits the time of the commit, as of every step.
     def _send_commit(self, result: bytes | None, state: State) -> bool:
         return self._do(lambda session: self._end(session, result, state))
 
@@ -140,7 +140,7 @@ class SyncTransaction:
 
     # sync only: the watchdog cuts a step off that does not end in time.
     def _do(self, work: Callable[[Session], T]) -> T:
-        """Do one step, which ends in time; one that is cut off, or interrupted, is the last of its session."""
+        """Do one step, with a time limit. If it is cut off or interrupted, the session is not used again."""
         session, store = self._opened, self._store
         with store.watchdog.watch(store.timeout, partial(cut_off_session, session)) as watched:
             try:

@@ -55,9 +55,9 @@ class TransactionalLease(Lease):
     async def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """Commit the effect with its record, if the outcome is to store; the first call counts.
 
-        As :meth:`Lease.end`. What cannot be committed raises, now and whenever it is ended again:
-        :class:`~idempotency.errors.StoreError`, or what the database refused. After the latter the caller can still
-        end the operation, by :meth:`fail`.
+        It returns what :meth:`Lease.end` returns. If the commit fails, it raises, now and at each later call:
+        :class:`~idempotency.errors.StoreError`, or the database's own error when it refused the commit. After the
+        latter the caller can still end the operation, by :meth:`fail`.
         """
         if self._has_ended() or outcome != "store" or not self._transaction.used:
             return await self.fail(outcome, result, error)
@@ -81,7 +81,7 @@ class TransactionalLease(Lease):
                 return None
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, StoreError):
-                # Nothing is committed, for certain. The caller knows which outcome the error has.
+                # It is certain that nothing is committed. The caller chooses the outcome by the error.
                 self._failure, self.ended = error, False
             else:
                 self.stop()

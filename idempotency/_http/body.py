@@ -1,4 +1,4 @@
-"""A request body that is read once, compared, and handed on: in memory while small, on disk past that."""
+"""A request body that is read once, compared, and passed on: in memory if it is small, else on disk."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CHUNK = 1 << 18
 
 
 class DisconnectedError(Exception):
-    """The client went away before its request was complete; nothing may run."""
+    """The client disconnected before its request was complete; nothing may run."""
 
 
 class Body:
-    """One request body: its digest, its bytes while it is small, and as many readings as needed."""
+    """One request body: its digest, and its bytes if it is small. It can be read any number of times."""
 
     __slots__ = ("_file", "_lock", "data", "digest")
 
@@ -96,8 +96,8 @@ async def read_body(
     """Read a whole request body; ``content_type`` decides which bytes of it are compared (see :class:`BodyHash`).
 
     Raises :class:`DisconnectedError` when the body ends early, and
-    :class:`~idempotency.errors.RequestTooLargeError` when it has more than ``limit`` bytes: before it is read, where
-    ``content_length`` says so. No temporary file remains then.
+    :class:`~idempotency.errors.RequestTooLargeError` when it has more than ``limit`` bytes: before it is read, if
+    ``content_length`` is more already. No temporary file remains then.
     """
     # 19 digits are more than any limit.
     if content_length is not None and content_length.isdigit():

@@ -18,7 +18,7 @@ from idempotency._http.body import Receive, Send
 
 
 class ReadRequest(Request):
-    """A request that remembers the error with which reading its body as JSON or as a form failed."""
+    """A request that notes the error with which reading its body as JSON or as a form failed."""
 
     malformed: BaseException | None = None
 
@@ -51,7 +51,7 @@ async def answer(error: Exception, app: object, scope: MutableMapping[str, Any],
     """Send what the application answers when a handler raises ``error``; return False if it has no answer to it.
 
     A Starlette or FastAPI application has its own exception handlers; without them a Starlette ``HTTPException`` is
-    answered with its status and headers. Litestar finds its own handlers, outside of its middleware.
+    answered with its status and headers. Litestar calls its handlers itself, outside of its middleware.
     """
     if "litestar_app" in scope:
         return False

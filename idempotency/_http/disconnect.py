@@ -1,4 +1,4 @@
-"""Hold back the news that the client is gone until it can no longer stop the operation."""
+"""Hold back the message that the client has disconnected, until it can no longer stop the operation."""
 
 from __future__ import annotations
 

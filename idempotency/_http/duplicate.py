@@ -20,8 +20,8 @@ from idempotency.events import EventKind
 def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyError, float | None]:
     """Return the event of a verdict, the recorded response or the error to answer with, and when to try again.
 
-    The status and the title of each answer are those of its error, see :mod:`idempotency.errors`. The last is in
-    seconds, or None where trying again does not help.
+    The status and the title of each answer are those of its error, see :mod:`idempotency.errors`. The last value
+    is in seconds, or None where trying again does not help.
     """
     match verdict:
         case Replay(result):

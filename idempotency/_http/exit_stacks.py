@@ -16,7 +16,7 @@ _KEYS = ("fastapi_inner_astack", "fastapi_function_astack", "fastapi_middleware_
 _SEEN = (*_KEYS, "endpoint")
 
 _MANY = 100
-"""How many objects are searched for an application inside its middleware."""
+"""The most objects that are searched for an application inside its middleware."""
 
 
 class ExitStacks:
@@ -56,7 +56,7 @@ class ExitStacks:
         return callbacks is None or any(not self._is_upkeep(callback) for _, callback in callbacks)
 
     def _is_upkeep(self, callback: Callable[..., object]) -> bool:
-        """Return whether this is FastAPI's own: it ends cancel scopes, and closes streams and uploaded files."""
+        """Return whether a callback is FastAPI's own: it ends cancel scopes, or closes streams or uploaded files."""
         callback = getattr(callback, "__wrapped__", callback)
         owner = getattr(callback, "__self__", callback)
         if owner is self._scope.get("fastapi_async_cleanup_scopes"):
@@ -73,8 +73,8 @@ class ExitStacks:
         if callbacks is None or any(stack is each for each in self._watched):
             return
         self._watched.append(stack)
-        # Callbacks run from the last to the first. So ours, before each dependency's, gets the error of that one, also
-        # where an outer dependency swallows it.
+        # Callbacks run from the last to the first. So a callback of ours before that of each dependency is given the
+        # error of that dependency, also where an outer one swallows it.
         watched = list[Any]()
         for callback in callbacks:
             if not watched or not self._is_upkeep(callback[1]):

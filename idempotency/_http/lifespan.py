@@ -24,7 +24,7 @@ class Lifespan:
         self._started = False
 
     def requests_wait_for_writes(self) -> bool:
-        """Return whether a request must wait for its background writes, since nothing else will at the end.
+        """Return whether a request must wait for its background writes, since nothing waits for them at the end.
 
         A server that sends no lifespan events, but handles SIGTERM, waits for its requests and for nothing else.
         Where SIGTERM ends the process at once, waiting does not help.

@@ -9,9 +9,9 @@ from idempotency.operation import Operation
 
 
 class RequestState:
-    """A state that belongs to one request only: some servers share one among requests, as batch endpoints do theirs.
+    """A state that belongs to one request only: some servers, and batch endpoints, share one state among requests.
 
-    It takes its place in the scope when it is made. It begins as a copy of the state that it stands in for.
+    When it is made, it replaces the state in the scope. It begins as a copy of that state.
     """
 
     __slots__ = ("_given", "_outer", "_own", "_scope")

@@ -54,8 +54,8 @@ class Progress:
 class Attempts:
     """What is counted of the messages of one consumer, and when they were handled too often.
 
-    ``scope``: of the consumer's records. ``ttl``: seconds for which a count is stored. ``max_attempts``: None: nothing
-    is counted.
+    ``scope``: the scope of the consumer's records. ``ttl``: seconds for which a count is stored. ``max_attempts`` None:
+    nothing is counted.
     """
 
     scope: str
@@ -65,15 +65,15 @@ class Attempts:
     def counts_first(self, attempt: int | None) -> bool:
         """Return whether a delivery is counted before it is handled.
 
-        A first delivery costs nothing unless it fails. The broker's own count cannot replace ours: it includes
-        deliveries that met a running owner.
+        A first delivery is counted only if it fails, so a success needs no count. The broker's own count cannot replace
+        ours: it includes deliveries that met a running owner.
         """
         return self.max_attempts is not None and attempt != 1
 
     def after(self, attempt: int | None, ended: Ended) -> tuple[Count, ...]:
         """Return what is still to be counted of a delivery that has ended.
 
-        The last one is counted too: its dead letter may not arrive.
+        The last delivery is counted too, because sending its dead letter may fail.
         """
         match ended:
             case Raised(_, "release"):

@@ -50,7 +50,7 @@ class Consumer:
 
         ``work`` is given the session where there is one. ``attempt`` is the broker's count of deliveries, 1 for the
         first, None where the broker does not count. ``compared`` is what repeated messages must have in common with the
-        first. A missing or unusable ``key`` makes a dead letter. Raises what ``"stop"`` asks for.
+        first. A missing or unusable ``key`` makes a dead letter. Where a rule is ``"stop"``, raises.
         """
         rules, attempts, progress = self.rules, self.rules.attempts, Progress()
         # async only: only the work of a task can be cancelled.
@@ -114,7 +114,7 @@ class Consumer:
 
     @asynccontextmanager
     async def _one_suspect_at_a_time(self, suspect: bool) -> AsyncIterator[bool]:
-        """Begin one suspect at a time: if the process ends, the count of no other message is raised for it.
+        """Begin one suspect at a time: if it ends the process, no other suspect was counted as begun with it.
 
         The value is False where the delivery must not be begun, because the suspect before it takes too long.
         """
@@ -135,7 +135,7 @@ class Consumer:
             begun = record.attempt
             progress.counted = True
             if rules.attempts.limit_reached(begun):
-                # Deliveries that did not call the handler do not count. They are read only where that decides.
+                # Deliveries that did not call the handler do not count. Their number is read only if it can decide.
                 begun -= await self._read("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)

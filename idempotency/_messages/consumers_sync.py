@@ -108,7 +108,7 @@ class SyncConsumer:
             begun = record.attempt
             progress.counted = True
             if rules.attempts.limit_reached(begun):
-                # Deliveries that did not call the handler do not count. They are read only where that decides.
+                # Deliveries that did not call the handler do not count. Their number is read only if it can decide.
                 begun -= self._read("busy", claim)
         except StoreError as error:
             rules.calls.emit("unavailable", claim, error=error)

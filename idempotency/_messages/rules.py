@@ -75,7 +75,7 @@ class Rules:
                 return self._final(claim, begun, refusal(verdict), self.on_refused)
 
     def _settlement_of_failure(self, claim: Claim, error: Exception, outcome: Outcome, begun: int) -> Delivered:
-        # A redelivery would only meet what is recorded now.
+        # A redelivery would only get the failure that is recorded now.
         if outcome != "release":
             recorded: type[IdempotencyError] = RecordedFailureError if outcome == "store" else OutcomeUnknownError
             return self._final(claim, begun, error, self.on_refused, recorded.code)

@@ -239,7 +239,7 @@ class _Finder:
         return Shape(to_json, from_json)
 
     def _typed_dict(self, kind: Any) -> Shape:
-        # Missing keys are for the type checker to find. The keys that are there come back.
+        # Missing keys are not refused: a type checker finds them. The keys that are there are recorded.
         check = _exactly(dict)
         fields = self._fields(kind, kind.__annotations__)
         return Shape(

@@ -33,7 +33,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """How the results of one function are recorded. Only its methods know the format."""
+    """How the results of one function are recorded. No code outside of this class depends on the format."""
 
     _kind: bytes
     _encode: Callable[[Any], bytes]

@@ -24,7 +24,7 @@ _IDLE = 10.0
 """Seconds after which the watchdog's thread ends if it has nothing to watch."""
 
 Cut = Callable[[], object]
-"""End the connection of a statement under way, from any thread."""
+"""A function that ends the connection of a running statement. Any thread may call it."""
 
 
 class InFlight:
@@ -61,7 +61,7 @@ class Abandoned:
         ending.add_done_callback(self._tasks.discard)
 
     async def wait(self) -> None:
-        """Wait until those of the running event loop have ended."""
+        """Wait until the abandoned statements of the running event loop have ended."""
         loop = asyncio.get_running_loop()
         of_this_loop = [task for task in list(self._tasks) if task.get_loop() is loop]
         if of_this_loop:
@@ -115,8 +115,8 @@ class Watched:
 class Watchdog:
     """A daemon thread that cuts off blocking statements that take longer than they may.
 
-    ``seconds`` is the shortest time that any statement gets. The thread looks four times in it. It ends when there has
-    been no statement for a while.
+    ``seconds`` is the shortest time limit of any statement. The thread checks the limits four times in that time. It
+    ends when there has been no statement for a while.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -131,7 +131,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def watch(self, seconds: float, cut_off: Cut) -> Watched:
-        """Cut off what is done inside, as a context, after ``seconds``."""
+        """Return a context manager: what is still running inside it after ``seconds`` is cut off."""
         if self._process != os.getpid():
             self._set_up()  # in a forked child: the thread exists in the parent only, which may hold the lock
         watched = Watched(self._watched, monotonic() + seconds, cut_off)

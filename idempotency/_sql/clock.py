@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Free of the session's time zone, in which one hour of each year happens twice.
+# It does not depend on the session's time zone, in which one hour of each year may occur twice.
 _MYSQL = "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)"
 
 NOW_MS = {

@@ -71,7 +71,7 @@ def install() -> None:
     with _installing:
         if not _installed:
             for name, listener in _LISTENERS.items():
-                # Before the listeners that are there already: what is refused is refused before they have acted on it.
+                # Placed before the listeners that are there already, so that a refused commit does not reach them.
                 event.listen(Session, name, listener, insert=True)
             _installed = True
 
@@ -93,7 +93,7 @@ def was_closed(session: Session) -> bool:
     """Return whether a transaction of ``session`` has ended since :func:`guard_commit`, other than by a rollback."""
     root = session.get_transaction()
     used = _in_use(session)
-    # The connection's transaction has ended, and the session does not know it. A failed flush ends both, and raises.
+    # The connection's transaction has ended, and the session's has not. A failed flush ends both, and raises.
     ended = root is not None and root.is_active and used is not None and not used.transaction.is_active
     return ended or ENDED in session.info
 
@@ -105,7 +105,7 @@ def lost_connection(session: Session) -> bool | None:
 
 
 def commit(session: Session) -> None:
-    """Commit ``session``. Where that fails, leave no transaction open that looks ended, or that a later look reads."""
+    """Commit ``session``. If that fails, also roll back a transaction that only SQLAlchemy counts as ended."""
     try:
         session.commit()
     except Exception:
@@ -161,7 +161,7 @@ def discard(session: Session) -> None:
     unguard_commit(session)
     finish(session)
     used = _in_use(session)
-    # By the connection itself: a session whose rollback failed does not know its connection any more.
+    # Not through the session: after a rollback that failed, it has no reference to its connection any more.
     if used is not None and not used.connection.closed:
         with suppress(Exception):
             used.connection.invalidate()
@@ -181,9 +181,11 @@ def _refuse_commit(session: Session) -> None:
 
 
 def _guard_new_connection(session: Session, _: object, connection: Connection) -> None:
-    # Only the connection sees its own commit, and a commit of the outermost transaction past an open savepoint.
+    # The session's events report neither a commit by the connection itself, nor a commit of the outermost transaction
+    # while a savepoint is open. So the connection is guarded too.
     if _FINISHED in session.info:
-        # Given back here: nothing closes this session any more, and no later statement of it comes here again.
+        # The connection is given back here: nothing closes this session any more, and this event does not come again
+        # for its later statements.
         connection.close()
         raise TransactionError(_TOO_LATE)
     if GUARDED in session.info:

@@ -62,8 +62,8 @@ def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:
 
 
 def _socket_of(connection: Any) -> Any:
-    # Of pg8000 (its _sock is a file), pymysql and mysql-connector. Connections of libpq and of MySQL's C client have
-    # fileno() themselves.
+    # pg8000 (whose _sock is a file), pymysql and mysql-connector have their socket in one of these attributes. The
+    # connections of libpq and of MySQL's C client have fileno() themselves.
     for name in ("_usock", "_sock", "_socket"):
         found = getattr(connection, name, None)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Engines: how the library opens them from a URL, and what it asks of the URL first."""
+"""Engines: how the library opens them from a URL, and how it checks the URL first."""
 
 from __future__ import annotations
 

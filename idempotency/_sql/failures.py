@@ -1,4 +1,4 @@
-"""What the errors of a database mean, of its statements, data and connections, and the words for them."""
+"""What an error of a database means, be it of a statement, of data or of a connection, and the message for it."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def _describe_refusal(error: Exception, database: str, table: str) -> str | None
         )
     if code in _NO_COLUMN or "no such column" in words or "has no column" in words:
         return (
-            f"{database} has a table {table} that lacks a column: bring it in step with"
-            " idempotency.stores.sql.records_table by a migration"
+            f"{database} has a table {table} that lacks a column: add it by a migration, as in"
+            " idempotency.stores.sql.records_table"
         )
     if code in _NO_DATABASE:
         return f"{database} does not exist: create it, or correct the URL"
@@ -179,7 +179,7 @@ def _describe_connection(error: Exception, database: str) -> str | None:
 
 @contextmanager
 def replacing(connection: Connection) -> Iterator[None]:
-    """Close the connection if what is done within finds it unusable, and others of its age when they are next drawn.
+    """Close the connection if the block finds it unusable, and others of its age when they next leave the pool.
 
     SQLAlchemy does this itself for a connection that is lost. It would reuse one that is open.
     """

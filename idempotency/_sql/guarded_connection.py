@@ -1,6 +1,6 @@
 """The connection of a guarded session: it refuses what would end its transaction before the record is written.
 
-:mod:`idempotency._sql.commit_guard` guards the session itself, and makes the connections here.
+:mod:`idempotency._sql.commit_guard` guards the session itself, and calls :func:`guard_connection`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _ENDED_PAST_SESSION = (
     "The transaction that was to be committed together with the idempotency record has been ended past its session,"
     " by a deadlock, a text, a driver's own cursor or a procedure. Nothing is recorded: use session.rollback()."
 )
-# Where the guard begins the transaction itself. Not on MariaDB: its drivers do not always know that a transaction is
-# open, and to begin another would commit it.
+# The databases on which the guard begins the transaction itself. MariaDB is not among them: its drivers do not always
+# report that a transaction is open, and to begin another would commit it.
 _BEGUN_BY_GUARD = ("sqlite", "postgresql")
 _MYSQL = ("mysql", "mariadb")
 # Errors after which MySQL and MariaDB have rolled back the whole transaction: a deadlock, a record changed since the
@@ -70,8 +70,8 @@ _QUOTED = re.compile(
 _QUOTED_ON_MYSQL = re.compile(
     r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`|/\*(?!M?!).*?\*/|(?:--\s|\#)[^\n]*", re.DOTALL
 )
-# Drivers that a signal may interrupt in the middle of a statement, and that then take its answer for that of the next
-# statement. Errors of the types in _UNSENT, they raise themselves before they send the statement.
+# Drivers that a signal may interrupt in the middle of a statement, and that then read its answer as that of the next
+# statement. The errors in _UNSENT are raised by the driver itself, before it sends the statement.
 _CONFUSES_ANSWERS = ("pg8000", "mysqlconnector")
 _UNSENT = TypeError | ValueError | LookupError | ArithmeticError | AttributeError
 _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one"
@@ -253,8 +253,8 @@ def commits_by_itself(connection: Connection) -> bool | None:
     driver: Any = pooled(connection).driver_connection
     match connection.dialect.driver:
         case "pysqlite" | "aiosqlite":
-            # The attribute is new in Python 3.12. Before, there is isolation_level only, by which nothing is committed
-            # that the guard has begun.
+            # The attribute is new in Python 3.12. Older versions have only isolation_level, and that does not commit a
+            # transaction which the guard has begun.
             return getattr(getattr(driver, "_conn", driver), "autocommit", None) is True
         case "psycopg" | "psycopg_async" | "psycopg2" | "pg8000":
             return bool(driver.autocommit)

@@ -13,7 +13,7 @@ from sqlalchemy.util import greenlet_spawn
 from idempotency._synchronization import Changed
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
-# A connection may die without notice, and a pooler in between may ignore LISTEN: so listeners poll too, less often.
+# A connection may be lost without an error, and a pooler in between may ignore LISTEN: so all poll too, less often.
 _LISTENING_POLL = 5.0
 _LINGER = 5.0
 """Seconds for which the listening connection stays open without a watcher."""
@@ -22,7 +22,7 @@ _RELISTEN = 0.5
 """Seconds between a failure of the listening connection and the next try."""
 
 Notified = Callable[[str | None], None]
-"""Take the payload of a notification; None when notifications begin, because an earlier one may have been missed."""
+"""A function that is given each payload, and None when notifications begin: earlier ones may have been missed."""
 
 Listen = Callable[[Any, str, Notified], Awaitable[None]]
 
@@ -109,7 +109,7 @@ class Watchers:
 
     async def _keep_listening(self, listen: Listen) -> None:
         while True:
-            # A failure of the database is not raised here: the watchers poll, and their claims report it.
+            # A failure of the database is not raised here: the watchers poll, and their claims raise it.
             with suppress(Exception):
                 await self._listen_once(listen)
             self._tried.set()

@@ -1,6 +1,6 @@
 """What to install for a database URL: the drivers to recommend, and the packages that they come in.
 
-It needs no SQLAlchemy: it is used where SQLAlchemy itself is not installed.
+This module does not import SQLAlchemy: it is used where SQLAlchemy is not installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DATABASES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB",
 
 
 class Driver(NamedTuple):
-    """A driver to recommend: how its URLs begin, and what pip installs it by, if it is not part of Python."""
+    """A driver to recommend: how its URLs begin, and what to give to pip, None if it is part of Python."""
 
     scheme: str
     requirement: str | None

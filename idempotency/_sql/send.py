@@ -32,7 +32,7 @@ def send(
     """Send one statement in the driver's own syntax. ``fetch``: it returns rows.
 
     Raises what ``exec_driver_sql`` would. SQLAlchemy takes longer to make a result than SQLite takes to execute. So
-    SQLAlchemy is used only where something listens to statements or logs them. ``unseen`` hides the statement from it.
+    SQLAlchemy is used only where something listens to statements or logs them. ``unseen``: it is not used there either.
     """
     driver = connection.dialect.driver
     if not unseen and (driver not in _PLAIN_CURSORS or _observed(connection)):
@@ -80,7 +80,7 @@ def _observed(connection: Connection) -> bool:
 
 
 pooled: Callable[[Connection], PoolProxiedConnection] = Connection.connection.fget  # type: ignore[attr-defined]
-"""Return ``connection.connection`` by the getter of ``Connection``: a guarded connection begins nothing for it."""
+"""Return ``connection.connection`` without the getter of a guarded connection, which may begin a transaction."""
 
 
 def as_sqlalchemy_error(connection: Connection, sql: str, error: Exception) -> Exception:

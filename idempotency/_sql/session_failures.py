@@ -1,4 +1,4 @@
-"""What a failure in a session of the operation means, and the words for it."""
+"""What a failure in a session of the operation means, and the message for it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def failure_of(error: Exception, session: Session) -> Exception:
     if isinstance(error, IdempotencyError):
         return error
     if conflicts(error):
-        return ConflictError("the transaction met another: begin anew")
+        return ConflictError("the transaction conflicts with another one: begin it again")
     lost = lost_connection(session)
-    # There was no connection; or it is lost, be it by an earlier statement whose failure the operation has caught.
+    # There was no connection; or it is lost, perhaps since an earlier statement whose failure the operation has caught.
     if lost or (lost is None and unreachable(error)):
         return StoreError("the connection was lost before the commit: nothing is committed")
-    # A driver whose connection dies may raise an error of the operating system.
+    # A driver that loses its connection may raise an error of the operating system.
     if unusable(error) or isinstance(error, OSError | EOFError | PoolTimeoutError):
         return StoreError("the database could not be reached before the commit: nothing is committed")
     if isinstance(error, DBAPIError) and waited_for_lock(error):

@@ -1,4 +1,4 @@
-"""What every transactional system asks of the sessions it is given, before it commits with them."""
+"""The checks of the sessions that the library is given, before it commits with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_sessionmaker(sessions: object, kind: type[Sessionmaker]) -> None:
         raise ConfigurationError("the sessions have more than one bind: each would be committed by itself")
     if isinstance(bind, Connection | AsyncConnection):
         raise ConfigurationError(
-            "the sessions are bound to a connection, whose transaction is its owner's: bind them to an engine"
+            "the sessions are bound to a connection, which may be in another transaction: bind them to an engine"
         )
     if options.get("twophase"):
         raise ConfigurationError(TWO_PHASES)

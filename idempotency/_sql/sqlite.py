@@ -38,7 +38,7 @@ def begin(connection: Connection, sql: str = "") -> None:
     level = driver.isolation_level
     if driver.in_transaction or _STORES_NOTHING.match(sql) or (level is not None and _STORES_ROWS.match(sql)):
         return
-    # As the driver would, in the mode that the user has chosen; by default without a lock.
+    # This is what the driver would send, in the mode that the user has chosen; by default it takes no lock.
     send(connection, f"BEGIN {level or ''}", fetch=False)
 
 

@@ -19,7 +19,7 @@ def as_bytes(value: Any) -> bytes | None:
     """Return the bytes that are compared of a body, or of arguments, which a client may have decoded.
 
     Two deliveries of one message give the same bytes, in any process. An object whose text may differ between processes
-    is replaced by a question mark, so that of it only the presence is compared. None: nothing can be compared.
+    is replaced by a question mark, so only its presence is compared. None: nothing can be compared.
     """
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)

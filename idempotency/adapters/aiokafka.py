@@ -167,7 +167,7 @@ class _Group(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def send_dead_letter(self, message: ConsumerRecord, reason: str) -> None:
         """Send a dead letter, and wait until it is stored."""
-        # The producer refuses a message with neither.
+        # The producer refuses a message that has neither value nor key.
         value = b"" if message.value is None and message.key is None else message.value
         send = partial(self._producer.send_and_wait, self._dead_letter, value, message.key)
         try:

@@ -60,7 +60,7 @@ async def consume(
     ack_wait = _ack_wait(info.config)
     await _check_dead_letters(jetstream, info, dead_letter)
     with suppress(NotFoundError):
-        # None or 0 means for ever, of which there is no warning.
+        # None or 0 means that the stream stores messages for ever. Of that there is no warning.
         max_age = (await jetstream.stream_info(info.stream_name)).config.max_age or 0.0
         warn_if_ttl_is_short(handler, max_age, f"the stream {info.stream_name}")
     # Python 3.11: wait_for(), by which nats-py waits for answers, loses a cancellation that comes with the answer.
@@ -112,7 +112,7 @@ class _Broker:
 
     async def send_dead_letter(self, message: Msg, reason: str) -> None:
         """Publish a dead letter, and wait until it is stored."""
-        # There is no public way to read it.
+        # There is no public way to read max_payload.
         max_payload = self._jetstream._nc.max_payload
         headers = dead_letter_headers(message, sequence_key(message), reason, max_payload)
         await self._jetstream.publish(self._dead_letter, message.data, headers=headers)

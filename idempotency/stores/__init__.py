@@ -1,4 +1,4 @@
-"""Where records live."""
+"""The stores of records: memory, Redis and SQL."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _made(make: Callable[..., AnyStore], options: dict[str, Any]) -> AnyStore:
     known = inspect.signature(make).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        # The words of Python itself for a call.
+        # The message is the one that Python has for an unknown argument of a call.
         raise UnknownOptionError(
             f"got an unexpected keyword argument {unknown[0]!r}; the store's options are "
             f"{', '.join(name for name in known if name != 'url')}"

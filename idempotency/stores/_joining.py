@@ -20,8 +20,8 @@ class Joining(Protocol):
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Claim in the transaction of ``session``; commit nothing.
 
-        Another transaction that holds the row uncommitted is waited for up to ``wait`` seconds. None: it still holds
-        the row. After None or an error, the transaction can only be rolled back.
+        If another transaction has the row locked, this waits up to ``wait`` seconds for it. None: the row is still
+        locked. After None or an error, the transaction can only be rolled back.
         """
         ...
 
@@ -60,7 +60,7 @@ class Joining(Protocol):
 
     @property
     def local_lock(self) -> LocalLock | None:
-        """Return the queue for joined transactions, where the database has one writer at a time; else None."""
+        """Return the lock that joined transactions take first, if the database has one writer at a time; else None."""
         ...
 
     @property

@@ -9,8 +9,8 @@ A store decides who owns a key, and nothing else. What a duplicate gets is decid
 - Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
 - Every write after the claim is fenced by the claim's token.
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
-- A lease of 0 is over at once, whatever the clock. Several claims may then be made at one reading of the clock: they
-  count by their attempt.
+- A lease of 0 is over at once, whatever the clock. Several claims may then be made at one reading of the clock: each
+  takes over from the one before, and has the next attempt.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
 - Any verb may be repeated with the same claim, as a client does when the answer was lost, with the same effect. The
@@ -78,7 +78,7 @@ class Store(Protocol):
     """A store for asyncio."""
 
     async def claim(self, claim: Claim, /) -> Record:
-        """Own the record if it is absent, expired or taken over; return what is there now, the result included."""
+        """Own the record if it is absent or expired, or can be taken over; return the record as it is now."""
         ...
 
     async def renew(self, claim: Claim, /) -> bool:
@@ -134,7 +134,7 @@ class SyncStore(Protocol):
         ...
 
 
-# What an operator does with records. No request needs it, but ``max_attempts`` of a consumer counts by some of it.
+# What an operator does with records. No request needs these, but ``max_attempts`` of a consumer uses some of them.
 
 
 class Inspecting(Protocol):
@@ -196,7 +196,7 @@ class Examining(Protocol):
     """Examine the store and its server, for ``idempotency doctor``."""
 
     async def examine(self) -> list[Finding]:
-        """Return what an operator should know: whether the store can be used, and what a crash would make it forget.
+        """Return what an operator should know: whether the store can be used, and which records a crash would lose.
 
         A store that cannot be used is a finding too, and not an error.
         """
@@ -274,7 +274,7 @@ class OneSided(Protocol):
     """A store that may have been given a client, or an engine, for one kind of verbs only."""
 
     def check_side(self, asynchronous: bool) -> None:
-        """Raise ConfigurationError, with the remedy, where the verbs that are awaited, or the others, cannot work."""
+        """Raise ConfigurationError, with the remedy, if the verbs that are awaited (or else the others) cannot work."""
         ...
 
 
@@ -297,8 +297,8 @@ def supports(store: object, capability: type[C]) -> TypeGuard[C]:
 def require(store: object, capability: type[C], for_what: str) -> C:
     """Return the store with the type of a capability.
 
-    Raises :class:`~idempotency.errors.ConfigurationError` in one line, with what the store lacks, when it has it not.
-    ``for_what`` is the subject of that line, as ``idempotency doctor``.
+    If the store does not have it, raises :class:`~idempotency.errors.ConfigurationError` in one line, with what the
+    store lacks. ``for_what`` is the subject of that line, such as ``idempotency doctor``.
     """
     if supports(store, capability):
         return store

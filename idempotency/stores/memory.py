@@ -24,7 +24,7 @@ _DROPPED_PER_CLAIM = 32
 
 
 class MemoryStore:
-    """Hold records in this process; safe to share between threads and event loops, native to both.
+    """Store records in this process. Threads and event loops can share one store, each with verbs of its own.
 
     ``max_records``: how many records there may be. Default 100000. ``max_bytes``: how many bytes of keys and results
     there may be before a new key is refused; results of operations that already run are stored beyond it. Default
@@ -106,7 +106,7 @@ class MemoryStore:
         return True
 
     def close(self) -> None:
-        """Do nothing: the records live as long as the store."""
+        """Do nothing: the records exist as long as the store."""
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`; raises StoreError when the store is full."""
@@ -141,7 +141,7 @@ class MemoryStore:
                     del self._watchers[record]
 
     async def aclose(self) -> None:
-        """Do nothing: the records live as long as the store."""
+        """Do nothing: the records exist as long as the store."""
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Inspecting.inspect`."""
@@ -296,7 +296,7 @@ class MemoryStore:
 
 
 class _Stored:
-    """A record in the store. ``queued``: the time at which the queue of expiries looks at it next."""
+    """A record in the store. ``queued``: the time under which it is in the queue of expiries."""
 
     __slots__ = (
         "attempt",
@@ -337,7 +337,7 @@ class _Stored:
         self.expires = inf if self.hold else self.lease_end + claim.ttl
 
     def remaining_lease(self, now: float) -> float:
-        # The difference of two readings of a clock can be longer than what was added, by its last digit.
+        # Rounding in the last digit can make the difference longer than the lease that was added.
         return min(self.lease_end - now, self.lease)
 
     @property

@@ -1,4 +1,4 @@
-"""Put crash points around every call of a store or a database, from outside: the library does not know of them."""
+"""Put crash points around every call of a store or a database, from outside: the library has no code for them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _READ = re.compile(r"\b(SELECT)\b.*?\bFROM\s+[\"`]?(\w+)", re.IGNORECASE | re.DO
 
 
 def instrument() -> None:
-    """Make points of every store verb, SQL statement, COMMIT and ROLLBACK of this process, for good.
+    """Put points around every store verb, SQL statement, COMMIT and ROLLBACK of this process. It cannot be undone.
 
-    A store is any class with the verbs in a module that is imported by now. A renewal is no point: it comes by the
-    clock, and so not at the same place in every run.
+    A store is any class with the verbs in a module that is imported by now. A renewal has no points: it depends on the
+    clock, so it is not at the same place in every run.
     """
     for module in _SHIPPED:
         with suppress(ImportError):

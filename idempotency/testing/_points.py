@@ -1,4 +1,4 @@
-"""Named places in a program at which its process can be made to die."""
+"""Named places in a program at which its process can be killed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _passed: Callable[[str], None] | None = None
 
 
 def crash_point(label: str) -> None:
-    """Mark a place, such as ``crash_point("after-charge")``, at which a process that is tested may die.
+    """Mark a place, such as ``crash_point("after-charge")``, at which a process that is tested may be killed.
 
-    Does nothing otherwise. A server that is started by hand dies at its first pass of the label that the environment
-    variable ``IDEMPOTENCY_CRASH_AT`` names, read once; ``label #2`` names the second pass.
+    Otherwise it does nothing. A server that is started by hand is killed when it first passes the label in the
+    environment variable ``IDEMPOTENCY_CRASH_AT``, which is read once; ``label #2`` stands for the second pass.
     """
     if _passed is not None and (inside := _inside.get()) is not None:
         _passed(inside + label)

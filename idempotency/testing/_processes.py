@@ -136,7 +136,7 @@ class Proof:
             while True:
                 try:
                     _call(runner, scenario.deliver, key)
-                    # The sender of this one may have died too, and sent it again.
+                    # The sender may have crashed after this delivery too, and sent it once more.
                     _call(runner, scenario.deliver, key)
                     return {"held": held, "fault": ""}
                 except OutcomeUnknownError as error:

@@ -110,8 +110,9 @@ def crash_everywhere(
     every process. Labels are made by :func:`crash_point`, and before and after every store verb, SQL statement, COMMIT
     and ROLLBACK of the first, undisturbed delivery.
     ``only``: the labels to try, to examine one of them. Default: all.
-    ``recorded``: the label from which the effect is recorded. For effects outside of the transaction under
-    ``on_crash="rerun"``: killed before it, an effect may be repeated once. Default None: at no label.
+    ``recorded``: the label from which the effect is recorded. It is for effects outside of the transaction under
+    ``on_crash="rerun"``: if the owner is killed before this label, its effect may be there twice. Default None: at no
+    label.
     ``pause``: instead of killing the owner, stop it at each label, send duplicates for so many seconds, and continue
     it. Default None: kill it.
     ``jobs``: how many labels are tried at once. Default 4. With ``pause`` on SQLite give 1: a stopped owner may

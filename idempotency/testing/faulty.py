@@ -1,4 +1,4 @@
-"""A store that fails on order."""
+"""A store that fails when a test asks for it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class FaultyStore:
 
     async def _next_awaited(self, verb: Verb) -> Fault:
         fault = self._next(verb)
-        await asyncio.sleep(0)  # as a network would, also where the inner store does not wait
+        await asyncio.sleep(0)  # let other tasks run, as a network does, also where the inner store does not wait
         if callable(fault) and isawaitable(pause := fault()):
             await pause
         return fault

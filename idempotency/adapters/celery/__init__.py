@@ -18,8 +18,8 @@ An error of the task rolls its effect back. ``self.retry()`` and ``autoretry_for
 task that fails for good is a failure in the result backend. Its message is sent to ``dead_letter=`` if given. Else it
 is rejected, so that a dead-letter exchange of RabbitMQ gets it (Celery before 5.7 acknowledges it); Redis drops it.
 
-After a failure around the task the message is delivered again: of a hook, of the result backend, or of sending the
-retry or a following task. Until then the task may be a failure in the result backend. The replay sends the following
+After a failure around the task (of a hook, of the result backend, or when the retry or a following task is sent) the
+message is delivered again. Until then the task may be a failure in the result backend. The replay sends the following
 tasks. A hard time limit has the effect of a killed worker: the task is run again, up to ``max_attempts`` times (Celery
 before 5.7 acknowledges it).
 
@@ -237,7 +237,7 @@ class _IdempotentTask(Task):  # type: ignore[misc]
             raise
 
     def replace(self, sig: Any) -> NoReturn:
-        """Refuse it: Celery sends the replacement and drops the task, whose effect would be rolled back.
+        """Refuse to replace the task: Celery would send the replacement and drop this task, which is then rolled back.
 
         Raises :class:`~idempotency.errors.ConfigurationError`.
         """

@@ -78,7 +78,7 @@ def with_failures_around(tracer: Tracer, settle: Callable[[Exception, Context], 
 
 
 def _traced(signal: Exception) -> tuple[Any, Any, Any, Any]:
-    """Return what a tracer returns when a task raises this."""
+    """Return what a tracer returns when a task raises ``signal``."""
     try:
         raise get_pickleable_exception(signal)
     except Exception:
@@ -99,7 +99,7 @@ class _Request:
     def __init__(self, message: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(message, *args, **kwargs)  # type: ignore[call-arg]
         request: dict[str, Any] = self.request_dict  # type: ignore[attr-defined]
-        # With RabbitMQ it is among the properties, with Redis it is not.
+        # With RabbitMQ the content type is among the properties, with Redis it is not.
         request["properties"] = {**request["properties"], _CONTENT_TYPE: message.content_type}
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:

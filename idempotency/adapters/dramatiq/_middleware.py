@@ -40,7 +40,7 @@ class DeadLetteredError(Exception):
 
 
 class NotPassedOnError(Exception):
-    """The message was handled, but its result was not stored, or a following message not enqueued: a retry does it."""
+    """The message was handled, but its result not stored, or a following message not enqueued. A retry does that."""
 
 
 class _NotEnqueuedError(MiddlewareError, BrokerConnectionError):
@@ -111,7 +111,7 @@ def start_handling(actor_name: str, options: dict[str, Any], pause: float, rules
     current = _CURRENT.get()
     if current is None or current.rules is not None or current.message.actor_name != actor_name:
         return None
-    # Until the message is known to be handled: an error, or an interrupt of the thread, must not end in an ack.
+    # Set until the message is handled: an error, or an interrupt of the thread, must not end in an ack alone.
     current.to_enqueue = current.message.copy(options={_ENQUEUED_AGAIN: True})
     current.rules, current.after = rules, pause
     target = current.message.options.get("pipe_target")
@@ -130,7 +130,7 @@ def install_middleware(broker: Broker) -> None:
             "would be lost if RabbitMQ never received the retry"
         )
     if not any(isinstance(each, _Redelivery) for each in broker.middleware):
-        # The first middleware is called last after a message: it sees whether the others have failed.
+        # The first middleware is called last after a message: then it is noted whether the others have failed.
         broker.add_middleware(_Redelivery(), before=type(broker.middleware[0]))
 
 

@@ -52,7 +52,7 @@ Fingerprint = Callable[[StreamMessage[Any]], bytes | str | Awaitable[bytes | str
 
 
 class IdempotencyMiddleware:
-    """Make the handlers of a broker or router run once in effect for each message.
+    """Make the handlers of a broker or router take effect once for each message.
 
     ``consumer``: the name of this consumer of the messages, such as its service's. ``key`` is given FastStream's
     message and returns the key; it may be a coroutine function, which may await ``message.decode()``. Default: see the

@@ -138,7 +138,8 @@ class MessageMiddleware(BaseMiddleware[Any, Any]):
                 await _redeliver(source, consumer, msg, min(after, pause))
                 raise NackMessage
             case Failed(error):
-                # By an AckMessage or the like the handler itself has decided; after any other error FastStream rejects.
+                # With an AckMessage or the like the handler itself has decided. After any other error FastStream would
+                # reject the message.
                 if not isinstance(error, HandlerException):
                     await redeliver(error)
                 raise error
@@ -209,7 +210,7 @@ async def _in_progress(msg: Any) -> None:
 
 
 async def _give_back(msg: StreamMessage[Any]) -> None:
-    """Have a message delivered again, before the ack policy drops it."""
+    """Have a message delivered again: without this the ack policy may drop it."""
     with suppress(Exception):
         await msg.nack()
 
@@ -238,5 +239,5 @@ async def _redeliver(
         await source.nack(msg, after)
     except Exception as error:
         consumer.rules.unsettled(error)
-        # Without it the ack policy may drop the message.
+        # Without NackMessage the ack policy may drop the message.
         raise NackMessage from why

@@ -98,7 +98,7 @@ class Source:
     async def send_dead_letter(
         self, broker: Any, destination: str, message: StreamMessage[Any], headers: dict[str, Any], reason: str
     ) -> None:
-        """Send a dead letter, and wait until it is taken."""
+        """Send a dead letter, and wait until the broker has accepted it."""
         headers = headers | {REASON: reason}
         await broker.publish(
             message.body, headers=headers, **{self.destination: destination}, **self.forwarded(message)
@@ -314,8 +314,8 @@ class Confluent(Kafka):
 class _ExactConsumer:
     """Commit the offset of one message.
 
-    FastStream commits the offsets that were polled last, of all partitions. After a seek that is past a message that
-    failed.
+    FastStream commits the offsets that were polled last, of all partitions. After a seek back to a message that failed,
+    such an offset is greater than that of the message, which would then be lost.
     """
 
     def __init__(self, consumer: Any, position: tuple[str, int, int]) -> None:

@@ -1,4 +1,4 @@
-"""The dependencies of a task: opened when its message is known to be new, and closed before that is recorded."""
+"""The dependencies of a task: opened once its message is found new, and closed before it is recorded as handled."""
 
 from __future__ import annotations
 

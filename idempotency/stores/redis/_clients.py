@@ -28,8 +28,8 @@ _AWAITED = "this RedisStore has only an asyncio client, and its verbs are not aw
 class Clients:
     """The clients of one store: those it was given, or those it opens at an address.
 
-    ``timeout``: seconds within which an awaited action ends. ``own``: only this store sends over the connections, one
-    command at a time each.
+    ``timeout``: seconds within which an awaited action ends. ``own``: only this store sends over the connections,
+    over each one command at a time.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Clients:
 
     async def run(self, command: Command) -> Any:
         """Send a command, and return its reply; every failure is a StoreError."""
-        # As :meth:`bounded`, but a call less: most of what a store does passes here.
+        # The same as :meth:`bounded` with one call less, because nearly all commands of a store are sent here.
         here = self._last
         if here is None or here.loop is not asyncio.get_running_loop():
             here = self.here()

@@ -1,4 +1,4 @@
-"""Examine the Redis servers: can they be used, and what would a crash make them forget."""
+"""Examine the Redis servers: whether they can be used, and which records a crash would lose."""
 
 from __future__ import annotations
 

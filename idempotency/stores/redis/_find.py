@@ -23,7 +23,7 @@ async def ids(clients: Clients, prefix: bytes, start: str) -> AsyncIterator[byte
 
 
 async def unresolved(clients: Clients, prefix: bytes, limit: int) -> list[Entry]:
-    """List the records whose outcome is unknown, those that were claimed first at the beginning."""
+    """List the records whose outcome is unknown, in the order of their first claims."""
     found: list[tuple[int, Entry]] = []
     async for batch in _batches(clients, prefix, ""):
         replies = await asyncio.gather(*(clients.run(wire.inspect(prefix + each.hex().encode())) for each in batch))

@@ -1,4 +1,4 @@
-"""From a URL to Redis clients: which servers it names, and clients that fit a store."""
+"""Read the URL of a Redis store, and open clients with the options that a store needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Address:
     hosts: list[tuple[str, int]]
     service: str
     url: str  # for one server, as redis-py reads it
-    secrets: dict[str, str]  # of the sentinels
+    secrets: dict[str, str]  # user and password of the sentinels
 
     def __repr__(self) -> str:
         return f"<Address {self.servers}>"
@@ -54,7 +54,7 @@ class Address:
     def open(self, timeout: float) -> AsyncClient:
         """Make an asyncio client for the running loop; nothing is connected yet."""
         options: dict[str, Any] = {
-            "socket_timeout": None,  # the store bounds every verb; this one would cost a task for each command
+            "socket_timeout": None,  # the store limits every verb; this limit would take a task for each command
             **self._defaults(timeout),
             "retry": AsyncRetry(NoBackoff(), 1, (redis.ConnectionError,)),
             **aioconnection.parse_url(self.url),
@@ -203,7 +203,7 @@ def max_connections_of(client: Any) -> int:
 
 
 def clients_of(client: Any) -> list[Any]:
-    """List a client and those it asks for the primary: redis-py does not close the clients of the sentinels."""
+    """List a client and the clients of its sentinels, which redis-py does not close."""
     sentinels = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
     return [client, *(sentinels.sentinels if sentinels is not None else ())]
 
@@ -216,7 +216,7 @@ def abandon(client: AsyncClient) -> None:
             connections = [*pool._available_connections, *pool._in_use_connections]
         else:
             connections = [one for node in each.nodes_manager.nodes_cache.values() for one in node._connections]
-            each._initialize = True  # the sign by which redis-py knows a closed cluster client
+            each._initialize = True  # by this redis-py marks a cluster client as closed
         for link in connections:
             _cut_off(link)
 

@@ -70,7 +70,7 @@ class SharedPool:
         return await self._pool.get_connection(*COMMAND_NAME)
 
     def drop(self) -> None:
-        pass  # the pool looks at each connection before it hands it out
+        pass  # the pool checks each connection before it gives it out
 
 
 class OwnPool:
@@ -192,7 +192,8 @@ async def send_and_wait(client: Any, command: Command, wait: Wait) -> list[Any]:
 
 
 async def _wait_in_cluster(client: Any, command: Command, wait: Wait) -> list[Any]:
-    # The command alone comes first: it follows the slot to another node, and the repeated command finds it there.
+    # The command is first sent alone: the client may have to follow the slot of the key to another node. To that node
+    # the command is then sent again, with the WAIT.
     await _through(client)(command)
     script, rest = command
     node = client.get_node_from_key(rest[1])

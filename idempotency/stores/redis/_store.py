@@ -26,7 +26,7 @@ from idempotency.stores.redis._wire import Command, Durability
 
 
 class RedisStore:
-    """Hold records in Redis.
+    """Store records in Redis.
 
     ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store. A
     blocking client given here is used as ``sync_client``.
@@ -101,7 +101,7 @@ class RedisStore:
         return timeout
 
     def check_side(self, asynchronous: bool) -> None:
-        """Raise ConfigurationError where this store was given a client of the other side."""
+        """Raise ConfigurationError if this store was given only clients for the other kind of verbs."""
         self._clients.check_side(asynchronous)
 
     # The asyncio verbs.

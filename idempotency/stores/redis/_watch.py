@@ -39,7 +39,7 @@ class _Channel:
 
 
 class _Feed:
-    """A subscription connection and the task that reads it. It lives while anything is watched."""
+    """A subscription connection and the task that reads it. It exists while anything is watched."""
 
     def __init__(self, client: AsyncClient) -> None:
         self.channels: dict[bytes, _Channel] = {}
@@ -68,7 +68,7 @@ class _Feed:
         try:
             self._pubsub = pubsub
             await self.subscribe()
-            # asyncio.wait_for, of Python 3.11 and in a client, can swallow the cancellation.
+            # The flag is checked because asyncio.wait_for of Python 3.11, in a client, can swallow the cancellation.
             while not self._ended:
                 message = await pubsub.get_message(timeout=_READ)
                 if message is not None:

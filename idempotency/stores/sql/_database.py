@@ -1,4 +1,4 @@
-"""One engine's way to the table: connect, run one verb, repeat it where that helps, and describe what fails."""
+"""Use the table through one engine: connect, run one verb, repeat it where that helps, and describe what fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Database:
         self._lock_wait = lock_wait_limit(timeout)
         self._verbs: Verbs | None = None
         self._sqlite = engine.dialect.name == "sqlite"
-        # An engine that the library opened waits no longer than that by itself.
+        # An engine that the library opened is set to this limit already.
         self._lowers_lock_wait = self._sqlite and not owned
         self._created = not self._sqlite
         # AUTOCOMMIT saves BEGIN and COMMIT where it costs no round trip of its own. Not with pg8000: SQLAlchemy's ping
@@ -90,8 +90,8 @@ class Database:
             if statement.abandoned:
                 raise StoreError("the statement was abandoned before it was sent")
             if in_transaction(statement.driver, statement.connection.driver_connection):
-                # The end of that transaction would decide on the verb; and to end it here would decide on what was done
-                # in it before.
+                # The verb would be committed or rolled back with that transaction. To end the transaction here would
+                # commit or roll back what was done in it before.
                 connection.invalidate()
                 raise OpenTransactionError
             try:

@@ -1,4 +1,4 @@
-"""Examine a SQL database: can it be used, and what would a crash make it forget."""
+"""Examine a SQL database: whether it can be used, and which records a crash would lose."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from idempotency.stores._operating import DIGITS
 from idempotency.stores.sql._values import storable
 
 _MOST = 1000
-"""Ids that one search reads."""
+"""The most ids that one search reads."""
 
 
 def find_ids(connection: Connection, table: Table, start: str, key: str | None) -> list[bytes]:

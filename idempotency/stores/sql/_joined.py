@@ -40,7 +40,7 @@ from idempotency.stores.sql._verbs import (
     read_record,
 )
 
-# Bytes from which a result is written behind a savepoint, where a refused statement would end the transaction.
+# A result of more bytes is written behind a savepoint, where a refused statement would end the transaction.
 _LARGE = 64 * 1024
 _SAVEPOINT = "idempotency_result"
 
@@ -59,7 +59,7 @@ class JoinedVerbs:
         self._trusted = False
 
     def claim_in(self, connection: Connection, claim: Claim, wait: float) -> Record | None:
-        """Claim, waiting up to ``wait`` seconds for another transaction that holds the row; None while it still does.
+        """Claim, waiting up to ``wait`` seconds for a transaction that has locked the row; None if it still has then.
 
         Raises :class:`ConflictError` where this transaction, by its isolation level, cannot see the row as it is now.
         """
@@ -72,7 +72,7 @@ class JoinedVerbs:
             for _ in range(CLAIM_TRIES):
                 row = self._claim_once(connection, values, remaining)
                 if row is not None:
-                    # The effect would be committed by itself, and a rollback would not undo it.
+                    # With AUTOCOMMIT the effect would be committed at once, and a rollback would not undo it.
                     by_itself = commits_by_itself(connection)
                     if by_itself or (by_itself is None and not has_begun(connection)):
                         raise ConfigurationError(COMMITS_BY_ITSELF)

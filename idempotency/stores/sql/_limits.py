@@ -31,7 +31,7 @@ def check_size(connection: Connection, result: bytes | None) -> None:
 
 
 def _packet(connection: Connection) -> int:
-    # Asked once for each connection of the driver: for it the value stays as it was at its beginning.
+    # Asked once for each connection of the driver: the value of a connection does not change.
     known: int | None = connection.info.get(_PACKET)
     if known is None:
         known = connection.info[_PACKET] = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())

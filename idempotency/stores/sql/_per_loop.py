@@ -39,7 +39,7 @@ class PerLoop:
         self.watchers = Watchers(engine.sync_engine, table.name)
 
     async def open(self) -> None:
-        """Begin. An event loop that ends in order closes its generators, and this generator then closes the engine."""
+        """Start the generator that closes the engine: an event loop that ends in order closes its generators."""
         await anext(self._life)
 
     async def aclose(self) -> None:
@@ -86,7 +86,7 @@ class PerLoop:
 
 
 class Threads(NamedTuple):
-    """What threads share: the engine's way to the table, and a slot for each verb that may run at once."""
+    """What threads share: the database, and a slot for each verb that may run at once."""
 
     database: Database
     slots: threading.BoundedSemaphore

@@ -166,7 +166,7 @@ _FORGET = (
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
 _EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
 _PURGE = {
-    # An array, where a subquery may be planned as a join that reads the whole table.
+    # An array, because a subquery may be planned as a join that reads the whole table.
     "postgresql": f"DELETE FROM {{table}} WHERE id = ANY(ARRAY({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED))",
     "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
     "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",

@@ -52,7 +52,7 @@ class SQLStore:
     :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
     the server is frozen. A blocking verb may end up to a quarter of it later. While it connects, its driver's own
-    time-outs hold, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
+    time-outs apply, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
     closed, and the server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own
     ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
     each statement that writes, and set back, which takes two switches to aiosqlite's thread.

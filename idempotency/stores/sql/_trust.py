@@ -20,7 +20,7 @@ _NUMBER = 2**62 + 1
 # Drivers that count the rows that an UPDATE finds. Those of MySQL may be set to count only the rows that it changes.
 _COUNTING = frozenset({"asyncpg", "psycopg", "psycopg2", "pg8000", "pysqlite", "aiosqlite"})
 
-# Whether a transaction had begun before this statement. One that is a transaction by itself begins with it.
+# Whether a transaction had begun before this statement. If none had, the statement is a transaction by itself.
 _HAS_BEGUN = {
     "postgresql": "SELECT now() < statement_timestamp()",
     **dict.fromkeys(("mysql", "mariadb"), "SELECT 1 - @@autocommit"),
@@ -79,7 +79,7 @@ def _refusal(connection: Connection, why: str) -> str:
 
 
 def has_begun(connection: Connection) -> bool:
-    """Return whether a transaction is open, after a statement, for a driver that does not know what it commits."""
+    """Return whether a transaction is open after a statement; for drivers that do not show whether they autocommit."""
     if connection.dialect.name == "sqlite" or connection.dialect.driver == "mysqlconnector":
         return bool(getattr(pooled(connection).driver_connection, "in_transaction", True))
     row = send(connection, _HAS_BEGUN[connection.dialect.name], unseen=True).row

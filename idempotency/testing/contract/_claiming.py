@@ -110,7 +110,7 @@ class ClaimContract(Contract):
         assert await verdict(store, rival(claim)) == Execute(3)
 
     async def test_a_lease_of_zero_is_over_at_once(self, store: Store, another: Store) -> None:
-        """Each claim takes over from the one before at once, and is counted: once, and with the others at a time."""
+        """Each claim takes over from the one before at once, and is counted: one after another, and many at a time."""
         claim = new_claim(lease=0.0)
         one_after_another = [(await each.claim(rival(claim, lease=0.0))).attempt for each in (store, another) * 30]
 
@@ -272,7 +272,7 @@ class ClaimContract(Contract):
 
     @pytest.mark.parametrize("fingerprint", [b"", b"\x00" * 32, b"0" * 63, b"0" * 70_000], ids=len)
     async def test_any_fingerprint(self, store: Store, fingerprint: bytes) -> None:
-        """A fingerprint is any bytes, and one that begins alike is another."""
+        """A fingerprint is any bytes, and one that only begins with the same bytes is another."""
         claim = new_claim(fingerprint=fingerprint)
         await store.claim(claim)
 

@@ -40,7 +40,7 @@ async def verdict(store: Store, claim: Claim) -> Verdict:
 
 
 async def lapsed(store: Store, claim: Claim) -> Record:
-    """Wait until the lease of ``claim`` is over by the store's clock; asks with a claim that can never own."""
+    """Wait until the lease of ``claim`` is over by the store's clock. It asks with a claim that never owns the key."""
     probe = rival(claim, fingerprint=OTHER)
     deadline = time.monotonic() + PATIENCE
     while (record := await store.claim(probe)).lease_left > 0:
@@ -51,7 +51,7 @@ async def lapsed(store: Store, claim: Claim) -> Record:
 
 
 async def expired(store: Store, claim: Claim) -> float:
-    """Wait until the record of ``claim`` is expired, by owning its key; returns when, by the monotonic clock."""
+    """Wait until the record of ``claim`` is expired, by claiming its key; return the monotonic time of that."""
     probe = rival(claim, fingerprint=OTHER)
     deadline = time.monotonic() + PATIENCE
     while (await store.claim(probe)).token != probe.token:

@@ -72,7 +72,7 @@ class ExpiryContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"new")
 
     async def test_held_does_not_expire(self, store: Store) -> None:
-        """What asked for hold stays unknown past its lease and ttl."""
+        """A record whose claim asked for hold stays unknown after its lease and ttl."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         await store.claim(claim)
         await warn_if_ttl_is_short(store, 2 * SHORT)
@@ -89,7 +89,7 @@ class ExpiryContract(Contract):
         assert await verdict(store, rival(claim)) == Unknown()
 
     async def test_unknown_does_not_expire(self, store: Store) -> None:
-        """What was completed as unknown stays so past its lease and ttl."""
+        """A record that was completed as unknown stays so after its lease and ttl."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2)
         await store.claim(claim)
         assert await store.complete(claim, None, State.UNKNOWN)

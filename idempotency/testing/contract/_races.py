@@ -22,7 +22,7 @@ from idempotency.testing.contract._claims import (
 
 
 class RaceContract(Contract):
-    """Check that of many at once exactly one owns."""
+    """Check that of many claims of one key at once exactly one becomes the owner."""
 
     async def test_one_owner_of_many(self, store: Store, another: Store) -> None:
         """Of fifty claims of a new key at once one runs, and the others get the verdict that it runs."""

@@ -35,7 +35,7 @@ def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
 
 
 def lapsed_sync(store: SyncStore, claim: Claim) -> None:
-    """Wait until the lease of ``claim`` is over by the store's clock; asks with a claim that can never own."""
+    """Wait until the lease of ``claim`` is over by the store's clock. It asks with a claim that never owns the key."""
     probe = rival(claim, fingerprint=OTHER)
     deadline = time.monotonic() + PATIENCE
     while (record := store.claim_sync(probe)).lease_left > 0:
@@ -65,7 +65,7 @@ class SyncStoreContract:
         assert verdict_sync(store, rival(claim, fingerprint=OTHER)) == Mismatch()
 
     def test_a_lease_of_zero_is_over_at_once_sync(self, store: SyncStore) -> None:
-        """Each claim takes over from the one before at once, and is counted: once, and with the others at a time."""
+        """Each claim takes over from the one before at once, and is counted: one after another, and many at a time."""
         claim = new_claim(lease=0.0)
         one_after_another = [store.claim_sync(rival(claim, lease=0.0)).attempt for _ in range(60)]
 

@@ -80,7 +80,7 @@ class WatchContract(Contract):
             await asyncio.wait_for(changed(FOREVER), PATIENCE)
 
     async def test_renewal_keeps_the_watch(self, store: Store, another: Store) -> None:
-        """A renewal by the owner does not make the store forget that a duplicate waits."""
+        """A renewal by the owner does not remove the mark that a duplicate waits."""
         claim = new_claim()
         await store.claim(claim)
         waiter = rival(claim, watched=True)
@@ -110,7 +110,7 @@ class WatchContract(Contract):
         assert await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE) == [Replay(b"result")] * 4
 
     async def test_waits_of_two_keys_do_not_mix(self, store: Store, another: Store) -> None:
-        """Waiting for two keys, each is found done when it is."""
+        """Of two keys that are waited for, each is found done when it is done, and not before."""
         claims = [new_claim(), new_claim()]
         waiters = [rival(claim, watched=True) for claim in claims]
         for claim in claims:

@@ -40,7 +40,7 @@ RESULTS = {
 
 
 class WriteContract(Contract):
-    """Check renew, complete and release, and that they are the owner's alone."""
+    """Check renew, complete and release, and that only the owner can use them."""
 
     @pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS.keys())
     async def test_any_result(self, store: Store, result: bytes) -> None:
@@ -61,7 +61,7 @@ class WriteContract(Contract):
         assert await verdict(store, rival(claim)) == Replay(b"result")
 
     async def test_hold_repeated(self, store: Store) -> None:
-        """So may the completion as unknown."""
+        """A completion as unknown whose answer was lost may be sent again."""
         claim = new_claim()
         await store.claim(claim)
 
