@@ -10,7 +10,7 @@ from typing import Any
 from idempotency.errors import ConfigurationError
 
 
-def abandon(value: object) -> None:
+def close_unused(value: object) -> None:
     """Close an awaitable or a generator that is not used, so that Python does not warn of it."""
     if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
         close = getattr(value, "close", None)
@@ -78,7 +78,7 @@ def _refuse_unfinished(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-            abandon(value)
+            close_unused(value)
             raise ConfigurationError(
                 f"{name_of(function)} returned a {type(value).__name__}, whose work is not done yet: decorate the "
                 "coroutine function itself, or use functools.wraps in its wrapper"

@@ -101,7 +101,7 @@ class IdempotencyMiddleware:
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
         self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
-        if callable(scope) or self._routes.calls_back:
+        if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
 
@@ -115,7 +115,7 @@ class IdempotencyMiddleware:
                 await exchange.run()
                 if self._runner.writing and self._lifespan.requests_wait_for_writes():
                     # The answer is sent. A server that stops waits for its requests, and for nothing else.
-                    await exchange.written()
+                    await exchange.wait_for_writes()
                 return
         elif scope["type"] == "lifespan":
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send))
@@ -186,16 +186,16 @@ class _Exchange:
         except (DisconnectedError, _AnsweredError):
             return
         try:
-            await self._keyed(key, caller, body)
+            await self._run_with_key(key, caller, body)
         except _AnsweredError:
             return
         finally:
             body.close()
 
-    async def written(self) -> None:
+    async def wait_for_writes(self) -> None:
         """Wait until the background writes of this request are done, but not longer than a lease."""
         if self._claim is not None:
-            await self._middleware._runner.written(self._claim)
+            await self._middleware._runner.wait_for_writes(self._claim)
 
     def _is_protected_already(self, key: str) -> bool:
         """Return whether the middleware was added twice, as to an application and one mounted in it."""
@@ -265,7 +265,7 @@ class _Exchange:
             scope["method"], scope["path"], scope["query_string"], content_type, digest, self._options.secret
         )
 
-    async def _keyed(self, key: str, caller: str, body: Body) -> None:
+    async def _run_with_key(self, key: str, caller: str, body: Body) -> None:
         policy = self._policy
         self._claim = claim = Claim(
             scope=caller,
@@ -282,7 +282,7 @@ class _Exchange:
                 self._emit("unprotected", error)
                 await self._unprotected(body.receive(self._receive))
             else:
-                await self._refuse("unavailable", error, _again_after(error))
+                await self._refuse("unavailable", error, _retry_after(error))
             return
         if isinstance(verdict, Execute):
             self._lease = self._middleware._new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
@@ -330,7 +330,7 @@ class _Exchange:
             verdict = await end(outcome, result)
         except StoreError as error:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
-            return self._problem("unavailable", error, _again_after(error))
+            return self._problem("unavailable", error, _retry_after(error))
         except Exception as error:
             # The database refused the commit: the operation has failed, as if its code had raised the error.
             if not self._lease.ended:
@@ -375,6 +375,6 @@ class _Exchange:
         return f"{self._scope['method']} {self._scope['path']}"
 
 
-def _again_after(error: StoreError) -> float | None:
+def _retry_after(error: StoreError) -> float | None:
     """Return the seconds after which a retry is worth while, or None if it never is."""
     return 1.0 if error.retryable else None

@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
-from idempotency._engine.names import Made, takes_scope_of_another
+from idempotency._engine.names import DecoratedFunction, scope_is_taken
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
 from idempotency._messages.consumers import Consumer
 from idempotency._messages.consumers_sync import SyncConsumer
@@ -208,8 +208,8 @@ def idempotent_consumer(
             handler = _handler_async(Consumer(store, consumer, function, options), read, bind)
         else:
             handler = _handler_sync(SyncConsumer(store, consumer, function, options), read, bind)
-        handler._made = Made(function, key)
-        if takes_scope_of_another(store, f"consumer:{consumer}", handler._made):
+        handler._made = DecoratedFunction(function, key)
+        if scope_is_taken(store, f"consumer:{consumer}", handler._made):
             _logger.warning(
                 "two different handlers of this process are the consumer %r: a message that one has handled is not "
                 "handled by the other; give each a consumer= of its own",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from idempotency._engine.calls import Calls, Ended
 from idempotency._engine.modes import runner_of
-from idempotency._engine.names import Made, full_name_of, takes_scope_of_another
+from idempotency._engine.names import DecoratedFunction, full_name_of, scope_is_taken
 from idempotency._engine.readers import check_readers, compared_by
 from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim
@@ -84,8 +84,8 @@ def idempotent(
         asynchronous = is_async(function)
         run = runner_of(asynchronous, store, calls, session, lock_timeout)
         wrap = _wrap_async if asynchronous else _wrap_sync
-        made = Made(function, key)
-        if name is None and takes_scope_of_another(store, scope, made):
+        made = DecoratedFunction(function, key)
+        if name is None and scope_is_taken(store, scope, made):
             raise ConfigurationError(
                 f"another function of this store has the name {full_name_of(function)} too, so that they would share "
                 "their keys and results: give each a name= of its own"

@@ -8,7 +8,7 @@ from typing import Any
 
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
-from idempotency._signature import abandon
+from idempotency._signature import close_unused
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -70,7 +70,7 @@ class Calls:
                 f"{self.name} was called without an idempotency key: key= returned {key!r}; a key is never invented"
             )
         if not isinstance(key, str):
-            abandon(key)
+            close_unused(key)
             raise KeyInvalidError(f"key= must return text, not {type(key).__name__}")
         policy = self.policy
         return Claim(
@@ -121,20 +121,20 @@ class Calls:
                 raise refusal(verdict)
 
 
-NOTHING = hashlib.sha256(b"call:1").digest()
+FINGERPRINT_OF_NOTHING = hashlib.sha256(b"call:1").digest()
 """The fingerprint of a call that compares nothing."""
 
 
 def _digest(compared: object) -> bytes:
     match compared:
         case None:
-            return NOTHING
+            return FINGERPRINT_OF_NOTHING
         case str():
             compared = compared.encode("utf-8", "surrogatepass")
         case bytes():
             pass
         case _:
-            abandon(compared)
+            close_unused(compared)
             raise ConfigurationError(f"fingerprint= must return text or bytes, not {type(compared).__name__}")
     return hashlib.sha256(b"call:1:%b" % compared).digest()
 

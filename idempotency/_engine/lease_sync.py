@@ -43,7 +43,7 @@ class SyncLease:
     # sync only: one thread renews all leases.
     def _start_renewal(self, claimed_at: float) -> None:
         self.operation.lost = _LeaseLost(self)
-        self._runner.heartbeats.at(claimed_at + self._claim.lease / 3, self)
+        self._runner.heartbeats.run_at(claimed_at + self._claim.lease / 3, self)
 
     # sync only: the lease itself is the job of the thread that renews.
     def __call__(self) -> float | None:

@@ -46,7 +46,7 @@ def _importable(module: str) -> str:
     return PurePath(file).stem if file else module
 
 
-class Made:
+class DecoratedFunction:
     """A decorated function and the function of its key. It exists as long as the decorator's result."""
 
     __slots__ = ("__weakref__", "function", "key", "load")
@@ -58,11 +58,11 @@ class Made:
         self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
 
 
-_MADE: WeakKeyDictionary[object, WeakValueDictionary[str, Made]] = WeakKeyDictionary()
+_MADE: WeakKeyDictionary[object, WeakValueDictionary[str, DecoratedFunction]] = WeakKeyDictionary()
 """The function that has each scope, by store."""
 
 
-def takes_scope_of_another(store: object, scope: str, made: Made) -> bool:
+def scope_is_taken(store: object, scope: str, made: DecoratedFunction) -> bool:
     """Note which function has a scope of a store; return whether a different function has it already.
 
     The same function may be made again, by a module that is loaded again or a definition that is typed again; its code
@@ -80,7 +80,7 @@ def takes_scope_of_another(store: object, scope: str, made: Made) -> bool:
     return True
 
 
-def _is_free(scopes: WeakValueDictionary[str, Made], scope: str, made: Made) -> bool:
+def _is_free(scopes: WeakValueDictionary[str, DecoratedFunction], scope: str, made: DecoratedFunction) -> bool:
     first = scopes.get(scope)
     return (
         first is None

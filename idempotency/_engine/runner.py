@@ -154,7 +154,7 @@ class Runner:
         return bool(self._writes)
 
     # async only: see above.
-    async def written(self, claim: Claim) -> None:
+    async def wait_for_writes(self, claim: Claim) -> None:
         """Wait until nothing is written under ``claim`` in the background: for a lease at the most."""
         mine = [task for task, token in self._writes.items() if token == claim.token]
         if mine:

@@ -113,7 +113,7 @@ class SyncRunner:
         now = monotonic()
         job = _Write(write, now + patience, self._pending, at_end)
         self._pending.begin(job, now + min(patience, lease))
-        self.writes.at(now, job)
+        self.writes.run_at(now, job)
 
 
 class _Write:

@@ -47,7 +47,7 @@ class Scheduler:
         self._ended = 0
         self._thread: threading.Thread | None = None
 
-    def at(self, when: float, job: Job) -> None:
+    def run_at(self, when: float, job: Job) -> None:
         """Do ``job`` at ``when``, in monotonic time."""
         with self._changed:
             if self._thread is None:
@@ -88,7 +88,7 @@ class Scheduler:
                 _logger.exception("a background write failed")
                 continue
             if again is not None:
-                self.at(again, job)
+                self.run_at(again, job)
 
     def _next(self) -> Job | None:
         with self._changed:

@@ -42,8 +42,8 @@ class Body:
         No message is invented: a disconnect is passed on when the server sends it.
         """
         if self._file is None:
-            return _Replay(self.data or b"", server)
-        return _FileReplay(self._file, self._lock, server)
+            return _BodyReceive(self.data or b"", server)
+        return _FileReceive(self._file, self._lock, server)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
@@ -51,7 +51,7 @@ class Body:
             self._file.close()
 
 
-class _Replay:
+class _BodyReceive:
     __slots__ = ("_data", "_server")
 
     def __init__(self, data: bytes, server: Receive) -> None:
@@ -65,7 +65,7 @@ class _Replay:
         return {"type": "http.request", "body": data, "more_body": False}
 
 
-class _FileReplay:
+class _FileReceive:
     __slots__ = ("_at", "_file", "_lock", "_server")
 
     def __init__(self, file: IO[bytes], lock: threading.Lock, server: Receive) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from idempotency._engine.calls import NOTHING, Ended, Raised
+from idempotency._engine.calls import FINGERPRINT_OF_NOTHING, Ended, Raised
 from idempotency._messages.settlement import ExhaustedError
 from idempotency._rules import Claim, InProgress, Mismatch, record_id
 from idempotency.operation import current
@@ -96,7 +96,9 @@ class Attempts:
 
     def claim(self, count: Count, claim: Claim) -> Claim:
         """Return the claim that adds one to a count of the message of ``claim``."""
-        return Claim(scope=self._scope(count), key=claim.key, fingerprint=NOTHING, lease=0.0, ttl=self.ttl)
+        return Claim(
+            scope=self._scope(count), key=claim.key, fingerprint=FINGERPRINT_OF_NOTHING, lease=0.0, ttl=self.ttl
+        )
 
     def record_ids(self, key: str) -> list[bytes]:
         """Return the ids of the records that count the message of ``key``."""

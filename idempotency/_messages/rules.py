@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from idempotency._engine.calls import KIND, NOTHING, Calls, Ended, Raised, Ran, refusal
+from idempotency._engine.calls import FINGERPRINT_OF_NOTHING, KIND, Calls, Ended, Raised, Ran, refusal
 from idempotency._messages.attempts import Attempts
 from idempotency._messages.settlement import DeadLetter, Delivered, Done, ExhaustedError, Failed, Final, Replayed, Retry
 from idempotency._rules import Claim, Completed, InProgress, Mismatch, Replay
@@ -48,7 +48,7 @@ class Rules:
 
         Where the message or its record compares nothing, there is no mismatch: only the key counts.
         """
-        if isinstance(ended, Mismatch) and NOTHING in (claim.fingerprint, ended.recorded):
+        if isinstance(ended, Mismatch) and FINGERPRINT_OF_NOTHING in (claim.fingerprint, ended.recorded):
             return replace(claim, fingerprint=ended.recorded)
         return None
 

@@ -143,7 +143,7 @@ class GuardedConnection(Connection):
             return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
         sql = getattr(statement, "string", statement)
         mysql = dialect.name in _MYSQL
-        ends = _ends(sql, dialect.name)
+        ends = _find_transaction_end(sql, dialect.name)
         if ends is not None and ends["commit"]:
             raise TransactionError(_WOULD_COMMIT)
         self.check_open(sql)
@@ -199,7 +199,7 @@ def guard_connection(connection: Connection, session: Session) -> None:
         close_what_is_invalidated(connection.engine)
 
 
-def _ends(sql: str, family: str) -> re.Match[str] | None:
+def _find_transaction_end(sql: str, family: str) -> re.Match[str] | None:
     """Find what ends the transaction in ``sql``, which may be several statements in one text."""
     pattern, quoted = (_ENDS_ON_MYSQL, _QUOTED_ON_MYSQL) if family in _MYSQL else (_ENDS, _QUOTED)
     first = pattern.match(sql)

@@ -179,7 +179,7 @@ class _Queue:
                 MessageSystemAttributeNames=["All"],
             )
         except (BotoCoreError, ClientError) as error:
-            if not _may_pass(error):
+            if not _is_transient(error):
                 raise
             time.sleep(_POLL_PAUSE)
             return []
@@ -253,7 +253,7 @@ class _Delivery:
                 self._queue.hide(self.message, self._queue.visibility)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Return whether a poll that failed may succeed when it is repeated."""
     if not isinstance(error, ClientError):
         return isinstance(error, ConnectionError | HTTPClientError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._shown import shown
+from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry, Finding
 
 DIGITS = 64
@@ -25,7 +25,7 @@ async def inspect_all(
 ) -> list[Entry]:
     """Inspect the records of these ids until ``limit`` are found; with ``key``, only its records count."""
     found: dict[bytes, Entry] = {}
-    wanted = None if key is None else shown(key)
+    wanted = None if key is None else shortened(key)
     async for record in ids:
         entry = await inspect(record)
         if entry is not None and wanted in (None, entry.key):
@@ -35,7 +35,7 @@ async def inspect_all(
     return list(found.values())
 
 
-async def examined(
+async def check_and_examine(
     check: Callable[[], Awaitable[object]], healthy: str, more: Callable[[], Awaitable[list[Finding]]]
 ) -> list[Finding]:
     """Check a store, and examine it further where that succeeds; ``healthy`` is the finding for a successful check."""

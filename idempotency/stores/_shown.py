@@ -10,7 +10,7 @@ LONGEST = 1000
 _PREFIX = 900
 
 
-def shown(text: str) -> str:
+def shortened(text: str) -> str:
     """Return a scope or key as a record holds it: if it is long, its beginning and a digest of the whole."""
     if len(text) <= LONGEST:
         return text

@@ -17,7 +17,7 @@ from idempotency._durations import seconds
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores._operating import id_digits
-from idempotency.stores._shown import shown
+from idempotency.stores._shown import shortened
 from idempotency.stores.base import Changed, Entry, Finding
 
 _DROPPED_PER_CLAIM = 32
@@ -161,7 +161,7 @@ class MemoryStore:
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`."""
-        digits, wanted = id_digits(start), None if key is None else shown(key)
+        digits, wanted = id_digits(start), None if key is None else shortened(key)
         found = (each for each in self._entries() if each.id.hex().startswith(digits) and wanted in (None, each.key))
         return list(islice(found, limit))
 
@@ -361,8 +361,8 @@ class _Stored:
     def entry(self, record: bytes, now: float) -> Entry:
         return Entry(
             id=record,
-            scope=shown(self.claim.scope),
-            key=shown(self.claim.key),
+            scope=shortened(self.claim.scope),
+            key=shortened(self.claim.key),
             state=self.state,
             attempt=self.attempt,
             hold=self.hold,

@@ -390,7 +390,7 @@ def test_releases_in_the_background_do_not_hold_up_a_renewal(runner: SyncRunner,
 
     runner.write_later(lambda: release(a_claim()), 60.0)
     assert releasing.wait(20)
-    runner.heartbeats.at(time.monotonic(), Once(renewed))
+    runner.heartbeats.run_at(time.monotonic(), Once(renewed))
     assert renewed.wait(20)
     go_on.set()
 

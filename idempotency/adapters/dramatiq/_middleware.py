@@ -77,7 +77,7 @@ class WorkerMessage:
                 return result
             case Replayed(result, recorded):
                 if not recorded:
-                    self._without_result()
+                    self._withhold_result()
                 return result
             case Retry(after):
                 self.after = min(after, pause)
@@ -95,7 +95,7 @@ class WorkerMessage:
         if self.rules is not None:
             self.rules.unsettled(error)
 
-    def _without_result(self) -> None:
+    def _withhold_result(self) -> None:
         """Do not pass None, which the actor did not return, to the result backend or the next actor of a pipeline."""
         self.message.options["store_results"] = False
         if self.result_is_piped and self.rules is not None:

@@ -344,12 +344,12 @@ def source_of(subscriber: Any, handler: Any) -> Source:
 
     Raises :class:`~idempotency.errors.ConfigurationError`.
     """
-    source = _sort(subscriber, handler)
+    source = _make_source(subscriber, handler)
     source.check()
     return source
 
 
-def _sort(subscriber: Any, handler: Any) -> Source:
+def _make_source(subscriber: Any, handler: Any) -> Source:
     match broker_of(subscriber):
         case "rabbit":
             return Rabbit(subscriber, handler)

@@ -13,7 +13,7 @@ from redis.asyncio import cluster as aiocluster
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._operating import examined, id_digits, inspect_all
+from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.redis import _examine, _find
 from idempotency.stores.redis import _wire as wire
@@ -220,7 +220,7 @@ class RedisStore:
     async def examine(self) -> list[Finding]:
         """See :meth:`idempotency.stores.base.Examining.examine`."""
         healthy = "reachable, and it runs the store's scripts"
-        return await examined(self.check, healthy, lambda: _examine.examine(self._clients))
+        return await check_and_examine(self.check, healthy, lambda: _examine.examine(self._clients))
 
     @property
     def schema(self) -> str:

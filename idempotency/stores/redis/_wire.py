@@ -18,7 +18,7 @@ from typing import Any
 from idempotency._durations import DAY, milliseconds, positive, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreRefusedError
-from idempotency.stores._shown import shown
+from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry
 
 EVAL, EVALSHA = "EVAL", "EVALSHA"
@@ -64,8 +64,8 @@ def claim(key: bytes, claim: Claim) -> Command:
         _milliseconds(claim.lease + claim.ttl),
         _FLAG[claim.hold],
         _FLAG[claim.watched],
-        shown(claim.scope).encode("utf-8", "surrogatepass"),
-        shown(claim.key).encode("utf-8", "surrogatepass"),
+        shortened(claim.scope).encode("utf-8", "surrogatepass"),
+        shortened(claim.key).encode("utf-8", "surrogatepass"),
     )
 
 

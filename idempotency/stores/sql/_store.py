@@ -27,7 +27,7 @@ from idempotency._sql.session_failures import connecting
 from idempotency._sql.sessions import check_same_database
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._operating import examined, id_digits, inspect_all
+from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._examine import examine
@@ -298,7 +298,7 @@ class SQLStore:
     async def examine(self) -> list[Finding]:
         """See :meth:`~idempotency.stores.base.Examining.examine`."""
         healthy = "reachable, and the table has every column"
-        return await examined(
+        return await check_and_examine(
             self.check, healthy, lambda: self._run(lambda _, connection: examine(connection, self._table))
         )
 

@@ -35,7 +35,7 @@ def try_driver(connection: Connection, statements: Statements) -> None:
     values = {"result": _BYTES, "key": _TEXT, "lease": _NUMBER, "hold": True, "watched": False}
     row = _send(connection, statements, statements.echo, values).row
     if row is None or not _same(row):
-        raise ConfigurationError(_refusal(connection, "gives bytes, text, numbers or booleans back changed"))
+        raise ConfigurationError(_refusal(connection, "gives bytes, text, number_changed or booleans back changed"))
     if connection.dialect.driver not in _COUNTING and not _counts(connection, statements):
         raise ConfigurationError(
             _refusal(connection, "does not count the rows that an UPDATE finds: let it set the flag FOUND_ROWS")
@@ -45,8 +45,13 @@ def try_driver(connection: Connection, statements: Statements) -> None:
 def _same(row: Any) -> bool:
     try:
         result, key, lease, hold, watched = row
-        numbers = isinstance(lease, float) or int(lease) != _NUMBER
-        return as_bytes(result) == _BYTES and as_text(key) == _TEXT and not numbers and as_flag(hold) > as_flag(watched)
+        number_changed = isinstance(lease, float) or int(lease) != _NUMBER
+        return (
+            as_bytes(result) == _BYTES
+            and as_text(key) == _TEXT
+            and not number_changed
+            and as_flag(hold) > as_flag(watched)
+        )
     except (TypeError, ValueError):
         return False
 

@@ -6,14 +6,14 @@ import re
 from binascii import b2a_base64
 from typing import Any
 
-from idempotency.stores._shown import shown
+from idempotency.stores._shown import shortened
 
 _ESCAPED = re.compile(r"\\(\\|0|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 def storable(value: str) -> str:
     """Return a scope or key in ASCII: a text column may have any character set, and none can store NUL."""
-    value = shown(value)
+    value = shortened(value)
     if "\\" not in value and "\0" not in value and value.isascii():
         return value
     escaped = value.replace("\\", "\\\\").replace("\0", "\\0")

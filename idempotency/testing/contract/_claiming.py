@@ -27,7 +27,7 @@ from idempotency.testing.contract._claims import (
     new_claim,
     rival,
     verdict,
-    warn_if_ttl_is_short,
+    wait_until_expired_after,
 )
 
 KEYS = {
@@ -182,7 +182,7 @@ class ClaimContract(Contract):
         claim = new_claim(lease=SHORT)
         await store.claim(claim)
         assert await store.complete(claim, b"result")
-        await warn_if_ttl_is_short(store, SHORT)
+        await wait_until_expired_after(store, SHORT)
 
         assert await verdict(store, rival(claim)) == Replay(b"result")
 

@@ -60,7 +60,7 @@ async def expired(store: Store, claim: Claim) -> float:
     return time.monotonic()
 
 
-async def warn_if_ttl_is_short(store: Store, seconds: float) -> None:
+async def wait_until_expired_after(store: Store, seconds: float) -> None:
     """Wait until a record that is made now, and expires in ``seconds``, is expired by the store's clock."""
     sibling = new_claim(ttl=seconds)
     await store.claim(sibling)

@@ -19,7 +19,7 @@ from idempotency.testing.contract._claims import (
     new_claim,
     rival,
     verdict,
-    warn_if_ttl_is_short,
+    wait_until_expired_after,
 )
 
 
@@ -43,7 +43,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT, ttl=0.6)
         await store.claim(claim)
         await lapsed(store, claim)
-        await warn_if_ttl_is_short(store, 2 * SHORT)
+        await wait_until_expired_after(store, 2 * SHORT)
         began = time.monotonic()
         assert await store.complete(claim, b"result")
 
@@ -64,7 +64,7 @@ class ExpiryContract(Contract):
         claim = new_claim(ttl=SHORT)
         await store.claim(claim)
         assert await store.complete(claim, b"old")
-        await warn_if_ttl_is_short(store, SHORT)
+        await wait_until_expired_after(store, SHORT)
         newcomer = rival(claim)
 
         assert await verdict(store, newcomer) == Execute(1)
@@ -75,7 +75,7 @@ class ExpiryContract(Contract):
         """A record whose claim asked for hold stays unknown after its lease and ttl."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         await store.claim(claim)
-        await warn_if_ttl_is_short(store, 2 * SHORT)
+        await wait_until_expired_after(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 
@@ -84,7 +84,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2, hold=True)
         await store.claim(claim)
         assert await store.renew(claim)
-        await warn_if_ttl_is_short(store, 2 * SHORT)
+        await wait_until_expired_after(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 
@@ -93,7 +93,7 @@ class ExpiryContract(Contract):
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2)
         await store.claim(claim)
         assert await store.complete(claim, None, State.UNKNOWN)
-        await warn_if_ttl_is_short(store, 2 * SHORT)
+        await wait_until_expired_after(store, 2 * SHORT)
 
         assert await verdict(store, rival(claim)) == Unknown()
 

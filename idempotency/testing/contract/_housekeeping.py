@@ -18,7 +18,7 @@ from idempotency.testing.contract._claims import (
     new_claim,
     rival,
     verdict,
-    warn_if_ttl_is_short,
+    wait_until_expired_after,
 )
 
 
@@ -39,7 +39,7 @@ class HousekeepingContract(Contract):
         await store.release(released)
         await store.claim(gone)
         await store.complete(gone, b"result")
-        await warn_if_ttl_is_short(store, SHORT)
+        await wait_until_expired_after(store, SHORT)
 
         assert await store.inspect(new_claim().id) is None
         assert await store.inspect(released.id) is None
@@ -186,7 +186,7 @@ class HousekeepingContract(Contract):
 
         assert await store.resolve(claim.id, outcome, result)
 
-        assert not await store.complete(claim, b"zombie")
+        assert not await store.complete(claim, b"superseded")
         assert not await store.complete(claim, None, State.UNKNOWN)
         assert not await store.renew(claim)
         assert not await store.release(claim)
@@ -239,7 +239,7 @@ class HousekeepingContract(Contract):
         for claim in gone:
             await store.claim(claim)
             await store.complete(claim, b"")
-        await warn_if_ttl_is_short(store, 2 * SHORT)
+        await wait_until_expired_after(store, 2 * SHORT)
 
         assert 0 <= await store.purge(2) <= 2
         while await store.purge(100):

@@ -123,17 +123,17 @@ class SyncStoreContract:
 
     def test_zombie_writes_nothing_sync(self, store: SyncStore) -> None:
         """A superseded owner cannot renew, complete or release the key, and changes nothing by trying."""
-        zombie = new_claim(lease=SHORT)
-        store.claim_sync(zombie)
-        lapsed_sync(store, zombie)
-        owner = rival(zombie)
+        superseded = new_claim(lease=SHORT)
+        store.claim_sync(superseded)
+        lapsed_sync(store, superseded)
+        owner = rival(superseded)
 
         assert verdict_sync(store, owner) == Execute(2)
-        assert not store.renew_sync(zombie)
-        assert not store.complete_sync(zombie, b"zombie")
-        assert not store.release_sync(zombie)
+        assert not store.renew_sync(superseded)
+        assert not store.complete_sync(superseded, b"superseded")
+        assert not store.release_sync(superseded)
         assert store.complete_sync(owner, b"owner")
-        assert verdict_sync(store, rival(zombie)) == Replay(b"owner")
+        assert verdict_sync(store, rival(superseded)) == Replay(b"owner")
 
     def test_held_is_unknown_once_lapsed_sync(self, store: SyncStore) -> None:
         """An owner that asked for hold and vanished leaves the key unknown."""

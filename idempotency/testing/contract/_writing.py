@@ -23,7 +23,7 @@ from idempotency.testing.contract._claims import (
     new_claim,
     rival,
     verdict,
-    warn_if_ttl_is_short,
+    wait_until_expired_after,
 )
 
 RESULTS = {
@@ -89,34 +89,34 @@ class WriteContract(Contract):
 
     async def test_zombie_writes_nothing(self, store: Store, another: Store) -> None:
         """A superseded owner cannot renew, complete, hold or release the key, and changes nothing by trying."""
-        zombie = new_claim(lease=SHORT)
-        await store.claim(zombie)
-        await lapsed(store, zombie)
-        owner = rival(zombie)
+        superseded = new_claim(lease=SHORT)
+        await store.claim(superseded)
+        await lapsed(store, superseded)
+        owner = rival(superseded)
         await another.claim(owner)
 
-        assert not await store.renew(zombie)
-        assert not await store.complete(zombie, b"zombie")
-        assert not await store.complete(zombie, None)
-        assert not await store.complete(zombie, None, State.UNKNOWN)
-        assert not await store.release(zombie)
+        assert not await store.renew(superseded)
+        assert not await store.complete(superseded, b"superseded")
+        assert not await store.complete(superseded, None)
+        assert not await store.complete(superseded, None, State.UNKNOWN)
+        assert not await store.release(superseded)
         assert await verdict(store, owner) == Execute(2)
         assert await store.complete(owner, b"owner")
-        assert await verdict(store, rival(zombie)) == Replay(b"owner")
+        assert await verdict(store, rival(superseded)) == Replay(b"owner")
 
     async def test_zombie_does_not_undo_a_result(self, store: Store) -> None:
         """A superseded owner cannot change the result of its successor."""
-        zombie = new_claim(lease=SHORT)
-        await store.claim(zombie)
-        await lapsed(store, zombie)
-        owner = rival(zombie)
+        superseded = new_claim(lease=SHORT)
+        await store.claim(superseded)
+        await lapsed(store, superseded)
+        owner = rival(superseded)
         await store.claim(owner)
         await store.complete(owner, b"owner")
 
-        assert not await store.renew(zombie)
-        assert not await store.complete(zombie, b"zombie")
-        assert not await store.release(zombie)
-        assert await verdict(store, rival(zombie)) == Replay(b"owner")
+        assert not await store.renew(superseded)
+        assert not await store.complete(superseded, b"superseded")
+        assert not await store.release(superseded)
+        assert await verdict(store, rival(superseded)) == Replay(b"owner")
 
     async def test_stranger_writes_nothing(self, store: Store) -> None:
         """A duplicate that never owned the key cannot renew, complete or release it."""
@@ -143,7 +143,7 @@ class WriteContract(Contract):
         """A record past its expiry is absent for its owner too."""
         claim = new_claim(lease=SHORT / 2, ttl=SHORT / 2)
         await store.claim(claim)
-        await warn_if_ttl_is_short(store, SHORT)
+        await wait_until_expired_after(store, SHORT)
 
         assert not await store.renew(claim)
         assert not await store.complete(claim, b"result")
@@ -166,7 +166,7 @@ class WriteContract(Contract):
         claim = new_claim(lease=0.6, ttl=0.2)
         await store.claim(claim)
         for _ in range(4):
-            await warn_if_ttl_is_short(store, 0.25)
+            await wait_until_expired_after(store, 0.25)
             assert await store.renew(claim)
 
         assert await verdict(store, rival(claim, fingerprint=OTHER)) == Mismatch()
