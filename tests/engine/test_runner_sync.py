@@ -521,8 +521,8 @@ def test_the_thread_survives_a_job_that_fails(caplog: pytest.LogCaptureFixture) 
 
     thread, bad, good = Scheduler(), Job(ValueError("bad")), Job(None)
 
-    thread.at(time.monotonic(), bad)
-    thread.at(time.monotonic(), good)
+    thread.run_at(time.monotonic(), bad)
+    thread.run_at(time.monotonic(), good)
 
     assert bad.done.wait(20)
     assert good.done.wait(20)
