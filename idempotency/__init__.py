@@ -2,7 +2,6 @@
 
 from idempotency._engine.background import drain, drain_sync
 from idempotency._http.codec import encode_response
-from idempotency._results.codec import Codec
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.consumer import idempotent_consumer
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
@@ -13,7 +12,6 @@ from idempotency.policy import Policy
 from idempotency.stores import open_store
 
 __all__ = [
-    "Codec",
     "ConfigurationError",
     "Event",
     "IdempotencyError",
