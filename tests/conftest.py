@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,6 +20,9 @@ from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
+    # for what it writes in the background.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
     config.addinivalue_line(
         "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"

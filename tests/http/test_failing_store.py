@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,15 +44,6 @@ async def test_fail_open_runs_unprotected_and_says_so(fault):
     assert (await call(protected, key="k", body=b"payload")).body == b'{"run":2}'
 
 
-@pytest.fixture
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process, as it does where no server and no coverage has a handler for it."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.mark.usefixtures("ended_by_sigterm")
 @travelling
 async def test_a_store_out_of_reach_after_the_effect():
     """The answer is delivered and the claim kept: 409 while the store is away, the replay when it is back."""

@@ -65,11 +65,18 @@ def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
 
 
 LABELS = {"postgres_url": 11, "mariadb_url": 11, "sqlite_url": 13}
-JOINED = ("JoinedConsumer", "JoinedFunction", "JoinedConsumerSync", "JoinedFunctionSync")
+# Both halves of the engine on each database: a consumer and a function differ above it.
+JOINED = [
+    ("JoinedConsumer", "postgres_url"),
+    ("JoinedFunction", "mariadb_url"),
+    ("JoinedConsumer", "sqlite_url"),
+    ("JoinedFunctionSync", "postgres_url"),
+    ("JoinedConsumerSync", "mariadb_url"),
+    ("JoinedFunctionSync", "sqlite_url"),
+]
 
 
-@pytest.mark.parametrize("scenario", JOINED)
-@pytest.mark.parametrize("database", ["postgres_url", "mariadb_url", "sqlite_url"])
+@pytest.mark.parametrize(("scenario", "database"), JOINED)
 def test_joined(request: pytest.FixtureRequest, scenario: str, database: str) -> None:
     """Record and effect are inserted and updated in one transaction with one COMMIT, whichever way it is called."""
     report = assert_once(f"scenarios:{scenario}", request.getfixturevalue(database), jobs=8)

@@ -102,9 +102,16 @@ def test_a_store_that_was_used_before_the_fork(adapter: str, mode: str, postgres
 
 
 POOLS = pytest.mark.parametrize("pool", [PREFORK, SOLO, THREADS], ids=["prefork", "solo", "threads"])
+EACH = pytest.mark.parametrize(
+    ("adapter", "pool"),
+    [("celery_rabbit", PREFORK), ("celery_redis", SOLO), ("celery_rabbit", THREADS)],
+    ids=["rabbit-prefork", "redis-solo", "rabbit-threads"],
+    indirect=["adapter"],
+)
+"""Each pool, and each broker: neither sees which the other is."""
 
 
-@POOLS
+@EACH
 def test_a_task_without_a_key_shuts_the_worker_down_and_stays_in_its_queue(
     adapter: str, pool: list[str], postgres_url: str, redis_url: str
 ) -> None:
@@ -118,7 +125,7 @@ def test_a_task_without_a_key_shuts_the_worker_down_and_stays_in_its_queue(
         assert running.rig.unsettled() == 1
 
 
-@POOLS
+@EACH
 def test_a_result_backend_that_is_away_is_no_failure_of_the_task(
     adapter: str, pool: list[str], postgres_url: str, redis_url: str
 ) -> None:
