@@ -140,7 +140,7 @@ class Runner:
         """Repeat a fenced write in the background until it returns True, for ``patience`` seconds.
 
         The event loop does not end before the write is done, but waits for ``lease`` seconds at the most.
-        :meth:`written` waits for the writes of ``claim``.
+        :meth:`wait_for_writes` waits for the writes of ``claim``.
         """
         task = repeat(write, patience, lease)
         self._writes[task] = "" if claim is None else claim.token

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -707,6 +708,32 @@ async def test_what_is_held_stays_held_when_its_commit_gets_no_answer(target: Ta
                     await asyncio.sleep(0.02)
             assert code == "outcome-unknown"
             assert await shop.orders() == []
+
+
+@pytest.fixture
+def stopped_by_a_server() -> Iterator[None]:
+    """Handle SIGTERM, as a server does that waits for its requests before it ends."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.stores("postgres", "mariadb")
+@pytest.mark.usefixtures("stopped_by_a_server")
+async def test_a_request_waits_until_its_hold_is_recorded(target: Target) -> None:
+    """A server that stops waits for its requests alone, so what is held is recorded when the request ends."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+
+            async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
+                request.state.idempotency.hold()
+                proxy.cut()
+                return JSONResponse({}, 201)
+
+            shop.handle = lose_connection
+
+            assert (await shop.post("tea")).status_code == 503
+            assert (await shop.post("tea")).json()["code"] == "outcome-unknown"
 
 
 @pytest.mark.parametrize("rule", [ValueError, "5xx"])
