@@ -9,6 +9,8 @@ import pytest
 
 from tests.kit.paths import EXAMPLES
 
+pytestmark = pytest.mark.processes
+
 
 async def test_orders_transactional(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repeated order is one, a refused one leaves nothing, and without a key there is none."""

@@ -8,8 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import idempotency
 from tests.kit.paths import ROOT
+
+pytestmark = pytest.mark.processes
 
 PACKAGE = Path(idempotency.__file__).parent
 

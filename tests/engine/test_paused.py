@@ -10,6 +10,8 @@ import pytest
 from idempotency.testing import Report, crash_everywhere
 from tests.kit.paths import SCRIPTS
 
+pytestmark = pytest.mark.processes
+
 PAUSE = 20.0
 """Seconds, of which a duplicate that can take over needs one, the lease, and a little."""
 

@@ -23,6 +23,8 @@ from tests.kit.paths import ROOT
 from tests.kit.servers import Proxy, RedisServer, with_port
 from tests.kit.targets import unique_name
 
+pytestmark = pytest.mark.processes
+
 PATIENCE = 20.0
 LEASE = 8.0
 """Long enough for the store to come back in it."""

@@ -18,6 +18,8 @@ from tests.kit.handlers import id_of
 from tests.kit.ledger import open_ledger
 from tests.kit.targets import Target
 
+pytestmark = pytest.mark.processes
+
 PROCESSES = 4
 
 DELIVERIES = 16

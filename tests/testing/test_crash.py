@@ -19,6 +19,8 @@ from idempotency.testing._instrument import name_of
 from tests.kit import crash_scenarios as scenarios
 from tests.kit.paths import EXAMPLES, ROOT
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("scenario", [scenarios.Once, scenarios.OnceAsync])
 def test_a_sound_scenario_is_reported_sound(tmp_path: Path, scenario: type[scenarios.Files]) -> None:

@@ -18,6 +18,8 @@ from idempotency.stores.redis import Durability, RedisStore
 from tests.kit.redis_servers import RedisProcess, embedded, require
 from tests.kit.redis_store import name_of, new_claim, sent_to
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def cluster_url() -> Iterator[str]:
