@@ -17,12 +17,8 @@ import pytest
 
 from tests.kit import servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.paths import ROOT
+from tests.kit.selection import is_fast, is_measured
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
-
-FAST_KINDS = ("memory", "fakeredis", "sqlite")
-SLOW_ROOMS = ("adapters", "live", "scripts")
-SERVERS = ("redis", "postgres", "mariadb", "mysql")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,34 +31,25 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
         hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
         hypothesis.settings.load_profile("fast")
-    config.addinivalue_line("markers", "processes: starts processes")
     # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
     # for what it writes in the background.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    config.addinivalue_line("markers", "processes: starts processes")
+    config.addinivalue_line("markers", "measured: runs under coverage; see tests/kit/selection.py")
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
     config.addinivalue_line(
         "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--fast"):
-        return
-    others = [item for item in items if not _is_fast(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if _is_fast(item)]
-
-
-def _is_fast(item: pytest.Item) -> bool:
-    if item.path.relative_to(ROOT / "tests").parts[0] in SLOW_ROOMS:
-        return False
-    if item.get_closest_marker("alone") or item.get_closest_marker("processes"):
-        return False
-    parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    if "store_kind" in parameters:
-        return parameters["store_kind"] in FAST_KINDS
-    needed = [*getattr(item, "fixturenames", ()), *(each for each in parameters.values() if isinstance(each, str))]
-    return not any(name.startswith(SERVERS) or name.startswith("local_") for name in needed)
+    for item in items:
+        if is_measured(item):
+            item.add_marker("measured")
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
+        items[:] = [item for item in items if is_fast(item)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

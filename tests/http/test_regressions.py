@@ -20,7 +20,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from idempotency import IdempotencyMiddleware, Policy
+from idempotency import IdempotencyMiddleware, Policy, drain
 from idempotency._http.fingerprint import ANONYMOUS
 from idempotency._rules import Claim, record_id
 from idempotency.stores.memory import MemoryStore
@@ -725,7 +725,7 @@ async def test_a_store_that_is_down_means_503_and_nothing_runs():
     assert reply.header(b"retry-after") == b"1"
     assert b"as ordered" not in reply.body
     store.down = False
-    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+    await drain()
 
 
 # Many at once
