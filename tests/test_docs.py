@@ -24,3 +24,15 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_that_a_contributor_is_sent_to_exists() -> None:
+    """By its path from the root, or from the package; of a room's files the name alone is enough."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = set(re.findall(r"`([\w./]+\.(?:py|lua|md|toml))`", text)) - {"x.py", "x_sync.py"}
+    names = {path.name for path in (ROOT / "idempotency").rglob("*.py")}
+
+    missing = [path for path in paths if not any((place / path).exists() for place in (ROOT, ROOT / "idempotency"))]
+
+    assert len(paths) > 40
+    assert [path for path in missing if path not in names] == []
