@@ -33,6 +33,8 @@ PAIRS = [
     (Half("_engine/joined.py", "JoinedCall"), Half("_engine/joined_sync.py", "SyncJoinedCall")),
     (Half("_engine/transaction.py", "Transaction"), Half("_engine/transaction_sync.py", "SyncTransaction")),
     (Half("_messages/consumers.py", "Consumer"), Half("_messages/consumers_sync.py", "SyncConsumer")),
+    (Half("stores/redis/_send.py", "_direct"), Half("stores/redis/_send_sync.py", "_direct_sync")),
+    (Half("stores/redis/_send.py", "_through"), Half("stores/redis/_send_sync.py", "_through_sync")),
     (Half("function.py", "_wrap_async"), Half("function.py", "_wrap_sync")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]

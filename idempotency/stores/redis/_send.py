@@ -127,10 +127,12 @@ def _direct(connections: SharedPool | OwnPool) -> Send:
         script, rest = command
         connection = await connections.take()
         try:
+            # async only: one packed command.
             await connection.send_packed_command(pack(b"EVALSHA", script.sha, rest))
             try:
                 return await connection.read_response(disable_decoding=True)
             except NoScriptError:
+                # async only: one packed command.
                 await connection.send_packed_command(pack(b"EVAL", script.text, rest))
                 return await connection.read_response(disable_decoding=True)
         except ResponseError as error:

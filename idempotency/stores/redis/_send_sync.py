@@ -28,7 +28,7 @@ SendSync = Callable[[Command], Any]
 def sender_sync(client: Any, own: bool = False) -> SendSync:
     """Choose how a blocking client's commands are sent; see :func:`~idempotency.stores.redis._send.sender`."""
     if _is_plain_sync(client):
-        return _direct_sync(OwnPoolSync(client.connection_pool) if own else SharedPoolSync(client.connection_pool))
+        return _direct_sync(SyncOwnPool(client.connection_pool) if own else SyncSharedPool(client.connection_pool))
     return _through_sync(client)
 
 
@@ -44,7 +44,7 @@ def _is_plain_sync(client: Any) -> bool:
     )
 
 
-class SharedPoolSync:
+class SyncSharedPool:
     """See :class:`~idempotency.stores.redis._send.SharedPool`."""
 
     __slots__ = ("drop", "give", "take")
@@ -55,7 +55,7 @@ class SharedPoolSync:
         self.drop: Callable[[], None] = functools.partial(pool.disconnect, inuse_connections=False)
 
 
-class OwnPoolSync:
+class SyncOwnPool:
     """See :class:`~idempotency.stores.redis._send.OwnPool`: to take and give back is a third of a blocking round trip.
 
     An idle connection that was dropped connects again when a command is sent over it.
@@ -84,7 +84,7 @@ class OwnPoolSync:
         self._generation += 1
 
 
-def _direct_sync(connections: SharedPoolSync | OwnPoolSync) -> SendSync:
+def _direct_sync(connections: SyncSharedPool | SyncOwnPool) -> SendSync:
     """Send over a connection of the pool; see :func:`~idempotency.stores.redis._send._direct`."""
 
     def send(command: Command) -> Any:
@@ -99,10 +99,12 @@ def _direct_sync(connections: SharedPoolSync | OwnPoolSync) -> SendSync:
         script, rest = command
         connection = connections.take()
         try:
+            # sync only: a sequence of packed parts.
             connection.send_packed_command((pack(b"EVALSHA", script.sha, rest),))
             try:
                 return connection.read_response(disable_decoding=True)
             except NoScriptError:
+                # sync only: a sequence of packed parts.
                 connection.send_packed_command((pack(b"EVAL", script.text, rest),))
                 return connection.read_response(disable_decoding=True)
         except ResponseError as error:
@@ -110,6 +112,7 @@ def _direct_sync(connections: SharedPoolSync | OwnPoolSync) -> SendSync:
             if isinstance(cause, ReadOnlyError):
                 connection.disconnect()
             raise cause from error
+        # sync only: what interrupts an asyncio client disconnects it.
         except BaseException:
             # A signal may have come between the command and its reply, which the next command would read.
             connection.disconnect()

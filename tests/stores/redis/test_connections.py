@@ -16,7 +16,7 @@ import redis.asyncio as aioredis
 
 from idempotency._rules import Record
 from idempotency.stores.redis import RedisStore
-from idempotency.stores.redis._send_sync import OwnPoolSync
+from idempotency.stores.redis._send_sync import SyncOwnPool
 from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import new_claim
 
@@ -45,7 +45,7 @@ def test_two_hundred_threads_at_once(server: RedisProcess) -> None:
 def test_kept_connections_are_made_anew_after_one_was_dropped(server: RedisProcess) -> None:
     """Whoever is given one later, while the thread that noticed sends its command again, has a fresh one too."""
     with redis.Redis(port=server.port) as client, server.client() as other:
-        kept = OwnPoolSync(client.connection_pool)
+        kept = SyncOwnPool(client.connection_pool)
         for connection in [kept.take(), kept.take()]:
             kept.give(connection)
         other.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
