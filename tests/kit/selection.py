@@ -14,7 +14,16 @@ _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
 # What these cover, others cover too, and under coverage they take more than twice as long.
 _UNMEASURED_ROOMS = ("live", "scripts")
-_UNMEASURED_FILES = ("http/test_fuzz.py", "stores/test_model.py", "stores/test_races.py")
+_UNMEASURED_FILES = (
+    "engine/test_paused.py",
+    "engine/test_stop.py",
+    "http/test_fuzz.py",
+    "messages/test_processes.py",
+    "stores/test_model.py",
+    "stores/test_races.py",
+    "test_examples.py",
+    "test_packaging.py",
+)
 _CONTRACT = "stores/test_contract.py"
 _MEASURED_KINDS = ("memory", "redis", "sqlite", "postgres", "mariadb")
 
@@ -22,24 +31,22 @@ _MEASURED_KINDS = ("memory", "redis", "sqlite", "postgres", "mariadb")
 def is_measured(item: pytest.Item) -> bool:
     """Return whether a test runs under coverage."""
     path = item.path.relative_to(ROOT / "tests")
-    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or _is_apart(item):
+    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
         return False
     return path.as_posix() != _CONTRACT or _parameters(item).get("store_kind") in _MEASURED_KINDS
 
 
 def is_fast(item: pytest.Item) -> bool:
     """Return whether a test needs neither a server nor a process."""
-    if item.path.relative_to(ROOT / "tests").parts[0] in _SLOW_ROOMS or _is_apart(item):
+    if item.path.relative_to(ROOT / "tests").parts[0] in _SLOW_ROOMS:
+        return False
+    if item.get_closest_marker("alone") or item.get_closest_marker("processes"):
         return False
     parameters = _parameters(item)
     if "store_kind" in parameters:
         return parameters["store_kind"] in _FAST_KINDS
     needed = [*getattr(item, "fixturenames", ()), *(each for each in parameters.values() if isinstance(each, str))]
     return not any(name.startswith(_SERVERS) for name in needed)
-
-
-def _is_apart(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in ("alone", "processes"))
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:
