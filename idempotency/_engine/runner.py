@@ -49,6 +49,7 @@ class Runner:
         is released in the background, as the store may have applied it.
         """
         verdict, asked = await self._ask(claim)
+        # async only: the wait begins with the first answer, and a timer ends it.
         if isinstance(verdict, InProgress) and wait > 0:
             verdict, asked = await self._wait(claim, verdict, asked, loop_time() + wait)
         if isinstance(verdict, Execute) and loop_time() >= asked + claim.lease:

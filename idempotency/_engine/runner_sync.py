@@ -51,10 +51,12 @@ class SyncRunner:
         Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and it
         is released in the background, as the store may have applied it.
         """
+        began = monotonic()  # sync only: the wait includes the first answer, as no timer ends a wait for the store
         try:
             verdict, asked = self._ask(claim)
+            # sync only: see above.
             if isinstance(verdict, InProgress) and wait > 0:
-                verdict, asked = self._wait(claim, verdict, asked, monotonic() + wait)
+                verdict, asked = self._wait(claim, verdict, asked, began + wait)
             if isinstance(verdict, Execute) and monotonic() >= asked + claim.lease:
                 # The answer took longer than the lease it gave: another may own the key by now.
                 verdict, asked = self._ask(claim)

@@ -145,9 +145,10 @@ class Transaction:
         """
         session = self._opened
         check_session_intact(session.sync_session, self._root)
+        # async only: where nothing is pending, the flush would cost a task.
         if session.new or session.dirty or session.deleted:
             with naming_failures(session.sync_session):
-                await self._step(session.flush(), None)  # async only: the caller may be cancelled meanwhile
+                await self._step(session.flush(), None)
 
     async def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """Write ``result`` after the effect and commit both. For a superseded owner, roll both back and return False.

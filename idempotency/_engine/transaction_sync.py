@@ -83,9 +83,9 @@ class SyncTransaction:
         """See :meth:`Transaction.flush`."""
         session = self._opened
         check_session_intact(session, self._root)
-        if session.new or session.dirty or session.deleted:
-            with naming_failures(session):
-                session.flush()  # sync only: a thread is not cancelled
+        # sync only: a flush costs no task here, and a subclass of Session may add to what is pending.
+        with naming_failures(session):
+            session.flush()
 
     def commit(self, result: bytes | None, state: State = State.DONE) -> bool:
         """See :meth:`Transaction.commit`."""

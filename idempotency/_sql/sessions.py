@@ -52,9 +52,7 @@ def _check_kind(session: type[Any], bind: object, kind: type[Sessionmaker]) -> N
 
 def check_same_database(records: URL, bind: object) -> None:
     """Raise ConfigurationError unless sessions on ``bind`` reach the database ``records``, in transactions."""
-    if not isinstance(bind, Engine | AsyncEngine):
-        return  # sessions that choose their engine each time cannot be checked
-    other = bind.url
+    other = getattr(bind, "url", records)  # sessions that choose their engine each time cannot be checked
     if (records.get_backend_name(), records.host, records.port, records.database) != (
         other.get_backend_name(),
         other.host,
@@ -62,7 +60,8 @@ def check_same_database(records: URL, bind: object) -> None:
         other.database,
     ):
         raise ConfigurationError("the sessions are on another database than the store: they cannot commit as one")
-    if bind.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    options = bind.get_execution_options() if isinstance(bind, Engine | AsyncEngine) else {}
+    if options.get("isolation_level") == "AUTOCOMMIT":
         raise ConfigurationError(COMMITS_BY_ITSELF)
 
 

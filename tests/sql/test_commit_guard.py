@@ -39,14 +39,16 @@ from idempotency.stores.sql import SQLStore
 
 engine = create_engine("sqlite:///records.db")
 
-@idempotent(key=lambda order: order, store=SQLStore(engine), session=sessionmaker(engine))
+store = SQLStore(engine)
+# Already here, before other threads run sessions.
+guarded = {"before_commit", "after_begin", "after_transaction_end", "after_soft_rollback"}
+assert listeners() - before == guarded - before, listeners()
+
+@idempotent(key=lambda order: order, store=store, session=sessionmaker(engine))
 def place(order: str, *, session: Session) -> None:
     session.execute(text("SELECT 1"))
     session.commit()
 
-# Already here, before other threads run sessions.
-guarded = {"before_commit", "after_begin", "after_transaction_end", "after_soft_rollback"}
-assert listeners() - before == guarded - before, listeners()
 try:
     place("a")
 except TransactionError:

@@ -14,7 +14,7 @@ import pytest
 from idempotency.errors import ConfigurationError
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
-from idempotency.testing import assert_once, crash_everywhere, crash_point
+from idempotency.testing import _points, assert_once, crash_everywhere, crash_point
 from idempotency.testing._instrument import name_of
 from tests.kit import crash_scenarios as scenarios
 from tests.kit.paths import EXAMPLES, ROOT
@@ -282,3 +282,21 @@ def test_the_plugin_gives_the_assertion_and_shows_its_report(tmp_path: Path) -> 
 def test_statements_are_named_by_verb_and_table(statement: str, name: str) -> None:
     """A label is readable, and the same whatever the values and the driver's own syntax."""
     assert name_of(statement) == name
+
+
+def test_a_verb_that_calls_itself_has_its_points_once() -> None:
+    """As a verb of a subclass does, or an awaited one that calls its blocking twin."""
+    passed: list[str] = []
+    _points.watch(passed.append)
+    try:
+        with _points.step("complete"), _points.step("complete"), _points.step("COMMIT"):
+            pass
+    finally:
+        _points._passed = None
+
+    assert passed == [
+        "before complete",
+        "complete > before COMMIT",
+        "complete > after COMMIT",
+        "after complete",
+    ]

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
+from idempotency._sql.commit_guard import install
 from idempotency._sql.engines import check_backend, check_driver, open_async, open_sync, read_url
 from idempotency._sql.failures import describe_database, replacing
 from idempotency._sql.send import pooled
@@ -83,6 +84,8 @@ class SQLStore:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
+        # Now rather than with the first session: SQLAlchemy's listeners may not be added while other threads call them.
+        install()
         self._source = source
         url = self._url
         if url.get_backend_name() == "sqlite" and (

@@ -326,3 +326,29 @@ def test_commits_of_others_beside_an_operation_are_not_refused(sync_ledger: Ledg
         other.execute(sync_ledger.insert("after"))
 
     assert sync_ledger.effects_sync() == ["after", "beside"]
+
+
+class Buffering(sqlalchemy.orm.Session):
+    """A session with a buffer of its own, which its flush sends."""
+
+    buffer: tuple[Any, ...] = ()
+
+    def flush(self, objects: Any = None) -> None:
+        buffer, self.buffer = self.buffer, ()
+        for statement in buffer:
+            self.execute(statement)
+        super().flush(objects)
+
+
+@synchronous
+def test_what_a_session_s_own_flush_adds_is_committed(sync_ledger: Ledger) -> None:
+    """Also where SQLAlchemy itself has nothing pending."""
+    sessions = sqlalchemy.orm.sessionmaker(sync_ledger.sync_engine, class_=Buffering)
+
+    @idempotent(sync_ledger.store, key=lambda: "k", session=sessions)
+    def order(session: Buffering) -> None:
+        session.buffer = (sync_ledger.insert("tea"),)
+
+    order()
+
+    assert sync_ledger.effects_sync() == ["tea"]
