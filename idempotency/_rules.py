@@ -90,7 +90,7 @@ class Record:
 
     ``lease_left`` is the remaining lease in seconds, not positive once the lease is over. ``result`` is None while
     there is none, and when it was not recorded. ``readable`` is False when the store has something there that it cannot
-    read.
+    read. ``age`` is how long ago the operation was first claimed, in seconds; 0 where the store does not say.
     """
 
     token: str
@@ -102,6 +102,7 @@ class Record:
     result: bytes | None = None
     version: int = FORMAT
     readable: bool = True
+    age: float = field(default=0.0, compare=False)
 
     @classmethod
     def unreadable(cls, version: int = FORMAT) -> Record:
@@ -130,9 +131,10 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """Another owner is running the operation; its lease ends in ``retry_after`` seconds."""
+    """Another owner is running the operation, for ``age`` seconds; its lease ends in ``retry_after`` seconds."""
 
     retry_after: float
+    age: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ def judge(claim: Claim, record: Record) -> Verdict:
         case State.RUNNING:
             # Not held: the lease ended after the store read the record, and the next claim takes it over.
             held = record.hold or claim.hold
-            return Unknown() if record.lease_left <= 0 and held else InProgress(max(record.lease_left, 0.0))
+            return Unknown() if record.lease_left <= 0 and held else InProgress(max(record.lease_left, 0.0), record.age)
 
 
 def judge_with_releases(claim: Claim, record: Record, releasing: Collection[str]) -> Verdict:
