@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
 from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
 from idempotency._http.body import DisconnectedError, Receive, Send
+from idempotency._http.caller import CredentialScope, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
@@ -25,6 +26,7 @@ from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
+    CallerUnknownError,
     ConfigurationError,
     IdempotencyError,
     KeyInvalidError,
@@ -46,6 +48,7 @@ Scope = MutableMapping[str, Any]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _SERVER_ERROR = encode_response(500, [(b"content-type", b"text/plain; charset=utf-8")], b"Internal Server Error")
+_REFUSALS = (KeyMissingError, KeyInvalidError, CallerUnknownError, RequestTooLargeError, BodyInvalidError)
 
 
 class IdempotencyMiddleware:
@@ -58,10 +61,14 @@ class IdempotencyMiddleware:
     ``session``: makes the middleware transactional. ``store`` is then an :class:`~idempotency.stores.sql.SQLStore` on
     the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
     and committed with the recorded response, before the response is sent. Handlers do not commit it.
-    ``scope``: who is calling. Default ``"authorization"``: a digest of the Authorization header. A callable, sync or
-    async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; its exceptions are
+    ``scope``: who is calling. Default ``"credentials"``: a digest of the credentials in the headers (Authorization,
+    API keys, tenants, and names that proxies set). ``"authorization"``: of the Authorization header alone. A callable,
+    sync or async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; its exceptions are
     answered as a handler's are. None is the opt-out: one key space for all callers, in which a caller who sends the
     key of another gets the other's response.
+    ``unknown_credentials``: what happens to a request with a key and with credentials that such a digest does not
+    contain, as a cookie alone. ``"warn"``, the default: one warning for each header. ``"refuse"``: the request is
+    answered 500 ``caller-unknown``, and nothing runs.
     ``secret``: makes the stored digests of callers and requests keyed (HMAC); give it where the store is readable by
     people who should not test guesses.
     ``header_name`` of the key, default ``Idempotency-Key``; ``replayed_header`` marks replays, default
@@ -81,7 +88,8 @@ class IdempotencyMiddleware:
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
         session: async_sessionmaker[AsyncSession] | None = None,
-        scope: CallerScope | Literal["authorization"] | None = "authorization",
+        scope: CallerScope | CredentialScope | None = "credentials",
+        unknown_credentials: UnknownCredentials = "warn",
         secret: bytes | str | None = None,
         header_name: str = "Idempotency-Key",
         replayed_header: str = "Idempotent-Replayed",
@@ -92,7 +100,7 @@ class IdempotencyMiddleware:
         if not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
-        self._options = check_options(scope, secret, header_name, replayed_header, strict, docs)
+        self._options = check_options(scope, unknown_credentials, secret, header_name, replayed_header, strict, docs)
         self._routes = Routes(policy if policy is not None else Policy(), {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
@@ -181,7 +189,7 @@ class _Exchange:
         try:
             key = self._request.key()
             claim = None if key is None or self._is_protected_already(key) else await self._request.claim(key)
-        except (KeyMissingError, KeyInvalidError, RequestTooLargeError, BodyInvalidError) as error:
+        except _REFUSALS as error:
             await self._refuse("refused", error)
         except AnsweredError as answered:
             self._emit("refused", answered.error)

@@ -72,6 +72,14 @@ class BodyInvalidError(IdempotencyError):
     safe_new_key = True
 
 
+class CallerUnknownError(IdempotencyError):
+    """A keyed request has credentials that ``scope=`` does not know, and ``unknown_credentials="refuse"``."""
+
+    code = "caller-unknown"
+    status = 500
+    title = "The caller of this idempotent request cannot be named"
+
+
 class InProgressError(IdempotencyError):
     """Another request with this key is still running (draft section 2.7).
 

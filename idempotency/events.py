@@ -28,7 +28,7 @@ EventKind = Literal[
     "mismatch",  # the key was used for something else
     "unknown",  # a duplicate was answered that the outcome is unknown
     "unreadable",  # the record cannot be read
-    "refused",  # the request was refused before any store access: key missing, key or body malformed, body too large
+    "refused",  # refused before any store access: key missing, key or body malformed, body too large, caller unknown
     "superseded",  # the owner finished after another claim had taken over; its result is not recorded
     "lease-lost",  # a running owner found that its lease is gone
     "unavailable",  # the store failed before the operation, which did not run

@@ -54,6 +54,7 @@ PUBLIC = {
         "idempotent_consumer",
     ],
     "idempotency.errors": [
+        "CallerUnknownError",
         "ConfigurationError",
         "IdempotencyError",
         "InProgressError",

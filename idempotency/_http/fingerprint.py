@@ -1,20 +1,17 @@
-"""Digest what a request asks and who asks it. Every format here is stored: changing one makes records mismatch."""
+"""Digest what a request asks. Every format here is stored: changing one makes records mismatch."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import re
 import struct
-from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
+from idempotency._http.caller import ANONYMOUS as ANONYMOUS
+from idempotency._http.digest import digest
 from idempotency.errors import ConfigurationError
-
-ANONYMOUS = "http:1:anonymous"
-"""The scope that all unknown callers share."""
 
 _MAX_DEPTH = 64
 
@@ -34,7 +31,7 @@ def fingerprint(
     mismatch.
     """
     essence = (content_type or b"").partition(b";")[0].strip(b" \t").lower()
-    return _digest(
+    return digest(
         b"request:1:", (method.encode(), path.encode("utf-8", "surrogatepass"), query, essence, body_digest), secret
     )
 
@@ -101,7 +98,7 @@ def value_digest(value: bytes | str) -> bytes:
         value = value.encode("utf-8", "surrogatepass")
     if not isinstance(value, bytes | bytearray):
         raise ConfigurationError(f"fingerprint must return str or bytes, not {type(value).__name__}")
-    return _digest(b"value:1:", (value,), None)
+    return digest(b"value:1:", (value,), None)
 
 
 _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)
@@ -124,7 +121,7 @@ def json_digest(data: bytes) -> bytes | None:
         value = _DECODER.decode(data.decode("utf-8"))
     except ValueError:
         return None
-    return _digest(b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
+    return digest(b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
 
 
 # A number becomes an object that holds its text, and an object is wrapped, so that the two never look the same.
@@ -145,43 +142,3 @@ def _constant(text: str) -> None:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_int=_number, parse_constant=_constant)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False)
-
-
-def authorization_scope(headers: Iterable[tuple[bytes, bytes]], secret: bytes | None) -> str:
-    """Name the caller by a digest of the Authorization field lines, or :data:`ANONYMOUS` if there are none.
-
-    With a ``secret`` the digest is keyed, so that weak credentials cannot be guessed from the store. With another
-    secret, or a refreshed credential, the caller is another one.
-    """
-    lines = [content for field, content in headers if len(field) == 13 and field.lower() == b"authorization"]
-    if not lines:
-        return ANONYMOUS
-    return "http:1:" + _digest(b"authorization:1:", lines, secret).hex()
-
-
-def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
-    """Name the caller by a digest of what the user's ``scope`` callable returned.
-
-    None, and an empty text, mean that the caller is not known: such callers share :data:`ANONYMOUS`, as callers without
-    Authorization do. A callable that must not allow this raises instead. A number is the same caller as its decimal
-    text, and text as its UTF-8 bytes.
-
-    Raises :class:`~idempotency.errors.ConfigurationError` for another type, a bool among them.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogatepass")
-    if value is None or value == b"":
-        return ANONYMOUS
-    if not isinstance(value, bytes):
-        raise ConfigurationError(f"scope must return str, bytes, int or None, not {type(value).__name__}")
-    return "http:1:" + _digest(b"scope:1:", (value,), secret).hex()
-
-
-def _digest(domain: bytes, parts: Iterable[bytes], secret: bytes | None) -> bytes:
-    # Each part comes after its length, so that two lists of parts never give the same text.
-    text = domain + b"".join([b"%d:%b" % (len(part), part) for part in parts])
-    if secret:
-        return hmac.digest(secret, text, "sha256")
-    return hashlib.sha256(text).digest()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from idempotency._http.caller import Credentials, CredentialScope, UnknownCredentials
 from idempotency._http.problem import check_docs
 from idempotency.errors import ConfigurationError
 
@@ -23,7 +24,7 @@ _FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
 class Options:
     """What all requests of one middleware have in common, in the form in which a request needs it."""
 
-    caller: CallerScope | Literal["authorization"] | None
+    caller: CallerScope | Credentials | None
     secret: bytes | None
     header_name: bytes
     """The name of the header with the key, in lower case."""
@@ -34,7 +35,8 @@ class Options:
 
 
 def check_options(
-    scope: CallerScope | Literal["authorization"] | None,
+    scope: CallerScope | CredentialScope | None,
+    unknown_credentials: UnknownCredentials,
     secret: bytes | str | None,
     header_name: str,
     replayed_header: str,
@@ -45,17 +47,21 @@ def check_options(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a value that cannot work.
     """
-    if scope is not None and scope != "authorization" and not callable(scope):
-        raise ConfigurationError(f'scope must be "authorization", a callable or None, not {scope!r}')
+    if not (scope is None or scope in ("credentials", "authorization") or callable(scope)):
+        raise ConfigurationError(f'scope must be "credentials", "authorization", a callable or None, not {scope!r}')
+    if unknown_credentials not in ("warn", "refuse"):
+        raise ConfigurationError(f'unknown_credentials must be "warn" or "refuse", not {unknown_credentials!r}')
     for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
         if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
             raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
     if secret is not None and (not isinstance(secret, str | bytes) or not secret):
         raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
+    secret = secret.encode() if isinstance(secret, str) else secret
+    header = header_name.lower().encode("ascii")
     return Options(
-        caller=scope,
-        secret=secret.encode() if isinstance(secret, str) else secret,
-        header_name=header_name.lower().encode("ascii"),
+        caller=scope if scope is None or callable(scope) else Credentials(scope, secret, header, unknown_credentials),
+        secret=secret,
+        header_name=header,
         replayed=(replayed_header.lower().encode("ascii"), b"true"),
         strict=strict,
         docs=check_docs(docs),

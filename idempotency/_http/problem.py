@@ -12,6 +12,7 @@ import re
 from idempotency._http.codec import StoredResponse
 from idempotency.errors import (
     BodyInvalidError,
+    CallerUnknownError,
     ConfigurationError,
     IdempotencyError,
     InProgressError,
@@ -37,6 +38,7 @@ _DETAILS = {
     KeyInvalidError.code: "The field must hold one key, in the format the documentation describes.",
     BodyInvalidError.code: "Send a body that is well-formed in its format.",
     RequestTooLargeError.code: "Send a smaller body.",
+    CallerUnknownError.code: "The operation was not started. The API's operator has to say how callers are named.",
     InProgressError.code: "Send the same request again later to get its result.",
     KeyReusedError.code: "Repeat the request exactly as it was first sent, or send the new one with a new key.",
     OutcomeUnknownError.code: "The operation may have taken effect. Find out whether it has before using a new key.",
@@ -45,6 +47,8 @@ _DETAILS = {
     StoreError.code: "The operation was not started. Send the same request again later.",
     StoreRefusedError.code: "The operation has not taken effect, since its record cannot be stored.",
 }
+
+_FOUND_IN_REQUEST = (KeyMissingError, KeyInvalidError, RequestTooLargeError, CallerUnknownError)
 
 
 def check_docs(docs: str) -> str:
@@ -64,10 +68,10 @@ def problem_response(error: IdempotencyError, *, docs: str, retry_after: float |
 
     ``type`` is ``docs`` with the error's code as fragment; ``code``, ``retryable``, ``safe_new_key`` and, if known,
     ``retry_after`` are extension members. ``retry_after`` is in seconds, and sent in whole ones, rounded up, at least
-    1. ``detail`` is the message of an error that was found in the request alone (400, 413). For any other, whose
-    message may name a server, it is advice by the error's code.
+    1. ``detail`` is the message of an error that was found in the request alone (400, 413, ``caller-unknown``). For
+    any other, whose message may name a server, it is advice by the error's code.
     """
-    message = str(error) if isinstance(error, (KeyMissingError, KeyInvalidError, RequestTooLargeError)) else ""
+    message = str(error) if isinstance(error, _FOUND_IN_REQUEST) else ""
     document: dict[str, object] = {
         "type": f"{docs}#{error.code}",
         "title": error.title,

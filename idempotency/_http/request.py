@@ -8,7 +8,8 @@ from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
-from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
+from idempotency._http.caller import ANONYMOUS, Credentials, scope_text
+from idempotency._http.fingerprint import fingerprint, json_digest, value_digest
 from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.options import Options
 from idempotency._http.state import RequestState
@@ -75,19 +76,18 @@ class KeyedRequest:
     async def claim(self, key: str) -> Claim:
         """Read the caller and the body, and return the claim for ``key``. Call it once; :meth:`close` the request then.
 
-        Raises :class:`~idempotency.errors.RequestTooLargeError`, :class:`~idempotency.errors.BodyInvalidError`,
-        :class:`DisconnectedError`, and :class:`AnsweredError` for an error of a function of the user, or that error if
-        the application has no answer to it.
+        Raises :class:`~idempotency.errors.CallerUnknownError`, :class:`~idempotency.errors.RequestTooLargeError`,
+        :class:`~idempotency.errors.BodyInvalidError`, :class:`DisconnectedError`, and :class:`AnsweredError` for an
+        error of a function of the user, or that error if the application has no answer to it.
         """
         policy = self._policy
         caller = await self._caller()
-        self._body = body = await read_body(
-            self._receive, policy.max_request, self._header(b"content-type"), self._header(b"content-length")
-        )
+        content_type, length = self._header(b"content-type"), self._header(b"content-length")
+        self._body = body = await read_body(self._receive, policy.max_request, content_type, length)
         return Claim(
             scope=caller,
             key=key,
-            fingerprint=await self._fingerprint(body),
+            fingerprint=await self._fingerprint(body, content_type),
             lease=policy.lease,
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
@@ -111,16 +111,16 @@ class KeyedRequest:
             self._body.close()
 
     async def _caller(self) -> str:
-        caller, secret = self._options.caller, self._options.secret
+        caller = self._options.caller
         if caller is None:
-            return scope_text(None, secret)
-        if isinstance(caller, str):
-            return authorization_scope(self._scope["headers"], secret)
+            return ANONYMOUS
+        if isinstance(caller, Credentials):
+            return caller.caller_of(self._scope)
         from starlette.requests import Request
 
-        return scope_text(await self._call(caller, Request(self._scope)), secret)
+        return scope_text(await self._call(caller, Request(self._scope)), self._options.secret)
 
-    async def _fingerprint(self, body: Body) -> bytes:
+    async def _fingerprint(self, body: Body, content_type: bytes | None) -> bytes:
         scope, rule = self._scope, self._policy.fingerprint
         digest = body.digest
         if rule == "json" and body.data is not None:
@@ -131,7 +131,6 @@ class KeyedRequest:
             from idempotency._http.callables import ReadRequest
 
             digest = value_digest(await self._call(rule, ReadRequest(scope, self.receive())))
-        content_type = self._header(b"content-type")
         return fingerprint(
             scope["method"], scope["path"], scope["query_string"], content_type, digest, self._options.secret
         )

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from idempotency import Policy
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.events import Event, EventKind, log_event
 from idempotency.stores.memory import MemoryStore

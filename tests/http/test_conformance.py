@@ -22,7 +22,7 @@ import pytest
 from starlette.middleware.cors import CORSMiddleware
 
 from idempotency import Policy
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, ManualClock

@@ -12,15 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idempotency._http.fingerprint import (
-    ANONYMOUS,
     BodyHash,
-    authorization_scope,
     fingerprint,
     json_digest,
-    scope_text,
     value_digest,
 )
-from idempotency.errors import ConfigurationError
 
 REQUEST = {
     "method": "POST",
@@ -315,59 +311,3 @@ def test_the_kinds_of_digest_do_not_imitate_each_other():
     assert json_digest(b"true") == hashlib.sha256(b"json:1:4:true").digest()
     assert body(b"json:1:4:true") != json_digest(b"true")
     assert value_digest(b"true") not in (body(b"true"), json_digest(b"true"))
-
-
-def test_the_caller_is_the_authorization_header():
-    """Rows 52 and 53: another credential is another caller, whatever the field name's case; the text is in no scope."""
-    alice = authorization_scope([(b"authorization", b"Bearer alice")], None)
-
-    assert authorization_scope([(b"host", b"x"), (b"Authorization", b"Bearer alice")], None) == alice
-    assert authorization_scope([(b"authorization", b"Bearer bob")], None) != alice
-    assert authorization_scope([(b"authorization", b"Bearer alice"), (b"authorization", b"Bearer bob")], None) != alice
-    assert alice == "http:1:" + hashlib.sha256(b"authorization:1:12:Bearer alice").hexdigest()
-
-
-def test_two_authorization_lines_do_not_imitate_one():
-    """Row 54: lines are kept apart."""
-    two = authorization_scope([(b"authorization", b"a"), (b"authorization", b"b")], None)
-
-    assert two != authorization_scope([(b"authorization", b"ab")], None)
-    assert two != authorization_scope([(b"authorization", b"a1:b")], None)
-    assert two != authorization_scope([(b"authorization", b"b"), (b"authorization", b"a")], None)
-
-
-def test_a_secret_keys_the_scope():
-    """Row 52: with a secret the store does not tell which credential it was."""
-    headers = [(b"authorization", b"Bearer alice")]
-    expected = hmac.new(b"s", b"authorization:1:12:Bearer alice", hashlib.sha256).hexdigest()
-
-    assert authorization_scope(headers, b"s") == "http:1:" + expected
-    assert scope_text("alice", b"s") == "http:1:" + hmac.new(b"s", b"scope:1:5:alice", hashlib.sha256).hexdigest()
-
-
-def test_callers_of_whom_nothing_is_known_share_one_scope():
-    """Row 52: no header, None and an empty text are anonymous; an empty header is a credential of its own."""
-    assert authorization_scope([(b"host", b"x")], b"s") == ANONYMOUS == "http:1:anonymous"
-    assert scope_text(None, None) == scope_text("", b"s") == scope_text(b"", None) == ANONYMOUS
-    assert authorization_scope([(b"authorization", b"")], None) != ANONYMOUS
-
-
-def test_a_named_caller_is_a_digest():
-    """Rows 52 and 54: a name does not sit in the store in clear, and imitates neither nobody nor a credential."""
-    assert scope_text("alice", None) == "http:1:" + hashlib.sha256(b"scope:1:5:alice").hexdigest()
-    assert scope_text("alice", None) == scope_text(b"alice", None)
-    assert scope_text(7, None) == scope_text("7", None)
-    assert scope_text(0, None) != ANONYMOUS
-    assert scope_text("alice", None) != scope_text("Alice", None)
-    assert scope_text("anonymous", None) != ANONYMOUS
-    assert scope_text("Bearer a", None) != authorization_scope([(b"authorization", b"Bearer a")], None)
-    assert scope_text("\udcff", None) != ANONYMOUS
-
-
-@pytest.mark.parametrize("value", [True, 1.5, ["alice"], object()])
-def test_a_caller_of_another_type_is_a_mistake(value):
-    """A scope that is no name is refused, with its type and not its value in the message."""
-    with pytest.raises(ConfigurationError, match=type(value).__name__) as caught:
-        scope_text(value, None)
-
-    assert "alice" not in str(caught.value)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from idempotency import IdempotencyMiddleware, current
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Effects, call, protect, respond

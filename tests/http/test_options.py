@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency.errors import ConfigurationError
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, call, protect
@@ -82,7 +82,10 @@ async def test_a_secret_keys_what_is_stored():
     assert len({each[1] for each in (none, text, other)}) == 3
 
 
-@pytest.mark.parametrize("options", [{"scope": "cookie"}, {"docs": "no url"}, {"docs": "https://x#y"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"scope": "cookie"}, {"scope": []}, {"unknown_credentials": "drop"}, {"docs": "no url"}, {"docs": "https://x#y"}],
+)
 async def test_what_cannot_work_is_refused_at_construction(options):
     """A mistake shows when the application starts, not when a request comes."""
     with pytest.raises(ConfigurationError):

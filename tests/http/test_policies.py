@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from idempotency import Policy
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
 from tests.kit.asgi_calls import Effects, call, protect, respond

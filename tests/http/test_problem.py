@@ -8,6 +8,7 @@ import pytest
 
 from idempotency._http.problem import DRAFT, check_docs, problem_response
 from idempotency.errors import (
+    CallerUnknownError,
     ConfigurationError,
     IdempotencyError,
     InProgressError,
@@ -31,6 +32,7 @@ DOCS = "https://api.example/docs/idempotency"
         (KeyMissingError(), 400, "key-missing", False, True),
         (KeyInvalidError(), 400, "key-invalid", False, True),
         (RequestTooLargeError(), 413, "request-too-large", False, True),
+        (CallerUnknownError(), 500, "caller-unknown", False, False),
         (InProgressError(), 409, "in-progress", True, False),
         (KeyReusedError(), 422, "key-reused", False, False),
         (OutcomeUnknownError(), 409, "outcome-unknown", False, False),

@@ -21,7 +21,7 @@ from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from idempotency import IdempotencyMiddleware, Policy, drain
-from idempotency._http.fingerprint import ANONYMOUS
+from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import Claim, record_id
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, ManualClock

@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 
-from idempotency._http.fingerprint import authorization_scope
+from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import record_id
 from tests.kit.paths import ROOT
 from tests.kit.servers import LOOPBACK, Proxy, free_port, listening, with_port
@@ -223,7 +223,7 @@ class Live:
 
 def record_of(key: str) -> bytes:
     """Name the record of a key that was sent without credentials."""
-    return record_id(authorization_scope([], None), key)
+    return record_id(ANONYMOUS, key)
 
 
 async def settled(live: Live, key: str) -> None:

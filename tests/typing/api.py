@@ -80,6 +80,7 @@ app.add_middleware(
     on_event=count,
 )
 app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), scope=tenant_of)
+app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), scope="authorization", unknown_credentials="refuse")
 app.add_middleware(IdempotencyMiddleware, store=SQLStore.from_url("sqlite+aiosqlite:///orders.db"), scope=None)
 app.add_middleware(IdempotencyMiddleware, store=RedisStore.from_url("redis://localhost"))
 
