@@ -282,7 +282,7 @@ class _Exchange:
                 self._emit("unprotected", error)
                 await self._unprotected(body.receive(self._receive))
             else:
-                await self._refuse("unavailable", error, _retry_after(error))
+                await self._refuse("unavailable", error)
             return
         if isinstance(verdict, Execute):
             self._lease = self._middleware._new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
@@ -330,7 +330,7 @@ class _Exchange:
             verdict = await end(outcome, result)
         except StoreError as error:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
-            return self._problem("unavailable", error, _retry_after(error))
+            return self._problem("unavailable", error)
         except Exception as error:
             # The database refused the commit: the operation has failed, as if its code had raised the error.
             if not self._lease.ended:
@@ -355,26 +355,21 @@ class _Exchange:
             own.leave()
 
     def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer, retry_after = answer_of(verdict)
+        kind, answer = answer_of(verdict)
         if isinstance(answer, IdempotencyError):
-            return self._problem(kind, answer, retry_after)
+            return self._problem(kind, answer)
         self._emit(kind)
         return StoredResponse(answer.status, [*answer.headers, self._options.replayed], answer.body)
 
-    async def _refuse(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> None:
-        await send_response(self._send, self._problem(kind, error, retry_after))
+    async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
+        await send_response(self._send, self._problem(kind, error))
 
-    def _problem(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> StoredResponse:
+    def _problem(self, kind: EventKind, error: IdempotencyError) -> StoredResponse:
         self._emit(kind, error)
-        return problem_response(error, docs=self._options.docs, retry_after=retry_after)
+        return problem_response(error, docs=self._options.docs)
 
     def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
         self._middleware._runner.emit(kind, self._name(), self._claim, error=error)
 
     def _name(self) -> str:
         return f"{self._scope['method']} {self._scope['path']}"
-
-
-def _retry_after(error: StoreError) -> float | None:
-    """Return the seconds after which a retry is worth while, or None if it never is."""
-    return 1.0 if error.retryable else None
