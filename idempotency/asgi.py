@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,18 +9,17 @@ from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
 from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
-from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
+from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of
 from idempotency._http.exit_stacks import ExitStacks
-from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
-from idempotency._http.key import read_key, read_prefer_wait
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
 from idempotency._http.problem import DRAFT, problem_response
+from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
@@ -44,7 +41,6 @@ from idempotency.stores.base import Store, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from starlette.requests import Request
 
 Scope = MutableMapping[str, Any]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -123,10 +119,6 @@ class IdempotencyMiddleware:
         await self.app(scope, receive, send)
 
 
-class _AnsweredError(Exception):
-    """A function of the user raised an error, and the application's answer to it is sent."""
-
-
 class _NoResponse(BaseException):
     """The application returned without a response, as some do when their client is gone.
 
@@ -135,7 +127,7 @@ class _NoResponse(BaseException):
 
 
 class _Exchange:
-    """One request to a protected route: parse, scope, fingerprint, claim, run, record, send."""
+    """One request to a protected route: read, claim, run, record, send."""
 
     __slots__ = (
         "_claim",
@@ -144,6 +136,7 @@ class _Exchange:
         "_options",
         "_policy",
         "_receive",
+        "_request",
         "_scope",
         "_send",
         "_state",
@@ -158,39 +151,17 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._request = KeyedRequest(middleware.app, middleware._options, policy, scope, receive, send)
         self._claim: Claim | None = None
         self._lease: Lease
         self._state: RequestState
 
     async def run(self) -> None:
         """Answer the request."""
-        if not isinstance(self._scope["headers"], list | tuple):
-            # ASGI allows any iterable. Here it is read more than once.
-            self._scope["headers"] = list(self._scope["headers"])
         try:
-            key = read_key(self._scope["headers"], self._options.header_name, strict=self._options.strict)
-            if key is None:
-                if self._policy.required:
-                    name = self._options.header_name.decode()
-                    raise KeyMissingError(f"This operation needs a key in the header {name}.")
-                await self._unprotected(self._receive)
-                return
-            if self._is_protected_already(key):
-                await self._middleware.app(self._scope, self._receive, self._send)
-                return
-            caller = await self._caller()
-            body = await self._read()
-        except (KeyMissingError, KeyInvalidError, RequestTooLargeError) as error:
-            await self._refuse("refused", error)
-            return
-        except (DisconnectedError, _AnsweredError):
-            return
-        try:
-            await self._run_with_key(key, caller, body)
-        except _AnsweredError:
-            return
+            await self._run()
         finally:
-            body.close()
+            self._request.close()
 
     async def wait_for_writes(self) -> None:
         """Wait until the background writes of this request are done, but not longer than a lease."""
@@ -202,100 +173,44 @@ class _Exchange:
         # Both places are checked: some servers share a state among requests, and a task that outlives its request still
         # has its context.
         outer = RUNNING.get()
-        if outer is None or (outer.key, outer.name) != (key, self._name()):
+        if outer is None or (outer.key, outer.name) != (key, self._request.name):
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
-    async def _caller(self) -> str:
-        caller, secret = self._options.caller, self._options.secret
-        if caller is None:
-            return scope_text(None, secret)
-        if isinstance(caller, str):
-            return authorization_scope(self._scope["headers"], secret)
-        from starlette.requests import Request
-
-        return scope_text(await self._call(caller, Request(self._scope), self._receive), secret)
-
-    async def _call(self, function: Callable[[Request], Any], request: Request, receive: Receive) -> Any:
-        """Call a function of the user; an error of it is answered as if a handler had raised it."""
-        from idempotency._http.callables import ReadRequest, answer
-
+    async def _run(self) -> None:
         try:
-            value = function(request)
-            return await value if inspect.isawaitable(value) else value
-        except Exception as error:
-            if isinstance(request, ReadRequest) and request.is_malformed(error):
-                await self._refuse("refused", BodyInvalidError())
-                raise _AnsweredError from error
-            RequestState(self._scope, None)
-            if not await answer(error, self._middleware.app, self._scope, receive, self._send):
-                raise
-            self._emit("refused", error)
-            raise _AnsweredError from error
-        finally:
-            await request.close()  # closes the files of a form that it has read
+            key = self._request.key()
+            claim = None if key is None or self._is_protected_already(key) else await self._request.claim(key)
+        except (KeyMissingError, KeyInvalidError, RequestTooLargeError, BodyInvalidError) as error:
+            await self._refuse("refused", error)
+        except AnsweredError as answered:
+            self._emit("refused", answered.error)
+        except DisconnectedError:
+            pass
+        else:
+            if claim is not None:
+                await self._run_with_key(claim)
+            elif key is not None:
+                await self._middleware.app(self._scope, self._receive, self._send)
+            else:
+                await self._unprotected(self._receive)
 
-    async def _read(self) -> Body:
-        return await read_body(
-            self._receive, self._policy.max_request, self._header(b"content-type"), self._header(b"content-length")
-        )
-
-    def _header(self, name: bytes) -> bytes | None:
-        for field, value in self._scope["headers"]:
-            if field == name:
-                return bytes(value)
-        return None
-
-    async def _fingerprint(self, body: Body) -> bytes:
-        scope, rule = self._scope, self._policy.fingerprint
-        digest = body.digest
-        if rule == "json" and body.data is not None:
-            # Parsing a large body would block the event loop.
-            parsed = (
-                await asyncio.to_thread(json_digest, body.data) if len(body.data) > 65536 else json_digest(body.data)
-            )
-            digest = parsed or digest
-        elif callable(rule):
-            from idempotency._http.callables import ReadRequest
-
-            request = ReadRequest(scope, body.receive(self._receive))
-            digest = value_digest(await self._call(rule, request, body.receive(self._receive)))
-        content_type = self._header(b"content-type")
-        return fingerprint(
-            scope["method"], scope["path"], scope["query_string"], content_type, digest, self._options.secret
-        )
-
-    async def _run_with_key(self, key: str, caller: str, body: Body) -> None:
-        policy = self._policy
-        self._claim = claim = Claim(
-            scope=caller,
-            key=key,
-            fingerprint=await self._fingerprint(body),
-            lease=policy.lease,
-            ttl=policy.ttl,
-            hold=policy.on_crash == "hold",
-        )
+    async def _run_with_key(self, claim: Claim) -> None:
+        policy, self._claim = self._policy, claim
         try:
-            verdict, claimed_at = await self._middleware._runner.claim(claim, self._wait())
+            verdict, claimed_at = await self._middleware._runner.claim(claim, self._request.wait())
         except StoreError as error:
             if policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 self._emit("unprotected", error)
-                await self._unprotected(body.receive(self._receive))
+                await self._unprotected(self._request.receive())
             else:
                 await self._refuse("unavailable", error)
             return
         if isinstance(verdict, Execute):
-            self._lease = self._middleware._new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
-            await self._execute(self._lease.operation, body.receive(self._receive))
+            self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
+            await self._execute(self._lease.operation, self._request.receive())
         else:
             await send_response(self._send, self._answer(verdict))
-
-    def _wait(self) -> float:
-        cap = self._policy.wait
-        if cap == 0:
-            return 0.0
-        preferred = read_prefer_wait(self._scope["headers"])
-        return cap if preferred is None else min(preferred, cap)
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
@@ -369,7 +284,4 @@ class _Exchange:
         return problem_response(error, docs=self._options.docs)
 
     def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
-        self._middleware._runner.emit(kind, self._name(), self._claim, error=error)
-
-    def _name(self) -> str:
-        return f"{self._scope['method']} {self._scope['path']}"
+        self._middleware._runner.emit(kind, self._request.name, self._claim, error=error)

@@ -1,0 +1,160 @@
+"""What the middleware reads of a request before anything runs: its key, its caller, its body and its fingerprint."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from idempotency._http.body import Body, Receive, Send, read_body
+from idempotency._http.fingerprint import authorization_scope, fingerprint, json_digest, scope_text, value_digest
+from idempotency._http.key import read_key, read_prefer_wait
+from idempotency._http.options import Options
+from idempotency._http.state import RequestState
+from idempotency._rules import Claim
+from idempotency.errors import BodyInvalidError, KeyMissingError
+from idempotency.policy import Policy
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_LARGE = 65536
+"""Bytes of a JSON text; parsing a larger one would block the event loop."""
+
+
+class AnsweredError(Exception):
+    """A function of the user raised ``error``, and the application's answer to it is sent."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class KeyedRequest:
+    """One request to a protected route, as it is read. It answers nothing, except for a function of the user."""
+
+    __slots__ = ("_app", "_body", "_options", "_policy", "_receive", "_scope", "_send")
+
+    def __init__(
+        self,
+        app: object,
+        options: Options,
+        policy: Policy,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        if not isinstance(scope["headers"], list | tuple):
+            # ASGI allows any iterable. Here it is read more than once.
+            scope["headers"] = list(scope["headers"])
+        self._app = app
+        self._options = options
+        self._policy = policy
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._body: Body | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the operation: the method and the actual path."""
+        return f"{self._scope['method']} {self._scope['path']}"
+
+    def key(self) -> str | None:
+        """Read the key, or return None if there is none and none is required.
+
+        Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
+        """
+        key = read_key(self._scope["headers"], self._options.header_name, strict=self._options.strict)
+        if key is None and self._policy.required:
+            name = self._options.header_name.decode()
+            raise KeyMissingError(f"This operation needs a key in the header {name}.")
+        return key
+
+    async def claim(self, key: str) -> Claim:
+        """Read the caller and the body, and return the claim for ``key``. Call it once; :meth:`close` the request then.
+
+        Raises :class:`~idempotency.errors.RequestTooLargeError`, :class:`~idempotency.errors.BodyInvalidError`,
+        :class:`DisconnectedError`, and :class:`AnsweredError` for an error of a function of the user, or that error if
+        the application has no answer to it.
+        """
+        policy = self._policy
+        caller = await self._caller()
+        self._body = body = await read_body(
+            self._receive, policy.max_request, self._header(b"content-type"), self._header(b"content-length")
+        )
+        return Claim(
+            scope=caller,
+            key=key,
+            fingerprint=await self._fingerprint(body),
+            lease=policy.lease,
+            ttl=policy.ttl,
+            hold=policy.on_crash == "hold",
+        )
+
+    def receive(self) -> Receive:
+        """Make the ``receive`` of the application, which gives the body that :meth:`claim` has read."""
+        return self._receive if self._body is None else self._body.receive(self._receive)
+
+    def wait(self) -> float:
+        """Return the seconds that a duplicate waits: what the client asks for, at most the policy's."""
+        cap = self._policy.wait
+        if cap == 0:
+            return 0.0
+        preferred = read_prefer_wait(self._scope["headers"])
+        return cap if preferred is None else min(preferred, cap)
+
+    def close(self) -> None:
+        """Remove the temporary file of a large body."""
+        if self._body is not None:
+            self._body.close()
+
+    async def _caller(self) -> str:
+        caller, secret = self._options.caller, self._options.secret
+        if caller is None:
+            return scope_text(None, secret)
+        if isinstance(caller, str):
+            return authorization_scope(self._scope["headers"], secret)
+        from starlette.requests import Request
+
+        return scope_text(await self._call(caller, Request(self._scope)), secret)
+
+    async def _fingerprint(self, body: Body) -> bytes:
+        scope, rule = self._scope, self._policy.fingerprint
+        digest = body.digest
+        if rule == "json" and body.data is not None:
+            large = len(body.data) > _LARGE
+            parsed = await asyncio.to_thread(json_digest, body.data) if large else json_digest(body.data)
+            digest = parsed or digest
+        elif callable(rule):
+            from idempotency._http.callables import ReadRequest
+
+            digest = value_digest(await self._call(rule, ReadRequest(scope, self.receive())))
+        content_type = self._header(b"content-type")
+        return fingerprint(
+            scope["method"], scope["path"], scope["query_string"], content_type, digest, self._options.secret
+        )
+
+    async def _call(self, function: Callable[[Request], Any], request: Request) -> Any:
+        """Call a function of the user; an error of it is answered as if a handler had raised it."""
+        from idempotency._http.callables import ReadRequest, answer
+
+        try:
+            value = function(request)
+            return await value if inspect.isawaitable(value) else value
+        except Exception as error:
+            if isinstance(request, ReadRequest) and request.is_malformed(error):
+                raise BodyInvalidError from error
+            RequestState(self._scope, None)
+            if not await answer(error, self._app, self._scope, self.receive(), self._send):
+                raise
+            raise AnsweredError(error) from error
+        finally:
+            await request.close()  # closes the files of a form that it has read
+
+    def _header(self, name: bytes) -> bytes | None:
+        for field, value in self._scope["headers"]:
+            if field == name:
+                return bytes(value)
+        return None
