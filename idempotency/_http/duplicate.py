@@ -16,6 +16,7 @@ from idempotency.errors import (
     UnreadableError,
 )
 from idempotency.events import EventKind
+from idempotency.policy import Policy
 
 
 def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyError]:
@@ -41,6 +42,17 @@ def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyEr
             return "unreadable", UnreadableError(f"its format is {version}")
         case _:
             assert_never(verdict)
+
+
+def status_of(error: IdempotencyError, policy: Policy) -> int:
+    """Return the status of an error: its own, or the policy's for a reused key and a running operation."""
+    match error:
+        case KeyReusedError():
+            return policy.mismatch_status
+        case InProgressError():
+            return policy.in_progress_status
+        case _:
+            return error.status
 
 
 def _final(recorded: StoredResponse) -> StoredResponse:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from idempotency._http.codec import StoredResponse
 from idempotency.errors import (
@@ -66,41 +68,85 @@ def check_docs(docs: str) -> str:
     return docs
 
 
-def problem_response(error: IdempotencyError, *, docs: str) -> StoredResponse:
-    """Describe ``error`` as ``application/problem+json`` with a Link to ``docs`` (draft section 2.7).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why a request is not answered by the application: what an ``error=`` hook is given.
 
-    ``docs`` has passed :func:`check_docs`.
+    ``status``: the HTTP status, in which ``Policy.mismatch_status`` and ``Policy.in_progress_status`` are applied.
+    ``code``: the stable name of the error. ``title`` and ``detail``: English sentences, free of what a server keeps to
+    itself. ``retryable``: whether the same request may succeed later. ``safe_new_key``: whether a new key cannot repeat
+    an effect. ``retry_after``: whole seconds after which to retry, or None if that is in vain. ``lease_left``: whole
+    seconds until the lease of the running request ends, or None if none runs. ``docs``: the URL of the documentation.
+    ``key``: the key that was sent, or None if it is missing or malformed; never log it.
+    """
 
-    ``type`` is ``docs`` with the error's code as fragment; ``code``, ``retryable``, ``safe_new_key`` and, where they
-    apply, ``retry_after`` and ``lease_left`` are extension members: whole seconds, rounded up. What is not retryable
-    has the fields :data:`IN_VAIN`. ``detail`` is the message of an error that was found in the request alone (400,
-    413). For any other, whose message may name a server, it is advice by the error's code.
+    status: int
+    code: str
+    title: str
+    detail: str
+    retryable: bool
+    safe_new_key: bool
+    retry_after: int | None
+    lease_left: int | None
+    docs: str
+    key: str | None = field(default=None, repr=False)
+
+
+def describe(error: IdempotencyError, *, docs: str, status: int | None = None, key: str | None = None) -> Problem:
+    """Describe ``error``, with ``status`` in place of its own.
+
+    ``docs`` has passed :func:`check_docs`. ``detail`` is the message of an error that was found in the request alone
+    (400, 413). For any other, whose message may name a server, it is advice by the error's code.
     """
     message = str(error) if isinstance(error, (KeyMissingError, KeyInvalidError, RequestTooLargeError)) else ""
+    running = error if isinstance(error, InProgressError) else None
+    return Problem(
+        status=status or error.status,
+        code=error.code,
+        title=error.title,
+        detail=message or _DETAILS.get(error.code, error.title),
+        retryable=error.retryable,
+        safe_new_key=error.safe_new_key,
+        retry_after=math.ceil(running.retry_after) if running is not None else 1 if error.retryable else None,
+        lease_left=math.ceil(running.lease_left) if running is not None else None,
+        docs=docs,
+        key=key,
+    )
+
+
+def problem_response(problem: Problem) -> StoredResponse:
+    """Write ``application/problem+json`` with a Link to the documentation (draft section 2.7).
+
+    ``type`` is that URL with the error's code as fragment; ``code``, ``retryable``, ``safe_new_key`` and, where they
+    apply, ``retry_after`` and ``lease_left`` are extension members.
+    """
     document: dict[str, object] = {
-        "type": f"{docs}#{error.code}",
-        "title": error.title,
-        "status": error.status,
-        "detail": message or _DETAILS.get(error.code, error.title),
-        "code": error.code,
-        "retryable": error.retryable,
-        "safe_new_key": error.safe_new_key,
+        "type": f"{problem.docs}#{problem.code}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        "retryable": problem.retryable,
+        "safe_new_key": problem.safe_new_key,
     }
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-language", b"en"),
-        (b"cache-control", b"no-store"),
-        (b"link", f'<{docs}>; rel="describedby"; type="text/html"'.encode("ascii")),
-    ]
-    if error.retryable:
-        running = error if isinstance(error, InProgressError) else None
-        seconds = 1 if running is None else math.ceil(running.retry_after)
-        document["retry_after"] = seconds
-        if running is not None:
-            document["lease_left"] = math.ceil(running.lease_left)
-        headers.append((b"retry-after", b"%d" % seconds))
-    else:
-        headers += IN_VAIN
+    if problem.retry_after is not None:
+        document["retry_after"] = problem.retry_after
+    if problem.lease_left is not None:
+        document["lease_left"] = problem.lease_left
     body = json.dumps(document).encode("ascii")
-    headers.append((b"content-length", b"%d" % len(body)))
-    return StoredResponse(error.status, tuple(headers), body)
+    own = [(b"content-type", b"application/problem+json"), (b"content-language", b"en")]
+    return whole_response(problem, problem.status, own, body)
+
+
+def whole_response(
+    problem: Problem, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes
+) -> StoredResponse:
+    """Make the response to a problem: ``headers`` in lower case, and those that each answer has and they lack."""
+    every = [
+        (b"cache-control", b"no-store"),
+        (b"link", f'<{problem.docs}>; rel="describedby"; type="text/html"'.encode("ascii")),
+        *(IN_VAIN if problem.retry_after is None else [(b"retry-after", b"%d" % problem.retry_after)]),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    given = {name for name, _ in headers}
+    return StoredResponse(status, [*headers, *(pair for pair in every if pair[0] not in given)], body)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from idempotency._http.problem import DRAFT, check_docs, problem_response
+from idempotency._http.codec import StoredResponse
+from idempotency._http.problem import DRAFT, check_docs, describe, problem_response
 from idempotency._rules import InProgress
 from idempotency.errors import (
     BodyInvalidError,
@@ -27,6 +28,11 @@ from idempotency.errors import (
 DOCS = "https://api.example/docs/idempotency"
 
 
+def answer(error: IdempotencyError) -> StoredResponse:
+    """Write the problem document of an error."""
+    return problem_response(describe(error, docs=DOCS))
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code", "retryable", "safe_new_key"),
     [
@@ -44,7 +50,7 @@ DOCS = "https://api.example/docs/idempotency"
 )
 def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, safe_new_key):
     """Rows 40, 41, 43, 45 and 49: status, documentation URL, and members to branch on."""
-    response = problem_response(error, docs=DOCS)
+    response = answer(error)
 
     problem = json.loads(response.body)
     detail = problem.pop("detail")
@@ -65,7 +71,7 @@ def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, saf
 
 def test_the_headers_of_a_problem():
     """Rows 41 and 42: the media type, a Link to the documentation, and nothing a cache may keep."""
-    response = problem_response(KeyReusedError(), docs=DOCS)
+    response = answer(KeyReusedError())
 
     assert list(response.headers) == [
         (b"content-type", b"application/problem+json"),
@@ -89,7 +95,7 @@ def test_the_headers_of_a_problem():
 )
 def test_the_times_of_a_running_operation_are_whole_seconds(running, retry_after, lease_left):
     """Row 46: both are rounded up, so that the retry does not come too early."""
-    response = problem_response(InProgressError.of(running), docs=DOCS)
+    response = answer(InProgressError.of(running))
 
     problem = json.loads(response.body)
     assert dict(response.headers)[b"retry-after"] == retry_after
@@ -98,7 +104,7 @@ def test_the_times_of_a_running_operation_are_whole_seconds(running, retry_after
 
 def test_a_failing_store_is_asked_again_after_a_second():
     """There is no lease of which to say the rest."""
-    response = problem_response(StoreError(), docs=DOCS)
+    response = answer(StoreError())
 
     problem = json.loads(response.body)
     assert dict(response.headers)[b"retry-after"] == b"1"
@@ -123,7 +129,7 @@ ERRORS = [
 @pytest.mark.parametrize("kind", ERRORS)
 def test_an_answer_says_when_to_retry_or_that_it_is_in_vain(kind):
     """Row 47: what is not retryable has no Retry-After, and the fields that clients obey who retry each 409 and 5xx."""
-    response = problem_response(kind(), docs=DOCS)
+    response = answer(kind())
 
     headers = dict(response.headers)
     in_vain = (headers.get(b"stripe-should-retry"), headers.get(b"x-should-retry"))
@@ -141,7 +147,7 @@ def test_no_text_says_that_an_operation_did_not_start_or_advises_a_key_that_is_n
 
 
 def detail_of(error: IdempotencyError) -> str:
-    detail: str = json.loads(problem_response(error, docs=DOCS).body)["detail"]
+    detail: str = json.loads(answer(error).body)["detail"]
     return detail
 
 
@@ -157,7 +163,7 @@ def test_a_refused_request_is_told_why():
 )
 def test_no_other_message_leaves_the_server(kind):
     """Row 54: an error's own text may name a server, a password or a key."""
-    response = problem_response(kind("redis://user:hunter2@10.0.0.1"), docs=DOCS)
+    response = answer(kind("redis://user:hunter2@10.0.0.1"))
 
     assert b"hunter2" not in response.body
 
