@@ -2,6 +2,8 @@
 
 from idempotency._engine.background import drain, drain_sync
 from idempotency._http.codec import encode_response
+from idempotency._http.problem import Problem
+from idempotency._http.profile import Profile
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.consumer import idempotent_consumer
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
@@ -18,6 +20,8 @@ __all__ = [
     "IdempotencyMiddleware",
     "Operation",
     "Policy",
+    "Problem",
+    "Profile",
     "StoreError",
     "current",
     "drain",

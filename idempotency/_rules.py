@@ -41,6 +41,12 @@ RETRY_WHILE_RELEASED = 1.0
 RETRY_WHILE_LOCKED = 1.0
 """Seconds after which a duplicate retries whose row is locked: the row does not say how long its owner will take."""
 
+FIRST_PAUSE = 1.0
+"""Seconds that a caller waits at least before it asks again for a running operation."""
+
+LONGEST_PAUSE = 5.0
+"""Seconds that a caller waits at most before it asks again for a running operation."""
+
 
 class State(enum.IntEnum):
     """The state of an operation in its record. The numbers are stored: never reuse one."""
@@ -131,7 +137,11 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class InProgress:
-    """Another owner is running the operation, for ``age`` seconds; its lease ends in ``retry_after`` seconds."""
+    """Another owner is running the operation, for ``age`` seconds; its lease ends in ``retry_after`` seconds.
+
+    A message is delivered again after the rest of the lease, since brokers count deliveries. A caller that waits for
+    the result asks sooner: see :func:`pause`.
+    """
 
     retry_after: float
     age: float = field(default=0.0, compare=False)
@@ -178,7 +188,20 @@ def judge(claim: Claim, record: Record) -> Verdict:
         case State.RUNNING:
             # Not held: the lease ended after the store read the record, and the next claim takes it over.
             held = record.hold or claim.hold
-            return Unknown() if record.lease_left <= 0 and held else InProgress(max(record.lease_left, 0.0), record.age)
+            if record.lease_left <= 0 and held:
+                return Unknown()
+            # No owner renews for longer than a lease. More is seen after the clock of the store was set back.
+            return InProgress(max(min(record.lease_left, claim.lease), 0.0), record.age)
+
+
+def pause(running: InProgress) -> float:
+    """Return the seconds after which a caller asks again for a running operation, from 1 to 5.
+
+    It is as long as the operation has taken so far. So a result that takes a second is not late by the rest of a lease,
+    and one that takes a minute is not asked for each second. It is not longer than the rest of the lease: then a retry
+    takes over from an owner that vanished.
+    """
+    return max(FIRST_PAUSE, min(running.age, running.retry_after, LONGEST_PAUSE))
 
 
 def judge_with_releases(claim: Claim, record: Record, releasing: Collection[str]) -> Verdict:

@@ -14,16 +14,19 @@ from idempotency._http.caller import CredentialScope, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import Headers, StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
-from idempotency._http.duplicate import answer_of
+from idempotency._http.duplicate import answer_of, status_of
+from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
-from idempotency._http.problem import DRAFT, problem_response
+from idempotency._http.problem import DRAFT, describe
+from idempotency._http.profile import Profile, choose
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
+from idempotency._signature import is_async
 from idempotency.errors import (
     BodyInvalidError,
     CallerUnknownError,
@@ -75,6 +78,13 @@ class IdempotencyMiddleware:
     ``Idempotent-Replayed``. ``strict``: accept only keys in the draft's syntax, an RFC 9651 String; by default bare
     text is accepted too, and ``abc`` and ``"abc"`` are one key.
     ``docs``: URL of your published idempotency specification, to which every problem document links.
+    ``error``: makes the answer where the application gives none, instead of a problem document: an ordinary function
+    that is given a :class:`~idempotency.Problem` and returns the members of a JSON body, or a status, header fields and
+    a body. It must not block.
+    ``echo_key``: whether each response to a request with a readable key has the key in the header of the same name, as
+    it was sent. Default False.
+    ``profile``: what ``error``, ``echo_key`` and ``policy`` are if they are not given: ``Profile.acp``,
+    ``Profile.stripe``, or a :class:`~idempotency.Profile` of your own.
     ``on_event``: is given one event per outcome; default: log it.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for anything that cannot work.
@@ -95,13 +105,29 @@ class IdempotencyMiddleware:
         replayed_header: str = "Idempotent-Replayed",
         strict: bool = False,
         docs: str = DRAFT,
+        error: ErrorHook | None = None,
+        echo_key: bool | None = None,
+        profile: Profile | None = None,
         on_event: EventHook = log_event,
     ) -> None:
         if not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
         self.app = app
-        self._options = check_options(scope, unknown_credentials, secret, header_name, replayed_header, strict, docs)
-        self._routes = Routes(policy if policy is not None else Policy(), {} if policies is None else policies)
+        own = choose(profile, error, echo_key, policy)
+        if own.error is not None and is_async(own.error):
+            raise ConfigurationError("error must be an ordinary function: it is not awaited")
+        self._options = check_options(
+            scope,
+            unknown_credentials,
+            secret,
+            header_name,
+            replayed_header,
+            strict,
+            docs,
+            own.error,
+            own.echo_key,
+        )
+        self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
         self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
@@ -139,6 +165,7 @@ class _Exchange:
 
     __slots__ = (
         "_claim",
+        "_key",
         "_lease",
         "_middleware",
         "_options",
@@ -158,8 +185,9 @@ class _Exchange:
         self._policy = policy
         self._scope = scope
         self._receive = receive
-        self._send = send
         self._request = KeyedRequest(middleware.app, middleware._options, policy, scope, receive, send)
+        self._send = self._request.send
+        self._key: str | None = None
         self._claim: Claim | None = None
         self._lease: Lease
         self._state: RequestState
@@ -187,7 +215,7 @@ class _Exchange:
 
     async def _run(self) -> None:
         try:
-            key = self._request.key()
+            self._key = key = self._request.key()
             claim = None if key is None or self._is_protected_already(key) else await self._request.claim(key)
         except _REFUSALS as error:
             await self._refuse("refused", error)
@@ -212,7 +240,7 @@ class _Exchange:
                 self._emit("unprotected", error)
                 await self._unprotected(self._request.receive())
             else:
-                await self._refuse("unavailable", error, _retry_after(error))
+                await self._refuse("unavailable", error)
             return
         if isinstance(verdict, Execute):
             self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
@@ -253,7 +281,7 @@ class _Exchange:
             verdict = await end(outcome, result)
         except StoreError as error:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
-            return self._problem("unavailable", error, _retry_after(error))
+            return self._problem("unavailable", error)
         except Exception as error:
             # The database refused the commit: the operation has failed, as if its code had raised the error.
             if not self._lease.ended:
@@ -278,23 +306,19 @@ class _Exchange:
             own.leave()
 
     def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer, retry_after = answer_of(verdict)
+        kind, answer = answer_of(verdict)
         if isinstance(answer, IdempotencyError):
-            return self._problem(kind, answer, retry_after)
+            return self._problem(kind, answer)
         self._emit(kind)
         return StoredResponse(answer.status, [*answer.headers, self._options.replayed], answer.body)
 
-    async def _refuse(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> None:
-        await send_response(self._send, self._problem(kind, error, retry_after))
+    async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
+        await send_response(self._send, self._problem(kind, error))
 
-    def _problem(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> StoredResponse:
+    def _problem(self, kind: EventKind, error: IdempotencyError) -> StoredResponse:
         self._emit(kind, error)
-        return problem_response(error, docs=self._options.docs, retry_after=retry_after)
+        status = status_of(error, self._policy)
+        return answer_to(describe(error, docs=self._options.docs, status=status, key=self._key), self._options.error)
 
     def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
         self._middleware._runner.emit(kind, self._request.name, self._claim, error=error)
-
-
-def _retry_after(error: StoreError) -> float | None:
-    """Return the seconds after which a retry is worth while, or None if it never is."""
-    return 1.0 if error.retryable else None

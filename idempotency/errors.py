@@ -2,12 +2,14 @@
 
 Change the answer to a duplicate or to a bad request here: ``status``, ``title``, ``code``, ``retryable`` and
 ``safe_new_key`` are attributes of the class, and :mod:`idempotency._http.problem` only writes them down. There is no
-logic in this file.
+logic in this file; the times of an error in progress are those of :mod:`idempotency._rules`.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from idempotency._rules import InProgress, pause
 
 
 class IdempotencyError(Exception):
@@ -83,14 +85,23 @@ class CallerUnknownError(IdempotencyError):
 class InProgressError(IdempotencyError):
     """Another request with this key is still running (draft section 2.7).
 
-    ``retry_after``: seconds after which it may have ended.
+    ``retry_after``: seconds after which to ask again: 1 at first, growing with the time that the operation has taken,
+    at most 5. ``lease_left``: seconds until its lease ends, unless its owner renews it.
     """
 
     retry_after: float = 1.0
+    lease_left: float = 0.0
     code = "in-progress"
     status = 409
     title = "A request with this Idempotency-Key is in progress"
     retryable = True
+
+    @classmethod
+    def of(cls, running: InProgress) -> InProgressError:
+        """Make the error of a verdict, with its times."""
+        error = cls(f"The operation is in progress; try again in {pause(running):.3g} s.")
+        error.retry_after, error.lease_left = pause(running), running.retry_after
+        return error
 
 
 class KeyReusedError(IdempotencyError):

@@ -31,7 +31,7 @@ EventKind = Literal[
     "refused",  # refused before any store access: key missing, key or body malformed, body too large, caller unknown
     "superseded",  # the owner finished after another claim had taken over; its result is not recorded
     "lease-lost",  # a running owner found that its lease is gone
-    "unavailable",  # the store failed before the operation, which did not run
+    "unavailable",  # the store failed before the operation, which did not run, or at the commit of its transaction
     "unprotected",  # the store failed before the operation, which ran unprotected (fail_open)
     "dead-lettered",  # no redelivery helps this message: it failed too often, or cannot be handled
     "unsettled",  # the broker could not be answered for a delivery; it delivers the message again

@@ -69,6 +69,10 @@ class Policy:
     1 GiB.
     ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
     completed without its result. Default 1 MiB.
+    ``mismatch_status``, ``in_progress_status``: with which status HTTP requests are answered whose key was used for
+    another request, or whose first one is running: 400 to 599, default 422 and 409 (draft section 2.7).
+    ``key_per_path``: whether a key of HTTP is unique for a caller and a path, and means another operation on another
+    path. Default False: unique for a caller, and a mismatch on another path.
 
     Raises :class:`~idempotency.errors.ConfigurationError` with the value in the message.
     """
@@ -84,6 +88,9 @@ class Policy:
     fingerprint: Fingerprint = "raw"
     max_request: int = 1 << 30
     max_response: int = 1 << 20
+    mismatch_status: int = 422
+    in_progress_status: int = 409
+    key_per_path: bool = False
 
     def __post_init__(self) -> None:
         for name, duration in (("ttl", self.ttl), ("lease", self.lease)):
@@ -94,8 +101,13 @@ class Policy:
         for name, size in (("max_request", self.max_request), ("max_response", self.max_response)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                 raise ConfigurationError(f"{name} must be a number of bytes, not {size!r}")
-        if not isinstance(self.required, bool):
-            raise ConfigurationError(f"required must be True or False, not {self.required!r}")
+        for name, flag in (("required", self.required), ("key_per_path", self.key_per_path)):
+            if not isinstance(flag, bool):
+                raise ConfigurationError(f"{name} must be True or False, not {flag!r}")
+        for name in ("mismatch_status", "in_progress_status"):
+            status = self.__dict__[name]
+            if isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599:
+                raise ConfigurationError(f"{name} must be a status from 400 to 599, not {status!r}")
         if isinstance(self.methods, str):
             raise ConfigurationError(f"methods must be a set of names, not {self.methods!r}")
         object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -35,6 +36,7 @@ def blocks(page: str) -> dict[str, list[str]]:
 
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
+PROFILES = blocks("profiles.md")
 TRANSACTIONS = blocks("transactions.md")
 SETUP = "Code for each framework"
 
@@ -148,6 +150,50 @@ def test_the_code_for_django_replays_a_response(tmp_path: Path) -> None:
 def test_the_other_code_on_http_is_accepted(heading: str, run: Callable[..., dict[str, Any]]) -> None:
     """The library takes the rest of what the page on HTTP shows."""
     run(*HTTP["FastAPI"], *HTTP[heading])
+
+
+@pytest.mark.parametrize(
+    ("heading", "number", "mismatch", "code", "running"),
+    [
+        ("The options", 0, 422, ["error"], "1"),
+        ("The options", 1, 422, None, "1"),
+        ("Agentic Commerce Protocol", 0, 422, ["code"], "1"),
+        ("Agentic Commerce Protocol", 1, 409, ["code"], "1"),
+        ("APIs like Stripe's", 0, 400, ["error", "code"], "1"),
+        ("APIs like those of hono-idempotency", 0, 422, ["code"], "1"),
+    ],
+)
+async def test_the_code_for_each_profile_answers_in_its_form(
+    heading: str, number: int, mismatch: int, code: list[str] | None, running: str, run: Callable[..., dict[str, Any]]
+) -> None:
+    """A reused key and a running request have the statuses of the page, and a code where it says."""
+    names = run(*PROFILES["Answers in the form of your API"], PROFILES[heading][number])
+    begun, finish = asyncio.Event(), asyncio.Event()
+
+    @names["api"].post("/slow")
+    async def slow() -> None:
+        begun.set()
+        await finish.wait()
+
+    key = {"Idempotency-Key": "1f5a"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+        first, replay, other = [await client.post("/orders", headers=key, json={"item": item}) for item in "aab"]
+        task = asyncio.create_task(client.post("/slow", headers={"Idempotency-Key": "2"}))
+        await begun.wait()
+        busy = await client.post("/slow", headers={"Idempotency-Key": "2"})
+        finish.set()
+        await task
+
+    assert (first.status_code, replay.json(), replay.headers["idempotent-replayed"]) == (201, {"item": "a"}, "true")
+    assert (other.status_code, busy.status_code, busy.headers["retry-after"]) == (mismatch, 409, running)
+    texts = {"FINGERPRINT_MISMATCH", "idempotency_conflict", "idempotency_key_reused", "key-reused"}
+    if code is None:
+        assert other.text == "<error>key-reused</error>"
+    else:
+        found = other.json()
+        for member in code:
+            found = found[member]
+        assert found in texts
 
 
 async def test_the_code_for_one_transaction_has_one_effect(run: Callable[..., dict[str, Any]]) -> None:

@@ -14,6 +14,8 @@ PUBLIC = {
         "IdempotencyMiddleware",
         "Operation",
         "Policy",
+        "Problem",
+        "Profile",
         "StoreError",
         "current",
         "drain",

@@ -155,10 +155,8 @@ def refusal(known: Completed | InProgress | Mismatch | Unknown | Unreadable) -> 
     match known:
         case Completed():
             return NotReplayableError("The operation is completed; its result was not recorded.")
-        case InProgress(retry_after):
-            error = InProgressError(f"The operation is in progress; try again in {max(retry_after, 0):.3g} s.")
-            error.retry_after = max(retry_after, 0.0)
-            return error
+        case InProgress():
+            return InProgressError.of(known)
         case Mismatch():
             return KeyReusedError("The key was used for something else.")
         case Unknown():

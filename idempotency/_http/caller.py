@@ -148,3 +148,8 @@ def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
     if not isinstance(value, bytes):
         raise ConfigurationError(f"scope must return str, bytes, int or None, not {type(value).__name__}")
     return "http:1:" + digest(b"scope:1:", (value,), secret).hex()
+
+
+def path_scope(caller: str, path: str) -> str:
+    """Name a caller on one path, for ``Policy.key_per_path``. ``caller`` is already a digest, keyed if need be."""
+    return "http:1:" + digest(b"path:1:", (caller.encode(), path.encode("utf-8", "surrogatepass")), None).hex()

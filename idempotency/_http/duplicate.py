@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from idempotency._http.codec import StoredResponse, decode_response
+from idempotency._http.problem import IN_VAIN
 from idempotency._rules import Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency.errors import (
     IdempotencyError,
@@ -15,29 +16,49 @@ from idempotency.errors import (
     UnreadableError,
 )
 from idempotency.events import EventKind
+from idempotency.policy import Policy
 
 
-def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyError, float | None]:
-    """Return the event of a verdict, the recorded response or the error to answer with, and when to try again.
+def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyError]:
+    """Return the event of a verdict, and the recorded response or the error to answer with.
 
-    The status and the title of each answer are those of its error, see :mod:`idempotency.errors`. The last value
-    is in seconds, or None where trying again does not help.
+    The status and the title of each answer are those of its error, see :mod:`idempotency.errors`.
     """
     match verdict:
         case Replay(result):
             try:
-                return "replayed", decode_response(result), None
+                return "replayed", _final(decode_response(result))
             except UnreadableError as error:
-                return "unreadable", error, None
+                return "unreadable", error
         case Completed():
-            return "completed", NotReplayableError(), None
-        case InProgress(retry_after):
-            return "in-progress", InProgressError(), retry_after
+            return "completed", NotReplayableError()
+        case InProgress():
+            return "in-progress", InProgressError.of(verdict)
         case Mismatch():
-            return "mismatch", KeyReusedError(), None
+            return "mismatch", KeyReusedError()
         case Unknown():
-            return "unknown", OutcomeUnknownError(), None
+            return "unknown", OutcomeUnknownError()
         case Unreadable(version):
-            return "unreadable", UnreadableError(f"its format is {version}"), None
+            return "unreadable", UnreadableError(f"its format is {version}")
         case _:
             assert_never(verdict)
+
+
+def status_of(error: IdempotencyError, policy: Policy) -> int:
+    """Return the status of an error: its own, or the policy's for a reused key and a running operation."""
+    match error:
+        case KeyReusedError():
+            return policy.mismatch_status
+        case InProgressError():
+            return policy.in_progress_status
+        case _:
+            return error.status
+
+
+def _final(recorded: StoredResponse) -> StoredResponse:
+    """Add to a recorded response that a retry is in vain, if clients retry its status: the record answers them all."""
+    if recorded.status not in (408, 409, 429) and recorded.status < 500:
+        return recorded
+    in_vain = dict(IN_VAIN)
+    others = [pair for pair in recorded.headers if pair[0].lower() not in in_vain]
+    return StoredResponse(recorded.status, [*others, *IN_VAIN], recorded.body)

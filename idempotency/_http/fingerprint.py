@@ -105,12 +105,13 @@ _JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def json_digest(data: bytes) -> bytes | None:
+def json_digest(data: bytes, *, by_value: bool = False) -> bytes | None:
     r"""Digest a JSON text, whatever its white space, the order of its members, and the escapes in its strings.
 
-    Numbers are compared as they are written, so that none is rounded: ``1`` and ``1.0`` differ. The order of an array
-    counts. Returns None, and the caller compares bytes, for a body that is not one JSON text in UTF-8 (RFC 8259), for
-    an object in which a member name occurs twice, which readers understand differently, and for nesting deeper than 64.
+    Numbers are compared as they are written, so that none is rounded: ``1`` and ``1.0`` differ. ``by_value``: they are
+    compared by their exact values, and are the same. The order of an array counts. Returns None, and the caller
+    compares bytes, for a body that is not one JSON text in UTF-8 (RFC 8259), for an object in which a member name
+    occurs twice, which readers understand differently, and for nesting deeper than 64.
     """
     # Checked before the parser can reach the interpreter's recursion limit. How far that is depends on the caller's
     # stack, and the result for one body must be the same on every retry.
@@ -118,15 +119,31 @@ def json_digest(data: bytes) -> bytes | None:
     if max(accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > _MAX_DEPTH:
         return None
     try:
-        value = _DECODER.decode(data.decode("utf-8"))
+        value = (_VALUE_DECODER if by_value else _DECODER).decode(data.decode("utf-8"))
     except ValueError:
         return None
-    return digest(b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
+    return digest(b"json-values:1:" if by_value else b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
 
 
 # A number becomes an object that holds its text, and an object is wrapped, so that the two never look the same.
 def _number(text: str) -> dict[str, str]:
     return {"number": text}
+
+
+_NUMBER = re.compile(r"(-?)([0-9]+)(?:\.([0-9]+))?(?:[eE]([+-]?[0-9]+))?")
+
+
+def _value(text: str) -> dict[str, str]:
+    """Write a number without its redundant zeros: significant digits and an exponent of any size, nothing rounded."""
+    number = _NUMBER.fullmatch(text)
+    assert number is not None
+    sign, whole, fraction, exponent = number.groups(default="")
+    digits = (whole + fraction).lstrip("0")
+    significant = digits.rstrip("0")
+    if not significant:
+        return {"number": "0"}
+    power = int(exponent or "0") - len(fraction) + len(digits) - len(significant)
+    return {"number": f"{sign}{significant}e{power}"}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -141,4 +158,7 @@ def _constant(text: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_int=_number, parse_constant=_constant)
+_VALUE_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_value, parse_int=_value, parse_constant=_constant
+)
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False)

@@ -1,12 +1,13 @@
-"""Read the idempotency key, and how long its sender wants to wait, from raw header pairs."""
+"""Read the idempotency key, and how long its sender wants to wait, from raw header pairs; send the key back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 from urllib.parse import unquote_to_bytes
 
+from idempotency._http.body import Message, Send
 from idempotency.errors import KeyInvalidError
 
 _STRING = rb'[ !#-\[\]-~]*+(?:\\["\\][ !#-\[\]-~]*+)*+'
@@ -129,6 +130,27 @@ def _refuse(value: bytes, strict: bool) -> NoReturn:
     else:
         reason = "The unquoted key contains white space or control characters."
     raise KeyInvalidError(reason)
+
+
+def send_with_key(send: Send, headers: Sequence[tuple[bytes, bytes]], name: bytes, *, strict: bool) -> Send:
+    """Return a ``send`` that puts the key, as it was sent, into each response; ``send`` if the key cannot be read.
+
+    A field of this name that the application sends is replaced: it may be recorded, and the retry be quoted otherwise.
+    """
+    try:
+        if read_key(headers, name, strict=strict) is None:
+            return send
+    except KeyInvalidError:
+        return send
+    [sent] = [value.strip(b" \t") for field, value in headers if field.lower() == name]
+
+    async def send_key(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            others = [pair for pair in message.get("headers", ()) if pair[0].lower() != name]
+            message = {**message, "headers": [*others, (name, sent)]}
+        await send(message)
+
+    return send_key
 
 
 def read_prefer_wait(headers: Iterable[tuple[bytes, bytes]]) -> float | None:

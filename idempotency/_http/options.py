@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from idempotency._http.caller import Credentials, CredentialScope, UnknownCredentials
+from idempotency._http.error_hook import FIELD_NAME, ErrorHook
 from idempotency._http.problem import check_docs
 from idempotency.errors import ConfigurationError
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 Caller = str | bytes | int | None
 CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
-
-_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,8 @@ class Options:
     """The header that marks a replay."""
     strict: bool
     docs: str
+    error: ErrorHook | None
+    echo_key: bool
 
 
 def check_options(
@@ -42,6 +42,8 @@ def check_options(
     replayed_header: str,
     strict: bool,
     docs: str,
+    error: ErrorHook | None,
+    echo_key: bool,
 ) -> Options:
     """Check the options of a middleware, whose docstring says what they mean.
 
@@ -52,12 +54,16 @@ def check_options(
     if unknown_credentials not in ("warn", "refuse"):
         raise ConfigurationError(f'unknown_credentials must be "warn" or "refuse", not {unknown_credentials!r}')
     for option, name in (("header_name", header_name), ("replayed_header", replayed_header)):
-        if not isinstance(name, str) or not _FIELD_NAME.fullmatch(name):
+        if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
             raise ConfigurationError(f"{option} must be the name of a header, not {name!r}")
     if secret is not None and (not isinstance(secret, str | bytes) or not secret):
         raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
     secret = secret.encode() if isinstance(secret, str) else secret
     header = header_name.lower().encode("ascii")
+    if not isinstance(echo_key, bool):
+        raise ConfigurationError(f"echo_key must be True or False, not {echo_key!r}")
+    if error is not None and not callable(error):
+        raise ConfigurationError(f"error must be callable, not {type(error).__name__}")
     return Options(
         caller=scope if scope is None or callable(scope) else Credentials(scope, secret, header, unknown_credentials),
         secret=secret,
@@ -65,6 +71,8 @@ def check_options(
         replayed=(replayed_header.lower().encode("ascii"), b"true"),
         strict=strict,
         docs=check_docs(docs),
+        error=error,
+        echo_key=echo_key,
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
-from idempotency._http.caller import ANONYMOUS, Credentials, scope_text
+from idempotency._http.caller import ANONYMOUS, Credentials, path_scope, scope_text
 from idempotency._http.fingerprint import fingerprint, json_digest, value_digest
-from idempotency._http.key import read_key, read_prefer_wait
+from idempotency._http.key import read_key, read_prefer_wait, send_with_key
 from idempotency._http.options import Options
 from idempotency._http.state import RequestState
 from idempotency._rules import Claim
@@ -33,9 +33,12 @@ class AnsweredError(Exception):
 
 
 class KeyedRequest:
-    """One request to a protected route, as it is read. It answers nothing, except for a function of the user."""
+    """One request to a protected route, as it is read. It answers nothing, except for a function of the user.
 
-    __slots__ = ("_app", "_body", "_options", "_policy", "_receive", "_scope", "_send")
+    ``send`` is the server's, or the one that puts the key into each response.
+    """
+
+    __slots__ = ("_app", "_body", "_options", "_policy", "_receive", "_scope", "send")
 
     def __init__(
         self,
@@ -54,7 +57,9 @@ class KeyedRequest:
         self._policy = policy
         self._scope = scope
         self._receive = receive
-        self._send = send
+        self.send = send
+        if options.echo_key:
+            self.send = send_with_key(send, scope["headers"], options.header_name, strict=options.strict)
         self._body: Body | None = None
 
     @property
@@ -85,7 +90,7 @@ class KeyedRequest:
         content_type, length = self._header(b"content-type"), self._header(b"content-length")
         self._body = body = await read_body(self._receive, policy.max_request, content_type, length)
         return Claim(
-            scope=caller,
+            scope=path_scope(caller, self._scope["path"]) if policy.key_per_path else caller,
             key=key,
             fingerprint=await self._fingerprint(body, content_type),
             lease=policy.lease,
@@ -146,7 +151,7 @@ class KeyedRequest:
             if isinstance(request, ReadRequest) and request.is_malformed(error):
                 raise BodyInvalidError from error
             RequestState(self._scope, None)
-            if not await answer(error, self._app, self._scope, self.receive(), self._send):
+            if not await answer(error, self._app, self._scope, self.receive(), self.send):
                 raise
             raise AnsweredError(error) from error
         finally:

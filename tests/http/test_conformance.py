@@ -568,7 +568,8 @@ async def test_row_45_a_running_original_is_409():
     problem = json.loads(reply.body)
     assert reply.status == 409
     assert "in progress" in problem["title"]
-    assert reply.header(b"retry-after") == b"30"
+    assert reply.header(b"retry-after") == b"1"
+    assert (problem["retry_after"], problem["lease_left"]) == (1, 30)
     assert problem["retryable"] is True
 
 

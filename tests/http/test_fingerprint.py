@@ -311,3 +311,50 @@ def test_the_kinds_of_digest_do_not_imitate_each_other():
     assert json_digest(b"true") == hashlib.sha256(b"json:1:4:true").digest()
     assert body(b"json:1:4:true") != json_digest(b"true")
     assert value_digest(b"true") not in (body(b"true"), json_digest(b"true"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b"1", b"1.0"),
+        (b"1", b"10e-1"),
+        (b"1e2", b"100"),
+        (b"1E+2", b"0.1e3"),
+        (b"0", b"-0.00e7"),
+        (b"-1.50", b"-1.5"),
+        (b"0.001", b"1e-3"),
+        (b"[1.0, 2]", b"[1, 2.0]"),
+        (b"1" + b"0" * 10_000, b"1e10000"),
+        (b"1e99999999999999999999", b"10e99999999999999999998"),
+    ],
+)
+def test_by_value_one_number_has_one_digest(one, other):
+    """However it is written, and however large it is."""
+    assert json_digest(one, by_value=True) is not None
+    assert json_digest(one, by_value=True) == json_digest(other, by_value=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b"9007199254740993", b"9007199254740992"),
+        (b"0.1", b"0.10000000000000000001"),
+        (b"1", b"-1"),
+        (b"10", b"1"),
+        (b"0.01", b"0.1"),
+        (b"1", b'"1"'),
+        (b"1", b"true"),
+        (b"null", b"0"),
+        (b"1", b'{"number":"1e0"}'),
+        (b'{"a":null}', b"{}"),
+    ],
+)
+def test_by_value_nothing_is_rounded(one, other):
+    """Different numbers differ, in the last digit too, and no value imitates another."""
+    assert json_digest(one, by_value=True) is not None
+    assert json_digest(one, by_value=True) != json_digest(other, by_value=True)
+
+
+def test_an_exponent_of_ten_thousand_digits_has_no_digest():
+    """It is compared as it is written, like what is not JSON."""
+    assert json_digest(b"1e" + b"9" * 10_000, by_value=True) is None

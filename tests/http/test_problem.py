@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-from idempotency._http.problem import DRAFT, check_docs, problem_response
+from idempotency._http.codec import StoredResponse
+from idempotency._http.problem import DRAFT, check_docs, describe, problem_response
+from idempotency._rules import InProgress
 from idempotency.errors import (
+    BodyInvalidError,
     CallerUnknownError,
     ConfigurationError,
     IdempotencyError,
@@ -24,6 +27,11 @@ from idempotency.errors import (
 )
 
 DOCS = "https://api.example/docs/idempotency"
+
+
+def answer(error: IdempotencyError) -> StoredResponse:
+    """Write the problem document of an error."""
+    return problem_response(describe(error, docs=DOCS))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +52,7 @@ DOCS = "https://api.example/docs/idempotency"
 )
 def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, safe_new_key):
     """Rows 40, 41, 43, 45 and 49: status, documentation URL, and members to branch on."""
-    response = problem_response(error, docs=DOCS)
+    response = answer(error)
 
     problem = json.loads(response.body)
     detail = problem.pop("detail")
@@ -56,6 +64,8 @@ def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, saf
         "code": code,
         "retryable": retryable,
         "safe_new_key": safe_new_key,
+        **({"retry_after": 1} if retryable else {}),
+        **({"lease_left": 0} if code == "in-progress" else {}),
     }
     assert detail.endswith(".")
     assert detail != type(error).title
@@ -63,38 +73,83 @@ def test_every_error_is_a_problem_of_its_own(error, status, code, retryable, saf
 
 def test_the_headers_of_a_problem():
     """Rows 41 and 42: the media type, a Link to the documentation, and nothing a cache may keep."""
-    response = problem_response(KeyReusedError(), docs=DOCS)
+    response = answer(KeyReusedError())
 
     assert list(response.headers) == [
         (b"content-type", b"application/problem+json"),
         (b"content-language", b"en"),
         (b"cache-control", b"no-store"),
         (b"link", b'<https://api.example/docs/idempotency>; rel="describedby"; type="text/html"'),
+        (b"stripe-should-retry", b"false"),
+        (b"x-should-retry", b"false"),
         (b"content-length", str(len(response.body)).encode()),
     ]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0.0, 1), (-3.0, 1), (0.2, 1), (1.0, 1), (1.001, 2), (29.4, 30), (30, 30)]
+    ("running", "retry_after", "lease_left"),
+    [
+        (InProgress(30.0), b"1", 30),
+        (InProgress(28.4, age=1.6), b"2", 29),
+        (InProgress(22.001, age=7.999), b"5", 23),
+        (InProgress(0.0), b"1", 0),
+    ],
 )
-def test_the_time_left_is_told_in_whole_seconds(seconds, told):
-    """Row 46: Retry-After is rounded up, so that the retry does not come too early, and never zero."""
-    response = problem_response(InProgressError(), docs=DOCS, retry_after=seconds)
+def test_the_times_of_a_running_operation_are_whole_seconds(running, retry_after, lease_left):
+    """Row 46: both are rounded up, so that the retry does not come too early."""
+    response = answer(InProgressError.of(running))
 
-    assert dict(response.headers)[b"retry-after"] == str(told).encode()
-    assert json.loads(response.body)["retry_after"] == told
+    problem = json.loads(response.body)
+    assert dict(response.headers)[b"retry-after"] == retry_after
+    assert (problem["retry_after"], problem["lease_left"]) == (int(retry_after), lease_left)
 
 
-def test_no_time_is_told_where_none_is_known():
-    """Row 47: nothing invites to repeat a request that needs correction."""
-    response = problem_response(KeyReusedError(), docs=DOCS)
+def test_a_failing_store_is_asked_again_after_a_second():
+    """There is no lease of which to say the rest."""
+    response = answer(StoreError())
 
-    assert b"retry-after" not in dict(response.headers)
-    assert "retry_after" not in json.loads(response.body)
+    problem = json.loads(response.body)
+    assert dict(response.headers)[b"retry-after"] == b"1"
+    assert (problem["retry_after"], "lease_left" in problem) == (1, False)
+
+
+ERRORS = [
+    KeyMissingError,
+    KeyInvalidError,
+    BodyInvalidError,
+    RequestTooLargeError,
+    InProgressError,
+    KeyReusedError,
+    OutcomeUnknownError,
+    NotReplayableError,
+    UnreadableError,
+    StoreError,
+    StoreRefusedError,
+]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_answer_says_when_to_retry_or_that_it_is_in_vain(kind):
+    """Row 47: what is not retryable has no Retry-After, and the fields that clients obey who retry each 409 and 5xx."""
+    response = answer(kind())
+
+    headers = dict(response.headers)
+    in_vain = (headers.get(b"stripe-should-retry"), headers.get(b"x-should-retry"))
+    assert (b"retry-after" in headers, in_vain) == (
+        (True, (None, None)) if kind.retryable else (False, (b"false", b"false"))
+    )
+    assert ("retry_after" in json.loads(response.body)) is kind.retryable
+
+
+def test_no_text_says_that_an_operation_did_not_start_or_advises_a_key_that_is_not_safe():
+    """A 503 may follow a commit, and the first request of a reused key may have had its effect."""
+    assert "not started" not in detail_of(StoreError())
+    assert "in addition to that of the first" in detail_of(KeyReusedError())
+    assert not KeyReusedError.safe_new_key
 
 
 def detail_of(error: IdempotencyError) -> str:
-    detail: str = json.loads(problem_response(error, docs=DOCS).body)["detail"]
+    detail: str = json.loads(answer(error).body)["detail"]
     return detail
 
 
@@ -110,7 +165,7 @@ def test_a_refused_request_is_told_why():
 )
 def test_no_other_message_leaves_the_server(kind):
     """Row 54: an error's own text may name a server, a password or a key."""
-    response = problem_response(kind("redis://user:hunter2@10.0.0.1"), docs=DOCS)
+    response = answer(kind("redis://user:hunter2@10.0.0.1"))
 
     assert b"hunter2" not in response.body
 

@@ -25,6 +25,7 @@ from idempotency._rules import (
     judge_row,
     judge_superseded,
     judge_with_releases,
+    pause,
     record_id,
     superseded_again,
     takes_over,
@@ -102,6 +103,35 @@ def test_owner_is_told(record: Record, told: Verdict) -> None:
 def test_duplicate_of_a_lease_that_ended_since_the_store_looked(left: float, hold: bool, told: Verdict) -> None:
     """The next claim takes over what nobody holds; until then its operation may still be running."""
     assert judge(a_claim(hold=hold), replace(LAPSED, lease_left=left)) == told
+
+
+def test_the_remaining_lease_is_at_most_that_of_the_claim() -> None:
+    """After the clock of the store was set back by an hour, no duplicate waits for an hour."""
+    assert judge(a_claim(), replace(LIVE, lease_left=3606.0)) == InProgress(30.0)
+
+
+@pytest.mark.parametrize(
+    ("age", "lease_left", "seconds"),
+    [
+        (0.0, 30.0, 1.0),
+        (0.8, 29.0, 1.0),
+        (2.5, 27.5, 2.5),
+        (5.0, 25.0, 5.0),
+        (3600.0, 30.0, 5.0),
+        (-3600.0, 30.0, 1.0),
+        (28.0, 2.0, 2.0),
+        (29.9, 0.1, 1.0),
+        (0.0, 0.0, 1.0),
+    ],
+)
+def test_a_caller_asks_again_after_as_long_as_the_operation_has_taken(
+    age: float, lease_left: float, seconds: float
+) -> None:
+    """Not sooner than after a second, not later than after five, and when the lease ends."""
+    running = judge(a_claim(), replace(LIVE, lease_left=lease_left, age=age))
+
+    assert isinstance(running, InProgress)
+    assert pause(running) == seconds
 
 
 @pytest.mark.parametrize(

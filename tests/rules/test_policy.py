@@ -25,6 +25,7 @@ def test_defaults() -> None:
     assert (policy.on_crash, policy.on_store_error, policy.fingerprint) == ("rerun", "fail_closed", "raw")
     assert (policy.max_request, policy.max_response) == (1073741824, 1048576)
     assert dict(policy.outcomes) == {}
+    assert (policy.mismatch_status, policy.in_progress_status, policy.key_per_path) == (422, 409, False)
 
 
 @pytest.mark.parametrize("name", ["ttl", "lease", "wait"])
@@ -54,6 +55,13 @@ def test_durations(name: str, value: float | timedelta, seconds: float) -> None:
         ({"ttl": "60"}, "ttl must be seconds or a timedelta, not '60'"),
         ({"wait": None}, "wait must be seconds or a timedelta, not None"),
         ({"lease": True}, "lease must be seconds or a timedelta, not True"),
+        ({"mismatch_status": 399}, "mismatch_status must be a status from 400 to 599, not 399"),
+        ({"mismatch_status": 200}, "not 200"),
+        ({"mismatch_status": True}, "not True"),
+        ({"in_progress_status": 600}, "in_progress_status must be a status from 400 to 599, not 600"),
+        ({"in_progress_status": "409"}, "not '409'"),
+        ({"in_progress_status": 409.0}, "not 409.0"),
+        ({"key_per_path": 1}, "key_per_path must be True or False, not 1"),
         ({"max_request": -1}, "-1"),
         ({"max_response": -2}, "-2"),
         ({"methods": "POST"}, "methods must be a set of names, not 'POST'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import assert_type
 
@@ -9,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from idempotency import IdempotencyMiddleware, Policy, current, open_store
+from idempotency import IdempotencyMiddleware, Policy, Problem, Profile, current, open_store
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.events import Event, EventKind
 from idempotency.operation import Operation
@@ -67,6 +68,15 @@ async def create_order(request: Request) -> Response:
     return JSONResponse({"attempt": operation.attempt}, 201)
 
 
+def to_json(problem: Problem) -> dict[str, str]:
+    assert_type(problem.key, str | None)
+    return {"code": problem.code}
+
+
+def to_xml(problem: Problem) -> tuple[int, dict[str, str], str]:
+    return problem.status, {"Content-Type": "application/xml"}, "<error/>"
+
+
 app = Starlette()
 app.add_middleware(IdempotencyMiddleware, store="redis://localhost:6379")
 app.add_middleware(
@@ -81,6 +91,9 @@ app.add_middleware(
 )
 app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), scope=tenant_of)
 app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), scope="authorization", unknown_credentials="refuse")
+app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), scope=tenant_of, error=to_json, echo_key=True)
+app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), error=to_xml, profile=Profile.acp)
+app.add_middleware(IdempotencyMiddleware, store=MemoryStore(), profile=replace(Profile.stripe, policy=careful))
 app.add_middleware(IdempotencyMiddleware, store=SQLStore.from_url("sqlite+aiosqlite:///orders.db"), scope=None)
 app.add_middleware(IdempotencyMiddleware, store=RedisStore.from_url("redis://localhost"))
 
