@@ -9,6 +9,7 @@ from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
 from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
+from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
@@ -20,17 +21,16 @@ from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
+from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
-from idempotency._signature import is_async
 from idempotency.errors import (
     BodyInvalidError,
     CallerUnknownError,
-    ConfigurationError,
     IdempotencyError,
     KeyInvalidError,
     KeyMissingError,
@@ -110,12 +110,9 @@ class IdempotencyMiddleware:
         profile: Profile | None = None,
         on_event: EventHook = log_event,
     ) -> None:
-        if not callable(on_event):
-            raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
+        check_callable("on_event", on_event)
         self.app = app
         own = choose(profile, error, echo_key, policy)
-        if own.error is not None and is_async(own.error):
-            raise ConfigurationError("error must be an ordinary function: it is not awaited")
         self._options = check_options(
             scope,
             unknown_credentials,
@@ -273,7 +270,11 @@ class _Exchange:
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._state.share()
-        outcome = self._lease.operation.outcome_after(self._policy.outcome_of_status(status))
+        chosen = outcome_of_response(self._policy, status, headers, body, self._scope, self._middleware.app)
+        operation = self._lease.operation
+        outcome = operation.outcome_after(chosen)
+        if outcome == "store" and is_brief(operation, status):
+            self._lease.shorten(REFUSAL)
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.

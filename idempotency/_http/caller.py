@@ -152,4 +152,10 @@ def scope_text(value: str | bytes | int | None, secret: bytes | None) -> str:
 
 def path_scope(caller: str, path: str) -> str:
     """Name a caller on one path, for ``Policy.key_per_path``. ``caller`` is already a digest, keyed if need be."""
-    return "http:1:" + digest(b"path:1:", (caller.encode(), path.encode("utf-8", "surrogatepass")), None).hex()
+    known = "http:1:" if caller != ANONYMOUS else f"{ANONYMOUS}:"
+    return known + digest(b"path:1:", (caller.encode(), path.encode("utf-8", "surrogatepass")), None).hex()
+
+
+def is_anonymous(scope: str) -> bool:
+    """Return whether the caller in the scope of an operation is not known."""
+    return scope.startswith(ANONYMOUS)

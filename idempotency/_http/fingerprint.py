@@ -9,7 +9,6 @@ import struct
 from itertools import accumulate
 from typing import Any
 
-from idempotency._http.caller import ANONYMOUS as ANONYMOUS
 from idempotency._http.digest import digest
 from idempotency.errors import ConfigurationError
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from idempotency._hooks import check_callable
 from idempotency._http.caller import Credentials, CredentialScope, UnknownCredentials
 from idempotency._http.error_hook import FIELD_NAME, ErrorHook
 from idempotency._http.problem import check_docs
@@ -62,8 +63,8 @@ def check_options(
     header = header_name.lower().encode("ascii")
     if not isinstance(echo_key, bool):
         raise ConfigurationError(f"echo_key must be True or False, not {echo_key!r}")
-    if error is not None and not callable(error):
-        raise ConfigurationError(f"error must be callable, not {type(error).__name__}")
+    if error is not None:
+        check_callable("error", error)
     return Options(
         caller=scope if scope is None or callable(scope) else Credentials(scope, secret, header, unknown_credentials),
         secret=secret,
