@@ -13,7 +13,7 @@ from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
 from idempotency._http.body import Body, DisconnectedError, Receive, Send, read_body
 from idempotency._http.capture import ResponseCapture, send_response
-from idempotency._http.codec import Headers, StoredResponse, encode_response
+from idempotency._http.codec import StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of
 from idempotency._http.exit_stacks import ExitStacks
@@ -23,6 +23,7 @@ from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
 from idempotency._http.problem import DRAFT, problem_response
+from idempotency._http.recorded_headers import Headers, replayed_headers
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
@@ -288,7 +289,7 @@ class _Exchange:
             self._lease = self._middleware._new_lease(claim, verdict.attempt, self._name(), claimed_at, policy)
             await self._execute(self._lease.operation, body.receive(self._receive))
         else:
-            await send_response(self._send, self._answer(verdict))
+            await send_response(self._send, await self._answer(verdict))
 
     def _wait(self) -> float:
         cap = self._policy.wait
@@ -336,7 +337,7 @@ class _Exchange:
             if not self._lease.ended:
                 await self._failed(error)
             raise
-        return None if verdict is None else self._answer(verdict)
+        return None if verdict is None else await self._answer(verdict)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
@@ -354,12 +355,12 @@ class _Exchange:
         finally:
             own.leave()
 
-    def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer, retry_after = answer_of(verdict)
+    async def _answer(self, verdict: Known) -> StoredResponse:
+        kind, answer, retry_after = await answer_of(verdict, self._scope["headers"], self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer, retry_after)
         self._emit(kind)
-        return StoredResponse(answer.status, [*answer.headers, self._options.replayed], answer.body)
+        return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
     async def _refuse(self, kind: EventKind, error: IdempotencyError, retry_after: float | None = None) -> None:
         await send_response(self._send, self._problem(kind, error, retry_after))
