@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import zlib
 
 import pytest
@@ -91,6 +92,7 @@ async def test_a_response_is_decoded_where_its_coding_is_not_accepted(accept, de
         (b"deflate, gzip", gzip.compress(zlib.compress(TEXT))),
         (b"identity, gzip", gzip.compress(TEXT)),
     ],
+    ids=itertools.count(),
 )
 async def test_what_the_standard_library_knows_is_decoded(coding, body):
     """Gzip, also of several members, and deflate, with its header and without; one inside another."""
@@ -124,6 +126,7 @@ async def test_codings_that_are_accepted_stay():
         (b"gzip", gzip.compress(bytes(16 * 2000 + 1)), b"identity"),
         (b"deflate", zlib.compress(bytes(16 * 2000 + 1)), b"identity"),
     ],
+    ids=itertools.count(),
 )
 async def test_what_cannot_be_sent_in_an_accepted_coding_is_completed_and_not_replayable(coding, body, accept):
     """The coding is unknown, the body is not in it or grows over its bound, or the client accepts no other."""

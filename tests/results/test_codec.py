@@ -100,11 +100,47 @@ class Opaque:
     pass
 
 
+class Days(timedelta):
+    pass
+
+
+class Text(str):
+    __slots__ = ()
+
+
+@dataclass
+class Interval:
+    """What other libraries call a time span: it has the attributes of a timedelta."""
+
+    days: int
+    seconds: int = 0
+    microseconds: int = 0
+
+
+@dataclass
+class Rounded:
+    amount: Decimal
+
+    def __post_init__(self) -> None:
+        self.amount = self.amount.normalize()
+
+
+class Loose(BaseModel):
+    data: Any
+
+
 def paid() -> Status:
     """Make a status that its own fields do not tell."""
     status = Status(1)
     status.state = "paid"
     return status
+
+
+def unrounded() -> Rounded:
+    """Make an amount that comes back equal, but with other digits."""
+    rounded = Rounded(Decimal("1.10"))
+    rounded.amount = Decimal("1.10")
+    return rounded
 
 
 def returning(annotation: Any) -> Any:
@@ -200,6 +236,12 @@ def test_what_went_in_comes_back(annotation: Any, value: Any) -> None:
         (Cents, Cents(5)),
         (float, 2**53 + 1),
         (None, 0),
+        (timedelta, Days(1)),
+        (timedelta, Interval(1)),
+        (Rounded, unrounded()),
+        (Loose, Loose(data=Colour)),
+        (Loose, Loose(data=Text("a"))),
+        (Loose, Loose(data=NOW)),
     ],
 )
 def test_what_would_not_come_back_is_not_kept(annotation: Any, value: Any) -> None:
