@@ -49,15 +49,29 @@ def shape_of(annotation: Any, where: str) -> Shape:
     return _Finder(where).find(annotation)
 
 
+class UnnamedTypeError(TypeError):
+    """A value is not plain JSON, and no annotation names its type, which is ``kind``."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(f"{kind.__qualname__} is no plain JSON value, and no annotation names it")
+        self.kind = kind
+
+
 def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is dict:
-        return {_exactly(str)(key): _plain(each) for key, each in value.items()}
+        return {_plain_key(key): _plain(each) for key, each in value.items()}
     if kind is list:
         return [_plain(each) for each in value]
     if kind not in _PLAIN:
-        raise TypeError(f"{kind.__name__} is no plain JSON value")
+        raise UnnamedTypeError(kind)
     return value
+
+
+def _plain_key(key: Any) -> str:
+    if type(key) is not str:
+        raise UnnamedTypeError(type(key))
+    return key
 
 
 PLAIN = Shape(_plain, _plain)
