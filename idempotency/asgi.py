@@ -13,7 +13,7 @@ from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
-from idempotency._http.codec import Headers, StoredResponse, encode_response
+from idempotency._http.codec import StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
@@ -24,6 +24,7 @@ from idempotency._http.options import CallerScope, check_options, require_starle
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
+from idempotency._http.recorded_headers import Headers, replayed_headers
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
@@ -114,15 +115,7 @@ class IdempotencyMiddleware:
         self.app = app
         own = choose(profile, error, echo_key, policy)
         self._options = check_options(
-            scope,
-            unknown_credentials,
-            secret,
-            header_name,
-            replayed_header,
-            strict,
-            docs,
-            own.error,
-            own.echo_key,
+            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own.error, own.echo_key
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
@@ -243,7 +236,7 @@ class _Exchange:
             self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
             await self._execute(self._lease.operation, self._request.receive())
         else:
-            await send_response(self._send, self._answer(verdict))
+            await send_response(self._send, await self._answer(verdict))
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
@@ -288,7 +281,7 @@ class _Exchange:
             if not self._lease.ended:
                 await self._failed(error)
             raise
-        return None if verdict is None else self._answer(verdict)
+        return None if verdict is None else await self._answer(verdict)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
@@ -306,12 +299,12 @@ class _Exchange:
         finally:
             own.leave()
 
-    def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer = answer_of(verdict)
+    async def _answer(self, verdict: Known) -> StoredResponse:
+        kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
         self._emit(kind)
-        return StoredResponse(answer.status, [*answer.headers, self._options.replayed], answer.body)
+        return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
     async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
         await send_response(self._send, self._problem(kind, error))

@@ -7,7 +7,9 @@ logic in this file; the times of an error in progress are those of :mod:`idempot
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from idempotency._rules import InProgress, pause
 
@@ -129,8 +131,18 @@ class NotReplayableError(IdempotencyError):
 
 
 class RecordedFailureError(IdempotencyError):
-    """The operation failed, and by policy its failure is the recorded result; the message names the exception."""
+    """The operation failed, and by policy its failure is the recorded result. The text names the exception's class.
 
+    Branch on ``type``, the name of the class, such as ``"shop.CardDeclined"`` or ``"ValueError"``: the class itself may
+    not exist any more, so the exception is not raised again. ``message`` is its text, ``arguments`` its ``args``, and
+    ``attributes`` its attributes without a leading underscore. They are empty where they were not JSON values, or over
+    16 KiB in all. A record of an earlier format has the ``type`` only.
+    """
+
+    type: str = ""
+    message: str = ""
+    arguments: tuple[Any, ...] = ()
+    attributes: Mapping[str, Any] = MappingProxyType({})
     code = "recorded-failure"
     title = "The operation with this Idempotency-Key failed; the failure is recorded"
 

@@ -56,9 +56,11 @@ def idempotent(
     ``policy``: its ``ttl``, ``lease``, ``wait``, ``on_crash``, ``on_store_error``, ``outcomes`` by exception class, and
     ``max_response`` apply.
     ``codec``: a :class:`Codec`, which turns the result into bytes and back. Default: by the annotation of what the
-    function returns: JSON values, dataclasses, pydantic models, datetime, Decimal, UUID, Enum, bytes. A result that
-    cannot be recorded is returned to the first call; later calls raise
-    :class:`~idempotency.errors.NotReplayableError`.
+    function returns: JSON values, dataclasses, pydantic models, datetime, Decimal, UUID, Enum, bytes. Where no
+    annotation names a type, as in ``Any``, only JSON values can be recorded: the first call that returns another type
+    raises :class:`~idempotency.errors.ConfigurationError`. Without ``session`` the effect has happened then, and the
+    key is completed. A result that is not what the annotation says, or cannot be recorded because of its data, is
+    returned to the first call; later calls raise :class:`~idempotency.errors.NotReplayableError`.
     ``session``: a sessionmaker on the database of ``store``, an SQLStore. The function's effect and its record are
     then one transaction. The function gets its session as keyword ``session`` if it has that parameter, and as
     ``current().session``. It does not commit the session.
@@ -81,6 +83,7 @@ def idempotent(
             policy=policy,
             results=results_of(function, codec),
             on_event=on_event,
+            result_is_needed=True,
         )
         asynchronous = is_async(function)
         run = runner_of(asynchronous, store, calls, session, lock_timeout)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from idempotency._hooks import check_callable
+from idempotency._results.by_annotation import UnnamedTypeError
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency._signature import close_unused
@@ -46,13 +47,18 @@ Ended = Ran | Raised | Known
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """What all calls of one decorated function share. ``name`` is its name in events."""
+    """What all calls of one decorated function share. ``name`` is its name in events.
+
+    ``result_is_needed``: whether a call that returns a type which no annotation names is refused. The result of a
+    function is all that a later call gets; that of a consumer is for replies.
+    """
 
     name: str
     scope: str
     policy: Policy
     results: Results
     on_event: EventHook
+    result_is_needed: bool = False
 
     def __post_init__(self) -> None:
         check_callable("on_event", self.on_event)
@@ -86,14 +92,24 @@ class Calls:
         """Deliver one event."""
         emit_event(self.on_event, kind, self.name, claim, attempt, error)
 
-    def encode(self, value: Any) -> tuple[bytes | None, str]:
+    def encode(self, value: Any, consequence: str) -> tuple[bytes | None, str]:
         """Encode a result. If it cannot be recorded, return None and the name of the reason.
 
-        The effect has happened, so the call must not fail any more because of what the function returned.
+        The effect has happened, so the call does not fail any more because of the data that the function returned.
+
+        Raises :class:`~idempotency.errors.ConfigurationError` where the result is needed, and the code is at fault: it
+        names no type, and returns one that has to be named. Otherwise only the later calls would show that.
+        ``consequence`` is what the error says about the effect.
         """
         try:
             result = self.results.encode(value)
         except Exception as error:
+            if self.result_is_needed and isinstance(error, UnnamedTypeError):
+                kind = error.kind.__qualname__
+                raise ConfigurationError(
+                    f"{self.name} returned a {kind}, which its annotation does not name, so that its result cannot be "
+                    f"recorded: annotate what it returns, such as -> {kind}, or give codec=. {consequence}"
+                ) from error
             return None, type(error).__name__
         return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")
 

@@ -29,6 +29,9 @@ from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Outcome, Policy
 
+ROLLED_BACK = "The effect is rolled back."
+"""What an error says about the effect of a joined call."""
+
 
 class Joined:
     """The calls of one asynchronous function."""
@@ -141,8 +144,8 @@ class JoinedCall:
             await self._transaction.roll_back()
             self._emit("released")
             return Ran(value)
-        result, flaw = self._calls.encode(value)
         try:
+            result, flaw = self._calls.encode(value, ROLLED_BACK)
             if not await self._transaction.commit(result):
                 # The row is locked, so that only the operation itself can have ended the transaction.
                 raise TransactionError(SESSION_ENDED)
@@ -222,9 +225,12 @@ def is_intact(savepoint: SessionTransaction | None) -> TypeGuard[SessionTransact
 
 
 def outcome_of_failed_commit(operation: Operation, policy: Policy, error: Exception) -> Outcome:
-    """Return the outcome when the commit failed. A transient failure is not stored as the result."""
-    transient = isinstance(error, StoreError)
-    return operation.outcome_after("release" if transient else policy.outcome_of_exception(error))
+    """Return the outcome when the result was refused, or the commit failed.
+
+    A transient failure, or one that another annotation mends, is not stored as the result.
+    """
+    passes = isinstance(error, StoreError | ConfigurationError)
+    return operation.outcome_after("release" if passes else policy.outcome_of_exception(error))
 
 
 def recorded_as(outcome: Outcome, error: BaseException) -> tuple[bytes | None, State]:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.joined import (
+    ROLLED_BACK,
     classify_failure,
     is_intact,
     outcome_of_failed_commit,
@@ -129,8 +130,8 @@ class SyncJoinedCall:
             self._transaction.roll_back()
             self._emit("released")
             return Ran(value)
-        result, flaw = self._calls.encode(value)
         try:
+            result, flaw = self._calls.encode(value, ROLLED_BACK)
             if not self._transaction.commit(result):
                 # The row is locked, so that only the operation itself can have ended the transaction.
                 raise TransactionError(SESSION_ENDED)

@@ -12,9 +12,12 @@ from idempotency._engine.lease import Lease
 from idempotency._engine.runner import Runner
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute
-from idempotency.errors import StoreError, WaitFailedError
+from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation
 from idempotency.stores.base import Store
+
+HAPPENED = "The effect has happened, and the key is completed without a result."
+"""What an error says about the effect of a leased call."""
 
 
 class Leased:
@@ -67,9 +70,15 @@ class Leased:
             raise
         else:
             outcome = operation.outcome_after("store")
-            result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
+            ended: Ran | Raised = Ran(value)
+            result, flaw = None, ""
+            try:
+                if outcome == "store":
+                    result, flaw = self._calls.encode(value, HAPPENED)
+            except ConfigurationError as error:
+                ended, flaw = Raised(error, outcome), type(error).__name__
             known = await lease.end(outcome, result, flaw)
-            return Ran(value) if known is None else known
+            return ended if known is None else known
         finally:
             RUNNING.reset(token)
             lease.stop()

@@ -7,10 +7,11 @@ from typing import Any
 
 from idempotency._engine.calls import Calls, Ended, Raised, Ran
 from idempotency._engine.lease_sync import SyncLease
+from idempotency._engine.leased import HAPPENED
 from idempotency._engine.runner_sync import SyncRunner
 from idempotency._results.codec import encode_failure
 from idempotency._rules import Claim, Execute
-from idempotency.errors import StoreError, WaitFailedError
+from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
 from idempotency.operation import RUNNING, Operation
 from idempotency.stores.base import SyncStore
 
@@ -52,9 +53,15 @@ class SyncLeased:
             raise
         else:
             outcome = operation.outcome_after("store")
-            result, flaw = self._calls.encode(value) if outcome == "store" else (None, "")
+            ended: Ran | Raised = Ran(value)
+            result, flaw = None, ""
+            try:
+                if outcome == "store":
+                    result, flaw = self._calls.encode(value, HAPPENED)
+            except ConfigurationError as error:
+                ended, flaw = Raised(error, outcome), type(error).__name__
             known = lease.end(outcome, result, flaw)
-            return Ran(value) if known is None else known
+            return ended if known is None else known
         finally:
             RUNNING.reset(token)
             lease.stop()

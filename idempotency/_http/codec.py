@@ -15,57 +15,17 @@ The lengths account for every byte of a record, so a record that was cut or exte
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from idempotency._http.recorded_headers import Headers, recorded_headers
 from idempotency.errors import UnreadableError
-
-Headers = Sequence[tuple[bytes, bytes]]
-"""Raw header pairs in order, repeats included."""
 
 VERSION = 1
 
 _DAMAGED = "The recorded response is damaged."
 
 _PREFIX = struct.Struct(">BHII")
-
-DROPPED = frozenset(
-    {
-        # They belong to one connection (RFC 9110 section 7.6.1). The fields that Connection lists are dropped as well.
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authentication-info",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        # The time at which the message was made: the server dates the replay itself (RFC 9110 section 6.6.1).
-        b"date",
-        # A replay, perhaps after a logout, must not restore the session of the first request (RFC 6265).
-        b"set-cookie",
-        # They answer the Origin of the first request (Fetch standard, section 3.2). The outer CORS middleware answers
-        # the present one.
-        b"access-control-allow-credentials",
-        b"access-control-allow-headers",
-        b"access-control-allow-methods",
-        b"access-control-allow-origin",
-        b"access-control-allow-private-network",
-        b"access-control-expose-headers",
-        b"access-control-max-age",
-        # They belong to one request and its trace (W3C Trace Context, Baggage, Server Timing).
-        b"baggage",
-        b"server-timing",
-        b"traceparent",
-        b"traceresponse",
-        b"tracestate",
-        b"x-correlation-id",
-        b"x-request-id",
-    }
-)
-"""The header fields, in lower case, that are not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +37,8 @@ class StoredResponse:
     body: bytes
 
 
-def recorded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Select the header pairs that are recorded: all but :data:`DROPPED` and the fields that Connection lists."""
-    dropped = DROPPED
-    pairs: list[tuple[bytes, bytes]] = []
-    for field, content in headers:
-        name, value = bytes(field), bytes(content)
-        lower = name.lower()
-        if lower not in DROPPED:
-            pairs.append((name, value))
-        elif lower == b"connection":
-            dropped |= {option.strip(b" \t").lower() for option in value.split(b",")}
-    return pairs if dropped is DROPPED else [pair for pair in pairs if pair[0].lower() not in dropped]
-
-
 def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """Write a response, with its :func:`recorded_headers`, as a record of version 1."""
+    """Write a response, with the headers that are part of its result, as a record of version 1."""
     texts = [text for pair in recorded_headers(headers) for text in pair]
     head = struct.pack(f">BHII{len(texts)}I", VERSION, status, len(texts) // 2, len(body), *map(len, texts))
     return b"".join((head, *texts, body))

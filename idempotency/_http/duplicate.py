@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import assert_never
 
 from idempotency._http.codec import StoredResponse, decode_response
+from idempotency._http.content_coding import GROWTH, decoded, is_acceptable
 from idempotency._http.problem import IN_VAIN
+from idempotency._http.recorded_headers import Headers
 from idempotency._rules import Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency.errors import (
     IdempotencyError,
@@ -19,7 +22,9 @@ from idempotency.events import EventKind
 from idempotency.policy import Policy
 
 
-def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyError]:
+async def answer_of(
+    verdict: Known, request_headers: Headers, max_response: int
+) -> tuple[EventKind, StoredResponse | IdempotencyError]:
     """Return the event of a verdict, and the recorded response or the error to answer with.
 
     The status and the title of each answer are those of its error, see :mod:`idempotency.errors`.
@@ -27,9 +32,15 @@ def answer_of(verdict: Known) -> tuple[EventKind, StoredResponse | IdempotencyEr
     match verdict:
         case Replay(result):
             try:
-                return "replayed", _final(decode_response(result))
+                response = decode_response(result)
+                if not is_acceptable(response, request_headers):
+                    # In a thread: decoding a large body would block the event loop.
+                    response = await asyncio.to_thread(decoded, response, request_headers, GROWTH * max_response)
+                return "replayed", _final(response)
             except UnreadableError as error:
                 return "unreadable", error
+            except NotReplayableError as error:
+                return "completed", error
         case Completed():
             return "completed", NotReplayableError()
         case InProgress():

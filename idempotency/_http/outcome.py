@@ -8,8 +8,8 @@ from traceback import format_tb
 from typing import Any, get_args
 
 from idempotency._hooks import is_coroutine
-from idempotency._http.codec import Headers
 from idempotency._http.caller import is_anonymous
+from idempotency._http.recorded_headers import Headers
 from idempotency._http.unrouted import is_unrouted
 from idempotency.operation import Operation
 from idempotency.policy import Outcome, OutcomeRule, Policy

@@ -7,7 +7,6 @@ import dataclasses
 import enum
 import inspect
 import json
-import sys
 import types
 import uuid
 from collections.abc import Callable, Iterable
@@ -17,6 +16,9 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from idempotency._results.compare import is_pydantic, same
+from idempotency._results.models import read_model, write_model
+from idempotency._results.times import read_time, write_time
 from idempotency.errors import ConfigurationError
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -47,15 +49,29 @@ def shape_of(annotation: Any, where: str) -> Shape:
     return _Finder(where).find(annotation)
 
 
+class UnnamedTypeError(TypeError):
+    """A value is not plain JSON, and no annotation names its type, which is ``kind``."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(f"{kind.__qualname__} is no plain JSON value, and no annotation names it")
+        self.kind = kind
+
+
 def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is dict:
-        return {_exactly(str)(key): _plain(each) for key, each in value.items()}
+        return {_plain_key(key): _plain(each) for key, each in value.items()}
     if kind is list:
         return [_plain(each) for each in value]
     if kind not in _PLAIN:
-        raise TypeError(f"{kind.__name__} is no plain JSON value")
+        raise UnnamedTypeError(kind)
     return value
+
+
+def _plain_key(key: Any) -> str:
+    if type(key) is not str:
+        raise UnnamedTypeError(type(key))
+    return key
 
 
 PLAIN = Shape(_plain, _plain)
@@ -86,6 +102,15 @@ def _by_text(kind: Any, write: Callable[[Any], str], read: Callable[[str], Any])
     return Shape(lambda value: write(check(value)), lambda found: read(text(found)))
 
 
+def _time(kind: Any) -> Shape:
+    check = _exactly(kind)
+    return Shape(lambda value: write_time(check(value)), lambda found: read_time(kind, found))
+
+
+def _days(value: timedelta) -> list[int]:
+    return [value.days, value.seconds, value.microseconds]
+
+
 _SIMPLE: dict[Any, Shape] = {
     **{kind: Shape(_exactly(kind), _exactly(kind)) for kind in (type(None), bool, int, str)},
     None: Shape(_exactly(type(None)), _exactly(type(None))),
@@ -95,12 +120,10 @@ _SIMPLE: dict[Any, Shape] = {
     dict: PLAIN,
     list: PLAIN,
     bytes: _by_text(bytes, lambda value: base64.b64encode(value).decode(), base64.b64decode),
-    datetime: _by_text(datetime, datetime.isoformat, datetime.fromisoformat),
+    datetime: _time(datetime),
     date: _by_text(date, date.isoformat, date.fromisoformat),
-    time: _by_text(time, time.isoformat, time.fromisoformat),
-    timedelta: Shape(
-        lambda value: [value.days, value.seconds, value.microseconds], lambda found: timedelta(found[0], *found[1:])
-    ),
+    time: _time(time),
+    timedelta: Shape(lambda value: _days(_exactly(timedelta)(value)), lambda found: timedelta(*found)),
     Decimal: _by_text(Decimal, str, Decimal),
     uuid.UUID: _by_text(uuid.UUID, str, uuid.UUID),
 }
@@ -194,8 +217,9 @@ class _Finder:
         self._classes[kind] = Shape(lambda value: made[0].to_json(value), lambda found: made[0].from_json(found))
         if issubclass(kind, enum.Enum) and not issubclass(kind, enum.Flag):
             shape = _by_text(kind, lambda value: value.name, kind.__getitem__)
-        elif _is_pydantic(kind):
-            shape = _pydantic(kind)
+        elif is_pydantic(kind):
+            check = _exactly(kind)
+            shape = Shape(lambda value: write_model(check(value)), lambda found: read_model(kind, found))
         elif is_typeddict(kind):
             shape = self._typed_dict(kind)
         elif dataclasses.is_dataclass(kind):
@@ -225,8 +249,7 @@ class _Finder:
         def to_json(value: Any) -> Any:
             found = written(check(value))
             # Its __post_init__ may change the fields.
-            made = from_json({name: found[name] for name in given})
-            if any(getattr(made, name) != getattr(value, name) for name in fields):
+            if not same(from_json({name: found[name] for name in given}), value):
                 raise ValueError(f"{kind.__name__} does not come back as it was")
             return {name: found[name] for name in given}
 
@@ -269,25 +292,3 @@ def _numbered(shapes: list[tuple[int, Shape]], value: Any) -> list[Any]:
         with suppress(Exception):
             return [number, shape.to_json(value)]
     raise TypeError(f"{type(value).__name__} is not a member of the union")
-
-
-def _is_pydantic(kind: type) -> bool:
-    # If a function returns a pydantic model, pydantic is imported already.
-    pydantic = sys.modules.get("pydantic")
-    return pydantic is not None and issubclass(kind, pydantic.BaseModel)
-
-
-def _pydantic(kind: Any) -> Shape:
-    check = _exactly(kind)
-
-    def to_json(value: Any) -> Any:
-        found = json.loads(check(value).model_dump_json(by_alias=True))
-        # A model may have a serializer whose output its validators do not read back.
-        if from_json(found) != value:
-            raise ValueError(f"{kind.__name__} does not come back as it was")
-        return found
-
-    def from_json(found: Any) -> Any:
-        return kind.model_validate_json(json.dumps(found))
-
-    return Shape(to_json, from_json)

@@ -1,7 +1,8 @@
 """Encode the results of functions: versioned, explicit, and with nothing that could be executed.
 
 A record begins with its version and its kind, one byte each: ``j`` JSON, ``b`` raw bytes, ``c`` whatever the caller's
-own codec wrote, ``e`` the class name of the exception with which the operation failed for good. The rest is the value.
+own codec wrote, ``f`` the exception with which the operation failed for good, as JSON, ``e`` only the name of its
+class, as earlier releases wrote it. The rest is the value.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, Protocol, get_type_hints
 
 from idempotency._hooks import check_callable
 from idempotency._results.by_annotation import PLAIN, Shape, dump, load, shape_of
-from idempotency.errors import ConfigurationError, RecordedFailureError, UnreadableError
+from idempotency._results.failures import failure_named, name_of_failure, read_failure, write_failure
+from idempotency.errors import ConfigurationError, UnreadableError
 
 _VERSION = b"\x01"
-_JSON, _BYTES, _CUSTOM, _FAILURE = b"j", b"b", b"c", b"e"
+_JSON, _BYTES, _CUSTOM, _FAILURE, _NAME_OF_FAILURE = b"j", b"b", b"c", b"f", b"e"
 
 
 class Codec(Protocol):
@@ -51,11 +53,14 @@ class Results:
         :class:`~idempotency.errors.UnreadableError` when this function cannot have recorded it.
         """
         head, body = data[:2], data[2:]
+        if head == _VERSION + _NAME_OF_FAILURE:
+            raise failure_named(body.decode("utf-8", "replace"))
         if head == _VERSION + _FAILURE:
-            name = body.decode("utf-8", "replace")
-            raise RecordedFailureError(
-                f"The operation failed with {name}; the failure is recorded and not tried again."
-            )
+            try:
+                failure = read_failure(body)
+            except Exception as error:
+                raise UnreadableError("the recorded failure is damaged") from error
+            raise failure
         if head != _VERSION + self._kind:
             raise UnreadableError("the result is of another version or kind than this function records")
         try:
@@ -68,10 +73,12 @@ class Results:
 
 
 def encode_failure(error: BaseException) -> bytes:
-    """Encode that the operation failed for good. Only the exception's name is recorded: its text may be private."""
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return _VERSION + _FAILURE + name.encode("utf-8", "backslashreplace")
+    """Encode that the operation failed for good: the name of the exception's class, and what of it is data."""
+    try:
+        return _VERSION + _FAILURE + write_failure(error)
+    except Exception:
+        # The end of the operation has to be recorded, whatever the exception's own __str__ does.
+        return _VERSION + _NAME_OF_FAILURE + name_of_failure(error).encode("utf-8", "backslashreplace")
 
 
 def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Results:

@@ -10,6 +10,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -465,6 +467,68 @@ async def test_a_result_that_cannot_be_kept_is_returned() -> None:
         ("completed", ""),
         ("completed", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "kind"),
+    [
+        (None, Charge(1, 5), "Charge"),
+        (None, [{"at": datetime(2026, 1, 1)}], "datetime"),
+        (None, {1: "a"}, "int"),
+        (None, (1,), "tuple"),
+        (Any, Charge(1, 5), "Charge"),
+        (object, Decimal(1), "Decimal"),
+        (dict, {"a": Decimal(1)}, "Decimal"),
+        (dict[str, Any], {"a": b"x"}, "bytes"),
+        (list[Any] | None, [Charge(1, 5)], "Charge"),
+    ],
+)
+async def test_a_result_that_no_annotation_names_is_an_error_of_the_first_call(
+    annotation: Any, value: Any, kind: str
+) -> None:
+    """The error names function, type and remedy, and says that the effect has happened: the key is completed."""
+    events: list[tuple[str, str]] = []
+    runs: list[str] = []
+
+    def hook(event: Event, /) -> None:
+        events.append((event.kind, event.error))
+
+    async def charge():
+        runs.append("async")
+        return value
+
+    def refund():
+        runs.append("sync")
+        return value
+
+    if annotation is not None:
+        charge.__annotations__["return"] = refund.__annotations__["return"] = annotation
+    decorated = idempotent(MemoryStore(), key=lambda: "k", on_event=hook)
+    asynchronous, synchronous = decorated(charge), decorated(refund)
+
+    with pytest.raises(ConfigurationError, match=rf"charge returned a {kind}, .* -> {kind}, or give codec=.*happened"):
+        await asynchronous()
+    with pytest.raises(ConfigurationError, match=rf"refund returned a {kind}, .* -> {kind}, or give codec=.*happened"):
+        synchronous()
+    with pytest.raises(NotReplayableError):
+        await asynchronous()
+    with pytest.raises(NotReplayableError):
+        synchronous()
+    assert runs == ["async", "sync"]
+    assert events[:2] == [("stored-without-result", "ConfigurationError")] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), 10**5000, "x" * 11], ids=["nan", "number", "text"])
+async def test_data_that_cannot_be_recorded_is_returned_without_an_annotation(value: Any) -> None:
+    """NaN, an endless number and a long text are of a type that needs no annotation: the first call returns them."""
+
+    @idempotent(MemoryStore(), key=lambda: "k", policy=Policy(max_response=10))
+    async def work():
+        return value
+
+    assert await work() is value
+    with pytest.raises(NotReplayableError):
+        await work()
 
 
 def test_an_unreadable_record_is_not_repeated() -> None:

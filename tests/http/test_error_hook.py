@@ -208,7 +208,7 @@ async def _asynchronous(problem: Problem, more: int = 0) -> dict[str, str]:
 )
 def test_a_hook_that_cannot_work_is_refused_at_construction(hook: Any) -> None:
     """Nothing would await it, or it cannot be called."""
-    with pytest.raises(ConfigurationError, match="error must be"):
+    with pytest.raises(ConfigurationError, match="error must"):
         protect(Effects(), error=hook)
 
 

@@ -111,9 +111,30 @@ async def test_middleware_inside_and_outside(live: Live, prefix: str) -> None:
     assert len(live.bench.lines(effect=key)) == 1
 
 
-async def raw_post(client: httpx.AsyncClient, path: str, key: str) -> tuple[httpx.Response, bytes]:
+@over([("uvicorn-h11", 1, "redis"), ("uvicorn-httptools", 1, "redis")])
+@pytest.mark.parametrize("codings", [("gzip", "identity"), ("identity", "gzip")], ids=" then ".join)
+async def test_a_client_that_accepts_no_compression_gets_none_replayed(live: Live, codings: tuple[str, str]) -> None:
+    """Of one operation a client that accepts gzip gets a gzip body, or a plain one, and any other a plain one."""
+    key = new_key()
+
+    async with live.client() as client:
+        first, _ = await raw_post(client, "/gzip/document", key, codings[0])
+        retry, retry_bytes = await raw_post(client, "/gzip/document", key, codings[1])
+
+    assert first.headers.get("content-encoding") == ("gzip" if codings[0] == "gzip" else None)
+    assert "content-encoding" not in retry.headers
+    assert (retry.headers["idempotent-replayed"], retry.headers["vary"]) == ("true", "Accept-Encoding")
+    assert first.json() == retry.json()
+    assert int(retry.headers["content-length"]) == len(retry_bytes) > 8000
+    assert len(live.bench.lines(effect=key)) == 1
+
+
+async def raw_post(
+    client: httpx.AsyncClient, path: str, key: str, accept: str = "gzip"
+) -> tuple[httpx.Response, bytes]:
     """Send a request and return the response, and its body as it was on the wire."""
-    async with client.stream("POST", path, content=b"", headers=headers_of(key)) as streamed:
+    headers = {**headers_of(key), "accept-encoding": accept}
+    async with client.stream("POST", path, content=b"", headers=headers) as streamed:
         body = b"".join([chunk async for chunk in streamed.aiter_raw()])
     response: Any = httpx.Response(streamed.status_code, headers=streamed.headers, content=body)
     return response, body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -62,6 +63,20 @@ async def test_a_failure_for_good_is_a_dead_letter_at_once(outcome: Any, reason:
     assert again.reason == reason
     with pytest.raises(told):
         await handle({"id": "1"})
+    assert runs == [1]
+
+
+async def test_a_result_that_no_annotation_names_fails_no_message() -> None:
+    """The result of a consumer is for replies: the message is done, and a redelivery has no result."""
+    runs: list[int] = []
+
+    @idempotent_consumer(MemoryStore(), consumer="c", key=id_of)
+    async def handle(message: dict[str, Any]):
+        runs.append(1)
+        return Decimal(1)
+
+    assert await handle.deliver({"id": "1"}) == Done(Decimal(1))
+    assert await handle.deliver({"id": "1"}) == Replayed(None, kept=False)
     assert runs == [1]
 
 

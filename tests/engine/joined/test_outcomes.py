@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import text
 
 from idempotency import Policy, current, idempotent
 from idempotency.errors import (
+    ConfigurationError,
     NotReplayableError,
     OutcomeUnknownError,
     RecordedFailureError,
@@ -148,16 +150,69 @@ async def test_a_word_of_the_function_counts(ledger: Ledger) -> None:
 
 
 @asynchronous
+@pytest.mark.parametrize("outcomes", [{}, {ValueError: "store"}])
+async def test_a_result_that_no_annotation_names_is_refused_at_the_first_call(ledger: Ledger, outcomes: Any) -> None:
+    """The effect is rolled back, and the call runs once the function is annotated; no rule stores this failure."""
+    events: list[Event] = []
+    decorated = idempotent(
+        ledger.store,
+        key=lambda: "k",
+        name="order",
+        session=ledger.sessions,
+        policy=Policy(outcomes=outcomes),
+        on_event=events.append,
+    )
+
+    @decorated
+    async def order(session: Any):
+        await session.execute(ledger.insert("tea"))
+        return Decimal("1.10")
+
+    @decorated
+    async def annotated(session: Any) -> Decimal:
+        await session.execute(ledger.insert("tea"))
+        return Decimal("1.10")
+
+    with pytest.raises(ConfigurationError, match=r"order returned a Decimal.* -> Decimal, .* is rolled back"):
+        await order()
+    assert await ledger.effects() == []
+    assert await annotated() == await annotated() == Decimal("1.10")
+    assert await ledger.effects() == ["tea"]
+    assert [(event.kind, event.error) for event in events[:2]] == [("released", "ConfigurationError"), ("stored", "")]
+
+
+@synchronous
+def test_a_result_that_no_annotation_names_is_refused_at_the_first_call_in_threads(sync_ledger: Ledger) -> None:
+    """The effect is rolled back, unless the function says that it has had another one: then the key is unknown."""
+
+    @idempotent(sync_ledger.store, key=lambda held: f"{held}", session=sync_ledger.sessions)
+    def order(held: bool, session: Any):
+        session.execute(sync_ledger.insert("tea"))
+        operation = current()
+        assert operation is not None
+        if held:
+            operation.hold()
+        return Decimal("1.10")
+
+    for held, again in [(False, ConfigurationError), (True, OutcomeUnknownError)]:
+        with pytest.raises(ConfigurationError):
+            order(held)
+        with pytest.raises(again):
+            order(held)
+    assert sync_ledger.effects_sync() == []
+
+
+@asynchronous
 async def test_a_result_that_cannot_be_kept_keeps_the_effect(ledger: Ledger) -> None:
     """A result that does not fit is returned, its effect commits, and later calls are told that it is completed."""
     events: list[Event] = []
 
     @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, on_event=events.append)
-    async def order(session: Any):
+    async def order(session: Any) -> int:
         await session.execute(ledger.insert("tea"))
-        return object
+        return "five"  # type: ignore[return-value]
 
-    assert await order() is object
+    assert await order() == "five"  # type: ignore[comparison-overlap]
     with pytest.raises(NotReplayableError):
         await order()
     assert await ledger.effects() == ["tea"]
