@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from traceback import format_tb
 from typing import Any, get_args
 
-from idempotency._hooks import is_coroutine
+from idempotency._hooks import discard_coroutine
 from idempotency._http.caller import is_anonymous
 from idempotency._http.recorded_headers import Headers
 from idempotency._http.unrouted import is_unrouted
@@ -60,7 +60,7 @@ def _ask(rule: OutcomeRule, status: int, headers: Headers, body: bytes | None) -
     for outcome in get_args(Outcome):
         if chosen == outcome:
             return outcome  # type: ignore[no-any-return]
-    if chosen is not None and not is_coroutine("outcome=", rule, chosen):
+    if chosen is not None and not discard_coroutine("outcome=", rule, chosen):
         _logger.error(
             "outcome= must return store, release, hold or None, not a %s; the default decides", type(chosen).__name__
         )

@@ -6,6 +6,7 @@ asked. Where nothing is known, such as in an ASGI application without a framewor
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from io import BytesIO
@@ -26,7 +27,8 @@ def is_unrouted(status: int, scope: MutableMapping[str, Any], app: object) -> bo
     if status not in (404, 405):
         return False
     if "router" not in scope or "starlette.routing" not in sys.modules:
-        return _has_no_route_in(app, scope) or False
+        known = _has_no_route_in(app, scope)
+        return "litestar_app" in scope and "route_handler" not in scope if known is None else known
     endpoint = scope.get("endpoint")
     if endpoint is None:
         return True
@@ -41,45 +43,44 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
     for each in _inside(app):
         if litestar is not None and isinstance(each, litestar.Litestar):
             return "route_handler" not in scope
-        if quart is not None and isinstance(each, quart.Quart):
-            return _has_no_route_in_quart(scope, each)
+        # The middleware is often put around the method Quart.asgi_app.
+        owner = getattr(each, "__self__", each)
+        if quart is not None and isinstance(owner, quart.Quart):
+            return _has_no_route_in_quart(scope, owner)
         if django is not None and isinstance(each, django.ASGIHandler):
             return _has_no_route_in_django(scope)
     return None
 
 
 def _inside(app: object) -> Iterator[object]:
-    """Return an application and the applications inside it, from the outside in."""
+    """Return an application and those that it wraps, from the outside in. A function is not looked into."""
     for _ in range(_DEEP):
         if app is None:
             return
         yield app
-        app = getattr(app, "app", None) or getattr(app, "__self__", None)
+        app = None if inspect.isroutine(app) else getattr(app, "app", None)
 
 
 def _has_no_route_in_starlette(scope: Mapping[str, Any], endpoint: object) -> bool:
-    if _router_of(endpoint) is not None:
-        return True  # a mounted application, in which no route matches: else it would have noted another endpoint
-    # The router notes the endpoint of a route also if the route does not take the method. The path is matched from the
-    # outermost router on: with the root path that the request had there.
+    from starlette.endpoints import HTTPEndpoint
+
+    is_class = isinstance(endpoint, type) and issubclass(endpoint, HTTPEndpoint)
+    if is_class and not hasattr(endpoint, scope["method"].lower()):
+        return True
+    # The scope has the endpoint also of a route that does not take the method, and of a mounted application in which no
+    # route takes the request. So the routes are matched again, from the outermost on, with the root path of there.
     return not _takes(scope["router"], {**scope, "root_path": scope.get("app_root_path", scope.get("root_path", ""))})
 
 
 def _takes(router: Router, scope: MutableMapping[str, Any]) -> bool:
     """Return whether a route takes the request, its method included."""
-    from starlette.endpoints import HTTPEndpoint
     from starlette.routing import Host, Match, Mount
 
     for route in router.routes:
         match, found = route.matches(scope)
         if match is Match.FULL:
-            if isinstance(route, Host | Mount):
-                inner = _router_of(route.app)
-                return inner is None or _takes(inner, {**scope, **found})
-            endpoint = found.get("endpoint")
-            if isinstance(endpoint, type) and issubclass(endpoint, HTTPEndpoint):
-                return hasattr(endpoint, scope["method"].lower())
-            return True
+            inner = _router_of(route.app) if isinstance(route, Host | Mount) else None
+            return inner is None or _takes(inner, {**scope, **found})
     return False
 
 

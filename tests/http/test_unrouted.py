@@ -270,6 +270,23 @@ async def test_a_route_for_every_path_is_a_handler() -> None:
         assert await statuses(app, "/orders") == [(404, False), (404, True)]
 
 
+class Controller:
+    """An object with a handler, which knows the application."""
+
+    def __init__(self) -> None:
+        self.app = Starlette(routes=[Route("/orders", self.handle, methods=["POST"])])
+
+    async def handle(self, request: Any) -> Response:
+        return Response(status_code=404)
+
+
+async def test_a_handler_that_knows_the_application_is_a_handler() -> None:
+    """It is a method of an object that has the application."""
+    app, _ = protect_app(Controller().app)
+
+    assert await statuses(app, "/orders") == [(404, False), (404, True)]
+
+
 async def test_an_application_without_a_framework_has_no_routes() -> None:
     """Its 404 is stored."""
     for status in (404, 405):
@@ -350,16 +367,19 @@ def litestar_app() -> Litestar:
     return Litestar([handler, mounted, reading])
 
 
-@pytest.mark.parametrize("prefix", ["", "/a"])
+@pytest.mark.parametrize("place", ["around", "around a function", "mounted"])
 @pytest.mark.parametrize(
     ("path", "replays"), [("/unknown", False), ("/reading", False), ("/handler", True), ("/mounted/x", True)]
 )
-async def test_litestar_says_what_it_found(path: str, replays: bool, prefix: str) -> None:
-    """Around the application, and where it is mounted in another."""
+async def test_litestar_says_what_it_found(path: str, replays: bool, place: str) -> None:
+    """Around the application or a function that calls it, and where it is mounted in another."""
     app: Any = litestar_app()
-    protected = protect(Starlette(routes=[Mount("/a", app)]) if prefix else app)
+    if place == "mounted":
+        protected, path = protect(Starlette(routes=[Mount("/a", app)])), "/a" + path
+    else:
+        protected = protect(app if place == "around" else lambda *args: app(*args))
 
-    [(first, _), (second, replayed)] = await statuses(protected, prefix + path)
+    [(first, _), (second, replayed)] = await statuses(protected, path)
 
     assert (first in (404, 405), second, replayed) == (True, first, replays)
 
