@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+import idempotency
 from idempotency import IdempotencyMiddleware, Policy, open_store
 from idempotency._rules import FORMAT, Claim, Record
 from idempotency.errors import StoreError
@@ -89,13 +90,19 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     await store.aclose()
 
 
+def protected(store: Any, **options: Any) -> IdempotencyMiddleware:
+    """Protect the orders, with the profile of the server."""
+    profile = {"profile": idempotency.Profile.stripe} if CONFIG.get("profile") == "stripe" else {}
+    return IdempotencyMiddleware(orders, store=store, **profile, **options)
+
+
 store = open_store(CONFIG["store"], **CONFIG["options"])
 orders = Starlette(routes=[Route("/{path:path}", order, methods=["POST"])], lifespan=lifespan)
-default = IdempotencyMiddleware(orders, store=store)
+default = protected(store)
 others = {
-    "failed": IdempotencyMiddleware(orders, store=store, policy=Policy(outcomes={"5xx": "store"})),
-    "unreadable": IdempotencyMiddleware(orders, store=NewerStore()),
-    "unavailable": IdempotencyMiddleware(orders, store=LateStore()),
+    "failed": protected(store, policy=Policy(outcomes={"5xx": "store"})),
+    "unreadable": protected(NewerStore()),
+    "unavailable": protected(LateStore()),
 }
 
 

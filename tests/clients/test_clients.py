@@ -95,3 +95,11 @@ def test_an_unavailable_store_is_asked_again(client: str, answers: Answers) -> N
     assert got.statuses == [503, 201]
     assert [got.id] == got.effects
     assert got.seconds < SOON
+
+
+def test_a_problem_document_is_a_result_for_stripe_for_node(answers: Answers) -> None:
+    """This client takes a problem document for a result without an id, which is why there is a profile for it."""
+    require("stripe for Node")
+    got = answers[Call(UVICORN, "stripe for Node", "reused")]
+
+    assert (got.error, got.id) == (None, None)
