@@ -17,13 +17,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 import idempotency
 from idempotency import IdempotencyMiddleware, Policy, open_store
 from idempotency._rules import FORMAT, Claim, Record
 from idempotency.errors import StoreError
 from idempotency.testing import FaultyStore
+from tests.clients.odd_answers import give
 
 CONFIG: dict[str, Any] = json.loads(os.environ["IDEMPOTENCY_LIVE"])
 LEDGER = os.open(Path(CONFIG["directory"]) / "ledger", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -38,8 +39,7 @@ def note(**fields: Any) -> None:
 
 def case_of(scope: Any) -> str:
     """Read the case in the token of a request."""
-    authorization = dict(scope["headers"])[b"authorization"].decode()
-    return authorization.removeprefix("Bearer ")
+    return dict(scope["headers"])[b"authorization"].decode().removeprefix("Bearer ")
 
 
 async def order(request: Request) -> Response:
@@ -59,6 +59,12 @@ async def order(request: Request) -> Response:
         case "failed":
             return JSONResponse({"error": {"message": "failed"}}, 500)
     return JSONResponse({"id": effect, "object": "customer"}, 201)
+
+
+async def odd(scope: Any, receive: Any, send: Any) -> None:
+    """Give an odd answer."""
+    note(effect=case_of(scope))
+    await give(scope, receive, send)
 
 
 class NewerStore(FaultyStore):
@@ -97,7 +103,10 @@ def protected(store: Any, **options: Any) -> IdempotencyMiddleware:
 
 
 store = open_store(CONFIG["store"], **CONFIG["options"])
-orders = Starlette(routes=[Route("/{path:path}", order, methods=["POST"])], lifespan=lifespan)
+orders = Starlette(
+    routes=[Mount("/odd", odd), Route("/{path:path}", order, methods=["POST"])],
+    lifespan=lifespan,
+)
 default = protected(store)
 others = {
     "failed": protected(store, policy=Policy(outcomes={"5xx": "store"})),
