@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.clients.recipes import NODE, PYTHON, module_of
 from tests.kit.asgi_servers import Live
@@ -70,25 +71,26 @@ class Call:
         return None if self.client.startswith("stripe") and self.situation != "reused" else self.case
 
 
-def node_missing() -> str | None:
-    """Return why the clients for Node cannot run."""
-    if shutil.which("node") is None:
-        return "Node is not installed"
-    return None if PACKAGES.exists() else "scripts/node_clients has not installed the clients for Node"
+def able() -> tuple[str, ...]:
+    """Return the clients that can run here: those for Node where Node is, and scripts/node_clients was run."""
+    return CLIENTS if shutil.which("node") and PACKAGES.exists() else tuple(PYTHON)
 
 
 def require(client: str) -> None:
-    """Skip the test of a client that cannot run. Where CI is set, Node may be missing, but not the packages."""
-    if client in NODE and (reason := node_missing()):
-        missing(reason)
+    """Skip the test of a client that cannot run. Where CI is set, fail it if there is Node, but not the packages."""
+    if client in able():
+        return
+    if shutil.which("node") is None:
+        pytest.skip("Node is not installed")
+    missing("scripts/node_clients has not installed the clients for Node")
 
 
 def run_clients(
     lives: dict[str, Live], situations: dict[str, Iterable[str]], clients: Iterable[str] = CLIENTS
 ) -> dict[Call, Got]:
     """Run the clients in the situations of each server, side by side, and return what each got."""
-    able = [client for client in clients if client in PYTHON or node_missing() is None]
-    calls = [Call(server, client, each) for server in lives for client in able for each in situations[server]]
+    names = [client for client in clients if client in able()]
+    calls = [Call(server, client, each) for server in lives for client in names for each in situations[server]]
     ports = {call.case: lives[call.server].port for call in calls}
     running = {}
     with ExitStack() as stack:
