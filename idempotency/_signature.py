@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from idempotency._hooks import is_coroutine_function
 from idempotency.errors import ConfigurationError
 
 
@@ -20,9 +21,9 @@ def close_unused(value: object) -> None:
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Return whether a call of ``function`` is awaited; ConfigurationError for a generator, which has many results."""
+    if is_coroutine_function(function):
+        return True
     for each in (function, getattr(type(function), "__call__", None)):  # noqa: B004
-        if inspect.iscoroutinefunction(each):
-            return True
         plain = inspect.unwrap(each) if each is not None else None
         if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
             raise ConfigurationError(f"{name_of(function)} is a generator: what it yields cannot be recorded")

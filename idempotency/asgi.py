@@ -9,6 +9,7 @@ from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
 from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
+from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
@@ -27,7 +28,6 @@ from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
     CallerUnknownError,
-    ConfigurationError,
     IdempotencyError,
     KeyInvalidError,
     KeyMissingError,
@@ -97,8 +97,7 @@ class IdempotencyMiddleware:
         docs: str = DRAFT,
         on_event: EventHook = log_event,
     ) -> None:
-        if not callable(on_event):
-            raise ConfigurationError(f"on_event must be callable, not {type(on_event).__name__}")
+        check_callable("on_event", on_event)
         self.app = app
         self._options = check_options(scope, unknown_credentials, secret, header_name, replayed_header, strict, docs)
         self._routes = Routes(policy if policy is not None else Policy(), {} if policies is None else policies)

@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from idempotency._engine.names import DecoratedFunction, scope_is_taken
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
+from idempotency._hooks import check_callable, is_coroutine
 from idempotency._messages.consumers import Consumer
 from idempotency._messages.consumers_sync import SyncConsumer
 from idempotency._messages.options import ConsumerOptions
@@ -191,10 +192,9 @@ def idempotent_consumer(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    for name, given in (("key", key), ("attempt", attempt)):
-        if given is not None and not callable(given):
-            raise ConfigurationError(f"{name} must be a callable that is given the message, not {type(given).__name__}")
     check_readers(key, fingerprint)
+    if attempt is not None:
+        check_callable("attempt=", attempt)
 
     def decorate(function: Callable[..., Any]) -> Any:
         session = options.get("session")
@@ -269,6 +269,8 @@ class _Reader:
         try:
             if attempt is None and self.attempt is not None:
                 attempt = self.attempt(message)
+                if is_coroutine("attempt=", self.attempt, attempt):
+                    raise ConfigurationError("attempt= must return a number, not a coroutine")
             return _Fields(key, attempt, compared_by(self.fingerprint, lambda: body, message))
         except Exception as error:
             return rules.refuse_unreadable(error)

@@ -10,9 +10,11 @@ configured, when it is made or started; and the exceptions of an event hook or o
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from idempotency._hooks import is_coroutine
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
@@ -74,7 +76,10 @@ class Event:
 
 
 class EventHook(Protocol):
-    """Receive every event. Called in the event loop or thread of the operation: it must not block or raise."""
+    """Receive every event. Called in the event loop or thread of the operation: it must not block or raise.
+
+    It is not awaited: a coroutine function is refused.
+    """
 
     def __call__(self, event: Event, /) -> None: ...
 
@@ -129,8 +134,9 @@ def emit_event(
         # The message of a store error names a server and a remedy. Other messages may hold what the caller sent.
         detail=str(error) if isinstance(error, StoreError) else "",
     )
+    call: Callable[[Event], object] = hook
     try:
-        hook(event)
+        is_coroutine("on_event", hook, call(event))
     except Exception:
         # The operation has ended, or does not run. A failing hook must not change its answer.
         _logger.exception("the event hook failed")

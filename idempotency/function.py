@@ -10,6 +10,7 @@ from idempotency._engine.calls import Calls, Ended
 from idempotency._engine.modes import runner_of
 from idempotency._engine.names import DecoratedFunction, full_name_of, scope_is_taken
 from idempotency._engine.readers import check_readers, compared_by
+from idempotency._hooks import check_callable
 from idempotency._results.codec import Codec, results_of
 from idempotency._rules import Claim
 from idempotency._signature import bind_arguments, is_async, name_of, wrap_like
@@ -98,8 +99,7 @@ def idempotent(
 
 
 def _check_arguments(key: Any, name: Any, fingerprint: Any) -> None:
-    if not callable(key):
-        raise ConfigurationError(f"key must be a callable that is given the arguments, not {type(key).__name__}")
+    check_callable("key=", key)
     if name is not None and (not isinstance(name, str) or not name):
         raise ConfigurationError(f"name must be text, not {name!r}")
     check_readers(key, fingerprint, body=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from idempotency._durations import seconds
+from idempotency._hooks import check_callable
 from idempotency.errors import ConfigurationError
 
 Outcome = Literal["store", "release", "hold"]
@@ -16,8 +16,53 @@ Outcome = Literal["store", "release", "hold"]
 
 Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[bytes | str]]
 
-TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
-"""Statuses that say "not now", "not you" or "not here": the same request may get another answer later."""
+OutcomeRule = Callable[[int, Mapping[str, str], bytes | None], Outcome | None]
+"""Chooses the outcome of a response by its status, its headers (names in lower case) and its body."""
+
+Outcomes = Mapping[int | str | type[BaseException], Outcome]
+
+SAME_REQUEST_AGAIN = frozenset(
+    {
+        # Elsewhere (RFC 9110 sections 15.4.8, 15.4.9 and 15.5.20).
+        *(307, 308, 421),
+        # With other credentials or after a payment (RFC 9110 sections 15.5.2, 15.5.3, 15.5.4 and 15.5.8).
+        *(401, 402, 403, 407),
+        # Later (RFC 9110 sections 15.5.9 and 15.5.10, RFC 4918 sections 11.3 and 11.4, RFC 8470 section 5.2, RFC 6585
+        # section 4).
+        *(408, 409, 423, 424, 425, 429),
+        # With other header fields or another protocol (RFC 9110 sections 15.5.12, 15.5.13, 15.5.18 and 15.5.22, RFC
+        # 6585 sections 3 and 5).
+        *(411, 412, 417, 426, 428, 431),
+    }
+)
+"""Statuses that say: nothing was done, and the same request may be sent again. See decision 16."""
+
+
+class _FrozenOutcomes(Outcomes):
+    """Outcomes that cannot be changed. Unlike a ``MappingProxyType``, they can be hashed, copied and pickled."""
+
+    __slots__ = ("_rules",)
+
+    def __init__(self, rules: Outcomes) -> None:
+        self._rules = dict(rules)
+
+    def __getitem__(self, rule: int | str | type[BaseException]) -> Outcome:
+        return self._rules[rule]
+
+    def __iter__(self) -> Iterator[int | str | type[BaseException]]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._rules.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._rules)
+
+    def __reduce__(self) -> tuple[type[_FrozenOutcomes], tuple[Outcomes]]:
+        return _FrozenOutcomes, (self._rules,)
 
 
 class Seconds:
@@ -43,6 +88,8 @@ class Seconds:
 class Policy:
     """Set the rules of one kind of operation. Immutable, checked when made, shared by any number of routes.
 
+    Equal policies are equal and have one hash. A policy can be copied, and pickled if its functions can be.
+
     Durations are seconds, as a number or a ``timedelta``, at most 100,000,000,000 (3000 years).
 
     ``ttl``: how long a finished key replays, from its completion; a replay does not extend it. Default 86400 (a day).
@@ -57,10 +104,15 @@ class Policy:
     ``on_store_error``: ``"fail_closed"`` (the default: 503, nothing runs) or ``"fail_open"`` (runs unprotected).
     ``outcomes``: what happens to a key when its operation ends, where the default does not fit: a status (``404``), a
     class of statuses (``"5xx"``) or an exception class, mapped to ``"store"``, ``"release"`` or ``"hold"``. By default
-    every response is stored, except 5xx, the transient 401, 403, 408, 409, 425, 429 and 503, and the redirects 307 and
-    308 (the client sends the same request, key included, elsewhere): these release the key, as an exception does. An
-    exact status wins over a class of statuses, and an exception class over its base classes. An exception without a
-    rule follows the rule for 500.
+    every response is stored, except 5xx and those after which the client sends the same request again, which release
+    the key, as an exception does: elsewhere (307, 308, 421), with other credentials or after a payment (401, 402, 403,
+    407), later (408, 409, 423, 424, 425, 429), or with other header fields (411, 412, 417, 426, 428, 431). A 404 or 405
+    that no route gave releases too, where the framework says so. An exact status wins over a class of statuses, and an
+    exception class over its base classes. An exception without a rule follows the rule for 500.
+    ``outcome``: a function that is given the status, the headers (names in lower case, repeats joined by ``", "``) and
+    the body of a response of the application, and returns ``"store"``, ``"release"``, ``"hold"``, or None: then
+    ``outcomes`` and the default decide. The body is None where it is not recorded (too large, streamed). Default None.
+    It is not awaited. If it raises, or returns anything else, that is logged, and it counts as None.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
@@ -80,7 +132,8 @@ class Policy:
     methods: Set[str] = frozenset({"POST", "PATCH"})
     on_crash: Literal["rerun", "hold"] = "rerun"
     on_store_error: Literal["fail_closed", "fail_open"] = "fail_closed"
-    outcomes: Mapping[int | str | type[BaseException], Outcome] = field(default_factory=dict)
+    outcomes: Outcomes = field(default_factory=dict)
+    outcome: OutcomeRule | None = None
     fingerprint: Fingerprint = "raw"
     max_request: int = 1 << 30
     max_response: int = 1 << 20
@@ -103,21 +156,24 @@ class Policy:
         _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
         if not callable(self.fingerprint):
             _one_of("fingerprint", self.fingerprint, ("raw", "json"))
-        object.__setattr__(self, "outcomes", MappingProxyType(dict(self.outcomes)))
+        object.__setattr__(self, "outcomes", _FrozenOutcomes(self.outcomes))
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
             _one_of(f"outcomes[{rule!r}]", outcome, get_args(Outcome))
+        if self.outcome is not None:
+            check_callable("outcome", self.outcome)
+
+    def rule_for_status(self, status: int) -> Outcome | None:
+        """Return what ``outcomes`` says of ``status``; None if it says nothing."""
+        if not self.outcomes:
+            return None
+        # A rule of the user for a class of statuses wins over our default for one status.
+        return self.outcomes.get(status) or self.outcomes.get(f"{status // 100}xx")
 
     def outcome_of_status(self, status: int) -> Outcome:
         """Return the outcome of an operation that answered ``status``."""
-        default: Outcome = "release" if status >= 500 or status in TRANSIENT else "store"
-        if not self.outcomes:
-            return default
-        exact = self.outcomes.get(status)
-        if exact is not None:
-            return exact
-        # A rule of the user for a class of statuses wins over our default for one status.
-        return self.outcomes.get(f"{status // 100}xx", default)
+        default: Outcome = "release" if status >= 500 or status in SAME_REQUEST_AGAIN else "store"
+        return self.rule_for_status(status) or default
 
     def outcome_of_exception(self, error: BaseException) -> Outcome:
         """Return the outcome of an operation that raised ``error``.

@@ -17,7 +17,7 @@ from pathlib import Path
 FUNCTION = 40
 FILE = 400
 
-MODULES = {"_rules", "_durations", "_signature", "_synchronization"}
+MODULES = {"_rules", "_durations", "_hooks", "_signature", "_synchronization"}
 ROOMS = {
     *("_brokers", "_cli", "_engine", "_http", "_messages", "_results", "_sql"),
     *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing", "web"),
@@ -28,6 +28,7 @@ PROBES = {
     "_engine/names.py": "inspects modules and functions",
     "_engine/transaction.py": "reads the options of a sessionmaker",
     "_engine/scheduler.py": "os.register_at_fork is missing on Windows",
+    "_hooks.py": "inspects functions",
     "_http/*.py": "inspects requests of Starlette, exit stacks of FastAPI and tasks of asyncio",
     "_results/*.py": "inspects annotations and functions",
     "_signature.py": "inspects functions",

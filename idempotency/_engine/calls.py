@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from idempotency._hooks import check_callable
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency._signature import close_unused
@@ -54,8 +55,7 @@ class Calls:
     on_event: EventHook
 
     def __post_init__(self) -> None:
-        if not callable(self.on_event):
-            raise ConfigurationError(f"on_event must be callable, not {type(self.on_event).__name__}")
+        check_callable("on_event", self.on_event)
         if not isinstance(self.policy, Policy):
             raise ConfigurationError(f"policy must be a Policy, not {type(self.policy).__name__}")
 

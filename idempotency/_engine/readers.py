@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
-from idempotency._signature import is_async
+from idempotency._hooks import check_callable, is_coroutine_function
 from idempotency.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -35,9 +35,5 @@ def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: boo
     """
     readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
     for name, given in readers.items():
-        if given is None:
-            continue
-        if not callable(given):
-            raise ConfigurationError(f"{name}= must be a function, not {given!r}")
-        if is_async(given) and not awaited:
-            raise ConfigurationError(f"{name}= must not be a coroutine function: what it returns is not awaited")
+        if given is not None and not (awaited and is_coroutine_function(given)):
+            check_callable(f"{name}=", given)

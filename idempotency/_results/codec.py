@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol, get_type_hints
 
+from idempotency._hooks import check_callable
 from idempotency._results.by_annotation import PLAIN, Shape, dump, load, shape_of
 from idempotency.errors import ConfigurationError, RecordedFailureError, UnreadableError
 
@@ -83,6 +84,8 @@ def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Resu
     if codec is not None:
         if not (callable(getattr(codec, "encode", None)) and callable(getattr(codec, "decode", None))):
             raise ConfigurationError(f"codec must have encode(value) and decode(data): {type(codec).__name__} has not")
+        check_callable("codec.encode", codec.encode)
+        check_callable("codec.decode", codec.decode)
         return Results(_CUSTOM, codec.encode, codec.decode)
     annotation = _return_annotation(function)
     if annotation is bytes:

@@ -14,6 +14,7 @@ from math import inf
 from typing import Literal
 
 from idempotency._durations import seconds
+from idempotency._hooks import check_callable
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores._operating import id_digits
@@ -42,6 +43,7 @@ class MemoryStore:
         max_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        check_callable("clock", clock)
         self._max_records = max_records
         self._max_bytes = max_bytes
         self._clock = clock

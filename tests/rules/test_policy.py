@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 
 from idempotency import Policy
 from idempotency.errors import ConfigurationError
+from idempotency.policy import Outcome
 
 
 class NearError(ValueError):
@@ -120,15 +124,26 @@ def test_replace_keeps_the_rest() -> None:
         dataclasses.replace(policy, lease=0)
 
 
-@pytest.mark.parametrize("status", [200, 201, 204, 301, 303, 400, 402, 404, 405, 410, 413, 418, 422, 451])
+@pytest.mark.parametrize(
+    "status", [200, 201, 204, 301, 303, 400, 404, 405, 406, 410, 413, 414, 415, 416, 418, 422, 451]
+)
 def test_final_answers_are_stored(status: int) -> None:
     """An answer that will not change is kept."""
     assert Policy().outcome_of_status(status) == "store"
 
 
-@pytest.mark.parametrize("status", [401, 403, 408, 409, 425, 429, 500, 501, 502, 503, 504, 599])
-def test_transient_answers_release(status: int) -> None:
-    """An answer that says "not now" or "not you" leaves the key free."""
+@pytest.mark.parametrize(
+    "status",
+    [
+        *(307, 308, 421),
+        *(401, 402, 403, 407),
+        *(408, 409, 423, 424, 425, 429),
+        *(411, 412, 417, 426, 428, 431),
+        *(500, 501, 502, 503, 504, 507, 511, 599),
+    ],
+)
+def test_answers_after_which_the_same_request_is_sent_again_release(status: int) -> None:
+    """Elsewhere, with other credentials or after a payment, later, or with other header fields; and after a failure."""
     assert Policy().outcome_of_status(status) == "release"
 
 
@@ -176,6 +191,60 @@ def test_exits_follow_on_crash(error: BaseException) -> None:
 def test_exceptions_release_also_where_crashes_hold() -> None:
     """A handler that raised has ended: its key is free."""
     assert Policy(on_crash="hold").outcome_of_exception(ValueError()) == "release"
+
+
+def choose(status: int, headers: Mapping[str, str], body: bytes | None) -> Outcome | None:
+    """Choose no outcome."""
+
+
+FULL: dict[str, Any] = {
+    "ttl": timedelta(hours=1),
+    "lease": 5,
+    "methods": {"PUT", "post"},
+    "outcomes": {404: "release", "5xx": "hold", NearError: "store"},
+    "outcome": choose,
+    "fingerprint": "json",
+}
+AS_FULL: dict[str, Any] = {
+    **FULL,
+    "ttl": 3600,
+    "methods": ["POST", "PUT"],
+    "outcomes": {NearError: "store", "5xx": "hold", 404: "release"},
+}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda policy: pickle.loads(pickle.dumps(policy)), dataclasses.replace],
+    ids=["copy", "deepcopy", "pickle", "replace"],
+)
+@pytest.mark.parametrize("options", [{}, FULL])
+def test_a_copy_is_equal_and_immutable(copied: Callable[[Policy], Policy], options: dict[str, Any]) -> None:
+    """A policy is copied with its rules, for another process too."""
+    policy = Policy(**options)
+    copy_of_policy = copied(policy)
+
+    assert copy_of_policy == policy
+    assert hash(copy_of_policy) == hash(policy)
+    assert (copy_of_policy.ttl, dict(copy_of_policy.outcomes)) == (policy.ttl, options.get("outcomes", {}))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        copy_of_policy.ttl = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        copy_of_policy.outcomes[404] = "hold"  # type: ignore[index]
+
+
+def test_equal_policies_are_one_member_of_a_set() -> None:
+    """Neither the order of rules nor the way in which a duration is written makes another policy."""
+    assert {Policy(**FULL), Policy(**AS_FULL), Policy()} == {Policy(), Policy(**FULL)}
+    assert Policy(**FULL) != Policy(**{**FULL, "outcomes": {404: "release"}})
+
+
+def test_a_policy_is_shown_with_its_rules() -> None:
+    """Its text, and its fields as a dictionary, contain the rules."""
+    policy = Policy(outcomes={404: "hold"})
+
+    assert "outcomes={404: 'hold'}" in repr(policy)
+    assert dataclasses.asdict(policy)["outcomes"] == {404: "hold"}
 
 
 def test_positional_arguments_are_refused() -> None:

@@ -1,0 +1,53 @@
+"""Functions of the user that are called and not awaited. Where a call would run nothing, they are refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+
+from idempotency.errors import ConfigurationError
+
+_logger = logging.getLogger("idempotency")
+_logged: set[str] = set()
+
+
+def check_callable(name: str, function: object) -> None:
+    """Refuse what cannot be called, and a function whose call only makes an object that nothing would run.
+
+    That is a coroutine function or a generator function, also in a ``functools.partial``, and an object whose
+    ``__call__`` is one. What a plain function returns is seen only at its call: see :func:`is_coroutine`.
+    """
+    if not callable(function):
+        raise ConfigurationError(f"{name} must be a function, not {function!r}")
+    if is_coroutine_function(function):
+        raise ConfigurationError(f"{name} must not be a coroutine function: what it returns is not awaited")
+    if any(inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each) for each in _called(function)):
+        raise ConfigurationError(f"{name} must not be a generator: nothing would run it")
+
+
+def is_coroutine_function(function: object) -> bool:
+    """Return whether a call of ``function`` makes a coroutine."""
+    return any(inspect.iscoroutinefunction(each) for each in _called(function))
+
+
+def is_coroutine(name: str, function: object, returned: object) -> bool:
+    """Return whether a hook returned a coroutine, which nobody awaits; close it, and log that once for each function.
+
+    Another awaitable, such as a task, runs by itself.
+    """
+    if not inspect.iscoroutine(returned):
+        return False
+    returned.close()
+    text = f"{name} {getattr(function, '__qualname__', type(function).__qualname__)}"
+    if text not in _logged:
+        _logged.add(text)
+        _logger.error("%s returned a coroutine, which is not awaited: give a function that is not async", text)
+    return True
+
+
+def _called(function: object) -> tuple[object, object]:
+    """Return what a call may run: the function, without ``functools.partial``, and the ``__call__`` of its type."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function, getattr(type(function), "__call__", None)  # noqa: B004
