@@ -13,6 +13,7 @@ A store decides who owns a key, and nothing else. What a duplicate gets is decid
   takes over from the one before, and has the next attempt.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
+- ``Record.age`` counts from the first claim of the operation, also after another claim took it over.
 - Any verb may be repeated with the same claim, as a client does when the answer was lost, with the same effect. The
   answer is the same too, except for a release: repeated, it finds no record and answers False.
 - A store that cannot be reached, or gives no answer in time, raises :class:`~idempotency.errors.StoreError`.

@@ -105,13 +105,19 @@ def forget(key: bytes) -> Command:
 
 def record(claim: Claim, reply: Any) -> Record:
     """Read the reply to a claim."""
-    if type(reply) is int:
-        return Record(
-            token=claim.token, fingerprint=claim.fingerprint, attempt=reply, lease_left=claim.lease, hold=claim.hold
-        )
     if len(reply) == 1:
         return Record.unreadable(reply[0] or FORMAT)
-    version, state, attempt, lease, hold, token, fingerprint, *result = reply
+    if len(reply) == 2:
+        attempt, age = reply
+        return Record(
+            token=claim.token,
+            fingerprint=claim.fingerprint,
+            attempt=attempt,
+            lease_left=claim.lease,
+            hold=claim.hold,
+            age=age / 1000,
+        )
+    version, state, attempt, lease, hold, age, token, fingerprint, *result = reply
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
@@ -121,6 +127,7 @@ def record(claim: Claim, reply: Any) -> Record:
         hold=hold == 1,
         result=result[0] if result else None,
         version=version,
+        age=age / 1000,
     )
 
 

@@ -36,10 +36,10 @@ _UNRESOLVED = (
     f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
 )
 
-_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, result"
+_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, age, result"
 _FOUND = (
     "{r}version, {r}state, {r}token, {r}fingerprint, {r}attempt, {r}hold, {r}lease_until_ms - {now} AS lease_left,"
-    " {r}result"
+    " {now} - {r}created_ms AS age, {r}result"
 )
 _ENTRY = (
     "SELECT id, scope, {key}, version, state, attempt, hold, {now} - created_ms AS age,"

@@ -172,6 +172,7 @@ class Found(NamedTuple):
     attempt: Any
     hold: Any
     lease_left: Any
+    age: Any
     result: Any
     free: Any = None
 
@@ -192,6 +193,7 @@ def read_record(row: Row[Any] | Found) -> Record:
             hold=as_flag(row.hold),
             result=None if row.result is None else as_bytes(row.result),
             version=version,
+            age=max(0.0, float(row.age) / 1000),
         )
     except (TypeError, ValueError, OverflowError):
         return Record.unreadable()

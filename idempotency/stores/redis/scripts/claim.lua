@@ -1,9 +1,9 @@
 -- Own the record if it is absent or taken over; return what is there now.
 -- KEYS[1] record; ARGV: format, token, fingerprint, lease (ms), lease + ttl (ms), hold, watched, scope, key
--- Reply: the attempt as a number when the claim owns the record, else
--- {version, state, attempt, remaining lease (ms), hold, token, fingerprint[, result]}, or {version} when it cannot be read.
+-- Reply: {attempt, age (ms)} when the claim owns the record, else {version} when it cannot be read, else
+-- {version, state, attempt, remaining lease (ms), hold, age (ms), token, fingerprint[, result]}.
 local key = KEYS[1]
-local found = redis.pcall('HMGET', key, 'v', 's', 't', 'f', 'a', 'l', 'h', 'r', 'w')
+local found = redis.pcall('HMGET', key, 'v', 's', 't', 'f', 'a', 'l', 'h', 'r', 'w', 'n')
 if found.err then
   if string.find(found.err, 'WRONGTYPE', 1, true) then return {0} end
   return found
@@ -17,7 +17,7 @@ if not found[1] and redis.call('EXISTS', key) == 0 then
   redis.call('HSET', key, 'v', ARGV[1], 's', '1', 't', ARGV[2], 'f', ARGV[3], 'a', '1', 'l', deadline,
     'h', ARGV[6], 'c', ARGV[8], 'k', ARGV[9], 'n', string.format('%.0f', now))
   if ARGV[6] == '0' then redis.call('PEXPIRE', key, ARGV[5]) end
-  return 1
+  return {1, 0}
 end
 
 local function number(text)
@@ -33,15 +33,16 @@ if not (version and version > 0 and state and state > 0 and state < 4 and attemp
 end
 
 local remaining = lease - now
+local age = math.max(0, now - (number(found[10]) or now))
 local mine = state == 1 and token == ARGV[2]
 local same = fingerprint == ARGV[3]
 if mine or (state == 1 and remaining <= 0 and hold == '0' and ARGV[6] == '0' and same) then
   if not mine then attempt = attempt + 1 end
   redis.call('HSET', key, 't', ARGV[2], 'a', string.format('%.0f', attempt), 'l', deadline, 'h', ARGV[6])
   if ARGV[6] == '1' then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ARGV[5]) end
-  return attempt
+  return {attempt, age}
 end
 if ARGV[7] == '1' and state == 1 and remaining > 0 and same and found[9] ~= '1' then
   redis.call('HSET', key, 'w', '1')
 end
-return {version, state, attempt, remaining, tonumber(hold), token, fingerprint, found[8] or nil}
+return {version, state, attempt, remaining, tonumber(hold), age, token, fingerprint, found[8] or nil}
