@@ -8,6 +8,8 @@ A store decides who owns a key, and nothing else. What a duplicate gets is decid
 
 - Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
 - Every write after the claim is fenced by the claim's token.
+- A server's clock may step forward. A store that notices it takes nothing over for the lease of the claim, so that live
+  owners renew theirs first, and answers with a ``lease_left`` of what remains of that time.
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
 - A lease of 0 is over at once, whatever the clock. Several claims may then be made at one reading of the clock: each
   takes over from the one before, and has the next attempt.

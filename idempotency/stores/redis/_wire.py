@@ -52,8 +52,11 @@ _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
 
 
-def claim(key: bytes, claim: Claim) -> Command:
-    """Make the command of ``Store.claim``; :func:`record` reads its reply."""
+def claim(key: bytes, claim: Claim, latest: int) -> Command:
+    """Make the command of ``Store.claim``; :func:`record` and :func:`clock` read its reply.
+
+    ``latest``: the last end of a lease that it takes over, in milliseconds by the server's clock.
+    """
     return _CLAIM, (
         b"1",
         key,
@@ -66,6 +69,7 @@ def claim(key: bytes, claim: Claim) -> Command:
         _FLAG[claim.watched],
         shortened(claim.scope).encode("utf-8", "surrogatepass"),
         shortened(claim.key).encode("utf-8", "surrogatepass"),
+        b"%d" % latest,
     )
 
 
@@ -105,10 +109,10 @@ def forget(key: bytes) -> Command:
 
 def record(claim: Claim, reply: Any) -> Record:
     """Read the reply to a claim."""
-    if len(reply) == 1:
-        return Record.unreadable(reply[0] or FORMAT)
     if len(reply) == 2:
-        attempt, age = reply
+        return Record.unreadable(reply[1] or FORMAT)
+    if len(reply) == 3:
+        _, attempt, age = reply
         return Record(
             token=claim.token,
             fingerprint=claim.fingerprint,
@@ -117,7 +121,7 @@ def record(claim: Claim, reply: Any) -> Record:
             hold=claim.hold,
             age=age / 1000,
         )
-    version, state, attempt, lease, hold, age, token, fingerprint, *result = reply
+    _, version, state, attempt, lease, hold, age, token, fingerprint, *result = reply
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
@@ -129,6 +133,12 @@ def record(claim: Claim, reply: Any) -> Record:
         version=version,
         age=age / 1000,
     )
+
+
+def clock(reply: Any) -> float:
+    """Read from the reply to a claim what the server's clock shows, in milliseconds."""
+    now: float = reply[0]
+    return now
 
 
 def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
