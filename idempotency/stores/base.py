@@ -34,6 +34,8 @@ from typing import Literal, Protocol, TypeGuard, TypeVar
 from idempotency._rules import Claim, Record, State
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
+from idempotency.stores._counts import Count as Count
+from idempotency.stores._counts import count_of
 from idempotency.stores._joining import Joining as Joining
 
 C = TypeVar("C")
@@ -44,6 +46,8 @@ class Entry:
     """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
 
     ``unresolved`` is True for a record that no owner will finish: completed as unknown, or held and its lease over.
+    ``lapsed`` is True for one that is not held and whose lease is over: the next claim runs it. ``counts`` names what a
+    record counts that is no operation: ``attempt`` is then the count, and ``state`` has no meaning.
     ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
     beginning and a digest are shown.
     """
@@ -64,6 +68,17 @@ class Entry:
     def unresolved(self) -> bool:
         """Return whether the outcome is unknown and waits for :meth:`Resolving.resolve`."""
         return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
+
+    @property
+    def lapsed(self) -> bool:
+        """Return whether the owner has vanished, so that the next claim takes over."""
+        over = self.state is State.RUNNING and not self.hold and self.lease_left <= 0
+        return over and self.counts is None
+
+    @property
+    def counts(self) -> Count | None:
+        """Return what is counted in this record, of the deliveries of a message; None for that of an operation."""
+        return count_of(self.scope)[0]
 
 
 @dataclass(frozen=True, slots=True)
