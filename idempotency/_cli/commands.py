@@ -15,21 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
-from idempotency._cli.lookup import MANY, find, hexadecimal, one, open_named
+from idempotency._cli.lookup import deliveries, find, find_key, forget_counts, hexadecimal, one, open_named
 from idempotency._http.codec import encode_response
-from idempotency._rules import record_id
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
 from idempotency.stores.base import (
+    Count,
     CreatingSchema,
     Entry,
     Examining,
     Forgetting,
-    Inspecting,
     NamingSchema,
     Purging,
     Resolving,
-    Searching,
     require,
     supports,
 )
@@ -77,15 +75,17 @@ def inspect(
     prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the records of a key, or of an id; never their results."""
+    """Show the records of a key, or of an id; never their results.
 
-    async def look(opened: AnyStore) -> list[Entry]:
+    Of a message, also what is counted of its deliveries.
+    """
+
+    async def look(opened: AnyStore) -> list[tuple[Entry, dict[Count, int]]]:
         if record is not None:
-            return await find(opened, hexadecimal(record))
-        if key is not None and scope is None:
-            return await require(opened, Searching, "a key without --scope").find(key=key, limit=MANY)
-        found = await require(opened, Inspecting, "inspect").inspect(record_id(scope or "", key or ""))
-        return [] if found is None else [found]
+            found = await find(opened, hexadecimal(record))
+        else:
+            found = await find_key(opened, key or "", scope)
+        return [(entry, await deliveries(opened, entry)) for entry in found]
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
         _fail("give a KEY, with or without --scope, or --id")
@@ -93,11 +93,11 @@ def inspect(
     if not entries:
         _fail("there is no such record")
     if as_json:
-        show.print_json([show.as_json(entry) for entry in entries])
+        show.print_json([show.as_json(*shown) for shown in entries])
     elif len(entries) == 1:
-        show.print_entry(entries[0])
+        show.print_entry(*entries[0])
     else:
-        show.print_entries(entries)
+        show.print_entries([entry for entry, _ in entries])
 
 
 @app.command("list")
@@ -136,7 +136,7 @@ def resolve(
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Resolve a record whose outcome is unknown."""
+    """Resolve a record whose outcome is unknown. Of a message, the counts of its deliveries are forgotten."""
 
     async def resolve_one(opened: AnyStore) -> Entry:
         resolving = require(opened, Resolving, "resolve")
@@ -145,6 +145,7 @@ def resolve(
             raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
         if not await resolving.resolve(entry.id, outcome.value, result, ttl=ttl):
             raise ConfigurationError(f"{record} is {show.state(entry)}, not unknown: nothing was changed")
+        await _forget_counts(opened, entry)
         return entry
 
     if status is None and (header or body_file):
@@ -165,7 +166,10 @@ def forget(
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Delete a record whose owner is not running, done or not: the next request of its key runs again."""
+    """Delete a record whose owner is not running, done or not: the next request of its key runs again.
+
+    Of a message, the counts of its deliveries are forgotten with it.
+    """
 
     async def drop(opened: AnyStore) -> Entry:
         forgetting = require(opened, Forgetting, "forget")
@@ -174,6 +178,7 @@ def forget(
             _confirm(entry)
         if not await forgetting.forget(entry.id):
             raise ConfigurationError(f"{record} is being run, or gone: nothing was forgotten")
+        await _forget_counts(opened, entry)
         return entry
 
     typer.echo(f"{_run(open_named, drop, store, table, prefix).id.hex()} forgotten")
@@ -267,6 +272,11 @@ def _name_of(store: object) -> str:
 def _fail(message: str) -> NoReturn:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(2)
+
+
+async def _forget_counts(opened: AnyStore, entry: Entry) -> None:
+    if not await forget_counts(opened, entry):
+        typer.echo("note: the counts of its deliveries remain until they expire: its names are not whole", err=True)
 
 
 def _confirm(entry: Entry) -> None:

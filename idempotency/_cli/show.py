@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,8 +15,15 @@ from rich.text import Text
 
 from idempotency._cli.lookup import LOGGED
 from idempotency._rules import State
-from idempotency.stores.base import Entry, Finding
+from idempotency.stores.base import Count, Entry, Finding
 
+_NOTHING: Mapping[Count, int] = {}
+_LAPSED = "its owner has vanished, and the next claim runs it"
+_COUNTED: Mapping[Count, str] = {
+    "begun": "deliveries that were begun",
+    "busy": "deliveries that did not call the handler",
+    "failed": "deliveries whose handler failed",
+}
 _LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"
 
 
@@ -30,9 +37,12 @@ def print_json(items: Sequence[dict[str, Any]]) -> None:
     typer.echo(json.dumps(items, indent=2))
 
 
-def as_json(entry: Entry) -> dict[str, Any]:
-    """Convert a record to what JSON can hold."""
-    return {**asdict(entry), "id": entry.id.hex(), "state": state(entry), "unresolved": entry.unresolved}
+def as_json(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> dict[str, Any]:
+    """Convert a record to what JSON can hold, with what is counted of the deliveries of its message."""
+    shown = {**asdict(entry), "id": entry.id.hex(), "state": state(entry), "unresolved": entry.unresolved}
+    if entry.counts is not None:
+        shown["counts"] = entry.counts
+    return {**shown, "deliveries": dict(deliveries)} if deliveries else shown
 
 
 def finding_as_json(finding: Finding) -> dict[str, Any]:
@@ -40,25 +50,32 @@ def finding_as_json(finding: Finding) -> dict[str, Any]:
     return asdict(finding)
 
 
-def print_entry(entry: Entry) -> None:
-    """Print everything that is known of one record."""
+def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> None:
+    """Print everything that is known of one record, with what is counted of the deliveries of its message."""
     expires = "never" if entry.expires_in is None else f"in {duration(entry.expires_in)}"
     lease = f"{duration(entry.lease_left)} remaining" if entry.lease_left > 0 else "over"
     if entry.state is not State.RUNNING:
         lease = "ended"
-    for name, value in (
-        ("id", entry.id.hex()),
-        ("key", printable(entry.key)),
-        ("scope", printable(entry.scope)),
-        ("state", state(entry)),
-        ("attempt", entry.attempt),
-        ("age", duration(entry.age)),
-        ("lease", lease),
-        ("on crash", "hold" if entry.hold else "rerun"),
-        ("expires", expires),
-        ("result", "none" if entry.result_size is None else f"{entry.result_size} bytes"),
-        ("format", entry.version),
-    ):
+    lines: dict[str, object] = {
+        "id": entry.id.hex(),
+        "key": printable(entry.key),
+        "scope": printable(entry.scope),
+        "state": f"lapsed: {_LAPSED}" if entry.lapsed else state(entry),
+        "attempt": entry.attempt,
+        "age": duration(entry.age),
+        "lease": lease,
+        "on crash": "hold" if entry.hold else "rerun",
+        "expires": expires,
+        "result": "none" if entry.result_size is None else f"{entry.result_size} bytes",
+        "format": entry.version,
+    }
+    if entry.counts is not None:
+        # It has no owner and no result.
+        lines = {name: lines[name] for name in ("id", "key", "scope", "state", "age", "expires", "format")}
+        deliveries = {entry.counts: entry.attempt}
+    for count, number in deliveries.items():
+        lines[count] = f"{number} ({_COUNTED[count]})"
+    for name, value in lines.items():
         typer.echo(f"{name + ':':<10}{value}")
 
 
@@ -78,9 +95,19 @@ def print_entries(entries: Sequence[Entry]) -> None:
     Console().print(table)
 
 
-def state(entry: Entry) -> str:
-    """Return the name of the state; that of a held record whose lease is over is ``unknown``, as its outcome is."""
-    return "unknown" if entry.unresolved else entry.state.name.lower()
+def state(entry: Entry) -> Literal["running", "lapsed", "done", "unknown", "count"]:
+    """Return the name of the state.
+
+    ``unknown`` is also that of a held record whose lease is over, as its outcome is; ``lapsed`` that of another one,
+    which nobody runs; ``count`` that of a record which is no operation, but counts the deliveries of a message.
+    """
+    if entry.counts is not None:
+        return "count"
+    if entry.unresolved:
+        return "unknown"
+    if entry.lapsed:
+        return "lapsed"
+    return "done" if entry.state is State.DONE else "running"
 
 
 def printable(text: str) -> str:

@@ -8,21 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from idempotency._engine.calls import FINGERPRINT_OF_NOTHING, Ended, Raised
 from idempotency._messages.settlement import ExhaustedError
 from idempotency._rules import Claim, InProgress, Mismatch, record_id
 from idempotency.operation import current
-
-Count = Literal["begun", "busy", "failed"]
-"""What is counted of a message.
-
-``begun``: deliveries that were begun. ``busy``: those of them that did not call the handler, such as those that met a
-running owner. ``failed``: those of them whose handler failed.
-"""
-
-_COUNTS: tuple[Count, ...] = ("begun", "busy", "failed")
+from idempotency.stores._counts import COUNTS, Count, count_scope
 
 
 @dataclass(slots=True)
@@ -97,15 +89,16 @@ class Attempts:
     def claim(self, count: Count, claim: Claim) -> Claim:
         """Return the claim that adds one to a count of the message of ``claim``."""
         return Claim(
-            scope=self._scope(count), key=claim.key, fingerprint=FINGERPRINT_OF_NOTHING, lease=0.0, ttl=self.ttl
+            scope=count_scope(count, self.scope),
+            key=claim.key,
+            fingerprint=FINGERPRINT_OF_NOTHING,
+            lease=0.0,
+            ttl=self.ttl,
         )
 
     def record_ids(self, key: str) -> list[bytes]:
         """Return the ids of the records that count the message of ``key``."""
-        return [record_id(self._scope(count), key) for count in _COUNTS]
-
-    def _scope(self, count: Count) -> str:
-        return f"{count}:1:{self.scope}"
+        return [record_id(count_scope(count, self.scope), key) for count in COUNTS]
 
     def limit_reached(self, begun: int) -> bool:
         """Return whether a message that was begun so often is not to be begun once more."""

@@ -9,13 +9,14 @@ from typing import Any
 
 from idempotency._engine.calls import Ended
 from idempotency._engine.modes import runner_of
-from idempotency._messages.attempts import Count, Progress
+from idempotency._messages.attempts import Progress
 from idempotency._messages.options import ConsumerOptions, rules_of
 from idempotency._messages.rules import SOON
 from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
+from idempotency.stores._counts import Count
 from idempotency.stores.base import CountingStore, Forgetting, check_store, require
 
 LONGEST_WAIT_OF_SUSPECT = 60.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from idempotency._engine.calls import Ended
 from idempotency._engine.modes import runner_of
-from idempotency._messages.attempts import Count, Progress
+from idempotency._messages.attempts import Progress
 from idempotency._messages.consumers import LONGEST_WAIT_OF_SUSPECT
 from idempotency._messages.options import ConsumerOptions, rules_of
 from idempotency._messages.rules import SOON
@@ -16,6 +16,7 @@ from idempotency._messages.settlement import Delivered, Retry
 from idempotency._rules import Claim, record_id
 from idempotency._synchronization import LocalLock
 from idempotency.errors import IdempotencyError, StoreError, UnreadableError
+from idempotency.stores._counts import Count
 from idempotency.stores.base import CountingSyncStore, SyncForgetting, check_store, require
 
 

@@ -8,11 +8,14 @@ A store decides who owns a key, and nothing else. What a duplicate gets is decid
 
 - Only durations cross this boundary. Every lease and expiry is judged by the store's own clock.
 - Every write after the claim is fenced by the claim's token.
+- A server's clock may step forward. A store that notices it takes nothing over for the lease of the claim, so that live
+  owners renew theirs first, and answers with a ``lease_left`` of what remains of that time.
 - A record past its expiry is absent, also while it is physically there: it neither replays nor blocks.
 - A lease of 0 is over at once, whatever the clock. Several claims may then be made at one reading of the clock: each
   takes over from the one before, and has the next attempt.
 - A record expires ``lease + ttl`` seconds after its claim or last renewal, and ``ttl`` seconds after its completion.
   A held record (``claim.hold`` while running, or completed as ``State.UNKNOWN``) does not expire.
+- ``Record.age`` counts from the first claim of the operation, also after another claim took it over.
 - Any verb may be repeated with the same claim, as a client does when the answer was lost, with the same effect. The
   answer is the same too, except for a release: repeated, it finds no record and answers False.
 - A store that cannot be reached, or gives no answer in time, raises :class:`~idempotency.errors.StoreError`.
@@ -31,6 +34,8 @@ from typing import Literal, Protocol, TypeGuard, TypeVar
 from idempotency._rules import Claim, Record, State
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
+from idempotency.stores._counts import Count as Count
+from idempotency.stores._counts import count_of
 from idempotency.stores._joining import Joining as Joining
 
 C = TypeVar("C")
@@ -41,6 +46,8 @@ class Entry:
     """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
 
     ``unresolved`` is True for a record that no owner will finish: completed as unknown, or held and its lease over.
+    ``lapsed`` is True for one that is not held and whose lease is over: the next claim runs it. ``counts`` names what a
+    record counts that is no operation: ``attempt`` is then the count, and ``state`` has no meaning.
     ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
     beginning and a digest are shown.
     """
@@ -61,6 +68,17 @@ class Entry:
     def unresolved(self) -> bool:
         """Return whether the outcome is unknown and waits for :meth:`Resolving.resolve`."""
         return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
+
+    @property
+    def lapsed(self) -> bool:
+        """Return whether the owner has vanished, so that the next claim takes over."""
+        over = self.state is State.RUNNING and not self.hold and self.lease_left <= 0
+        return over and self.counts is None
+
+    @property
+    def counts(self) -> Count | None:
+        """Return what is counted in this record, of the deliveries of a message; None for that of an operation."""
+        return count_of(self.scope)[0]
 
 
 @dataclass(frozen=True, slots=True)

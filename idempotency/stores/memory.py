@@ -358,6 +358,7 @@ class _Stored:
             hold=self.hold,
             result=self.result,
             version=self.version,
+            age=max(0.0, now - self.created),
         )
 
     def entry(self, record: bytes, now: float) -> Entry:

@@ -10,6 +10,7 @@ from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
 
 from idempotency import open_store
 from idempotency._rules import Claim, State
+from idempotency.stores._clock_guard import ANY
 from idempotency.stores.redis import _wire as wire
 
 _BATCH = 1000
@@ -63,7 +64,7 @@ class Redis(Subject):
         if verb == "complete":
             script, rest = wire.complete(key, claim, RESULT, State.DONE)
         else:
-            script, rest = wire.claim(key, claim)
+            script, rest = wire.claim(key, claim, ANY)
         return "EVALSHA", script.sha, *rest
 
     async def send(self, command: Any) -> None:

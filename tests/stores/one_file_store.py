@@ -30,7 +30,7 @@ class _Row:
     expires: float
 
     def read(self, now: float) -> Record:
-        return replace(self.record, lease_left=min(self.lease_end - now, self.claim.lease))
+        return replace(self.record, lease_left=min(self.lease_end - now, self.claim.lease), age=now - self.created)
 
     def entry(self, now: float) -> Entry:
         record, result = self.read(now), self.record.result

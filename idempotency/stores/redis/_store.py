@@ -13,6 +13,7 @@ from redis.asyncio import cluster as aiocluster
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.redis import _examine, _find
@@ -98,6 +99,7 @@ class RedisStore:
         self._prefix = f"{prefix}:1:".encode()
         self._durability = durability
         self._largest_result: int | None = None
+        self._clock_guard = ClockGuard()
         return timeout
 
     def check_side(self, asynchronous: bool) -> None:
@@ -108,11 +110,12 @@ class RedisStore:
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
-        command = wire.claim(self._key_of(claim.id), claim)
+        asked = self._clock_guard.ask(claim)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest)
         if self._durability is None:
-            return wire.record(claim, await self._clients.run(command))
+            return self._read(asked, claim, await self._clients.run(command))
         reply, copies = await self._run_durably(command, self._durability)
-        record = wire.record(claim, reply)
+        record = self._read(asked, claim, reply)
         if record.token == claim.token and not self._durability.met(copies):
             with contextlib.suppress(StoreError):
                 await self.release(claim)
@@ -156,11 +159,12 @@ class RedisStore:
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
-        command = wire.claim(self._key_of(claim.id), claim)
+        asked = self._clock_guard.ask(claim)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest)
         if self._durability is None:
-            return wire.record(claim, self._clients.run_sync(command))
+            return self._read(asked, claim, self._clients.run_sync(command))
         reply, copies = self._run_durably_sync(command, self._durability)
-        record = wire.record(claim, reply)
+        record = self._read(asked, claim, reply)
         if record.token == claim.token and not self._durability.met(copies):
             with contextlib.suppress(StoreError):
                 self.release_sync(claim)
@@ -246,6 +250,9 @@ class RedisStore:
 
     def _key_of(self, record: bytes) -> bytes:
         return self._prefix + record.hex().encode()
+
+    def _read(self, asked: Asked, claim: Claim, reply: Any) -> Record:
+        return self._clock_guard.read(asked, claim, wire.record(claim, reply), wire.clock(reply))
 
     async def _run_durably(self, command: Command, durability: Durability) -> list[Any]:
         replies: list[Any] = await self._clients.bounded(

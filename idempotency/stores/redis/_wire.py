@@ -52,8 +52,11 @@ _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
 
 
-def claim(key: bytes, claim: Claim) -> Command:
-    """Make the command of ``Store.claim``; :func:`record` reads its reply."""
+def claim(key: bytes, claim: Claim, latest: int) -> Command:
+    """Make the command of ``Store.claim``; :func:`record` and :func:`clock` read its reply.
+
+    ``latest``: the last end of a lease that it takes over, in milliseconds by the server's clock.
+    """
     return _CLAIM, (
         b"1",
         key,
@@ -66,6 +69,7 @@ def claim(key: bytes, claim: Claim) -> Command:
         _FLAG[claim.watched],
         shortened(claim.scope).encode("utf-8", "surrogatepass"),
         shortened(claim.key).encode("utf-8", "surrogatepass"),
+        b"%d" % latest,
     )
 
 
@@ -105,13 +109,19 @@ def forget(key: bytes) -> Command:
 
 def record(claim: Claim, reply: Any) -> Record:
     """Read the reply to a claim."""
-    if type(reply) is int:
+    if len(reply) == 2:
+        return Record.unreadable(reply[1] or FORMAT)
+    if len(reply) == 3:
+        _, attempt, age = reply
         return Record(
-            token=claim.token, fingerprint=claim.fingerprint, attempt=reply, lease_left=claim.lease, hold=claim.hold
+            token=claim.token,
+            fingerprint=claim.fingerprint,
+            attempt=attempt,
+            lease_left=claim.lease,
+            hold=claim.hold,
+            age=age / 1000,
         )
-    if len(reply) == 1:
-        return Record.unreadable(reply[0] or FORMAT)
-    version, state, attempt, lease, hold, token, fingerprint, *result = reply
+    _, version, state, attempt, lease, hold, age, token, fingerprint, *result = reply
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
@@ -121,7 +131,14 @@ def record(claim: Claim, reply: Any) -> Record:
         hold=hold == 1,
         result=result[0] if result else None,
         version=version,
+        age=age / 1000,
     )
+
+
+def clock(reply: Any) -> float:
+    """Read from the reply to a claim what the server's clock shows, in milliseconds."""
+    now: float = reply[0]
+    return now
 
 
 def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:

@@ -26,6 +26,7 @@ from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF, GuardedConnec
 from idempotency._sql.send import Sent, send, setting
 from idempotency._sql.sqlite import begin_to_write, busy_timeout_of, lowered_lock_wait, waiting
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreRefusedError
+from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._table import create_schema
@@ -48,11 +49,12 @@ _SAVEPOINT = "idempotency_result"
 class JoinedVerbs:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
-    def __init__(self, engine: Engine, table: Table, timeout: float) -> None:
+    def __init__(self, engine: Engine, table: Table, timeout: float, guard: ClockGuard) -> None:
         self._url = engine.url
         self._lock_wait = lock_wait_limit(timeout)
         self._sql = Statements(engine.dialect, table, self._lock_wait)
         self._table = table
+        self._clock_guard = guard
         self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
@@ -67,7 +69,8 @@ class JoinedVerbs:
             try_driver(connection, self._sql)
             self._trusted = True
         deadline, remaining = monotonic() + wait, wait
-        values = claim_values(claim)
+        asked = self._clock_guard.ask(claim)
+        values = claim_values(claim, asked)
         try:
             for _ in range(CLAIM_TRIES):
                 row = self._claim_once(connection, values, remaining)
@@ -76,7 +79,7 @@ class JoinedVerbs:
                     by_itself = commits_by_itself(connection)
                     if by_itself or (by_itself is None and not has_begun(connection)):
                         raise ConfigurationError(COMMITS_BY_ITSELF)
-                    return read_record(row)
+                    return self._clock_guard.read(asked, claim, read_record(row), float(row.now_ms))
                 remaining = max(0.0, deadline - monotonic())
         except DBAPIError as error:
             if waited_for_lock(error):
@@ -182,9 +185,12 @@ class JoinedVerbs:
 
     def look(self, connection: Connection, claim: Claim) -> Record | None:
         """Return the committed record, if it is not free for ``claim``. On SQLite this waits for no lock."""
-        row = self._send(connection, self._sql.look, claim_values(claim)).row
+        asked = self._clock_guard.ask(claim)
+        row = self._send(connection, self._sql.look, claim_values(claim, asked)).row
         found = None if row is None else Found(*row)
-        return None if found is None or found.free else read_record(found)
+        if found is None or found.free:
+            return None
+        return self._clock_guard.read(asked, claim, read_record(found), float(found.now_ms))
 
     def _claim_once_on_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         row: Sequence[Any] | None = None

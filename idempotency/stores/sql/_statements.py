@@ -24,7 +24,7 @@ _EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
 _RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
 _OURS = f"({_RUNNING} AND {{r}}token = :token)"
 _LAPSED = (
-    f"({_RUNNING} AND {{r}}lease_until_ms <= {{now}}"
+    f"({_RUNNING} AND {{r}}lease_until_ms <= {{now}} AND {{r}}lease_until_ms <= :latest"
     " AND NOT {r}hold AND NOT :hold AND {r}fingerprint = :fingerprint)"
 )
 # Whether the claim takes the row: it is expired, or _rules.takes_over says so.
@@ -36,10 +36,10 @@ _UNRESOLVED = (
     f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
 )
 
-_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, result"
+_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, age, now_ms, result"
 _FOUND = (
     "{r}version, {r}state, {r}token, {r}fingerprint, {r}attempt, {r}hold, {r}lease_until_ms - {now} AS lease_left,"
-    " {r}result"
+    " {now} - {r}created_ms AS age, {now} AS now_ms, {r}result"
 )
 _ENTRY = (
     "SELECT id, scope, {key}, version, state, attempt, hold, {now} - created_ms AS age,"
@@ -182,7 +182,7 @@ _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
     **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
-    **dict.fromkeys(("lease", "keep", "limit"), "bigint"),
+    **dict.fromkeys(("lease", "keep", "latest", "limit"), "bigint"),
     "state": "smallint",
 }
 

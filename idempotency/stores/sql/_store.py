@@ -28,6 +28,7 @@ from idempotency._sql.session_failures import connecting
 from idempotency._sql.sessions import check_same_database
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.sql._database import Database, Work
@@ -100,6 +101,7 @@ class SQLStore:
         self._threads: Threads | None = None
         self._opening = threading.Lock()
         self._joined: JoinedVerbs | None = None
+        self._clock_guard = ClockGuard()
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
         self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
@@ -111,7 +113,7 @@ class SQLStore:
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return await self._run(lambda verbs, connection: verbs.claim(connection, claim))
+        return await self._run(lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard))
 
     async def renew(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
@@ -219,7 +221,7 @@ class SQLStore:
         if self._joined is None:
             with connecting(session):
                 engine = session.connection().engine
-            self._joined = JoinedVerbs(engine, self._table, self._timeout)
+            self._joined = JoinedVerbs(engine, self._table, self._timeout, self._clock_guard)
         return self._joined
 
     @asynccontextmanager
@@ -234,7 +236,7 @@ class SQLStore:
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return self._run_sync(lambda verbs, connection: verbs.claim(connection, claim))
+        return self._run_sync(lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard))
 
     def renew_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""

@@ -15,6 +15,7 @@ from idempotency._durations import milliseconds, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency.errors import StoreError, UnreadableError
+from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores.base import Entry
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
@@ -40,17 +41,18 @@ class Verbs:
         self._notifies = dialect.name == "postgresql"
         self._trusted = False
 
-    def claim(self, connection: Connection, claim: Claim) -> Record:
+    def claim(self, connection: Connection, claim: Claim, guard: ClockGuard) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         if not self._trusted:
             try_driver(connection, self._sql)
             self._trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
-        values = claim_values(claim)
+        asked = guard.ask(claim)
+        values = claim_values(claim, asked)
         for _ in range(CLAIM_TRIES):
             row = self._claimed(connection, statement, values)
             if row is not None:
-                return read_record(row)
+                return guard.read(asked, claim, read_record(row), float(row.now_ms))
         raise StoreError(f"the claim lost against others {CLAIM_TRIES} times in a row")
 
     def _claimed(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> Row[Any] | None:
@@ -136,7 +138,7 @@ class Verbs:
             return connection.execute(statement, values)
 
 
-def claim_values(claim: Claim) -> dict[str, Any]:
+def claim_values(claim: Claim, asked: Asked) -> dict[str, Any]:
     """Return the parameters of the statements that claim."""
     return {
         "id": claim.id,
@@ -146,6 +148,7 @@ def claim_values(claim: Claim) -> dict[str, Any]:
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
         "watched": claim.watched,
+        "latest": asked.latest,
         "lease": milliseconds(claim.lease),
         "keep": None if claim.hold else milliseconds(claim.lease + claim.ttl),
     }
@@ -172,6 +175,8 @@ class Found(NamedTuple):
     attempt: Any
     hold: Any
     lease_left: Any
+    age: Any
+    now_ms: Any
     result: Any
     free: Any = None
 
@@ -192,6 +197,7 @@ def read_record(row: Row[Any] | Found) -> Record:
             hold=as_flag(row.hold),
             result=None if row.result is None else as_bytes(row.result),
             version=version,
+            age=max(0.0, float(row.age) / 1000),
         )
     except (TypeError, ValueError, OverflowError):
         return Record.unreadable()

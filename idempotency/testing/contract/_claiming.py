@@ -86,6 +86,20 @@ class ClaimContract(Contract):
         assert await verdict(another, rival(claim, fingerprint=OTHER)) == Mismatch()
         assert await verdict(store, claim) == Execute(1)
 
+    async def test_age_is_that_of_the_operation(self, store: Store, another: Store) -> None:
+        """The age counts from the first claim of the operation, also for the next owner, and from 0 after a release."""
+        claim = new_claim(lease=SHORT)
+        first = await store.claim(claim)
+        found = await lapsed(store, claim)
+        newcomer = rival(claim)
+        taken_over = await another.claim(newcomer)
+        await store.release(newcomer)
+        anew = await store.claim(rival(claim))
+
+        assert 0 <= first.age < SHORT
+        assert SHORT <= found.age <= taken_over.age < 60
+        assert 0 <= anew.age < SHORT
+
     async def test_lapsed_is_taken_over(self, store: Store, another: Store) -> None:
         """Once the lease is over a duplicate owns the key, for its own lease, as the second attempt."""
         claim = new_claim(lease=SHORT)
