@@ -23,6 +23,7 @@ from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
 from idempotency._http.problem import DRAFT, problem_response
+from idempotency._http.redact import record_of
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
 from idempotency._rules import Claim, Execute, Known
@@ -323,18 +324,20 @@ class _Exchange:
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._state.share()
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_status(status))
-        result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
+        result, error = None, None
+        if outcome == "store" and body is not None:
+            result, error = record_of(self._policy.redact, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
             end = self._lease.fail if status >= 500 else self._lease.end
-            verdict = await end(outcome, result)
-        except StoreError as error:
+            verdict = await end(outcome, result, error)
+        except StoreError as failure:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
-            return self._problem("unavailable", error, _retry_after(error))
-        except Exception as error:
+            return self._problem("unavailable", failure, _retry_after(failure))
+        except Exception as failure:
             # The database refused the commit: the operation has failed, as if its code had raised the error.
             if not self._lease.ended:
-                await self._failed(error)
+                await self._failed(failure)
             raise
         return None if verdict is None else self._answer(verdict)
 

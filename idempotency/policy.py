@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Set
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
@@ -15,6 +16,11 @@ Outcome = Literal["store", "release", "hold"]
 """How an operation ends: its result is recorded, its key is released, or its outcome is held as unknown."""
 
 Fingerprint = Literal["raw", "json"] | Callable[[Any], bytes | str | Awaitable[bytes | str]]
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Raw header pairs in order, repeats included."""
+
+Redact = Callable[[int, Headers, bytes], tuple[Headers, bytes]]
 
 TRANSIENT = frozenset({307, 308, 401, 403, 408, 409, 425, 429, 503})
 """Statuses that say "not now", "not you" or "not here": the same request may get another answer later."""
@@ -65,6 +71,11 @@ class Policy:
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
     returns what is compared, as text or bytes.
+    ``redact``: what is recorded in place of a response that holds what must not be stored: a callable given the status,
+    the header pairs and the body, all as bytes and as they were sent, that returns the header pairs and the body to
+    record, and so to replay. The first response is sent unchanged. It is called only where a response is recorded, in
+    the event loop: it must not block. ``async def`` is refused. If it fails, the operation is recorded as done without
+    its result, and the event ``stored-without-result`` names the error. Default None: as it was sent.
     ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default
     1 GiB.
     ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
@@ -82,6 +93,7 @@ class Policy:
     on_store_error: Literal["fail_closed", "fail_open"] = "fail_closed"
     outcomes: Mapping[int | str | type[BaseException], Outcome] = field(default_factory=dict)
     fingerprint: Fingerprint = "raw"
+    redact: Redact | None = None
     max_request: int = 1 << 30
     max_response: int = 1 << 20
 
@@ -103,6 +115,8 @@ class Policy:
         _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
         if not callable(self.fingerprint):
             _one_of("fingerprint", self.fingerprint, ("raw", "json"))
+        if self.redact is not None:
+            _check_not_async("redact", self.redact)
         object.__setattr__(self, "outcomes", MappingProxyType(dict(self.outcomes)))
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
@@ -138,6 +152,13 @@ class Policy:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_not_async(name: str, function: object) -> None:
+    if not callable(function):
+        raise ConfigurationError(f"{name} must be callable, not {function!r}")
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise ConfigurationError(f"{name} must not be async: {function!r}")
 
 
 def _check_rule(rule: object) -> None:

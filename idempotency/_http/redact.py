@@ -1,0 +1,28 @@
+"""What is recorded of a response: all of it, or what ``Policy.redact`` returns in its place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from idempotency._http.codec import Headers, encode_response, recorded_headers
+from idempotency.policy import Redact
+
+
+def record_of(
+    redact: Redact | None, status: int, headers: Headers, body: bytes
+) -> tuple[bytes | None, Exception | None]:
+    """Return the bytes to record; None, with the error, if ``redact`` fails: nothing is recorded as it was sent."""
+    if redact is None:
+        return encode_response(status, headers, body), None
+    try:
+        redacted: Any = redact(status, recorded_headers(headers), body)
+        if inspect.iscoroutine(redacted):
+            redacted.close()
+            raise TypeError("redact must not be async")
+        pairs, content = redacted
+        if not isinstance(content, bytes) or not all(isinstance(text, bytes) for pair in pairs for text in pair):
+            raise TypeError("redact must return header pairs and a body, all as bytes")
+        return encode_response(status, pairs, content), None
+    except Exception as error:
+        return None, error
