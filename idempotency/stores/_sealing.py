@@ -37,13 +37,12 @@ class Sealing:
 
     def names(self, claim: Claim) -> tuple[bytes, bytes]:
         """Return the scope and the key of a claim as its record holds them."""
-        scope, key = _bytes(claim.scope), _bytes(claim.key)
-        if self._digest_names or self.encryption is None:
-            return _surface(scope) + self._digest("scope", scope), self._digest("key", key)
-        return (
-            self.encryption.encrypt(claim.id, "scope", _bytes(shortened(claim.scope))),
-            self.encryption.encrypt(claim.id, "key", _bytes(shortened(claim.key))),
-        )
+        if self.encryption is not None and not self._digest_names:
+            encrypt = self.encryption.encrypt
+            scope, key = _bytes(shortened(claim.scope)), _bytes(shortened(claim.key))
+            return encrypt(claim.id, "scope", scope), encrypt(claim.id, "key", key)
+        scope_bytes = _bytes(claim.scope)
+        return _surface(scope_bytes) + self._digest("scope", scope_bytes), self._digest("key", _bytes(claim.key))
 
     def _digest(self, field: Field, text: bytes) -> bytes:
         return _digests(self.encryption, field, text)[0].encode()

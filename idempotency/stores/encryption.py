@@ -4,15 +4,16 @@ An envelope is what stands in a record in place of a plain value. Its format, al
 
     4   ``E1 47 43 4D``: no plain result, key or scope begins so
     4   the id of the key: the beginning of a digest of it
+    12  salt, random
     12  nonce, random
     n   ciphertext, as long as the plain value
     16  tag
 
 The cipher is AES-256-GCM (NIST SP 800-38D). AES-GCM-SIV would bear a nonce that is used twice, but ``cryptography`` has
-it only with OpenSSL 3.2 or later. Each record has an AES key of its own, the HMAC-SHA-256 of the record's id under the
-key that is given. So the limit of 2**32 random nonces for one key (SP 800-38D, section 8.3) is one for each record, and
-no number of records needs a new key. The associated data are the record's id and the name of the field: an envelope
-that is moved to another record, or another field, cannot be read.
+it only with OpenSSL 3.2 or later. One key may encrypt at most 2**32 messages with random nonces (SP 800-38D, section
+8.3). So the AES key is the HMAC-SHA-256 of a salt under the key that is given, and there is a new salt in each process
+and after each 2**28 messages: no number of records requires a new key. The associated data are the record's id and the
+name of the field: an envelope that is moved to another record, or to another field, cannot be read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import hmac
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
@@ -36,15 +38,17 @@ Field = Literal["scope", "key", "result"]
 MAGIC = b"\xe1GCM"
 """How an envelope begins. The first byte begins no plain result, and the first two no text in UTF-8."""
 
-OVERHEAD = 36
+OVERHEAD = 48
 """By how many bytes an envelope is longer than its plain value."""
 
 _KEY_SIZE = 32
-_ID = slice(4, 8)
-_NONCE = slice(8, 20)
-_HEAD = 20
+_ID, _ID_AND_SALT, _NONCE = slice(4, 8), slice(4, 20), slice(20, 32)
+_HEAD = 32
+_MESSAGES = 2**28
+"""For how many messages a salt is used. Children that are forked have the salt of their parent: there may be many."""
+
 _CACHED = 1024
-"""For how many records the AES key is stored in memory: a claim needs it up to three times, its completion again."""
+"""How many AES keys are stored in memory: each process that has written a record has one."""
 
 
 class Encryption:
@@ -57,10 +61,11 @@ class Encryption:
     and if ``cryptography`` is not installed. No message, ``repr`` or log line contains a key; it cannot be pickled.
     """
 
-    __slots__ = ("_aes_key", "_keys", "_writing")
+    __slots__ = ("_cipher_of", "_invalid_tag", "_keys", "_messages", "_writing")
 
     def __init__(self, key: bytes | str, *older_keys: bytes | str) -> None:
         try:
+            from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError as error:
             raise ConfigurationError(
@@ -71,12 +76,15 @@ class Encryption:
         if len(keys) < len(given):
             raise ConfigurationError("two of the encryption keys are the same, or share their id: give each one once")
         self._keys = keys
-        self._writing = _id_of(given[0])
+        self._invalid_tag = InvalidTag
 
-        def aes_key(key_id: bytes, record: bytes) -> AESGCM:
-            return AESGCM(hmac.digest(keys[key_id], b"idempotency:1:record:" + record, "sha256"))
+        def cipher_of(id_and_salt: bytes) -> AESGCM:
+            key = keys[id_and_salt[:4]]
+            return AESGCM(hmac.digest(key, b"idempotency:1:salt:" + id_and_salt[4:], "sha256"))
 
-        self._aes_key = lru_cache(maxsize=_CACHED)(aes_key)
+        self._cipher_of = lru_cache(maxsize=_CACHED)(cipher_of)
+        self._messages = count(1)
+        self._writing = self._with_new_salt()
 
     @staticmethod
     def new_key() -> str:
@@ -114,26 +122,30 @@ class Encryption:
 
     def encrypt(self, record: bytes, field: Field, value: bytes) -> bytes:
         """Return the envelope of a value; ``record`` is the id of the record that it belongs to."""
-        head = MAGIC + self._writing
+        if next(self._messages) % _MESSAGES == 0:
+            self._writing = self._with_new_salt()
+        head, cipher = self._writing
         nonce = os.urandom(12)
-        return head + nonce + self._aes_key(self._writing, record).encrypt(nonce, value, _associated(record, field))
+        return head + nonce + cipher.encrypt(nonce, value, record + field.encode())
+
+    def _with_new_salt(self) -> tuple[bytes, AESGCM]:
+        id_and_salt = next(iter(self._keys)) + os.urandom(12)
+        return MAGIC + id_and_salt, self._cipher_of(id_and_salt)
 
     def decrypt(self, record: bytes, field: Field, envelope: bytes) -> bytes:
         """Return the value in an envelope.
 
         Raises :class:`~idempotency.errors.UnreadableError` if its key was not given, or if it was changed or moved.
         """
-        from cryptography.exceptions import InvalidTag
-
         key_id = envelope[_ID]
         if key_id not in self._keys:
             raise UnreadableError(f"it is encrypted with the key {key_id.hex()}, which was not given")
         if not envelope.startswith(MAGIC) or len(envelope) < OVERHEAD:
             raise UnreadableError("its envelope is damaged")
         try:
-            cipher = self._aes_key(key_id, record)
-            return cipher.decrypt(envelope[_NONCE], envelope[_HEAD:], _associated(record, field))
-        except InvalidTag:
+            cipher = self._cipher_of(envelope[_ID_AND_SALT])
+            return cipher.decrypt(envelope[_NONCE], envelope[_HEAD:], record + field.encode())
+        except self._invalid_tag:
             raise UnreadableError("it was changed, or belongs to another record") from None
 
     def is_envelope(self, value: bytes) -> bool:
@@ -148,10 +160,6 @@ class Encryption:
 def digested(field: Field, text: bytes) -> bytes:
     """Return what is digested of a scope or key; a scope and a key of the same text have different digests."""
     return b"idempotency:1:%b:%b" % (field.encode(), text)
-
-
-def _associated(record: bytes, field: Field) -> bytes:
-    return record + field.encode()
 
 
 def _key_of(key: bytes | str) -> bytes:
