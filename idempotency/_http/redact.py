@@ -20,7 +20,8 @@ def record_of(
         if inspect.iscoroutine(redacted):
             redacted.close()
             raise TypeError("redact must not be async")
-        pairs, content = redacted
+        given, content = redacted
+        pairs = list(given)
         if not isinstance(content, bytes) or not all(isinstance(text, bytes) for pair in pairs for text in pair):
             raise TypeError("redact must return header pairs and a body, all as bytes")
         return encode_response(status, pairs, content), None

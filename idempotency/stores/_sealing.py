@@ -27,25 +27,31 @@ _SURFACE = re.compile(rb"(?:(?:http|function|consumer|begun|busy|failed):1:)*")
 
 
 class Sealing:
-    """How one store seals what it writes. ``digest_names``: scopes and keys are stored as digests only."""
+    """How one store seals what it writes. ``digest_names``: scopes and keys are stored as digests only.
 
-    __slots__ = ("_digest_names", "encryption")
+    ``encryption`` decrypts; ``writer`` is the same if it encrypts too, else None.
+    """
+
+    __slots__ = ("_digest_names", "encryption", "writer")
 
     def __init__(self, encryption: Encryption | None, digest_names: bool) -> None:
         self.encryption = encryption
+        self.writer = encryption if encryption is not None and encryption.writes else None
         self._digest_names = digest_names
 
     def names(self, claim: Claim) -> tuple[bytes, bytes]:
         """Return the scope and the key of a claim as its record holds them."""
-        if self.encryption is not None and not self._digest_names:
-            encrypt = self.encryption.encrypt
-            scope, key = _bytes(shortened(claim.scope)), _bytes(shortened(claim.key))
-            return encrypt(claim.id, "scope", scope), encrypt(claim.id, "key", key)
-        scope_bytes = _bytes(claim.scope)
-        return _surface(scope_bytes) + self._digest("scope", scope_bytes), self._digest("key", _bytes(claim.key))
+        if self._digest_names:
+            whole = _bytes(claim.scope)
+            return _surface(whole) + self._digest("scope", whole), self._digest("key", _bytes(claim.key))
+        scope, key = _bytes(shortened(claim.scope)), _bytes(shortened(claim.key))
+        if self.writer is None:
+            return scope, key
+        encrypt = self.writer.encrypt
+        return encrypt(claim.id, "scope", scope), encrypt(claim.id, "key", key)
 
     def _digest(self, field: Field, text: bytes) -> bytes:
-        return _digests(self.encryption, field, text)[0].encode()
+        return _digests(self.writer, field, text)[0].encode()
 
 
 def sealing_of(encryption: Encryption | None, digest_names: bool) -> Sealing | None:
@@ -62,9 +68,9 @@ def sealing_of(encryption: Encryption | None, digest_names: bool) -> Sealing | N
 
 def sealed_result(sealing: Sealing | None, record: bytes, result: bytes | None) -> bytes | None:
     """Return a result as the record of this id holds it."""
-    if sealing is None or result is None or sealing.encryption is None:
+    if sealing is None or result is None or sealing.writer is None:
         return result
-    return sealing.encryption.encrypt(record, "result", bytes(result))
+    return sealing.writer.encrypt(record, "result", bytes(result))
 
 
 def opened_result(sealing: Sealing | None, record: bytes, stored: bytes | None) -> bytes | None:
@@ -136,9 +142,7 @@ def findings(sealing: Sealing | None, looked_at: Iterable[Entry]) -> list[Findin
     closed = sum(cannot_be_shown(entry) for entry in looked_at)
     found: list[Finding] = []
     if encryption is not None:
-        writing, *reading = encryption.key_ids
-        others = f", also read with {', '.join(reading)}" if reading else ""
-        found.append(Finding("ok", f"records are encrypted with the key {writing}{others}"))
+        found.append(Finding("ok", f"encryption: {encryption.describe()}"))
     if closed:
         what = f"at least {closed} records are encrypted with a key that was not given"
         found.append(Finding("note" if encryption is None else "fix", f"{what}: their duplicates are refused"))

@@ -56,14 +56,16 @@ class Encryption:
 
     ``key``: the key that writes: 32 random bytes, as bytes or as text that :meth:`new_key` has made.
     ``older_keys``: keys that only read, so that records of an earlier key are readable.
+    ``writes``: False: what is encrypted is read, and nothing is encrypted. This is for the deployment before the first
+    one that encrypts, and after the last one. Default True.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a key of another length, for two keys that are the same,
     and if ``cryptography`` is not installed. No message, ``repr`` or log line contains a key; it cannot be pickled.
     """
 
-    __slots__ = ("_cipher_of", "_invalid_tag", "_keys", "_messages", "_writing")
+    __slots__ = ("_cipher_of", "_invalid_tag", "_keys", "_messages", "_writing", "writes")
 
-    def __init__(self, key: bytes | str, *older_keys: bytes | str) -> None:
+    def __init__(self, key: bytes | str, *older_keys: bytes | str, writes: bool = True) -> None:
         try:
             from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -76,6 +78,7 @@ class Encryption:
         if len(keys) < len(given):
             raise ConfigurationError("two of the encryption keys are the same, or share their id: give each one once")
         self._keys = keys
+        self.writes = writes
         self._invalid_tag = InvalidTag
 
         def cipher_of(id_and_salt: bytes) -> AESGCM:
@@ -92,7 +95,7 @@ class Encryption:
         return urlsafe_b64encode(os.urandom(_KEY_SIZE)).decode("ascii")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], *, writes: bool = True) -> Self:
         """Read the keys from a file: one in a line, as :meth:`new_key` makes them; the first one writes.
 
         Raises :class:`~idempotency.errors.ConfigurationError`, with the path, if that is not possible.
@@ -106,14 +109,20 @@ class Encryption:
             raise ConfigurationError(f"{path} has no encryption keys: it is not text") from None
         if not keys:
             raise ConfigurationError(f"{path} has no encryption keys: it is empty")
-        return cls(*keys)
+        return cls(*keys, writes=writes)
 
     def __repr__(self) -> str:
-        writing, *reading = (each.hex() for each in self._keys)
-        return f"<Encryption writes {writing}{''.join(f', reads {each}' for each in reading)}>"
+        return f"<Encryption {self.describe()}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Encryption is not pickled or copied: it holds keys; make one in each process")
+
+    def describe(self) -> str:
+        """Return which keys write and read, by their ids."""
+        ids = self.key_ids
+        writing = [f"writes with {ids[0]}"] if self.writes else []
+        reading = ids[1:] if self.writes else ids
+        return ", ".join([*writing, *([f"reads with {', '.join(reading)}"] if reading else [])])
 
     @property
     def key_ids(self) -> tuple[str, ...]:

@@ -30,8 +30,10 @@ def stored(value: Any) -> str:
 
 
 def storable_name(sealed: bytes) -> str:
-    """Return a scope or key that was sealed, in ASCII."""
-    return _ENVELOPE + b2a_base64(sealed, newline=False).decode() if sealed.startswith(MAGIC) else sealed.decode()
+    """Return a scope or key as :class:`~idempotency.stores._sealing.Sealing` made it, in ASCII."""
+    if sealed.startswith(MAGIC):
+        return _ENVELOPE + b2a_base64(sealed, newline=False).decode()
+    return storable(sealed.decode("utf-8", "surrogatepass"))
 
 
 def stored_name(value: Any) -> bytes:
