@@ -24,7 +24,8 @@ from idempotency._http.options import CallerScope, check_options, require_starle
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
-from idempotency._http.recorded_headers import Headers, replayed_headers
+from idempotency._http.recorded_headers import replayed_headers
+from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of
@@ -41,7 +42,7 @@ from idempotency.errors import (
 )
 from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
-from idempotency.policy import Policy
+from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
 from idempotency.stores.base import Store, check_store
 
@@ -268,18 +269,20 @@ class _Exchange:
         outcome = operation.outcome_after(chosen)
         if outcome == "store" and is_brief(operation, status):
             self._lease.shorten(REFUSAL)
-        result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
+        result, error = None, None
+        if outcome == "store" and body is not None:
+            result, error = record_of(self._policy.redact, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
             end = self._lease.fail if status >= 500 else self._lease.end
-            verdict = await end(outcome, result)
-        except StoreError as error:
+            verdict = await end(outcome, result, error)
+        except StoreError as failure:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
-            return self._problem("unavailable", error)
-        except Exception as error:
+            return self._problem("unavailable", failure)
+        except Exception as failure:
             # The database refused the commit: the operation has failed, as if its code had raised the error.
             if not self._lease.ended:
-                await self._failed(error)
+                await self._failed(failure)
             raise
         return None if verdict is None else await self._answer(verdict)
 

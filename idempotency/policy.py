@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -20,6 +20,11 @@ OutcomeRule = Callable[[int, Mapping[str, str], bytes | None], Outcome | None]
 """Chooses the outcome of a response by its status, its headers (names in lower case) and its body."""
 
 Outcomes = Mapping[int | str | type[BaseException], Outcome]
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Raw header pairs in order, repeats included."""
+
+Redact = Callable[[int, Headers, bytes], tuple[Headers, bytes]]
 
 SAME_REQUEST_AGAIN = frozenset(
     {
@@ -117,6 +122,11 @@ class Policy:
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
     returns what is compared, as text or bytes.
+    ``redact``: what is recorded in place of a response that holds what must not be stored: a callable given the status,
+    the header pairs and the body, all as bytes and as they were sent, that returns the header pairs and the body to
+    record, and so to replay. The first response is sent unchanged. It is called only where a response is recorded, in
+    the event loop: it must not block. ``async def`` is refused. If it fails, the operation is recorded as done without
+    its result, and the event ``stored-without-result`` names the error. Default None: as it was sent.
     ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default
     1 GiB.
     ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
@@ -139,6 +149,7 @@ class Policy:
     outcomes: Outcomes = field(default_factory=dict)
     outcome: OutcomeRule | None = None
     fingerprint: Fingerprint = "raw"
+    redact: Redact | None = None
     max_request: int = 1 << 30
     max_response: int = 1 << 20
     mismatch_status: int = 422
@@ -168,6 +179,8 @@ class Policy:
         _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
         if not callable(self.fingerprint):
             _one_of("fingerprint", self.fingerprint, ("raw", "json"))
+        if self.redact is not None:
+            check_callable("redact", self.redact)
         object.__setattr__(self, "outcomes", _FrozenOutcomes(self.outcomes))
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)

@@ -19,11 +19,13 @@ from idempotency._cli.lookup import deliveries, find, find_key, forget_counts, h
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
+from idempotency.stores._sealing import cannot_be_shown
 from idempotency.stores.base import (
     Count,
     CreatingSchema,
     Entry,
     Examining,
+    Finding,
     Forgetting,
     NamingSchema,
     Purging,
@@ -41,6 +43,14 @@ app.add_typer(schema, name="schema")
 Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
 Table = Annotated[str | None, typer.Option(help="SQL: the name of the table, default idempotency_record.")]
 Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix of the keys, default idempotency.")]
+KeyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--encryption-key-file",
+        envvar="IDEMPOTENCY_ENCRYPTION_KEY_FILE",
+        help="The file with the encryption keys, one in a line; the first one writes.",
+    ),
+]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -73,6 +83,7 @@ def inspect(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the records of a key, or of an id; never their results.
@@ -89,7 +100,7 @@ def inspect(
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
         _fail("give a KEY, with or without --scope, or --id")
-    entries = _run(open_named, look, store, table, prefix)
+    entries = _run(open_named, look, store, table, prefix, key_file)
     if not entries:
         _fail("there is no such record")
     if as_json:
@@ -107,12 +118,15 @@ def list_(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
     """List the records that wait to be resolved."""
-    entries = _run(
-        open_named, lambda opened: require(opened, Resolving, "list").unresolved(limit), store, table, prefix
-    )
+
+    async def unresolved(opened: AnyStore) -> list[Entry]:
+        return await require(opened, Resolving, "list").unresolved(limit)
+
+    entries = _run(open_named, unresolved, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
@@ -135,12 +149,15 @@ def resolve(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Resolve a record whose outcome is unknown. Of a message, the counts of its deliveries are forgotten."""
 
     async def resolve_one(opened: AnyStore) -> Entry:
         resolving = require(opened, Resolving, "resolve")
         entry = await one(opened, record)
+        if status is not None and cannot_be_shown(entry):
+            raise ConfigurationError("the record is encrypted: give --encryption-key-file, to encrypt the response too")
         if status is not None and not entry.scope.startswith("http:"):
             raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
         if not await resolving.resolve(entry.id, outcome.value, result, ttl=ttl):
@@ -153,7 +170,7 @@ def resolve(
     if status is not None and outcome is Outcome.RELEASE:
         _fail("--status is for done: a released key has no response")
     result = None if status is None else _response(status, header or [], body_file)
-    resolved = _run(open_named, resolve_one, store, table, prefix)
+    resolved = _run(open_named, resolve_one, store, table, prefix, key_file)
     words = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
     typer.echo(f"{resolved.id.hex()} {words}")
 
@@ -165,6 +182,7 @@ def forget(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Delete a record whose owner is not running, done or not: the next request of its key runs again.
 
@@ -181,7 +199,7 @@ def forget(
         await _forget_counts(opened, entry)
         return entry
 
-    typer.echo(f"{_run(open_named, drop, store, table, prefix).id.hex()} forgotten")
+    typer.echo(f"{_run(open_named, drop, store, table, prefix, key_file).id.hex()} forgotten")
 
 
 @app.command()
@@ -206,9 +224,19 @@ def purge(
 
 
 @app.command()
-def doctor(store: Url = None, table: Table = None, prefix: Prefix = None, as_json: AsJson = False) -> None:
+def doctor(
+    store: Url = None,
+    table: Table = None,
+    prefix: Prefix = None,
+    key_file: KeyFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Examine the store and its server; exit code 1 when something must be fixed."""
-    findings = _run(open_named, lambda opened: require(opened, Examining, "doctor").examine(), store, table, prefix)
+
+    async def examine(opened: AnyStore) -> list[Finding]:
+        return await require(opened, Examining, "doctor").examine()
+
+    findings = _run(open_named, examine, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.finding_as_json(finding) for finding in findings])
     else:
@@ -248,7 +276,7 @@ def sql(
 
 
 def _run(
-    opening: Callable[[str | None, str | None, str | None], AnyStore],
+    opening: Callable[..., AnyStore],
     work: Callable[[AnyStore], Awaitable[T]],
     *names: str | None,
 ) -> T:

@@ -13,6 +13,7 @@ from idempotency.stores import AnyStore, open_store
 from idempotency.stores._counts import COUNTS, Count, count_of, count_scope
 from idempotency.stores._operating import DIGITS
 from idempotency.stores.base import Entry, Forgetting, Inspecting, Searching, require
+from idempotency.stores.encryption import Encryption
 
 TIMEOUT = 30.0
 """Seconds a verb may take: an operator waits longer than a request does."""
@@ -24,8 +25,13 @@ MANY = 20
 """How many records are shown."""
 
 
-def open_named(url: str | None, table: str | None, prefix: str | None, *, create: bool = False) -> AnyStore:
+def open_named(
+    url: str | None, table: str | None, prefix: str | None, key_file: str | None = None, *, create: bool = False
+) -> AnyStore:
     """Open the store. With ``create``, a missing SQLite file is no error.
+
+    ``key_file``: the file with the keys that decrypt its records, see
+    :meth:`~idempotency.stores.encryption.Encryption.from_file`.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a store this process cannot share.
     """
@@ -40,7 +46,8 @@ def open_named(url: str | None, table: str | None, prefix: str | None, *, create
         raise ConfigurationError("--prefix is for Redis; a SQL store has --table")
     # Every store that can be opened by a URL from another process takes timeout=.
     names = {name: value for name, value in (("table", table), ("prefix", prefix)) if value is not None}
-    store = open_store(url, timeout=TIMEOUT, **names)
+    encryption = None if key_file is None else Encryption.from_file(key_file)
+    store = open_store(url, timeout=TIMEOUT, encryption=encryption, **names)
     if url.startswith("sqlite") and not create:
         _check_sqlite(url, table)
     return store

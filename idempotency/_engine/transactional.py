@@ -66,7 +66,7 @@ class TransactionalLease(Lease):
         """
         if self._has_ended() or outcome != "store" or not self._transaction.used:
             return await self.fail(outcome, result, error)
-        return await self._commit(result)
+        return await self._commit(result, error)
 
     def _has_ended(self) -> bool:
         """Return whether the operation has ended; raise the failure of its commit, if there is one."""
@@ -74,7 +74,7 @@ class TransactionalLease(Lease):
             raise self._failure
         return self.ended
 
-    async def _commit(self, result: bytes | None) -> Known | None:
+    async def _commit(self, result: bytes | None, omitted: Failure) -> Known | None:
         transaction = self._transaction
         try:
             # The lease is renewed meanwhile: a flush may take long.
@@ -82,7 +82,7 @@ class TransactionalLease(Lease):
             self.stop()
             if await transaction.commit(result):
                 refused = transaction.refused
-                self._emit(kind_of("store", result if refused is None else None), refused)
+                self._emit(kind_of("store", result if refused is None else None), refused or omitted)
                 return None
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, StoreError):

@@ -10,7 +10,7 @@ from idempotency._http.body import Message, Send
 from idempotency._http.codec import StoredResponse
 from idempotency._http.disconnect import Disconnect
 from idempotency._http.exit_stacks import ExitStacks
-from idempotency._http.recorded_headers import Headers
+from idempotency.policy import Headers
 
 PATIENCE = 2.0
 """Seconds for which a response in pieces is held back. After them it is sent live, and its body is not recorded."""

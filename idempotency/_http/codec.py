@@ -18,8 +18,9 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from idempotency._http.recorded_headers import Headers, recorded_headers
+from idempotency._http.recorded_headers import recorded_headers
 from idempotency.errors import UnreadableError
+from idempotency.policy import Headers
 
 VERSION = 1
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from idempotency._http.codec import StoredResponse
-from idempotency._http.recorded_headers import Headers
 from idempotency.errors import NotReplayableError
+from idempotency.policy import Headers
 
 GROWTH = 16
 """A body is decoded up to this many times ``Policy.max_response``: the policy bounds the coded bytes only."""

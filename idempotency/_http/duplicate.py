@@ -8,7 +8,6 @@ from typing import assert_never
 from idempotency._http.codec import StoredResponse, decode_response
 from idempotency._http.content_coding import GROWTH, decoded, is_acceptable
 from idempotency._http.problem import IN_VAIN
-from idempotency._http.recorded_headers import Headers
 from idempotency._rules import Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency.errors import (
     IdempotencyError,
@@ -19,7 +18,7 @@ from idempotency.errors import (
     UnreadableError,
 )
 from idempotency.events import EventKind
-from idempotency.policy import Policy
+from idempotency.policy import Headers, Policy
 
 
 async def answer_of(

@@ -9,10 +9,9 @@ from typing import Any, get_args
 
 from idempotency._hooks import discard_coroutine
 from idempotency._http.caller import is_anonymous
-from idempotency._http.recorded_headers import Headers
 from idempotency._http.unrouted import is_unrouted
 from idempotency.operation import Operation
-from idempotency.policy import Outcome, OutcomeRule, Policy
+from idempotency.policy import Headers, Outcome, OutcomeRule, Policy
 
 REFUSAL = 300.0
 """Seconds for which a response 4xx to an anonymous caller is recorded, at the most.

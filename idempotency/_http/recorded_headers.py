@@ -6,12 +6,11 @@ duplicate is another exchange. Nothing here concerns the first answer: it goes o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
-Headers = Sequence[tuple[bytes, bytes]]
-"""Raw header pairs in order, repeats included."""
+from idempotency.policy import Headers
 
 _NOT_RECORDED: dict[str, str] = {
     "the connection and its proxies (RFC 9110 section 7.6.1, RFC 7838)": """

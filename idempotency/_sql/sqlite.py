@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, Pool, event
+from sqlalchemy import URL, Connection, Engine, Pool, event
 
 from idempotency._durations import milliseconds
 from idempotency._sql.send import pooled, send, setting
+from idempotency.errors import ConfigurationError
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 
@@ -30,6 +31,17 @@ _STORES_NOTHING = re.compile(
 )
 # Statements for which the driver itself begins a transaction.
 _STORES_ROWS = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
+
+
+def check_in_file(url: URL) -> None:
+    """Raise ConfigurationError for an SQLite database in memory.
+
+    All would share one connection, so that a verb's commit would commit a handler's open transaction; or each
+    connection would have a database of its own.
+    """
+    in_memory = url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+    if url.get_backend_name() == "sqlite" and in_memory:
+        raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
 
 
 def begin(connection: Connection, sql: str = "") -> None:

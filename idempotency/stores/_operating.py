@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry, Finding
 
 DIGITS = 64
@@ -21,14 +20,16 @@ def id_digits(start: str) -> str:
 
 
 async def inspect_all(
-    ids: AsyncIterator[bytes], inspect: Callable[[bytes], Awaitable[Entry | None]], key: str | None, limit: int
+    ids: AsyncIterator[bytes],
+    inspect: Callable[[bytes], Awaitable[Entry | None]],
+    keys: Collection[str] | None,
+    limit: int,
 ) -> list[Entry]:
-    """Inspect the records of these ids until ``limit`` are found; with ``key``, only its records count."""
+    """Inspect the records of these ids until ``limit`` are found; with ``keys``, only those that show one of them."""
     found: dict[bytes, Entry] = {}
-    wanted = None if key is None else shortened(key)
     async for record in ids:
         entry = await inspect(record)
-        if entry is not None and wanted in (None, entry.key):
+        if entry is not None and (keys is None or entry.key in keys):
             found[record] = entry
         if len(found) >= limit:
             break

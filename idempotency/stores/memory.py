@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import heapq
 import os
@@ -17,9 +16,12 @@ from idempotency._durations import seconds
 from idempotency._hooks import check_callable
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
+from idempotency.stores import _sealing
 from idempotency.stores._operating import id_digits
-from idempotency.stores._shown import shortened
+from idempotency.stores._sealing import Sealing, sealed_result
+from idempotency.stores._watcher import Watcher
 from idempotency.stores.base import Changed, Entry, Finding
+from idempotency.stores.encryption import Encryption
 
 _DROPPED_PER_CLAIM = 32
 
@@ -31,6 +33,8 @@ class MemoryStore:
     there may be before a new key is refused; results of operations that already run are stored beyond it. Default
     256 MiB.
     ``clock``: the clock that durations are measured by, in seconds. Default ``time.monotonic``.
+    ``encryption``: an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys. Default None.
+    ``digest_names``: whether scopes and keys are stored as digests only. Default False.
 
     A full store drops expired records and no others, since the effect of a live key that is forgotten could happen
     twice: a claim of a new key then raises :class:`~idempotency.errors.StoreError`.
@@ -42,16 +46,19 @@ class MemoryStore:
         max_records: int = 100_000,
         max_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
+        encryption: Encryption | None = None,
+        digest_names: bool = False,
     ) -> None:
         check_callable("clock", clock)
         self._max_records = max_records
         self._max_bytes = max_bytes
         self._clock = clock
+        self._sealing = _sealing.sealing_of(encryption, digest_names)
         self._lock = threading.Lock()
         self._records: dict[bytes, _Stored] = {}
         self._bytes = 0
         self._expiries: list[tuple[float, bytes]] = []
-        self._watchers: dict[bytes, set[_Watcher]] = {}
+        self._watchers: dict[bytes, set[Watcher]] = {}
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`; raises StoreError when the store is full."""
@@ -62,13 +69,15 @@ class MemoryStore:
             stored = self._live(record, now)
             if stored is None:
                 self._make_room(now)
-                stored = self._records[record] = _Stored(claim, now)
+                stored = self._records[record] = _Stored(claim, now, self._sealing)
                 self._bytes += stored.size
             else:
                 found = stored.record(now)
                 if not takes_over(claim, found):
-                    return found
-                stored.own(claim, now)
+                    return found if self._sealing is None else _sealing.opened(self._sealing, record, found)
+                self._bytes -= stored.size
+                stored.own(claim, now, self._sealing)
+                self._bytes += stored.size
             self._schedule(record, stored)
             return stored.record(now)
 
@@ -92,7 +101,7 @@ class MemoryStore:
                 return False
             if stored.state is State.DONE:
                 return True  # the same command again: the result stays as it was recorded
-            self._end(record, stored, state, result, now + claim.ttl)
+            self._end(record, stored, state, sealed_result(self._sealing, record, result), now + claim.ttl)
         self._announce(record)
         return True
 
@@ -130,7 +139,7 @@ class MemoryStore:
     async def watch(self, claim: Claim, /) -> AsyncIterator[Changed]:
         """See :meth:`~idempotency.stores.base.Store.watch`; woken by changes of any thread and event loop."""
         record = claim.id
-        watcher = _Watcher()
+        watcher = Watcher()
         with self._lock:
             self._watchers.setdefault(record, set()).add(watcher)
         try:
@@ -154,7 +163,7 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             stored = self._live(record, now)
-            return None if stored is None else stored.entry(record, now)
+            return None if stored is None else stored.entry(record, now, self._sealing)
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
@@ -163,14 +172,15 @@ class MemoryStore:
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`."""
-        digits, wanted = id_digits(start), None if key is None else shortened(key)
-        found = (each for each in self._entries() if each.id.hex().startswith(digits) and wanted in (None, each.key))
-        return list(islice(found, limit))
+        digits, keys = id_digits(start), None if key is None else _sealing.forms_of_key(self._sealing, key)
+        found = (each for each in self._entries() if each.id.hex().startswith(digits))
+        return list(islice((each for each in found if keys is None or each.key in keys), limit))
 
     def _entries(self) -> list[Entry]:
         with self._lock:
             now = self._clock()
-            return [stored.entry(record, now) for record, stored in self._records.items() if stored.expires > now]
+            live = ((record, stored) for record, stored in self._records.items() if stored.expires > now)
+            return [stored.entry(record, now, self._sealing) for record, stored in live]
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
@@ -179,13 +189,14 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             stored = self._live(record, now)
-            if stored is None or not stored.entry(record, now).unresolved:
+            if stored is None or not stored.entry(record, now, self._sealing).unresolved:
                 return False
             if outcome == "release":
                 self._forget(record)
             else:
                 stored.token = os.urandom(16).hex()
-                self._end(record, stored, State.DONE, result, now + seconds("ttl", ttl))
+                sealed = sealed_result(self._sealing, record, result)
+                self._end(record, stored, State.DONE, sealed, now + seconds("ttl", ttl))
         self._announce(record)
         return True
 
@@ -202,6 +213,7 @@ class MemoryStore:
         return [
             Finding("note", "the records are in the memory of this process: its restart forgets every key"),
             Finding("fix", f"full: {use}; claims of new keys fail") if full else Finding("ok", use),
+            *_sealing.findings(self._sealing, ()),
         ]
 
     @property
@@ -302,12 +314,13 @@ class _Stored:
 
     __slots__ = (
         "attempt",
-        "claim",
         "created",
         "expires",
+        "fingerprint",
         "hold",
         "lease",
         "lease_end",
+        "names",
         "queued",
         "result",
         "state",
@@ -315,7 +328,7 @@ class _Stored:
         "version",
     )
 
-    def __init__(self, claim: Claim, now: float) -> None:
+    def __init__(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
         self.attempt = 0
         self.created = now
         self.queued = inf
@@ -323,12 +336,14 @@ class _Stored:
         self.state = State.RUNNING
         self.token = ""
         self.version = FORMAT
-        self.own(claim, now)
+        self.own(claim, now, sealing)
 
-    def own(self, claim: Claim, now: float) -> None:
+    def own(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
         if self.token != claim.token:
             self.attempt += 1
-        self.claim = claim
+        self.names: tuple[str, str] | tuple[bytes, bytes]
+        self.names = (claim.scope, claim.key) if sealing is None else sealing.names(claim)
+        self.fingerprint = claim.fingerprint
         self.token = claim.token
         self.hold = claim.hold
         self.start_lease(claim, now)
@@ -345,13 +360,12 @@ class _Stored:
     @property
     def size(self) -> int:
         """Bytes that grow with what users send, counting text as one byte a character."""
-        claim = self.claim
-        return len(claim.scope) + len(claim.key) + len(claim.fingerprint) + len(self.result or b"")
+        return sum(map(len, self.names)) + len(self.fingerprint) + len(self.result or b"")
 
     def record(self, now: float) -> Record:
         return Record(
             token=self.token,
-            fingerprint=self.claim.fingerprint,
+            fingerprint=self.fingerprint,
             state=self.state,
             attempt=self.attempt,
             lease_left=self.remaining_lease(now),
@@ -361,38 +375,18 @@ class _Stored:
             age=max(0.0, now - self.created),
         )
 
-    def entry(self, record: bytes, now: float) -> Entry:
+    def entry(self, record: bytes, now: float, sealing: Sealing | None) -> Entry:
+        scope, key, size = _sealing.shown_of(sealing, record, self.names, self.result)
         return Entry(
             id=record,
-            scope=shortened(self.claim.scope),
-            key=shortened(self.claim.key),
+            scope=scope,
+            key=key,
             state=self.state,
             attempt=self.attempt,
             hold=self.hold,
             age=now - self.created,
             lease_left=self.remaining_lease(now),
             expires_in=None if self.expires == inf else self.expires - now,
-            result_size=None if self.result is None else len(self.result),
+            result_size=size,
             version=self.version,
         )
-
-
-class _Watcher:
-    """One waiting task: woken from any thread, in its own event loop."""
-
-    __slots__ = ("_event", "_loop")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-
-    def wake(self) -> None:
-        # In a loop that is closed no task waits any more.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._event.set)
-
-    async def changed(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        self._event.clear()

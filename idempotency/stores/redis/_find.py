@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from idempotency.stores._operating import DIGITS
+from idempotency.stores._sealing import Sealing
 from idempotency.stores.base import Entry
 from idempotency.stores.redis import _wire as wire
 from idempotency.stores.redis._clients import Clients
@@ -22,13 +23,13 @@ async def ids(clients: Clients, prefix: bytes, start: str) -> AsyncIterator[byte
             yield record
 
 
-async def unresolved(clients: Clients, prefix: bytes, limit: int) -> list[Entry]:
+async def unresolved(clients: Clients, prefix: bytes, limit: int, sealing: Sealing | None) -> list[Entry]:
     """List the records whose outcome is unknown, in the order of their first claims."""
     found: list[tuple[int, Entry]] = []
     async for batch in _batches(clients, prefix, ""):
         replies = await asyncio.gather(*(clients.run(wire.inspect(prefix + each.hex().encode())) for each in batch))
         for record, reply in zip(batch, replies, strict=True):
-            entry = wire.entry(record, reply)
+            entry = wire.entry(record, reply, sealing)
             if entry is not None and entry.unresolved:
                 found.append((wire.first_claimed(reply), entry))
     return [entry for _, entry in sorted(found, key=lambda one: one[0])[:limit]]

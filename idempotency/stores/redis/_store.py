@@ -15,7 +15,9 @@ from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
+from idempotency.stores._sealing import LOOKED_AT, findings, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
+from idempotency.stores.encryption import Encryption
 from idempotency.stores.redis import _examine, _find
 from idempotency.stores.redis import _wire as wire
 from idempotency.stores.redis._clients import Clients
@@ -36,6 +38,8 @@ class RedisStore:
     ``prefix``: how the names of keys and channels begin. Default ``"idempotency"``.
     ``timeout``: seconds within which an asyncio verb ends, also when the server does not respond. Default 5.
     ``durability``: a :class:`Durability`; default None, see there what a failover can lose.
+    ``encryption``: an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys; default None.
+    ``digest_names``: whether scopes and keys are stored as digests only. Default False.
 
     Run the server with ``maxmemory-policy noeviction`` (or ``volatile-ttl`` and enough memory): an evicted record is a
     forgotten key, and its operation can run again. A user with restricted rights needs ``+eval +evalsha`` and the
@@ -53,6 +57,8 @@ class RedisStore:
         prefix: str = "idempotency",
         timeout: float = 5.0,
         durability: Durability | None = None,
+        encryption: Encryption | None = None,
+        digest_names: bool = False,
     ) -> None:
         if isinstance(client, (redis.Redis, redis.RedisCluster)):
             if sync_client is not None:
@@ -62,6 +68,7 @@ class RedisStore:
             raise ConfigurationError("RedisStore needs a client, or a URL: RedisStore.from_url('redis://localhost')")
         if client is not None and not isinstance(client, (aioredis.Redis, aiocluster.RedisCluster)):
             raise ConfigurationError(f"RedisStore takes a redis-py client, not {type(client).__name__}")
+        self._sealing = sealing_of(encryption, digest_names)
         timeout = self._set_up(prefix, timeout, durability)
         self._clients = Clients(client, sync_client, timeout=timeout)
 
@@ -73,6 +80,8 @@ class RedisStore:
         prefix: str = "idempotency",
         timeout: float = 5.0,
         durability: Durability | None = None,
+        encryption: Encryption | None = None,
+        digest_names: bool = False,
     ) -> Self:
         """Open a store by URL, for the asyncio and the blocking verbs; it connects at its first use.
 
@@ -83,6 +92,7 @@ class RedisStore:
         """
         store = cls.__new__(cls)
         address = read_url(url)
+        store._sealing = sealing_of(encryption, digest_names)
         timeout = store._set_up(prefix, timeout, durability)
         # Single commands are sent over connections of our own. Those that wait for copies use the client's pool.
         store._clients = Clients(None, None, address=address, timeout=timeout, own=durability is None)
@@ -111,7 +121,7 @@ class RedisStore:
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
         asked = self._clock_guard.ask(claim)
-        command = wire.claim(self._key_of(claim.id), claim, asked.latest)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing)
         if self._durability is None:
             return self._read(asked, claim, await self._clients.run(command))
         reply, copies = await self._run_durably(command, self._durability)
@@ -128,6 +138,7 @@ class RedisStore:
 
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`idempotency.stores.base.Store.complete`."""
+        result = sealed_result(self._sealing, claim.id, result)
         if result is not None and len(result) > wire.SMALL:
             wire.check_size(result, await self._largest())
         command = wire.complete(self._key_of(claim.id), claim, result, state)
@@ -160,7 +171,7 @@ class RedisStore:
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
         asked = self._clock_guard.ask(claim)
-        command = wire.claim(self._key_of(claim.id), claim, asked.latest)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing)
         if self._durability is None:
             return self._read(asked, claim, self._clients.run_sync(command))
         reply, copies = self._run_durably_sync(command, self._durability)
@@ -177,6 +188,7 @@ class RedisStore:
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`idempotency.stores.base.Store.complete`."""
+        result = sealed_result(self._sealing, claim.id, result)
         if result is not None and len(result) > wire.SMALL:
             wire.check_size(result, self._largest_sync())
         command = wire.complete(self._key_of(claim.id), claim, result, state)
@@ -199,19 +211,20 @@ class RedisStore:
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`idempotency.stores.base.Inspecting.inspect`; None also for a record that makes no sense."""
-        return wire.entry(record, await self._clients.run(wire.inspect(self._key_of(record))))
+        return wire.entry(record, await self._clients.run(wire.inspect(self._key_of(record))), self._sealing)
 
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
-        return wire.entry(record, self._clients.run_sync(wire.inspect(self._key_of(record))))
+        return wire.entry(record, self._clients.run_sync(wire.inspect(self._key_of(record))), self._sealing)
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`idempotency.stores.base.Resolving.unresolved`; it scans all keys of the database."""
-        return await _find.unresolved(self._clients, self._prefix, limit)
+        return await _find.unresolved(self._clients, self._prefix, limit, self._sealing)
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`idempotency.stores.base.Searching.find`; it scans all keys of the database."""
-        return await inspect_all(_find.ids(self._clients, self._prefix, id_digits(start)), self.inspect, key, limit)
+        keys = None if key is None else forms_of_key(self._sealing, key)
+        return await inspect_all(_find.ids(self._clients, self._prefix, id_digits(start)), self.inspect, keys, limit)
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
@@ -219,12 +232,16 @@ class RedisStore:
         """See :meth:`idempotency.stores.base.Resolving.resolve`."""
         if outcome not in ("done", "release"):
             raise ConfigurationError(f"an outcome is 'done' or 'release', not {outcome!r}")
+        result = sealed_result(self._sealing, record, result)
         return bool(await self._clients.run(wire.resolve(self._key_of(record), outcome, result, ttl)))
 
     async def examine(self) -> list[Finding]:
         """See :meth:`idempotency.stores.base.Examining.examine`."""
         healthy = "reachable, and it runs the store's scripts"
-        return await check_and_examine(self.check, healthy, lambda: _examine.examine(self._clients))
+        return await check_and_examine(self.check, healthy, self._examine)
+
+    async def _examine(self) -> list[Finding]:
+        return [*await _examine.examine(self._clients), *findings(self._sealing, await self.find(limit=LOOKED_AT))]
 
     @property
     def schema(self) -> str:
@@ -252,7 +269,7 @@ class RedisStore:
         return self._prefix + record.hex().encode()
 
     def _read(self, asked: Asked, claim: Claim, reply: Any) -> Record:
-        return self._clock_guard.read(asked, claim, wire.record(claim, reply), wire.clock(reply))
+        return self._clock_guard.read(asked, claim, wire.record(claim, reply, self._sealing), wire.clock(reply))
 
     async def _run_durably(self, command: Command, durability: Durability) -> list[Any]:
         replies: list[Any] = await self._clients.bounded(

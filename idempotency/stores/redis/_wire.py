@@ -17,7 +17,8 @@ from typing import Any
 
 from idempotency._durations import DAY, milliseconds, positive, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
-from idempotency.errors import ConfigurationError, StoreRefusedError
+from idempotency.errors import ConfigurationError, StoreRefusedError, UnreadableError
+from idempotency.stores._sealing import Sealing, opened_result, shown, shown_size
 from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry
 
@@ -52,11 +53,12 @@ _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
 
 
-def claim(key: bytes, claim: Claim, latest: int) -> Command:
+def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None) -> Command:
     """Make the command of ``Store.claim``; :func:`record` and :func:`clock` read its reply.
 
     ``latest``: the last end of a lease that it takes over, in milliseconds by the server's clock.
     """
+    scope, name = _names(claim) if sealing is None else sealing.names(claim)
     return _CLAIM, (
         b"1",
         key,
@@ -67,10 +69,15 @@ def claim(key: bytes, claim: Claim, latest: int) -> Command:
         _milliseconds(claim.lease + claim.ttl),
         _FLAG[claim.hold],
         _FLAG[claim.watched],
-        shortened(claim.scope).encode("utf-8", "surrogatepass"),
-        shortened(claim.key).encode("utf-8", "surrogatepass"),
+        scope,
+        name,
         b"%d" % latest,
     )
+
+
+def _names(claim: Claim) -> tuple[bytes, bytes]:
+    scope, key = shortened(claim.scope), shortened(claim.key)
+    return scope.encode("utf-8", "surrogatepass"), key.encode("utf-8", "surrogatepass")
 
 
 def renew(key: bytes, claim: Claim) -> Command:
@@ -107,7 +114,7 @@ def forget(key: bytes) -> Command:
     return _FORGET, (b"1", key)
 
 
-def record(claim: Claim, reply: Any) -> Record:
+def record(claim: Claim, reply: Any, sealing: Sealing | None) -> Record:
     """Read the reply to a claim."""
     if len(reply) == 2:
         return Record.unreadable(reply[1] or FORMAT)
@@ -121,7 +128,11 @@ def record(claim: Claim, reply: Any) -> Record:
             hold=claim.hold,
             age=age / 1000,
         )
-    _, version, state, attempt, lease, hold, age, token, fingerprint, *result = reply
+    _, version, state, attempt, lease, hold, age, token, fingerprint, *stored = reply
+    try:
+        result = opened_result(sealing, claim.id, stored[0]) if stored else None
+    except UnreadableError:
+        return Record.unreadable(version)
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
@@ -129,7 +140,7 @@ def record(claim: Claim, reply: Any) -> Record:
         attempt=attempt,
         lease_left=lease / 1000,
         hold=hold == 1,
-        result=result[0] if result else None,
+        result=result,
         version=version,
         age=age / 1000,
     )
@@ -141,22 +152,22 @@ def clock(reply: Any) -> float:
     return now
 
 
-def entry(record: bytes, reply: Sequence[Any] | None) -> Entry | None:
+def entry(record: bytes, reply: Sequence[Any] | None, sealing: Sealing | None) -> Entry | None:
     """Read the reply to an inspection of the record of this id."""
     if not reply or not State.RUNNING <= reply[1] <= State.UNKNOWN:
         return None
     version, state, attempt, hold, age, lease, expires, size, scope, key, _ = reply
     return Entry(
         id=record,
-        scope=scope.decode("utf-8", "surrogatepass"),
-        key=key.decode("utf-8", "surrogatepass"),
+        scope=shown(sealing, record, "scope", scope),
+        key=shown(sealing, record, "key", key),
         state=State(state),
         attempt=attempt,
         hold=hold == 1,
         age=age / 1000,
         lease_left=max(lease, -age) / 1000,
         expires_in=None if expires < 0 else expires / 1000,
-        result_size=None if size < 0 else size,
+        result_size=shown_size(scope, None if size < 0 else size),
         version=version,
     )
 

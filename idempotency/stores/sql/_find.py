@@ -2,21 +2,71 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Table, func, select
+from collections.abc import AsyncIterator, Collection
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Connection, Row, Table, func, select
 
 from idempotency.stores._operating import DIGITS
-from idempotency.stores.sql._values import storable
+from idempotency.stores._sealing import Sealing, shown
+from idempotency.stores.sql._database import Work
+from idempotency.stores.sql._values import storable, stored_name
 
+T = TypeVar("T")
 _MOST = 1000
-"""The most ids that one search reads."""
+"""The most ids that one search reads, and the most keys that are decrypted at a time."""
 
 
-def find_ids(connection: Connection, table: Table, start: str, key: str | None) -> list[bytes]:
-    """Return the ids that begin with the hex digits ``start``; with ``key``, only those of its records."""
-    low, high = start.ljust(DIGITS, "0"), start.ljust(DIGITS, "f")
+class Run(Protocol):
+    """Perform one work on the table."""
+
+    async def __call__(self, work: Work[T], /) -> T: ...
+
+
+async def ids(
+    run: Run, table: Table, start: str, keys: Collection[str] | None, sealing: Sealing | None
+) -> AsyncIterator[bytes]:
+    """Yield the ids that begin with the hex digits ``start``; with ``keys``, only those of records with one of them."""
+    low: str | None = start.ljust(DIGITS, "0")
+    high = start.ljust(DIGITS, "f")
+    while low is not None:
+        if keys is not None and sealing is not None and sealing.encryption is not None:
+            found, low = await run(partial(_find_decrypted, table, low, high, keys, sealing))
+        else:
+            found, low = await run(partial(_find, table, low, high, keys)), None
+        for record in found:
+            yield record
+
+
+def _find(
+    table: Table, low: str, high: str, keys: Collection[str] | None, _: object, connection: Connection
+) -> list[bytes]:
+    query = _between(select(table.c.id), table, low, high, connection)
+    if keys is not None:
+        query = query.where(table.c.key.in_([storable(key) for key in keys]))
+    return [bytes(row.id) for row in connection.execute(query)]
+
+
+def _find_decrypted(
+    table: Table, low: str, high: str, keys: Collection[str], sealing: Sealing, _: object, connection: Connection
+) -> tuple[list[bytes], str | None]:
+    # A key is encrypted to other bytes in each record. So it is compared here, and not by the database.
+    query = _between(select(table.c.id, table.c.key), table, low, high, connection).order_by(table.c.id)
+    rows = connection.execute(query).all()
+    found = [bytes(row.id) for row in rows if _key_of(row, sealing) in keys]
+    following = f"{int.from_bytes(rows[-1].id) + 1:0{DIGITS}x}" if len(rows) == _MOST else None
+    return found, following
+
+
+def _between(query: Any, table: Table, low: str, high: str, connection: Connection) -> Any:
     # As text, since the drivers of MySQL disagree on how to escape bytes.
     read = func.unhex if connection.dialect.name in ("mysql", "mariadb") else bytes.fromhex
-    query = select(table.c.id).where(table.c.id.between(read(low), read(high))).limit(_MOST)
-    if key is not None:
-        query = query.where(table.c.key == storable(key))
-    return [bytes(row.id) for row in connection.execute(query)]
+    return query.where(table.c.id.between(read(low), read(high))).limit(_MOST)
+
+
+def _key_of(row: Row[Any], sealing: Sealing) -> str | None:
+    try:
+        return shown(sealing, bytes(row.id), "key", stored_name(row.key))
+    except (TypeError, ValueError):
+        return None  # the row is damaged

@@ -27,6 +27,7 @@ from idempotency._sql.send import Sent, send, setting
 from idempotency._sql.sqlite import begin_to_write, busy_timeout_of, lowered_lock_wait, waiting
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreRefusedError
 from idempotency.stores._clock_guard import ClockGuard
+from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._table import create_schema
@@ -60,7 +61,7 @@ class JoinedVerbs:
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
         self._trusted = False
 
-    def claim_in(self, connection: Connection, claim: Claim, wait: float) -> Record | None:
+    def claim_in(self, connection: Connection, claim: Claim, wait: float, sealing: Sealing | None) -> Record | None:
         """Claim, waiting up to ``wait`` seconds for a transaction that has locked the row; None if it still has then.
 
         Raises :class:`ConflictError` where this transaction, by its isolation level, cannot see the row as it is now.
@@ -70,7 +71,7 @@ class JoinedVerbs:
             self._trusted = True
         deadline, remaining = monotonic() + wait, wait
         asked = self._clock_guard.ask(claim)
-        values = claim_values(claim, asked)
+        values = claim_values(claim, asked, sealing)
         try:
             for _ in range(CLAIM_TRIES):
                 row = self._claim_once(connection, values, remaining)
@@ -79,7 +80,7 @@ class JoinedVerbs:
                     by_itself = commits_by_itself(connection)
                     if by_itself or (by_itself is None and not has_begun(connection)):
                         raise ConfigurationError(COMMITS_BY_ITSELF)
-                    return self._clock_guard.read(asked, claim, read_record(row), float(row.now_ms))
+                    return self._clock_guard.read(asked, claim, read_record(row, claim.id, sealing), float(row.now_ms))
                 remaining = max(0.0, deadline - monotonic())
         except DBAPIError as error:
             if waited_for_lock(error):
@@ -183,14 +184,14 @@ class JoinedVerbs:
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
 
-    def look(self, connection: Connection, claim: Claim) -> Record | None:
+    def look(self, connection: Connection, claim: Claim, sealing: Sealing | None) -> Record | None:
         """Return the committed record, if it is not free for ``claim``. On SQLite this waits for no lock."""
         asked = self._clock_guard.ask(claim)
-        row = self._send(connection, self._sql.look, claim_values(claim, asked)).row
+        row = self._send(connection, self._sql.look, claim_values(claim, asked, sealing)).row
         found = None if row is None else Found(*row)
         if found is None or found.free:
             return None
-        return self._clock_guard.read(asked, claim, read_record(found), float(found.now_ms))
+        return self._clock_guard.read(asked, claim, read_record(found, claim.id, sealing), float(found.now_ms))
 
     def _claim_once_on_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
         row: Sequence[Any] | None = None

@@ -57,6 +57,7 @@ _VALUES = (
 
 _TAKE = f"""
 ON CONFLICT (id) DO UPDATE SET
+    scope = excluded.scope, {{key}} = excluded.{{key}},
     version = excluded.version, state = excluded.state, token = excluded.token, fingerprint = excluded.fingerprint,
     attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
     hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
@@ -131,6 +132,8 @@ ON DUPLICATE KEY UPDATE
     state = IF({_WON}, VALUES(state), state),
     version = IF({_WON}, VALUES(version), version),
     fingerprint = IF({_OURS}, VALUES(fingerprint), fingerprint),
+    scope = IF({_OURS}, VALUES(scope), scope),
+    {{key}} = IF({_OURS}, VALUES({{key}}), {{key}}),
     hold = IF({_OURS}, VALUES(hold), hold),
     watched = IF({_OURS}, watched OR VALUES(watched), watched),
     lease_until_ms = IF({_OURS}, VALUES(lease_until_ms), lease_until_ms),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Literal, Self, TypeVar
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
@@ -26,14 +24,18 @@ from idempotency._sql.failures import describe_database, replacing
 from idempotency._sql.send import pooled
 from idempotency._sql.session_failures import connecting
 from idempotency._sql.sessions import check_same_database
+from idempotency._sql.sqlite import check_in_file
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
+from idempotency.stores._sealing import LOOKED_AT, Sealing, findings, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
+from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._examine import examine
-from idempotency.stores.sql._find import find_ids
+from idempotency.stores.sql._find import ids
+from idempotency.stores.sql._forks import drop_in_children
 from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads
 from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
@@ -58,19 +60,37 @@ class SQLStore:
     closed, and the server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own
     ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
     each statement that writes, and set back, which takes two switches to aiosqlite's thread.
+    ``encryption`` is an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys, default None.
+    ``digest_names``: whether scopes and keys are stored as digests only, default False.
 
     Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with
     :class:`~idempotency.errors.ConfigurationError`.
     """
 
-    def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine | Engine,
+        *,
+        table: str = DEFAULT_TABLE,
+        timeout: float = 5.0,
+        encryption: Encryption | None = None,
+        digest_names: bool = False,
+    ) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
         check_backend(engine.url)
-        self._set_up(engine, table, timeout)
+        self._set_up(engine, table, timeout, sealing_of(encryption, digest_names))
 
     @classmethod
-    def from_url(cls, url: str | URL, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> Self:
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        table: str = DEFAULT_TABLE,
+        timeout: float = 5.0,
+        encryption: Encryption | None = None,
+        digest_names: bool = False,
+    ) -> Self:
         """Make a store that opens its engines itself, at the first use, and closes them.
 
         ``url`` is an SQLAlchemy URL with a driver, such as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
@@ -78,25 +98,20 @@ class SQLStore:
         Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
         """
         store = cls.__new__(cls)
-        store._set_up(read_url(url), table, timeout)
+        store._set_up(read_url(url), table, timeout, sealing_of(encryption, digest_names))
         return store
 
-    def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
+    def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float, sealing: Sealing | None) -> None:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
         # Now rather than with the first session: SQLAlchemy's listeners may not be added while other threads call them.
         install()
         self._source = source
-        url = self._url
-        if url.get_backend_name() == "sqlite" and (
-            url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
-        ):
-            # All would share one connection, so that a verb's commit would commit a handler's open transaction; or each
-            # connection would have a database of its own.
-            raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
+        check_in_file(self._url)
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
+        self._sealing = sealing
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._threads: Threads | None = None
         self._opening = threading.Lock()
@@ -104,8 +119,8 @@ class SQLStore:
         self._clock_guard = ClockGuard()
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
-        self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
-        _stores.add(self)
+        self._local_lock = LocalLock() if self._url.get_backend_name() == "sqlite" else None
+        drop_in_children(self)
 
     @property
     def _url(self) -> URL:
@@ -113,7 +128,10 @@ class SQLStore:
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return await self._run(lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard))
+        return await self._run(self._claiming(claim))
+
+    def _claiming(self, claim: Claim) -> Work[Record]:
+        return lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard, self._sealing)
 
     async def renew(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
@@ -121,7 +139,8 @@ class SQLStore:
 
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        return await self._run(lambda verbs, connection: verbs.complete(connection, claim, result, state))
+        sealed = sealed_result(self._sealing, claim.id, result)
+        return await self._run(lambda verbs, connection: verbs.complete(connection, claim, sealed, state))
 
     async def release(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
@@ -189,7 +208,7 @@ class SQLStore:
             connection = session.connection()
             statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
             with replacing(connection):
-                return joined.claim_in(connection, claim, wait)
+                return joined.claim_in(connection, claim, wait, self._sealing)
 
     async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
         """Return the committed record, if it is not free for ``claim`` and can be read without a wait."""
@@ -198,7 +217,7 @@ class SQLStore:
     def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
         """See :meth:`look_in`."""
         try:
-            return self._joined_verbs(session).look(session.connection(), claim)
+            return self._joined_verbs(session).look(session.connection(), claim, self._sealing)
         except (StoreError, DBAPIError):
             # The claim comes next, and raises what is wrong.
             return None
@@ -213,9 +232,9 @@ class SQLStore:
         self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
     ) -> bool:
         """See :meth:`complete_in`."""
-        connection = session.connection()
+        connection, sealed = session.connection(), sealed_result(self._sealing, claim.id, result)
         with replacing(connection):
-            return self._joined_verbs(session).complete(connection, claim, result, state)
+            return self._joined_verbs(session).complete(connection, claim, sealed, state)
 
     def _joined_verbs(self, session: Session) -> JoinedVerbs:
         if self._joined is None:
@@ -225,18 +244,15 @@ class SQLStore:
         return self._joined
 
     @asynccontextmanager
-    async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
+    async def watch(self, claim: Claim, /) -> AsyncIterator[Changed]:
+        """See :meth:`~idempotency.stores.base.Store.watch`. On PostgreSQL by LISTEN, elsewhere by polling."""
         loop = await self._this_loop()
         async with loop.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
             yield changed
 
-    def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
-        """See :meth:`~idempotency.stores.base.Store.watch`. On PostgreSQL by LISTEN, elsewhere by polling."""
-        return self._watch(claim)
-
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return self._run_sync(lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard))
+        return self._run_sync(self._claiming(claim))
 
     def renew_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.renew`."""
@@ -244,7 +260,8 @@ class SQLStore:
 
     def complete_sync(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
-        return self._run_sync(lambda verbs, connection: verbs.complete(connection, claim, result, state))
+        sealed = sealed_result(self._sealing, claim.id, result)
+        return self._run_sync(lambda verbs, connection: verbs.complete(connection, claim, sealed, state))
 
     def release_sync(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
@@ -252,21 +269,22 @@ class SQLStore:
 
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`. A damaged record raises UnreadableError."""
-        return await self._run(lambda verbs, connection: verbs.inspect(connection, record))
+        return await self._run(lambda verbs, connection: verbs.inspect(connection, record, self._sealing))
 
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
-        return self._run_sync(lambda verbs, connection: verbs.inspect(connection, record))
+        return self._run_sync(lambda verbs, connection: verbs.inspect(connection, record, self._sealing))
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
-        return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit))
+        return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit, self._sealing))
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
     ) -> bool:
         """See :meth:`~idempotency.stores.base.Housekeeping.resolve`."""
-        return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, result, ttl))
+        sealed = sealed_result(self._sealing, record, result)
+        return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, sealed, ttl))
 
     async def forget(self, record: bytes, /) -> bool:
         """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
@@ -294,18 +312,17 @@ class SQLStore:
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`; with ``key`` alone, it reads the whole table."""
-        return await inspect_all(self._ids(id_digits(start), key), self.inspect, key, limit)
-
-    async def _ids(self, start: str, key: str | None) -> AsyncIterator[bytes]:
-        for record in await self._run(lambda _, connection: find_ids(connection, self._table, start, key)):
-            yield record
+        keys = None if key is None else forms_of_key(self._sealing, key)
+        found = ids(self._run, self._table, id_digits(start), keys, self._sealing)
+        return await inspect_all(found, self.inspect, keys, limit)
 
     async def examine(self) -> list[Finding]:
         """See :meth:`~idempotency.stores.base.Examining.examine`."""
-        healthy = "reachable, and the table has every column"
-        return await check_and_examine(
-            self.check, healthy, lambda: self._run(lambda _, connection: examine(connection, self._table))
-        )
+        return await check_and_examine(self.check, "reachable, and the table has every column", self._examine)
+
+    async def _examine(self) -> list[Finding]:
+        of_server = await self._run(lambda _, connection: examine(connection, self._table))
+        return [*of_server, *findings(self._sealing, await self.find(limit=LOOKED_AT))]
 
     @property
     def schema(self) -> str:
@@ -386,15 +403,3 @@ class SQLStore:
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
                 self._threads = Threads(database, threading.BoundedSemaphore(database.max_parallel))
             return self._threads
-
-
-_stores: WeakSet[SQLStore] = WeakSet()
-
-
-def _forked() -> None:
-    for store in list(_stores):
-        store.forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

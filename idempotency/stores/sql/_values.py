@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from typing import Any
 
 from idempotency.stores._shown import shortened
+from idempotency.stores.encryption import MAGIC
+
+_ENVELOPE = "\\e"
+"""How an envelope begins in a column of text: as no text that :func:`storable` returns."""
 
 _ESCAPED = re.compile(r"\\(\\|0|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
@@ -23,6 +27,21 @@ def storable(value: str) -> str:
 def stored(value: Any) -> str:
     """Read what :func:`storable` wrote."""
     return _ESCAPED.sub(_unescaped, as_text(value))
+
+
+def storable_name(sealed: bytes) -> str:
+    """Return a scope or key as :class:`~idempotency.stores._sealing.Sealing` made it, in ASCII."""
+    if sealed.startswith(MAGIC):
+        return _ENVELOPE + b2a_base64(sealed, newline=False).decode()
+    return storable(sealed.decode("utf-8", "surrogatepass"))
+
+
+def stored_name(value: Any) -> bytes:
+    """Read a scope or key, sealed or not."""
+    text = as_text(value)
+    if text.startswith(_ENVELOPE):
+        return a2b_base64(text.removeprefix(_ENVELOPE))
+    return stored(text).encode("utf-8", "surrogatepass")
 
 
 def _unescaped(found: re.Match[str]) -> str:

@@ -16,11 +16,20 @@ from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._clock_guard import Asked, ClockGuard
+from idempotency.stores._sealing import Sealing, opened_result, shown, shown_size
 from idempotency.stores.base import Entry
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._trust import try_driver
-from idempotency.stores.sql._values import as_bytes, as_flag, as_text, packed, storable, stored
+from idempotency.stores.sql._values import (
+    as_bytes,
+    as_flag,
+    as_text,
+    packed,
+    storable,
+    storable_name,
+    stored_name,
+)
 
 CLAIM_TRIES = 10
 """How often a claim is repeated when another one has changed the row in between."""
@@ -41,18 +50,18 @@ class Verbs:
         self._notifies = dialect.name == "postgresql"
         self._trusted = False
 
-    def claim(self, connection: Connection, claim: Claim, guard: ClockGuard) -> Record:
+    def claim(self, connection: Connection, claim: Claim, guard: ClockGuard, sealing: Sealing | None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         if not self._trusted:
             try_driver(connection, self._sql)
             self._trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         asked = guard.ask(claim)
-        values = claim_values(claim, asked)
+        values = claim_values(claim, asked, sealing)
         for _ in range(CLAIM_TRIES):
             row = self._claimed(connection, statement, values)
             if row is not None:
-                return guard.read(asked, claim, read_record(row), float(row.now_ms))
+                return guard.read(asked, claim, read_record(row, claim.id, sealing), float(row.now_ms))
         raise StoreError(f"the claim lost against others {CLAIM_TRIES} times in a row")
 
     def _claimed(self, connection: Connection, statement: TextClause, values: dict[str, Any]) -> Row[Any] | None:
@@ -88,14 +97,14 @@ class Verbs:
             self._execute(connection, statement, values | notification_values(claim, self._table)).first() is not None
         )
 
-    def inspect(self, connection: Connection, record: bytes) -> Entry | None:
+    def inspect(self, connection: Connection, record: bytes, sealing: Sealing | None) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
         row = self._execute(connection, self._sql.inspect, {"id": record}).first()
-        return None if row is None else _entry(row)
+        return None if row is None else _entry(row, sealing)
 
-    def unresolved(self, connection: Connection, limit: int) -> list[Entry]:
+    def unresolved(self, connection: Connection, limit: int, sealing: Sealing | None) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
-        return [_entry(row) for row in self._execute(connection, self._sql.unresolved, {"limit": limit})]
+        return [_entry(row, sealing) for row in self._execute(connection, self._sql.unresolved, {"limit": limit})]
 
     def resolve(
         self,
@@ -138,12 +147,16 @@ class Verbs:
             return connection.execute(statement, values)
 
 
-def claim_values(claim: Claim, asked: Asked) -> dict[str, Any]:
+def claim_values(claim: Claim, asked: Asked, sealing: Sealing | None) -> dict[str, Any]:
     """Return the parameters of the statements that claim."""
+    if sealing is None:
+        scope, key = storable(claim.scope), storable(claim.key)
+    else:
+        scope, key = map(storable_name, sealing.names(claim))
     return {
         "id": claim.id,
-        "scope": storable(claim.scope),
-        "key": storable(claim.key),
+        "scope": scope,
+        "key": key,
         "token": claim.token,
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
@@ -181,8 +194,8 @@ class Found(NamedTuple):
     free: Any = None
 
 
-def read_record(row: Row[Any] | Found) -> Record:
-    """Read a row; a damaged one is ``Record.unreadable()``."""
+def read_record(row: Row[Any] | Found, record_id: bytes = b"", sealing: Sealing | None = None) -> Record:
+    """Read the row of this id; a damaged one, or one that cannot be decrypted, is ``Record.unreadable()``."""
     # SQLite stores anything in any column, and a row may have been written by hand: every value is checked.
     try:
         version = int(row.version)
@@ -195,28 +208,29 @@ def read_record(row: Row[Any] | Found) -> Record:
             attempt=int(row.attempt),
             lease_left=float(row.lease_left) / 1000,
             hold=as_flag(row.hold),
-            result=None if row.result is None else as_bytes(row.result),
+            result=opened_result(sealing, record_id, None if row.result is None else as_bytes(row.result)),
             version=version,
             age=max(0.0, float(row.age) / 1000),
         )
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, UnreadableError):
         return Record.unreadable()
     return record if record.version >= 1 and record.attempt >= 1 else Record.unreadable()
 
 
-def _entry(row: Row[Any]) -> Entry:
+def _entry(row: Row[Any], sealing: Sealing | None) -> Entry:
     try:
+        record, scope = bytes(row.id), stored_name(row.scope)
         return Entry(
-            id=bytes(row.id),
-            scope=stored(row.scope),
-            key=stored(row.key),
+            id=record,
+            scope=shown(sealing, record, "scope", scope),
+            key=shown(sealing, record, "key", stored_name(row.key)),
             state=State(row.state),
             attempt=int(row.attempt),
             hold=as_flag(row.hold),
             age=float(row.age) / 1000,
             lease_left=max(float(row.lease_left), -float(row.age)) / 1000,
             expires_in=None if row.expires_in is None else float(row.expires_in) / 1000,
-            result_size=None if row.result_size is None else int(row.result_size),
+            result_size=shown_size(scope, None if row.result_size is None else int(row.result_size)),
             version=int(row.version),
         )
     except (TypeError, ValueError, OverflowError) as error:

@@ -39,7 +39,9 @@ local mine = state == 1 and token == ARGV[2]
 local same = fingerprint == ARGV[3]
 if mine or (state == 1 and remaining <= 0 and lease <= tonumber(ARGV[10]) and hold == '0' and ARGV[6] == '0' and same) then
   if not mine then attempt = attempt + 1 end
-  redis.call('HSET', key, 't', ARGV[2], 'a', string.format('%.0f', attempt), 'l', deadline, 'h', ARGV[6])
+  -- Scope and key too: the new owner may encrypt them, or with another key.
+  redis.call('HSET', key, 't', ARGV[2], 'a', string.format('%.0f', attempt), 'l', deadline, 'h', ARGV[6],
+    'c', ARGV[8], 'k', ARGV[9])
   if ARGV[6] == '1' then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ARGV[5]) end
   return {now, attempt, age}
 end
