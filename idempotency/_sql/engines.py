@@ -70,6 +70,18 @@ def check_driver(url: URL, asynchronous: bool) -> None:
         )
 
 
+def check_side(source: AsyncEngine | Engine | URL, asynchronous: bool) -> None:
+    """Raise ConfigurationError for an engine or a URL that serves only the other kind of verbs."""
+    if isinstance(source, URL):
+        check_driver(source, asynchronous)
+    if asynchronous and isinstance(source, Engine):
+        raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
+    if not asynchronous and isinstance(source, AsyncEngine):
+        raise ConfigurationError(
+            "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
+        )
+
+
 def open_async(url: URL, timeout: float) -> AsyncEngine:
     """Open an async engine; ConfigurationError when the URL's driver is synchronous."""
     check_driver(url, asynchronous=True)

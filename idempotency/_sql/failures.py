@@ -41,6 +41,7 @@ _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
 _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
+_NO_SCHEMA = frozenset({"3F000"})
 _NO_DATABASE = frozenset({"3D000", 1049})
 
 
@@ -151,6 +152,9 @@ def _describe_refusal(error: Exception, database: str, table: str) -> str | None
             f"{database} has a table {table} that lacks a column: add it by a migration, as in"
             " idempotency.stores.sql.records_table"
         )
+    schema = table.rpartition(".")[0]
+    if code in _NO_SCHEMA or (schema and "unknown database" in words.lower() and not unreachable(error)):
+        return f"{database} has no schema {schema}: create it, or correct the name of the table"
     if code in _NO_DATABASE:
         return f"{database} does not exist: create it, or correct the URL"
     if code in _NOT_ALLOWED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
@@ -18,7 +19,7 @@ from idempotency._sql.failures import (
     unusable,
 )
 from idempotency.errors import IdempotencyError, StoreError
-from idempotency.stores.sql._table import create_schema
+from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
@@ -40,11 +41,11 @@ class Database:
         self.engine = engine
         self._table = table
         self._lock_wait = lock_wait_limit(timeout)
-        self._verbs: Verbs | None = None
+        self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
         # An engine that the library opened is set to this limit already.
         self._lowers_lock_wait = self._sqlite and not owned
-        self._created = not self._sqlite
+        self._created: set[str | None] = set()
         # AUTOCOMMIT saves BEGIN and COMMIT where it costs no round trip of its own. Not with pg8000: SQLAlchemy's ping
         # of an idle connection begins a transaction, which AUTOCOMMIT would neither see nor end.
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
@@ -74,18 +75,23 @@ class Database:
                 again = not replaced if unusable(error) else is_repeatable(error)
                 replaced = replaced or unusable(error)
                 if not remaining or statement.abandoned or not again:
-                    failure = describe_failure(error, self.engine.url, self._table.name)
+                    failure = describe_failure(error, self.engine.url, self.name)
                     raise failure from getattr(error, "orig", None) or error
         raise AssertionError
 
+    @property
+    def name(self) -> str:
+        """The name of the table, with its schema if that is named."""
+        return located(self._table, schema_by(self.engine.get_execution_options(), self._table)).fullname
+
+    def _make_verbs(self, schema: str | None) -> Verbs:
+        table = located(self._table, schema)
+        return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait)
+
     def _try_once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
-        if not self._created:
-            with self.engine.begin() as connection:
-                create_schema(connection, self._table)
-            self._created = True
         with self.engine.connect() as connection:
-            if self._verbs is None:
-                self._verbs = Verbs(connection.dialect, self._table, self._lock_wait, self._lowers_lock_wait)
+            schema = connection.schema_for_object(self._table)
+            verbs = self._verbs_in(schema)
             statement.driver, statement.connection = connection.dialect.driver, connection.connection
             if statement.abandoned:
                 raise StoreError("the statement was abandoned before it was sent")
@@ -96,10 +102,14 @@ class Database:
                 raise OpenTransactionError
             try:
                 with replacing(connection):
+                    if self._sqlite and schema not in self._created:
+                        with connection.begin():
+                            create_schema(connection, self._table)
+                        self._created.add(schema)
                     if self._autocommit and not transaction:
-                        return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
+                        return work(verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
                     with connection.begin():
-                        return work(self._verbs, connection)
+                        return work(verbs, connection)
             except (SQLAlchemyError, IdempotencyError):
                 raise
             except BaseException as error:

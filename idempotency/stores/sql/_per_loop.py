@@ -12,7 +12,7 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from idempotency._sql.bounded import Abandoned, InFlight
+from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
 from idempotency._sql.failures import describe_database
 from idempotency._sql.listen import Watchers
 from idempotency._sql.sqlite import close_what_is_invalidated
@@ -90,3 +90,15 @@ class Threads(NamedTuple):
 
     database: Database
     slots: threading.BoundedSemaphore
+
+    def run(self, work: Work[T], timeout: float, watchdog: Watchdog, transaction: bool = False) -> T:
+        """Run ``work``, for at most about ``timeout`` seconds."""
+        if not self.slots.acquire(timeout=timeout):
+            database = describe_database(self.database.engine.url)
+            raise StoreError(f"{database}: no connection became free within {timeout:g} s")
+        statement = InFlight()
+        try:
+            with watchdog.watch(timeout, statement.cut_off):
+                return self.database.perform(work, statement, transaction)
+        finally:
+            self.slots.release()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Literal, Self, TypeVar
-from weakref import WeakSet
+from typing import Any, Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
@@ -21,8 +19,8 @@ from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
 from idempotency._sql.commit_guard import install
-from idempotency._sql.engines import check_backend, check_driver, open_async, open_sync, read_url
-from idempotency._sql.failures import describe_database, replacing
+from idempotency._sql.engines import check_backend, check_side, open_async, open_sync, read_url
+from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
 from idempotency._sql.session_failures import connecting
 from idempotency._sql.sessions import check_same_database
@@ -33,12 +31,23 @@ from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._examine import examine
 from idempotency.stores.sql._find import find_ids
+from idempotency.stores.sql._fork import FORKING
 from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads
-from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
+from idempotency.stores.sql._table import (
+    DEFAULT_TABLE,
+    check_same_schema,
+    create_schema,
+    located,
+    records_table,
+    schema_by,
+)
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
+_CLAIMED_IN = "idempotency: the schema of the claim"
+"""A key of ``session.info``: the schema in which this session itself has claimed. Else the store's engine has."""
+
 _CUT_OFF_WAIT = 0.25
 """Seconds within which a driver notices that its connection is cut off."""
 
@@ -49,8 +58,9 @@ class SQLStore:
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
     a verb of the other kind raises :class:`~idempotency.errors.ConfigurationError`. The store never disposes of it, and
     never uses up its pool: it uses at most one connection fewer than ``pool_size`` at a time, on SQLite one.
-    ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
-    :meth:`create_schema` or by migrations (:func:`records_table`).
+    ``table`` names the table, default ``idempotency_record``; its schema may be named too, ``"schema.table"``, and the
+    option ``schema_translate_map`` of the engine or connection applies. On SQLite the table is created at the first
+    use; elsewhere by :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
     the server is frozen. A blocking verb may end up to a quarter of it later. While it connects, its driver's own
     time-outs apply, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
@@ -103,7 +113,7 @@ class SQLStore:
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
         self._local_lock = LocalLock() if url.get_backend_name() == "sqlite" else None
-        _stores.add(self)
+        FORKING.add(self)
 
     @property
     def _url(self) -> URL:
@@ -141,18 +151,20 @@ class SQLStore:
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store has an engine for the other kind of verbs."""
-        if isinstance(self._source, URL):
-            check_driver(self._source, asynchronous)
-        if asynchronous and isinstance(self._source, Engine):
-            raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
-        if not asynchronous and isinstance(self._source, AsyncEngine):
-            raise ConfigurationError(
-                "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
-            )
+        check_side(self._source, asynchronous)
 
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
         check_same_database(self._url, engine)
+
+    def check_same_table(self, options: Mapping[str, Any]) -> None:
+        """Raise ConfigurationError unless sessions with these execution options use the same table as the store."""
+        check_same_schema(self._table, self._schema, schema_by(options, self._table))
+
+    @property
+    def _schema(self) -> str | None:
+        options = {} if isinstance(self._source, URL) else self._source.get_execution_options()
+        return schema_by(options, self._table)
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
@@ -185,6 +197,7 @@ class SQLStore:
         joined = self._joined_verbs(session)
         with joined.describing_failures():
             connection = session.connection()
+            session.info[_CLAIMED_IN] = connection.schema_for_object(self._table)
             statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
             with replacing(connection):
                 return joined.claim_in(connection, claim, wait)
@@ -212,6 +225,8 @@ class SQLStore:
     ) -> bool:
         """See :meth:`complete_in`."""
         connection = session.connection()
+        here = connection.schema_for_object(self._table)
+        check_same_schema(self._table, session.info.get(_CLAIMED_IN, self._schema), here)
         with replacing(connection):
             return self._joined_verbs(session).complete(connection, claim, result, state)
 
@@ -308,7 +323,7 @@ class SQLStore:
     @property
     def schema(self) -> str:
         """Return what :meth:`create_schema` creates."""
-        return f"table {self._table.name}"
+        return f"table {located(self._table, self._schema).fullname}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
         create_schema(connection, self._table)
@@ -342,15 +357,8 @@ class SQLStore:
         return await loop.run(work, transaction)
 
     def _run_sync(self, work: Work[T], transaction: bool = False) -> T:
-        database, slots = self._threads or self._open_threads()
-        if not slots.acquire(timeout=self._timeout):
-            raise StoreError(f"{describe_database(self._url)}: no connection became free within {self._timeout:g} s")
-        statement = InFlight()
-        try:
-            with self.watchdog.watch(self._timeout, statement.cut_off):
-                return database.perform(work, statement, transaction)
-        finally:
-            slots.release()
+        threads = self._threads or self._open_threads()
+        return threads.run(work, self._timeout, self.watchdog, transaction)
 
     async def _this_loop(self) -> PerLoop:
         loop = asyncio.get_running_loop()
@@ -384,15 +392,3 @@ class SQLStore:
                 database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
                 self._threads = Threads(database, threading.BoundedSemaphore(database.max_parallel))
             return self._threads
-
-
-_stores: WeakSet[SQLStore] = WeakSet()
-
-
-def _forked() -> None:
-    for store in list(_stores):
-        store.forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
