@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from idempotency._sql.pooler import describe_pooler
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
 from idempotency.errors import StoreError, StoreRefusedError
@@ -133,7 +134,8 @@ def describe_database(url: URL) -> str:
 def describe_failure(error: Exception, url: URL, table: str) -> StoreError:
     """Return the StoreError that says what failed in the database at ``url``, and what to do about it."""
     database = describe_database(url)
-    described = _describe_refusal(error, database, table) or _describe_connection(error, database)
+    described = describe_pooler(error, error_code(error), database)
+    described = described or _describe_refusal(error, database, table) or _describe_connection(error, database)
     if described is not None:
         return StoreError(described)
     kind = StoreRefusedError if refuses_data(error) else StoreError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,6 +18,7 @@ from idempotency._sql.failures import (
     replacing,
     unusable,
 )
+from idempotency._sql.pooler import is_behind_pooler
 from idempotency.errors import IdempotencyError, StoreError
 from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
@@ -31,16 +32,25 @@ _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
 
 
+class Settings(NamedTuple):
+    """What a store was given besides its engine: the table, and the options of :class:`SQLStore`."""
+
+    table: Table
+    timeout: float
+    pooler: bool | None
+
+
 class Database:
     """One engine and the table of records in its database.
 
+    ``pooler``: whether a pooler is between the engine and PostgreSQL; None until the first connection shows it.
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
-    def __init__(self, engine: Engine, table: Table, timeout: float, owned: bool = False) -> None:
+    def __init__(self, engine: Engine, settings: Settings, owned: bool) -> None:
         self.engine = engine
-        self._table = table
-        self._lock_wait = lock_wait_limit(timeout)
+        self._table = settings.table
+        self._lock_wait = lock_wait_limit(settings.timeout)
         self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
         # An engine that the library opened is set to this limit already.
@@ -49,6 +59,7 @@ class Database:
         # AUTOCOMMIT saves BEGIN and COMMIT where it costs no round trip of its own. Not with pg8000: SQLAlchemy's ping
         # of an idle connection begins a transaction, which AUTOCOMMIT would neither see nor end.
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
+        self.pooler = settings.pooler if self._autocommit else False
 
     @property
     def max_parallel(self) -> int:
@@ -106,7 +117,12 @@ class Database:
                         with connection.begin():
                             create_schema(connection, self._table)
                         self._created.add(schema)
-                    if self._autocommit and not transaction:
+                    if self.pooler is None:
+                        with connection.begin():
+                            self.pooler = is_behind_pooler(connection)
+                    # A pooler keeps to one connection within a transaction only, and a driver may need two messages for
+                    # a statement.
+                    if self._autocommit and not transaction and not self.pooler:
                         return work(verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
                     with connection.begin():
                         return work(verbs, connection)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Table, inspect
 
+from idempotency._sql.pooler import is_behind_pooler
 from idempotency.stores._operating import version_of
 from idempotency.stores.base import Finding
 from idempotency.stores.sql._table import located
@@ -41,6 +42,8 @@ def _examine_table(connection: Connection, table: Table) -> list[Finding]:
 def _postgresql(connection: Connection) -> list[Finding]:
     # The settings of this user in this database, as the application's connections have them unless it sets its own.
     findings = [Finding("ok", f"PostgreSQL {_ask(connection, 'SHOW server_version')}")]
+    if is_behind_pooler(connection):
+        findings.append(Finding("note", "a pooler, such as PgBouncer, is in between: duplicates that wait poll"))
     if _ask(connection, "SELECT pg_is_in_recovery()") == "True":
         findings.append(Finding("fix", "this is a standby: give the address of the primary"))
     if _ask(connection, "SHOW fsync") != "on":

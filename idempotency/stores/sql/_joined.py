@@ -20,6 +20,7 @@ from idempotency._sql.failures import (
     conflicts,
     describe_failure,
     refuses_data,
+    replacing,
     unusable,
     waited_for_lock,
 )
@@ -79,7 +80,7 @@ class JoinedVerbs:
 
         Raises :class:`ConflictError` where this transaction, by its isolation level, cannot see the row as it is now.
         """
-        with self.describing_failures(self._of(connection).table):
+        with self.describing_failures(self._of(connection).table), replacing(connection):
             return self._claim_in(connection, claim, wait)
 
     def _claim_in(self, connection: Connection, claim: Claim, wait: float) -> Record | None:

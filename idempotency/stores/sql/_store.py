@@ -19,8 +19,9 @@ from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
 from idempotency._sql.commit_guard import install
-from idempotency._sql.engines import check_backend, check_side, open_async, open_sync, read_url
+from idempotency._sql.engines import check_backend, check_side, read_url
 from idempotency._sql.failures import replacing
+from idempotency._sql.pooler import check_pooler, read_pooler
 from idempotency._sql.send import pooled
 from idempotency._sql.session_failures import connecting
 from idempotency._sql.sessions import check_same_database
@@ -28,12 +29,12 @@ from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores.base import Changed, Entry, Finding
-from idempotency.stores.sql._database import Database, Work
+from idempotency.stores.sql._database import Settings, Work
 from idempotency.stores.sql._examine import examine
 from idempotency.stores.sql._find import find_ids
 from idempotency.stores.sql._fork import FORKING
 from idempotency.stores.sql._joined import JoinedVerbs
-from idempotency.stores.sql._per_loop import PerLoop, Threads
+from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
 from idempotency.stores.sql._table import (
     DEFAULT_TABLE,
     check_same_schema,
@@ -68,29 +69,44 @@ class SQLStore:
     ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
     each statement that writes, and set back, which takes two switches to aiosqlite's thread.
 
+    ``pooler``: whether a pooler in transaction mode, such as PgBouncer, is between the engine and PostgreSQL. Then each
+    verb is a transaction, and duplicates that wait poll. None, the default: the first connection shows it. False is for
+    a pooler in session mode.
+
     Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with
     :class:`~idempotency.errors.ConfigurationError`.
     """
 
-    def __init__(self, engine: AsyncEngine | Engine, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine | Engine,
+        *,
+        table: str = DEFAULT_TABLE,
+        timeout: float = 5.0,
+        pooler: bool | None = None,
+    ) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
         check_backend(engine.url)
-        self._set_up(engine, table, timeout)
+        self._set_up(engine, pooler, table, timeout)
 
     @classmethod
-    def from_url(cls, url: str | URL, *, table: str = DEFAULT_TABLE, timeout: float = 5.0) -> Self:
+    def from_url(
+        cls, url: str | URL, *, table: str = DEFAULT_TABLE, timeout: float = 5.0, pooler: bool | None = None
+    ) -> Self:
         """Make a store that opens its engines itself, at the first use, and closes them.
 
         ``url`` is an SQLAlchemy URL with a driver, such as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
         serves both kinds of verbs), ``mysql+aiomysql://``, ``sqlite+aiosqlite:///file``. SQLite is opened in WAL mode.
+        For a pooler such as PgBouncer, give ``pooler=True``, or add ``?pooler=true`` to the URL: then the driver
+        prepares no statement that outlives its transaction.
         Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
         """
         store = cls.__new__(cls)
-        store._set_up(read_url(url), table, timeout)
+        store._set_up(*read_pooler(read_url(url), pooler), table, timeout)
         return store
 
-    def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float) -> None:
+    def _set_up(self, source: AsyncEngine | Engine | URL, pooler: bool | None, table: str, timeout: float) -> None:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
@@ -98,6 +114,7 @@ class SQLStore:
         install()
         self._source = source
         url = self._url
+        check_pooler(url, pooler)
         if url.get_backend_name() == "sqlite" and (
             url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
         ):
@@ -106,6 +123,7 @@ class SQLStore:
             raise ConfigurationError("SQLite in memory cannot hold records: name a file, or use memory://")
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
+        self._settings = Settings(self._table, timeout, pooler)
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._threads: Threads | None = None
         self._opening = threading.Lock()
@@ -199,8 +217,7 @@ class SQLStore:
             connection = session.connection()
             session.info[_CLAIMED_IN] = connection.schema_for_object(self._table)
             statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
-            with replacing(connection):
-                return joined.claim_in(connection, claim, wait)
+            return joined.claim_in(connection, claim, wait)
 
     async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
         """Return the committed record, if it is not free for ``claim`` and can be read without a wait."""
@@ -240,7 +257,7 @@ class SQLStore:
     @asynccontextmanager
     async def _watch(self, claim: Claim) -> AsyncIterator[Changed]:
         loop = await self._this_loop()
-        async with loop.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
+        async with loop.watch(claim.id) as changed:
             yield changed
 
     def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
@@ -367,28 +384,12 @@ class SQLStore:
             for other in list(self._per_loop):
                 if other.is_closed():
                     self._per_loop.pop(other, None)
-            engine, owned = self._async_engine()
-            found = self._per_loop[loop] = PerLoop(engine, self._table, owned, self._timeout, self.abandoned)
+            found = self._per_loop[loop] = PerLoop(self._source, self._settings, self.abandoned)
             await found.open()
         return found
-
-    def _async_engine(self) -> tuple[AsyncEngine, bool]:
-        if isinstance(self._source, URL):
-            return open_async(self._source, self._timeout), True
-        if isinstance(self._source, AsyncEngine):
-            return self._source, False
-        raise ConfigurationError(
-            "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
-        )
 
     def _open_threads(self) -> Threads:
         with self._opening:
             if self._threads is None:
-                if isinstance(self._source, AsyncEngine):
-                    raise ConfigurationError(
-                        "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
-                    )
-                engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
-                database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
-                self._threads = Threads(database, threading.BoundedSemaphore(database.max_parallel))
+                self._threads = open_threads(self._source, self._settings)
             return self._threads
