@@ -59,7 +59,7 @@ def _check_sqlite(url: str, table: str | None) -> None:
 
     from idempotency.stores.sql._table import DEFAULT_TABLE
 
-    file, table = make_url(url).database or ":memory:", table or DEFAULT_TABLE
+    file, table = make_url(url).database or ":memory:", (table or DEFAULT_TABLE).removeprefix("main.")
     if file == ":memory:":
         raise ConfigurationError("an SQLite database in memory is in the process of the application, out of reach")
     if file.startswith("file:"):

@@ -26,7 +26,7 @@ from idempotency._sql.commit_guard import (
     was_closed,
 )
 from idempotency._sql.session_failures import failure_of
-from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check_sessionmaker
+from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check_sessionmaker, options_of
 from idempotency._synchronization import loop_time
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 from idempotency.stores.base import Store
@@ -39,6 +39,8 @@ def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Ca
     """Return what makes one transaction per operation; ConfigurationError if store and sessions do not fit together."""
     shared = check_sessions(store, sessions, async_sessionmaker)
     check_isolation_level(sessions)
+    if sessions.kw.get("bind") is not None:
+        shared.check_same_table(options_of(sessions))
     return lambda claim: Transaction(shared, sessions, claim)
 
 

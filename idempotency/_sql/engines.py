@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency._sql.driver import lock_wait_limit
+from idempotency._sql.pooler import connect_args
 from idempotency._sql.requirements import ASYNC_DRIVERS, DATABASES, SYNC_DRIVERS, driver_not_installed
 from idempotency.errors import ConfigurationError
 
@@ -70,26 +71,40 @@ def check_driver(url: URL, asynchronous: bool) -> None:
         )
 
 
-def open_async(url: URL, timeout: float) -> AsyncEngine:
+def check_side(source: AsyncEngine | Engine | URL, asynchronous: bool) -> None:
+    """Raise ConfigurationError for an engine or a URL that serves only the other kind of verbs."""
+    if isinstance(source, URL):
+        check_driver(source, asynchronous)
+    if asynchronous and isinstance(source, Engine):
+        raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
+    if not asynchronous and isinstance(source, AsyncEngine):
+        raise ConfigurationError(
+            "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
+        )
+
+
+def open_async(url: URL, timeout: float, pooler: bool | None = None) -> AsyncEngine:
     """Open an async engine; ConfigurationError when the URL's driver is synchronous."""
     check_driver(url, asynchronous=True)
-    options = {"timeout": lock_wait_limit(timeout)} if url.get_backend_name() == "sqlite" else {}
+    options = connect_args(url.get_dialect().driver, pooler)
+    if url.get_backend_name() == "sqlite":
+        options = {"timeout": lock_wait_limit(timeout)}
     engine = create_async_engine(url, connect_args=options)
     _prepare(engine.sync_engine)
     return engine
 
 
-def open_sync(url: URL, timeout: float) -> Engine:
+def open_sync(url: URL, timeout: float, pooler: bool | None = None) -> Engine:
     """Open a sync engine; ConfigurationError when the URL's driver is asynchronous."""
     check_driver(url, asynchronous=False)
     dialect = url.get_dialect()
-    options: dict[str, Any] = {}
+    options = connect_args(dialect.driver, pooler)
     if dialect.name == "sqlite":
         options = {"timeout": lock_wait_limit(timeout)}
     elif dialect.driver == "pymysql":
         options = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), timeout)
     elif dialect.driver == "psycopg":
-        options = {"connect_timeout": max(2, round(timeout))}
+        options["connect_timeout"] = max(2, round(timeout))
     engine = create_engine(url, connect_args=options)
     _prepare(engine)
     return engine

@@ -11,6 +11,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from idempotency._sql.pooler import describe_pooler
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
 from idempotency.errors import StoreError, StoreRefusedError
@@ -41,6 +42,7 @@ _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
 _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
+_NO_SCHEMA = frozenset({"3F000"})
 _NO_DATABASE = frozenset({"3D000", 1049})
 
 
@@ -132,7 +134,8 @@ def describe_database(url: URL) -> str:
 def describe_failure(error: Exception, url: URL, table: str) -> StoreError:
     """Return the StoreError that says what failed in the database at ``url``, and what to do about it."""
     database = describe_database(url)
-    described = _describe_refusal(error, database, table) or _describe_connection(error, database)
+    described = describe_pooler(error, error_code(error), database)
+    described = described or _describe_refusal(error, database, table) or _describe_connection(error, database)
     if described is not None:
         return StoreError(described)
     kind = StoreRefusedError if refuses_data(error) else StoreError
@@ -151,6 +154,9 @@ def _describe_refusal(error: Exception, database: str, table: str) -> str | None
             f"{database} has a table {table} that lacks a column: add it by a migration, as in"
             " idempotency.stores.sql.records_table"
         )
+    schema = table.rpartition(".")[0]
+    if code in _NO_SCHEMA or (schema and "unknown database" in words.lower() and not unreachable(error)):
+        return f"{database} has no schema {schema}: create it, or correct the name of the table"
     if code in _NO_DATABASE:
         return f"{database} does not exist: create it, or correct the URL"
     if code in _NOT_ALLOWED:

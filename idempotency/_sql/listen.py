@@ -13,7 +13,8 @@ from sqlalchemy.util import greenlet_spawn
 from idempotency._synchronization import Changed
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
-# A connection may be lost without an error, and a pooler in between may ignore LISTEN: so all poll too, less often.
+# A connection may be lost without an error, and a pooler that was not seen may ignore LISTEN: so all poll too, less
+# often.
 _LISTENING_POLL = 5.0
 _LINGER = 5.0
 """Seconds for which the listening connection stays open without a watcher."""
@@ -68,12 +69,15 @@ class Watchers:
         self._closing: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
-    async def watch(self, record: bytes, wait: float) -> AsyncIterator[Changed]:
-        """Watch one record. Entering waits up to ``wait`` seconds for the connection; without it the watcher polls."""
+    async def watch(self, record: bytes, wait: float, listens: bool = True) -> AsyncIterator[Changed]:
+        """Watch one record. Entering waits up to ``wait`` seconds for the connection; without it the watcher polls.
+
+        ``listens`` False: no connection is made, because no notification would come.
+        """
         payload, changed = record.hex(), asyncio.Event()
         self._waiting.setdefault(payload, set()).add(changed)
         try:
-            if self._listen is not None:
+            if self._listen is not None and listens:
                 self._start_listening(self._listen)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._tried.wait(), wait)

@@ -65,6 +65,13 @@ def check_same_database(records: URL, bind: object) -> None:
         raise ConfigurationError(COMMITS_BY_ITSELF)
 
 
+def options_of(sessions: Sessionmaker) -> dict[str, Any]:
+    """Return the execution options of the connections of ``sessions``, as far as they are known before one is made."""
+    bind = sessions.kw.get("bind")
+    of_engine = {} if bind is None else bind.get_execution_options()
+    return {**of_engine, **(sessions.kw.get("execution_options") or {})}
+
+
 def check_isolation_level(sessions: Sessionmaker) -> None:
     """Raise ConfigurationError for a level under which a session cannot complete a record once its lease was renewed.
 
@@ -73,8 +80,7 @@ def check_isolation_level(sessions: Sessionmaker) -> None:
     engine = sessions.kw.get("bind")
     if engine is None:
         return
-    options = {**engine.get_execution_options(), **(sessions.kw.get("execution_options") or {})}
-    level = level_of(engine.dialect, options)
+    level = level_of(engine.dialect, options_of(sessions))
     if level == "AUTOCOMMIT":
         raise ConfigurationError(COMMITS_BY_ITSELF)
     # The claim is committed first, and its row is renewed while the handler runs: the record could not be completed

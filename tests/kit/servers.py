@@ -32,6 +32,7 @@ from tests.kit.tcp_proxy import Proxy
 
 __all__ = [
     "MariaDBServer",
+    "PgBouncerServer",
     "PostgresServer",
     "Proxy",
     "RedisServer",
@@ -349,6 +350,57 @@ class MariaDBServer(Server):
                 cursor.execute("CREATE DATABASE IF NOT EXISTS test CHARACTER SET utf8mb4")
         except pymysql.Error:
             return False
+        return True
+
+
+class PgBouncerServer(Server):
+    """A private PgBouncer before the PostgreSQL at ``url``. ``settings`` are as in pgbouncer.ini.
+
+    Few connections to PostgreSQL serve many clients, in turns: the next transaction of a client is on another one.
+    PgBouncer refuses to run as root; started by root, it runs as nobody.
+    """
+
+    def __init__(self, url: str, **settings: str) -> None:
+        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+        if program is None:
+            missing("no PgBouncer is installed (pgbouncer)")
+        self._program = program
+        self._postgres = sqlalchemy.make_url(url)
+        shared = {"pool_mode": "transaction", "default_pool_size": "3", "server_round_robin": "1"}
+        self._settings = {**shared, "max_client_conn": "500", **settings}
+        super().__init__()
+
+    @property
+    def url(self) -> str:
+        return with_port(self._postgres.render_as_string(hide_password=False), self.port)
+
+    def _prepare(self) -> None:
+        here = self._postgres
+        target = {"host": here.host or LOOPBACK, "port": here.port or 5432, "user": here.username or "postgres"}
+        if here.password:
+            target["password"] = here.password
+        address = {"listen_addr": LOOPBACK, "listen_port": self.port, "unix_socket_dir": "", "auth_type": "any"}
+        lines = ["[databases]", "* = " + " ".join(f"{name}={value}" for name, value in target.items()), "[pgbouncer]"]
+        lines += [f"{name} = {value}" for name, value in {**address, **self._settings}.items()]
+        (self.directory / "pgbouncer.ini").write_text("\n".join(lines) + "\n")
+        if os.geteuid() == 0:
+            for path in (self.directory, self.directory / "pgbouncer.ini"):
+                os.chown(path, NOBODY, NOBODY)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+
+    def _command(self) -> list[str]:
+        return [self._program, str(self.directory / "pgbouncer.ini")]
+
+    def _answers(self) -> bool:
+        if not listening(self.port):
+            return False
+        if self._settings["pool_mode"] == "transaction":
+            # Transactions at the same time, so that all its connections to PostgreSQL are open from the start.
+            with contextlib.ExitStack() as stack:
+                for _ in range(int(self._settings["default_pool_size"])):
+                    stack.enter_context(psycopg.connect(_libpq(self.url), prepare_threshold=None)).execute("SELECT 1")
         return True
 
 

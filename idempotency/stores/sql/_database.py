@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,8 +18,9 @@ from idempotency._sql.failures import (
     replacing,
     unusable,
 )
+from idempotency._sql.pooler import is_behind_pooler
 from idempotency.errors import IdempotencyError, StoreError
-from idempotency.stores.sql._table import create_schema
+from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
@@ -30,24 +32,34 @@ _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
 
 
+class Settings(NamedTuple):
+    """What a store was given besides its engine: the table, and the options of :class:`SQLStore`."""
+
+    table: Table
+    timeout: float
+    pooler: bool | None
+
+
 class Database:
     """One engine and the table of records in its database.
 
+    ``pooler``: whether a pooler is between the engine and PostgreSQL; None until the first connection shows it.
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
-    def __init__(self, engine: Engine, table: Table, timeout: float, owned: bool = False) -> None:
+    def __init__(self, engine: Engine, settings: Settings, owned: bool) -> None:
         self.engine = engine
-        self._table = table
-        self._lock_wait = lock_wait_limit(timeout)
-        self._verbs: Verbs | None = None
+        self._table = settings.table
+        self._lock_wait = lock_wait_limit(settings.timeout)
+        self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
         # An engine that the library opened is set to this limit already.
         self._lowers_lock_wait = self._sqlite and not owned
-        self._created = not self._sqlite
+        self._created: set[str | None] = set()
         # AUTOCOMMIT saves BEGIN and COMMIT where it costs no round trip of its own. Not with pg8000: SQLAlchemy's ping
         # of an idle connection begins a transaction, which AUTOCOMMIT would neither see nor end.
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
+        self.pooler = settings.pooler if self._autocommit else False
 
     @property
     def max_parallel(self) -> int:
@@ -74,18 +86,23 @@ class Database:
                 again = not replaced if unusable(error) else is_repeatable(error)
                 replaced = replaced or unusable(error)
                 if not remaining or statement.abandoned or not again:
-                    failure = describe_failure(error, self.engine.url, self._table.name)
+                    failure = describe_failure(error, self.engine.url, self.name)
                     raise failure from getattr(error, "orig", None) or error
         raise AssertionError
 
+    @property
+    def name(self) -> str:
+        """The name of the table, with its schema if that is named."""
+        return located(self._table, schema_by(self.engine.get_execution_options(), self._table)).fullname
+
+    def _make_verbs(self, schema: str | None) -> Verbs:
+        table = located(self._table, schema)
+        return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait)
+
     def _try_once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
-        if not self._created:
-            with self.engine.begin() as connection:
-                create_schema(connection, self._table)
-            self._created = True
         with self.engine.connect() as connection:
-            if self._verbs is None:
-                self._verbs = Verbs(connection.dialect, self._table, self._lock_wait, self._lowers_lock_wait)
+            schema = connection.schema_for_object(self._table)
+            verbs = self._verbs_in(schema)
             statement.driver, statement.connection = connection.dialect.driver, connection.connection
             if statement.abandoned:
                 raise StoreError("the statement was abandoned before it was sent")
@@ -96,10 +113,19 @@ class Database:
                 raise OpenTransactionError
             try:
                 with replacing(connection):
-                    if self._autocommit and not transaction:
-                        return work(self._verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
+                    if self._sqlite and schema not in self._created:
+                        with connection.begin():
+                            create_schema(connection, self._table)
+                        self._created.add(schema)
+                    if self.pooler is None:
+                        with connection.begin():
+                            self.pooler = is_behind_pooler(connection)
+                    # A pooler keeps to one connection within a transaction only, and a driver may need two messages for
+                    # a statement.
+                    if self._autocommit and not transaction and not self.pooler:
+                        return work(verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
                     with connection.begin():
-                        return work(self._verbs, connection)
+                        return work(verbs, connection)
             except (SQLAlchemyError, IdempotencyError):
                 raise
             except BaseException as error:

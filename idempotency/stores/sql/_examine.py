@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection, Table, inspect
 
+from idempotency._sql.pooler import is_behind_pooler
 from idempotency.stores._operating import version_of
 from idempotency.stores.base import Finding
+from idempotency.stores.sql._table import located
 
 _OLDEST_SQLITE = (3, 35)
 
@@ -20,17 +22,19 @@ def examine(connection: Connection, table: Table) -> list[Finding]:
         "mariadb": _mysql,
         "sqlite": _sqlite,
     }
-    return [*by_dialect[connection.dialect.name](connection), *_examine_table(connection, table.name)]
+    here = located(table, connection.schema_for_object(table))
+    return [*by_dialect[connection.dialect.name](connection), *_examine_table(connection, here)]
 
 
-def _examine_table(connection: Connection, name: str) -> list[Finding]:
+def _examine_table(connection: Connection, table: Table) -> list[Finding]:
     inspector = inspect(connection)
+    name, place = table.fullname, (table.name, table.schema)
     findings: list[Finding] = []
-    if inspector.get_pk_constraint(name)["constrained_columns"] != ["id"]:
+    if inspector.get_pk_constraint(*place)["constrained_columns"] != ["id"]:
         findings.append(Finding("fix", f"the primary key of {name} is not (id): two owners can hold one key"))
-    if not any(index["column_names"][:1] == ["expires_ms"] for index in inspector.get_indexes(name)):
+    if not any(index["column_names"][:1] == ["expires_ms"] for index in inspector.get_indexes(*place)):
         findings.append(Finding("fix", f"{name} has no index on expires_ms, which purge needs: schema create"))
-    if inspector.get_table_options(name).get("mysql_engine", "InnoDB") != "InnoDB":
+    if inspector.get_table_options(*place).get("mysql_engine", "InnoDB") != "InnoDB":
         findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
     return findings or [Finding("ok", f"table {name}: primary key and index")]
 
@@ -38,6 +42,8 @@ def _examine_table(connection: Connection, name: str) -> list[Finding]:
 def _postgresql(connection: Connection) -> list[Finding]:
     # The settings of this user in this database, as the application's connections have them unless it sets its own.
     findings = [Finding("ok", f"PostgreSQL {_ask(connection, 'SHOW server_version')}")]
+    if is_behind_pooler(connection):
+        findings.append(Finding("note", "a pooler, such as PgBouncer, is in between: duplicates that wait poll"))
     if _ask(connection, "SELECT pg_is_in_recovery()") == "True":
         findings.append(Finding("fix", "this is a standby: give the address of the primary"))
     if _ask(connection, "SHOW fsync") != "on":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, Table, TextClause
 from sqlalchemy.exc import DBAPIError
@@ -19,6 +20,7 @@ from idempotency._sql.failures import (
     conflicts,
     describe_failure,
     refuses_data,
+    replacing,
     unusable,
     waited_for_lock,
 )
@@ -30,7 +32,7 @@ from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
-from idempotency.stores.sql._table import create_schema
+from idempotency.stores.sql._table import SCHEMAS, create_schema, located
 from idempotency.stores.sql._trust import has_begun, try_driver
 from idempotency.stores.sql._values import packed
 from idempotency.stores.sql._verbs import (
@@ -47,27 +49,46 @@ _LARGE = 64 * 1024
 _SAVEPOINT = "idempotency_result"
 
 
+class _InSchema(NamedTuple):
+    """The table in one schema, its statements, and those that are compiled, by the driver."""
+
+    table: Table
+    sql: Statements
+    compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]]
+
+
 class JoinedVerbs:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
     def __init__(self, engine: Engine, table: Table, timeout: float, guard: ClockGuard) -> None:
         self._url = engine.url
         self._lock_wait = lock_wait_limit(timeout)
-        self._sql = Statements(engine.dialect, table, self._lock_wait)
+        self._dialect = engine.dialect
         self._table = table
         self._clock_guard = guard
-        self._compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = {}
+        self._in_schema = lru_cache(SCHEMAS)(self._make)
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
         self._trusted = False
+
+    def _make(self, schema: str | None) -> _InSchema:
+        table = located(self._table, schema)
+        return _InSchema(table, Statements(self._dialect, table, self._lock_wait), {})
+
+    def _of(self, connection: Connection) -> _InSchema:
+        return self._in_schema(connection.schema_for_object(self._table))
 
     def claim_in(self, connection: Connection, claim: Claim, wait: float, sealing: Sealing | None) -> Record | None:
         """Claim, waiting up to ``wait`` seconds for a transaction that has locked the row; None if it still has then.
 
         Raises :class:`ConflictError` where this transaction, by its isolation level, cannot see the row as it is now.
         """
+        with self.describing_failures(self._of(connection).table), replacing(connection):
+            return self._claim_in(connection, claim, wait, sealing)
+
+    def _claim_in(self, connection: Connection, claim: Claim, wait: float, sealing: Sealing | None) -> Record | None:
         if not self._trusted:
-            try_driver(connection, self._sql)
+            try_driver(connection, self._of(connection).sql)
             self._trusted = True
         deadline, remaining = monotonic() + wait, wait
         asked = self._clock_guard.ask(claim)
@@ -89,8 +110,8 @@ class JoinedVerbs:
         raise ConflictError(f"the claim lost against others {CLAIM_TRIES} times in a row")
 
     @contextmanager
-    def describing_failures(self) -> Iterator[None]:
-        """Raise what fails within as a StoreError that describes it."""
+    def describing_failures(self, table: Table | None = None) -> Iterator[None]:
+        """Raise what fails within as a StoreError that describes it; ``table``: the one in use, if that is known."""
         try:
             yield
         except IdempotencyError:
@@ -98,7 +119,7 @@ class JoinedVerbs:
         except Exception as error:  # a driver that cannot connect may raise anything
             if conflicts(error):
                 raise ConflictError("the database asks for the transaction to be begun anew") from error
-            failure = describe_failure(error, self._url, self._table.name)
+            failure = describe_failure(error, self._url, (self._table if table is None else table).fullname)
             if unusable(error):
                 raise UnusableError(str(failure)) from error
             raise failure from error
@@ -142,24 +163,25 @@ class JoinedVerbs:
         if self._family == "postgresql":
             values |= notification_values(claim, self._table)
         returns = self._family in ("postgresql", "sqlite")
-        sent = self._send(connection, self._sql.complete_in, values, fetch=returns)
+        sent = self._send(connection, self._of(connection).sql.complete_in, values, fetch=returns)
         return sent.row is not None if returns else sent.rowcount > 0
 
     def _claim_once(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
+        sql = self._of(connection).sql
         if self._family == "postgresql":
             # A lock_timeout of 0 would mean to wait for ever.
             values = {**values, "wait": f"{max(1, round(wait * 1000))}ms"}
-            row = self._send(connection, self._sql.claim_bounded, values).row
+            row = self._send(connection, sql.claim_bounded, values).row
             return None if row is None or row[0] is None else Found(*row[:-1])
         if self._family == "sqlite":
             return self._claim_once_on_sqlite(connection, values, wait)
         seconds = math.ceil(wait)
         if self._mariadb:
             prefix = f"SET STATEMENT innodb_lock_wait_timeout={seconds:d} FOR "
-            return _found(self._send(connection, self._sql.claim_bounded, values, prefix))
+            return _found(self._send(connection, sql.claim_bounded, values, prefix))
         with _lock_wait(connection, max(1, seconds)):
-            self._send(connection, self._sql.claim_bounded, values, fetch=False)
-            row = _found(self._send(connection, self._sql.look_locked, values))
+            self._send(connection, sql.claim_bounded, values, fetch=False)
+            row = _found(self._send(connection, sql.look_locked, values))
         return None if row is None or (row.free and row.token != values["token"]) else row
 
     def _send(
@@ -172,14 +194,15 @@ class JoinedVerbs:
         fetch: bool = True,
     ) -> Sent:
         # Not by SQLAlchemy's own cache of statements: to find a long text in it takes as long as the statement itself.
+        here = self._of(connection)
         cache_key = statement, connection.dialect.driver
-        compiled = self._compiled.get(cache_key)
+        compiled = here.compiled.get(cache_key)
         if compiled is None:
             made = statement.compile(dialect=connection.dialect)
             names = getattr(made, "positiontup", None) if made.positional else None
-            compiled = self._compiled[cache_key] = str(made), names
+            compiled = here.compiled[cache_key] = str(made), names
         sql, names = compiled
-        if self._sql.packs:
+        if here.sql.packs:
             values = packed(values)
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
@@ -187,16 +210,17 @@ class JoinedVerbs:
     def look(self, connection: Connection, claim: Claim, sealing: Sealing | None) -> Record | None:
         """Return the committed record, if it is not free for ``claim``. On SQLite this waits for no lock."""
         asked = self._clock_guard.ask(claim)
-        row = self._send(connection, self._sql.look, claim_values(claim, asked, sealing)).row
+        row = self._send(connection, self._of(connection).sql.look, claim_values(claim, asked, sealing)).row
         found = None if row is None else Found(*row)
         if found is None or found.free:
             return None
         return self._clock_guard.read(asked, claim, read_record(found, claim.id, sealing), float(found.now_ms))
 
     def _claim_once_on_sqlite(self, connection: Connection, values: dict[str, Any], wait: float) -> Found | None:
+        sql = self._of(connection).sql
         row: Sequence[Any] | None = None
         try:
-            row = self._send(connection, self._sql.look_waiting, values).row
+            row = self._send(connection, sql.look_waiting, values).row
         except DBAPIError as error:
             if "no such table" not in str(error.orig):
                 raise
@@ -210,8 +234,8 @@ class JoinedVerbs:
             begin_to_write(connection)
             if missing:
                 create_schema(connection, self._table)
-            return _found(self._send(connection, self._sql.claim_bounded, values)) or _found(
-                self._send(connection, self._sql.look, values)
+            return _found(self._send(connection, sql.claim_bounded, values)) or _found(
+                self._send(connection, sql.look, values)
             )
 
 

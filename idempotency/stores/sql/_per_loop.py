@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple, TypeVar
 
-from sqlalchemy import Table
+from sqlalchemy import Engine
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from idempotency._sql.bounded import Abandoned, InFlight
+from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
+from idempotency._sql.engines import open_async, open_sync
 from idempotency._sql.failures import describe_database
 from idempotency._sql.listen import Watchers
 from idempotency._sql.sqlite import close_what_is_invalidated
-from idempotency.errors import StoreError
-from idempotency.stores.sql._database import Database, Work
+from idempotency._synchronization import Changed
+from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores.sql._database import Database, Settings, Work
 
 T = TypeVar("T")
 _DISPOSE_TIMEOUT = 2.0
 
 
 class PerLoop:
-    """What a store has for one event loop. ``owned``: the engine is disposed of at the end."""
+    """What a store has for one event loop. An engine that it opens from a URL is disposed of at the end."""
 
-    def __init__(self, engine: AsyncEngine, table: Table, owned: bool, timeout: float, abandoned: Abandoned) -> None:
+    def __init__(self, source: AsyncEngine | Engine | URL, settings: Settings, abandoned: Abandoned) -> None:
+        if isinstance(source, Engine):
+            raise ConfigurationError(
+                "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
+            )
+        self._owned = isinstance(source, URL)
+        engine = open_async(source, settings.timeout, settings.pooler) if isinstance(source, URL) else source
         self._engine = engine
-        self._owned = owned
-        self._timeout = timeout
+        self._timeout = settings.timeout
         self._abandoned = abandoned
-        self._database = Database(engine.sync_engine, table, timeout, owned)
+        self._database = Database(engine.sync_engine, settings, self._owned)
         if engine.dialect.name == "sqlite":
             close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.max_parallel)
         self._life = self._live()
-        self.watchers = Watchers(engine.sync_engine, table.name)
+        self.watchers = Watchers(engine.sync_engine, settings.table.name)
 
     async def open(self) -> None:
         """Start the generator that closes the engine: an event loop that ends in order closes its generators."""
@@ -55,6 +63,16 @@ class PerLoop:
             if self._owned:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._engine.dispose(), _DISPOSE_TIMEOUT)
+
+    @asynccontextmanager
+    async def watch(self, record: bytes) -> AsyncIterator[Changed]:
+        """Watch one record: by LISTEN if the database notifies and no pooler is in between, else by polling."""
+        if self._database.pooler is None:
+            with suppress(StoreError):  # the watcher polls, and its claims raise what is wrong
+                await self.run(lambda *_: None)
+        listens = self._database.pooler is False
+        async with self.watchers.watch(record, min(1.0, self._timeout), listens) as changed:
+            yield changed
 
     async def run(self, work: Work[T], transaction: bool = False) -> T:
         """Run ``work``, for at most the store's ``timeout``.
@@ -90,3 +108,24 @@ class Threads(NamedTuple):
 
     database: Database
     slots: threading.BoundedSemaphore
+
+    def run(self, work: Work[T], timeout: float, watchdog: Watchdog, transaction: bool = False) -> T:
+        """Run ``work``, for at most about ``timeout`` seconds."""
+        if not self.slots.acquire(timeout=timeout):
+            database = describe_database(self.database.engine.url)
+            raise StoreError(f"{database}: no connection became free within {timeout:g} s")
+        statement = InFlight()
+        try:
+            with watchdog.watch(timeout, statement.cut_off):
+                return self.database.perform(work, statement, transaction)
+        finally:
+            self.slots.release()
+
+
+def open_threads(source: AsyncEngine | Engine | URL, settings: Settings) -> Threads:
+    """Open the engine that a URL names, or use the one that is given, for the blocking verbs."""
+    if isinstance(source, AsyncEngine):
+        raise ConfigurationError("the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs")
+    engine = open_sync(source, settings.timeout, settings.pooler) if isinstance(source, URL) else source
+    database = Database(engine, settings, owned=isinstance(source, URL))
+    return Threads(database, threading.BoundedSemaphore(database.max_parallel))

@@ -1,9 +1,8 @@
-"""The store on SQL: its verbs, for asyncio and for threads, and those in a transaction of the caller."""
+"""The store on SQL: its verbs, for asyncio and for threads."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,49 +10,51 @@ from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
-from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
+from idempotency._sql.bounded import Abandoned, Watchdog
 from idempotency._sql.commit_guard import install
-from idempotency._sql.engines import check_backend, check_driver, open_async, open_sync, read_url
-from idempotency._sql.failures import describe_database, replacing
-from idempotency._sql.send import pooled
-from idempotency._sql.session_failures import connecting
+from idempotency._sql.engines import check_backend, check_side, read_url
+from idempotency._sql.pooler import check_pooler, read_pooler
 from idempotency._sql.sessions import check_same_database
 from idempotency._sql.sqlite import check_in_file
 from idempotency._synchronization import LocalLock
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores._sealing import LOOKED_AT, Sealing, findings, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
-from idempotency.stores.sql._database import Database, Work
+from idempotency.stores.sql._database import Settings, Work
 from idempotency.stores.sql._examine import examine
 from idempotency.stores.sql._find import ids
 from idempotency.stores.sql._forks import drop_in_children
+from idempotency.stores.sql._in_sessions import InSessions
 from idempotency.stores.sql._joined import JoinedVerbs
-from idempotency.stores.sql._per_loop import PerLoop, Threads
-from idempotency.stores.sql._table import DEFAULT_TABLE, create_schema, records_table
+from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
+from idempotency.stores.sql._table import (
+    DEFAULT_TABLE,
+    create_schema,
+    located,
+    records_table,
+    schema_by,
+)
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
-_CUT_OFF_WAIT = 0.25
-"""Seconds within which a driver notices that its connection is cut off."""
 
 
-class SQLStore:
+class SQLStore(InSessions):
     """A store for asyncio and for threads, with housekeeping, on a SQL database.
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
     a verb of the other kind raises :class:`~idempotency.errors.ConfigurationError`. The store never disposes of it, and
     never uses up its pool: it uses at most one connection fewer than ``pool_size`` at a time, on SQLite one.
-    ``table`` names the table, default ``idempotency_record``. On SQLite it is created at the first use; elsewhere by
-    :meth:`create_schema` or by migrations (:func:`records_table`).
+    ``table`` names the table, default ``idempotency_record``; its schema may be named too, ``"schema.table"``, and the
+    option ``schema_translate_map`` of the engine or connection applies. On SQLite the table is created at the first
+    use; elsewhere by :meth:`create_schema` or by migrations (:func:`records_table`).
     ``timeout`` is in seconds, default 5: a verb ends within it, with :class:`~idempotency.errors.StoreError`, even if
     the server is frozen. A blocking verb may end up to a quarter of it later. While it connects, its driver's own
     time-outs apply, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
@@ -62,6 +63,10 @@ class SQLStore:
     each statement that writes, and set back, which takes two switches to aiosqlite's thread.
     ``encryption`` is an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys, default None.
     ``digest_names``: whether scopes and keys are stored as digests only, default False.
+
+    ``pooler``: whether a pooler in transaction mode, such as PgBouncer, is between the engine and PostgreSQL. Then each
+    verb is a transaction, and duplicates that wait poll. None, the default: the first connection shows it. False is for
+    a pooler in session mode.
 
     Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with
     :class:`~idempotency.errors.ConfigurationError`.
@@ -75,11 +80,12 @@ class SQLStore:
         timeout: float = 5.0,
         encryption: Encryption | None = None,
         digest_names: bool = False,
+        pooler: bool | None = None,
     ) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
         check_backend(engine.url)
-        self._set_up(engine, table, timeout, sealing_of(encryption, digest_names))
+        self._set_up(engine, pooler, table, timeout, sealing_of(encryption, digest_names))
 
     @classmethod
     def from_url(
@@ -90,27 +96,39 @@ class SQLStore:
         timeout: float = 5.0,
         encryption: Encryption | None = None,
         digest_names: bool = False,
+        pooler: bool | None = None,
     ) -> Self:
         """Make a store that opens its engines itself, at the first use, and closes them.
 
         ``url`` is an SQLAlchemy URL with a driver, such as ``postgresql+asyncpg://``, ``postgresql+psycopg://`` (which
         serves both kinds of verbs), ``mysql+aiomysql://``, ``sqlite+aiosqlite:///file``. SQLite is opened in WAL mode.
+        For a pooler such as PgBouncer, give ``pooler=True``, or add ``?pooler=true`` to the URL: then the driver
+        prepares no statement that outlives its transaction.
         Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
         """
         store = cls.__new__(cls)
-        store._set_up(read_url(url), table, timeout, sealing_of(encryption, digest_names))
+        store._set_up(*read_pooler(read_url(url), pooler), table, timeout, sealing_of(encryption, digest_names))
         return store
 
-    def _set_up(self, source: AsyncEngine | Engine | URL, table: str, timeout: float, sealing: Sealing | None) -> None:
+    def _set_up(
+        self,
+        source: AsyncEngine | Engine | URL,
+        pooler: bool | None,
+        table: str,
+        timeout: float,
+        sealing: Sealing | None,
+    ) -> None:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
             raise ConfigurationError(f"table must be the name of a table, not {table!r}")
         # Now rather than with the first session: SQLAlchemy's listeners may not be added while other threads call them.
         install()
         self._source = source
+        check_pooler(self._url, pooler)
         check_in_file(self._url)
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
+        self._settings = Settings(self._table, timeout, pooler)
         self._sealing = sealing
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._threads: Threads | None = None
@@ -162,92 +180,22 @@ class SQLStore:
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store has an engine for the other kind of verbs."""
-        if isinstance(self._source, URL):
-            check_driver(self._source, asynchronous)
-        if asynchronous and isinstance(self._source, Engine):
-            raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
-        if not asynchronous and isinstance(self._source, AsyncEngine):
-            raise ConfigurationError(
-                "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
-            )
+        check_side(self._source, asynchronous)
 
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
         check_same_database(self._url, engine)
 
-    async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
-        """Claim in the transaction of ``session``, which must be on this store's database; commit nothing.
-
-        Where another transaction holds the row uncommitted, this waits for it for up to ``wait`` seconds (MariaDB and
-        MySQL: whole seconds, rounded up; SQLite: for any other writer of the database). None: that transaction still
-        holds the row. After None or an error, the caller's transaction can only be rolled back. Raises
-        :class:`~idempotency.errors.StoreError`, also where a transaction that begins anew can succeed. The connection
-        is cut off if the server does not answer within ``wait`` and the store's ``timeout``.
-        """
-        statement, limit = InFlight(), math.ceil(wait) + self._timeout
-        # The connection is cut off first, which the driver notices at once. Then the task is cancelled: a driver ends a
-        # cancelled statement by asking the server to, and waits for the answer, unless there is no connection.
-        cut = asyncio.get_running_loop().call_later(limit, statement.cut_off)
-        try:
-            async with asyncio.timeout(limit + _CUT_OFF_WAIT):
-                return await session.run_sync(self._claim_in, claim, wait, statement)
-        except TimeoutError as error:
-            raise StoreError(f"the claim was not answered within {limit:g} s: is the database running?") from error
-        finally:
-            cut.cancel()
-
-    def claim_in_sync(self, session: Session, claim: Claim, *, wait: float) -> Record | None:
-        """See :meth:`claim_in`."""
-        statement = InFlight()
-        with self.watchdog.watch(math.ceil(wait) + self._timeout, statement.cut_off):
-            return self._claim_in(session, claim, wait, statement)
-
-    def _claim_in(self, session: Session, claim: Claim, wait: float, statement: InFlight) -> Record | None:
-        joined = self._joined_verbs(session)
-        with joined.describing_failures():
-            connection = session.connection()
-            statement.driver, statement.connection = connection.dialect.driver, pooled(connection)
-            with replacing(connection):
-                return joined.claim_in(connection, claim, wait, self._sealing)
-
-    async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
-        """Return the committed record, if it is not free for ``claim`` and can be read without a wait."""
-        return await session.run_sync(self.look_in_sync, claim)
-
-    def look_in_sync(self, session: Session, claim: Claim) -> Record | None:
-        """See :meth:`look_in`."""
-        try:
-            return self._joined_verbs(session).look(session.connection(), claim, self._sealing)
-        except (StoreError, DBAPIError):
-            # The claim comes next, and raises what is wrong.
-            return None
-
-    async def complete_in(
-        self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
-    ) -> bool:
-        """Record the end in the transaction of ``session``, which must be on this store's database; commit nothing."""
-        return await session.run_sync(lambda sync_session: self.complete_in_sync(sync_session, claim, result, state))
-
-    def complete_in_sync(
-        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
-    ) -> bool:
-        """See :meth:`complete_in`."""
-        connection, sealed = session.connection(), sealed_result(self._sealing, claim.id, result)
-        with replacing(connection):
-            return self._joined_verbs(session).complete(connection, claim, sealed, state)
-
-    def _joined_verbs(self, session: Session) -> JoinedVerbs:
-        if self._joined is None:
-            with connecting(session):
-                engine = session.connection().engine
-            self._joined = JoinedVerbs(engine, self._table, self._timeout, self._clock_guard)
-        return self._joined
+    @property
+    def _schema(self) -> str | None:
+        options = {} if isinstance(self._source, URL) else self._source.get_execution_options()
+        return schema_by(options, self._table)
 
     @asynccontextmanager
     async def watch(self, claim: Claim, /) -> AsyncIterator[Changed]:
         """See :meth:`~idempotency.stores.base.Store.watch`. On PostgreSQL by LISTEN, elsewhere by polling."""
         loop = await self._this_loop()
-        async with loop.watchers.watch(claim.id, min(1.0, self._timeout)) as changed:
+        async with loop.watch(claim.id) as changed:
             yield changed
 
     def claim_sync(self, claim: Claim, /) -> Record:
@@ -327,7 +275,7 @@ class SQLStore:
     @property
     def schema(self) -> str:
         """Return what :meth:`create_schema` creates."""
-        return f"table {self._table.name}"
+        return f"table {located(self._table, self._schema).fullname}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
         create_schema(connection, self._table)
@@ -361,15 +309,8 @@ class SQLStore:
         return await loop.run(work, transaction)
 
     def _run_sync(self, work: Work[T], transaction: bool = False) -> T:
-        database, slots = self._threads or self._open_threads()
-        if not slots.acquire(timeout=self._timeout):
-            raise StoreError(f"{describe_database(self._url)}: no connection became free within {self._timeout:g} s")
-        statement = InFlight()
-        try:
-            with self.watchdog.watch(self._timeout, statement.cut_off):
-                return database.perform(work, statement, transaction)
-        finally:
-            slots.release()
+        threads = self._threads or self._open_threads()
+        return threads.run(work, self._timeout, self.watchdog, transaction)
 
     async def _this_loop(self) -> PerLoop:
         loop = asyncio.get_running_loop()
@@ -378,28 +319,12 @@ class SQLStore:
             for other in list(self._per_loop):
                 if other.is_closed():
                     self._per_loop.pop(other, None)
-            engine, owned = self._async_engine()
-            found = self._per_loop[loop] = PerLoop(engine, self._table, owned, self._timeout, self.abandoned)
+            found = self._per_loop[loop] = PerLoop(self._source, self._settings, self.abandoned)
             await found.open()
         return found
-
-    def _async_engine(self) -> tuple[AsyncEngine, bool]:
-        if isinstance(self._source, URL):
-            return open_async(self._source, self._timeout), True
-        if isinstance(self._source, AsyncEngine):
-            return self._source, False
-        raise ConfigurationError(
-            "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
-        )
 
     def _open_threads(self) -> Threads:
         with self._opening:
             if self._threads is None:
-                if isinstance(self._source, AsyncEngine):
-                    raise ConfigurationError(
-                        "the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs"
-                    )
-                engine = open_sync(self._source, self._timeout) if isinstance(self._source, URL) else self._source
-                database = Database(engine, self._table, self._timeout, isinstance(self._source, URL))
-                self._threads = Threads(database, threading.BoundedSemaphore(database.max_parallel))
+                self._threads = open_threads(self._source, self._settings)
             return self._threads

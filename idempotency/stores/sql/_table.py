@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -29,14 +31,33 @@ from idempotency.errors import ConfigurationError
 DEFAULT_TABLE = "idempotency_record"
 _DUPLICATE_INDEX = 1061
 
+SCHEMAS = 256
+"""Of how many schemas the statements are cached, where each connection may have another one."""
+
+_NAME = re.compile(r"(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,49})")
+
+# The statements are text, in which SQLAlchemy and the drivers give these characters a meaning.
+_NOT_IN_TEXT = re.compile(r"[:%\\\0]")
+
 
 def records_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
     """Make the table of records in ``metadata``, for Alembic, or to be created with the other tables.
 
-    Raises :class:`~idempotency.errors.ConfigurationError` unless the name is an identifier of at most 50 characters.
+    ``name`` may be ``"schema.table"``; without a schema, that of ``metadata`` applies. A store uses the same table if
+    it is given the ``fullname`` of what this returns: ``SQLStore(engine, table=records.fullname)``.
+    Raises :class:`~idempotency.errors.ConfigurationError` unless the name is an identifier of at most 50 characters,
+    and the schema in it an identifier of at most 63.
     """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,49}", name):
-        raise ConfigurationError(f"table must be an identifier of at most 50 letters, digits and _, not {name!r}")
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ConfigurationError(
+            "table must be an identifier of at most 50 letters, digits and _, with its schema and a dot before it or"
+            f" without, not {name!r}"
+        )
+    return _described(metadata, *found.groups())
+
+
+def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
     unbounded = Text().with_variant(mysql.TEXT(), "mysql", "mariadb")
     return Table(
         name,
@@ -56,14 +77,41 @@ def records_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
         Column("expires_ms", BigInteger),
         Column("result", LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")),
         Index(f"{name}_expires", "expires_ms"),
+        schema=schema,
         mysql_engine="InnoDB",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",
     )
 
 
+def located(table: Table, schema: str | None) -> Table:
+    """Return the table in ``schema``, where SQLAlchemy's option ``schema_translate_map`` may have moved it."""
+    if schema is not None and _NOT_IN_TEXT.search(schema):
+        raise ConfigurationError(f"the schema of the table {table.name} has a : or % or backslash in its name")
+    return table if schema == table.schema else _described(MetaData(), schema, table.name)
+
+
+def schema_by(options: Mapping[str, Any], table: Table) -> str | None:
+    """Return the schema of the table under these execution options of SQLAlchemy."""
+    schemas = options.get("schema_translate_map") or {}
+    return schemas.get(table.schema, table.schema)
+
+
+def check_same_schema(table: Table, claimed: str | None, completed: str | None) -> None:
+    """Raise ConfigurationError where a record would be claimed in one schema and completed in another."""
+    if claimed != completed:
+        claimed_as, completed_as = located(table, claimed).fullname, located(table, completed).fullname
+        raise ConfigurationError(
+            f"the record is claimed in the table {claimed_as}, and the session has the table {completed_as}: give the"
+            " store's engine and the sessions the same schema_translate_map, or the store a table whose schema is named"
+        )
+
+
 def schema_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
-    """Return the statements that create the table, for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``."""
+    """Return the statements that create the table, for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``.
+
+    ``table`` may be ``"schema.table"``; the schema itself must be there.
+    """
     try:
         known = make_url(f"{dialect}://").get_dialect()()
     except ArgumentError as error:
@@ -78,7 +126,9 @@ def create_schema(connection: Connection, table: Table) -> None:
     name = connection.dialect.name
     if name == "postgresql":
         # IF NOT EXISTS first looks and then creates: of two at once, one would fail on the catalogue's unique index.
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"create {table.name}"})
+        full_name = located(table, connection.schema_for_object(table)).fullname
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"create {full_name}"})
+    # The DDL, which SQLAlchemy makes, obeys the connection's schema_translate_map by itself.
     connection.execute(CreateTable(table, if_not_exists=True))
     for index in table.indexes:
         try:
