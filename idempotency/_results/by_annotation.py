@@ -89,12 +89,8 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
 
 
 def _float(value: Any) -> float:
-    if type(value) is not int:
-        return float(_exactly(float)(value))
-    # Beyond 2**53 not every integer has a float that is equal to it.
-    if abs(value) > 2**53:
-        raise ValueError("an integer that may have no equal float")
-    return float(value)
+    # Where a float is expected, an int may be returned (PEP 484). It comes back as one.
+    return value if type(value) is int else float(_exactly(float)(value))
 
 
 def _by_text(kind: Any, write: Callable[[Any], str], read: Callable[[str], Any]) -> Shape:
@@ -168,7 +164,7 @@ class _Finder:
             )
         # The number of the member is written before the value.
         shapes = [self.find(member) for member in members]
-        # Float is tried last: it takes an int too, which would come back as a float.
+        # Float is tried last: it takes an int too, which may be another member.
         tried = sorted(enumerate(shapes), key=lambda each: _bare(members[each[0]]) is float)
         return Shape(lambda value: _numbered(tried, value), lambda found: shapes[found[0]].from_json(found[1]))
 

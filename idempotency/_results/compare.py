@@ -20,7 +20,7 @@ def is_pydantic(kind: type) -> bool:
 def same(first: Any, second: Any) -> bool:
     """Return whether two values are equal, and of the same types and zones all the way down.
 
-    An int is the same as an equal float: it may be returned, and then comes back, as one.
+    An int is the same as an equal float: pydantic reads it as one.
     """
     kind = type(first)
     if kind is not type(second):
