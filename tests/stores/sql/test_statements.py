@@ -148,7 +148,7 @@ async def test_claim_meets_an_uncommitted_one(store: SQLStore, engine: AsyncEngi
     """A claim waits for one whose transaction is open: committed, it is what is found; rolled back, the key is free."""
     first, second = new_claim(), new_claim()
     async with engine.connect() as connection:
-        begun = await connection.run_sync(lambda sync: Verbs_of(store, sync).claim(sync, first, ClockGuard()))
+        begun = await connection.run_sync(lambda sync: Verbs_of(store, sync).claim(sync, first, ClockGuard(), None))
         waiting = asyncio.create_task(store.claim(second))
         await asyncio.sleep(0.2)
         assert not waiting.done()
@@ -172,7 +172,7 @@ async def test_a_server_without_returning_is_read_afterwards(store: SQLStore, en
             verbs = Verbs_of(store, connection)
         finally:
             connection.dialect.is_mariadb = True
-        record: Record = verbs.claim(connection, claim, ClockGuard())
+        record: Record = verbs.claim(connection, claim, ClockGuard(), None)
         return record
 
     first, second = new_claim(), new_claim()
