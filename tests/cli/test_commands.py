@@ -340,6 +340,7 @@ def test_schema_sql_needs_no_store() -> None:
     assert "BYTEA" in result.stdout
     assert result.stdout.endswith(";\n")
     assert "BLOB" in CliRunner().invoke(app, ["schema", "sql", "--dialect", "sqlite"]).stdout
+    assert "CREATE TABLE tenant.keys" in CliRunner().invoke(app, ["schema", "sql", "--table", "tenant.keys"]).stdout
     refused(CliRunner().invoke(app, ["schema", "sql", "--dialect", "oracle7"]), "dialect must be")
 
 

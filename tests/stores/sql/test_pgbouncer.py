@@ -24,7 +24,7 @@ from idempotency.stores import open_store
 from idempotency.stores.sql import SQLStore
 from tests.kit.asgi_calls import Reply, call, respond
 from tests.kit.servers import PgBouncerServer, with_driver
-from tests.kit.sql_store import new_claim
+from tests.kit.sql_store import new_claim, until
 
 # As SQLAlchemy documents them.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -162,10 +162,12 @@ async def test_duplicates_that_wait_get_the_answer(shop: Shop) -> None:
     first = asyncio.create_task(call(apps[0], key="key"))
     await begun.wait()
     duplicates = [asyncio.create_task(call(apps[number], key="key")) for number in (1, 2, 3)]
-    watchers = shop.stores[1]._per_loop[asyncio.get_running_loop()].watchers if shop.stores[1]._per_loop else None
-    while watchers is None or not watchers._waiting:
-        await asyncio.sleep(0.01)
-        watchers = next(iter(shop.stores[1]._per_loop.values())).watchers
+    (watchers,) = [side.watchers for side in shop.stores[1]._per_loop.values()]
+
+    async def one_waits() -> bool:
+        return bool(watchers._waiting)
+
+    await until(one_waits)
     listener = watchers._listener
     go.set()
 
@@ -252,7 +254,7 @@ async def test_threads(bouncer: PgBouncerServer, driver: str, table: str) -> Non
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg", "psycopg2", "pg8000"])
 @pytest.mark.parametrize("form", ["url", "option"])
 async def test_a_store_opened_by_its_url(bouncer: PgBouncerServer, driver: str, form: str, table: str) -> None:
-    """Told by its URL or by an option, a store opens an engine that prepares nothing for later."""
+    """With ``pooler`` in its URL or as an option, a store opens an engine that prepares nothing for later."""
     url = with_driver(bouncer.url, f"postgresql+{driver}")
     stores: list[Any] = [
         open_store(f"{url}?pooler=true", table=table) if form == "url" else open_store(url, table=table, pooler=True)
@@ -339,7 +341,7 @@ async def test_statement_mode_is_refused(postgres_url: str, driver: str, table: 
 
 @ASYNC
 async def test_session_mode(postgres_url: str, driver: str, table: str) -> None:
-    """In session mode a store works as without a pooler; told that there is none, its watchers are notified."""
+    """In session mode a store works as without a pooler; with ``pooler=False``, its watchers are notified."""
     with PgBouncerServer(postgres_url, pool_mode="session", default_pool_size="20") as server:
         engine = create_async_engine(with_driver(server.url, f"postgresql+{driver}"))
         store = SQLStore(engine, table=table, pooler=False)

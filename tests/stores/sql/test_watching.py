@@ -41,6 +41,18 @@ async def test_a_watcher_is_notified(store: SQLStore, engine: AsyncEngine) -> No
         unconcerned.cancel()
 
 
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_a_watcher_before_any_verb_listens(engine: AsyncEngine, table: str) -> None:
+    """A store that has used no connection yet finds no pooler when it watches, and listens."""
+    store = SQLStore(engine, table=table)
+    async with store.watch(new_claim()):
+        (side,) = store._per_loop.values()
+        listening = side.watchers._listening.is_set()
+    await store.aclose()
+
+    assert listening
+
+
 async def test_no_watcher_no_notification(store: SQLStore, engine: AsyncEngine, table: str) -> None:
     """The end of a record that nobody watches notifies nobody."""
     heard: list[str] = []
