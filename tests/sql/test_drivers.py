@@ -55,11 +55,22 @@ def new_claim(key: str = "k") -> Claim:
 @pytest.mark.parametrize(
     "row",
     [
-        Found(1, 2, "t", b"f", 3, True, 1500, 2500, 9000, b"r"),
-        Found(1, 2, "t", memoryview(b"f"), 3, 1, 1500, 2500, 9000, memoryview(b"r")),
-        Found(1, 2, bytearray(b"t"), bytearray(b"f"), 3, b"\x01", 1500, 2500, 9000, bytearray(b"r")),
-        Found(Decimal(1), Decimal(2), b"t", b"f", Decimal(3), Decimal(1), Decimal(1500), 2500, 9000, b"r"),
-        Found(1, 2, memoryview(b"t"), b"f", 3, memoryview(b"\x01"), 1500.0, 2500, 9000, b"r"),
+        Found(1, 2, "t", b"f", 3, True, 10500, 6500, 9000, b"r"),
+        Found(1, 2, "t", memoryview(b"f"), 3, 1, 10500, 6500, 9000, memoryview(b"r")),
+        Found(1, 2, bytearray(b"t"), bytearray(b"f"), 3, b"\x01", 10500, 6500, 9000, bytearray(b"r")),
+        Found(
+            Decimal(1),
+            Decimal(2),
+            b"t",
+            b"f",
+            Decimal(3),
+            Decimal(1),
+            Decimal(10500),
+            Decimal(6500),
+            Decimal(9000),
+            b"r",
+        ),
+        Found(1, 2, memoryview(b"t"), b"f", 3, memoryview(b"\x01"), 10500.0, 6500.0, 9000.0, b"r"),
     ],
 )
 def test_a_row_is_read_in_whatever_types_it_comes(row: Found) -> None:
@@ -76,19 +87,19 @@ def test_a_row_is_read_in_whatever_types_it_comes(row: Found) -> None:
 @pytest.mark.parametrize("hold", [False, 0, b"\x00", bytearray(b"\x00"), memoryview(b"\x00"), Decimal(0)])
 def test_no_is_no_in_every_type(hold: Any) -> None:
     """A flag that is not set is not taken for one that is, though it be some bytes."""
-    assert read_record(Found(1, 1, "t", b"f", 1, hold, 1500, 2500, 9000, None)).hold is False
+    assert read_record(Found(1, 1, "t", b"f", 1, hold, 10500, 6500, 9000, None)).hold is False
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        Found(1, 2, "t", "text", 3, True, 1500, 2500, 9000, b"r"),
-        Found(1, 2, 7, b"f", 3, True, 1500, 2500, 9000, b"r"),
-        Found(1, 2, b"\xff", b"f", 3, True, 1500, 2500, 9000, b"r"),
-        Found("one", 2, "t", b"f", 3, True, 1500, 2500, 9000, b"r"),
-        Found(1, 9, "t", b"f", 3, True, 1500, 2500, 9000, b"r"),
-        Found(1, 2, "t", b"f", 3, True, None, 2500, 9000, b"r"),
-        Found(1, 2, "t", b"f", float("inf"), True, 1500, 2500, 9000, b"r"),
+        Found(1, 2, "t", "text", 3, True, 10500, 6500, 9000, b"r"),
+        Found(1, 2, 7, b"f", 3, True, 10500, 6500, 9000, b"r"),
+        Found(1, 2, b"\xff", b"f", 3, True, 10500, 6500, 9000, b"r"),
+        Found("one", 2, "t", b"f", 3, True, 10500, 6500, 9000, b"r"),
+        Found(1, 9, "t", b"f", 3, True, 10500, 6500, 9000, b"r"),
+        Found(1, 2, "t", b"f", 3, True, None, 6500, 9000, b"r"),
+        Found(1, 2, "t", b"f", float("inf"), True, 10500, 6500, 9000, b"r"),
     ],
 )
 def test_a_row_that_makes_no_sense_is_unreadable(row: Found) -> None:

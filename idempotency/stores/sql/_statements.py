@@ -36,10 +36,10 @@ _UNRESOLVED = (
     f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
 )
 
-_NAMES = "version, state, token, fingerprint, attempt, hold, lease_left, age, now_ms, result"
+_NAMES = "version, state, token, fingerprint, attempt, hold, lease_until_ms, created_ms, now_ms, result"
 _FOUND = (
-    "{r}version, {r}state, {r}token, {r}fingerprint, {r}attempt, {r}hold, {r}lease_until_ms - {now} AS lease_left,"
-    " {now} - {r}created_ms AS age, {now} AS now_ms, {r}result"
+    "{r}version, {r}state, {r}token, {r}fingerprint, {r}attempt, {r}hold, {r}lease_until_ms, {r}created_ms,"
+    " {now} AS now_ms, {r}result"
 )
 _ENTRY = (
     "SELECT id, scope, {key}, version, state, attempt, hold, {now} - created_ms AS age,"

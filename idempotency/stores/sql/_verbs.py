@@ -187,8 +187,8 @@ class Found(NamedTuple):
     fingerprint: Any
     attempt: Any
     hold: Any
-    lease_left: Any
-    age: Any
+    lease_until_ms: Any
+    created_ms: Any
     now_ms: Any
     result: Any
     free: Any = None
@@ -198,7 +198,7 @@ def read_record(row: Row[Any] | Found, record_id: bytes = b"", sealing: Sealing 
     """Read the row of this id; a damaged one, or one that cannot be decrypted, is ``Record.unreadable()``."""
     # SQLite stores anything in any column, and a row may have been written by hand: every value is checked.
     try:
-        version = int(row.version)
+        version, now = int(row.version), float(row.now_ms)
         if version > FORMAT:
             return Record.unreadable(version)
         record = Record(
@@ -206,11 +206,11 @@ def read_record(row: Row[Any] | Found, record_id: bytes = b"", sealing: Sealing 
             fingerprint=as_bytes(row.fingerprint),
             state=State(row.state),
             attempt=int(row.attempt),
-            lease_left=float(row.lease_left) / 1000,
+            lease_left=(float(row.lease_until_ms) - now) / 1000,
             hold=as_flag(row.hold),
             result=opened_result(sealing, record_id, None if row.result is None else as_bytes(row.result)),
             version=version,
-            age=max(0.0, float(row.age) / 1000),
+            age=max(0.0, now - float(row.created_ms)) / 1000,
         )
     except (TypeError, ValueError, OverflowError, UnreadableError):
         return Record.unreadable()
