@@ -8,7 +8,15 @@ from tests.kit.paths import ROOT
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guarantees.md", "docs/http.md", "docs/messages.md", "docs/transactions.md"]
+    "page",
+    [
+        "README.md",
+        "docs/encryption.md",
+        "docs/guarantees.md",
+        "docs/http.md",
+        "docs/messages.md",
+        "docs/transactions.md",
+    ],
 )
 def test_every_test_named_in_a_document_exists(page: str) -> None:
     """A claim names the test that shows it, and that test is there."""
