@@ -148,7 +148,7 @@ class RecordedFailureError(IdempotencyError):
 
 
 class UnreadableError(IdempotencyError):
-    """The record under the key is damaged, or of a newer format; the operation is not repeated."""
+    """The record under the key is damaged, of a newer format, or encrypted with another key; nothing is repeated."""
 
     code = "record-unreadable"
     status = 500

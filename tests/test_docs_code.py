@@ -34,6 +34,7 @@ def blocks(page: str) -> dict[str, list[str]]:
     return found
 
 
+ENCRYPTION = blocks("encryption.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
 PROFILES = blocks("profiles.md")
@@ -61,6 +62,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         return vars(module)
 
     return run
+
+
+def test_the_code_for_encryption_encrypts(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store with the key from the environment, and a policy that removes the number of a card."""
+    from idempotency.stores.encryption import Encryption
+
+    monkeypatch.setenv("IDEMPOTENCY_KEY", Encryption.new_key())
+    [switch_on], [redact] = ENCRYPTION["Switch it on"], ENCRYPTION["Results that must not be stored at all"]
+
+    names = run("async def app(scope, receive, send): ...", switch_on, redact)
+
+    assert names["store"]._sealing.writer is names["encryption"]
+    pairs, body = names["policy"].redact(200, [(b"x-card", b"4"), (b"a", b"b")], b"4111111111111111")
+    assert (pairs, body) == ([(b"a", b"b")], b"...1111")
 
 
 @pytest.mark.parametrize("framework", [heading for heading in MESSAGES if heading != SETUP])

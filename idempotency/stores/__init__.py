@@ -28,8 +28,9 @@ def open_store(url: str, **options: Any) -> AnyStore:
     """Open the store that a URL names; it connects at its first use, and ``aclose`` or ``close`` closes it.
 
     ``url`` is memory://, redis://, rediss://, unix://, redis+cluster://, redis+sentinel:// or any SQLAlchemy URL;
-    ``options`` are those of the store's class. Raises :class:`~idempotency.errors.ConfigurationError` for a URL that
-    cannot be read, and when the extra or driver it needs is not installed, naming what to install.
+    ``options`` are those of the store's class, such as ``encryption``. Raises
+    :class:`~idempotency.errors.ConfigurationError` for a URL that cannot be read, and when the extra or driver it needs
+    is not installed, naming what to install.
     """
     if not isinstance(url, str):
         raise ConfigurationError(

@@ -15,7 +15,7 @@ from idempotency._rules import Claim, Record
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry, Finding
-from idempotency.stores.encryption import MAGIC, OVERHEAD, Encryption, Field, digested
+from idempotency.stores.encryption import MAGIC, OVERHEAD, Encryption, Name, digested
 
 _ENCRYPTED = "(encrypted: "
 _KEYED = b"hmac-sha256:"
@@ -47,11 +47,11 @@ class Sealing:
         scope, key = _bytes(shortened(claim.scope)), _bytes(shortened(claim.key))
         if self.writer is None:
             return scope, key
-        encrypt = self.writer.encrypt
-        return encrypt(claim.id, "scope", scope), encrypt(claim.id, "key", key)
+        # One envelope for both, in place of the key, since a message costs more than its length: each claim has one.
+        return MAGIC, self.writer.encrypt(claim.id, "names", b"%d:%b%b" % (len(scope), scope, key))
 
-    def _digest(self, field: Field, text: bytes) -> bytes:
-        return _digests(self.writer, field, text)[0].encode()
+    def _digest(self, name: Name, text: bytes) -> bytes:
+        return _digests(self.writer, name, text)[0].encode()
 
 
 def sealing_of(encryption: Encryption | None, digest_names: bool) -> Sealing | None:
@@ -88,17 +88,23 @@ def opened_result(sealing: Sealing | None, record: bytes, stored: bytes | None) 
     return encryption.decrypt(record, "result", stored) if encryption.is_envelope(stored) else stored
 
 
-def shown(sealing: Sealing | None, record: bytes, field: Field, name: bytes) -> str:
-    """Return a scope or key as an operator sees it: as it was given, its digest, or which key would decrypt it."""
-    if name.startswith(MAGIC):
+def shown(sealing: Sealing | None, record: bytes, scope: bytes, key: bytes) -> tuple[str, str]:
+    """Return scope and key as an operator sees them: as they were given, digests, or which key would decrypt them."""
+    if key.startswith(MAGIC):
         encryption = None if sealing is None else sealing.encryption
         if encryption is None:
-            return f"{_ENCRYPTED}give the key {name[4:8].hex()})"
+            return _not_shown(f"give the key {key[4:8].hex()}")
         try:
-            name = encryption.decrypt(record, field, name)
+            length, _, names = encryption.decrypt(record, "names", key).partition(b":")
         except UnreadableError as error:
-            return f"{_ENCRYPTED}{error})"
-    return name.decode("utf-8", "surrogatepass")
+            return _not_shown(str(error))
+        scope, key = names[: int(length)], names[int(length) :]
+    return scope.decode("utf-8", "surrogatepass"), key.decode("utf-8", "surrogatepass")
+
+
+def _not_shown(why: str) -> tuple[str, str]:
+    text = f"{_ENCRYPTED}{why})"
+    return text, text
 
 
 def shown_size(scope: bytes, stored: int | None) -> int | None:
@@ -123,7 +129,7 @@ def shown_of(
     size = None if result is None else len(result)
     if isinstance(scope, str) or isinstance(key, str):
         return shortened(str(scope)), shortened(str(key)), size
-    return shown(sealing, record, "scope", scope), shown(sealing, record, "key", key), shown_size(scope, size)
+    return *shown(sealing, record, scope, key), shown_size(scope, size)
 
 
 def cannot_be_shown(entry: Entry) -> bool:
@@ -154,10 +160,10 @@ def _all_digests(sealing: Sealing | None, key: bytes) -> list[str]:
     return [*_digests(None, "key", key), *([] if encryption is None else _digests(encryption, "key", key))]
 
 
-def _digests(encryption: Encryption | None, field: Field, text: bytes) -> list[str]:
+def _digests(encryption: Encryption | None, name: Name, text: bytes) -> list[str]:
     if encryption is not None:
-        return [f"{_KEYED.decode()}{digest}" for digest in encryption.digests(field, text)]
-    return [f"sha256:{hashlib.sha256(digested(field, text)).hexdigest()}"]
+        return [f"{_KEYED.decode()}{digest}" for digest in encryption.digests(name, text)]
+    return [f"sha256:{hashlib.sha256(digested(name, text)).hexdigest()}"]
 
 
 def _surface(scope: bytes) -> bytes:

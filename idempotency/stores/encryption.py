@@ -32,8 +32,11 @@ from idempotency.errors import ConfigurationError, UnreadableError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-Field = Literal["scope", "key", "result"]
-"""What of a record is encrypted."""
+Field = Literal["names", "result"]
+"""What of a record is encrypted: scope and key together, and the result."""
+
+Name = Literal["scope", "key"]
+"""What is digested, each alone."""
 
 MAGIC = b"\xe1GCM"
 """How an envelope begins. The first byte begins no plain result, and the first two no text in UTF-8."""
@@ -146,14 +149,13 @@ class Encryption:
 
         Raises :class:`~idempotency.errors.UnreadableError` if its key was not given, or if it was changed or moved.
         """
-        key_id = envelope[_ID]
-        if key_id not in self._keys:
-            raise UnreadableError(f"it is encrypted with the key {key_id.hex()}, which was not given")
         if not envelope.startswith(MAGIC) or len(envelope) < OVERHEAD:
             raise UnreadableError("its envelope is damaged")
         try:
             cipher = self._cipher_of(envelope[_ID_AND_SALT])
             return cipher.decrypt(envelope[_NONCE], envelope[_HEAD:], record + field.encode())
+        except KeyError:
+            raise UnreadableError(f"the key {envelope[_ID].hex()} was not given") from None
         except self._invalid_tag:
             raise UnreadableError("it was changed, or belongs to another record") from None
 
@@ -161,14 +163,14 @@ class Encryption:
         """Return whether a value is an envelope, also if its first bytes were changed: then a key's id follows."""
         return value.startswith(MAGIC) or value[_ID] in self._keys
 
-    def digests(self, field: Field, text: bytes) -> list[str]:
+    def digests(self, name: Name, text: bytes) -> list[str]:
         """Return the keyed digests of a scope or key, in hex: one for each key, that of the key that writes first."""
-        return [hmac.digest(key, digested(field, text), "sha256").hex() for key in self._keys.values()]
+        return [hmac.digest(key, digested(name, text), "sha256").hex() for key in self._keys.values()]
 
 
-def digested(field: Field, text: bytes) -> bytes:
+def digested(name: Name, text: bytes) -> bytes:
     """Return what is digested of a scope or key; a scope and a key of the same text have different digests."""
-    return b"idempotency:1:%b:%b" % (field.encode(), text)
+    return b"idempotency:1:%b:%b" % (name.encode(), text)
 
 
 def _key_of(key: bytes | str) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import calls
+import encryption
 import overhead
 import report
 import table_size
@@ -54,6 +55,11 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
         await _requests(subjects, quick)
     if only in (None, "calls"):
         await _calls(subjects, quick)
+    if only == "encryption":
+        print(report.ENCRYPTION)
+        for url in urls:
+            print(report.encryption_row(await encryption.measure(url, 20 if quick else 100)), flush=True)
+        print(report.ENCRYPTION_TARGETS)
     if only in (None, "table"):
         references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
         await _tables(subjects, references, quick)
@@ -115,11 +121,20 @@ def main() -> int:
         const="calls",
         help="measure only functions: joined transactions, and calls on Redis",
     )
+    alone.add_argument(
+        "--encryption",
+        dest="only",
+        action="store_const",
+        const="encryption",
+        help="measure only what encryption adds to a replay",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="idempotency-bench-") as directory:
         sqlite = f"sqlite+aiosqlite:///{directory}/bench.sqlite3"
         servers = (*_SERVERS, _MARIADB) if options.only == "calls" else _SERVERS
-        urls: list[str] = options.store or ["memory://", sqlite, *_reachable(servers)]
+        # In memory there is no round trip to compare encryption to.
+        memory = [] if options.only == "encryption" else ["memory://"]
+        urls: list[str] = options.store or [*memory, sqlite, *_reachable(servers)]
         try:
             asyncio.run(_run(urls, quick=options.quick, only=options.only))
         except (IdempotencyError, SQLAlchemyError, OSError) as error:

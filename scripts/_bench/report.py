@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calls import Throughput, Trips
+from encryption import Added
 from overhead import Overhead
 from table_size import Costs
 from throughput import CONCURRENCY
@@ -60,6 +61,22 @@ CALLS = "\n".join(
         _CALLS.format("", "at a time", "joined", "one", "ratio", "three", "ratio"),
     )
 )
+
+_ENCRYPTION = "{:<20}{:>9}{:>9}{:>11}"
+ENCRYPTION = "\n".join(
+    (
+        "",
+        "A replay of 1 KiB: µs without encryption, and the ratios to it of the same once more, and with encryption.",
+        "",
+        _ENCRYPTION.format("", "µs", "again", "encrypted"),
+    )
+)
+ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
+
+
+def encryption_row(added: Added) -> str:
+    """Format what encryption adds on one store."""
+    return _ENCRYPTION.format(added.name, f"{added.plain:.0f}", f"{added.again:.3f}", f"{added.encrypted:.3f}")
 
 
 def overhead_row(cost: Overhead) -> str:

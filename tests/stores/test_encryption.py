@@ -94,7 +94,7 @@ def test_two_envelopes_of_one_value_differ():
     """Equal keys of users cannot be recognised in the store."""
     encryption = Encryption(KEY)
 
-    assert encryption.encrypt(RECORD, "key", b"k") != encryption.encrypt(RECORD, "key", b"k")
+    assert encryption.encrypt(RECORD, "names", b"k") != encryption.encrypt(RECORD, "names", b"k")
 
 
 def test_the_salt_changes_before_a_key_has_encrypted_too_much(monkeypatch):
@@ -102,10 +102,10 @@ def test_the_salt_changes_before_a_key_has_encrypted_too_much(monkeypatch):
     monkeypatch.setattr("idempotency.stores.encryption._MESSAGES", 3)
     encryption = Encryption(KEY)
 
-    envelopes = [encryption.encrypt(RECORD, "key", b"k") for _ in range(6)]
+    envelopes = [encryption.encrypt(RECORD, "names", b"k") for _ in range(6)]
 
     assert len({envelope[8:20] for envelope in envelopes}) == 3
-    assert {Encryption(KEY).decrypt(RECORD, "key", envelope) for envelope in envelopes} == {b"k"}
+    assert {Encryption(KEY).decrypt(RECORD, "names", envelope) for envelope in envelopes} == {b"k"}
 
 
 @pytest.mark.parametrize("position", range(48 + len(b"a result")))
@@ -130,22 +130,22 @@ def test_an_envelope_that_was_cut_is_not_read(size):
 
 def test_an_envelope_belongs_to_one_field_of_one_record():
     encryption = Encryption(KEY)
-    envelope = encryption.encrypt(RECORD, "key", b"k")
+    envelope = encryption.encrypt(RECORD, "names", b"k")
 
     with pytest.raises(UnreadableError):
         encryption.decrypt(RECORD, "result", envelope)
     with pytest.raises(UnreadableError):
-        encryption.decrypt(bytes(32), "key", envelope)
+        encryption.decrypt(bytes(32), "names", envelope)
 
 
 def test_a_new_key_is_accepted_as_text_and_as_bytes():
     from base64 import urlsafe_b64decode
 
     text = Encryption.new_key()
-    envelope = Encryption(text).encrypt(RECORD, "key", b"k")
+    envelope = Encryption(text).encrypt(RECORD, "names", b"k")
 
     assert (len(text), text) != (44, Encryption.new_key())
-    assert Encryption(urlsafe_b64decode(text)).decrypt(RECORD, "key", envelope) == b"k"
+    assert Encryption(urlsafe_b64decode(text)).decrypt(RECORD, "names", envelope) == b"k"
 
 
 @pytest.mark.parametrize("key", [b"", b"k" * 31, b"k" * 33, "k" * 32, "not base64 at all!", "é" * 44, 32, None])

@@ -156,18 +156,19 @@ def entry(record: bytes, reply: Sequence[Any] | None, sealing: Sealing | None) -
     """Read the reply to an inspection of the record of this id."""
     if not reply or not State.RUNNING <= reply[1] <= State.UNKNOWN:
         return None
-    version, state, attempt, hold, age, lease, expires, size, scope, key, _ = reply
+    version, state, attempt, hold, age, lease, expires, size, stored_scope, stored_key, _ = reply
+    scope, key = shown(sealing, record, stored_scope, stored_key)
     return Entry(
         id=record,
-        scope=shown(sealing, record, "scope", scope),
-        key=shown(sealing, record, "key", key),
+        scope=scope,
+        key=key,
         state=State(state),
         attempt=attempt,
         hold=hold == 1,
         age=age / 1000,
         lease_left=max(lease, -age) / 1000,
         expires_in=None if expires < 0 else expires / 1000,
-        result_size=shown_size(scope, None if size < 0 else size),
+        result_size=shown_size(stored_scope, None if size < 0 else size),
         version=version,
     )
 

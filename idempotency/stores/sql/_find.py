@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Collection
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Row, Table, func, select
+from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from idempotency.stores._operating import DIGITS
 from idempotency.stores._sealing import Sealing, shown
@@ -42,7 +42,7 @@ async def ids(
 def _find(
     table: Table, low: str, high: str, keys: Collection[str] | None, _: object, connection: Connection
 ) -> list[bytes]:
-    query = _between(select(table.c.id), table, low, high, connection)
+    query = select(table.c.id).where(_between(table, low, high, connection)).limit(_MOST)
     if keys is not None:
         query = query.where(table.c.key.in_([storable(key) for key in keys]))
     return [bytes(row.id) for row in connection.execute(query)]
@@ -52,21 +52,21 @@ def _find_decrypted(
     table: Table, low: str, high: str, keys: Collection[str], sealing: Sealing, _: object, connection: Connection
 ) -> tuple[list[bytes], str | None]:
     # A key is encrypted to other bytes in each record. So it is compared here, and not by the database.
-    query = _between(select(table.c.id, table.c.key), table, low, high, connection).order_by(table.c.id)
-    rows = connection.execute(query).all()
-    found = [bytes(row.id) for row in rows if _key_of(row, sealing) in keys]
+    query = select(table.c.id, table.c.key).where(_between(table, low, high, connection)).order_by(table.c.id)
+    rows = connection.execute(query.limit(_MOST)).all()
+    found = [bytes(row.id) for row in rows if _key_of(bytes(row.id), row.key, sealing) in keys]
     following = f"{int.from_bytes(rows[-1].id) + 1:0{DIGITS}x}" if len(rows) == _MOST else None
     return found, following
 
 
-def _between(query: Any, table: Table, low: str, high: str, connection: Connection) -> Any:
+def _between(table: Table, low: str, high: str, connection: Connection) -> ColumnElement[bool]:
     # As text, since the drivers of MySQL disagree on how to escape bytes.
     read = func.unhex if connection.dialect.name in ("mysql", "mariadb") else bytes.fromhex
-    return query.where(table.c.id.between(read(low), read(high))).limit(_MOST)
+    return table.c.id.between(read(low), read(high))
 
 
-def _key_of(row: Row[Any], sealing: Sealing) -> str | None:
+def _key_of(record: bytes, stored: Any, sealing: Sealing) -> str:
     try:
-        return shown(sealing, bytes(row.id), "key", stored_name(row.key))
+        return shown(sealing, record, b"", stored_name(stored))[1]
     except (TypeError, ValueError):
-        return None  # the row is damaged
+        return ""  # the row is damaged

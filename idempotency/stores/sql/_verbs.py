@@ -219,18 +219,19 @@ def read_record(row: Row[Any] | Found, record_id: bytes = b"", sealing: Sealing 
 
 def _entry(row: Row[Any], sealing: Sealing | None) -> Entry:
     try:
-        record, scope = bytes(row.id), stored_name(row.scope)
+        record, stored_scope = bytes(row.id), stored_name(row.scope)
+        scope, key = shown(sealing, record, stored_scope, stored_name(row.key))
         return Entry(
             id=record,
-            scope=shown(sealing, record, "scope", scope),
-            key=shown(sealing, record, "key", stored_name(row.key)),
+            scope=scope,
+            key=key,
             state=State(row.state),
             attempt=int(row.attempt),
             hold=as_flag(row.hold),
             age=float(row.age) / 1000,
             lease_left=max(float(row.lease_left), -float(row.age)) / 1000,
             expires_in=None if row.expires_in is None else float(row.expires_in) / 1000,
-            result_size=shown_size(scope, None if row.result_size is None else int(row.result_size)),
+            result_size=shown_size(stored_scope, None if row.result_size is None else int(row.result_size)),
             version=int(row.version),
         )
     except (TypeError, ValueError, OverflowError) as error:
