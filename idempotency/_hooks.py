@@ -16,7 +16,7 @@ def check_callable(name: str, function: object) -> None:
     """Refuse what cannot be called, and a function whose call only makes an object that nothing would run.
 
     That is a coroutine function or a generator function, also in a ``functools.partial``, and an object whose
-    ``__call__`` is one. What a plain function returns is seen only at its call: see :func:`is_coroutine`.
+    ``__call__`` is one. What a plain function returns is seen only at its call: see :func:`discard_coroutine`.
     """
     if not callable(function):
         raise ConfigurationError(f"{name} must be a function, not {function!r}")
@@ -31,8 +31,8 @@ def is_coroutine_function(function: object) -> bool:
     return any(inspect.iscoroutinefunction(each) for each in _called(function))
 
 
-def is_coroutine(name: str, function: object, returned: object) -> bool:
-    """Return whether a hook returned a coroutine, which nobody awaits; close it, and log that once for each function.
+def discard_coroutine(name: str, function: object, returned: object) -> bool:
+    """Close a coroutine that a function returned, and log it, once for each function; return whether it was one.
 
     Another awaitable, such as a task, runs by itself.
     """

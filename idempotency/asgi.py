@@ -20,6 +20,7 @@ from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
+from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, problem_response
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
@@ -244,7 +245,11 @@ class _Exchange:
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._state.share()
-        outcome = self._lease.operation.outcome_after(self._policy.outcome_of_status(status))
+        chosen = outcome_of_response(self._policy, status, headers, body, self._scope, self._middleware.app)
+        operation = self._lease.operation
+        outcome = operation.outcome_after(chosen)
+        if outcome == "store" and is_brief(operation, status):
+            self._lease.shorten(REFUSAL)
         result = encode_response(status, headers, body) if outcome == "store" and body is not None else None
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.

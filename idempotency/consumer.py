@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 from idempotency._engine.names import DecoratedFunction, scope_is_taken
 from idempotency._engine.readers import Fingerprint, check_readers, compared_by
-from idempotency._hooks import check_callable, is_coroutine
+from idempotency._hooks import check_callable, discard_coroutine
 from idempotency._messages.consumers import Consumer
 from idempotency._messages.consumers_sync import SyncConsumer
 from idempotency._messages.options import ConsumerOptions
@@ -269,7 +269,7 @@ class _Reader:
         try:
             if attempt is None and self.attempt is not None:
                 attempt = self.attempt(message)
-                if is_coroutine("attempt=", self.attempt, attempt):
+                if discard_coroutine("attempt=", self.attempt, attempt):
                     raise ConfigurationError("attempt= must return a number, not a coroutine")
             return _Fields(key, attempt, compared_by(self.fingerprint, lambda: body, message))
         except Exception as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from idempotency._hooks import is_coroutine
+from idempotency._hooks import discard_coroutine
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
@@ -136,7 +136,7 @@ def emit_event(
     )
     call: Callable[[Event], object] = hook
     try:
-        is_coroutine("on_event", hook, call(event))
+        discard_coroutine("on_event", hook, call(event))
     except Exception:
         # The operation has ended, or does not run. A failing hook must not change its answer.
         _logger.exception("the event hook failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace  # async only: see shorten()
 from typing import Protocol
 
 from idempotency._engine.runner import Runner
@@ -87,6 +88,11 @@ class Lease:
             self._expiry.cancel()
         if self._task is not None:
             self._task.cancel()
+
+    # async only: only a response of HTTP may be recorded for a shorter time.
+    def shorten(self, ttl: float) -> None:
+        """Record the result for ``ttl`` seconds at the most."""
+        self._claim = replace(self._claim, ttl=min(ttl, self._claim.ttl))
 
     # async only: only a lease of HTTP may have a connection, which must be returned.
     async def close(self) -> None:

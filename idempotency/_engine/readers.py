@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -35,5 +36,6 @@ def check_readers(key: Any, fingerprint: Any, *, body: bool = True, awaited: boo
     """
     readers = {"key": key, "fingerprint": None if body and fingerprint == "body" else fingerprint}
     for name, given in readers.items():
-        if given is not None and not (awaited and is_coroutine_function(given)):
-            check_callable(f"{name}=", given)
+        plain = inspect.unwrap(given)
+        if given is not None and not (awaited and is_coroutine_function(plain)):
+            check_callable(f"{name}=", plain)

@@ -41,6 +41,11 @@ class TransactionalLease(Lease):
         super().stop()
         self._transaction.settled = True
 
+    def shorten(self, ttl: float) -> None:
+        """Record the result for ``ttl`` seconds at the most, unless the session may have an effect."""
+        if not self._transaction.used:
+            super().shorten(ttl)
+
     async def close(self) -> None:
         """Stop renewing, and return the connection of the transaction."""
         self.stop()

@@ -98,6 +98,19 @@ def test_what_a_call_does_not_run_is_refused_in_every_form(kind: str) -> None:
         Policy(outcome=NOT_AWAITED[kind])
 
 
+@pytest.mark.parametrize("option", ["key", "fingerprint"])
+def test_a_wrapper_of_a_coroutine_function_reads_no_message(option: str) -> None:
+    """A decorator such as one that logs calls returns what the coroutine function returns."""
+
+    @functools.wraps(awaited)
+    def wrapper(*args: Any) -> Any:
+        return awaited(*args)
+
+    for decorate in (decorated, consuming):
+        with pytest.raises(ConfigurationError, match=f"{option}= must not be a coroutine function"):
+            decorate(**{option: wrapper})
+
+
 def test_what_is_no_function_is_refused() -> None:
     """With the value in the message."""
     with pytest.raises(ConfigurationError, match="outcome must be a function, not 'store'"):
