@@ -59,7 +59,9 @@ class JoinedVerbs:
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
         self._trusted = False
 
-    def claim_in(self, connection: Connection, claim: Claim, wait: float, sealing: Sealing | None) -> Record | None:
+    def claim_in(
+        self, connection: Connection, claim: Claim, wait: float, sealing: Sealing | None = None
+    ) -> Record | None:
         """Claim, waiting up to ``wait`` seconds for a transaction that has locked the row; None if it still has then.
 
         Raises :class:`ConflictError` where this transaction, by its isolation level, cannot see the row as it is now.
@@ -181,7 +183,7 @@ class JoinedVerbs:
         parameters = values if names is None else tuple(map(values.__getitem__, names))
         return send(connection, prefix + sql, parameters, fetch=fetch)
 
-    def look(self, connection: Connection, claim: Claim, sealing: Sealing | None) -> Record | None:
+    def look(self, connection: Connection, claim: Claim, sealing: Sealing | None = None) -> Record | None:
         """Return the committed record, if it is not free for ``claim``. On SQLite this waits for no lock."""
         row = self._send(connection, self._sql.look, claim_values(claim, sealing)).row
         found = None if row is None else Found(*row)

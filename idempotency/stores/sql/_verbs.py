@@ -49,7 +49,7 @@ class Verbs:
         self._notifies = dialect.name == "postgresql"
         self._trusted = False
 
-    def claim(self, connection: Connection, claim: Claim, sealing: Sealing | None) -> Record:
+    def claim(self, connection: Connection, claim: Claim, sealing: Sealing | None = None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         if not self._trusted:
             try_driver(connection, self._sql)
@@ -95,12 +95,12 @@ class Verbs:
             self._execute(connection, statement, values | notification_values(claim, self._table)).first() is not None
         )
 
-    def inspect(self, connection: Connection, record: bytes, sealing: Sealing | None) -> Entry | None:
+    def inspect(self, connection: Connection, record: bytes, sealing: Sealing | None = None) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
         row = self._execute(connection, self._sql.inspect, {"id": record}).first()
         return None if row is None else _entry(row, sealing)
 
-    def unresolved(self, connection: Connection, limit: int, sealing: Sealing | None) -> list[Entry]:
+    def unresolved(self, connection: Connection, limit: int, sealing: Sealing | None = None) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
         return [_entry(row, sealing) for row in self._execute(connection, self._sql.unresolved, {"limit": limit})]
 
@@ -145,7 +145,7 @@ class Verbs:
             return connection.execute(statement, values)
 
 
-def claim_values(claim: Claim, sealing: Sealing | None) -> dict[str, Any]:
+def claim_values(claim: Claim, sealing: Sealing | None = None) -> dict[str, Any]:
     """Return the parameters of the statements that claim."""
     if sealing is None:
         scope, key = storable(claim.scope), storable(claim.key)
