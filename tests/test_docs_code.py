@@ -175,6 +175,7 @@ def test_the_other_code_on_http_is_accepted(heading: str, run: Callable[..., dic
         ("Agentic Commerce Protocol", 0, 422, ["code"], "1"),
         ("Agentic Commerce Protocol", 1, 409, ["code"], "1"),
         ("APIs like Stripe's", 0, 400, ["error", "code"], "1"),
+        ("APIs like Stripe's", 1, 400, ["error", "code"], "1"),
         ("APIs like those of hono-idempotency", 0, 422, ["code"], "1"),
     ],
 )
