@@ -246,3 +246,38 @@ async def test_the_code_for_one_transaction_has_one_effect(run: Callable[..., di
 
     assert counted == [1, 2, 3, 4]
     assert receipts == [functions["Receipt"]("A-1", 3)] * 2
+
+
+async def test_the_code_for_tenants_has_an_effect_for_each(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A function that is called again for a tenant is one order, in the schema of that tenant."""
+    from sqlalchemy import event, func, select
+
+    from idempotency.stores.sql import SQLStore
+
+    schemas = ("north", "south")
+    names = run(*TRANSACTIONS["One transaction"], *TRANSACTIONS["Functions"], *TRANSACTIONS["Schemas and tenants"])
+    engine = names["engine"]
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def attach(opened: Any, _: object) -> None:
+        for schema in schemas:
+            opened.cursor().execute(f"ATTACH '{tmp_path / schema}' AS {schema}")
+
+    for schema in schemas:
+        of_tenant = engine.execution_options(schema_translate_map={None: schema})
+        async with of_tenant.begin() as connection:
+            await connection.run_sync(names["Base"].metadata.create_all)
+        await SQLStore(of_tenant).create_schema()
+    for schema in (*schemas, *schemas):
+        names["tenant"].set(schema)
+        await names["order"]("tea")
+
+    counted = []
+    for schema in schemas:
+        names["tenant"].set(schema)
+        async with names["TenantSessions"]() as session:
+            counted.append(await session.scalar(select(func.count()).select_from(names["Order"])))
+    names["sync_engine"].dispose()
+    await engine.dispose()
+
+    assert counted == [1, 1]
