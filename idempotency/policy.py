@@ -116,17 +116,19 @@ class Policy:
     exception class over its base classes. An exception without a rule follows the rule for 500.
     ``outcome``: a function that is given the status, the headers (names in lower case, repeats joined by ``", "``) and
     the body of a response of the application, and returns ``"store"``, ``"release"``, ``"hold"``, or None: then
-    ``outcomes`` and the default decide. The body is None where it is not recorded (too large, streamed). Default None.
-    It is not awaited. If it raises, or returns anything else, that is logged, and it counts as None.
+    ``outcomes`` and the default decide. The body has no compression. It is None where it is not recorded (too large,
+    streamed), or cannot be decoded. Default None. It is not awaited. If it raises, or returns anything else, that is
+    logged, and it counts as None.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
     returns what is compared, as text or bytes.
     ``redact``: what is recorded in place of a response that holds what must not be stored: a callable given the status,
-    the header pairs and the body, all as bytes and as they were sent, that returns the header pairs and the body to
-    record, and so to replay. The first response is sent unchanged. It is called only where a response is recorded, in
-    the event loop: it must not block. ``async def`` is refused. If it fails, the operation is recorded as done without
-    its result, and the event ``stored-without-result`` names the error. Default None: as it was sent.
+    the header pairs and the body, all as bytes, the body without its compression, that returns the header pairs and the
+    body to record, and so to replay. The first response is sent unchanged. It is called only where a response is
+    recorded, in the event loop: it must not block. ``async def`` is refused. If it fails, or the body cannot be
+    decoded, the operation is recorded as done without its result, and the event ``stored-without-result`` names the
+    error. Default None: as it was sent.
     ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default
     1 GiB.
     ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
