@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -174,15 +174,15 @@ class Policy:
             status = self.__dict__[name]
             if isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599:
                 raise ConfigurationError(f"{name} must be a status from 400 to 599, not {status!r}")
-        if isinstance(self.methods, str):
-            raise ConfigurationError(f"methods must be a set of names, not {self.methods!r}")
-        object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
+        object.__setattr__(self, "methods", _names(self.methods))
         _one_of("on_crash", self.on_crash, ("rerun", "hold"))
         _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
         if not callable(self.fingerprint):
             _one_of("fingerprint", self.fingerprint, ("raw", "json"))
         if self.redact is not None:
             check_callable("redact", self.redact)
+        if not isinstance(self.outcomes, Mapping):
+            raise ConfigurationError(f"outcomes must be a mapping, not {self.outcomes!r}")
         object.__setattr__(self, "outcomes", _FrozenOutcomes(self.outcomes))
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
@@ -216,6 +216,13 @@ class Policy:
         if isinstance(error, Exception):
             return self.outcome_of_status(500)
         return "release" if self.on_crash == "rerun" else "hold"
+
+
+def _names(methods: object) -> frozenset[str]:
+    names = list[object](methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else [methods]
+    if isinstance(methods, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"methods must be a set of names, not {methods!r}")
+    return frozenset(str(name).upper() for name in names)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
