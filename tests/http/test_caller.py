@@ -281,3 +281,18 @@ async def test_the_header_with_the_key_is_no_credential(caplog):
         await call(protected, headers=[(b"x-access-token", key)])
 
     assert caplog.records == []
+
+
+async def test_hosts_are_one_key_space_unless_named():
+    """A caller of two hosts meets its own key again; with a scope that names the host it does not."""
+
+    def caller_on_host(request):
+        return f"{request.headers['host']} {request.headers['authorization']}"
+
+    for scope, runs in (("credentials", 1), (caller_on_host, 2)):
+        app = Effects()
+        protected = protect(app, scope=scope)
+        for host in (b"a.example", b"b.example"):
+            await call(protected, key="k", headers=[(b"host", host), BEARER])
+
+        assert app.runs == runs

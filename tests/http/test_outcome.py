@@ -229,6 +229,21 @@ async def test_a_release_by_the_response_rolls_the_effect_back(engine: AsyncEngi
     assert (counts, app.runs, reply.body, reply.replayed) == ([0, 1, 1], 2, b'{"data": 1}', True)
 
 
+async def test_a_hold_by_the_response_rolls_the_effect_back(engine: AsyncEngine) -> None:
+    """With a session, only a result that is stored commits its effect."""
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        session = scope["state"]["idempotency"].session
+        await session.execute(text("INSERT INTO effects VALUES ('order')"))
+        await respond(send, 200)
+
+    policy = Policy(outcome=lambda *_: "hold")
+    protected = protect(Effects(handler), SQLStore(engine), session=async_sessionmaker(engine), policy=policy)
+    first, second = [await call(protected, key="k") for _ in range(2)]
+
+    assert (first.status, second.code, await effects(engine)) == (200, "outcome-unknown", 0)
+
+
 async def lives(seconds: float, app: Any, clock: ManualClock, **options: Any) -> list[bool]:
     """Say whether a response is replayed a second before, and a second after, that time."""
     headers = options.pop("headers", ())
