@@ -18,6 +18,9 @@ GROWTH = 16
 
 _WEIGHT = re.compile(rb"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 section 12.4.2
 
+_NO_CODINGS = frozenset({b"identity", b"none", b"binary", b"utf-8", b"utf8"})
+"""Identity, and what applications send by mistake for a body without a coding. Clients ignore it."""
+
 DIGESTS = frozenset({b"content-digest", b"content-md5", b"digest", b"repr-digest", b"signature", b"signature-input"})
 """The fields that are computed from the bytes of a body (RFC 9530, RFC 9421)."""
 
@@ -81,7 +84,7 @@ class _Accepted:
 
 def _codings(headers: Headers) -> list[bytes]:
     """List the codings of a response in the order in which they were applied."""
-    return [name for each in _elements(headers, b"content-encoding") if (name := _name(each)) != b"identity"]
+    return [name for each in _elements(headers, b"content-encoding") if (name := _name(each)) not in _NO_CODINGS]
 
 
 def _elements(headers: Headers, name: bytes) -> list[bytes]:
