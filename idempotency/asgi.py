@@ -271,7 +271,7 @@ class _Exchange:
             self._lease.shorten(REFUSAL)
         result, error = None, None
         if outcome == "store" and body is not None:
-            result, error = record_of(self._policy.redact, status, headers, body)
+            result, error = record_of(self._policy, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
             end = self._lease.fail if status >= 500 else self._lease.end

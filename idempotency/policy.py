@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -116,17 +116,19 @@ class Policy:
     exception class over its base classes. An exception without a rule follows the rule for 500.
     ``outcome``: a function that is given the status, the headers (names in lower case, repeats joined by ``", "``) and
     the body of a response of the application, and returns ``"store"``, ``"release"``, ``"hold"``, or None: then
-    ``outcomes`` and the default decide. The body is None where it is not recorded (too large, streamed). Default None.
-    It is not awaited. If it raises, or returns anything else, that is logged, and it counts as None.
+    ``outcomes`` and the default decide. The body has no compression. It is None where it is not recorded (too large,
+    streamed), or cannot be decoded. Default None. It is not awaited. If it raises, or returns anything else, that is
+    logged, and it counts as None.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
     other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
     returns what is compared, as text or bytes.
     ``redact``: what is recorded in place of a response that holds what must not be stored: a callable given the status,
-    the header pairs and the body, all as bytes and as they were sent, that returns the header pairs and the body to
-    record, and so to replay. The first response is sent unchanged. It is called only where a response is recorded, in
-    the event loop: it must not block. ``async def`` is refused. If it fails, the operation is recorded as done without
-    its result, and the event ``stored-without-result`` names the error. Default None: as it was sent.
+    the header pairs and the body, all as bytes, the body without its compression, that returns the header pairs and the
+    body to record, and so to replay. The first response is sent unchanged. It is called only where a response is
+    recorded, in the event loop: it must not block. ``async def`` is refused. If it fails, or the body cannot be
+    decoded, the operation is recorded as done without its result, and the event ``stored-without-result`` names the
+    error. Default None: as it was sent.
     ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default
     1 GiB.
     ``max_response``: how many bytes of a response are recorded; a larger one is passed through, and recorded as
@@ -172,15 +174,15 @@ class Policy:
             status = self.__dict__[name]
             if isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599:
                 raise ConfigurationError(f"{name} must be a status from 400 to 599, not {status!r}")
-        if isinstance(self.methods, str):
-            raise ConfigurationError(f"methods must be a set of names, not {self.methods!r}")
-        object.__setattr__(self, "methods", frozenset(method.upper() for method in self.methods))
+        object.__setattr__(self, "methods", _names(self.methods))
         _one_of("on_crash", self.on_crash, ("rerun", "hold"))
         _one_of("on_store_error", self.on_store_error, ("fail_closed", "fail_open"))
         if not callable(self.fingerprint):
             _one_of("fingerprint", self.fingerprint, ("raw", "json"))
         if self.redact is not None:
             check_callable("redact", self.redact)
+        if not isinstance(self.outcomes, Mapping):
+            raise ConfigurationError(f"outcomes must be a mapping, not {self.outcomes!r}")
         object.__setattr__(self, "outcomes", _FrozenOutcomes(self.outcomes))
         for rule, outcome in self.outcomes.items():
             _check_rule(rule)
@@ -214,6 +216,13 @@ class Policy:
         if isinstance(error, Exception):
             return self.outcome_of_status(500)
         return "release" if self.on_crash == "rerun" else "hold"
+
+
+def _names(methods: object) -> frozenset[str]:
+    names = list[object](methods) if isinstance(methods, Iterable) and not isinstance(methods, str) else [methods]
+    if isinstance(methods, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"methods must be a set of names, not {methods!r}")
+    return frozenset(str(name).upper() for name in names)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

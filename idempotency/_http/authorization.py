@@ -55,13 +55,13 @@ _SCHEMES: dict[bytes, Identity | _Fields] = {
     b"sharedaccesssignature": _Fields(((b"sr",),), (b"skn",), separator=b"&"),  # Azure
     # <account>:<signature>
     **dict.fromkeys((b"sharedkey", b"sharedkeylite", b"goog1", b"oss", b"obs", b"qiniu", b"qbox"), _SIGNED),
-    **dict.fromkeys((b"amx", b"apiauth"), _SIGNED),
+    **dict.fromkeys((b"amx", b"apiauth", b"acs", b"mws", b"nos", b"qingstor", b"upyun", b"kss"), _SIGNED),
     **dict.fromkeys((b"negotiate", b"ntlm", b"kerberos", b"scram-sha-1", b"scram-sha-256", b"hoba"), UNREADABLE),
     **dict.fromkeys((b"gssapi", b"privatetoken", b"wsse", b"nostr"), UNREADABLE),
 }
 
 # AWS4-HMAC-SHA256, AWS4-ECDSA-P256-SHA256, AWS, GOOG4-RSA-SHA256, TC3-HMAC-SHA256, OSS4-HMAC-SHA256, and their like.
-_SIGNED_SCHEME = re.compile(rb"aws.*|.*(?:hmac|ecdsa|ed25519|-rsa|sign).*")
+_SIGNED_SCHEME = re.compile(rb"aws.*|bce-auth-v.*|.*(?:hmac|ecdsa|ed25519|-rsa|sign).*")
 _SIGNED_TEXT = re.compile(
     rb"(?:\A|[\s,;&-]|%26)(?:c?nonce|sig|signature|mac|timestamp|ts|response)(?:[ \t]*+[=:]|%3D)", re.IGNORECASE
 )

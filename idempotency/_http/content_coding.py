@@ -18,19 +18,13 @@ GROWTH = 16
 
 _WEIGHT = re.compile(rb"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 section 12.4.2
 
-_OF_CODED_BYTES = frozenset(
-    {
-        # They are computed from the bytes of the coded body (RFC 9530, RFC 9421), or describe it.
-        b"accept-ranges",
-        b"content-digest",
-        b"content-encoding",
-        b"content-md5",
-        b"digest",
-        b"repr-digest",
-        b"signature",
-        b"signature-input",
-    }
-)
+_NO_CODINGS = frozenset({b"identity", b"none", b"binary", b"utf-8", b"utf8"})
+"""Identity, and what applications send by mistake for a body without a coding. Clients ignore it."""
+
+DIGESTS = frozenset({b"content-digest", b"content-md5", b"digest", b"repr-digest", b"signature", b"signature-input"})
+"""The fields that are computed from the bytes of a body (RFC 9530, RFC 9421)."""
+
+_OF_CODED_BYTES = DIGESTS | {b"accept-ranges", b"content-encoding"}
 
 
 def is_acceptable(response: StoredResponse, request_headers: Headers) -> bool:
@@ -55,6 +49,14 @@ def decoded(response: StoredResponse, request_headers: Headers, limit: int) -> S
     if not codings and not accepted.all([b"identity"]):
         raise NotReplayableError("The client accepts neither the recorded coding nor a body without one.")
     return replace(response, headers=_headers(response, codings, body), body=body)
+
+
+def for_functions(response: StoredResponse, max_response: int) -> StoredResponse:
+    """Return a response as a function of the user is given it: without its codings, in which nothing can be found.
+
+    Raises :class:`~idempotency.errors.NotReplayableError` as :func:`decoded` does.
+    """
+    return response if is_acceptable(response, ()) else decoded(response, (), GROWTH * max_response)
 
 
 class _Accepted:
@@ -82,7 +84,7 @@ class _Accepted:
 
 def _codings(headers: Headers) -> list[bytes]:
     """List the codings of a response in the order in which they were applied."""
-    return [name for each in _elements(headers, b"content-encoding") if (name := _name(each)) != b"identity"]
+    return [name for each in _elements(headers, b"content-encoding") if (name := _name(each)) not in _NO_CODINGS]
 
 
 def _elements(headers: Headers, name: bytes) -> list[bytes]:

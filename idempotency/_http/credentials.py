@@ -27,11 +27,14 @@ _KEY = re.compile(
     rb"|.*(?:access|api|auth|private|vault)token"
 )
 _TENANT = re.compile(
-    rb"x?(?:tenant|organi[sz]ation|org|account|subaccount|workspace|company|team|project|merchant|customer)"
-    rb"(?:id|key|name|slug)?"
-    rb"|(?:stripe|openai|anthropic|xero|xgoog|xms|xscope|chatgpt)(?:account|organization|org|project|tenant|userproject)"
-    rb"(?:id)?"
-    rb"|stripecontext|onbehalfof|impersonateuser|xshopifyshopdomain"
+    rb".*(?:tenant|organi[sz]ation|account|workspace|company|merchant|customer|namespace)"
+    rb"(?:id|uuid|key|name|slug|code|number|sid|domain)?"
+    rb"|x?(?:org|team|project|partner|shop|store|vendor|seller|site)(?:id|uuid|key|name|slug|code)?"
+    rb"|(?:openai|anthropic|xgoog|xms|xscope|chatgpt)(?:org|project|userproject)(?:id)?"
+    # A key of such a kind is often one for all users of an application.
+    rb"|x?(?:client|consumer|developer|integration|master|private|public|service|user)?key(?:id)?"
+    rb"|.*user(?:id|uuid|sub)|x(?:login|actor|actas|sub|subject)(?:id)?"
+    rb"|stripecontext|x?onbehalfof|x?impersonateuser|xshopifyshopdomain"
 )
 _IDENTITY = re.compile(
     rb"x?(?:forwarded|remote|auth|authrequest|authenticated|webauth|vouch|proxy|original)?"
@@ -45,14 +48,15 @@ _PROOF = re.compile(
     rb"|x(?:pomerium|authentik)jwt(?:assertion)?|xmsclientprincipal|xmstoken.*|x(?:endpointapi|apigatewayapi)?userinfo"
 )
 _NONE = re.compile(
-    rb"sec.*|.*(?:csrf|xsrf|captcha|turnstile|verificationtoken|appcheck|author|authors|authority)"
+    rb".*(?:csrf|xsrf|captcha|turnstile|verificationtoken|appcheck|author|authors|authority)"
     rb"|.*(?:csrf|xsrf|captcha|turnstile)token|xamz[^n].*|(?:sync|lock|continuation|page|next|push)token"
     rb"|.*(?:idempotency|dedup|request|transaction)(?:key|token)|wwwauthenticate"
+    rb"|.*(?:cache|surrogate|partition|routing|shard|sort|encryption|correlation|message)key"
 )
 _UNKNOWN = re.compile(
     rb".*(?:auth|token|secret|passw|credential|session|jwt|assertion|clientcert|sslclient|clientdn|macaroon|wsse"
-    rb"|clientid|identity|principal|apikey).*"
-    rb"|signature|signatureinput"
+    rb"|clientid|identity|principal|apikey|bearer|passphrase).*"
+    rb"|.*key(?:id)?|signature|signatureinput"
 )
 # The first that matches decides.
 _KINDS: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
@@ -69,7 +73,8 @@ _KINDS: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
 
 def _kind(name: bytes) -> Kind:
     name = name.lower()
-    if not _NAME.fullmatch(name):
+    # Browsers send names with "sec-" by themselves (Fetch standard, section 2.2.2).
+    if not _NAME.fullmatch(name) or name.startswith(b"sec-"):
         return ""
     squeezed = name.translate(None, b"-_")
     for kind, pattern in _KINDS:

@@ -23,7 +23,10 @@ FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # RFC 9110 section 5.5, without white space around it.
 _FIELD_VALUE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 
-_FRAMING = frozenset({"content-length", "transfer-encoding", "connection"})
+# HTTP/2 refuses a response with those of one connection (RFC 9113 section 8.2.2).
+_FRAMING = frozenset(
+    {"connection", "content-length", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+)
 
 _logger = logging.getLogger("idempotency")
 

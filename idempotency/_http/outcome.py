@@ -9,7 +9,10 @@ from typing import Any, get_args
 
 from idempotency._hooks import discard_coroutine
 from idempotency._http.caller import is_anonymous
+from idempotency._http.codec import StoredResponse
+from idempotency._http.content_coding import for_functions
 from idempotency._http.unrouted import is_unrouted
+from idempotency.errors import NotReplayableError
 from idempotency.operation import Operation
 from idempotency.policy import Headers, Outcome, OutcomeRule, Policy
 
@@ -31,7 +34,7 @@ def outcome_of_response(
     have happened.
     """
     if policy.outcome is not None:
-        chosen = _ask(policy.outcome, status, headers, body)
+        chosen = _ask(policy.outcome, policy.max_response, status, headers, body)
         if chosen is not None:
             return chosen
     if status in (404, 405) and policy.rule_for_status(status) is None and _has_no_route(status, scope, app):
@@ -44,26 +47,40 @@ def is_brief(operation: Operation, status: int) -> bool:
     return 400 <= status < 500 and is_anonymous(operation.scope) and operation.outcome_after("release") == "release"
 
 
-def _ask(rule: OutcomeRule, status: int, headers: Headers, body: bytes | None) -> Outcome | None:
-    fields: dict[str, str] = {}
-    for field, content in headers:
-        name, value = field.decode("latin-1").lower(), content.decode("latin-1")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+def _ask(rule: OutcomeRule, max_response: int, status: int, headers: Headers, body: bytes | None) -> Outcome | None:
     try:
-        chosen: object = rule(status, fields, body)
+        if body is not None:
+            headers, body = _decoded(StoredResponse(status, headers, body), max_response)
+        chosen: object = rule(status, _texts(headers), body)
     except Exception as error:
         # Without the error's message, which may quote the body.
         trace = "".join(format_tb(error.__traceback__))
         _logger.error("outcome= raised %s; the default decides\n%s", type(error).__name__, trace)
         return None
-    for outcome in get_args(Outcome):
-        if chosen == outcome:
-            return outcome  # type: ignore[no-any-return]
+    # Anything but text may fail when it is compared.
+    if isinstance(chosen, str) and chosen in get_args(Outcome):
+        return chosen  # type: ignore[return-value]
     if chosen is not None and not discard_coroutine("outcome=", rule, chosen):
         _logger.error(
             "outcome= must return store, release, hold or None, not a %s; the default decides", type(chosen).__name__
         )
     return None
+
+
+def _decoded(response: StoredResponse, max_response: int) -> tuple[Headers, bytes | None]:
+    try:
+        response = for_functions(response, max_response)
+    except NotReplayableError:
+        return response.headers, None
+    return response.headers, response.body
+
+
+def _texts(headers: Headers) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for field, content in headers:
+        name, value = field.decode("latin-1").lower(), content.decode("latin-1")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def _has_no_route(status: int, scope: MutableMapping[str, Any], app: object) -> bool:

@@ -79,9 +79,18 @@ def _takes(router: Router, scope: MutableMapping[str, Any]) -> bool:
     for route in router.routes:
         match, found = route.matches(scope)
         if match is Match.FULL:
-            inner = _router_of(route.app) if isinstance(route, Host | Mount) else None
-            return inner is None or _takes(inner, {**scope, **found})
+            if not isinstance(route, Host | Mount):
+                return True
+            inner = _router_of(route.app)
+            return _takes(inner, {**scope, **found}) if inner is not None else not _has_only_files(route.app)
     return False
+
+
+def _has_only_files(app: object) -> bool:
+    """Return whether ``app`` is a directory of files, which answers 405 to a POST, and has no effect."""
+    from starlette.staticfiles import StaticFiles
+
+    return any(isinstance(each, StaticFiles) for each in _inside(app))
 
 
 def _router_of(app: object) -> Router | None:

@@ -83,6 +83,7 @@ SCHEMES = {
     "Veracode": ("VERACODE-HMAC-SHA-256 id=alice,ts=1,nonce=n1,sig=s1", {"n1": "n2", "s1": "s2"}, "bob"),
     "Kong": ('hmac username="alice", algorithm="hmac-sha256", headers="date", signature="s1="', {"s1": "s2"}, "bob"),
     "pair": ("APIAuth-HMAC-SHA256 alice:s1=", {"s1": "s2"}, "bob"),
+    "Alibaba": ("acs alice:s1=", {"s1": "s2"}, "bob"),
     "VAPID": ("vapid t=eyJ.t1.x, k=alice", {"t1": "t2"}, "bob"),
 }
 
@@ -158,6 +159,7 @@ def test_a_credential_without_a_proof_counts_whole(value):
         "AWS alice:s1, mallory:s2",
         "OSS2 AccessKeyId:alice,Signature:s1",
         "SharedKey :s1",
+        "bce-auth-v1/alice/2026-01-01T00:00:00Z/1800/host/s1",
         pytest.param("Digest username=alice,realm=api,opaque=" + "o" * 9000, id="long"),
     ],
 )

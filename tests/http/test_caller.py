@@ -95,6 +95,9 @@ COUNTED = [
     *("x-auth-request-email", "x-remote-user", "x-webauth-user", "x-amzn-oidc-identity", "x-user-id", "x-user"),
     *("x-goog-authenticated-user-id", "x-goog-authenticated-user-email", "cf-access-authenticated-user-email"),
     *("x-ms-client-principal-id", "x-consumer-id", "x-authentik-uid", "tailscale-user-login", "impersonate-user"),
+    *("secret-key", "x-secret-key", "x-key", "x-client-key", "x-consumer-key", "x-master-key", "x-partner-key"),
+    *("x-acme-tenant-id", "acme-account", "x-account-number", "x-vault-namespace", "x-store-id", "x-shop"),
+    *("x-on-behalf-of", "x-impersonate-user", "x-hasura-user-id", "x-actor"),
 ]
 
 
@@ -134,6 +137,7 @@ def test_the_digest_of_an_identity_is_stored():
         *("accept", "origin", "user-agent", "x-forwarded-for", "x-request-id", "traceparent", "sec-websocket-key"),
         *("x-csrf-token", "x-xsrf-token", "x-csrftoken", "x-recaptcha-token", "requestverificationtoken", "dpop"),
         *("x-amz-security-token", "x-amz-date", "x-amzn-trace-id", "x-idempotency-token", "x-author", "lock-token"),
+        *("surrogate-key", "x-cache-key", "sec-fetch-site", "sec-private-state-token"),
     ],
 )
 @pytest.mark.parametrize("scope", ["credentials", "authorization"])
@@ -155,6 +159,7 @@ UNKNOWN = [
         "x-id-token",
         "x-client-id",
     ),
+    *("secret", "security-token", "x-acme-key", "x-bearer", "ok-access-passphrase"),
 ]
 
 
@@ -189,6 +194,7 @@ async def test_the_scope_authorization_warns_of_all_other_credentials(name, capl
         ("cookie", "x-api-key", False),
         ("cookie", "remote-user", False),
         ("cookie", "x-tenant-id", True),
+        ("cookie", "x-client-key", True),
         ("x-amzn-oidc-data", "x-amzn-oidc-identity", False),
         ("cf-access-jwt-assertion", "cf-access-authenticated-user-email", False),
         ("cf-access-jwt-assertion", "authorization", True),
@@ -275,3 +281,18 @@ async def test_the_header_with_the_key_is_no_credential(caplog):
         await call(protected, headers=[(b"x-access-token", key)])
 
     assert caplog.records == []
+
+
+async def test_hosts_are_one_key_space_unless_named():
+    """A caller of two hosts meets its own key again; with a scope that names the host it does not."""
+
+    def caller_on_host(request):
+        return f"{request.headers['host']} {request.headers['authorization']}"
+
+    for scope, runs in (("credentials", 1), (caller_on_host, 2)):
+        app = Effects()
+        protected = protect(app, scope=scope)
+        for host in (b"a.example", b"b.example"):
+            await call(protected, key="k", headers=[(b"host", host), BEARER])
+
+        assert app.runs == runs

@@ -199,3 +199,11 @@ async def test_a_response_without_a_coding_is_replayed_to_everybody(accept):
     retry = await replay(TEXT, [(b"content-length", b"%d" % len(TEXT))], accept)
 
     assert was_decoded(retry)
+
+
+@pytest.mark.parametrize("name", [b"identity", b"none", b"UTF-8"])
+async def test_a_name_of_no_coding_does_not_prevent_a_replay(name):
+    """Applications send such values by mistake, and clients ignore them."""
+    retry = await replay(TEXT, [(b"content-encoding", name), (b"content-length", b"%d" % len(TEXT))], b"gzip")
+
+    assert (retry.replayed, retry.body, retry.header(b"content-encoding")) == (True, TEXT, name)

@@ -143,6 +143,7 @@ NONSENSE: dict[str, Any] = {
     "another alphabet": lambda _: (400, {"X-A": "\u20ac"}, b""),
     "a length": lambda _: (400, {"Content-Length": "1"}, b""),
     "a framing": lambda _: (400, {"Transfer-Encoding": "chunked"}, b""),
+    "a connection": lambda _: (400, {"Keep-Alive": "timeout=5"}, b""),
     "half a character": lambda _: (400, {}, "\ud800"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -117,6 +118,15 @@ async def awaiting(status: int, headers: Any, body: bytes | None) -> Any:
     """Choose, if it were awaited."""
 
 
+class Incomparable:
+    """A value like an array, which answers no question of equality."""
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("secret")
+
+
 @pytest.mark.parametrize(
     ("rule", "logged"),
     [
@@ -126,8 +136,9 @@ async def awaiting(status: int, headers: Any, body: bytes | None) -> Any:
         (lambda *_: ["store"], "list"),
         (lambda: "store", "TypeError"),
         (lambda *args: awaiting(*args), "coroutine"),
+        (lambda *_: Incomparable(), "Incomparable"),
     ],
-    ids=["raises", "text", "bool", "list", "parameters", "coroutine"],
+    ids=["raises", "text", "bool", "list", "parameters", "coroutine", "not comparable"],
 )
 async def test_a_rule_that_fails_does_not_change_the_answer(
     rule: Any, logged: str, caplog: pytest.LogCaptureFixture
@@ -142,6 +153,18 @@ async def test_a_rule_that_fails_does_not_change_the_answer(
     assert (record.name, record.levelno) == ("idempotency", logging.ERROR)
     assert logged in record.getMessage()
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(("coding", "given"), [(b"gzip", b"secret"), (b"br", None)])
+async def test_a_rule_reads_what_was_compressed(coding: bytes, given: bytes | None) -> None:
+    """The body is decoded, or None where that is not possible; the response goes out as it is."""
+    bodies: list[bytes | None] = []
+    packed = gzip.compress(b"secret")
+    app = answering(body=packed, headers=[(b"content-encoding", coding)])
+
+    reply = await call(protect(app, policy=Policy(outcome=lambda *read: bodies.append(read[2]))), key="k")
+
+    assert (reply.body, reply.header(b"content-encoding"), bodies) == (packed, coding, [given])
 
 
 @pytest.mark.parametrize(
@@ -204,6 +227,21 @@ async def test_a_release_by_the_response_rolls_the_effect_back(engine: AsyncEngi
         counts.append(await effects(engine))
 
     assert (counts, app.runs, reply.body, reply.replayed) == ([0, 1, 1], 2, b'{"data": 1}', True)
+
+
+async def test_a_hold_by_the_response_rolls_the_effect_back(engine: AsyncEngine) -> None:
+    """With a session, only a result that is stored commits its effect."""
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        session = scope["state"]["idempotency"].session
+        await session.execute(text("INSERT INTO effects VALUES ('order')"))
+        await respond(send, 200)
+
+    policy = Policy(outcome=lambda *_: "hold")
+    protected = protect(Effects(handler), SQLStore(engine), session=async_sessionmaker(engine), policy=policy)
+    first, second = [await call(protected, key="k") for _ in range(2)]
+
+    assert (first.status, second.code, await effects(engine)) == (200, "outcome-unknown", 0)
 
 
 async def lives(seconds: float, app: Any, clock: ManualClock, **options: Any) -> list[bool]:

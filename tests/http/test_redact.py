@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from idempotency import IdempotencyMiddleware, Policy
 from idempotency.errors import ConfigurationError
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
-from tests.kit.asgi_calls import call
+from tests.kit.asgi_calls import call, respond
 from tests.kit.ledger import Ledger
 
 CARD = b'{"card": "4111111111111111", "order": 7}'
@@ -55,6 +56,48 @@ async def test_the_first_response_is_sent_and_the_redacted_one_is_replayed():
     assert retry.header(b"x-card") is None
     [stored] = store._records.values()
     assert b"4111111111111111" not in stored.result
+
+
+async def test_fields_over_the_body_follow_it():
+    """A replay with the length of the first body is no valid message, and a digest of it tells what was hidden."""
+
+    async def pay(scope: Any, receive: Any, send: Any) -> None:
+        length = (b"Content-Length", b"%d" % len(CARD))
+        await respond(send, 201, CARD, [length, (b"content-digest", b"sha-256=:AA=:"), (b"etag", b'"7"')])
+
+    for redact, length, digest in ((hide, len(HIDDEN), None), (lambda _, *same: same, len(CARD), b"sha-256=:AA=:")):
+        app = IdempotencyMiddleware(pay, store=MemoryStore(), policy=Policy(redact=redact))
+        first, retry = [await call(app, key="k") for _ in range(2)]
+
+        assert (first.body, len(retry.body)) == (CARD, length)
+        assert retry.header(b"Content-Length") == b"%d" % length
+        assert (retry.header(b"content-digest"), retry.header(b"etag")) == (digest, b'"7"')
+
+
+@pytest.mark.parametrize(("coding", "replayed"), [(b"gzip", True), (b"br", False)])
+async def test_a_compressed_body_is_decoded_first(coding: bytes, replayed: bool):
+    """Nothing could be found in compressed bytes; what cannot be decoded is not stored at all."""
+    given: list[bytes] = []
+    packed = gzip.compress(CARD)
+
+    def redact(status: int, headers: Any, body: bytes) -> Any:
+        given.append(body)
+        return hide(status, headers, body)
+
+    async def pay(scope: Any, receive: Any, send: Any) -> None:
+        await respond(send, 201, packed, [(b"content-encoding", coding), (b"content-length", b"%d" % len(packed))])
+
+    store = MemoryStore()
+    app = IdempotencyMiddleware(pay, store=store, policy=Policy(redact=redact))
+    first, retry = [await call(app, key="k", headers=[(b"accept-encoding", coding)]) for _ in range(2)]
+
+    assert (first.body, retry.replayed) == (packed, replayed)
+    [stored] = store._records.values()
+    if replayed:
+        assert (given, retry.body, retry.header(b"content-encoding")) == ([CARD], HIDDEN, None)
+        assert retry.header(b"content-length") == b"%d" % len(HIDDEN)
+    else:
+        assert (given, retry.code, stored.result) == ([], "completed-not-replayable", None)
 
 
 async def fail_later(status: int, headers: Any, body: bytes) -> Any:

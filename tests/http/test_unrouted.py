@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Host, Mount, Route, Router
+from starlette.staticfiles import StaticFiles
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.stores.memory import MemoryStore
@@ -309,6 +311,16 @@ async def test_a_function_around_an_application_does_not_make_its_answer_unroute
     app = protect(choose)
     assert await statuses(app, "/own") == [(404, False), (404, True)]
     assert await statuses(app, "/unknown", "other") == [(404, False), (404, False)]
+
+
+async def test_files_at_a_path_are_no_route(tmp_path: Path) -> None:
+    """An application of one page has files at every path without a route; a rollout may add the route."""
+    for files in (StaticFiles(directory=tmp_path), Plain(StaticFiles(directory=tmp_path, html=True))):
+        app, store = protect_app(FastAPI())
+        app.mount("/", files)
+
+        assert await statuses(app, "/v2/orders") == [(405, False), (405, False)]
+        assert len(store._records) == 0
 
 
 async def test_a_rule_of_the_user_wins() -> None:
