@@ -150,8 +150,8 @@ def findings(sealing: Sealing | None, looked_at: Iterable[Entry]) -> list[Findin
     if encryption is not None:
         found.append(Finding("ok", f"encryption: {encryption.describe()}"))
     if closed:
-        what = f"at least {closed} records are encrypted with a key that was not given"
-        found.append(Finding("note" if encryption is None else "fix", f"{what}: their duplicates are refused"))
+        what = f"records that are encrypted with a key that was not given: {closed} or more"
+        found.append(Finding("note" if encryption is None else "fix", f"{what}; their duplicates are refused"))
     return found
 
 

@@ -544,7 +544,7 @@ async def test_doctor_says_which_keys_are_used_and_which_are_missing(opened, tar
 
     writes, reads = Encryption(KEY, OLD).key_ids
     assert ("ok", f"encryption: writes with {writes}, reads with {reads}") in findings
-    missing = "at least 1 records are encrypted with a key that was not given: their duplicates are refused"
+    missing = "records that are encrypted with a key that was not given: 1 or more; their duplicates are refused"
     if target.kind != "memory":
         assert ("fix", missing) in findings
         assert ("note", missing) in [(each.level, each.what) for each in await (await opened()).examine()]

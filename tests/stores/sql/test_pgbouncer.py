@@ -64,7 +64,7 @@ class Shop:
         engine = create_async_engine(self.url, poolclass=NullPool, connect_args=SETTINGS[self.driver])
         event.listen(engine.sync_engine, "handle_error", self.note)
         self.engines.append(engine)
-        self.stores.append(SQLStore(engine, table=self.table))
+        self.stores.append(SQLStore(engine, table=self.table, timeout=30))
         return self.stores[-1]
 
     async def create(self) -> None:
