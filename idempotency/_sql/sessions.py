@@ -20,7 +20,9 @@ Sessionmaker = sessionmaker[Any] | async_sessionmaker[Any]
 def check_sessionmaker(sessions: object, kind: type[Sessionmaker]) -> None:
     """Raise ConfigurationError unless ``sessions`` is a ``kind`` whose sessions the library can guard and commit."""
     if not isinstance(sessions, kind):
-        raise ConfigurationError(f"session= takes a factory here, {kind.__name__}(engine), not {type(sessions).__name__}")
+        raise ConfigurationError(
+            f"session= takes a factory here, {kind.__name__}(engine), not {type(sessions).__name__}"
+        )
     options: dict[str, Any] = sessions.kw
     bind = options.get("bind")
     _check_kind(sessions.class_, bind, kind)
