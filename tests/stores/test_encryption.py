@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
+import hmac
 import pickle
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -371,6 +373,24 @@ async def test_names_are_stored_as_digests_if_that_is_asked_for(opened, target, 
         stored = str(await raw(target, claim.id, field))
         assert stored.count("4111") + stored.count("billing") == 0
     assert (await store.claim(again(claim))).result == b"result"
+
+
+async def test_a_fingerprint_of_a_secret_of_ones_own_cannot_be_guessed():
+    """Without it, who reads the store computes the digest of each possible amount."""
+    store, stored = MemoryStore(encryption=Encryption(KEY)), []
+
+    def compared_by(fingerprint: Callable[[str], bytes | str]) -> Any:
+        @idempotent(store, key=lambda amount: "order-7", name=f"pay {len(stored)}", fingerprint=fingerprint)
+        async def pay(amount: str) -> None:
+            stored.append([record.fingerprint for record in store._records.values()][-1])
+
+        return pay
+
+    await compared_by(lambda amount: amount)("100")
+    await compared_by(lambda amount: hmac.digest(b"my own", amount.encode(), "sha256"))("100")
+
+    guessed = hashlib.sha256(b"call:1:100").digest()
+    assert [fingerprint == guessed for fingerprint in stored] == [True, False]
 
 
 @EVERY_STORE
