@@ -105,7 +105,10 @@ async def find_key(store: object, key: str, scope: str | None) -> list[Entry]:
 
 async def holds_what_cannot_be_shown(store: object) -> bool:
     """Return whether some of the first records have scopes and keys that were not decrypted: no key finds these."""
-    some = await require(store, Searching, "a key without --scope").find(limit=LOOKED_AT)
+    try:
+        some = await require(store, Searching, "a key without --scope").find(limit=LOOKED_AT)
+    except UnreadableError:
+        return False  # one is damaged, which is another matter
     return any(cannot_be_shown(entry) for entry in some)
 
 
