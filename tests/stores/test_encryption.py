@@ -467,7 +467,7 @@ async def test_a_joined_operation_is_encrypted(ledger: Ledger, opened, target):
     assert await billing(await opened(KEY))("7") == "invoice of 7"
     assert await billing(await opened(OLD, KEY))("7") == "invoice of 7"
     for keys in ((), (LOST,)):
-        with pytest.raises(UnreadableError):
+        with pytest.raises(UnreadableError, match="encrypted with another key"):
             await billing(await opened(*keys))("7")
 
     [entry] = await (await opened(KEY)).find()
