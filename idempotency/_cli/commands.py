@@ -15,11 +15,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
-from idempotency._cli.lookup import deliveries, find, find_key, forget_counts, hexadecimal, one, open_named
+from idempotency._cli.lookup import (
+    deliveries,
+    find,
+    find_key,
+    forget_counts,
+    hexadecimal,
+    holds_what_cannot_be_shown,
+    one,
+    open_named,
+)
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
-from idempotency.stores._sealing import cannot_be_shown
+from idempotency.stores._sealing import cannot_be_shown, needs_key
 from idempotency.stores.base import (
     Count,
     CreatingSchema,
@@ -96,13 +105,15 @@ def inspect(
             found = await find(opened, hexadecimal(record))
         else:
             found = await find_key(opened, key or "", scope)
+        if not found:
+            hidden = key is not None and scope is None and await holds_what_cannot_be_shown(opened)
+            besides = ", besides those that need another key in --encryption-key-file" if hidden else ""
+            raise ConfigurationError(f"there is no such record{besides}")
         return [(entry, await deliveries(opened, entry)) for entry in found]
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
         _fail("give a KEY, with or without --scope, or --id")
     entries = _run(open_named, look, store, table, prefix, key_file)
-    if not entries:
-        _fail("there is no such record")
     if as_json:
         show.print_json([show.as_json(*shown) for shown in entries])
     elif len(entries) == 1:
@@ -156,7 +167,7 @@ def resolve(
     async def resolve_one(opened: AnyStore) -> Entry:
         resolving = require(opened, Resolving, "resolve")
         entry = await one(opened, record)
-        if status is not None and cannot_be_shown(entry):
+        if status is not None and needs_key(entry, key_file is not None):
             raise ConfigurationError("the record is encrypted: give --encryption-key-file, to encrypt the response too")
         if status is not None and not entry.scope.startswith("http:"):
             raise ConfigurationError("--status is for the record of an HTTP request, which this is not")
@@ -303,8 +314,12 @@ def _fail(message: str) -> NoReturn:
 
 
 async def _forget_counts(opened: AnyStore, entry: Entry) -> None:
-    if not await forget_counts(opened, entry):
-        typer.echo("note: the counts of its deliveries remain until they expire: its names are not whole", err=True)
+    if await forget_counts(opened, entry):
+        return
+    what, why = "the counts of its deliveries", "its names are not whole"
+    if cannot_be_shown(entry):
+        what, why = "the counts of its deliveries, if it is a message,", "its names are encrypted"
+    typer.echo(f"note: {what} remain until they expire: {why}", err=True)
 
 
 def _confirm(entry: Entry) -> None:

@@ -12,6 +12,7 @@ from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.stores import AnyStore, open_store
 from idempotency.stores._counts import COUNTS, Count, count_of, count_scope
 from idempotency.stores._operating import DIGITS
+from idempotency.stores._sealing import LOOKED_AT, cannot_be_shown
 from idempotency.stores.base import Entry, Forgetting, Inspecting, Searching, require
 from idempotency.stores.encryption import Encryption
 
@@ -102,6 +103,15 @@ async def find_key(store: object, key: str, scope: str | None) -> list[Entry]:
     return [entry for entry in every if entry.counts is None or count_of(entry.scope)[1] not in present][:MANY]
 
 
+async def holds_what_cannot_be_shown(store: object) -> bool:
+    """Return whether some of the first records have scopes and keys that were not decrypted: no key finds these."""
+    try:
+        some = await require(store, Searching, "a key without --scope").find(limit=LOOKED_AT)
+    except UnreadableError:
+        return False  # one is damaged, which is another matter
+    return any(cannot_be_shown(entry) for entry in some)
+
+
 def _count_ids(entry: Entry) -> dict[Count, bytes]:
     """Return the ids of the records that count the deliveries of a message, given its record or one of these.
 
@@ -134,7 +144,7 @@ async def forget_counts(store: object, entry: Entry) -> bool:
     ids = _count_ids(entry)
     for record in ids.values():
         await require(store, Forgetting, "forgetting the counts of a message").forget(record)
-    return bool(ids) or not of_message(entry)
+    return bool(ids) or not (of_message(entry) or cannot_be_shown(entry))
 
 
 async def one(store: object, digits: str) -> Entry:

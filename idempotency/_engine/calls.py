@@ -181,4 +181,5 @@ def refusal(known: Completed | InProgress | Mismatch | Unknown | Unreadable) -> 
                 "idempotency, list and resolve."
             )
         case Unreadable(version):
-            return UnreadableError(f"The record is damaged, or of a newer format ({version}).")
+            why = f"damaged, encrypted with another key, or of a newer format ({version})"
+            return UnreadableError(f"The record is {why}.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -29,12 +30,16 @@ _ROUNDING = 0.1
 _DRIFT = 0.001
 """Seconds by which two clocks may differ more after each second: NTP adjusts each by at most half of it."""
 
+_MOST_DRIFT = 5.0
+"""Seconds that are the most by which they may differ more, however long nothing was claimed. Else a process that has
+claimed nothing for a night would not notice a step as long as a lease."""
+
 _STEPS = 3
 """Steps that are guarded against in one row. More are several servers whose clocks differ, of which one answers now
 and another then: a guard would withhold keys from claims for ever."""
 
 _CALM = 600.0
-"""Seconds without a step after which steps are counted anew."""
+"""Seconds without a step that end a row; a lease, if it is longer, for which a key is withheld after each step."""
 
 
 class Asked(NamedTuple):
@@ -51,27 +56,29 @@ class _Anchor(NamedTuple):
     """What is known of the store's clock. Times are seconds by the clock of this process.
 
     ``ahead``: how far the store's clock is ahead of it, at most. ``seen``: the time of the last answer. ``moved``: the
-    time of the last step, in either direction; ``stepped``: of the last one forward, the ``steps``-th in one row.
+    time of the last step, in either direction; ``steps``: the times of the last steps forward, at most of one more than
+    are guarded against.
     """
 
     ahead: float
     seen: float
     moved: float = -inf
-    stepped: float = -inf
-    steps: int = 0
+    steps: tuple[float, ...] = ()
 
     def drift(self, now: float) -> float:
-        return _DRIFT * (now - self.seen)
+        return min(_DRIFT * (now - self.seen), _MOST_DRIFT)
 
-    def calm(self, now: float) -> bool:
-        return now > self.stepped + _CALM
+    def too_many(self, now: float, lease: float) -> bool:
+        """Return whether there were more steps in one row than are guarded against, for claims with this lease."""
+        calm = max(_CALM, lease)
+        return len(self.steps) > _STEPS and all(after - step <= calm for step, after in pairwise((*self.steps, now)))
 
     def withheld(self, now: float, lease: float) -> float:
         """Return for how long, in seconds, claims with this lease take nothing over: live owners must renew first."""
-        return self.stepped + lease - now if self.steps <= _STEPS else 0.0
+        return self.steps[-1] + lease - now if self.steps and not self.too_many(now, lease) else 0.0
 
     def latest(self, now: float, lease: float) -> int:
-        if self.steps > _STEPS and not self.calm(now):
+        if self.too_many(now, lease):
             return ANY
         # A lease of 0 ends at 0.
         return 0 if self.withheld(now, lease) > 0 else int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
@@ -82,9 +89,9 @@ class _Anchor(NamedTuple):
             return self  # it may have been read before the step
         least, most, noticed = clock - now, clock - asked.sent, _NOTICED + self.drift(now)
         if least > self.ahead + noticed:
-            return _Anchor(most, now, now, now, 1 if self.calm(now) else self.steps + 1)
+            return _Anchor(most, now, now, (*self.steps[-_STEPS:], now))
         moved = now if most < self.ahead - noticed else self.moved
-        return _Anchor(min(max(self.ahead, least), most), now, moved, self.stepped, self.steps)
+        return _Anchor(min(max(self.ahead, least), most), now, moved, self.steps)
 
 
 class ClockGuard:

@@ -10,9 +10,10 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from idempotency._rules import Claim, Record
-from idempotency.errors import ConfigurationError, UnreadableError
+from idempotency.errors import ConfigurationError, StoreError, UnreadableError
 from idempotency.stores._shown import shortened
 from idempotency.stores.base import Entry, Finding
 from idempotency.stores.encryption import MAGIC, OVERHEAD, Encryption, Name, digested
@@ -24,6 +25,12 @@ LOOKED_AT = 100
 
 # The library writes these words before what the user named; they stay readable, because they say what a record is for.
 _SURFACE = re.compile(rb"(?:(?:http|function|consumer|begun|busy|failed):1:)*")
+
+
+class Find(Protocol):
+    """:meth:`~idempotency.stores.base.Searching.find`, as far as it is called here."""
+
+    async def __call__(self, *, limit: int) -> list[Entry]: ...
 
 
 class Sealing:
@@ -89,8 +96,9 @@ def opened_result(sealing: Sealing | None, record: bytes, stored: bytes | None) 
 
 
 def shown(sealing: Sealing | None, record: bytes, scope: bytes, key: bytes) -> tuple[str, str]:
-    """Return scope and key as an operator sees them: as they were given, digests, or which key would decrypt them."""
-    if key.startswith(MAGIC):
+    """Return scope and key as an operator sees them: as they were given, digests, or why they are not decrypted."""
+    # Either one shows that the other was changed.
+    if scope.startswith(MAGIC) or key.startswith(MAGIC):
         encryption = None if sealing is None else sealing.encryption
         if encryption is None:
             return _not_shown(f"give the key {key[4:8].hex()}")
@@ -99,7 +107,14 @@ def shown(sealing: Sealing | None, record: bytes, scope: bytes, key: bytes) -> t
         except UnreadableError as error:
             return _not_shown(str(error))
         scope, key = names[: int(length)], names[int(length) :]
-    return scope.decode("utf-8", "surrogatepass"), key.decode("utf-8", "surrogatepass")
+    return _text(scope), _text(key)
+
+
+def _text(name: bytes) -> str:
+    try:
+        return name.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return name.decode("utf-8", "replace")  # it is damaged: what counts is in the rest of the record
 
 
 def _not_shown(why: str) -> tuple[str, str]:
@@ -109,7 +124,7 @@ def _not_shown(why: str) -> tuple[str, str]:
 
 def shown_size(scope: bytes, stored: int | None) -> int | None:
     """Return the size of a result without its envelope, given the scope of its record: one owner writes both."""
-    encrypted = scope.startswith(MAGIC) or scope.removeprefix(_surface(scope)).startswith(_KEYED)
+    encrypted = scope.startswith(MAGIC) or _is_keyed(scope)
     return max(0, stored - OVERHEAD) if encrypted and stored is not None else stored
 
 
@@ -137,15 +152,33 @@ def cannot_be_shown(entry: Entry) -> bool:
     return entry.scope.startswith(_ENCRYPTED)
 
 
+def needs_key(entry: Entry, given: bool) -> bool:
+    """Return whether a record needs an encryption key that is not known; ``given``: whether there are any keys.
+
+    A keyed digest does not say which key it needs.
+    """
+    return cannot_be_shown(entry) or (not given and _is_keyed(_bytes(entry.scope)))
+
+
 def forms_of_key(sealing: Sealing | None, key: str) -> frozenset[str]:
     """Return what entries may show for a key: itself, and its digests."""
     return frozenset({shortened(key), *_all_digests(sealing, _bytes(key))})
 
 
+async def findings_in(sealing: Sealing | None, find: Find) -> list[Finding]:
+    """Return what an operator should know of the encryption of a store, given its ``find``."""
+    try:
+        looked_at = await find(limit=LOOKED_AT)
+    except (StoreError, UnreadableError) as error:
+        unread = Finding("note", f"whether records need another encryption key is not known: {error}")
+        return [*findings(sealing, ()), unread]
+    return findings(sealing, looked_at)
+
+
 def findings(sealing: Sealing | None, looked_at: Iterable[Entry]) -> list[Finding]:
     """Return what an operator should know of the encryption, given some records of the store."""
     encryption = None if sealing is None else sealing.encryption
-    closed = sum(cannot_be_shown(entry) for entry in looked_at)
+    closed = sum(needs_key(entry, encryption is not None) for entry in looked_at)
     found: list[Finding] = []
     if encryption is not None:
         found.append(Finding("ok", f"encryption: {encryption.describe()}"))
@@ -169,6 +202,10 @@ def _digests(encryption: Encryption | None, name: Name, text: bytes) -> list[str
 def _surface(scope: bytes) -> bytes:
     found = _SURFACE.match(scope)
     return b"" if found is None else found[0]
+
+
+def _is_keyed(scope: bytes) -> bool:
+    return scope.removeprefix(_surface(scope)).startswith(_KEYED)
 
 
 def _bytes(text: str) -> bytes:

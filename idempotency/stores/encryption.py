@@ -112,7 +112,10 @@ class Encryption:
             raise ConfigurationError(f"{path} has no encryption keys: it is not text") from None
         if not keys:
             raise ConfigurationError(f"{path} has no encryption keys: it is empty")
-        return cls(*keys, writes=writes)
+        try:
+            return cls(*keys, writes=writes)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from None
 
     def __repr__(self) -> str:
         return f"<Encryption {self.describe()}>"

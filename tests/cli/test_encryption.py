@@ -111,6 +111,46 @@ def test_a_response_is_resolved_with_where_scopes_are_digests(url, key_file):
     assert command(url, "resolve", claim.id.hex(), "done", "--status", "201", *keys).exit_code == 0
 
 
+def test_a_response_is_not_written_in_plain_text_beside_keyed_digests(url, key_file):
+    """The digests show that the store encrypts, though not with which key."""
+    claim = claimed()
+
+    async def hold(store: Any) -> None:
+        await store.claim(claim)
+        await store.complete(claim, None, State.UNKNOWN)
+
+    on_store(url, key_file, hold, digest_names=True)
+
+    refused = command(url, "resolve", claim.id.hex(), "done", "--status", "201")
+
+    assert (refused.exit_code, "give --encryption-key-file" in refused.stderr) == (2, True)
+    assert "at least 1 records are encrypted with a key that was not given" in command(url, "doctor").stdout
+
+
+def test_a_key_that_cannot_be_searched_for_is_not_told_as_absent(url, key_file, held):
+    """Without the keys, or with another one, an operator reads why nothing is found."""
+    other = key_file.with_name("other")
+    other.write_text(Encryption.new_key())
+    besides = "error: there is no such record, besides those that need another key in --encryption-key-file\n"
+
+    assert command(url, "inspect", "order-7").stderr == besides
+    assert command(url, "inspect", "order-7", "--encryption-key-file", str(other)).stderr == besides
+    known = command(url, "inspect", "order-8", "--encryption-key-file", str(key_file))
+    assert known.stderr == "error: there is no such record\n"
+
+
+@pytest.mark.parametrize("arguments", [("resolve", "release"), ("forget", "--yes")], ids=["resolve", "forget"])
+def test_counts_that_cannot_be_found_without_the_keys_are_named(url, key_file, held, arguments):
+    name, *rest = arguments
+
+    done = command(url, name, held.id.hex(), *rest)
+
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "note: the counts of its deliveries, if it is a message, remain until they expire: its names are encrypted\n",
+    )
+
+
 def test_a_file_of_keys_that_cannot_be_read_is_one_line(url, tmp_path, held):
     result = command(url, "list", "--encryption-key-file", str(tmp_path / "missing"))
 

@@ -31,12 +31,19 @@ async def write_result(target: Target, record: bytes, result: bytes) -> None:
     """Replace the stored result of a record."""
     if target.kind == "memory":
         target.open()._records[record].result = result
-    elif target.is_redis:
-        async with redis_client(target) as client:
-            assert await client.hset(f"{target.name}:1:{record.hex()}", "r", result) == 0
     else:
-        engine = create_engine(target.sync_url)
-        with engine.begin() as connection:
-            statement = text(f"UPDATE {target.name} SET result = :result WHERE id = :id")
-            assert connection.execute(statement, {"id": record, "result": result}).rowcount == 1
-        engine.dispose()
+        await write(target, record, "result", result)
+
+
+async def write(target: Target, record: bytes, field: str, value: Any) -> None:
+    """Replace the stored scope, key or result of a record on a server."""
+    if target.is_redis:
+        async with redis_client(target) as client:
+            assert await client.hset(f"{target.name}:1:{record.hex()}", _FIELDS[field], value) == 0
+        return
+    engine = create_engine(target.sync_url)
+    with engine.begin() as connection:
+        column = connection.dialect.identifier_preparer.quote("key") if field == "key" else field
+        statement = text(f"UPDATE {target.name} SET {column} = :value WHERE id = :id")
+        assert connection.execute(statement, {"id": record, "value": value}).rowcount == 1
+    engine.dispose()

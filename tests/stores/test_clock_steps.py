@@ -230,16 +230,30 @@ def test_a_slow_answer_is_no_step() -> None:
 
 
 def test_clocks_that_differ_a_little_more_each_second_make_no_step() -> None:
-    """After a day without a claim, a clock that is adjusted by NTP all the time takes over what is over."""
+    """After an hour without a claim, a clock that is adjusted by NTP all the time takes over what is over."""
     server = Server()
     server.answer()
 
-    server.here.advance(86_400)
-    server.ahead += 86
+    server.here.advance(HOUR)
+    server.ahead += 3.6
 
     assert server.takes_over()
     server.answer()
     assert server.takes_over(HOUR)
+
+
+@pytest.mark.parametrize("seconds", [6.0, 25.0])
+def test_after_a_night_without_a_claim_a_step_of_six_seconds_is_noticed(seconds: float) -> None:
+    """Clocks may differ more by then, but not by as much as a lease."""
+    server = Server()
+    server.answer()
+
+    server.here.advance(8 * HOUR)
+    server.ahead += seconds
+
+    assert not server.takes_over()
+    server.answer()
+    assert not server.takes_over(HOUR)
 
 
 @pytest.mark.parametrize("seconds", [HOUR, -HOUR], ids=["forward", "back"])
@@ -293,3 +307,20 @@ def test_servers_whose_clocks_differ_withhold_no_key_for_ever() -> None:
     server.ahead += HOUR
     server.answer()
     assert not server.takes_over(HOUR)
+
+
+def test_steps_of_which_each_comes_within_a_lease_withhold_no_key_for_ever() -> None:
+    """Where a clock is set each hour, and a lease is longer, three steps are taken for steps. Short leases go on."""
+    server, lease = Server(), 2 * HOUR
+    server.answer()
+    freed = []
+    for _ in range(4):
+        server.ahead += 6
+        server.answer()
+        freed.append((server.takes_over(HOUR, lease=lease), server.takes_over(HOUR)))
+        server.here.advance(HOUR)
+
+    assert freed == [(False, False), (False, False), (False, False), (True, False)]
+    server.here.advance(lease)
+    server.answer()
+    assert not server.takes_over(-1.0, lease=lease)

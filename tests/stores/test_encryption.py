@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
+import hmac
 import pickle
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,7 +27,7 @@ from idempotency.testing import StoreContract
 from tests.kit.asgi_calls import Effects, call
 from tests.kit.ledger import Ledger
 from tests.kit.newer import make_newer
-from tests.kit.raw_records import raw, write_result
+from tests.kit.raw_records import raw, write, write_result
 from tests.kit.targets import Target
 
 KEY = bytes(range(32))
@@ -196,6 +198,7 @@ def test_a_file_without_keys_is_a_mistake(tmp_path, content, message):
     with pytest.raises(ConfigurationError, match=message) as caught:
         Encryption.from_file(file)
     assert "secret" not in str(caught.value)
+    assert str(file) in str(caught.value)
 
 
 def test_the_package_that_is_missing_is_named(monkeypatch):
@@ -372,6 +375,24 @@ async def test_names_are_stored_as_digests_if_that_is_asked_for(opened, target, 
     assert (await store.claim(again(claim))).result == b"result"
 
 
+async def test_a_fingerprint_of_a_secret_of_ones_own_cannot_be_guessed():
+    """Without it, who reads the store computes the digest of each possible amount."""
+    store, stored = MemoryStore(encryption=Encryption(KEY)), []
+
+    def compared_by(fingerprint: Callable[[str], bytes | str]) -> Any:
+        @idempotent(store, key=lambda amount: "order-7", name=f"pay {len(stored)}", fingerprint=fingerprint)
+        async def pay(amount: str) -> None:
+            stored.append([record.fingerprint for record in store._records.values()][-1])
+
+        return pay
+
+    await compared_by(lambda amount: amount)("100")
+    await compared_by(lambda amount: hmac.digest(b"my own", amount.encode(), "sha256"))("100")
+
+    guessed = hashlib.sha256(b"call:1:100").digest()
+    assert [fingerprint == guessed for fingerprint in stored] == [True, False]
+
+
 @EVERY_STORE
 async def test_what_an_operator_resolves_with_is_encrypted(opened, target):
     store, claim = await opened(KEY), claimed()
@@ -446,7 +467,7 @@ async def test_a_joined_operation_is_encrypted(ledger: Ledger, opened, target):
     assert await billing(await opened(KEY))("7") == "invoice of 7"
     assert await billing(await opened(OLD, KEY))("7") == "invoice of 7"
     for keys in ((), (LOST,)):
-        with pytest.raises(UnreadableError):
+        with pytest.raises(UnreadableError, match="encrypted with another key"):
             await billing(await opened(*keys))("7")
 
     [entry] = await (await opened(KEY)).find()
@@ -548,3 +569,32 @@ async def test_doctor_says_which_keys_are_used_and_which_are_missing(opened, tar
     if target.kind != "memory":
         assert ("fix", missing) in findings
         assert ("note", missing) in [(each.level, each.what) for each in await (await opened()).examine()]
+
+
+@pytest.mark.stores("redis", "sqlite", "postgres", "mariadb")
+async def test_doctor_goes_on_where_a_record_is_damaged(opened, target):
+    """Its first bytes no longer say that it is encrypted, or it is no base64."""
+    store, claim = await opened(KEY), claimed()
+    await store.claim(claim)
+    stored = await raw(target, claim.id, "key")
+    await write(target, claim.id, "key", b"\xe2" + stored[1:] if target.is_redis else f"\\eX{stored[3:]}")
+
+    findings = [(each.level, each.what) for each in await store.examine()]
+
+    assert ("ok", f"encryption: writes with {store._sealing.encryption.key_ids[0]}") in findings
+    unread = "whether records need another encryption key is not known: the record "
+    missing = "at least 1 records are encrypted with a key that was not given"
+    assert any(what.startswith((unread, missing)) for _, what in findings)
+
+
+@pytest.mark.stores("redis")
+@pytest.mark.parametrize("keys", [(), (KEY,)])
+async def test_counts_are_read_where_their_names_are_damaged(opened, target, keys):
+    """A message is delivered, and an operator sees the record: names are for people only."""
+    store, claim = await opened(KEY), claimed(lease=0.0)
+    await store.claim(claim)
+    await store.claim(again(claim))
+    for field in ("key", "scope"):
+        await write(target, claim.id, field, b"\xe2" + (await raw(target, claim.id, field))[1:])
+        found = await (await opened(*keys)).inspect(claim.id)
+        assert (found.attempt, found.key == "order-7") == (2, False)

@@ -15,7 +15,7 @@ from idempotency._rules import Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
-from idempotency.stores._sealing import LOOKED_AT, findings, forms_of_key, sealed_result, sealing_of
+from idempotency.stores._sealing import findings_in, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.redis import _examine, _find
@@ -241,7 +241,7 @@ class RedisStore:
         return await check_and_examine(self.check, healthy, self._examine)
 
     async def _examine(self) -> list[Finding]:
-        return [*await _examine.examine(self._clients), *findings(self._sealing, await self.find(limit=LOOKED_AT))]
+        return [*await _examine.examine(self._clients), *await findings_in(self._sealing, self.find)]
 
     @property
     def schema(self) -> str:

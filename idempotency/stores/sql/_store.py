@@ -24,7 +24,7 @@ from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
-from idempotency.stores._sealing import LOOKED_AT, Sealing, findings, forms_of_key, sealed_result, sealing_of
+from idempotency.stores._sealing import Sealing, findings_in, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql._database import Settings, Work
@@ -270,7 +270,7 @@ class SQLStore(InSessions):
 
     async def _examine(self) -> list[Finding]:
         of_server = await self._run(lambda _, connection: examine(connection, self._table))
-        return [*of_server, *findings(self._sealing, await self.find(limit=LOOKED_AT))]
+        return [*of_server, *await findings_in(self._sealing, self.find)]
 
     @property
     def schema(self) -> str:
