@@ -422,6 +422,20 @@ async def test_a_startup_parameter_that_is_refused(
 
 
 @ASYNC
+@pytest.mark.parametrize("limit", ["max_client_conn", "query_wait_timeout"])
+async def test_a_pgbouncer_that_is_full_is_named(postgres_url: str, driver: str, limit: str, table: str) -> None:
+    """Where PgBouncer has no room for another client, the error says so: the server need not be started."""
+    with PgBouncerServer(postgres_url, **{"default_pool_size": "1", limit: "1"}) as server:
+        shop = Shop(server, driver, table)
+        store = shop.open()
+        async with shop.engines[0].begin() as connection:
+            await connection.execute(text("SELECT 1"))
+            with pytest.raises(StoreError, match=f"{limit}.*enlarge"):
+                await store.claim(new_claim())
+        await shop.close()
+
+
+@ASYNC
 async def test_doctor_sees_the_pooler(shop: Shop, postgres_url: str) -> None:
     """Doctor notes that a pooler is in between, and only then."""
     direct = create_async_engine(with_driver(postgres_url, f"postgresql+{shop.driver}"))
