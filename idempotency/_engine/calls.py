@@ -105,10 +105,9 @@ class Calls:
             result = self.results.encode(value)
         except Exception as error:
             if self.result_is_needed and isinstance(error, UnnamedTypeError):
-                kind = error.kind.__qualname__
                 raise ConfigurationError(
-                    f"{self.name} returned a {kind}, which its annotation does not name, so that its result cannot be "
-                    f"recorded: annotate what it returns, such as -> {kind}, or give codec=. {consequence}"
+                    f"{self.name} returned {error.what}, which its annotation does not name, so that its result cannot "
+                    f"be recorded: {error.remedy}, or give codec=. {consequence}"
                 ) from error
             return None, type(error).__name__
         return (result, "") if len(result) <= self.policy.max_response else (None, "ResultTooLarge")

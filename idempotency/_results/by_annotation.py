@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from idempotency._results.compare import is_pydantic, same
@@ -50,11 +51,12 @@ def shape_of(annotation: Any, where: str) -> Shape:
 
 
 class UnnamedTypeError(TypeError):
-    """A value is not plain JSON, and no annotation names its type, which is ``kind``."""
+    """A value is not plain JSON, and no annotation names its type. ``what`` it is, and the ``remedy``, are text."""
 
-    def __init__(self, kind: type) -> None:
-        super().__init__(f"{kind.__qualname__} is no plain JSON value, and no annotation names it")
-        self.kind = kind
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} is no plain JSON value, and no annotation names it")
+        self.what = what
+        self.remedy = remedy
 
 
 def _plain(value: Any) -> Any:
@@ -64,13 +66,14 @@ def _plain(value: Any) -> Any:
     if kind is list:
         return [_plain(each) for each in value]
     if kind not in _PLAIN:
-        raise UnnamedTypeError(kind)
+        name = kind.__qualname__
+        raise UnnamedTypeError(f"a {name}", f"annotate what it returns, such as -> {name}")
     return value
 
 
 def _plain_key(key: Any) -> str:
     if type(key) is not str:
-        raise UnnamedTypeError(type(key))
+        raise UnnamedTypeError(f"a dict with a key of type {type(key).__qualname__}", "let its keys be text")
     return key
 
 
@@ -135,6 +138,11 @@ class _Finder:
     def find(self, annotation: Any) -> Shape:
         annotation = _bare(annotation)
         origin, arguments = get_origin(annotation), get_args(annotation)
+        if origin in (*_SEQUENCES, dict) and not arguments and annotation != tuple[()]:
+            # List of typing, and the like, without arguments.
+            origin, annotation = None, origin
+        if annotation in (tuple, set, frozenset):
+            return self._sequence(annotation, (Any, ...))
         if origin in (Union, types.UnionType):
             return self._union(arguments)
         if origin is Literal:
@@ -212,7 +220,8 @@ class _Finder:
         made: list[Shape] = []
         self._classes[kind] = Shape(lambda value: made[0].to_json(value), lambda found: made[0].from_json(found))
         if issubclass(kind, enum.Enum) and not issubclass(kind, enum.Flag):
-            shape = _by_text(kind, lambda value: value.name, kind.__getitem__)
+            # Not kind.__getitem__, which in an enum of text is the method that gets a character.
+            shape = _by_text(kind, lambda value: value.name, partial(enum.EnumType.__getitem__, kind))
         elif is_pydantic(kind):
             check = _exactly(kind)
             shape = Shape(lambda value: write_model(check(value)), lambda found: read_model(kind, found))
@@ -283,8 +292,15 @@ def _bare(annotation: Any) -> Any:
 
 
 def _numbered(shapes: list[tuple[int, Shape]], value: Any) -> list[Any]:
+    unnamed = None
     for number, shape in shapes:
         # Any exception means that the value does not belong to this member.
         with suppress(Exception):
-            return [number, shape.to_json(value)]
+            try:
+                return [number, shape.to_json(value)]
+            except UnnamedTypeError as error:
+                # The member names no type, so the code is at fault.
+                unnamed = error
+    if unnamed is not None:
+        raise unnamed
     raise TypeError(f"{type(value).__name__} is not a member of the union")

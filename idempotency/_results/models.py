@@ -23,7 +23,15 @@ _MODEL, _TIMES = "$model", "$times"
 
 def write_model(value: Any) -> Any:
     """Return the JSON of a model; raise ValueError if it does not come back as it is."""
-    found = json.loads(value.model_dump_json(by_alias=True))
+    try:
+        return _write(value, by_alias=True)
+    except ValueError:
+        # It may read another alias than it writes, or refuse a computed field that it writes.
+        return _write(value, by_alias=False, round_trip=True)
+
+
+def _write(value: Any, **options: bool) -> Any:
+    found = json.loads(value.model_dump_json(**options))
     made = _validate(type(value), found)
     times = [
         None if same_time(other, each) and other.tzname() == each.tzname() else write_time(each)
@@ -52,7 +60,12 @@ def read_model(kind: Any, found: Any) -> Any:
 
 
 def _validate(kind: Any, found: Any) -> Any:
-    return kind.model_validate_json(json.dumps(found))
+    text = json.dumps(found)
+    try:
+        return kind.model_validate_json(text)
+    except ValueError:
+        # By the names of the fields too, since pydantic 2.11.
+        return kind.model_validate_json(text, by_alias=True, by_name=True)
 
 
 def _has_times(found: Any) -> bool:

@@ -81,7 +81,7 @@ class Watchers:
                 self._start_listening(self._listen)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._tried.wait(), wait)
-            yield _Waiter(changed, self._listening)
+            yield _Waiter(changed, self._listening if listens else asyncio.Event())
         finally:
             self._waiting[payload].discard(changed)
             if not self._waiting[payload]:

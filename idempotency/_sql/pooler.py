@@ -81,6 +81,13 @@ def describe_pooler(error: BaseException, code: str | int | None, database: str)
             f"{database} is behind a PgBouncer that refuses a parameter of the connection: remove server_settings,"
             " options or the like, or name it in ignore_startup_parameters"
         )
+    if "max_client_conn" in words:
+        return f"{database} is behind a PgBouncer that has max_client_conn clients: enlarge it, or use smaller pools"
+    if "query_wait_timeout" in words:
+        return (
+            f"{database} is behind a PgBouncer that had no connection free within its query_wait_timeout: enlarge its"
+            " default_pool_size, or use shorter transactions"
+        )
     if code in _PREPARED and "prepared statement" in words:
         return (
             f"{database} does not know a prepared statement, or has it already. With a pooler such as PgBouncer, set"

@@ -474,13 +474,14 @@ async def test_a_result_that_cannot_be_kept_is_returned() -> None:
     [
         (None, Charge(1, 5), "Charge"),
         (None, [{"at": datetime(2026, 1, 1)}], "datetime"),
-        (None, {1: "a"}, "int"),
         (None, (1,), "tuple"),
         (Any, Charge(1, 5), "Charge"),
         (object, Decimal(1), "Decimal"),
         (dict, {"a": Decimal(1)}, "Decimal"),
         (dict[str, Any], {"a": b"x"}, "bytes"),
         (list[Any] | None, [Charge(1, 5)], "Charge"),
+        (Charge | dict[str, Any], {"a": b"x"}, "bytes"),
+        (list[Any] | dict[str, Any] | None, {"a": Decimal(1)}, "Decimal"),
     ],
 )
 async def test_a_result_that_no_annotation_names_is_an_error_of_the_first_call(
@@ -516,6 +517,17 @@ async def test_a_result_that_no_annotation_names_is_an_error_of_the_first_call(
         synchronous()
     assert runs == ["async", "sync"]
     assert events[:2] == [("stored-without-result", "ConfigurationError")] * 2
+
+
+def test_a_key_that_json_does_not_know_is_named() -> None:
+    """No annotation makes it one, so the remedy is another: the keys."""
+
+    @idempotent(MemoryStore(), key=lambda: "k")
+    def totals():
+        return {1: "a"}
+
+    with pytest.raises(ConfigurationError, match=r"returned a dict with a key of type int, .* keys be text, or"):
+        totals()
 
 
 @pytest.mark.parametrize("value", [float("nan"), 10**5000, "x" * 11], ids=["nan", "number", "text"])

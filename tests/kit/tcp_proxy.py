@@ -46,6 +46,11 @@ class Proxy:
 
         self._do(go)
 
+    def aim(self, port: int) -> None:
+        """Connect to another ``port`` from now on, and abort every open connection."""
+        self._target = (self._target[0], port)
+        self.cut()
+
     def cut(self) -> None:
         """Abort every open connection; new ones are served, and have their replies."""
 

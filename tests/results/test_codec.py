@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import typing
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -25,6 +26,14 @@ T = TypeVar("T")
 class Colour(enum.Enum):
     RED = "r"
     BLUE = "b"
+
+
+class Size(enum.StrEnum):
+    SMALL = "s"
+
+
+class Point(tuple[int, int], enum.Enum):
+    ORIGIN = (0, 0)
 
 
 class Flags(enum.Flag):
@@ -64,6 +73,19 @@ class Receipt(BaseModel):
     @computed_field
     def text(self) -> str:
         return f"{self.total}"
+
+
+class Renamed(BaseModel):
+    number: int = Field(validation_alias="no", serialization_alias="num")
+    at: datetime = Field(validation_alias="when")
+
+
+class Closed(BaseModel, extra="forbid"):
+    number: int
+
+    @computed_field
+    def text(self) -> str:
+        return f"{self.number}"
 
 
 class OneWay(BaseModel):
@@ -197,6 +219,17 @@ KEPT = [
     (Decimal, Decimal("1.10")),
     (UUID, UUID(int=5)),
     (Colour, Colour.BLUE),
+    (Size, Size.SMALL),
+    (Size | None, Size.SMALL),
+    (Point, Point.ORIGIN),
+    (tuple, (1, "a")),
+    (set, {1}),
+    (frozenset, frozenset({1})),
+    (typing.List, [1]),  # noqa: UP006
+    (typing.Dict, {"a": 1}),  # noqa: UP006
+    (typing.Tuple, (1, 2)),  # noqa: UP006
+    (Renamed, Renamed(no=1, when=NOW)),
+    (list[Renamed | Closed], [Renamed(no=1, when=NOW), Closed(number=1)]),
     (Order, Order(OrderId(1), [Line("a", Decimal("0.3"), Colour.BLUE)], Order(OrderId(2), []), {"x": NOW})),
     (list[Address], [{"street": "Elm"}, {"street": "Oak", "zip": 1}]),
     (Receipt, Receipt(number=1, grandTotal=Decimal("9.90"), at=NOW)),

@@ -30,6 +30,8 @@ Work = Callable[[Verbs, Connection], T]
 _CHEAP_AUTOCOMMIT = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
+_POOLER = "idempotency: behind a pooler"
+"""A key of the ``info`` of a connection."""
 
 
 class Settings(NamedTuple):
@@ -43,7 +45,7 @@ class Settings(NamedTuple):
 class Database:
     """One engine and the table of records in its database.
 
-    ``pooler``: whether a pooler is between the engine and PostgreSQL; None until the first connection shows it.
+    ``pooler``: whether a pooler is between the engine and PostgreSQL, as the last connection has shown; None before.
     :meth:`perform` is plain blocking code. For an async engine it runs inside SQLAlchemy's greenlet.
     """
 
@@ -60,6 +62,7 @@ class Database:
         # of an idle connection begins a transaction, which AUTOCOMMIT would neither see nor end.
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
         self.pooler = settings.pooler if self._autocommit else False
+        self._asks_for_pooler = self.pooler is None
 
     @property
     def max_parallel(self) -> int:
@@ -95,6 +98,16 @@ class Database:
         """The name of the table, with its schema if that is named."""
         return located(self._table, schema_by(self.engine.get_execution_options(), self._table)).fullname
 
+    def _is_behind_pooler(self, connection: Connection) -> bool:
+        if not self._asks_for_pooler:
+            return bool(self.pooler)
+        # Each connection is asked once: a pooler may be put in while the process runs.
+        if _POOLER not in connection.info:
+            with connection.begin():
+                connection.info[_POOLER] = is_behind_pooler(connection)
+        self.pooler = found = bool(connection.info[_POOLER])
+        return found
+
     def _make_verbs(self, schema: str | None) -> Verbs:
         table = located(self._table, schema)
         return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait)
@@ -117,12 +130,10 @@ class Database:
                         with connection.begin():
                             create_schema(connection, self._table)
                         self._created.add(schema)
-                    if self.pooler is None:
-                        with connection.begin():
-                            self.pooler = is_behind_pooler(connection)
+                    behind_pooler = self._is_behind_pooler(connection)
                     # A pooler keeps to one connection within a transaction only, and a driver may need two messages for
                     # a statement.
-                    if self._autocommit and not transaction and not self.pooler:
+                    if self._autocommit and not transaction and not behind_pooler:
                         return work(verbs, connection.execution_options(isolation_level="AUTOCOMMIT"))
                     with connection.begin():
                         return work(verbs, connection)

@@ -65,7 +65,7 @@ class SQLStore(InSessions):
     ``digest_names``: whether scopes and keys are stored as digests only, default False.
 
     ``pooler``: whether a pooler in transaction mode, such as PgBouncer, is between the engine and PostgreSQL. Then each
-    verb is a transaction, and duplicates that wait poll. None, the default: the first connection shows it. False is for
+    verb is a transaction, and duplicates that wait poll. None, the default: each connection is asked once. False is for
     a pooler in session mode.
 
     Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
-from sqlalchemy import ExceptionContext, NullPool, create_engine, event, text
+from sqlalchemy import AsyncAdaptedQueuePool, ExceptionContext, NullPool, Pool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -23,7 +23,7 @@ from idempotency.errors import StoreError
 from idempotency.stores import open_store
 from idempotency.stores.sql import SQLStore
 from tests.kit.asgi_calls import Reply, call, respond
-from tests.kit.servers import PgBouncerServer, with_driver
+from tests.kit.servers import PgBouncerServer, Proxy, with_driver, with_port
 from tests.kit.sql_store import new_claim, until
 
 # As SQLAlchemy documents them.
@@ -330,6 +330,27 @@ async def test_pgbouncer_is_killed_in_mid_flight(postgres_url: str, driver: str,
 
 
 @ASYNC
+@pytest.mark.parametrize("pool", [AsyncAdaptedQueuePool, NullPool])
+async def test_a_pooler_that_is_put_in_later(
+    bouncer: PgBouncerServer, postgres_url: str, driver: str, pool: type[Pool], table: str
+) -> None:
+    """A process that goes on while PgBouncer is put in has no failure, and its duplicates that wait poll."""
+    with Proxy(make_url(postgres_url).port or 5432) as proxy:
+        url = with_driver(with_port(postgres_url, proxy.port), f"postgresql+{driver}")
+        engine = create_async_engine(url, poolclass=pool, connect_args=SETTINGS[driver])
+        store = SQLStore(engine, table=table)
+        await store.create_schema()
+        async with store.watch(new_claim()):
+            proxy.aim(bouncer.port)
+            await asyncio.gather(*(store.claim(new_claim(key)) for key in KEYS))
+            async with store.watch(new_claim()) as changed, asyncio.timeout(4):
+                for _ in range(5):
+                    await changed(10)
+        await store.aclose()
+        await engine.dispose()
+
+
+@ASYNC
 async def test_statement_mode_is_refused(postgres_url: str, driver: str, table: str) -> None:
     """A PgBouncer in statement mode is named with what to set: it has no transactions."""
     with PgBouncerServer(postgres_url, pool_mode="statement") as server:
@@ -398,6 +419,20 @@ async def test_a_startup_parameter_that_is_refused(
         await store.claim(new_claim())
     await store.aclose()
     await engine.dispose()
+
+
+@ASYNC
+@pytest.mark.parametrize("limit", ["max_client_conn", "query_wait_timeout"])
+async def test_a_pgbouncer_that_is_full_is_named(postgres_url: str, driver: str, limit: str, table: str) -> None:
+    """Where PgBouncer has no room for another client, the error says so: the server need not be started."""
+    with PgBouncerServer(postgres_url, **{"default_pool_size": "1", limit: "1"}) as server:
+        shop = Shop(server, driver, table)
+        store = shop.open()
+        async with shop.engines[0].begin() as connection:
+            await connection.execute(text("SELECT 1"))
+            with pytest.raises(StoreError, match=f"{limit}.*enlarge"):
+                await store.claim(new_claim())
+        await shop.close()
 
 
 @ASYNC

@@ -178,6 +178,36 @@ async def test_the_search_path_is_obeyed(tenants: Tenants, url: str, driver: str
 
 
 @pytest.mark.parametrize("driver", POSTGRES)
+async def test_a_handler_that_sets_its_search_path(tenants: Tenants, table: str) -> None:
+    """With its schema named the record is found where it was claimed; without, nothing is committed."""
+    first, second = tenants.names
+    for schema in tenants.names:
+        await SQLStore(tenants.engine, table=f"{schema}.{table}").create_schema()
+    sessions = async_sessionmaker(tenants.engine)
+    named, unnamed = SQLStore(tenants.engine, table=f"{first}.{table}"), SQLStore(tenants.engine, table=table)
+    await unnamed.create_schema()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        session = scope["state"]["idempotency"].session
+        await session.execute(text(f"SET LOCAL search_path TO {second}"))
+        await session.execute(text("INSERT INTO effects VALUES ('effect')"))
+        await respond(send)
+
+    async def statuses(store: SQLStore) -> list[int]:
+        guarded = IdempotencyMiddleware(app, store=store, session=sessions, scope=None)
+        return [(await call(guarded, key="key")).status for _ in range(2)]
+
+    moved, found = await statuses(unnamed), await statuses(named)
+    await unnamed.aclose()
+    await named.aclose()
+    await tenants.execute(f"DROP TABLE {table}")
+
+    assert 201 not in moved
+    assert found == [201, 201]
+    assert await tenants.counted("effects") == [0, 1]
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
 async def test_tenants_wake_their_own_waiters(tenants: Tenants, table: str) -> None:
     """A waiter is notified of the end of its record, also while another tenant has a waiter for the same key."""
     stores = stores_of(tenants, "metadata", table)
