@@ -35,33 +35,35 @@ CLAIMED_BY_STATEMENT = (
 )
 """On PostgreSQL, where a verb is one statement that commits itself. The pool rolls back what it is given back."""
 
+VERB_COMMITTED = ("claim > before COMMIT", "claim > after COMMIT")
+
 
 def test_transactional_http_on_postgresql(postgres_url: str) -> None:
-    """Claim, effect, response and record: killed at each of 15 labels, one effect each."""
+    """Claim, effect, response and record, and first whether there is a pooler: killed at each of 17 labels."""
     report = assert_once("scenarios:TransactionalHTTP", postgres_url, jobs=8)
 
-    assert report.labels == (*CLAIMED_BY_STATEMENT, *HANDLED, *COMMITTED, *CHECKED_IN)
-    assert (report.expected, report.found) == (15, 15)
+    claimed = (CLAIMED_BY_STATEMENT[0], *VERB_COMMITTED, *CLAIMED_BY_STATEMENT[1:])
+    assert report.labels == (*claimed, *HANDLED, *COMMITTED, *CHECKED_IN)
+    assert (report.expected, report.found) == (17, 17)
 
 
 def test_transactional_http_on_mariadb(mariadb_url: str) -> None:
-    """As on PostgreSQL, where a verb has a COMMIT of its own: 17 labels."""
+    """As on PostgreSQL, where a verb has a COMMIT of its own, and nobody asks for a pooler: 17 labels."""
     report = assert_once("scenarios:TransactionalHTTP", mariadb_url, jobs=8)
 
-    commit = ("claim > before COMMIT", "claim > after COMMIT")
-    claimed = (*CLAIMED_BY_STATEMENT[:3], *commit, *CLAIMED_BY_STATEMENT[3:])
+    claimed = (*CLAIMED_BY_STATEMENT[:3], *VERB_COMMITTED, *CLAIMED_BY_STATEMENT[3:])
     assert report.labels == (*claimed, *HANDLED, *COMMITTED, *CHECKED_IN)
     assert (report.expected, report.found) == (17, 17)
 
 
 def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
-    """As on MariaDB, and a first claim looks for its table and for the record: 27 labels."""
+    """As on MariaDB, and a first claim looks for its table and for the record: 25 labels."""
     report = assert_once("scenarios:TransactionalHTTP", sqlite_url, jobs=8)
 
     assert report.labels[-9:] == (*HANDLED, *COMMITTED, *CHECKED_IN)
     assert "claim > after CREATE TABLE prove_record" in report.labels
     assert "claim > after SELECT prove_record" in report.labels
-    assert (len(report.labels), report.found) == (27, 27)
+    assert (len(report.labels), report.found) == (25, 25)
 
 
 LABELS = {"postgres_url": 11, "mariadb_url": 11, "sqlite_url": 13}
@@ -105,7 +107,7 @@ def test_a_rerun_on_postgresql_repeats_between_effect_and_record(postgres_url: s
 
     window = ("after COMMIT", *CHECKED_IN, "effect", "before complete", "complete > before UPDATE prove_record")
     assert report.repeated == window
-    assert (report.ok, report.held, len(report.labels), report.found) == (True, (), 19, 25)
+    assert (report.ok, report.held, len(report.labels), report.found) == (True, (), 21, 27)
 
 
 def test_a_hold_on_redis_repeats_nothing(redis_url: str) -> None:
@@ -120,10 +122,10 @@ def test_a_hold_on_postgresql_repeats_nothing(postgres_url: str) -> None:
     """As on Redis, from the statement that claims until the one that records."""
     report = assert_once("scenarios:HeldSQL", postgres_url, jobs=8)
 
-    held = report.labels[2:15]
+    held = report.labels[4:17]
     assert (held[0], held[-1]) == ("claim > after INSERT prove_record", "complete > before UPDATE prove_record")
     assert report.held == held
-    assert (report.repeated, len(report.labels), report.found) == ((), 19, 19)
+    assert (report.repeated, len(report.labels), report.found) == ((), 21, 21)
 
 
 def test_the_script_prints_a_line_per_mode_and_succeeds(
