@@ -583,7 +583,7 @@ async def test_doctor_goes_on_where_a_record_is_damaged(opened, target):
 
     assert ("ok", f"encryption: writes with {store._sealing.encryption.key_ids[0]}") in findings
     unread = "whether records need another encryption key is not known: the record "
-    missing = "at least 1 records are encrypted with a key that was not given"
+    missing = "records that are encrypted with a key that was not given: 1 or more"
     assert any(what.startswith((unread, missing)) for _, what in findings)
 
 
