@@ -36,7 +36,7 @@ class _UnusableError(Exception):
 
 
 def answer_to(problem: Problem, hook: ErrorHook | None) -> StoredResponse:
-    """Return the response to a problem: that of the hook, or a problem document where it fails or there is none.
+    """Return the response to a problem: that of the hook, or a problem document if it fails, or without a hook.
 
     A mapping is sent as ``application/json`` with the status of the problem. A tuple is a whole response; its status is
     an error too. Both get the header fields that each of our answers has (``Retry-After`` among them), if they lack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -13,6 +14,9 @@ from idempotency._http.digest import digest
 from idempotency.errors import ConfigurationError
 
 _MAX_DEPTH = 64
+
+_LARGE = 65536
+"""Bytes of a JSON text that is parsed in the event loop, at the most."""
 
 _CONTENT_PARAMETER = re.compile(rb';[ \t]*+([^;="\s]++)=(?:"([^"\\]*+)"|([^;"\s]++))')
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
@@ -122,6 +126,13 @@ def json_digest(data: bytes, *, by_value: bool = False) -> bytes | None:
     except ValueError:
         return None
     return digest(b"json-values:1:" if by_value else b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
+
+
+async def json_digest_aside(data: bytes, *, by_value: bool = False) -> bytes | None:
+    """Return :func:`json_digest`, for a large text from a thread: parsing it would block the event loop."""
+    if len(data) > _LARGE:
+        return await asyncio.to_thread(json_digest, data, by_value=by_value)
+    return json_digest(data, by_value=by_value)
 
 
 # A number becomes an object that holds its text, and an object is wrapped, so that the two never look the same.

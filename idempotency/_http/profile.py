@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from idempotency._http.error_hook import ErrorHook
-from idempotency._http.fingerprint import json_digest
+from idempotency._http.fingerprint import json_digest_aside
 from idempotency._http.problem import Problem
 from idempotency.errors import (
     BodyInvalidError,
@@ -66,9 +65,6 @@ def choose(profile: Profile | None, error: ErrorHook | None, echo_key: bool | No
     )
 
 
-# Parsing a larger body would block the event loop.
-_LARGE = 65536
-
 _ACP_CODES = {
     KeyMissingError.code: "idempotency_key_required",
     KeyInvalidError.code: "invalid",
@@ -94,9 +90,7 @@ async def _acp_body(request: Request) -> bytes:
     A body that is not JSON is compared byte by byte.
     """
     data = await request.body()
-    large = len(data) > _LARGE
-    digest = await asyncio.to_thread(json_digest, data, by_value=True) if large else json_digest(data, by_value=True)
-    return digest or hashlib.sha256(data).digest()
+    return await json_digest_aside(data, by_value=True) or hashlib.sha256(data).digest()
 
 
 _STRIPE_CODES = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
 from idempotency._http.caller import ANONYMOUS, Credentials, path_scope, scope_text
-from idempotency._http.fingerprint import fingerprint, json_digest, value_digest
+from idempotency._http.fingerprint import fingerprint, json_digest_aside, value_digest
 from idempotency._http.key import read_key, read_prefer_wait, send_with_key
 from idempotency._http.options import Options
 from idempotency._http.state import RequestState
@@ -19,9 +18,6 @@ from idempotency.policy import Policy
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-
-_LARGE = 65536
-"""Bytes of a JSON text; parsing a larger one would block the event loop."""
 
 
 class AnsweredError(Exception):
@@ -68,7 +64,7 @@ class KeyedRequest:
         return f"{self._scope['method']} {self._scope['path']}"
 
     def key(self) -> str | None:
-        """Read the key, or return None if there is none and none is required.
+        """Read the key; return None where it is missing and not required.
 
         Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
         """
@@ -129,9 +125,7 @@ class KeyedRequest:
         scope, rule = self._scope, self._policy.fingerprint
         digest = body.digest
         if rule == "json" and body.data is not None:
-            large = len(body.data) > _LARGE
-            parsed = await asyncio.to_thread(json_digest, body.data) if large else json_digest(body.data)
-            digest = parsed or digest
+            digest = await json_digest_aside(body.data) or digest
         elif callable(rule):
             from idempotency._http.callables import ReadRequest
 

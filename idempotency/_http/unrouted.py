@@ -37,7 +37,7 @@ def is_unrouted(status: int, scope: MutableMapping[str, Any], app: object) -> bo
 
 
 def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
-    """Ask the application of another framework than Starlette; None if there is none inside ``app``."""
+    """Ask the application of another framework than Starlette; return None if ``app`` contains no such application."""
     litestar, quart = sys.modules.get("litestar"), sys.modules.get("quart")
     django = sys.modules.get("django.core.handlers.asgi")
     for each in _inside(app):

@@ -219,6 +219,6 @@ def test_a_zone_without_a_key_is_not_recorded() -> None:
     ],
 )
 def test_another_form_of_a_time_is_unreadable(stored: bytes) -> None:
-    """A zone that is not known here, or a form that is none of ours, is an UnreadableError."""
+    """A zone that is not known here, or a form that we do not write, is an UnreadableError."""
     with pytest.raises(UnreadableError):
         results(datetime).decode(b"\x01j" + stored)
