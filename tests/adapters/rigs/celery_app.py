@@ -12,7 +12,7 @@ from celery.signals import worker_process_init, worker_ready
 
 from idempotency.adapters.celery import idempotent_task
 from idempotency.testing._points import CRASH_AT, arm, watch
-from tests.adapters.rigs.celery_queue import application
+from tests.adapters.rigs.celery_queue import VISIBILITY, application
 from tests.adapters.rigs.orders import OrderLedger, Work
 
 work = Work()
@@ -22,7 +22,8 @@ if "on_refused" in extra:
     options["on_refused"] = extra["on_refused"]
 if "wait" in extra:
     options["policy"] = replace(options["policy"], wait=extra["wait"])
-app = application(place, extra["url"], worker_enable_remote_control=not extra.get("deaf"))
+visibility = extra.get("visibility", VISIBILITY)
+app = application(place, extra["url"], visibility, worker_enable_remote_control=not extra.get("deaf"))
 
 
 def name(order: dict[str, Any]) -> Any:

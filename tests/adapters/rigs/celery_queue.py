@@ -25,7 +25,7 @@ def worker(pool: list[str]) -> list[str]:
     return [*_WORKER, *_ALONE, "--hostname", f"{uuid.uuid4().hex[:8]}@%h", *pool]
 
 
-def application(place: str, url: str, **more: Any) -> Celery:
+def application(place: str, url: str, visibility: float = VISIBILITY, **more: Any) -> Celery:
     """Make a Celery application whose one queue is ``place``; all that it leaves at its broker begins so."""
     dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{place}_dead"}
     app = Celery("brokers", broker=url, set_as_current=False)
@@ -44,7 +44,7 @@ def application(place: str, url: str, **more: Any) -> Celery:
     if url.startswith("redis"):
         app.conf.broker_transport_options = {
             "global_keyprefix": f"{place}:",
-            "visibility_timeout": VISIBILITY,
+            "visibility_timeout": visibility,
             "unacked_restore_interval": 0.5,
             "unacked_restore_throttle": 1,
         }
