@@ -8,22 +8,30 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import calls
 import encryption
+import http_run
 import overhead
 import report
 import table_size
 import throughput
+from http_child import MeasureError
 from sqlalchemy.exc import SQLAlchemyError
-from subjects import Subject, reference_url, subject_of
+from subjects import Subject, opened, reference_url, subject_of
 
 from idempotency.errors import IdempotencyError
 
 _SERVERS = ((6379, "redis://127.0.0.1:6379/0"), (5432, "postgresql+asyncpg://postgres@127.0.0.1:5432/test"))
 _MARIADB = (3306, "mysql+aiomysql://root@127.0.0.1:3306/test")
+
+_ALONE = {
+    "table": "the cost against the size of the table",
+    "calls": "functions: joined transactions, and calls on Redis",
+    "encryption": "what encryption adds to a replay",
+    "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
+}
 
 
 def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
@@ -36,15 +44,6 @@ def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
             else:
                 print(f"nothing listens on 127.0.0.1:{port}, so {url.partition(':')[0]} is skipped", file=sys.stderr)
     return urls
-
-
-@asynccontextmanager
-async def _opened(subject: Subject) -> AsyncIterator[Subject]:
-    await subject.open()
-    try:
-        yield subject
-    finally:
-        await subject.close()
 
 
 async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
@@ -65,15 +64,21 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
         await _tables(subjects, references, quick)
 
 
+async def _http(urls: Sequence[str], plan: http_run.Plan) -> None:
+    print(f"{report.NOISE}\n{report.HTTP}", flush=True)
+    async for results in http_run.measure(urls, f"idempotency_bench_{os.getpid()}", plan):
+        print(report.http_table(results), flush=True)
+
+
 async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
     print(report.OVERHEAD)
     for subject in subjects:
-        async with _opened(subject):
+        async with opened(subject):
             print(report.overhead_row(await overhead.measure(subject, 300 if quick else 1500)), flush=True)
     print(report.OVERHEAD_TARGETS)
     print(report.THROUGHPUT)
     for subject in subjects:
-        async with _opened(subject):
+        async with opened(subject):
             ratios = await throughput.measure(subject, 3 if quick else 7)
             print(report.throughput_row(subject.name, ratios), flush=True)
 
@@ -81,7 +86,7 @@ async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
 async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
     print(report.CALLS)
     for subject in subjects:
-        async with _opened(subject):
+        async with opened(subject):
             async for cost in calls.measure(subject, 7 if quick else 21):
                 print(report.calls_row(subject.name, cost), flush=True)
 
@@ -89,55 +94,61 @@ async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
 async def _tables(subjects: Sequence[Subject], references: Sequence[Subject], quick: bool) -> None:
     print(report.TABLE)
     for subject, reference in zip(subjects, references, strict=True):
-        async with _opened(subject), _opened(reference):
+        async with opened(subject), opened(reference):
             async for costs in table_size.measure(subject, reference, largest=10**5 if quick else 10**6):
                 print(report.table_row(subject.name, costs), flush=True)
     print(report.TABLE_TARGETS)
 
 
-def main() -> int:
-    """Return the exit status: 0 if everything was measured, 2 if a store could not be used."""
+def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument(
         "--store",
         metavar="URL",
         action="append",
-        help="a store to measure; repeatable; default: memory, a SQLite file, a local Redis and PostgreSQL, and for "
-        "--calls MariaDB",
+        help="a store to measure; repeatable; default: memory, a SQLite file, a local Redis and PostgreSQL; for --http "
+        "only these servers; for --calls MariaDB too",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and tables of at most 100,000 records")
     alone = parser.add_mutually_exclusive_group()
-    alone.add_argument(
-        "--table",
-        dest="only",
-        action="store_const",
-        const="table",
-        help="measure only the cost against the size of the table",
+    for name, what in _ALONE.items():
+        alone.add_argument(f"--{name}", dest="only", action="store_const", const=name, help=f"measure only {what}")
+    http = parser.add_argument_group("of --http")
+    http.add_argument("--seconds", type=float, help="how long a burst lasts; default: 1, with --quick 0.4")
+    http.add_argument(
+        "--connections",
+        metavar="N",
+        type=int,
+        action="append",
+        help=f"how many are open in a burst; repeatable; default: {' and '.join(map(str, http_run.CONNECTIONS))}",
     )
-    alone.add_argument(
-        "--calls",
-        dest="only",
-        action="store_const",
-        const="calls",
-        help="measure only functions: joined transactions, and calls on Redis",
-    )
-    alone.add_argument(
-        "--encryption",
-        dest="only",
-        action="store_const",
-        const="encryption",
-        help="measure only what encryption adds to a replay",
-    )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def _plan(options: argparse.Namespace) -> http_run.Plan:
+    rounds, seconds = (5, 0.4) if options.quick else (9, 1.0)
+    return http_run.Plan(rounds, options.seconds or seconds, options.connections or http_run.CONNECTIONS)
+
+
+def _urls(only: str | None, directory: str) -> list[str]:
+    servers = _reachable((*_SERVERS, _MARIADB) if only == "calls" else _SERVERS)
+    # In memory there is no round trip to compare encryption to.
+    memory = [] if only in ("encryption", "http") else ["memory://"]
+    sqlite = [] if only == "http" else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
+    return [*memory, *sqlite, *servers]
+
+
+def main() -> int:
+    """Return the exit status: 0 if everything was measured, 2 if something could not be."""
+    options = _parsed()
     with tempfile.TemporaryDirectory(prefix="idempotency-bench-") as directory:
-        sqlite = f"sqlite+aiosqlite:///{directory}/bench.sqlite3"
-        servers = (*_SERVERS, _MARIADB) if options.only == "calls" else _SERVERS
-        # In memory there is no round trip to compare encryption to.
-        memory = [] if options.only == "encryption" else ["memory://"]
-        urls: list[str] = options.store or [*memory, sqlite, *_reachable(servers)]
+        urls: list[str] = options.store or _urls(options.only, directory)
         try:
-            asyncio.run(_run(urls, quick=options.quick, only=options.only))
-        except (IdempotencyError, SQLAlchemyError, OSError) as error:
+            if options.only == "http":
+                asyncio.run(_http(urls, _plan(options)))
+            else:
+                asyncio.run(_run(urls, quick=options.quick, only=options.only))
+        except (IdempotencyError, SQLAlchemyError, MeasureError, OSError) as error:
             print(f"scripts/bench: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:

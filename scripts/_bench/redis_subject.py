@@ -22,6 +22,18 @@ for i = 4, #ARGV do
 end"""
 
 
+async def unlink_all(client: Any, place: str) -> None:
+    """Unlink every key whose prefix is ``place``."""
+    keys: list[bytes] = []
+    async for key in client.scan_iter(match=f"{place}:*", count=_BATCH):
+        keys.append(key)
+        if len(keys) == _BATCH:
+            await client.unlink(*keys)
+            keys.clear()
+    if keys:
+        await client.unlink(*keys)
+
+
 class Redis(Subject):
     """One Redis server; the store's connections are recognised by their name."""
 
@@ -42,14 +54,7 @@ class Redis(Subject):
     async def close(self) -> None:
         """Unlink every key of the prefix."""
         await self.store.aclose()
-        keys: list[bytes] = []
-        async for key in self._client.scan_iter(match=f"{self.place}:*", count=_BATCH):
-            keys.append(key)
-            if len(keys) == _BATCH:
-                await self._client.unlink(*keys)
-                keys.clear()
-        if keys:
-            await self._client.unlink(*keys)
+        await unlink_all(self._client, self.place)
         await self._client.aclose()
 
     async def fill(self, keys: Sequence[str]) -> None:

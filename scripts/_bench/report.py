@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calls import Throughput, Trips
 from encryption import Added
+from http_run import BARE, KINDS, Case, Figures, Results
 from overhead import Overhead
 from table_size import Costs
 from throughput import CONCURRENCY
@@ -72,6 +73,55 @@ ENCRYPTION = "\n".join(
     )
 )
 ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
+
+_HTTP_SIDE = " |{:>7}{:>12}{:>8}{:>8}"
+_HTTP = "{:<20}" + _HTTP_SIDE * 2 + " |{:>9}"
+_HTTP_GOALS = {
+    **{f"{store} no key": 0.99 for store in ("Redis", "PostgreSQL", "memory", "SQLite", "MariaDB/MySQL")},
+    "Redis first": 0.55,
+    "Redis replay": 0.90,
+    "PostgreSQL first": 0.45,
+    "PostgreSQL replay": 0.85,
+}
+_HTTP_GOALS_AT = 16
+HTTP = "\n".join(
+    (
+        "",
+        "Requests per second over HTTP, as a ratio to the bare application in the same round: the median, and the",
+        "middle half of the rounds. Milliseconds of a request: medians of the rounds. The floor has two round trips of",
+        "redis-py or asyncpg for a first execution, one for a replay, and nothing else. One uvicorn worker (uvloop,",
+        "httptools) for each; the load comes from one process, on another core.",
+    )
+)
+
+
+def http_table(results: Results) -> str:
+    """Format the figures with one number of connections."""
+    goals = _HTTP_GOALS if results.connections == _HTTP_GOALS_AT else {}
+    figures = results.figures
+    stores = dict.fromkeys(case.store for case in figures if case != BARE)
+    bare = figures[BARE]
+    rows = [
+        _HTTP.format(f"{results.connections} connections", "", "", "", "", "floor", "", "", "", "at least"),
+        _HTTP.format("", *("ratio", "half", "p50", "p99") * 2, ""),
+        _HTTP.format(BARE.name, "", f"{bare.rate:,.0f}/s", f"{bare.p50:.2f}", f"{bare.p99:.2f}", *[""] * 5),
+    ]
+    for case in (Case(store, kind) for store in stores for kind in KINDS):
+        floor = figures.get(Case(case.store, case.kind, floor=True))
+        goal = goals.get(case.name)
+        rows.append(
+            _HTTP.format(
+                case.name, *_http_side(figures[case]), *_http_side(floor), "" if goal is None else f"{goal:.2f}"
+            )
+        )
+    return "\n".join(("", *rows, f"The load process used at most {results.busy:.0%} of its core."))
+
+
+def _http_side(figures: Figures | None) -> tuple[str, str, str, str]:
+    if figures is None:
+        return ("-", "", "", "")
+    low, high = figures.quartiles
+    return f"{figures.ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{figures.p50:.2f}", f"{figures.p99:.2f}"
 
 
 def encryption_row(added: Added) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -102,6 +103,16 @@ class Memory(Subject):
             self.store.claim_sync(claim)
         for claim in claims:
             self.store.complete_sync(replace(claim, ttl=1e-6), RESULT)
+
+
+@asynccontextmanager
+async def opened(subject: Subject) -> AsyncIterator[Subject]:
+    """Open a subject for a block, and remove what it has written."""
+    await subject.open()
+    try:
+        yield subject
+    finally:
+        await subject.close()
 
 
 def reference_url(url: str) -> str:

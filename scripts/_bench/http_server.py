@@ -1,0 +1,73 @@
+"""Serve one application by uvicorn, until standard input is closed: http_server.py bare|library|floor [URL PLACE]."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+import uvloop
+from exchange import App, bare
+from http_child import SERVER_CORE, pin, say
+from sqlalchemy.exc import SQLAlchemyError
+from subjects import opened, subject_of
+
+from idempotency import IdempotencyMiddleware
+from idempotency.errors import IdempotencyError
+
+_BACKLOG = 2048
+
+
+@asynccontextmanager
+async def _app(kind: str, url: str, place: str) -> AsyncIterator[App]:
+    match kind:
+        case "library":
+            async with opened(subject_of(url, place)) as subject:
+                yield IdempotencyMiddleware(bare, store=subject.store)
+        case "floor":
+            from http_floors import floor_of
+
+            async with floor_of(url, place) as app:
+                yield app
+        case _:
+            yield bare
+
+
+async def _serve(kind: str, url: str = "", place: str = "") -> None:
+    async with _app(kind, url, place) as app:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(_BACKLOG)
+            options = uvicorn.Config(
+                app, http="httptools", ws="none", lifespan="off", access_log=False, log_level="warning"
+            )
+            server = uvicorn.Server(options)
+            serving = asyncio.ensure_future(server.serve([listener]))
+            say({"port": listener.getsockname()[1]})
+            await _input_closed()
+            server.should_exit = True
+            await serving
+
+
+async def _input_closed() -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+
+
+def main() -> int:
+    """Return the exit status: 0, or 2 if the store could not be used, of which the parent reads why."""
+    pin(SERVER_CORE)
+    try:
+        uvloop.run(_serve(*sys.argv[1:]))
+    except (IdempotencyError, SQLAlchemyError, OSError) as error:
+        say({"error": str(error)})
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
