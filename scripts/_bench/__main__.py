@@ -114,7 +114,7 @@ def _parsed() -> argparse.Namespace:
     for name, what in _ALONE.items():
         alone.add_argument(f"--{name}", dest="only", action="store_const", const=name, help=f"measure only {what}")
     http = parser.add_argument_group("of --http")
-    http.add_argument("--seconds", type=float, help="how long a burst lasts; default: 1, with --quick 0.4")
+    http.add_argument("--seconds", type=float, help="how long a burst lasts; default: 0.5, with --quick 0.25")
     http.add_argument(
         "--connections",
         metavar="N",
@@ -126,7 +126,7 @@ def _parsed() -> argparse.Namespace:
 
 
 def _plan(options: argparse.Namespace) -> http_run.Plan:
-    rounds, seconds = (5, 0.4) if options.quick else (9, 1.0)
+    rounds, seconds = (7, 0.25) if options.quick else (15, 0.5)
     return http_run.Plan(rounds, options.seconds or seconds, options.connections or http_run.CONNECTIONS)
 
 

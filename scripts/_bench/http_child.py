@@ -33,7 +33,7 @@ class Child:
         self._name = name
         self._process = process
 
-    async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, **question: Any) -> dict[str, Any]:
         """Write one line, and read the line that answers it."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question).encode() + b"\n")

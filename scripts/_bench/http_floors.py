@@ -13,8 +13,12 @@ from typing import Any, Protocol
 import asyncpg
 import redis.asyncio as aioredis
 from exchange import ANSWER, HEADERS, App, bare
+from redis.exceptions import RedisError
 from redis_subject import unlink_all
 from sqlalchemy import make_url
+
+FLOOR_ERRORS = (RedisError, asyncpg.PostgresError, OSError)
+"""What a floor raises whose server cannot be used."""
 
 _TOKEN = "5a" * 16
 _TTL = 86_400_000
@@ -100,6 +104,7 @@ class _Redis:
 async def _redis(url: str, place: str) -> AsyncIterator[_Verbs]:
     # By default redis-py raises an error where more than 100 commands run at a time.
     client: Any = aioredis.Redis.from_url(url, max_connections=_CONNECTIONS)
+    await client.ping()
     try:
         yield _Redis(client, place)
     finally:

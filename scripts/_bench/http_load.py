@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import count, cycle, repeat
 from selectors import EVENT_READ, DefaultSelector
 from statistics import quantiles
@@ -22,10 +21,13 @@ from typing import Any
 from exchange import ANSWER, BODY, Exchange
 from http_child import LOAD_CORE, pin, say
 
-_DONE = range(10**11, 10**11 + 1024)
+_DONE = range(10**11, 10**11 + 512)
 """The keys of replays: more than connections, so that two requests at a time rarely have the same."""
 
 _KEY = "00000000-0000-4000-8000-{}"
+_ENOUGH = 4
+"""Answers on each connection: with fewer, a burst shows how its first requests queue, and not a rate."""
+
 _PATIENCE = 30.0
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STATUS = b"HTTP/1.1 201 "
@@ -77,25 +79,41 @@ class _Connection:
         return head, body
 
 
-@dataclass
 class _Burst:
-    """What came back: the answers until the end, the latencies of all in seconds, and an answer that is wrong."""
+    """What has come back: how many answers in how many seconds, the latencies, and an answer that is wrong."""
 
-    in_time: int = 0
-    latencies: list[float] = field(default_factory=list)
-    wrong: int = 0
-    sample: str = ""
+    def __init__(self, seconds: float, enough: int) -> None:
+        self._started = perf_counter()
+        self._seconds = seconds
+        self._enough = enough
+        self._ended = False
+        self.rate = 0.0
+        self.latencies: list[float] = []
+        self.wrong = 0
+        self.sample = ""
 
-    def check(self, head: bytes, body: bytes, replayed: bool) -> None:
+    def goes_on(self, sent: float, answered: float) -> bool:
+        """Note an answer; return whether another request follows it."""
+        self.latencies.append(answered - sent)
+        if not self._ended:
+            took = answered - self._started
+            self.rate = len(self.latencies) / took
+            self._ended = took >= self._seconds and len(self.latencies) >= self._enough
+        return not self._ended
+
+    def check(self, answer: tuple[bytes, bytes], replayed: bool) -> None:
+        """Compare head and body of an answer to what the application sends."""
+        head, body = answer
         if not head.startswith(_STATUS) or (_REPLAYED in head.lower()) is not replayed or body != ANSWER:
             self.wrong += 1
             self.sample = f"{head!r} {body!r}"
 
 
-def _drive(connections: list[_Connection], requests: Iterator[bytes], replayed: bool, seconds: float) -> _Burst:
-    """Send the next request wherever an answer has come, until the time is over or there are no more requests."""
-    burst = _Burst()
-    end = perf_counter() + seconds
+def _drive(
+    connections: list[_Connection], requests: Iterator[bytes], replayed: bool, seconds: float, enough: int = 0
+) -> _Burst:
+    """Send the next request wherever an answer has come, until the burst has ended or there are no more requests."""
+    burst = _Burst(seconds, enough)
     with DefaultSelector() as selector:
         for connection in connections:
             selector.register(connection.socket, EVENT_READ, connection)
@@ -107,16 +125,12 @@ def _drive(connections: list[_Connection], requests: Iterator[bytes], replayed: 
                 raise TimeoutError(f"no answer came within {_PATIENCE:.0f} s")
             for event, _ in ready:
                 connection = event.data
-                answer = connection.receive()
+                answer: tuple[bytes, bytes] | None = connection.receive()
                 if answer is None:
                     continue
-                now = perf_counter()
-                burst.latencies.append(now - connection.sent)
-                burst.check(*answer, replayed)
-                request = None
-                if now < end:
-                    burst.in_time += 1
-                    request = next(requests, None)
+                goes_on = burst.goes_on(connection.sent, perf_counter())
+                burst.check(answer, replayed)
+                request = next(requests, None) if goes_on else None
                 if request is None:
                     waiting -= 1
                 else:
@@ -125,7 +139,7 @@ def _drive(connections: list[_Connection], requests: Iterator[bytes], replayed: 
 
 
 def _answer(port: int, kind: str, connections: int, seconds: float) -> dict[str, Any]:
-    """Send one burst, after one request on each connection that opens whatever the server opens for it."""
+    """Send one burst, after one request on each connection, for which a server opens what it needs."""
     with ExitStack() as stack:
         opened = [_Connection(port) for _ in range(connections)]
         for connection in opened:
@@ -133,11 +147,12 @@ def _answer(port: int, kind: str, connections: int, seconds: float) -> dict[str,
         requests, replayed = iter(_PREPARED) if kind == "prepare" else _REQUESTS[kind], kind == "replay"
         before = _drive(opened, requests, replayed, 0.0)
         used, started = process_time(), perf_counter()
-        burst = _drive(opened, requests, replayed, seconds)
+        burst = _drive(opened, requests, replayed, seconds, _ENOUGH * connections)
         busy = (process_time() - used) / (perf_counter() - started)
     percentiles = quantiles(burst.latencies, n=100, method="inclusive")
     return {
-        "rate": burst.in_time / seconds,
+        "answers": len(before.latencies) + len(burst.latencies),
+        "rate": burst.rate,
         "p50": percentiles[49] * 1000,
         "p99": percentiles[98] * 1000,
         "busy": busy,

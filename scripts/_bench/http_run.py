@@ -43,8 +43,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is called in a table; a floor is beside its store there."""
-        return f"{self.store} {self.kind}" if self.store else "bare application"
+        """What a table calls it."""
+        return f"{self.store}{' floor' if self.floor else ''} {self.kind}" if self.store else "bare application"
 
 
 BARE = Case("", "no key")
@@ -52,11 +52,16 @@ BARE = Case("", "no key")
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians of the rounds: requests per second, their ratio to the bare application, and milliseconds."""
+    """Requests per second, their ratio to the bare application, the same of the server's processor time, and latencies.
+
+    Medians of the rounds, with the quartiles of the ratio; latencies in milliseconds. The processor time is that of all
+    rounds: its ratio is the one that a machine without other work comes near to.
+    """
 
     rate: float
     ratio: float
     quartiles: tuple[float, float]
+    cpu_ratio: float
     p50: float
     p99: float
 
@@ -72,8 +77,10 @@ class Results:
 
 @dataclass(frozen=True)
 class _Burst:
-    """What the load process answers."""
+    """What the load process answers, and the seconds of processor time that the server used."""
 
+    cpu: float
+    answers: int
     rate: float
     p50: float
     p99: float
@@ -82,47 +89,52 @@ class _Burst:
     sample: str
 
 
+@dataclass(frozen=True)
+class _Server:
+    child: Child
+    port: int
+
+
 async def measure(urls: Sequence[str], place: str, plan: Plan) -> AsyncIterator[Results]:
     """Start servers for the stores of ``urls``, and measure with one number of connections after the other.
 
     Raises :class:`MeasureError` if a server does not start, or an answer is wrong.
     """
-    async with _servers(urls, place) as (ports, load):
-        for case, port in ports.items():
+    async with _started(urls, place) as (servers, load):
+        for case, server in servers.items():
             if case.kind == "replay":
-                await _burst(load, case, port, _PREPARING, inf, kind="prepare")
+                await _burst(load, case, server, _PREPARING, inf, kind="prepare")
         for connections in plan.connections:
-            yield await _measure_with(connections, ports, load, plan)
+            yield await _measure_with(connections, servers, load, plan)
 
 
 @asynccontextmanager
-async def _servers(urls: Sequence[str], place: str) -> AsyncIterator[tuple[dict[Case, int], Child]]:
+async def _started(urls: Sequence[str], place: str) -> AsyncIterator[tuple[dict[Case, _Server], Child]]:
     async with AsyncExitStack() as stack:
-        servers = {(BARE,): await stack.enter_async_context(started("bare application", "http_server.py", "bare"))}
+        cases: list[Sequence[Case]] = [(BARE,)]
+        children = [await stack.enter_async_context(started("bare application", "http_server.py", "bare"))]
         for number, url in enumerate(urls):
             name = subject_of(url, place).name
             for kind in ("library", "floor") if has_floor(url) else ("library",):
-                cases = tuple(Case(name, each, kind == "floor") for each in KINDS)
+                cases.append([Case(name, each, kind == "floor") for each in KINDS])
                 arguments = ("http_server.py", kind, url, f"{place}_{number}_{kind}")
-                servers[cases] = await stack.enter_async_context(started(f"{name} {kind}", *arguments))
+                children.append(await stack.enter_async_context(started(f"{name} {kind}", *arguments)))
         load = await stack.enter_async_context(started("load", "http_load.py"))
-        answers = await asyncio.gather(*(server.answer() for server in servers.values()))
-        ports = [answer["port"] for answer in answers]
-        yield {case: port for cases, port in zip(servers, ports, strict=True) for case in cases}, load
+        answers = await asyncio.gather(*(child.answer() for child in children))
+        servers = [_Server(child, answer["port"]) for child, answer in zip(children, answers, strict=True)]
+        yield {case: server for each, server in zip(cases, servers, strict=True) for case in each}, load
 
 
-async def _measure_with(connections: int, ports: dict[Case, int], load: Child, plan: Plan) -> Results:
-    for case, port in ports.items():
-        await _burst(load, case, port, connections, min(_WARM_UP, plan.seconds))
+async def _measure_with(connections: int, servers: dict[Case, _Server], load: Child, plan: Plan) -> Results:
+    for case, server in servers.items():
+        await _burst(load, case, server, connections, min(_WARM_UP, plan.seconds))
     random = Random(1)
-    rounds = []
+    bursts: dict[Case, list[_Burst]] = {case: [] for case in servers}
     for _ in range(plan.rounds):
-        order = random.sample(list(ports), len(ports))
-        rounds.append({case: await _burst(load, case, ports[case], connections, plan.seconds) for case in order})
-    figures = {
-        case: _figures([bursts[case] for bursts in rounds], [bursts[BARE] for bursts in rounds]) for case in ports
-    }
-    return Results(connections, figures, max(burst.busy for bursts in rounds for burst in bursts.values()))
+        for case in random.sample(list(servers), len(servers)):
+            bursts[case].append(await _burst(load, case, servers[case], connections, plan.seconds))
+    figures = {case: _figures(each, bursts[BARE]) for case, each in bursts.items()}
+    return Results(connections, figures, max(burst.busy for each in bursts.values() for burst in each))
 
 
 def _figures(bursts: Sequence[_Burst], bare: Sequence[_Burst]) -> Figures:
@@ -132,16 +144,21 @@ def _figures(bursts: Sequence[_Burst], bare: Sequence[_Burst]) -> Figures:
         rate=median(burst.rate for burst in bursts),
         ratio=ratio,
         quartiles=(low, high),
+        cpu_ratio=_cpu_of_one(bare) / _cpu_of_one(bursts),
         p50=median(burst.p50 for burst in bursts),
         p99=median(burst.p99 for burst in bursts),
     )
 
 
-async def _burst(load: Child, case: Case, port: int, connections: int, seconds: float, kind: str = "") -> _Burst:
-    question = {"port": port, "kind": kind or case.kind, "connections": connections, "seconds": seconds}
-    burst = _Burst(**await load.ask(question))
+def _cpu_of_one(bursts: Sequence[_Burst]) -> float:
+    return sum(burst.cpu for burst in bursts) / sum(burst.answers for burst in bursts)
+
+
+async def _burst(load: Child, case: Case, server: _Server, connections: int, seconds: float, kind: str = "") -> _Burst:
+    before = await server.child.ask()
+    answer = await load.ask(port=server.port, kind=kind or case.kind, connections=connections, seconds=seconds)
+    after = await server.child.ask()
+    burst = _Burst(cpu=after["cpu"] - before["cpu"], **answer)
     if burst.wrong:
-        raise MeasureError(
-            f"{case.name}{' (floor)' if case.floor else ''}: {burst.wrong} wrong answers, such as {burst.sample}"
-        )
+        raise MeasureError(f"{case.name}: {burst.wrong} wrong answers, such as {burst.sample}")
     return burst

@@ -7,11 +7,13 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import process_time
 
 import uvicorn
 import uvloop
 from exchange import App, bare
 from http_child import SERVER_CORE, pin, say
+from http_floors import FLOOR_ERRORS, floor_of
 from sqlalchemy.exc import SQLAlchemyError
 from subjects import opened, subject_of
 
@@ -28,8 +30,6 @@ async def _app(kind: str, url: str, place: str) -> AsyncIterator[App]:
             async with opened(subject_of(url, place)) as subject:
                 yield IdempotencyMiddleware(bare, store=subject.store)
         case "floor":
-            from http_floors import floor_of
-
             async with floor_of(url, place) as app:
                 yield app
         case _:
@@ -47,15 +47,17 @@ async def _serve(kind: str, url: str = "", place: str = "") -> None:
             server = uvicorn.Server(options)
             serving = asyncio.ensure_future(server.serve([listener]))
             say({"port": listener.getsockname()[1]})
-            await _input_closed()
+            await _answer()
             server.should_exit = True
             await serving
 
 
-async def _input_closed() -> None:
+async def _answer() -> None:
+    """Say to each line how many seconds of processor time the process has used, until standard input is closed."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    await reader.read()
+    while await reader.readline():
+        say({"cpu": process_time()})
 
 
 def main() -> int:
@@ -63,7 +65,7 @@ def main() -> int:
     pin(SERVER_CORE)
     try:
         uvloop.run(_serve(*sys.argv[1:]))
-    except (IdempotencyError, SQLAlchemyError, OSError) as error:
+    except (IdempotencyError, SQLAlchemyError, *FLOOR_ERRORS) as error:
         say({"error": str(error)})
         return 2
     return 0

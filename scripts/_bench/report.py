@@ -74,7 +74,7 @@ ENCRYPTION = "\n".join(
 )
 ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
 
-_HTTP_SIDE = " |{:>7}{:>12}{:>8}{:>8}"
+_HTTP_SIDE = " |{:>7}{:>11}{:>6}{:>8}{:>8}"
 _HTTP = "{:<20}" + _HTTP_SIDE * 2 + " |{:>9}"
 _HTTP_GOALS = {
     **{f"{store} no key": 0.99 for store in ("Redis", "PostgreSQL", "memory", "SQLite", "MariaDB/MySQL")},
@@ -88,9 +88,10 @@ HTTP = "\n".join(
     (
         "",
         "Requests per second over HTTP, as a ratio to the bare application in the same round: the median, and the",
-        "middle half of the rounds. Milliseconds of a request: medians of the rounds. The floor has two round trips of",
-        "redis-py or asyncpg for a first execution, one for a replay, and nothing else. One uvicorn worker (uvloop,",
-        "httptools) for each; the load comes from one process, on another core.",
+        "middle half of the rounds. CPU: the same ratio of the processor time of the server, which other work on the",
+        "machine moves less. Latencies in ms: medians of the rounds. The floor has two round trips of redis-py or",
+        "asyncpg for a first execution, one for a replay, and nothing else. Each server is one uvicorn worker (uvloop,",
+        "httptools) on one core; the load comes from another.",
     )
 )
 
@@ -102,9 +103,9 @@ def http_table(results: Results) -> str:
     stores = dict.fromkeys(case.store for case in figures if case != BARE)
     bare = figures[BARE]
     rows = [
-        _HTTP.format(f"{results.connections} connections", "", "", "", "", "floor", "", "", "", "at least"),
-        _HTTP.format("", *("ratio", "half", "p50", "p99") * 2, ""),
-        _HTTP.format(BARE.name, "", f"{bare.rate:,.0f}/s", f"{bare.p50:.2f}", f"{bare.p99:.2f}", *[""] * 5),
+        _HTTP.format(f"{results.connections} connections", *[""] * 5, "floor", *[""] * 4, "at least"),
+        _HTTP.format("", *("ratio", "half", "CPU", "p50", "p99") * 2, ""),
+        _HTTP.format(BARE.name, "", f"{bare.rate:,.0f}/s", "", f"{bare.p50:.2f}", f"{bare.p99:.2f}", *[""] * 6),
     ]
     for case in (Case(store, kind) for store in stores for kind in KINDS):
         floor = figures.get(Case(case.store, case.kind, floor=True))
@@ -117,11 +118,12 @@ def http_table(results: Results) -> str:
     return "\n".join(("", *rows, f"The load process used at most {results.busy:.0%} of its core."))
 
 
-def _http_side(figures: Figures | None) -> tuple[str, str, str, str]:
+def _http_side(figures: Figures | None) -> tuple[str, ...]:
     if figures is None:
-        return ("-", "", "", "")
+        return "-", "", "", "", ""
     low, high = figures.quartiles
-    return f"{figures.ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{figures.p50:.2f}", f"{figures.p99:.2f}"
+    ratios = f"{figures.ratio:.2f}", f"{low:.2f}-{high:.2f}", f"{figures.cpu_ratio:.2f}"
+    return *ratios, *(f"{latency:.{1 if latency >= 100 else 2}f}" for latency in (figures.p50, figures.p99))
 
 
 def encryption_row(added: Added) -> str:
