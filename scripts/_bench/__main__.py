@@ -122,7 +122,10 @@ def _parsed() -> argparse.Namespace:
         action="append",
         help=f"how many are open in a burst; repeatable; default: {' and '.join(map(str, http_run.CONNECTIONS))}",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.only != "http" and (options.seconds or options.connections):
+        parser.error("--seconds and --connections are options of --http")
+    return options
 
 
 def _plan(options: argparse.Namespace) -> http_run.Plan:
