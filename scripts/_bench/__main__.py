@@ -129,7 +129,7 @@ def _parsed() -> argparse.Namespace:
 
 
 def _plan(options: argparse.Namespace) -> http_run.Plan:
-    rounds, seconds = (7, 0.25) if options.quick else (15, 0.5)
+    rounds, seconds = (7, 0.25) if options.quick else (11, 0.5)
     return http_run.Plan(rounds, options.seconds or seconds, options.connections or http_run.CONNECTIONS)
 
 

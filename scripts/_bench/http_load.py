@@ -25,7 +25,7 @@ _DONE = range(10**11, 10**11 + 512)
 """The keys of replays: more than connections, so that two requests at a time rarely have the same."""
 
 _KEY = "00000000-0000-4000-8000-{}"
-_ENOUGH = 4
+_ENOUGH = 2
 """Answers on each connection: with fewer, a burst shows how its first requests queue, and not a rate."""
 
 _PATIENCE = 30.0
