@@ -9,21 +9,24 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import calls
 import encryption
+import messages
 import overhead
 import report
 import table_size
 import throughput
+from sql_subject import SQL
 from sqlalchemy.exc import SQLAlchemyError
 from subjects import Subject, reference_url, subject_of
 
-from idempotency.errors import IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError
 
 _SERVERS = ((6379, "redis://127.0.0.1:6379/0"), (5432, "postgresql+asyncpg://postgres@127.0.0.1:5432/test"))
 _MARIADB = (3306, "mysql+aiomysql://root@127.0.0.1:3306/test")
+_RABBITMQ = "amqp://guest:guest@127.0.0.1:5672/"
 
 
 def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
@@ -60,6 +63,8 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
         for url in urls:
             print(report.encryption_row(await encryption.measure(url, 20 if quick else 100)), flush=True)
         print(report.ENCRYPTION_TARGETS)
+    if only == "messages":
+        await _messages(subjects, quick)
     if only in (None, "table"):
         references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
         await _tables(subjects, references, quick)
@@ -84,6 +89,18 @@ async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
         async with _opened(subject):
             async for cost in calls.measure(subject, 7 if quick else 21):
                 print(report.calls_row(subject.name, cost), flush=True)
+
+
+async def _messages(subjects: Sequence[Subject], quick: bool) -> None:
+    database = next((each for each in subjects if isinstance(each, SQL) and each.name == "PostgreSQL"), None)
+    if database is None:
+        raise ConfigurationError("--messages needs a PostgreSQL, where the effects are")
+    async with AsyncExitStack() as stack:
+        for subject in subjects:
+            await stack.enter_async_context(_opened(subject))
+        amount = {"messages": 200, "rounds": 3} if quick else {"messages": 600, "rounds": 9}
+        rates = await messages.measure(_RABBITMQ, database, subjects, **amount)
+    print(report.messages_table(rates), flush=True)
 
 
 async def _tables(subjects: Sequence[Subject], references: Sequence[Subject], quick: bool) -> None:
@@ -128,13 +145,21 @@ def main() -> int:
         const="encryption",
         help="measure only what encryption adds to a replay",
     )
+    alone.add_argument(
+        "--messages",
+        dest="only",
+        action="store_const",
+        const="messages",
+        help="measure only a consumer of a local RabbitMQ, with effects in PostgreSQL",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="idempotency-bench-") as directory:
         sqlite = f"sqlite+aiosqlite:///{directory}/bench.sqlite3"
         servers = (*_SERVERS, _MARIADB) if options.only == "calls" else _SERVERS
         # In memory there is no round trip to compare encryption to.
         memory = [] if options.only == "encryption" else ["memory://"]
-        urls: list[str] = options.store or [*memory, sqlite, *_reachable(servers)]
+        local = [] if options.only == "messages" else [*memory, sqlite]
+        urls: list[str] = options.store or [*local, *_reachable(servers)]
         try:
             asyncio.run(_run(urls, quick=options.quick, only=options.only))
         except (IdempotencyError, SQLAlchemyError, OSError) as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from calls import Throughput, Trips
 from encryption import Added
+from messages import BARE, ONE, PREFETCH, THREE, Rate
 from overhead import Overhead
 from table_size import Costs
 from throughput import CONCURRENCY
@@ -73,6 +76,18 @@ ENCRYPTION = "\n".join(
 )
 ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
 
+_MESSAGES = "{:<20}" + "{:>9}{:>7}{:>7}{:>7} |" * 2
+_MESSAGES_HEAD = "\n".join(
+    (
+        "",
+        f"Messages per second of one aio-pika consumer, prefetch {PREFETCH}, at their first and at a second delivery,",
+        "with effects in PostgreSQL; their ratios to the bare handler, which is one INSERT in a transaction, and to",
+        "claim, INSERT and completion by hand, in one transaction and in three.",
+        "",
+        _MESSAGES.format("", "first", "/bare", "/one", "/three", "replay", "/bare", "/one", "/three"),
+    )
+)
+
 
 def encryption_row(added: Added) -> str:
     """Format what encryption adds on one store."""
@@ -119,6 +134,19 @@ def calls_row(name: str, cost: Throughput | Trips) -> str:
             ),
         )
     )
+
+
+def messages_table(rates: Sequence[Rate]) -> str:
+    """Format the throughput of every way to consume messages."""
+    by_name = {rate.name: rate for rate in rates}
+    bare, one, three = (by_name[name] for name in (BARE, ONE, THREE))
+    rows = [_MESSAGES_HEAD]
+    for rate in rates:
+        firsts = [f"{rate.first:.0f}", *(_ratio(rate.first, each.first) for each in (bare, one, three))]
+        floors = bare.first, one.replay, three.replay
+        replays = [f"{rate.replay:.0f}", *(_ratio(rate.replay, each) for each in floors)] if rate.replay else ["-"] * 4
+        rows.append(_MESSAGES.format(rate.name, *firsts, *replays))
+    return "\n".join(rows)
 
 
 def table_row(name: str, costs: Costs) -> str:
