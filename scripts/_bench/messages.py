@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from statistics import median
+from time import process_time_ns
 from typing import Any
 
 from aio_pika import Message, connect_robust
@@ -35,11 +37,19 @@ _numbers = count()
 
 @dataclass(frozen=True)
 class Rate:
-    """Messages per second, at their first and at their second delivery; a bare handler has no second."""
+    """Messages per second, and microseconds of this process's processor time per message."""
+
+    per_second: float
+    processor: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of one way, at the first and at the second delivery; a bare handler has no second."""
 
     name: str
-    first: float
-    replay: float | None
+    first: Rate
+    replay: Rate | None
 
 
 class Countdown:
@@ -89,7 +99,7 @@ class Effects:
             raise RuntimeError(f"{messages} messages were handled {way}: {found[0]} effects, of {found[1]} messages")
 
 
-async def measure(broker: str, database: SQL, leased: Sequence[Subject], *, messages: int, rounds: int) -> list[Rate]:
+async def measure(broker: str, database: SQL, leased: Sequence[Subject], *, messages: int, rounds: int) -> list[Rates]:
     """Consume so many messages in every way, round by round.
 
     ``database`` is a PostgreSQL; effects and records by hand are there, and the joined records. ``leased``: the stores
@@ -112,8 +122,11 @@ async def measure(broker: str, database: SQL, leased: Sequence[Subject], *, mess
         for each in all_measured:
             async with sessions() as session:
                 await effects.expect(session, each.way.name, each.published)
-    rates = {name: messages * 1e6 / each for name, each in took.items()}
-    return [Rate(way.name, rates[way.name], rates.get(_again(way))) for way in ways]
+    rates = {}
+    for each in all_measured:
+        for name, processor in each.processor.items():
+            rates[name] = Rate(messages * 1e6 / took[name], median(processor) / messages / 1000)
+    return [Rates(way.name, rates[way.name], rates.get(_again(way))) for way in ways]
 
 
 @asynccontextmanager
@@ -139,6 +152,7 @@ class Measured:
     def __init__(self, way: Way, place: str, channel: Any, messages: int) -> None:
         self.way = way
         self.published = 0
+        self.processor: dict[str, list[int]] = {}
         self._channel = channel
         self._place = f"{place}_{way.name}"
         self._done = self._new_ids(messages)
@@ -147,14 +161,17 @@ class Measured:
     async def open(self) -> None:
         """Declare the queue, and handle for the first time the messages that are delivered again later."""
         self._queue: AbstractQueue = await self._channel.declare_queue(self._place, exclusive=True)
-        await self._consume(await self._publish(self._done))
+        await self._consume([], await self._publish(self._done))
 
     def cases(self) -> list[Case]:
         """Return the cases of first and of second deliveries."""
-        cases = [Case(self.way.name, lambda: self._publish(self._new_ids(self._messages)), self._consume)]
+        cases = [self._case(self.way.name, lambda: self._publish(self._new_ids(self._messages)))]
         if self.way.replays:
-            cases.append(Case(_again(self.way), lambda: self._publish(self._done), self._consume))
+            cases.append(self._case(_again(self.way), lambda: self._publish(self._done)))
         return cases
+
+    def _case(self, name: str, publish: Callable[[], Awaitable[int]]) -> Case:
+        return Case(name, publish, partial(self._consume, self.processor.setdefault(name, [])))
 
     def _new_ids(self, messages: int) -> list[str]:
         self.published += messages
@@ -166,10 +183,12 @@ class Measured:
             await self._channel.default_exchange.publish(Message(body, message_id=each), self._place)
         return len(ids)
 
-    async def _consume(self, messages: int) -> None:
+    async def _consume(self, processor: list[int], messages: int) -> None:
         self.way.handled.begin(messages)
+        began = process_time_ns()
         async with asyncio.timeout(_LIMIT):
             await self.way.consume(self._queue, self.way.handled)
+        processor.append(process_time_ns() - began)
 
 
 def _ways_by_hand(

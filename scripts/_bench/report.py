@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from calls import Throughput, Trips
 from encryption import Added
-from messages import BARE, ONE, PREFETCH, THREE, Rate
+from messages import BARE, ONE, PREFETCH, THREE, Rate, Rates
 from overhead import Overhead
 from table_size import Costs
 from throughput import CONCURRENCY
@@ -76,15 +76,16 @@ ENCRYPTION = "\n".join(
 )
 ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
 
-_MESSAGES = "{:<20}" + "{:>9}{:>7}{:>7}{:>7} |" * 2
+_MESSAGES = "{:<20}" + "{:>8}{:>6}{:>7}{:>7}{:>7} |" * 2
 _MESSAGES_HEAD = "\n".join(
     (
         "",
         f"Messages per second of one aio-pika consumer, prefetch {PREFETCH}, at their first and at a second delivery,",
         "with effects in PostgreSQL; their ratios to the bare handler, which is one INSERT in a transaction, and to",
-        "claim, INSERT and completion by hand, in one transaction and in three.",
+        "claim, INSERT and completion by hand, in one transaction and in three. µs: processor time of the consumer",
+        "per message, which other work on the machine moves least.",
         "",
-        _MESSAGES.format("", "first", "/bare", "/one", "/three", "replay", "/bare", "/one", "/three"),
+        _MESSAGES.format("", *("first", "µs", "/bare", "/one", "/three"), *("replay", "µs", "/bare", "/one", "/three")),
     )
 )
 
@@ -136,17 +137,23 @@ def calls_row(name: str, cost: Throughput | Trips) -> str:
     )
 
 
-def messages_table(rates: Sequence[Rate]) -> str:
+def messages_table(all_rates: Sequence[Rates]) -> str:
     """Format the throughput of every way to consume messages."""
-    by_name = {rate.name: rate for rate in rates}
+    by_name = {rates.name: rates for rates in all_rates}
     bare, one, three = (by_name[name] for name in (BARE, ONE, THREE))
     rows = [_MESSAGES_HEAD]
-    for rate in rates:
-        firsts = [f"{rate.first:.0f}", *(_ratio(rate.first, each.first) for each in (bare, one, three))]
-        floors = bare.first, one.replay, three.replay
-        replays = [f"{rate.replay:.0f}", *(_ratio(rate.replay, each) for each in floors)] if rate.replay else ["-"] * 4
-        rows.append(_MESSAGES.format(rate.name, *firsts, *replays))
+    for rates in all_rates:
+        first = _message_fields(rates.first, bare.first, one.first, three.first)
+        replay = _message_fields(rates.replay, bare.first, one.replay, three.replay)
+        rows.append(_MESSAGES.format(rates.name, *first, *replay))
     return "\n".join(rows)
+
+
+def _message_fields(rate: Rate | None, *floors: Rate | None) -> list[str]:
+    if rate is None:
+        return ["-"] * (2 + len(floors))
+    ratios = (_ratio(rate.per_second, floor and floor.per_second) for floor in floors)
+    return [f"{rate.per_second:.0f}", f"{rate.processor:.0f}", *ratios]
 
 
 def table_row(name: str, costs: Costs) -> str:

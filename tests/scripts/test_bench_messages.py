@@ -40,7 +40,7 @@ async def test_every_way_handles_each_message_once_and_has_a_row(postgres_url: s
     assert [(rate.name, rate.replay is not None) for rate in rates] == [(name, name != "bare") for name in names]
     rows = bench("report").messages_table(rates).splitlines()[-5:]
     assert [row[:20].strip() for row in rows] == names
-    assert rows[0].split("|")[0].split()[2] == "1.00"
+    assert rows[0].split("|")[0].split()[3] == "1.00"
 
 
 async def test_an_effect_that_happened_twice_ends_the_measuring(
