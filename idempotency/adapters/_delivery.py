@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Protocol
 
@@ -142,6 +142,9 @@ async def handle_all(
     settled, and so redelivered. ``failed`` is set when one raises.
     """
     failed = failed or asyncio.Event()
+    ends = failed, *stops
+    # Made once, and not for each message: a task costs more than the rest of taking a message.
+    waiting = [asyncio.create_task(each.wait()) for each in ends]
     free, running, errors = asyncio.Semaphore(concurrency), set[asyncio.Task[None]](), list[BaseException]()
 
     def ended(task: asyncio.Task[None]) -> None:
@@ -153,36 +156,37 @@ async def handle_all(
 
     try:
         # Wait for a free place before the next is taken: no other consumer could have a delivery that waits here.
-        while await free.acquire() and (delivery := await _next(deliveries, failed, *stops)) is not None:
+        while await free.acquire() and (delivery := await _next(deliveries, ends, waiting)) is not None:
             task = asyncio.create_task(handle(handler, delivery))
             running.add(task)
             task.add_done_callback(ended)
         while running:
             await asyncio.wait(running)
     finally:
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
+        for each in (*running, *waiting):
+            each.cancel()
+        await asyncio.wait((*running, *waiting))
     if errors:
         raise errors[0]
     # Writes in the background must end before the caller closes the store, its client or its engine.
     await drain()
 
 
-async def _next(deliveries: AsyncIterator[Delivery], *stops: asyncio.Event) -> Delivery | None:
-    if any(stop.is_set() for stop in stops):
+async def _next(
+    deliveries: AsyncIterator[Delivery], ends: Iterable[asyncio.Event], waiting: Iterable[asyncio.Task[Any]]
+) -> Delivery | None:
+    """Return the next delivery, None where there are no more or an end is set; ``waiting``: the tasks that wait."""
+    if any(end.is_set() for end in ends):
         return None
     taking = asyncio.create_task(_take(deliveries))
-    waiting = [taking, *(asyncio.create_task(stop.wait()) for stop in stops)]
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((taking, *waiting), return_when=asyncio.FIRST_COMPLETED)
         return taking.result() if taking.done() else None
     finally:
-        for task in waiting:
-            task.cancel()
-        # The tasks must have ended before the caller closes what they wait for.
-        await asyncio.wait(waiting)
+        if not taking.done():
+            taking.cancel()
+            # The task must have ended before the caller closes what it waits for.
+            await asyncio.wait((taking,))
 
 
 async def _take(deliveries: AsyncIterator[Delivery]) -> Delivery | None:

@@ -9,27 +9,34 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import calls
 import encryption
+import http_report
 import http_run
+import messages
+import messages_report
 import overhead
 import report
 import table_size
 import throughput
 from http_child import MeasureError
+from sql_subject import SQL
 from sqlalchemy.exc import SQLAlchemyError
 from subjects import Subject, opened, reference_url, subject_of
 
-from idempotency.errors import IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError
 
 _SERVERS = ((6379, "redis://127.0.0.1:6379/0"), (5432, "postgresql+asyncpg://postgres@127.0.0.1:5432/test"))
 _MARIADB = (3306, "mysql+aiomysql://root@127.0.0.1:3306/test")
+_RABBITMQ = "amqp://guest:guest@127.0.0.1:5672/"
 
 _ALONE = {
     "table": "the cost against the size of the table",
     "calls": "functions: joined transactions, and calls on Redis",
     "encryption": "what encryption adds to a replay",
+    "messages": "a consumer of a local RabbitMQ, with effects in PostgreSQL",
     "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
 }
 
@@ -54,6 +61,8 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
         await _requests(subjects, quick)
     if only in (None, "calls"):
         await _calls(subjects, quick)
+    if only == "messages":
+        await _messages(subjects, quick)
     if only == "encryption":
         print(report.ENCRYPTION)
         for url in urls:
@@ -65,9 +74,9 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
 
 
 async def _http(urls: Sequence[str], plan: http_run.Plan) -> None:
-    print(f"{report.NOISE}\n{report.HTTP}", flush=True)
+    print(f"{report.NOISE}\n{http_report.HTTP}", flush=True)
     async for results in http_run.measure(urls, f"idempotency_bench_{os.getpid()}", plan):
-        print(report.http_table(results), flush=True)
+        print(http_report.http_table(results), flush=True)
 
 
 async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
@@ -81,6 +90,18 @@ async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
         async with opened(subject):
             ratios = await throughput.measure(subject, 3 if quick else 7)
             print(report.throughput_row(subject.name, ratios), flush=True)
+
+
+async def _messages(subjects: Sequence[Subject], quick: bool) -> None:
+    database = next((each for each in subjects if isinstance(each, SQL) and each.name == "PostgreSQL"), None)
+    if database is None:
+        raise ConfigurationError("--messages needs a PostgreSQL, where the effects are")
+    async with AsyncExitStack() as stack:
+        for subject in subjects:
+            await stack.enter_async_context(opened(subject))
+        amount = {"messages": 200, "rounds": 3} if quick else {"messages": 600, "rounds": 9}
+        rates = await messages.measure(_RABBITMQ, database, subjects, **amount)
+    print(messages_report.messages_table(rates), flush=True)
 
 
 async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
@@ -136,8 +157,8 @@ def _plan(options: argparse.Namespace) -> http_run.Plan:
 def _urls(only: str | None, directory: str) -> list[str]:
     servers = _reachable((*_SERVERS, _MARIADB) if only == "calls" else _SERVERS)
     # In memory there is no round trip to compare encryption to.
-    memory = [] if only in ("encryption", "http") else ["memory://"]
-    sqlite = [] if only == "http" else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
+    memory = [] if only in ("encryption", "http", "messages") else ["memory://"]
+    sqlite = [] if only in ("http", "messages") else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
     return [*memory, *sqlite, *servers]
 
 

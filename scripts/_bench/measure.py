@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from inspect import isawaitable
 from random import Random
 from statistics import median
 from time import perf_counter_ns
@@ -15,7 +16,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """``run`` is timed, on each of ``repeat`` arguments that ``prepare`` made; ``check`` gets them afterwards."""
+    """``run`` is timed, on each of ``repeat`` arguments that ``prepare`` made; ``check`` gets them afterwards.
+
+    What ``prepare`` returns is awaited first, if it can be.
+    """
 
     name: str
     prepare: Callable[[], Any]
@@ -38,7 +42,7 @@ async def medians(cases: Sequence[Case], rounds: int, warm_up: int = 20) -> dict
 
 async def _time(case: Case) -> float:
     run = case.run
-    arguments = [case.prepare() for _ in range(case.repeat)]
+    arguments = [await _prepared(case) for _ in range(case.repeat)]
     started = perf_counter_ns()
     for argument in arguments:
         await run(argument)
@@ -46,3 +50,8 @@ async def _time(case: Case) -> float:
     for argument in arguments:
         case.check(argument)
     return took / 1000 / case.repeat
+
+
+async def _prepared(case: Case) -> Any:
+    argument = case.prepare()
+    return await argument if isawaitable(argument) else argument
