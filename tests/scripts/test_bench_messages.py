@@ -38,7 +38,7 @@ async def test_every_way_handles_each_message_once_and_has_a_row(postgres_url: s
 
     names = ["bare", "by hand, one", "by hand, three", "joined", "leased PostgreSQL"]
     assert [(rate.name, rate.replay is not None) for rate in rates] == [(name, name != "bare") for name in names]
-    rows = bench("report").messages_table(rates).splitlines()[-5:]
+    rows = bench("messages_report").messages_table(rates).splitlines()[-5:]
     assert [row[:20].strip() for row in rows] == names
     assert rows[0].split("|")[0].split()[3] == "1.00"
 
