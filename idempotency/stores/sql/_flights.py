@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain, islice
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from idempotency._sql.bounded import Abandoned, InFlight
 from idempotency._synchronization import Deadline
@@ -27,10 +27,26 @@ MOST_BYTES = 256 * 1024
 """Bytes in one flight. It takes no further call once it has that many."""
 
 
-class _Ticket(Generic[Call, Answer]):
-    """A call that waits for its answer. ``flight``: the one that it is in; None while it is not sent."""
+class Limits(NamedTuple):
+    """What limits flights.
 
-    __slots__ = ("answer", "call", "flight", "record", "size")
+    ``slots``: a flight takes one. ``timeout``: seconds for a call, from its start, and for a flight from its own, which
+    is then cut off, and ends among the ``abandoned``.
+    """
+
+    slots: asyncio.Semaphore
+    timeout: float
+    abandoned: Abandoned
+
+
+class _Ticket(Generic[Call, Answer]):
+    """A call that waits for its answer.
+
+    ``flight``: the one that it is in; None while it is not sent. ``others``: the calls about the same record that
+    waited too when it was sent.
+    """
+
+    __slots__ = ("answer", "call", "flight", "others", "record", "size")
 
     def __init__(self, record: bytes, call: Call, size: int, answer: Future[Answer | None]) -> None:
         self.record = record
@@ -38,6 +54,7 @@ class _Ticket(Generic[Call, Answer]):
         self.size = size
         self.answer = answer
         self.flight: Task[None] | None = None
+        self.others: Sequence[_Ticket[Call, Answer]] = ()
 
     def settle(self, answer: Answer | None) -> None:
         if not self.answer.done():
@@ -48,22 +65,19 @@ class Flights(Generic[Call, Answer]):
     """The flights of one kind of call, in one event loop: one at a time.
 
     ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back. If
-    it raises, it gives all of them back. ``slots``: a flight takes one. ``timeout``: seconds for a call, from its
-    start, and for a flight, which is then cut off.
+    it raises, it gives all of them back. Two calls about one record never fly together. But an answer also answers
+    another call about the record that waited when the flight began, where ``answers_too`` says so.
     """
 
     def __init__(
         self,
         fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | None]]],
-        *,
-        slots: asyncio.Semaphore,
-        timeout: float,
-        abandoned: Abandoned,
+        answers_too: Callable[[Answer, Call], bool],
+        limits: Limits,
     ) -> None:
         self._send_together = fly
-        self._slots = slots
-        self._timeout = timeout
-        self._abandoned = abandoned
+        self._answers_too = answers_too
+        self._slots, self._timeout, self._abandoned = limits
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
         self._under_way: Task[None] | None = None
 
@@ -104,7 +118,8 @@ class Flights(Generic[Call, Answer]):
             self._waiting.clear()
             raise
         finally:
-            for ticket in tickets:
+            # All that have no answer. The others too: their row may be locked, which would delay one flight after another.
+            for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
                 ticket.settle(None)
             self._land(flight)
 
@@ -120,6 +135,9 @@ class Flights(Generic[Call, Answer]):
             limit.cancel()
         for ticket, answer in zip(tickets, answers, strict=True):
             ticket.settle(answer)
+            for other in ticket.others:
+                if answer is not None and self._answers_too(answer, other.call):
+                    other.settle(answer)
 
     def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:
         """Take calls that wait: of each record the first one, which is the only one that may be under way."""
@@ -132,7 +150,7 @@ class Flights(Generic[Call, Answer]):
             while tickets:
                 ticket = tickets.popleft()
                 if not ticket.answer.done():  # else it is withdrawn
-                    ticket.flight = flight
+                    ticket.flight, ticket.others = flight, [*tickets]
                     boarded.append(ticket)
                     size += ticket.size
                     break

@@ -20,7 +20,7 @@ from idempotency._synchronization import Deadline
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._database import Database
-from idempotency.stores.sql._flights import Flights
+from idempotency.stores.sql._flights import Flights, Limits
 from idempotency.stores.sql._verbs import Found, claim_values, complete_values, read_record
 
 T = TypeVar("T")
@@ -61,8 +61,9 @@ class Together:
         self._timeout = timeout
         self._guard = guard
         self._sealing = sealing
-        self._claims = Flights(self._fly_claims, slots=slots, timeout=timeout, abandoned=abandoned)
-        self._completions = Flights(self._fly_completions, slots=slots, timeout=timeout, abandoned=abandoned)
+        limits = Limits(slots, timeout, abandoned)
+        self._claims = Flights(self._fly_claims, _is_owned_by_another, limits)
+        self._completions = Flights(self._fly_completions, lambda *_: False, limits)
         # A call that was given back may wait for a lock. So such calls do not take all of the slots.
         self._alone_slots = asyncio.Semaphore(max(1, database.max_parallel - 2))
         self._alone: Counter[bytes] = Counter()
@@ -133,6 +134,13 @@ class Together:
         self, verb: Literal["claim", "complete"], values: Values, statement: InFlight
     ) -> Iterable[Sequence[Any]]:
         return await greenlet_spawn(self._database.fetch, verb, values, statement)
+
+
+def _is_owned_by_another(record: Record, claim: Claim) -> bool:
+    """Return whether a record, as another claim found or made it, is what ``claim`` would find too."""
+    if not record.readable:
+        return False
+    return record.state is not State.RUNNING or (record.lease_left > 0 and record.token != claim.token)
 
 
 async def _in_parts(
