@@ -38,8 +38,8 @@ def in_transaction(driver: str, connection: Any) -> bool | None:
     return None
 
 
-FETCHING = frozenset({"asyncpg", "psycopg_async"})
-"""The drivers that :func:`fetch` knows, as their dialects name them."""
+FETCHING = frozenset({"asyncpg", "psycopg"})
+"""The drivers that :func:`fetch` knows, where they are used by asyncio."""
 
 
 def fetch(driver: str, connection: Any, sql: str, parameters: Any) -> Sequence[Sequence[Any]]:

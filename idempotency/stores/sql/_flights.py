@@ -118,7 +118,7 @@ class Flights(Generic[Call, Answer]):
             self._waiting.clear()
             raise
         finally:
-            # All that have no answer. The others too: their row may be locked, which would delay one flight after another.
+            # Those without an answer. The others too: if their row is locked, each would delay the next flight.
             for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
                 ticket.settle(None)
             self._land(flight)

@@ -112,14 +112,14 @@ WITH before AS MATERIALIZED (
 )
 SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN found ON TRUE"""
 
-# Many claims in one statement. It inserts where there is no row, and reads the rows that no claim can take. The others,
-# which are expired, lapsed or of the same token, it returns not at all: their claims are sent alone. So it waits only
-# for a transaction that has inserted the same id and is not committed, and then for a moment only. LATERAL and LIMIT
-# have the rows read by their ids, in the order of the arrays, whatever the statistics of the table are.
+# Many claims in one statement. It inserts where there is no row, and reads the others. A row that a claim may take is
+# marked as free, and not taken: that claim is sent alone. So the statement locks nothing but what it inserts. It waits
+# only where another transaction has inserted the same id and is not committed. LATERAL and LIMIT have the rows read by
+# their ids, in the order of the arrays, whatever the statistics of the table are.
 _CLAIMED_TOGETHER = "id, scope, key, token, fingerprint, hold, latest, lease, keep"
 _CLAIM_TOGETHER = f"""
 WITH bound AS MATERIALIZED (
-    SELECT set_config('lock_timeout', '{{moment}}', TRUE) AS applied
+    SELECT set_config('lock_timeout', :wait, TRUE) AS applied
 ), asked AS MATERIALIZED (
     SELECT * FROM unnest(:ids, :scopes, :keys, :tokens, :fingerprints, :holds, :latests, :leases, :keeps)
     AS asked({_CLAIMED_TOGETHER})
@@ -133,8 +133,8 @@ WITH bound AS MATERIALIZED (
     ORDER BY asked.id
     ON CONFLICT (id) DO NOTHING RETURNING id
 )
-SELECT id, {_NAMES} FROM seen WHERE NOT free
-UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NULL FROM won"""
+SELECT id, {_NAMES}, free FROM seen
+UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NULL, FALSE FROM won"""
 
 # Many completions in one statement. A row that is locked is not returned, and its completion is sent alone.
 _COMPLETE_TOGETHER = f"""
@@ -150,9 +150,6 @@ WITH asked AS MATERIALIZED (
     FROM owned WHERE r.ctid = owned.place RETURNING r.id, r.watched
 )
 SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL END FROM ended"""
-
-_MOMENT = "5ms"
-"""How long the claims that are sent together wait for a lock. Then all of them have waited in vain."""
 
 # A watcher may rely on a notification only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
@@ -328,8 +325,8 @@ class Statements:
 
     def _together(self, dialect: Dialect) -> tuple[Compiled, Compiled]:
         # The parameters of a claim are columns here.
-        claim = re.sub(r":(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
-        statements = self._text(claim, r="r.", moment=_MOMENT), self._text(_COMPLETE_TOGETHER, r="r.")
+        claim = re.sub(r":(?!wait)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
+        statements = self._text(claim, r="r."), self._text(_COMPLETE_TOGETHER, r="r.")
         return Compiled(statements[0], dialect), Compiled(statements[1], dialect)
 
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:

@@ -31,6 +31,12 @@ Verb = Literal["claim", "complete"]
 Alone = Callable[[float], Awaitable[T]]
 """A function that sends one call alone, for at most the given seconds."""
 
+_WAIT = "25ms"
+"""How long claims that are sent together wait for a lock: for longer than a commit takes, mostly."""
+
+_WAIT_AGAIN = "5ms"
+"""How long each half of them waits, where all have waited in vain: a lock is then one that is held for long."""
+
 _LARGEST = 64 * 1024
 """Bytes of a result that flies."""
 
@@ -102,17 +108,33 @@ class Together:
                 del self._alone[record]
 
     async def _fly_claims(self, claims: Sequence[Claim], statement: InFlight) -> Sequence[Record | None]:
-        async def send(claims: Sequence[Claim]) -> Sequence[Record | None]:
-            asked = [self._guard.ask(claim) for claim in claims]
-            values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
-            rows = await self._fetch("claim", _arrays(_CLAIMED, values), statement)
-            found = {bytes(row[0]): Found(*row[1:]) for row in rows}
-            return [
-                None if (row := found.get(claim.id)) is None else self._read(claim, each, row)
-                for claim, each in zip(claims, asked, strict=True)
-            ]
+        found = await self._find(claims, statement, _WAIT)
+        # Where neither a row was found nor one was made, another transaction has made it meanwhile.
+        missed = [claim for claim in claims if claim.id not in found]
+        if missed:
+            found |= await self._find(missed, statement, _WAIT)
+        return [found.get(claim.id) for claim in claims]
 
-        return await _in_parts(send, claims)
+    async def _find(self, claims: Sequence[Claim], statement: InFlight, wait: str) -> dict[bytes, Record | None]:
+        """Send claims, and return what was found under each id: None where the claim must be sent alone."""
+        asked = [self._guard.ask(claim) for claim in claims]
+        values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
+        try:
+            rows = await self._fetch("claim", {**_arrays(_CLAIMED, values), "wait": wait}, statement)
+        except Exception as error:
+            if not refuses_one(error):
+                raise
+            if len(claims) == 1:
+                return {claims[0].id: None}
+            half = len(claims) // 2
+            found = await self._find(claims[:half], statement, _WAIT_AGAIN)
+            return found | await self._find(claims[half:], statement, _WAIT_AGAIN)
+        rows_found = {bytes(row[0]): Found(*row[1:]) for row in rows}
+        return {
+            claim.id: None if row.free else self._read(claim, each, row)
+            for claim, each in zip(claims, asked, strict=True)
+            if (row := rows_found.get(claim.id)) is not None
+        }
 
     def _read(self, claim: Claim, asked: Asked, row: Found) -> Record:
         if row.version is None:
@@ -123,12 +145,21 @@ class Together:
         return self._guard.read(asked, claim, record, float(row.now_ms))
 
     async def _fly_completions(self, calls: Sequence[Values], statement: InFlight) -> Sequence[bool | None]:
-        async def send(calls: Sequence[Values]) -> Sequence[bool | None]:
-            values = {**_arrays(_COMPLETED, calls), "channel": self._database.table.name}
-            ended = {bytes(row[0]) for row in await self._fetch("complete", values, statement)}
-            return [True if call["id"] in ended else None for call in calls]
+        ended = await self._end(calls, statement)
+        return [True if call["id"] in ended else None for call in calls]
 
-        return await _in_parts(send, calls)
+    async def _end(self, calls: Sequence[Values], statement: InFlight) -> set[bytes]:
+        """Send completions, and return the ids of those that were recorded."""
+        try:
+            values = {**_arrays(_COMPLETED, calls), "channel": self._database.table.name}
+            return {bytes(row[0]) for row in await self._fetch("complete", values, statement)}
+        except Exception as error:
+            if not refuses_one(error):
+                raise
+            if len(calls) == 1:
+                return set()
+            half = len(calls) // 2
+            return await self._end(calls[:half], statement) | await self._end(calls[half:], statement)
 
     async def _fetch(
         self, verb: Literal["claim", "complete"], values: Values, statement: InFlight
@@ -141,21 +172,6 @@ def _is_owned_by_another(record: Record, claim: Claim) -> bool:
     if not record.readable:
         return False
     return record.state is not State.RUNNING or (record.lease_left > 0 and record.token != claim.token)
-
-
-async def _in_parts(
-    send: Callable[[Sequence[Call]], Awaitable[Sequence[T | None]]], calls: Sequence[Call]
-) -> Sequence[T | None]:
-    """Send calls together, and by halves where one of them is refused, until that one is alone: it is given back."""
-    try:
-        return await send(calls)
-    except Exception as error:
-        if not refuses_one(error):
-            raise
-        if len(calls) == 1:
-            return [None]
-        half = len(calls) // 2
-        return [*await _in_parts(send, calls[:half]), *await _in_parts(send, calls[half:])]
 
 
 def _arrays(names: Iterable[str], calls: Sequence[Values]) -> Values:
