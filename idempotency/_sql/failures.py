@@ -97,6 +97,14 @@ def waited_for_lock(error: BaseException) -> bool:
     return isinstance(code, int) and code & 0xFF in _LOCKED_SQLITE and code != BUSY_SNAPSHOT
 
 
+def refuses_one(error: BaseException) -> bool:
+    """Return whether one of several calls in a statement may have failed it: its row is locked, or its data refused.
+
+    ``error`` is the driver's own. The statement had no effect, and its connection can be used.
+    """
+    return error_code(error) in _LOCKED or refuses_data(error)
+
+
 def read_only(error: BaseException) -> bool:
     """Return whether the server, or the connection, takes no writes."""
     return _is_server(error) and error_code(error) in _READ_ONLY

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, PoolProxiedConnection
+from sqlalchemy import Connection, Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError
 
 # Drivers for whose cursors SQLAlchemy does nothing of its own. For asyncpg it watches for changes of the schema; for a
@@ -72,6 +72,26 @@ def setting(connection: Connection, name: str, value: int, before: int) -> Itera
     finally:
         if before != value and not connection.invalidated:
             send(connection, f"{name} = {before:d}", fetch=False)
+
+
+def is_observed(engine: Engine) -> bool:
+    """Return whether something takes part in each use of an engine: a listener of the application, or a log."""
+    events, pool = engine.dispatch, engine.pool.dispatch
+    return bool(
+        events.before_execute
+        or events.after_execute
+        or events.before_cursor_execute
+        or events.after_cursor_execute
+        or events.engine_connect
+        or events.set_connection_execution_options
+        or events.begin
+        or events.commit
+        or events.rollback
+        or pool.checkout
+        or pool.checkin
+        or pool.reset
+        or engine.echo
+    )
 
 
 def _observed(connection: Connection) -> bool:

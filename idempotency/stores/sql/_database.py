@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from idempotency._sql.bounded import InFlight
-from idempotency._sql.driver import in_transaction, lock_wait_limit
+from idempotency._sql.driver import FETCHING, fetch, in_transaction, lock_wait_limit
 from idempotency._sql.failures import (
     OpenTransactionError,
     describe_failure,
     is_repeatable,
+    refuses_one,
     replacing,
     unusable,
 )
 from idempotency._sql.pooler import is_behind_pooler
+from idempotency._sql.send import is_observed
 from idempotency.errors import IdempotencyError, StoreError
 from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
@@ -51,7 +54,7 @@ class Database:
 
     def __init__(self, engine: Engine, settings: Settings, owned: bool) -> None:
         self.engine = engine
-        self._table = settings.table
+        self.table = settings.table
         self._lock_wait = lock_wait_limit(settings.timeout)
         self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
@@ -63,6 +66,7 @@ class Database:
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
         self.pooler = settings.pooler if self._autocommit else False
         self._asks_for_pooler = self.pooler is None
+        self._fetches = engine.dialect.is_async and engine.dialect.driver in FETCHING
 
     @property
     def max_parallel(self) -> int:
@@ -94,9 +98,43 @@ class Database:
         raise AssertionError
 
     @property
+    def together(self) -> Verbs | None:
+        """The verbs whose statements for many calls can be sent by :meth:`fetch`.
+
+        None before the driver was tried by a claim, behind a pooler, and where something of the application takes part
+        in each use of the engine: it must see each statement in the context of its caller.
+        """
+        if not self._fetches or self.pooler is not False or is_observed(self.engine):
+            return None
+        verbs = self._verbs_in(self._schema)
+        return verbs if verbs.trusted else None
+
+    def fetch(
+        self, verb: Literal["claim", "complete"], values: dict[str, Any], statement: InFlight
+    ) -> Sequence[Sequence[Any]]:
+        """Send many calls in one statement, by the driver itself, and return the rows. Raises the driver's errors."""
+        verbs = self.together
+        with self._opened(statement) as connection:
+            if verbs is None or self._is_behind_pooler(connection):
+                raise StoreError("calls cannot be sent together any more")
+            compiled = verbs.claim_together if verb == "claim" else verbs.complete_together
+            assert compiled is not None
+            driver: Any = connection.connection.driver_connection
+            try:
+                return fetch(connection.dialect.driver, driver, compiled.sql, compiled.parameters(values))
+            except BaseException as error:
+                if not refuses_one(error):
+                    connection.invalidate(error)
+                raise
+
+    @property
     def name(self) -> str:
         """The name of the table, with its schema if that is named."""
-        return located(self._table, schema_by(self.engine.get_execution_options(), self._table)).fullname
+        return located(self.table, self._schema).fullname
+
+    @property
+    def _schema(self) -> str | None:
+        return schema_by(self.engine.get_execution_options(), self.table)
 
     def _is_behind_pooler(self, connection: Connection) -> bool:
         if not self._asks_for_pooler:
@@ -109,13 +147,12 @@ class Database:
         return found
 
     def _make_verbs(self, schema: str | None) -> Verbs:
-        table = located(self._table, schema)
+        table = located(self.table, schema)
         return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait)
 
-    def _try_once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
+    @contextmanager
+    def _opened(self, statement: InFlight) -> Iterator[Connection]:
         with self.engine.connect() as connection:
-            schema = connection.schema_for_object(self._table)
-            verbs = self._verbs_in(schema)
             statement.driver, statement.connection = connection.dialect.driver, connection.connection
             if statement.abandoned:
                 raise StoreError("the statement was abandoned before it was sent")
@@ -124,11 +161,17 @@ class Database:
                 # commit or roll back what was done in it before.
                 connection.invalidate()
                 raise OpenTransactionError
+            yield connection
+
+    def _try_once(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
+        with self._opened(statement) as connection:
+            schema = connection.schema_for_object(self.table)
+            verbs = self._verbs_in(schema)
             try:
                 with replacing(connection):
                     if self._sqlite and schema not in self._created:
                         with connection.begin():
-                            create_schema(connection, self._table)
+                            create_schema(connection, self.table)
                         self._created.add(schema)
                     behind_pooler = self._is_behind_pooler(connection)
                     # A pooler keeps to one connection within a transaction only, and a driver may need two messages for

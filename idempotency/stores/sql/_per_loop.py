@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
+from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
 from idempotency._sql.engines import open_async, open_sync
 from idempotency._sql.failures import describe_database
@@ -20,7 +21,10 @@ from idempotency._sql.listen import Watchers
 from idempotency._sql.sqlite import close_what_is_invalidated
 from idempotency._synchronization import Changed
 from idempotency.errors import ConfigurationError, StoreError
+from idempotency.stores._clock_guard import ClockGuard
+from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._database import Database, Settings, Work
+from idempotency.stores.sql._together import Together
 
 T = TypeVar("T")
 _DISPOSE_TIMEOUT = 2.0
@@ -29,7 +33,14 @@ _DISPOSE_TIMEOUT = 2.0
 class PerLoop:
     """What a store has for one event loop. An engine that it opens from a URL is disposed of at the end."""
 
-    def __init__(self, source: AsyncEngine | Engine | URL, settings: Settings, abandoned: Abandoned) -> None:
+    def __init__(
+        self,
+        source: AsyncEngine | Engine | URL,
+        settings: Settings,
+        abandoned: Abandoned,
+        guard: ClockGuard,
+        sealing: Sealing | None,
+    ) -> None:
         if isinstance(source, Engine):
             raise ConfigurationError(
                 "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
@@ -43,6 +54,14 @@ class PerLoop:
         if engine.dialect.name == "sqlite":
             close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.max_parallel)
+        self._together = Together(
+            self._database,
+            self._slots,
+            timeout=settings.timeout,
+            abandoned=abandoned,
+            guard=guard,
+            sealing=sealing,
+        )
         self._life = self._live()
         self.watchers = Watchers(engine.sync_engine, settings.table.name)
 
@@ -74,13 +93,27 @@ class PerLoop:
         async with self.watchers.watch(record, min(1.0, self._timeout), listens) as changed:
             yield changed
 
-    async def run(self, work: Work[T], transaction: bool = False) -> T:
-        """Run ``work``, for at most the store's ``timeout``.
+    async def claim(self, claim: Claim, work: Work[Record]) -> Record:
+        """Claim, together with other claims where that is possible; ``work`` claims alone."""
+        try:
+            return await self._together.claim(claim, lambda timeout: self.run(work, timeout=timeout))
+        except TimeoutError as error:
+            raise self._no_answer() from error
+
+    async def complete(self, claim: Claim, result: bytes | None, state: State, work: Work[bool]) -> bool:
+        """Complete, together with others where that is possible; ``work`` completes alone, by the same result."""
+        try:
+            return await self._together.complete(claim, result, state, lambda timeout: self.run(work, timeout=timeout))
+        except TimeoutError as error:
+            raise self._no_answer() from error
+
+    async def run(self, work: Work[T], transaction: bool = False, *, timeout: float | None = None) -> T:
+        """Run ``work``, for at most ``timeout`` seconds, by default the store's.
 
         A driver ends a cancelled statement by a message to the server, and waits for the answer. So a statement is a
         task of its own, which is abandoned when its time is over.
         """
-        statement, timeout = InFlight(), self._timeout
+        statement, timeout = InFlight(), self._timeout if timeout is None else timeout
         task = asyncio.get_running_loop().create_task(self._perform(work, statement, transaction))
         try:
             await asyncio.wait({task}, timeout=timeout)
@@ -95,8 +128,11 @@ class PerLoop:
         if task.done():
             return task.result()
         self._abandoned.add(task, statement.cut_off)
+        raise self._no_answer()
+
+    def _no_answer(self) -> StoreError:
         database = describe_database(self._engine.url)
-        raise StoreError(f"{database} gave no answer within {timeout:g} s: is it running, and not overloaded?")
+        return StoreError(f"{database} gave no answer within {self._timeout:g} s: is it running, and not overloaded?")
 
     async def _perform(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
         async with self._slots:

@@ -7,6 +7,8 @@ that clock, and ``{r}`` is the prefix of the columns of a row that is already th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import Dialect, Table, TextClause, text
 
@@ -110,6 +112,45 @@ WITH before AS MATERIALIZED (
 )
 SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN found ON TRUE"""
 
+# Many claims in one statement. It inserts where there is no row, and reads the others. A row that a claim may take is
+# marked as free, and not taken: that claim is sent alone. So the statement locks nothing but what it inserts. It waits
+# only where another transaction has inserted the same id and is not committed. LATERAL and LIMIT have the rows read by
+# their ids, in the order of the arrays, whatever the statistics of the table are.
+_CLAIMED_TOGETHER = "id, scope, key, token, fingerprint, hold, latest, lease, keep"
+_CLAIM_TOGETHER = f"""
+WITH bound AS MATERIALIZED (
+    SELECT set_config('lock_timeout', :wait, TRUE) AS applied
+), asked AS MATERIALIZED (
+    SELECT * FROM unnest(:ids, :scopes, :keys, :tokens, :fingerprints, :holds, :latests, :leases, :keeps)
+    AS asked({_CLAIMED_TOGETHER})
+), seen AS MATERIALIZED (
+    SELECT r.id, {_FOUND}, {_FREE} AS free
+    FROM asked CROSS JOIN LATERAL (SELECT * FROM {{table}} AS found WHERE found.id = asked.id LIMIT 1) AS r
+), won AS (
+    INSERT INTO {{table}} ({_COLUMNS})
+    SELECT {_VALUES.format(now="{now}", until=_UNTIL).replace(":watched", "FALSE")} FROM bound, asked
+    WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE seen.id = asked.id)
+    ORDER BY asked.id
+    ON CONFLICT (id) DO NOTHING RETURNING id
+)
+SELECT id, {_NAMES}, free FROM seen
+UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NULL, FALSE FROM won"""
+
+# Many completions in one statement. A row that is locked is not returned, and its completion is sent alone.
+_COMPLETE_TOGETHER = f"""
+WITH asked AS MATERIALIZED (
+    SELECT * FROM unnest(:ids, :tokens, :states, :results, :keeps) AS asked(id, token, state, result, keep)
+), owned AS MATERIALIZED (
+    SELECT asked.*, r.ctid AS place FROM asked CROSS JOIN LATERAL (
+        SELECT ctid FROM {{table}} AS r WHERE r.id = asked.id AND r.token = asked.token AND NOT {_EXPIRED} AND {_SANE}
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS r
+), ended AS (
+    UPDATE {{table}} AS r SET state = owned.state, result = owned.result, expires_ms = {{now}} + owned.keep
+    FROM owned WHERE r.ctid = owned.place RETURNING r.id, r.watched
+)
+SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL END FROM ended"""
+
 # A watcher may rely on a notification only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
     UPDATE {{table}} SET watched = TRUE FROM bound
@@ -187,7 +228,25 @@ _TYPES = {
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "latest", "limit"), "bigint"),
     "state": "smallint",
+    **dict.fromkeys(("ids", "fingerprints", "results"), "bytea[]"),
+    **dict.fromkeys(("scopes", "keys", "tokens"), "text[]"),
+    **dict.fromkeys(("latests", "leases", "keeps"), "bigint[]"),
+    "holds": "boolean[]",
+    "states": "smallint[]",
 }
+
+
+class Compiled:
+    """A statement in the driver's own syntax, for :func:`idempotency._sql.driver.fetch`."""
+
+    def __init__(self, statement: TextClause, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.sql = str(compiled)
+        self._order = compiled.positiontup if compiled.positional else None
+
+    def parameters(self, values: Mapping[str, Any]) -> Any:
+        """Return the parameters as the driver takes them: in its order, or by their names."""
+        return values if self._order is None else [values[name] for name in self._order]
 
 
 class Statements:
@@ -198,6 +257,7 @@ class Statements:
     ``claim_looks_first``: a claim first reads by ``look``. So it is on SQLite, because a read takes no lock and writes
     nothing, where an upsert that changes nothing would still rewrite the index.
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
+    ``claim_together`` and ``complete_together``: many calls in one statement, on PostgreSQL; elsewhere None.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
@@ -225,6 +285,10 @@ class Statements:
         self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
         notifying = _NOTIFYING if self._postgresql else "{statement}"
         plain = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
+        self.claim_together: Compiled | None = None
+        self.complete_together: Compiled | None = None
+        if self._postgresql:
+            self.claim_together, self.complete_together = self._together(dialect)
         self.renew = self._bounded(plain, _RENEW)
         self.complete = self._bounded(notifying, _COMPLETE)
         # On SQLite it returns a row for each row it changes, because aiosqlite's execute_fetchall counts none.
@@ -258,6 +322,12 @@ class Statements:
         sql = _CLAIM_MYSQL + (f" RETURNING {_FOUND}" if self.returns else "")
         claim = self._text(self._prefix + sql)
         return claim, claim, self._text(sql)
+
+    def _together(self, dialect: Dialect) -> tuple[Compiled, Compiled]:
+        # The parameters of a claim are columns here.
+        claim = re.sub(r":(?!wait)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
+        statements = self._text(claim, r="r."), self._text(_COMPLETE_TOGETHER, r="r.")
+        return Compiled(statements[0], dialect), Compiled(statements[1], dialect)
 
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:
         sql = template.format(r=r, **self._words, **words)

@@ -146,7 +146,8 @@ class SQLStore(InSessions):
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        return await self._run(self._claiming(claim))
+        loop = await self._this_loop()
+        return await loop.claim(claim, self._claiming(claim))
 
     def _claiming(self, claim: Claim) -> Work[Record]:
         return lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard, self._sealing)
@@ -158,7 +159,10 @@ class SQLStore(InSessions):
     async def complete(self, claim: Claim, result: bytes | None, /, state: State = State.DONE) -> bool:
         """See :meth:`~idempotency.stores.base.Store.complete`."""
         sealed = sealed_result(self._sealing, claim.id, result)
-        return await self._run(lambda verbs, connection: verbs.complete(connection, claim, sealed, state))
+        loop = await self._this_loop()
+        return await loop.complete(
+            claim, sealed, state, lambda verbs, connection: verbs.complete(connection, claim, sealed, state)
+        )
 
     async def release(self, claim: Claim, /) -> bool:
         """See :meth:`~idempotency.stores.base.Store.release`."""
@@ -319,7 +323,9 @@ class SQLStore(InSessions):
             for other in list(self._per_loop):
                 if other.is_closed():
                     self._per_loop.pop(other, None)
-            found = self._per_loop[loop] = PerLoop(self._source, self._settings, self.abandoned)
+            found = self._per_loop[loop] = PerLoop(
+                self._source, self._settings, self.abandoned, self._clock_guard, self._sealing
+            )
             await found.open()
         return found
 

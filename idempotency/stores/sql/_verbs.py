@@ -40,21 +40,24 @@ class Verbs:
 
     ``lowers_lock_wait``: around each statement that writes, the time for which SQLite waits for its lock is lowered to
     ``lock_wait``, and set back.
+    ``trusted``: the driver was tried.
+    ``claim_together`` and ``complete_together``: see :class:`Statements`.
     """
 
     def __init__(self, dialect: Dialect, table: Table, lock_wait: float, lowers_lock_wait: bool = False) -> None:
         self._sql = Statements(dialect, table, lock_wait)
+        self.claim_together, self.complete_together = self._sql.claim_together, self._sql.complete_together
         self._lock_wait = lock_wait
         self._lowers_lock_wait = lowers_lock_wait
         self._table = table
         self._notifies = dialect.name == "postgresql"
-        self._trusted = False
+        self.trusted = False
 
     def claim(self, connection: Connection, claim: Claim, guard: ClockGuard, sealing: Sealing | None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        if not self._trusted:
+        if not self.trusted:
             try_driver(connection, self._sql)
-            self._trusted = True
+            self.trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         asked = guard.ask(claim)
         values = claim_values(claim, asked, sealing)

@@ -1,0 +1,170 @@
+"""Send calls of one kind together, in flights: while one is under way, the calls that arrive wait for the next one.
+
+An idle store sends a call at once, and no timer delays it. A flight either answers a call or gives it back, and what is
+given back is sent alone. So a flight can only make a call faster: whatever fails, fails as it does alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import Future, Task
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain, islice
+from operator import attrgetter
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from idempotency._sql.bounded import Abandoned, InFlight
+from idempotency._synchronization import Deadline
+
+Call = TypeVar("Call")
+Answer = TypeVar("Answer")
+
+MOST_CALLS = 128
+"""Calls in one flight."""
+
+MOST_BYTES = 256 * 1024
+"""Bytes in one flight. It takes no further call once it has that many."""
+
+
+class Limits(NamedTuple):
+    """What limits flights.
+
+    ``slots``: a flight takes one. ``timeout``: seconds for a call, from its start, and for a flight from its own, which
+    is then cut off, and ends among the ``abandoned``.
+    """
+
+    slots: asyncio.Semaphore
+    timeout: float
+    abandoned: Abandoned
+
+
+class _Ticket(Generic[Call, Answer]):
+    """A call that waits for its answer.
+
+    ``flight``: the one that it is in; None while it is not sent. ``others``: the calls about the same record that
+    waited too when it was sent.
+    """
+
+    __slots__ = ("answer", "call", "flight", "others", "record", "size")
+
+    def __init__(self, record: bytes, call: Call, size: int, answer: Future[Answer | None]) -> None:
+        self.record = record
+        self.call = call
+        self.size = size
+        self.answer = answer
+        self.flight: Task[None] | None = None
+        self.others: Sequence[_Ticket[Call, Answer]] = ()
+
+    def settle(self, answer: Answer | None) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+
+class Flights(Generic[Call, Answer]):
+    """The flights of one kind of call, in one event loop: one at a time.
+
+    ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back. If
+    it raises, it gives all of them back. Two calls about one record never fly together. But an answer also answers
+    another call about the record that waited when the flight began, where ``answers_too`` says so.
+    """
+
+    def __init__(
+        self,
+        fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | None]]],
+        answers_too: Callable[[Answer, Call], bool],
+        limits: Limits,
+    ) -> None:
+        self._send_together = fly
+        self._answers_too = answers_too
+        self._slots, self._timeout, self._abandoned = limits
+        self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
+        self._under_way: Task[None] | None = None
+
+    async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
+        """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
+
+        Raises TimeoutError when its time is over. A call that is cancelled is withdrawn if it is not sent yet. Else
+        its flight is waited for, so that a release which follows cannot overtake the call.
+        """
+        loop = asyncio.get_running_loop()
+        ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.create_future())
+        self._waiting.setdefault(record, deque()).append(ticket)
+        if self._under_way is None:
+            self._depart()
+        try:
+            with Deadline(loop, self._timeout):
+                return await ticket.answer
+        except asyncio.CancelledError:
+            if ticket.flight is not None:
+                await asyncio.wait({ticket.flight}, timeout=self._timeout)
+            raise
+
+    def _depart(self) -> None:
+        # The task begins after the calls of this turn of the event loop have arrived, and takes them all.
+        self._under_way = asyncio.get_running_loop().create_task(self._fly())
+
+    async def _fly(self) -> None:
+        flight: Any = asyncio.current_task()
+        tickets: list[_Ticket[Call, Answer]] = []
+        try:
+            async with self._slots:
+                tickets = self._board(flight)
+                if tickets:
+                    await self._answer(flight, tickets)
+        except asyncio.CancelledError:
+            # Something cancels all tasks, as the end of an event loop does. Nothing may be begun then.
+            tickets.extend(chain.from_iterable(self._waiting.values()))
+            self._waiting.clear()
+            raise
+        finally:
+            # Those without an answer. The others too: if their row is locked, each would delay the next flight.
+            for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
+                ticket.settle(None)
+            self._land(flight)
+
+    async def _answer(self, flight: Task[None], tickets: Sequence[_Ticket[Call, Answer]]) -> None:
+        statement = InFlight()
+        # Each of its calls began before the flight, so that its time is over by then.
+        limit = asyncio.get_running_loop().call_later(self._timeout, self._abandon, flight, statement)
+        try:
+            answers = await self._send_together([ticket.call for ticket in tickets], statement)
+        except Exception:  # a driver may raise anything
+            return
+        finally:
+            limit.cancel()
+        for ticket, answer in zip(tickets, answers, strict=True):
+            ticket.settle(answer)
+            for other in ticket.others:
+                if answer is not None and self._answers_too(answer, other.call):
+                    other.settle(answer)
+
+    def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:
+        """Take calls that wait: of each record the first one, which is the only one that may be under way."""
+        boarded: list[_Ticket[Call, Answer]] = []
+        size = 0
+        for record, tickets in list(islice(self._waiting.items(), MOST_CALLS)):
+            if size >= MOST_BYTES:
+                break
+            del self._waiting[record]
+            while tickets:
+                ticket = tickets.popleft()
+                if not ticket.answer.done():  # else it is withdrawn
+                    ticket.flight, ticket.others = flight, [*tickets]
+                    boarded.append(ticket)
+                    size += ticket.size
+                    break
+            if tickets:
+                self._waiting[record] = tickets  # behind all others
+        # In one order, so that the flights of several processes cannot wait for one another in a circle.
+        return sorted(boarded, key=attrgetter("record"))
+
+    def _abandon(self, flight: Task[None], statement: InFlight) -> None:
+        self._abandoned.add(flight, statement.cut_off)
+        self._land(flight)
+
+    def _land(self, flight: Task[None]) -> None:
+        if self._under_way is flight:
+            self._under_way = None
+            if self._waiting:
+                self._depart()

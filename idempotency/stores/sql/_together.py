@@ -1,0 +1,178 @@
+"""Send claims, and completions, together: each kind in flights of one statement.
+
+What a flight gives back is sent alone, as everything is where flights are not possible. Two kinds of call never fly:
+those of a record of which a call is being sent alone, because its row may be locked, and those with a large result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy.util import greenlet_spawn
+
+from idempotency._rules import Claim, Record, State
+from idempotency._sql.bounded import Abandoned, InFlight
+from idempotency._sql.failures import refuses_one
+from idempotency._synchronization import Deadline
+from idempotency.stores._clock_guard import Asked, ClockGuard
+from idempotency.stores._sealing import Sealing
+from idempotency.stores.sql._database import Database
+from idempotency.stores.sql._flights import Flights, Limits
+from idempotency.stores.sql._verbs import Found, claim_values, complete_values, read_record
+
+T = TypeVar("T")
+Call = TypeVar("Call")
+
+Verb = Literal["claim", "complete"]
+
+Alone = Callable[[float], Awaitable[T]]
+"""A function that sends one call alone, for at most the given seconds."""
+
+_WAIT = "25ms"
+"""How long claims that are sent together wait for a lock: for longer than a commit takes, mostly."""
+
+_WAIT_AGAIN = "5ms"
+"""How long each half of them waits, where all have waited in vain: a lock is then one that is held for long."""
+
+_LARGEST = 64 * 1024
+"""Bytes of a result that flies."""
+
+_CLAIMED = ("id", "scope", "key", "token", "fingerprint", "hold", "latest", "lease", "keep")
+_COMPLETED = ("id", "token", "state", "result", "keep")
+
+Values = dict[str, Any]
+"""The parameters of one call."""
+
+
+class Together:
+    """The claims and completions of one store in one event loop.
+
+    ``slots``: how many statements may be under way at once. ``timeout``: seconds for each call.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        slots: asyncio.Semaphore,
+        *,
+        timeout: float,
+        abandoned: Abandoned,
+        guard: ClockGuard,
+        sealing: Sealing | None,
+    ) -> None:
+        self._database = database
+        self._timeout = timeout
+        self._guard = guard
+        self._sealing = sealing
+        limits = Limits(slots, timeout, abandoned)
+        self._claims = Flights(self._fly_claims, _is_owned_by_another, limits)
+        self._completions = Flights(self._fly_completions, lambda *_: False, limits)
+        # A call that was given back may wait for a lock. So such calls do not take all of the slots.
+        self._alone_slots = asyncio.Semaphore(max(1, database.max_parallel - 2))
+        self._alone: Counter[bytes] = Counter()
+
+    async def claim(self, claim: Claim, alone: Alone[Record]) -> Record:
+        """Claim, in a flight where that is possible. Raises TimeoutError, and what ``alone`` raises."""
+        if claim.watched or self._database.together is None:
+            return await alone(self._timeout)
+        return await self._send(self._claims, claim.id, claim, len(claim.scope) + len(claim.key), alone)
+
+    async def complete(self, claim: Claim, result: bytes | None, state: State, alone: Alone[bool]) -> bool:
+        """Complete, in a flight where that is possible. ``result`` is sealed. See :meth:`claim` for what is raised."""
+        size = 0 if result is None else len(result)
+        if size > _LARGEST or self._database.together is None:
+            return await alone(self._timeout)
+        return await self._send(self._completions, claim.id, complete_values(claim, result, state), size, alone)
+
+    async def _send(self, flights: Flights[Call, T], record: bytes, call: Call, size: int, alone: Alone[T]) -> T:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout
+        if record not in self._alone:
+            answer = await flights.send(record, call, size)
+            if answer is not None:
+                return answer
+        self._alone[record] += 1
+        try:
+            with Deadline(loop, deadline - loop.time()):
+                await self._alone_slots.acquire()
+            try:
+                return await alone(max(0.0, deadline - loop.time()))
+            finally:
+                self._alone_slots.release()
+        finally:
+            self._alone[record] -= 1
+            if not self._alone[record]:
+                del self._alone[record]
+
+    async def _fly_claims(self, claims: Sequence[Claim], statement: InFlight) -> Sequence[Record | None]:
+        found = await self._find(claims, statement, _WAIT)
+        # Where neither a row was found nor one was made, another transaction has made it meanwhile.
+        missed = [claim for claim in claims if claim.id not in found]
+        if missed:
+            found |= await self._find(missed, statement, _WAIT)
+        return [found.get(claim.id) for claim in claims]
+
+    async def _find(self, claims: Sequence[Claim], statement: InFlight, wait: str) -> dict[bytes, Record | None]:
+        """Send claims, and return what was found under each id: None where the claim must be sent alone."""
+        asked = [self._guard.ask(claim) for claim in claims]
+        values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
+        try:
+            rows = await self._fetch("claim", {**_arrays(_CLAIMED, values), "wait": wait}, statement)
+        except Exception as error:
+            if not refuses_one(error):
+                raise
+            if len(claims) == 1:
+                return {claims[0].id: None}
+            half = len(claims) // 2
+            found = await self._find(claims[:half], statement, _WAIT_AGAIN)
+            return found | await self._find(claims[half:], statement, _WAIT_AGAIN)
+        rows_found = {bytes(row[0]): Found(*row[1:]) for row in rows}
+        return {
+            claim.id: None if row.free else self._read(claim, each, row)
+            for claim, each in zip(claims, asked, strict=True)
+            if (row := rows_found.get(claim.id)) is not None
+        }
+
+    def _read(self, claim: Claim, asked: Asked, row: Found) -> Record:
+        if row.version is None:
+            # There was no record: the claim has made it.
+            record = Record(token=claim.token, fingerprint=claim.fingerprint, lease_left=claim.lease, hold=claim.hold)
+        else:
+            record = read_record(row, claim.id, self._sealing)
+        return self._guard.read(asked, claim, record, float(row.now_ms))
+
+    async def _fly_completions(self, calls: Sequence[Values], statement: InFlight) -> Sequence[bool | None]:
+        ended = await self._end(calls, statement)
+        return [True if call["id"] in ended else None for call in calls]
+
+    async def _end(self, calls: Sequence[Values], statement: InFlight) -> set[bytes]:
+        """Send completions, and return the ids of those that were recorded."""
+        try:
+            values = {**_arrays(_COMPLETED, calls), "channel": self._database.table.name}
+            return {bytes(row[0]) for row in await self._fetch("complete", values, statement)}
+        except Exception as error:
+            if not refuses_one(error):
+                raise
+            if len(calls) == 1:
+                return set()
+            half = len(calls) // 2
+            return await self._end(calls[:half], statement) | await self._end(calls[half:], statement)
+
+    async def _fetch(
+        self, verb: Literal["claim", "complete"], values: Values, statement: InFlight
+    ) -> Iterable[Sequence[Any]]:
+        return await greenlet_spawn(self._database.fetch, verb, values, statement)
+
+
+def _is_owned_by_another(record: Record, claim: Claim) -> bool:
+    """Return whether a record, as another claim found or made it, is what ``claim`` would find too."""
+    if not record.readable:
+        return False
+    return record.state is not State.RUNNING or (record.lease_left > 0 and record.token != claim.token)
+
+
+def _arrays(names: Iterable[str], calls: Sequence[Values]) -> Values:
+    return {f"{name}s": [call[name] for call in calls] for name in names}

@@ -1,0 +1,210 @@
+"""The rules of calls that are sent together, without a database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from idempotency._sql.bounded import Abandoned, InFlight
+from idempotency.stores.sql import _flights
+from idempotency.stores.sql._flights import Flights, Limits
+
+Answers = Sequence[str | None]
+
+
+class Airport:
+    """Sends flights of strings, each of which lands when the test says so. An answer is the call and its flight."""
+
+    def __init__(self, timeout: float = 5.0, slots: int = 4) -> None:
+        self.sent: list[list[str]] = []
+        self.landing: list[asyncio.Future[Answers | None]] = []
+        self.slots = asyncio.Semaphore(slots)
+        self.abandoned = Abandoned()
+        self.flights = Flights(self._fly, self._answers_too, Limits(self.slots, timeout, self.abandoned))
+
+    async def _fly(self, calls: Sequence[str], statement: InFlight) -> Answers:
+        self.sent.append(list(calls))
+        landing: asyncio.Future[Answers | None] = asyncio.get_running_loop().create_future()
+        self.landing.append(landing)
+        answers = await landing
+        return [f"{call} {len(self.sent)}" for call in calls] if answers is None else answers
+
+    @staticmethod
+    def _answers_too(answer: str, call: str) -> bool:
+        return not call.startswith("own")
+
+    def call(self, call: str, record: str | None = None, size: int = 1) -> asyncio.Task[str | None]:
+        return asyncio.create_task(self.flights.send((record or call).encode(), call, size))
+
+    async def departed(self, flights: int) -> None:
+        async with asyncio.timeout(5):
+            while len(self.sent) < flights:
+                await asyncio.sleep(0)
+
+    def land(self, answers: Answers | None = None) -> None:
+        self.landing[-1].set_result(answers)
+
+    def crash(self, error: Exception) -> None:
+        self.landing[-1].set_exception(error)
+
+
+async def test_calls_that_arrive_in_one_turn_fly_at_once_and_later_ones_with_the_next() -> None:
+    airport = Airport()
+    first = [airport.call(name) for name in ("c", "a", "b")]
+    await airport.departed(1)
+    second = [airport.call(name) for name in ("e", "d")]
+    await asyncio.sleep(0)
+    assert airport.sent == [["a", "b", "c"]]
+
+    airport.land()
+    assert await asyncio.gather(*first) == ["c 1", "a 1", "b 1"]
+    await airport.departed(2)
+    airport.land()
+
+    assert await asyncio.gather(*second) == ["e 2", "d 2"]
+    assert airport.sent[1] == ["d", "e"]
+
+
+async def test_calls_about_one_record_never_fly_together_and_share_an_answer_where_that_is_allowed() -> None:
+    airport = Airport()
+    waiting = [airport.call(name, "record") for name in ("one", "two", "own", "three")]
+    await airport.departed(1)
+    late = airport.call("late", "record")
+    await asyncio.sleep(0)
+
+    airport.land()
+
+    assert airport.sent[0] == ["one"]
+    # What may not share the answer is given back.
+    assert await asyncio.gather(*waiting) == ["one 1", "one 1", None, "one 1"]
+    # It came when the record may have been read already.
+    await airport.departed(2)
+    airport.land()
+    assert await late == "late 2"
+
+
+async def test_what_a_flight_does_not_answer_is_given_back() -> None:
+    airport = Airport()
+    calls = [airport.call(name, record) for name, record in (("a", "a"), ("b", "b"), ("b again", "b"))]
+    await airport.departed(1)
+    airport.land(["answer", None])
+    assert await asyncio.gather(*calls) == ["answer", None, None]
+
+    calls = [airport.call(name) for name in ("a", "b")]
+    await airport.departed(2)
+    airport.crash(OSError("the connection is lost"))
+    assert await asyncio.gather(*calls) == [None, None]
+
+    again = airport.call("again")
+    await airport.departed(3)
+    airport.land()
+    assert await again == "again 3"
+
+
+async def test_the_time_of_each_call_is_its_own() -> None:
+    airport = Airport(timeout=0.3)
+    early = airport.call("early")
+    await airport.departed(1)
+    await asyncio.sleep(0.2)
+    late = airport.call("late")
+
+    with pytest.raises(TimeoutError):
+        await early
+    # The flight is cut off at its own limit, and the next one departs.
+    await airport.departed(2)
+    airport.land()
+
+    assert await late == "late 2"
+    airport.landing[0].cancel()
+    await airport.abandoned.wait()
+
+
+async def test_a_call_that_is_cancelled_before_it_is_sent_is_withdrawn() -> None:
+    airport = Airport()
+    first = airport.call("first")
+    await airport.departed(1)
+    withdrawn, other = airport.call("withdrawn"), airport.call("other")
+    await asyncio.sleep(0)
+    withdrawn.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await withdrawn
+    airport.land()
+    await airport.departed(2)
+    airport.land()
+
+    assert (await first, await other) == ("first 1", "other 2")
+    assert airport.sent == [["first"], ["other"]]
+
+
+async def test_a_call_that_is_cancelled_after_it_was_sent_waits_for_its_flight() -> None:
+    airport = Airport()
+    cancelled, other = airport.call("cancelled"), airport.call("other")
+    await airport.departed(1)
+    cancelled.cancel()
+    await asyncio.sleep(0.01)
+    assert not cancelled.done()
+    airport.land()
+
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert await other == "other 1"
+
+
+async def test_the_bounds_of_a_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flights, "MOST_CALLS", 3)
+    monkeypatch.setattr(_flights, "MOST_BYTES", 10)
+    airport = Airport()
+    calls = [airport.call(name) for name in "abcd"]
+    large = [airport.call(name, size=6) for name in ("x", "y", "z")]
+    for number in (1, 2, 3):
+        await airport.departed(number)
+        airport.land()
+
+    assert await asyncio.gather(*calls, *large) == ["a 1", "b 1", "c 1", "d 2", "x 2", "y 2", "z 3"]
+
+
+async def test_a_record_that_many_calls_are_about_does_not_delay_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flights, "MOST_CALLS", 2)
+    airport = Airport()
+    many = [airport.call(f"own {number}", "record") for number in range(50)]
+    other, another = airport.call("other"), airport.call("another")
+    await airport.departed(1)
+    airport.land()
+    await airport.departed(2)
+    airport.land()
+
+    assert (await other, await another) == ("other 1", "another 2")
+    assert (await asyncio.gather(*many))[:2] == ["own 0 1", None]
+
+
+async def test_a_flight_waits_for_a_slot_and_takes_those_that_arrive_meanwhile() -> None:
+    airport = Airport(slots=1)
+    await airport.slots.acquire()
+    first = airport.call("first")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second = airport.call("second")
+    await asyncio.sleep(0)
+    assert airport.sent == []
+    airport.slots.release()
+    await airport.departed(1)
+    airport.land()
+
+    assert (await first, await second) == ("first 1", "second 1")
+
+
+async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothing() -> None:
+    """As the end of an event loop does, which cancels every task."""
+    airport = Airport()
+    flying = airport.call("flying")
+    await airport.departed(1)
+    waiting = airport.call("waiting")
+    await asyncio.sleep(0)
+    under_way = airport.flights._under_way
+    assert under_way is not None
+    under_way.cancel()
+
+    assert [*await asyncio.gather(flying, waiting)] == [None, None]
+    assert airport.sent == [["flying"]]
