@@ -64,6 +64,8 @@ class Claim:
     ``lease`` is how long the key is owned without a renewal, ``ttl`` how long a completed record lives, both in
     seconds. ``hold`` asks that the key becomes unknown, instead of free for a re-run, if the owner vanishes.
     ``watched`` asks the store to announce the record's next change to its watchers.
+    ``transactional`` says that the effect is committed together with the completion, or not at all. The store may then
+    confirm the claim before it is safe from a crash of the server: a claim that the crash loses is not completed.
     ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
     A token that is not printable ASCII of at most 64 characters is replaced by its digest, and so is a fingerprint of
     more than 64 bytes.
@@ -76,6 +78,7 @@ class Claim:
     ttl: float
     hold: bool = False
     watched: bool = False
+    transactional: bool = False
     token: str = field(default_factory=lambda: os.urandom(16).hex())
     id: bytes = field(init=False)
 

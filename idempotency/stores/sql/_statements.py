@@ -119,7 +119,8 @@ SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN 
 _CLAIMED_TOGETHER = "id, scope, key, token, fingerprint, hold, latest, lease, keep"
 _CLAIM_TOGETHER = f"""
 WITH bound AS MATERIALIZED (
-    SELECT set_config('lock_timeout', :wait, TRUE) AS applied
+    SELECT set_config('lock_timeout', :wait, TRUE)
+        || set_config('synchronous_commit', COALESCE(:commit, current_setting('synchronous_commit')), TRUE) AS applied
 ), asked AS MATERIALIZED (
     SELECT * FROM unnest(:ids, :scopes, :keys, :tokens, :fingerprints, :holds, :latests, :leases, :keeps)
     AS asked({_CLAIMED_TOGETHER})
@@ -224,7 +225,7 @@ _NOTIFYING = (
 
 _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
-    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait"), "text"),
+    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait", "commit"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "latest", "limit"), "bigint"),
     "state": "smallint",
@@ -325,7 +326,7 @@ class Statements:
 
     def _together(self, dialect: Dialect) -> tuple[Compiled, Compiled]:
         # The parameters of a claim are columns here.
-        claim = re.sub(r":(?!wait)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
+        claim = re.sub(r":(?!wait|commit)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
         statements = self._text(claim, r="r."), self._text(_COMPLETE_TOGETHER, r="r.")
         return Compiled(statements[0], dialect), Compiled(statements[1], dialect)
 

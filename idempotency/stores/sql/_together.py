@@ -120,7 +120,8 @@ class Together:
         asked = [self._guard.ask(claim) for claim in claims]
         values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
         try:
-            rows = await self._fetch("claim", {**_arrays(_CLAIMED, values), "wait": wait}, statement)
+            settings = {"wait": wait, "commit": _synchronous_commit(claims)}
+            rows = await self._fetch("claim", _arrays(_CLAIMED, values) | settings, statement)
         except Exception as error:
             if not refuses_one(error):
                 raise
@@ -172,6 +173,14 @@ def _is_owned_by_another(record: Record, claim: Claim) -> bool:
     if not record.readable:
         return False
     return record.state is not State.RUNNING or (record.lease_left > 0 and record.token != claim.token)
+
+
+def _synchronous_commit(claims: Sequence[Claim]) -> str | None:
+    """Return how the claims are committed; None: as the connection is set.
+
+    An owner that holds its key must not run where its claim may be lost: it asks that nothing runs twice.
+    """
+    return "off" if all(claim.transactional and not claim.hold for claim in claims) else None
 
 
 def _arrays(names: Iterable[str], calls: Sequence[Values]) -> Values:
