@@ -37,12 +37,12 @@ RAW = {"NEVER_DECODE": True}
 
 def sender(client: Any, own: bool) -> Send:
     """Choose how a client's commands are sent; ``own``: the store opened the client, and nothing else uses it."""
-    if _is_plain(client):
+    if is_plain(client):
         return _direct(OwnPool(client.connection_pool) if own else SharedPool(client.connection_pool))
     return _through(client)
 
 
-def _is_plain(client: Any) -> bool:
+def is_plain(client: Any) -> bool:
     """Return whether only redis-py itself handles this client's commands.
 
     A subclass, a tracer that wraps ``execute_command``, or a double of the server must see every command.

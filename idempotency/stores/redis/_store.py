@@ -70,7 +70,7 @@ class RedisStore:
             raise ConfigurationError(f"RedisStore takes a redis-py client, not {type(client).__name__}")
         self._sealing = sealing_of(encryption, digest_names)
         timeout = self._set_up(prefix, timeout, durability)
-        self._clients = Clients(client, sync_client, timeout=timeout)
+        self._clients = Clients(client, sync_client, timeout=timeout, share=durability is None)
 
     @classmethod
     def from_url(
@@ -94,8 +94,9 @@ class RedisStore:
         address = read_url(url)
         store._sealing = sealing_of(encryption, digest_names)
         timeout = store._set_up(prefix, timeout, durability)
-        # Single commands are sent over connections of our own. Those that wait for copies use the client's pool.
-        store._clients = Clients(None, None, address=address, timeout=timeout, own=durability is None)
+        # Commands that wait for copies use the client's pool, and so do the others then.
+        alone = durability is None
+        store._clients = Clients(None, None, address=address, timeout=timeout, own=alone, share=alone)
         return store
 
     def _set_up(self, prefix: str, timeout: float, durability: Durability | None) -> float:
