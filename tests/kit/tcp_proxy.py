@@ -15,10 +15,12 @@ class Proxy:
 
     ``requests`` are the chunks clients sent, in order: a client that sends one command and waits for its reply makes
     one of each round trip. ``keep_requests=False`` keeps none of them, for a proxy that lives for long.
+    ``replied`` counts the bytes of the replies.
     """
 
     def __init__(self, port: int, host: str = LOOPBACK, *, keep_requests: bool = True) -> None:
         self.requests: list[bytes] = []
+        self.replied = 0
         self._keep_requests = keep_requests
         self._target = (host, port)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -153,6 +155,7 @@ class Proxy:
     async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, end: int | None) -> None:
         while chunk := await reader.read(1 << 16):
             await self._flowing.wait()
+            self.replied += len(chunk)
             if self._lose:
                 self._lose -= 1
                 raise _OverError
