@@ -55,7 +55,7 @@ class Multiplexed:
     def send(self, command: Command) -> Awaitable[Any]:
         """Start a command, and return what its reply is awaited by."""
         script, rest = command
-        packed = pack(b"EVALSHA", script.sha, rest)
+        packed = pack(script.by_digest, rest)
         if len(packed) > _LARGE:
             return self._send_alone(command)
         loop = self._loop

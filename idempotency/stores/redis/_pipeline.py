@@ -48,7 +48,7 @@ class Call:
         """Put the text of the script into the command, in place of its digest."""
         script, rest = self.command
         self.by_text = True
-        self.packed = pack(b"EVAL", script.text, rest)
+        self.packed = pack(script.by_text, rest)
 
     @property
     def over(self) -> bool:

@@ -128,12 +128,12 @@ def _direct(connections: SharedPool | OwnPool) -> Send:
         connection = await connections.take()
         try:
             # async only: one packed command.
-            await connection.send_packed_command(pack(b"EVALSHA", script.sha, rest))
+            await connection.send_packed_command(pack(script.by_digest, rest))
             try:
                 return await connection.read_response(disable_decoding=True)
             except NoScriptError:
                 # async only: one packed command.
-                await connection.send_packed_command(pack(b"EVAL", script.text, rest))
+                await connection.send_packed_command(pack(script.by_text, rest))
                 return await connection.read_response(disable_decoding=True)
         except ResponseError as error:
             cause = unwrapped(error)
