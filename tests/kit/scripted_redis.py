@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Self
 
@@ -24,6 +25,9 @@ class Peer:
     def send(self, data: bytes) -> None:
         self._writer.write(data)
 
+    def end(self) -> None:
+        self._writer.close()
+
 
 class ScriptedRedis:
     """Answers a handshake like Redis, and each script by ``answer``; None: not at all.
@@ -31,18 +35,19 @@ class ScriptedRedis:
     ``peers`` are the connections, in order; ``closed`` is set when a client has closed one.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
         self.peers: list[Peer] = []
         self.closed = asyncio.Event()
         self._answer = answer
+        self._tls = tls
         self._reading = asyncio.Event()
         self._reading.set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, LOOPBACK, 0)
+        self._server = await asyncio.start_server(self._serve, LOOPBACK, 0, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
-        self.url = f"redis://{LOOPBACK}:{self.port}"
+        self.url = f"{'redis' if self._tls is None else 'rediss'}://{LOOPBACK}:{self.port}"
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -31,8 +31,9 @@ from idempotency.stores.redis._wire import Command, Durability
 class RedisStore:
     """Store records in Redis.
 
-    ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store. A
-    blocking client given here is used as ``sync_client``.
+    ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store,
+    which holds one connection of its pool for all verbs of an event loop, until :meth:`aclose`. A blocking client given
+    here is used as ``sync_client``.
     ``sync_client``: a ``redis.Redis`` or ``RedisCluster`` for the ``*_sync`` verbs. It is bounded by its own
     ``socket_timeout``.
     ``prefix``: how the names of keys and channels begin. Default ``"idempotency"``.

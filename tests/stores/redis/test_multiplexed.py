@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
 
 import pytest
 import redis.asyncio as aioredis
 import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
@@ -321,6 +330,44 @@ def test_uvloop(server: RedisProcess) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(use())
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_tls(tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """So are the transports of TLS, also when the other side ends them."""
+    certificate = self_signed(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+
+    async def use() -> None:
+        async with ScriptedRedis(lambda _, command: owned(command), tls) as server:
+            store = RedisStore.from_url(f"{server.url}?ssl_ca_certs={certificate}")
+            for n in range(3):
+                assert await attempts(store, numbered(300)) == list(range(300))
+                if n == 1:
+                    server.peers[0].end()
+            assert [peer.count for peer in server.peers] == [600, 300]
+            await store.aclose()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(use())
+
+
+def self_signed(directory: Path) -> Path:
+    """Write the certificate of 127.0.0.1, and its key, to one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path = directory / "server.pem"
+    path.write_bytes(certificate.public_bytes(Encoding.PEM) + key.private_bytes(*plain))
+    return path
 
 
 def test_each_event_loop_has_a_connection(server: RedisProcess) -> None:
