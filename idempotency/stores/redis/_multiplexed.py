@@ -17,6 +17,7 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError, ResponseError
 
+from idempotency._synchronization import Deadline
 from idempotency.stores.redis._failures import CLIENT_ERRORS, unwrapped
 from idempotency.stores.redis._open import cut_off
 from idempotency.stores.redis._pipeline import Call, Pipeline
@@ -26,6 +27,8 @@ from idempotency.stores.redis._wire import Command, pack
 _LARGE = 64 * 1024
 """Bytes of a command that is sent over a connection of its own. It delays no other command, and fails alone when the
 server closes the connection because of its size."""
+
+_CLOSED = "the store was closed"
 
 
 class Multiplexed:
@@ -74,7 +77,7 @@ class Multiplexed:
 
     def _wait(self, call: Call) -> None:
         if self._is_closed:
-            call.future.set_exception(redis.ConnectionError("the store was closed"))
+            call.future.set_exception(redis.ConnectionError(_CLOSED))
             return
         self._waiting.append(call)
         if self._connecting is None or self._connecting.done():
@@ -152,9 +155,9 @@ class Multiplexed:
         """Make a connection for all that wait; where that fails, all of them fail."""
         try:
             while self._pipeline is None and any(not call.future.done() for call in self._waiting):
-                with contextlib.suppress(TimeoutError):  # each call that waits has its own deadline
-                    async with asyncio.timeout(self._timeout):
-                        self._pipeline = await self._open()
+                # Past this time-out, each call that waits still has its own deadline.
+                with contextlib.suppress(TimeoutError), Deadline(self._loop, self._timeout):
+                    self._pipeline = await self._open()
         except BaseException as error:
             cancelled = isinstance(error, asyncio.CancelledError)
             self._fail_waiting(redis.ConnectionError("connecting was interrupted") if cancelled else error)
@@ -163,6 +166,8 @@ class Multiplexed:
         waiting, self._waiting = self._waiting, []
         if self._pipeline is not None:
             self._pipeline.extend(waiting)
+            if self._is_closed:  # asyncio.wait_for of Python 3.11, in redis-py, can swallow the cancellation
+                self._pipeline.drop(redis.ConnectionError(_CLOSED))
 
     def _fail_waiting(self, error: BaseException) -> None:
         waiting, self._waiting = self._waiting, []
@@ -202,7 +207,7 @@ class Multiplexed:
         self._is_closed = True
         if self._connecting is not None:
             self._connecting.cancel()
-        closed = redis.ConnectionError("the store was closed")
+        closed = redis.ConnectionError(_CLOSED)
         self._fail_waiting(closed)
         for pipeline in self._pipelines():
             pipeline.drop(closed)
