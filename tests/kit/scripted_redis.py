@@ -15,15 +15,11 @@ Answer = Callable[["Peer", list[bytes]], bytes | None]
 
 
 class Peer:
-    """One connection to the server: its number, counted from 1, and how many scripts have come.
-
-    ``chunks``: how many came at a time, for each time when any did.
-    """
+    """One connection to the server: its number, counted from 1, and how many of its commands have come."""
 
     def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
         self.number = number
         self.count = 0
-        self.chunks: list[int] = []
         self._writer = writer
 
     def send(self, data: bytes) -> None:
@@ -84,11 +80,8 @@ class ScriptedRedis:
         try:
             while data := await reader.read(1 << 16):
                 commands.feed(data)
-                before = peer.count
                 while (command := commands.gets()) is not self:
                     self._take(peer, command)
-                if peer.count > before:
-                    peer.chunks.append(peer.count - before)
                 await self._reading.wait()
         except ConnectionError:
             pass

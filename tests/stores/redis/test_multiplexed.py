@@ -6,22 +6,18 @@ import asyncio
 import gc
 import ssl
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import redis.asyncio as aioredis
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.stores.redis import RedisStore
+from idempotency.stores.redis._pipeline import Pipeline
+from tests.kit.certificates import self_signed
 from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import name_of, new_claim
 from tests.kit.scripted_redis import Peer, ScriptedRedis, owned
@@ -97,11 +93,29 @@ async def test_callers_that_go_on_together_share_their_next_write() -> None:
         store = RedisStore.from_url(server.url)
         calls = [asyncio.create_task(claim_and_complete(store, claim)) for claim in numbered(16)]
         await server.received(16)
+        writes = recorded_writes(store)
         server.peers[0].send(b"".join(withheld))
 
         assert await asyncio.gather(*calls) == [True] * 16
-        assert server.peers[0].chunks == [16, 16]
+        assert [write.count(b"EVALSHA") for write in writes] == [16]
         await store.aclose()
+
+
+def recorded_writes(store: RedisStore) -> list[bytes]:
+    """Return the list of what is written from now on: a network may join two writes."""
+    writes: list[bytes] = []
+    pipeline = pipeline_of(store)
+    transport = pipeline._transport
+    pipeline._transport = mock.Mock(wraps=transport)
+    pipeline._transport.write = lambda data: (writes.append(data), transport.write(data))
+    return writes
+
+
+def pipeline_of(store: RedisStore) -> Pipeline:
+    multiplexed = store._clients.here()._multiplexed
+    assert multiplexed is not None
+    assert multiplexed._pipeline is not None
+    return multiplexed._pipeline
 
 
 async def claim_and_complete(store: RedisStore, claim: Claim) -> bool:
@@ -189,10 +203,7 @@ async def test_unsent_bytes_are_bounded() -> None:
         calls = [asyncio.create_task(store.complete(claim, bytes(60_000))) for claim in numbered(500)]
         await server.received(2)
 
-        multiplexed = store._clients.here()._multiplexed
-        assert multiplexed is not None
-        assert multiplexed._pipeline is not None
-        assert multiplexed._pipeline._transport.get_write_buffer_size() < 2 * 1024**2
+        assert pipeline_of(store)._transport.get_write_buffer_size() < 2 * 1024**2
         server.go_on_reading()
 
         assert await asyncio.gather(*calls) == [True] * 500
@@ -355,23 +366,6 @@ def test_tls(tmp_path: Path, new_loop: Callable[[], asyncio.AbstractEventLoop]) 
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(use())
-
-
-def self_signed(directory: Path) -> Path:
-    """Write the certificate of 127.0.0.1, and its key, to one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(days=1), now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path = directory / "server.pem"
-    path.write_bytes(certificate.public_bytes(Encoding.PEM) + key.private_bytes(*plain))
-    return path
 
 
 def test_each_event_loop_has_a_connection(server: RedisProcess) -> None:
