@@ -89,9 +89,15 @@ def test_mysql_connector():
 async def test_redis():
     from redis.asyncio import Connection, ConnectionPool
     from redis.asyncio.cluster import ClusterNode, RedisCluster
+    from redis.asyncio.connection import DefaultParser
+    from redis.exceptions import NoScriptError
+    from redis.utils import HIREDIS_AVAILABLE
 
     expect("redis-py", ConnectionPool(), "_available_connections", "_in_use_connections")
-    expect("redis-py", Connection(), "_reader", "_writer")
+    expect("redis-py", Connection(), "_parser", "_reader", "_writer")
+    expect("redis-py", Connection()._parser, "_reader")
+    assert HIREDIS_AVAILABLE
+    assert type(DefaultParser.parse_error("NOSCRIPT No matching script.")) is NoScriptError
     expect("redis-py", ClusterNode("127.0.0.1", 1), "_connections", "_free")
     expect("redis-py", RedisCluster("127.0.0.1", 1), "_initialize")
 

@@ -15,10 +15,12 @@ class Proxy:
 
     ``requests`` are the chunks clients sent, in order: a client that sends one command and waits for its reply makes
     one of each round trip. ``keep_requests=False`` keeps none of them, for a proxy that lives for long.
+    ``replied`` counts the bytes of the replies.
     """
 
     def __init__(self, port: int, host: str = LOOPBACK, *, keep_requests: bool = True) -> None:
         self.requests: list[bytes] = []
+        self.replied = 0
         self._keep_requests = keep_requests
         self._target = (host, port)
         self._writers: set[asyncio.StreamWriter] = set()
@@ -26,6 +28,7 @@ class Proxy:
         self._flowing.set()
         self._lose = 0
         self._swallow = False
+        self._ends: list[int] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -65,6 +68,14 @@ class Proxy:
 
         def arm() -> None:
             self._lose = count
+
+        self._do(arm)
+
+    def end_replies(self, after: int, connections: int = 1) -> None:
+        """Let the next ``connections`` that are opened end after so many bytes of replies; later ones do not."""
+
+        def arm() -> None:
+            self._ends = [after] * connections
 
         self._do(arm)
 
@@ -121,9 +132,10 @@ class Proxy:
             upstream, forward = await asyncio.open_connection(*self._target)
             pair.append(forward)
             self._writers.add(forward)
+            end = self._ends.pop() if self._ends else None
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests(reader, forward))
-                group.create_task(self._replies(upstream, writer))
+                group.create_task(self._replies(upstream, writer, end))
         except* (OSError, _OverError):
             pass
         finally:
@@ -140,15 +152,21 @@ class Proxy:
             await writer.drain()
         raise _OverError
 
-    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, end: int | None) -> None:
         while chunk := await reader.read(1 << 16):
             await self._flowing.wait()
+            self.replied += len(chunk)
             if self._lose:
                 self._lose -= 1
                 raise _OverError
             if not self._swallow:
-                writer.write(chunk)
+                writer.write(chunk[:end])
                 await writer.drain()
+            if end is not None:
+                end -= len(chunk)
+                if end <= 0:
+                    writer.write_eof()  # all bytes before the end arrive
+                    return
         raise _OverError
 
 

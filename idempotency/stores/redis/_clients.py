@@ -13,7 +13,6 @@ from typing import Any
 
 from redis.asyncio import cluster as aiocluster
 
-from idempotency._synchronization import Deadline
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.redis._failures import CLIENT_ERRORS, describe_failure
 from idempotency.stores.redis._open import Address, AsyncClient, SyncClient, abandon, clients_of, server_of
@@ -28,8 +27,8 @@ _AWAITED = "this RedisStore has only an asyncio client, and its verbs are not aw
 class Clients:
     """The clients of one store: those it was given, or those it opens at an address.
 
-    ``timeout``: seconds within which an awaited action ends. ``own``: only this store sends over the connections,
-    over each one command at a time.
+    ``timeout``: seconds within which an awaited action ends. ``own``: only this store sends over the connections.
+    ``share``: whether the awaited single commands of an event loop may share one connection.
     """
 
     def __init__(
@@ -40,12 +39,14 @@ class Clients:
         address: Address | None = None,
         timeout: float,
         own: bool = False,
+        share: bool = True,
     ) -> None:
         self.sync_client = sync_client
         self._client = client
         self._address = address
         self._timeout = timeout
         self._own = own
+        self._share = share
         self._loops: dict[AbstractEventLoop, PerLoop] = {}
         self.server = server_of(client or sync_client) if address is None else address.servers
         self._last: PerLoop | None = None
@@ -61,14 +62,11 @@ class Clients:
 
     async def run(self, command: Command) -> Any:
         """Send a command, and return its reply; every failure is a StoreError."""
-        # The same as :meth:`bounded` with one call less, because nearly all commands of a store are sent here.
         here = self._last
         if here is None or here.loop is not asyncio.get_running_loop():
             here = self.here()
         try:
-            with Deadline(here.loop, self._timeout):
-                async with here.slots:
-                    return await here.send(command)
+            return await here.run(command)
         except CLIENT_ERRORS as error:
             raise self._failure(error) from error
 
@@ -76,9 +74,7 @@ class Clients:
         """Do something with the client of the running event loop; every failure is a StoreError."""
         here = self.here()
         try:
-            with Deadline(here.loop, self._timeout):
-                async with here.slots:
-                    return await action(here)
+            return await here.bounded(lambda: action(here))
         except CLIENT_ERRORS as error:
             raise self._failure(error) from error
 
@@ -128,7 +124,7 @@ class Clients:
                 raise ConfigurationError(_BLOCKING)
             for closed in [other for other in self._loops if other.is_closed()]:
                 self._abandon(self._loops.pop(closed))
-            here = self._loops[loop] = PerLoop(loop, client, self._own)
+            here = self._loops[loop] = PerLoop(loop, client, timeout=self._timeout, own=self._own, share=self._share)
         self._last = here
         return here
 
@@ -150,7 +146,7 @@ class Clients:
             if here.loop is not running:
                 self._abandon(here)
                 continue
-            await here.watchers.aclose()
+            await here.aclose()
             if self._address is not None:
                 for client in clients_of(here.client):
                     with contextlib.suppress(*CLIENT_ERRORS):
@@ -167,6 +163,7 @@ class Clients:
                     each.close()
 
     def _abandon(self, here: PerLoop) -> None:
+        here.end()
         if self._address is None:
             return
         if here.loop.is_closed():
@@ -181,6 +178,8 @@ class Clients:
         for here in self._loops.values():
             if here.loop.is_closed():
                 self._abandon(here)
+            else:
+                here.end()
 
     def _failure(self, error: BaseException) -> StoreError:
         return StoreError(f"Redis at {self.server}: {describe_failure(error, self._timeout)}")

@@ -218,10 +218,10 @@ def abandon(client: AsyncClient) -> None:
             connections = [one for node in each.nodes_manager.nodes_cache.values() for one in node._connections]
             each._initialize = True  # by this redis-py marks a cluster client as closed
         for link in connections:
-            _cut_off(link)
+            cut_off(link)
 
 
-def _cut_off(link: Any) -> None:
+def cut_off(link: Any) -> None:
     writer, link._writer, link._reader = link._writer, None, None
     if writer is None:
         return

@@ -37,12 +37,12 @@ RAW = {"NEVER_DECODE": True}
 
 def sender(client: Any, own: bool) -> Send:
     """Choose how a client's commands are sent; ``own``: the store opened the client, and nothing else uses it."""
-    if _is_plain(client):
+    if is_plain(client):
         return _direct(OwnPool(client.connection_pool) if own else SharedPool(client.connection_pool))
     return _through(client)
 
 
-def _is_plain(client: Any) -> bool:
+def is_plain(client: Any) -> bool:
     """Return whether only redis-py itself handles this client's commands.
 
     A subclass, a tracer that wraps ``execute_command``, or a double of the server must see every command.
@@ -128,12 +128,12 @@ def _direct(connections: SharedPool | OwnPool) -> Send:
         connection = await connections.take()
         try:
             # async only: one packed command.
-            await connection.send_packed_command(pack(b"EVALSHA", script.sha, rest))
+            await connection.send_packed_command(pack(script.by_digest, rest))
             try:
                 return await connection.read_response(disable_decoding=True)
             except NoScriptError:
                 # async only: one packed command.
-                await connection.send_packed_command(pack(b"EVAL", script.text, rest))
+                await connection.send_packed_command(pack(script.by_text, rest))
                 return await connection.read_response(disable_decoding=True)
         except ResponseError as error:
             cause = unwrapped(error)

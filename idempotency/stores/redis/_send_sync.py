@@ -100,12 +100,12 @@ def _direct_sync(connections: SyncSharedPool | SyncOwnPool) -> SendSync:
         connection = connections.take()
         try:
             # sync only: a sequence of packed parts.
-            connection.send_packed_command((pack(b"EVALSHA", script.sha, rest),))
+            connection.send_packed_command((pack(script.by_digest, rest),))
             try:
                 return connection.read_response(disable_decoding=True)
             except NoScriptError:
                 # sync only: a sequence of packed parts.
-                connection.send_packed_command((pack(b"EVAL", script.text, rest),))
+                connection.send_packed_command((pack(script.by_text, rest),))
                 return connection.read_response(disable_decoding=True)
         except ResponseError as error:
             cause = unwrapped(error)

@@ -31,8 +31,9 @@ from idempotency.stores.redis._wire import Command, Durability
 class RedisStore:
     """Store records in Redis.
 
-    ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store. A
-    blocking client given here is used as ``sync_client``.
+    ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store,
+    which holds one connection of its pool for all verbs of an event loop, until :meth:`aclose`. A blocking client given
+    here is used as ``sync_client``.
     ``sync_client``: a ``redis.Redis`` or ``RedisCluster`` for the ``*_sync`` verbs. It is bounded by its own
     ``socket_timeout``.
     ``prefix``: how the names of keys and channels begin. Default ``"idempotency"``.
@@ -70,7 +71,7 @@ class RedisStore:
             raise ConfigurationError(f"RedisStore takes a redis-py client, not {type(client).__name__}")
         self._sealing = sealing_of(encryption, digest_names)
         timeout = self._set_up(prefix, timeout, durability)
-        self._clients = Clients(client, sync_client, timeout=timeout)
+        self._clients = Clients(client, sync_client, timeout=timeout, share=durability is None)
 
     @classmethod
     def from_url(
@@ -94,8 +95,9 @@ class RedisStore:
         address = read_url(url)
         store._sealing = sealing_of(encryption, digest_names)
         timeout = store._set_up(prefix, timeout, durability)
-        # Single commands are sent over connections of our own. Those that wait for copies use the client's pool.
-        store._clients = Clients(None, None, address=address, timeout=timeout, own=durability is None)
+        # Commands that wait for copies use the client's pool, and so do the others then.
+        alone = durability is None
+        store._clients = Clients(None, None, address=address, timeout=timeout, own=alone, share=alone)
         return store
 
     def _set_up(self, prefix: str, timeout: float, durability: Durability | None) -> float:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -33,13 +34,15 @@ ASK_BULK = ("CONFIG GET", "proto-max-bulk-len")
 
 
 class Script:
-    """A Lua script and the digest a server remembers it by."""
+    """A Lua script and the digest a server remembers it by; and how a packed command of each begins."""
 
-    __slots__ = ("sha", "text")
+    __slots__ = ("by_digest", "by_text", "sha", "text")
 
     def __init__(self, name: str) -> None:
         self.text = files("idempotency.stores.redis").joinpath("scripts", f"{name}.lua").read_bytes()
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
+        self.by_digest = b"\r\n$7\r\nEVALSHA\r\n$40\r\n%b" % self.sha
+        self.by_text = b"\r\n$4\r\nEVAL\r\n$%d\r\n%b" % (len(self.text), self.text)
 
 
 _CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE, _FORGET = map(
@@ -244,14 +247,27 @@ def first_claimed(reply: Sequence[Any]) -> int:
     return created
 
 
-def pack(name: bytes, head: bytes, rest: tuple[bytes, ...]) -> bytes:
-    """Write a command as a Redis client sends it (RESP: an array of bulk strings)."""
-    parts = (name, head, *rest)
-    # One format of the whole, which is faster than one of each part.
-    values: list[Any] = [len(parts)] * (2 * len(parts) + 1)
-    values[1::2], values[2::2] = map(len, parts), parts
-    return (b"*%d\r\n" + b"$%d\r\n%b\r\n" * len(parts)) % tuple(values)
+_SHORT = 256
+_HEADS = tuple(b"\r\n$%d\r\n" % size for size in range(_SHORT))
+"""What stands between a part of a command and the next, which has so many bytes."""
 
 
+def pack(start: bytes, rest: tuple[bytes, ...]) -> bytes:
+    """Write a command as a Redis client sends it (RESP: an array of bulk strings).
+
+    ``start``: :attr:`Script.by_digest` or :attr:`Script.by_text`.
+    """
+    written = [b"*%d" % (len(rest) + 2), start]
+    write = written.append
+    for part in rest:
+        size = len(part)
+        write(_HEADS[size] if size < _SHORT else b"\r\n$%d\r\n" % size)
+        write(part)
+    write(b"\r\n")
+    return b"".join(written)
+
+
+# A policy's few durations are written for every claim.
+@lru_cache(maxsize=256)
 def _milliseconds(duration: float) -> bytes:
     return b"%d" % milliseconds(duration)
