@@ -18,6 +18,7 @@ from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
+from idempotency._http.key import has_field
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
@@ -28,7 +29,7 @@ from idempotency._http.recorded_headers import replayed_headers
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
-from idempotency._http.state import RequestState, mapping_of
+from idempotency._http.state import RequestState, mapping_of, run_unprotected
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -132,16 +133,25 @@ class IdempotencyMiddleware:
             # Some servers pass the method on as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), route_path(scope))
             if policy is not None:
-                exchange = _Exchange(self, policy, scope, receive, send)
-                await exchange.run()
-                if self._runner.writing and self._lifespan.requests_wait_for_writes():
-                    # The answer is sent. A server that stops waits for its requests, and for nothing else.
-                    await exchange.wait_for_writes()
+                if not isinstance(scope["headers"], list | tuple):
+                    # ASGI allows any iterable. Here it is read more than once.
+                    scope["headers"] = list(scope["headers"])
+                if policy.required or has_field(scope["headers"], self._options.header_name):
+                    await self._protect(policy, scope, receive, send)
+                else:
+                    await run_unprotected(self.app, scope, receive, send)
                 return
         elif scope["type"] == "lifespan":
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send))
             return
         await self.app(scope, receive, send)
+
+    async def _protect(self, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = _Exchange(self, policy, scope, receive, send)
+        await exchange.run()
+        if self._runner.writing and self._lifespan.requests_wait_for_writes():
+            # The answer is sent. A server that stops waits for its requests, and for nothing else.
+            await exchange.wait_for_writes()
 
 
 class _NoResponse(BaseException):
@@ -207,7 +217,7 @@ class _Exchange:
     async def _run(self) -> None:
         try:
             self._key = key = self._request.key()
-            claim = None if key is None or self._is_protected_already(key) else await self._request.claim(key)
+            claim = None if self._is_protected_already(key) else await self._request.claim(key)
         except _REFUSALS as error:
             await self._refuse("refused", error)
         except AnsweredError as answered:
@@ -217,10 +227,8 @@ class _Exchange:
         else:
             if claim is not None:
                 await self._run_with_key(claim)
-            elif key is not None:
-                await self._middleware.app(self._scope, self._receive, self._send)
             else:
-                await self._unprotected(self._receive)
+                await self._middleware.app(self._scope, self._receive, self._send)
 
     async def _run_with_key(self, claim: Claim) -> None:
         policy, self._claim = self._policy, claim
@@ -229,7 +237,7 @@ class _Exchange:
         except StoreError as error:
             if policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 self._emit("unprotected", error)
-                await self._unprotected(self._request.receive())
+                await run_unprotected(self._middleware.app, self._scope, self._request.receive(), self._send)
             else:
                 await self._refuse("unavailable", error)
             return
@@ -289,18 +297,6 @@ class _Exchange:
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
         await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
-
-    async def _unprotected(self, receive: Receive) -> None:
-        state = mapping_of(self._scope.setdefault("state", {}))
-        if isinstance(state, dict) and state.get("idempotency") is None:
-            state["idempotency"] = None
-            await self._middleware.app(self._scope, receive, self._send)
-            return
-        own = RequestState(self._scope, None)
-        try:
-            await self._middleware.app(self._scope, receive, self._send)
-        finally:
-            own.leave()
 
     async def _answer(self, verdict: Known) -> StoredResponse:
         kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)

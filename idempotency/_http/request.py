@@ -29,7 +29,7 @@ class AnsweredError(Exception):
 
 
 class KeyedRequest:
-    """One request to a protected route, as it is read. It answers nothing, except for a function of the user.
+    """One request that has a key, or needs one, as it is read. It answers nothing, except for a function of the user.
 
     ``send`` is the server's, or the one that puts the key into each response.
     """
@@ -45,9 +45,6 @@ class KeyedRequest:
         receive: Receive,
         send: Send,
     ) -> None:
-        if not isinstance(scope["headers"], list | tuple):
-            # ASGI allows any iterable. Here it is read more than once.
-            scope["headers"] = list(scope["headers"])
         self._app = app
         self._options = options
         self._policy = policy
@@ -63,13 +60,13 @@ class KeyedRequest:
         """The name of the operation: the method and the actual path."""
         return f"{self._scope['method']} {self._scope['path']}"
 
-    def key(self) -> str | None:
-        """Read the key; return None where it is missing and not required.
+    def key(self) -> str:
+        """Read the key.
 
         Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
         """
         key = read_key(self._scope["headers"], self._options.header_name, strict=self._options.strict)
-        if key is None and self._policy.required:
+        if key is None:
             name = self._options.header_name.decode()
             raise KeyMissingError(f"This operation needs a key in the header {name}.")
         return key
