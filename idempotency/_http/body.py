@@ -28,13 +28,12 @@ class DisconnectedError(Exception):
 class Body:
     """One request body: its digest, and its bytes if it is small. It can be read any number of times."""
 
-    __slots__ = ("_file", "_lock", "data", "digest")
+    __slots__ = ("_file", "data", "digest")
 
     def __init__(self, digest: bytes, data: bytes | None, file: IO[bytes] | None = None) -> None:
         self.digest = digest
         self.data = data
-        self._file = file
-        self._lock = threading.Lock()
+        self._file = None if file is None else _File(file)
 
     def receive(self, server: Receive) -> Receive:
         """Make the ASGI ``receive`` that gives the body from its start, and then what the server sends.
@@ -43,7 +42,7 @@ class Body:
         """
         if self._file is None:
             return _BodyReceive(self.data or b"", server)
-        return _FileReceive(self._file, self._lock, server)
+        return _FileReceive(self._file, server)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
@@ -65,29 +64,39 @@ class _BodyReceive:
         return {"type": "http.request", "body": data, "more_body": False}
 
 
-class _FileReceive:
-    __slots__ = ("_at", "_file", "_lock", "_server")
+class _File:
+    """A temporary file that threads read."""
 
-    def __init__(self, file: IO[bytes], lock: threading.Lock, server: Receive) -> None:
+    __slots__ = ("_file", "_lock", "close")
+
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._lock = lock
+        self._lock = threading.Lock()
+        self.close = file.close
+
+    def read(self, at: int) -> bytes:
+        # A read that was cancelled may still run in its thread.
+        with self._lock:
+            self._file.seek(at)
+            return self._file.read(_CHUNK)
+
+
+class _FileReceive:
+    __slots__ = ("_at", "_file", "_server")
+
+    def __init__(self, file: _File, server: Receive) -> None:
+        self._file = file
         self._server = server
         self._at: int | None = 0
 
     async def __call__(self) -> Message:
         if self._at is None:
             return await self._server()
-        chunk = await asyncio.to_thread(self._read, self._at)
+        chunk = await asyncio.to_thread(self._file.read, self._at)
         # A chunk that is not full is the last: the file's end, perhaps empty.
         more = len(chunk) == _CHUNK
         self._at = self._at + len(chunk) if more else None
         return {"type": "http.request", "body": chunk, "more_body": more}
-
-    def _read(self, at: int) -> bytes:
-        # A read that was cancelled may still run in its thread.
-        with self._lock:
-            self._file.seek(at)
-            return self._file.read(_CHUNK)
 
 
 async def read_body(

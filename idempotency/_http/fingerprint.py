@@ -49,7 +49,10 @@ class BodyHash:
 
     def __init__(self, content_type: bytes | None = None) -> None:
         self._delimiter = _delimiter(content_type)
-        self._content = hashlib.sha256(b"parts:1:" if self._delimiter else b"raw:1:")
+        if not self._delimiter:
+            self._content = hashlib.sha256(b"raw:1:")
+            return
+        self._content = hashlib.sha256(b"parts:1:")
         # The parts are hashed without the boundaries between them. Their lengths show where each ends.
         self._lengths = hashlib.sha256()
         self._length = 0
