@@ -18,7 +18,7 @@ from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
-from idempotency._http.key import has_field
+from idempotency._http.fields import has_field
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
@@ -196,7 +196,19 @@ class _Exchange:
     async def run(self) -> None:
         """Answer the request."""
         try:
-            await self._run()
+            self._key = key = self._request.key()
+            claim = None if self._is_protected_already(key) else await self._request.claim(key)
+        except _REFUSALS as error:
+            await self._refuse("refused", error)
+        except AnsweredError as answered:
+            self._emit("refused", answered.error)
+        except DisconnectedError:
+            pass
+        else:
+            if claim is not None:
+                await self._run_with_key(claim)
+            else:
+                await self._middleware.app(self._scope, self._receive, self._send)
         finally:
             self._request.close()
 
@@ -213,22 +225,6 @@ class _Exchange:
         if outer is None or (outer.key, outer.name) != (key, self._request.name):
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
-
-    async def _run(self) -> None:
-        try:
-            self._key = key = self._request.key()
-            claim = None if self._is_protected_already(key) else await self._request.claim(key)
-        except _REFUSALS as error:
-            await self._refuse("refused", error)
-        except AnsweredError as answered:
-            self._emit("refused", answered.error)
-        except DisconnectedError:
-            pass
-        else:
-            if claim is not None:
-                await self._run_with_key(claim)
-            else:
-                await self._middleware.app(self._scope, self._receive, self._send)
 
     async def _run_with_key(self, claim: Claim) -> None:
         policy, self._claim = self._policy, claim

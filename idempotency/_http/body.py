@@ -41,7 +41,7 @@ class Body:
         No message is invented: a disconnect is passed on when the server sends it.
         """
         if self._file is None:
-            return _BodyReceive(self.data or b"", server)
+            return BodyReceive(self.data or b"", server)
         return _FileReceive(self._file, server)
 
     def close(self) -> None:
@@ -50,7 +50,9 @@ class Body:
             self._file.close()
 
 
-class _BodyReceive:
+class BodyReceive:
+    """The ASGI ``receive`` that gives a body in memory, and then what the server sends."""
+
     __slots__ = ("_data", "_server")
 
     def __init__(self, data: bytes, server: Receive) -> None:
@@ -58,8 +60,12 @@ class _BodyReceive:
         self._server = server
 
     async def __call__(self) -> Message:
+        return self.body() or await self._server()
+
+    def body(self) -> Message | None:
+        """Return the message with the body; None if it was given before."""
         if self._data is None:
-            return await self._server()
+            return None
         data, self._data = self._data, None
         return {"type": "http.request", "body": data, "more_body": False}
 
@@ -99,9 +105,7 @@ class _FileReceive:
         return {"type": "http.request", "body": chunk, "more_body": more}
 
 
-async def read_body(
-    receive: Receive, limit: int, content_type: bytes | None = None, content_length: bytes | None = None
-) -> Body:
+async def read_body(receive: Receive, limit: int, content_type: bytes, content_length: bytes) -> Body:
     """Read a whole request body; ``content_type`` decides which bytes of it are compared (see :class:`BodyHash`).
 
     Raises :class:`DisconnectedError` when the body ends early, and
@@ -109,7 +113,7 @@ async def read_body(
     ``content_length`` is more already. No temporary file remains then.
     """
     # 19 digits are more than any limit.
-    if content_length is not None and content_length.isdigit():
+    if content_length.isdigit():
         _check(int(content_length[:19]), limit)
     message = await receive()
     digest = BodyHash(content_type)

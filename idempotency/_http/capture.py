@@ -228,6 +228,6 @@ async def send_response(send: Send, response: StoredResponse) -> None:
 
 def _is_event_stream(start: Message) -> bool:
     for name, value in start["headers"]:
-        if name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
+        if len(name) == 12 and name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
             return True
     return False

@@ -47,15 +47,6 @@ _PREFERENCE = re.compile(
 )
 
 
-def has_field(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bool:
-    """Return whether there is a field ``name``, which is in lower case."""
-    size = len(name)
-    for field, _ in headers:
-        if len(field) == size and field.lower() == name:
-            return True
-    return False
-
-
 def read_key(
     headers: Iterable[tuple[bytes, bytes]],
     name: bytes = b"idempotency-key",

@@ -25,8 +25,10 @@ class RequestState:
 
     def share(self) -> None:
         """Copy what the application has put into the state to the outer one, and nothing that is older."""
+        if len(self._own) == 1:
+            return
         outer, given = mapping_of(self._outer), self._given
-        if len(self._own) > 1 and isinstance(outer, MutableMapping):
+        if isinstance(outer, MutableMapping):
             for name, value in self._own.items():
                 if name != "idempotency" and (name not in given or given[name] is not value):
                     outer[name] = given[name] = value
