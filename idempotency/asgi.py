@@ -136,22 +136,19 @@ class IdempotencyMiddleware:
                 if not isinstance(scope["headers"], list | tuple):
                     # ASGI allows any iterable. Here it is read more than once.
                     scope["headers"] = list(scope["headers"])
-                if policy.required or has_field(scope["headers"], self._options.header_name):
-                    await self._protect(policy, scope, receive, send)
-                else:
+                if not policy.required and not has_field(scope["headers"], self._options.header_name):
                     await run_unprotected(self.app, scope, receive, send)
+                    return
+                exchange = _Exchange(self, policy, scope, receive, send)
+                await exchange.run()
+                if self._runner.writing and self._lifespan.requests_wait_for_writes():
+                    # The answer is sent. A server that stops waits for its requests, and for nothing else.
+                    await exchange.wait_for_writes()
                 return
         elif scope["type"] == "lifespan":
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send))
             return
         await self.app(scope, receive, send)
-
-    async def _protect(self, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = _Exchange(self, policy, scope, receive, send)
-        await exchange.run()
-        if self._runner.writing and self._lifespan.requests_wait_for_writes():
-            # The answer is sent. A server that stops waits for its requests, and for nothing else.
-            await exchange.wait_for_writes()
 
 
 class _NoResponse(BaseException):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import IO, Any
 
-from idempotency._http.fingerprint import BodyHash
+from idempotency._http.fingerprint import BodyHash, digest_body
 from idempotency.errors import RequestTooLargeError
 
 Message = MutableMapping[str, Any]
@@ -116,13 +116,11 @@ async def read_body(receive: Receive, limit: int, content_type: bytes, content_l
     if content_length.isdigit():
         _check(int(content_length[:19]), limit)
     message = await receive()
-    digest = BodyHash(content_type)
     if message["type"] == "http.request" and not message.get("more_body", False):
         data = bytes(message.get("body", b""))
         _check(len(data), limit)
-        digest.update(data)
-        return Body(digest.digest(), data)
-    return await _read_long(message, receive, limit, digest)
+        return Body(digest_body(data, content_type), data)
+    return await _read_long(message, receive, limit, BodyHash(content_type))
 
 
 async def _read_long(message: Message, receive: Receive, limit: int, digest: BodyHash) -> Body:
