@@ -88,7 +88,7 @@ class _Anchor(NamedTuple):
                 return 0  # a lease of 0 ends at 0
         return int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
 
-    def says_so(self, asked: Asked, clock: float, now: float) -> bool:
+    def is_confirmed_by(self, asked: Asked, clock: float, now: float) -> bool:
         """Return whether :meth:`after` would return an anchor like this one."""
         return now - self.seen < _MOMENT and clock - now <= self.ahead <= clock - asked.sent
 
@@ -130,7 +130,7 @@ class ClockGuard:
         now, anchor, clock = self._monotonic(), self._anchor, clock / 1000
         if anchor is None:
             self._anchor = anchor = _Anchor(clock - asked.sent, now)
-        elif not anchor.says_so(asked, clock, now):
+        elif not anchor.is_confirmed_by(asked, clock, now):
             self._anchor = anchor = anchor.after(asked, clock, now)
         if anchor.steps and record.state is State.RUNNING and record.lease_left <= 0:
             withheld = anchor.withheld(now, claim.lease)
