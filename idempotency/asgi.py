@@ -18,6 +18,7 @@ from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
+from idempotency._http.fields import has_field
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
@@ -28,7 +29,7 @@ from idempotency._http.recorded_headers import replayed_headers
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
-from idempotency._http.state import RequestState, mapping_of
+from idempotency._http.state import RequestState, mapping_of, run_unprotected
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -132,6 +133,12 @@ class IdempotencyMiddleware:
             # Some servers pass the method on as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), route_path(scope))
             if policy is not None:
+                if not isinstance(scope["headers"], list | tuple):
+                    # ASGI allows any iterable. Here it is read more than once.
+                    scope["headers"] = list(scope["headers"])
+                if not policy.required and not has_field(scope["headers"], self._options.header_name):
+                    await run_unprotected(self.app, scope, receive, send)
+                    return
                 exchange = _Exchange(self, policy, scope, receive, send)
                 await exchange.run()
                 if self._runner.writing and self._lifespan.requests_wait_for_writes():
@@ -186,7 +193,19 @@ class _Exchange:
     async def run(self) -> None:
         """Answer the request."""
         try:
-            await self._run()
+            self._key = key = self._request.key()
+            claim = None if self._is_protected_already(key) else await self._request.claim(key)
+        except _REFUSALS as error:
+            await self._refuse("refused", error)
+        except AnsweredError as answered:
+            self._emit("refused", answered.error)
+        except DisconnectedError:
+            pass
+        else:
+            if claim is not None:
+                await self._run_with_key(claim)
+            else:
+                await self._middleware.app(self._scope, self._receive, self._send)
         finally:
             self._request.close()
 
@@ -204,24 +223,6 @@ class _Exchange:
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
-    async def _run(self) -> None:
-        try:
-            self._key = key = self._request.key()
-            claim = None if key is None or self._is_protected_already(key) else await self._request.claim(key)
-        except _REFUSALS as error:
-            await self._refuse("refused", error)
-        except AnsweredError as answered:
-            self._emit("refused", answered.error)
-        except DisconnectedError:
-            pass
-        else:
-            if claim is not None:
-                await self._run_with_key(claim)
-            elif key is not None:
-                await self._middleware.app(self._scope, self._receive, self._send)
-            else:
-                await self._unprotected(self._receive)
-
     async def _run_with_key(self, claim: Claim) -> None:
         policy, self._claim = self._policy, claim
         try:
@@ -229,7 +230,7 @@ class _Exchange:
         except StoreError as error:
             if policy.on_store_error == "fail_open" and not isinstance(error, WaitFailedError):
                 self._emit("unprotected", error)
-                await self._unprotected(self._request.receive())
+                await run_unprotected(self._middleware.app, self._scope, self._request.receive(), self._send)
             else:
                 await self._refuse("unavailable", error)
             return
@@ -289,18 +290,6 @@ class _Exchange:
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
         await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
-
-    async def _unprotected(self, receive: Receive) -> None:
-        state = mapping_of(self._scope.setdefault("state", {}))
-        if isinstance(state, dict) and state.get("idempotency") is None:
-            state["idempotency"] = None
-            await self._middleware.app(self._scope, receive, self._send)
-            return
-        own = RequestState(self._scope, None)
-        try:
-            await self._middleware.app(self._scope, receive, self._send)
-        finally:
-            own.leave()
 
     async def _answer(self, verdict: Known) -> StoredResponse:
         kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)

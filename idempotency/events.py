@@ -86,7 +86,7 @@ class EventHook(Protocol):
 
 def log_event(event: Event, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
-    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    level = _level_of(event.kind)
     if _logger.isEnabledFor(level):
         _logger.log(
             level,
@@ -99,6 +99,10 @@ def log_event(event: Event, /) -> None:
             f" error={event.error}" if event.error else "",
             f": {event.detail}" if event.detail else "",
         )
+
+
+def _level_of(kind: EventKind) -> int:
+    return logging.WARNING if kind in _WARNINGS else logging.DEBUG
 
 
 Failure = BaseException | str | None
@@ -125,6 +129,8 @@ def emit_event(
     error: Failure = None,
 ) -> None:
     """Deliver one event."""
+    if hook is log_event and not _logger.isEnabledFor(_level_of(kind)):
+        return  # by default most events are logged nowhere
     event = Event(
         kind=kind,
         operation=operation,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import IO, Any
 
-from idempotency._http.fingerprint import BodyHash
+from idempotency._http.fingerprint import BodyHash, digest_body
 from idempotency.errors import RequestTooLargeError
 
 Message = MutableMapping[str, Any]
@@ -28,13 +28,12 @@ class DisconnectedError(Exception):
 class Body:
     """One request body: its digest, and its bytes if it is small. It can be read any number of times."""
 
-    __slots__ = ("_file", "_lock", "data", "digest")
+    __slots__ = ("_file", "data", "digest")
 
     def __init__(self, digest: bytes, data: bytes | None, file: IO[bytes] | None = None) -> None:
         self.digest = digest
         self.data = data
-        self._file = file
-        self._lock = threading.Lock()
+        self._file = None if file is None else _File(file)
 
     def receive(self, server: Receive) -> Receive:
         """Make the ASGI ``receive`` that gives the body from its start, and then what the server sends.
@@ -42,8 +41,8 @@ class Body:
         No message is invented: a disconnect is passed on when the server sends it.
         """
         if self._file is None:
-            return _BodyReceive(self.data or b"", server)
-        return _FileReceive(self._file, self._lock, server)
+            return BodyReceive(self.data or b"", server)
+        return _FileReceive(self._file, server)
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
@@ -51,7 +50,9 @@ class Body:
             self._file.close()
 
 
-class _BodyReceive:
+class BodyReceive:
+    """The ASGI ``receive`` that gives a body in memory, and then what the server sends."""
+
     __slots__ = ("_data", "_server")
 
     def __init__(self, data: bytes, server: Receive) -> None:
@@ -59,40 +60,52 @@ class _BodyReceive:
         self._server = server
 
     async def __call__(self) -> Message:
+        return self.body() or await self._server()
+
+    def body(self) -> Message | None:
+        """Return the message with the body; None if it was given before."""
         if self._data is None:
-            return await self._server()
+            return None
         data, self._data = self._data, None
         return {"type": "http.request", "body": data, "more_body": False}
 
 
-class _FileReceive:
-    __slots__ = ("_at", "_file", "_lock", "_server")
+class _File:
+    """A temporary file that threads read."""
 
-    def __init__(self, file: IO[bytes], lock: threading.Lock, server: Receive) -> None:
+    __slots__ = ("_file", "_lock", "close")
+
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._lock = lock
-        self._server = server
-        self._at: int | None = 0
+        self._lock = threading.Lock()
+        self.close = file.close
 
-    async def __call__(self) -> Message:
-        if self._at is None:
-            return await self._server()
-        chunk = await asyncio.to_thread(self._read, self._at)
-        # A chunk that is not full is the last: the file's end, perhaps empty.
-        more = len(chunk) == _CHUNK
-        self._at = self._at + len(chunk) if more else None
-        return {"type": "http.request", "body": chunk, "more_body": more}
-
-    def _read(self, at: int) -> bytes:
+    def read(self, at: int) -> bytes:
         # A read that was cancelled may still run in its thread.
         with self._lock:
             self._file.seek(at)
             return self._file.read(_CHUNK)
 
 
-async def read_body(
-    receive: Receive, limit: int, content_type: bytes | None = None, content_length: bytes | None = None
-) -> Body:
+class _FileReceive:
+    __slots__ = ("_at", "_file", "_server")
+
+    def __init__(self, file: _File, server: Receive) -> None:
+        self._file = file
+        self._server = server
+        self._at: int | None = 0
+
+    async def __call__(self) -> Message:
+        if self._at is None:
+            return await self._server()
+        chunk = await asyncio.to_thread(self._file.read, self._at)
+        # A chunk that is not full is the last: the file's end, perhaps empty.
+        more = len(chunk) == _CHUNK
+        self._at = self._at + len(chunk) if more else None
+        return {"type": "http.request", "body": chunk, "more_body": more}
+
+
+async def read_body(receive: Receive, limit: int, content_type: bytes, content_length: bytes) -> Body:
     """Read a whole request body; ``content_type`` decides which bytes of it are compared (see :class:`BodyHash`).
 
     Raises :class:`DisconnectedError` when the body ends early, and
@@ -100,16 +113,14 @@ async def read_body(
     ``content_length`` is more already. No temporary file remains then.
     """
     # 19 digits are more than any limit.
-    if content_length is not None and content_length.isdigit():
+    if content_length.isdigit():
         _check(int(content_length[:19]), limit)
     message = await receive()
-    digest = BodyHash(content_type)
     if message["type"] == "http.request" and not message.get("more_body", False):
         data = bytes(message.get("body", b""))
         _check(len(data), limit)
-        digest.update(data)
-        return Body(digest.digest(), data)
-    return await _read_long(message, receive, limit, digest)
+        return Body(digest_body(data, content_type), data)
+    return await _read_long(message, receive, limit, BodyHash(content_type))
 
 
 async def _read_long(message: Message, receive: Receive, limit: int, digest: BodyHash) -> Body:

@@ -155,7 +155,8 @@ class ResponseCapture:
                 return
             body = b"".join(self._chunks)
             await self._finish(body)
-            await self._pass({"type": "http.response.body", "body": body, "more_body": False})
+            if self._settled:
+                await self._send({"type": "http.response.body", "body": body, "more_body": False})
         elif self._timer is None:
             self._lock = asyncio.Lock()
             self._timer = asyncio.get_running_loop().call_later(PATIENCE, self._go_live_soon)
@@ -228,6 +229,6 @@ async def send_response(send: Send, response: StoredResponse) -> None:
 
 def _is_event_stream(start: Message) -> bool:
     for name, value in start["headers"]:
-        if name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
+        if len(name) == 12 and name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
             return True
     return False

@@ -58,11 +58,13 @@ def decode_response(data: bytes) -> StoredResponse:
     start = _PREFIX.size + 8 * count
     if not 100 <= status <= 999 or len(data) < start:
         raise UnreadableError(_DAMAGED)
-    lengths = struct.unpack_from(f">{2 * count}I", data, _PREFIX.size)
-    if start + sum(lengths) + body_length != len(data):
+    pairs: list[tuple[bytes, bytes]] = []
+    lengths = iter(struct.unpack_from(f">{2 * count}I", data, _PREFIX.size))
+    for name_length, value_length in zip(lengths, lengths, strict=True):
+        middle = start + name_length
+        end = middle + value_length
+        pairs.append((data[start:middle], data[middle:end]))
+        start = end
+    if start + body_length != len(data):
         raise UnreadableError(_DAMAGED)
-    texts: list[bytes] = []
-    for length in lengths:
-        texts.append(data[start : start + length])
-        start += length
-    return StoredResponse(status, tuple(zip(texts[::2], texts[1::2], strict=True)), data[start:])
+    return StoredResponse(status, tuple(pairs), data[start:])

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from idempotency._http.codec import StoredResponse
+from idempotency._http.fields import has_field
 from idempotency.errors import NotReplayableError
 from idempotency.policy import Headers
 
@@ -29,6 +30,8 @@ _OF_CODED_BYTES = DIGESTS | {b"accept-ranges", b"content-encoding"}
 
 def is_acceptable(response: StoredResponse, request_headers: Headers) -> bool:
     """Return whether the client of a request accepts the codings of a recorded response."""
+    if not has_field(response.headers, b"content-encoding"):
+        return True
     codings = _codings(response.headers)
     return not codings or _Accepted(request_headers).all(codings)
 

@@ -9,7 +9,11 @@ from collections.abc import Iterable
 
 def digest(domain: bytes, parts: Iterable[bytes], secret: bytes | None) -> bytes:
     """Digest ``parts`` to 32 bytes: SHA-256, or HMAC-SHA256 with a ``secret``. ``domain`` is one for each use."""
-    text = domain + join(parts)
+    return digest_text(domain + join(parts), secret)
+
+
+def digest_text(text: bytes, secret: bytes | None) -> bytes:
+    """Digest a text that begins with its domain, and in which parts are joined as :func:`join` does."""
     if secret:
         return hmac.digest(secret, text, "sha256")
     return hashlib.sha256(text).digest()

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from contextvars import Context
 
-from idempotency._http.body import Message, Receive
+from idempotency._http.body import BodyReceive, Message, Receive
 from idempotency.operation import RUNNING, Operation
 
 LONGEST = 600.0
@@ -56,6 +56,8 @@ class Disconnect:
 
     async def __call__(self) -> Message:
         """Return the next message for the application."""
+        if isinstance(self._receive, BodyReceive) and (body := self._receive.body()) is not None:
+            return body
         if self._asking is None:
             self._asking = asyncio.Lock()
         # One caller at a time asks the server, which may send the message only once. All callers get it.

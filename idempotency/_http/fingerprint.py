@@ -10,13 +10,16 @@ import struct
 from itertools import accumulate
 from typing import Any
 
-from idempotency._http.digest import digest
+from idempotency._http.digest import digest, digest_text
 from idempotency.errors import ConfigurationError
 
 _MAX_DEPTH = 64
 
 _LARGE = 65536
 """Bytes of a JSON text that is parsed in the event loop, at the most."""
+
+_RAW = b"raw:1:"
+"""What is digested before the bytes of a body that is not multipart."""
 
 _CONTENT_PARAMETER = re.compile(rb';[ \t]*+([^;="\s]++)=(?:"([^"\\]*+)"|([^;"\s]++))')
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
@@ -33,10 +36,25 @@ def fingerprint(
     HMAC-SHA256, so that a reader of the store cannot test guesses of a body; another secret makes every recorded key
     mismatch.
     """
+    verb, target = method.encode(), path.encode("utf-8", "surrogatepass")
     essence = (content_type or b"").partition(b";")[0].strip(b" \t").lower()
-    return digest(
-        b"request:1:", (method.encode(), path.encode("utf-8", "surrogatepass"), query, essence, body_digest), secret
+    # As join() writes it, at half the cost: every request with a key comes here.
+    text = b"request:1:%d:%b%d:%b%d:%b%d:%b%d:%b" % (
+        *(len(verb), verb, len(target), target, len(query), query, len(essence), essence),
+        *(len(body_digest), body_digest),
     )
+    return digest_text(text, secret)
+
+
+def digest_body(data: bytes, content_type: bytes) -> bytes:
+    """Digest a whole body as :class:`BodyHash` does."""
+    if not _delimiter(content_type):
+        whole = hashlib.sha256(_RAW)
+        whole.update(data)
+        return whole.digest()
+    pieces = BodyHash(content_type)
+    pieces.update(data)
+    return pieces.digest()
 
 
 class BodyHash:
@@ -49,7 +67,10 @@ class BodyHash:
 
     def __init__(self, content_type: bytes | None = None) -> None:
         self._delimiter = _delimiter(content_type)
-        self._content = hashlib.sha256(b"parts:1:" if self._delimiter else b"raw:1:")
+        if not self._delimiter:
+            self._content = hashlib.sha256(_RAW)
+            return
+        self._content = hashlib.sha256(b"parts:1:")
         # The parts are hashed without the boundaries between them. Their lengths show where each ends.
         self._lengths = hashlib.sha256()
         self._length = 0
@@ -83,8 +104,8 @@ class BodyHash:
 
 
 def _delimiter(content_type: bytes | None) -> bytes:
-    essence, _, parameters = (content_type or b"").partition(b";")
-    if essence.strip(b" \t").lower().startswith(b"multipart/"):
+    if content_type and content_type.lstrip(b" \t")[:10].lower() == b"multipart/":
+        parameters = content_type.partition(b";")[2]
         for name, quoted, token in _CONTENT_PARAMETER.findall(b";" + parameters):
             if name.lower() == b"boundary":
                 boundary = quoted or token

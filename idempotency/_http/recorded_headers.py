@@ -99,4 +99,12 @@ def replayed_headers(headers: Headers, marker: tuple[bytes, bytes]) -> list[tupl
 
     A record may be older than a name in the table above, or than the present name of the marker.
     """
+    if _are_replayed(tuple([name for name, _ in headers]), marker[0]):
+        return [*headers, marker]
     return [*(pair for pair in recorded_headers(headers) if pair[0].lower() != marker[0]), marker]
+
+
+@lru_cache(maxsize=1024)
+def _are_replayed(names: tuple[bytes, ...], marker: bytes) -> bool:
+    """Return whether all fields with these names are replayed. An application has few lists of names."""
+    return all(_is_recorded(name) and name.lower() != marker for name in names)

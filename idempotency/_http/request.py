@@ -10,11 +10,11 @@ from idempotency._http.body import Body, Receive, Send, read_body
 from idempotency._http.caller import ANONYMOUS, Credentials, path_scope, scope_text
 from idempotency._http.fingerprint import fingerprint, json_digest_aside, value_digest
 from idempotency._http.key import read_key, read_prefer_wait, send_with_key
-from idempotency._http.options import Options
+from idempotency._http.options import CallerScope, Options
 from idempotency._http.state import RequestState
 from idempotency._rules import Claim
 from idempotency.errors import BodyInvalidError, KeyMissingError
-from idempotency.policy import Policy
+from idempotency.policy import Fingerprint, Policy
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -29,7 +29,7 @@ class AnsweredError(Exception):
 
 
 class KeyedRequest:
-    """One request to a protected route, as it is read. It answers nothing, except for a function of the user.
+    """One request that has a key, or needs one, as it is read. It answers nothing, except for a function of the user.
 
     ``send`` is the server's, or the one that puts the key into each response.
     """
@@ -45,9 +45,6 @@ class KeyedRequest:
         receive: Receive,
         send: Send,
     ) -> None:
-        if not isinstance(scope["headers"], list | tuple):
-            # ASGI allows any iterable. Here it is read more than once.
-            scope["headers"] = list(scope["headers"])
         self._app = app
         self._options = options
         self._policy = policy
@@ -63,13 +60,13 @@ class KeyedRequest:
         """The name of the operation: the method and the actual path."""
         return f"{self._scope['method']} {self._scope['path']}"
 
-    def key(self) -> str | None:
-        """Read the key; return None where it is missing and not required.
+    def key(self) -> str:
+        """Read the key.
 
         Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
         """
         key = read_key(self._scope["headers"], self._options.header_name, strict=self._options.strict)
-        if key is None and self._policy.required:
+        if key is None:
             name = self._options.header_name.decode()
             raise KeyMissingError(f"This operation needs a key in the header {name}.")
         return key
@@ -81,14 +78,21 @@ class KeyedRequest:
         :class:`~idempotency.errors.BodyInvalidError`, :class:`DisconnectedError`, and :class:`AnsweredError` for an
         error of a function of the user, or that error if the application has no answer to it.
         """
-        policy = self._policy
-        caller = await self._caller()
-        content_type, length = self._header(b"content-type"), self._header(b"content-length")
-        self._body = body = await read_body(self._receive, policy.max_request, content_type, length)
+        policy, scope, secret = self._policy, self._scope, self._options.secret
+        named = self._options.caller
+        caller = named.caller_of(scope) if isinstance(named, Credentials) else await self._caller_by(named)
+        # Of several fields with one name the first counts.
+        fields = dict(reversed(scope["headers"]))
+        content_type, length = bytes(fields.get(b"content-type", b"")), bytes(fields.get(b"content-length", b""))
+        body = await read_body(self._receive, policy.max_request, content_type, length)
+        self._body = body
+        digest = body.digest if policy.fingerprint == "raw" else await self._digest_by(policy.fingerprint, body)
         return Claim(
-            scope=path_scope(caller, self._scope["path"]) if policy.key_per_path else caller,
+            scope=path_scope(caller, scope["path"]) if policy.key_per_path else caller,
             key=key,
-            fingerprint=await self._fingerprint(body, content_type),
+            fingerprint=fingerprint(
+                scope["method"], scope["path"], scope["query_string"], content_type, digest, secret
+            ),
             lease=policy.lease,
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
@@ -111,28 +115,19 @@ class KeyedRequest:
         if self._body is not None:
             self._body.close()
 
-    async def _caller(self) -> str:
-        caller = self._options.caller
-        if caller is None:
+    async def _caller_by(self, function: CallerScope | None) -> str:
+        if function is None:
             return ANONYMOUS
-        if isinstance(caller, Credentials):
-            return caller.caller_of(self._scope)
         from starlette.requests import Request
 
-        return scope_text(await self._call(caller, Request(self._scope)), self._options.secret)
+        return scope_text(await self._call(function, Request(self._scope)), self._options.secret)
 
-    async def _fingerprint(self, body: Body, content_type: bytes | None) -> bytes:
-        scope, rule = self._scope, self._policy.fingerprint
-        digest = body.digest
-        if rule == "json" and body.data is not None:
-            digest = await json_digest_aside(body.data) or digest
-        elif callable(rule):
+    async def _digest_by(self, rule: Fingerprint, body: Body) -> bytes:
+        if callable(rule):
             from idempotency._http.callables import ReadRequest
 
-            digest = value_digest(await self._call(rule, ReadRequest(scope, self.receive())))
-        return fingerprint(
-            scope["method"], scope["path"], scope["query_string"], content_type, digest, self._options.secret
-        )
+            return value_digest(await self._call(rule, ReadRequest(self._scope, self.receive())))
+        return (body.data is not None and await json_digest_aside(body.data)) or body.digest
 
     async def _call(self, function: Callable[[Request], Any], request: Request) -> Any:
         """Call a function of the user; an error of it is answered as if a handler had raised it."""
@@ -150,9 +145,3 @@ class KeyedRequest:
             raise AnsweredError(error) from error
         finally:
             await request.close()  # closes the files of a form that it has read
-
-    def _header(self, name: bytes) -> bytes | None:
-        for field, value in self._scope["headers"]:
-            if field == name:
-                return bytes(value)
-        return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
+from idempotency._http.body import Receive, Send
 from idempotency.operation import Operation
 
 
@@ -24,8 +25,10 @@ class RequestState:
 
     def share(self) -> None:
         """Copy what the application has put into the state to the outer one, and nothing that is older."""
+        if len(self._own) == 1:
+            return
         outer, given = mapping_of(self._outer), self._given
-        if len(self._own) > 1 and isinstance(outer, MutableMapping):
+        if isinstance(outer, MutableMapping):
             for name, value in self._own.items():
                 if name != "idempotency" and (name not in given or given[name] is not value):
                     outer[name] = given[name] = value
@@ -39,8 +42,28 @@ class RequestState:
             self._scope["state"] = self._outer
 
 
+async def run_unprotected(
+    app: Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]],
+    scope: MutableMapping[str, Any],
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Run ``app`` without an operation: ``idempotency`` is None in the state of the request."""
+    state = mapping_of(scope.setdefault("state", {}))
+    if isinstance(state, dict) and state.get("idempotency") is None:
+        state["idempotency"] = None
+        await app(scope, receive, send)
+        return
+    own = RequestState(scope, None)
+    try:
+        await app(scope, receive, send)
+    finally:
+        own.leave()
+
+
 def mapping_of(state: object) -> Mapping[str, Any]:
     """Return the mapping behind the ``state`` of a scope: ASGI's is one, Starlette's ``State`` wraps one."""
-    if not isinstance(state, dict):
-        state = getattr(state, "_state", state)
+    if isinstance(state, dict):
+        return state
+    state = getattr(state, "_state", state)
     return state if isinstance(state, Mapping) else {}

@@ -38,6 +38,9 @@ _STEPS = 3
 """Steps that are guarded against in one row. More are several servers whose clocks differ, of which one answers now
 and another then: a guard would withhold keys from claims for ever."""
 
+_MOMENT = 1.0
+"""Seconds after an answer in which another that says the same of the clock is not noted: they hardly drift in it."""
+
 _CALM = 600.0
 """Seconds without a step that end a row; a lease, if it is longer, for which a key is withheld after each step."""
 
@@ -78,10 +81,16 @@ class _Anchor(NamedTuple):
         return self.steps[-1] + lease - now if self.steps and not self.too_many(now, lease) else 0.0
 
     def latest(self, now: float, lease: float) -> int:
-        if self.too_many(now, lease):
-            return ANY
-        # A lease of 0 ends at 0.
-        return 0 if self.withheld(now, lease) > 0 else int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
+        if self.steps:
+            if self.too_many(now, lease):
+                return ANY
+            if self.withheld(now, lease) > 0:
+                return 0  # a lease of 0 ends at 0
+        return int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
+
+    def is_confirmed_by(self, asked: Asked, clock: float, now: float) -> bool:
+        """Return whether :meth:`after` would return an anchor like this one."""
+        return now - self.seen < _MOMENT and clock - now <= self.ahead <= clock - asked.sent
 
     def after(self, asked: Asked, clock: float, now: float) -> _Anchor:
         """Return the anchor after an answer that came now: the store's clock was read between the claim and now."""
@@ -119,7 +128,11 @@ class ClockGuard:
         until that owner has renewed it.
         """
         now, anchor, clock = self._monotonic(), self._anchor, clock / 1000
-        self._anchor = anchor = _Anchor(clock - asked.sent, now) if anchor is None else anchor.after(asked, clock, now)
-        withheld = anchor.withheld(now, claim.lease)
-        looks_over = record.state is State.RUNNING and record.lease_left <= 0
-        return replace(record, lease_left=withheld) if looks_over and withheld > 0 else record
+        if anchor is None:
+            self._anchor = anchor = _Anchor(clock - asked.sent, now)
+        elif not anchor.is_confirmed_by(asked, clock, now):
+            self._anchor = anchor = anchor.after(asked, clock, now)
+        if anchor.steps and record.state is State.RUNNING and record.lease_left <= 0:
+            withheld = anchor.withheld(now, claim.lease)
+            return replace(record, lease_left=withheld) if withheld > 0 else record
+        return record

@@ -256,12 +256,12 @@ class MemoryStore:
         return stored if stored is not None and stored.token == claim.token and stored.version <= FORMAT else None
 
     def _end(self, record: bytes, stored: _Stored, state: State, result: bytes | None, expires: float) -> None:
-        self._bytes -= stored.size
+        self._bytes -= len(stored.result or b"")
         stored.state = state
         stored.result = None if result is None else bytes(result)
         stored.hold = state is State.UNKNOWN
         stored.expires = inf if stored.hold else expires
-        self._bytes += stored.size
+        self._bytes += len(stored.result or b"")
         self._schedule(record, stored)
 
     def _forget(self, record: bytes) -> None:
@@ -303,6 +303,8 @@ class MemoryStore:
         return len(self._records) >= self._max_records or self._bytes >= self._max_bytes
 
     def _announce(self, record: bytes) -> None:
+        if not self._watchers:
+            return  # who watches from now on claims after that, and sees the change
         with self._lock:
             watchers = tuple(self._watchers.get(record, ()))
         for watcher in watchers:
@@ -360,7 +362,8 @@ class _Stored:
     @property
     def size(self) -> int:
         """Bytes that grow with what users send, counting text as one byte a character."""
-        return sum(map(len, self.names)) + len(self.fingerprint) + len(self.result or b"")
+        scope, key = self.names
+        return len(scope) + len(key) + len(self.fingerprint) + len(self.result or b"")
 
     def record(self, now: float) -> Record:
         return Record(
