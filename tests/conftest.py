@@ -17,7 +17,7 @@ import pytest
 
 from tests.kit import servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.selection import is_fast, is_measured
+from tests.kit.selection import group_of, is_fast, is_measured
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
     # for what it writes in the background.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What a shell runs in the background ignores it, as do the programs that the tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "processes: starts processes")
     config.addinivalue_line("markers", "measured: runs under coverage; see tests/kit/selection.py")
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")

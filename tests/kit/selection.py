@@ -1,4 +1,4 @@
-"""Which tests run under coverage, and which in the edit loop."""
+"""Which tests run under coverage, which in the edit loop, and which one after another in one process."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _UNMEASURED_FILES = (
     "test_packaging.py",
 )
 _CONTRACT = "stores/test_contract.py"
+# Their parts take as long as other files, and share nothing.
+_BY_STORE = (_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
 _MEASURED_KINDS = ("memory", "redis", "sqlite")
 
 
@@ -37,6 +39,17 @@ def is_measured(item: pytest.Item) -> bool:
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
         return False
     return path.as_posix() != _CONTRACT or _parameters(item).get("store_kind") in _MEASURED_KINDS
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name what runs in one process, one after another: a file, one store's part of it, or a live server's tests."""
+    path = item.path.relative_to(ROOT / "tests").as_posix()
+    parameters = _parameters(item)
+    for server in ("live", "frail"):
+        if server in parameters:
+            # In whatever file they are, so that the server is started once.
+            return "-".join([server, *map(str, parameters[server])])
+    return f"{path}-{parameters.get('store_kind')}" if path in _BY_STORE else path
 
 
 def is_fast(item: pytest.Item) -> bool:
