@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from idempotency.testing import StoreContract, SyncStoreContract
 from tests.kit.paths import ROOT
+from tests.kit.targets import SYNC_DRIVERS
 
 _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters", "live", "scripts")
@@ -30,7 +32,8 @@ _UNMEASURED_FILES = (
 _CONTRACT = "stores/test_contract.py"
 # Their parts take as long as other files, and share nothing.
 _BY_STORE = (_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
-_MEASURED_KINDS = ("memory", "redis", "sqlite")
+_CONTRACT_KINDS = ("memory", "redis", "sqlite")
+_SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
 
 
 def is_measured(item: pytest.Item) -> bool:
@@ -38,7 +41,10 @@ def is_measured(item: pytest.Item) -> bool:
     path = item.path.relative_to(ROOT / "tests")
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
         return False
-    return path.as_posix() != _CONTRACT or _parameters(item).get("store_kind") in _MEASURED_KINDS
+    kind = _parameters(item).get("store_kind")
+    if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract):
+        return path.as_posix() == _CONTRACT and kind in _CONTRACT_KINDS
+    return kind not in _SECOND_DRIVERS
 
 
 def group_of(item: pytest.Item) -> str:
