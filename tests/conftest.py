@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.kit import servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
@@ -46,10 +47,21 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+class GroupScheduling(LoadScopeScheduling):
+    """Give each process of pytest-xdist one group of tests after another."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    return GroupScheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
         if is_measured(item):
             item.add_marker("measured")
     if config.getoption("--fast"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from idempotency.testing import StoreContract, SyncStoreContract
 from tests.kit.paths import ROOT
-from tests.kit.targets import SYNC_DRIVERS
+from tests.kit.targets import KINDS, SYNC_DRIVERS
 
 _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters", "live", "scripts")
@@ -32,6 +33,9 @@ _UNMEASURED_FILES = (
 _CONTRACT = "stores/test_contract.py"
 # Their parts take as long as other files, and share nothing.
 _BY_STORE = (_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
+_KINDS = {*KINDS, *SYNC_DRIVERS}
+# As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
+_LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
 _CONTRACT_KINDS = ("memory", "redis", "sqlite")
 _SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
 
@@ -47,15 +51,16 @@ def is_measured(item: pytest.Item) -> bool:
     return kind not in _SECOND_DRIVERS
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """Name what runs in one process, one after another: a file, one store's part of it, or a live server's tests."""
-    path = item.path.relative_to(ROOT / "tests").as_posix()
-    parameters = _parameters(item)
-    for server in ("live", "frail"):
-        if server in parameters:
-            # In whatever file they are, so that the server is started once.
-            return "-".join([server, *map(str, parameters[server])])
-    return f"{path}-{parameters.get('store_kind')}" if path in _BY_STORE else path
+    path, _, test = nodeid.removeprefix("tests/").partition("::")
+    values = test.partition("[")[2].removesuffix("]")
+    if path.startswith("live/") and (server := _LIVE.search(values)):
+        # In whatever file they are, so that the server is started once.
+        return server[0]
+    if path in _BY_STORE:
+        return "-".join([path, *(value for value in values.split("-") if value in _KINDS)])
+    return path
 
 
 def is_fast(item: pytest.Item) -> bool:
