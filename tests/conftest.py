@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -14,10 +15,11 @@ from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.kit import servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.selection import is_fast, is_measured
+from tests.kit.selection import group_of, is_fast, is_measured
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -34,12 +36,27 @@ def pytest_configure(config: pytest.Config) -> None:
     # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
     # for what it writes in the background.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What a shell runs in the background ignores it, as do the programs that the tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "processes: starts processes")
     config.addinivalue_line("markers", "measured: runs under coverage; see tests/kit/selection.py")
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
     config.addinivalue_line(
         "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"
     )
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Give each process of pytest-xdist one group of tests after another."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    return GroupScheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,6 +67,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
         items[:] = [item for item in items if is_fast(item)]
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of collected tests are no garbage: a test that collects it need not look through them.
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

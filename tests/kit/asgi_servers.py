@@ -118,11 +118,15 @@ EACH: list[Combination] = [
 ]
 """Every server once, both numbers of workers, and both stores."""
 
+_SHARED: dict[Combination, Combination] = {}
+
 
 def over(combinations: list[Combination]) -> pytest.MarkDecorator:
     """Run a test on these servers, which it gets as ``live``."""
     names = ["-".join(map(str, each)) for each in combinations]
-    return pytest.mark.parametrize("live", combinations, ids=names, indirect=True)
+    # A server is shared by the tests that name it by one and the same object.
+    shared = [_SHARED.setdefault(each, each) for each in combinations]
+    return pytest.mark.parametrize("live", shared, ids=names, indirect=True)
 
 
 class Live:

@@ -1,12 +1,15 @@
-"""Which tests run under coverage, and which in the edit loop."""
+"""Which tests run under coverage, which in the edit loop, and which one after another in one process."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
+from idempotency.testing import StoreContract, SyncStoreContract
 from tests.kit.paths import ROOT
+from tests.kit.targets import KINDS, SYNC_DRIVERS
 
 _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters", "live", "scripts")
@@ -28,7 +31,13 @@ _UNMEASURED_FILES = (
     "test_packaging.py",
 )
 _CONTRACT = "stores/test_contract.py"
-_MEASURED_KINDS = ("memory", "redis", "sqlite")
+# Their parts take as long as other files, and share nothing.
+_BY_STORE = (_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
+_KINDS = {*KINDS, *SYNC_DRIVERS}
+# As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
+_LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
+_CONTRACT_KINDS = ("memory", "redis", "sqlite")
+_SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
 
 
 def is_measured(item: pytest.Item) -> bool:
@@ -36,7 +45,22 @@ def is_measured(item: pytest.Item) -> bool:
     path = item.path.relative_to(ROOT / "tests")
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
         return False
-    return path.as_posix() != _CONTRACT or _parameters(item).get("store_kind") in _MEASURED_KINDS
+    kind = _parameters(item).get("store_kind")
+    if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract):
+        return path.as_posix() == _CONTRACT and kind in _CONTRACT_KINDS
+    return kind not in _SECOND_DRIVERS
+
+
+def group_of(nodeid: str) -> str:
+    """Name what runs in one process, one after another: a file, one store's part of it, or a live server's tests."""
+    path, _, test = nodeid.removeprefix("tests/").partition("::")
+    values = test.partition("[")[2].removesuffix("]")
+    if path.startswith("live/") and (server := _LIVE.search(values)):
+        # In whatever file they are, so that the server is started once.
+        return server[0]
+    if path in _BY_STORE:
+        return "-".join([path, *(value for value in values.split("-") if value in _KINDS)])
+    return path
 
 
 def is_fast(item: pytest.Item) -> bool:

@@ -77,13 +77,17 @@ class Case:
             time.sleep(0.05)
         return unsettled
 
+    def deliveries(self) -> int:
+        """Count the deliveries so far, but for those of another message under a key."""
+        notes = self.ledger.notes()
+        return sum(notes.get(kind, 0) for kind in ("started", "replayed", "in-progress", "unknown"))
+
     def counted(self) -> Counted:
         """Count, when the consumers have ended."""
         unsettled = self.settled()
         found = {key: self.ledger.effects(key) for key in self.expected}
-        notes = self.ledger.notes()
         return Counted(
-            deliveries=sum(notes.get(kind, 0) for kind in ("started", "replayed", "in-progress", "unknown")),
+            deliveries=self.deliveries(),
             effects=sum(found.values()),
             lost=sum(max(0, self.expected[key] - each) for key, each in found.items()),
             doubled=sum(max(0, each - self.expected[key]) for key, each in found.items()),
@@ -216,6 +220,41 @@ def reused(places: Places, adapter: str, mode: str) -> Counted:
         counted = case.counted()
         assert (case.ledger.notes().get("mismatch"), case.ledger.count("started", "order-1")) == (1, 1)
         assert counted.dead == 1, counted
+        return counted
+
+
+def one_after_another(places: Places, adapter: str, mode: str) -> Counted:
+    """Run the joined cases but ``busy`` on one queue, by few processes: most of the time of a case is their start.
+
+    The consumer of the first order is killed after its effect, the next one after its commit. The third has the rest.
+    """
+    assert mode == "joined", "a leased message whose consumer is killed after its effect is held"
+    with places.case(adapter, mode) as case:
+        killed = not excused(adapter, "killed stored")
+        case.publish("order-1")
+        for point in POINTS[1:] if killed else ():
+            with case.worker(crash_at=point) as worker:
+                worker.wait_for_death()
+        with case.worker():
+            case.heard("replayed" if killed else "stored")
+            case.publish("order-1")
+            case.heard("replayed", killed + 1)
+            case.publish("order-1", "refund")
+            case.heard("dead-lettered")
+            case.publish("order-1")
+            case.heard("replayed", killed + 2)
+            before = case.deliveries()
+            case.publish("order-2", "fail", times=2)
+            case.heard("stored", 2)
+            assert case.deliveries() - before == 3
+            case.publish("order-3", "poison", effects=0)
+            case.publish("order-4")
+            case.heard("stored", 3)
+            case.heard("dead-lettered", 2)
+        counted = case.counted()
+        started = [case.ledger.count("started", f"order-{number}") for number in range(1, 5)]
+        assert started == [killed + 1, 3, ATTEMPTS, 1]
+        assert (case.ledger.notes().get("mismatch"), counted.dead) == (1, 2), counted
         return counted
 
 
