@@ -33,6 +33,8 @@ class Options:
     docs: str
     error: ErrorHook | None
     echo_key: bool
+    transactional: bool
+    """Whether the effect of a request is committed together with its response."""
 
 
 def check_options(
@@ -45,6 +47,7 @@ def check_options(
     docs: str,
     error: ErrorHook | None,
     echo_key: bool,
+    transactional: bool,
 ) -> Options:
     """Check the options of a middleware, whose docstring says what they mean.
 
@@ -74,6 +77,7 @@ def check_options(
         docs=check_docs(docs),
         error=error,
         echo_key=echo_key,
+        transactional=transactional,
     )
 
 

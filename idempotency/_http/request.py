@@ -96,6 +96,7 @@ class KeyedRequest:
             lease=policy.lease,
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
+            transactional=self._options.transactional,
         )
 
     def receive(self) -> Receive:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
+from idempotency import IdempotencyMiddleware
 from idempotency._rules import Claim, Execute, InProgress, judge
 from idempotency.stores.sql import SQLStore
+from tests.kit.asgi_calls import call
 from tests.kit.servers import PostgresServer
 from tests.kit.sql_store import new_claim
 
@@ -80,3 +83,41 @@ async def test_the_owner_of_a_lost_claim_cannot_commit(server: PostgresServer, s
     assert judge(other, record) == Execute()
     assert completed == (False, True)
     assert owners == [other.token]
+
+
+async def test_two_requests_of_which_the_first_has_lost_its_claim(server: PostgresServer) -> None:
+    """The second one runs while the first one still does, and only one effect is committed."""
+    engine = create_async_engine(server.url)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE orders (item text)"))
+    store = SQLStore(engine)
+    await store.create_schema()
+    await store.claim(new_claim("warm-up"))
+    running, go_on = asyncio.Event(), asyncio.Event()
+
+    async def order(scope: Any, receive: Any, send: Any) -> None:
+        if not running.is_set():
+            running.set()
+            await go_on.wait()
+        session = scope["state"]["idempotency"].session
+        await session.execute(text("INSERT INTO orders VALUES ('cup')"))
+        await send({"type": "http.response.start", "status": 201, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = IdempotencyMiddleware(order, store=store, session=async_sessionmaker(engine))
+    first = asyncio.create_task(call(app, key="order-1"))
+    await running.wait()
+    server.kill()
+    server.start()
+    second = await call(app, key="order-1")
+    go_on.set()
+    statuses = (await first).status, second.status
+    again = await call(app, key="order-1")
+    async with engine.connect() as connection:
+        count = await connection.scalar(text("SELECT count(*) FROM orders"))
+    await store.aclose()
+    await engine.dispose()
+
+    assert (statuses[1], count) == (201, 1)
+    # The first request finds the recorded response of the second one.
+    assert (statuses[0], again.status) == (201, 201)
