@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
 Message = MutableMapping[str, Any]
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -19,6 +24,15 @@ async def bare(scope: Message, receive: Any, send: Any) -> None:
         pass
     await send({"type": "http.response.start", "status": 201, "headers": HEADERS})
     await send({"type": "http.response.body", "body": ANSWER})
+
+
+async def _create(request: Request) -> JSONResponse:
+    await request.json()
+    return JSONResponse({"id": 1234, "status": "created"}, 201)
+
+
+shop = Starlette(routes=[Route("/orders", _create, methods=["POST"])])
+"""A small application as people write them; its answer is :data:`ANSWER`."""
 
 
 class Exchange:

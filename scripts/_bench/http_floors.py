@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import asyncpg
 import redis.asyncio as aioredis
-from exchange import ANSWER, HEADERS, App, bare
+from exchange import ANSWER, HEADERS, App, shop
 from redis.exceptions import RedisError
 from redis_subject import unlink_all
 from sqlalchemy import make_url
@@ -68,7 +68,7 @@ def _app(verbs: _Verbs) -> App:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         key = next((value for name, value in scope["headers"] if name == b"idempotency-key"), None)
         if key is None:
-            await bare(scope, receive, send)
+            await shop(scope, receive, send)
             return
         result = await verbs.claim(key.decode())
         if result is not None:
@@ -81,7 +81,7 @@ def _app(verbs: _Verbs) -> App:
                 await verbs.complete(key.decode())
             await send(message)
 
-        await bare(scope, receive, send_recorded)
+        await shop(scope, receive, send_recorded)
 
     return app
 

@@ -17,7 +17,7 @@ _HTTP_GOALS_AT = 16
 HTTP = "\n".join(
     (
         "",
-        "Requests per second over HTTP, as a ratio to the bare application in the same round: the median, and the",
+        "Requests per second over HTTP, as a ratio to a bare Starlette application in the same round: median, and the",
         "middle half of the rounds. CPU: the same ratio of the processor time of the server, which other work on the",
         "machine moves less. Latencies in ms: medians of the rounds. The floor has two round trips of redis-py or",
         "asyncpg for a first execution, one for a replay, and nothing else. Each server is one uvicorn worker (uvloop,",

@@ -11,7 +11,7 @@ from time import process_time
 
 import uvicorn
 import uvloop
-from exchange import App, bare
+from exchange import App, shop
 from http_child import SERVER_CORE, pin, say
 from http_floors import FLOOR_ERRORS, floor_of
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,12 +28,12 @@ async def _app(kind: str, url: str, place: str) -> AsyncIterator[App]:
     match kind:
         case "library":
             async with opened(subject_of(url, place)) as subject:
-                yield IdempotencyMiddleware(bare, store=subject.store)
+                yield IdempotencyMiddleware(shop, store=subject.store)
         case "floor":
             async with floor_of(url, place) as app:
                 yield app
         case _:
-            yield bare
+            yield shop
 
 
 async def _serve(kind: str, url: str = "", place: str = "") -> None:

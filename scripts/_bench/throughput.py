@@ -6,12 +6,8 @@ import asyncio
 from functools import partial
 from itertools import count
 
-from exchange import App, Exchange
+from exchange import App, Exchange, shop
 from measure import Case, medians
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 from subjects import Subject
 
 from idempotency import IdempotencyMiddleware
@@ -23,21 +19,15 @@ _DONE = "throughput-done"
 _numbers = count()
 
 
-async def _create(request: Request) -> JSONResponse:
-    order = await request.json()
-    return JSONResponse({"id": 1234, "status": "created", "item": order["item"]}, 201)
-
-
 async def measure(subject: Subject, rounds: int) -> dict[int, tuple[float, float]]:
     """Return the throughput of first executions and of replays, by concurrency, as ratios to the bare application."""
-    app = Starlette(routes=[Route("/orders", _create, methods=["POST"])])
-    protected = IdempotencyMiddleware(app, store=subject.store)
+    protected = IdempotencyMiddleware(shop, store=subject.store)
     done = Exchange("POST", _DONE)
     await protected(done.scope, done.receive, done.send)
     ratios = {}
     for concurrency in CONCURRENCY:
         cases = [
-            Case("bare", _new, partial(_batch, concurrency, app), partial(_check, replayed=False)),
+            Case("bare", _new, partial(_batch, concurrency, shop), partial(_check, replayed=False)),
             Case("first", _new, partial(_batch, concurrency, protected), partial(_check, replayed=False)),
             Case("replay", _same, partial(_batch, concurrency, protected), partial(_check, replayed=True)),
         ]
