@@ -1,4 +1,4 @@
-"""Send calls of one kind together, in flights: while one is under way, the calls that arrive wait for the next one.
+"""Send calls of one kind together, in flights: while two are under way, the calls that arrive wait for the next one.
 
 An idle store sends a call at once, and no timer delays it. A flight either answers a call or gives it back, and what is
 given back is sent alone. So a flight can only make a call faster: whatever fails, fails as it does alone.
@@ -22,6 +22,9 @@ Answer = TypeVar("Answer")
 
 MOST_CALLS = 128
 """Calls in one flight."""
+
+AT_ONCE = 2
+"""Flights of one kind that are under way: while one waits for the disk of the server, another is made or read."""
 
 MOST_BYTES = 256 * 1024
 """Bytes in one flight. It takes no further call once it has that many."""
@@ -56,41 +59,53 @@ class _Ticket(Generic[Call, Answer]):
         self.flight: Task[None] | None = None
         self.others: Sequence[_Ticket[Call, Answer]] = ()
 
-    def settle(self, answer: Answer | None) -> None:
-        if not self.answer.done():
+    def settle(self, answer: Answer | Exception | None) -> None:
+        if self.answer.done():
+            return
+        if isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        else:
             self.answer.set_result(answer)
 
 
 class Flights(Generic[Call, Answer]):
-    """The flights of one kind of call, in one event loop: one at a time.
+    """The flights of one kind of call, in one event loop.
 
-    ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back. If
-    it raises, it gives all of them back. Two calls about one record never fly together. But an answer also answers
-    another call about the record that waited when the flight began, where ``answers_too`` says so.
+    ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back, and
+    an exception fails it. If it raises, it gives all of them back. Two calls about one record never fly together. But
+    an answer also answers another call about the record that waited when the flight began, where ``answers_too`` says
+    so.
     """
 
     def __init__(
         self,
-        fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | None]]],
+        fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | Exception | None]]],
         answers_too: Callable[[Answer, Call], bool],
         limits: Limits,
     ) -> None:
         self._send_together = fly
         self._answers_too = answers_too
         self._slots, self._timeout, self._abandoned = limits
+        # The calls that wait, by their record: those that can fly, and those behind a call that is flying.
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
-        self._under_way: Task[None] | None = None
+        self._behind: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
+        self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]]] = {}
+        self._boarding = False
 
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
 
-        Raises TimeoutError when its time is over. A call that is cancelled is withdrawn if it is not sent yet. Else
-        its flight is waited for, so that a release which follows cannot overtake the call.
+        Raises TimeoutError when its time is over, and the exception that the flight answers it with. A call that is
+        cancelled is withdrawn if it is not sent yet. Else its flight is waited for, so that a release which follows
+        cannot overtake the call.
         """
         loop = asyncio.get_running_loop()
         ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.create_future())
-        self._waiting.setdefault(record, deque()).append(ticket)
-        if self._under_way is None:
+        behind = self._behind.get(record)
+        if behind is not None:
+            behind.append(ticket)
+        else:
+            self._waiting.setdefault(record, deque()).append(ticket)
             self._depart()
         try:
             with Deadline(loop, self._timeout):
@@ -101,8 +116,10 @@ class Flights(Generic[Call, Answer]):
             raise
 
     def _depart(self) -> None:
-        # The task begins after the calls of this turn of the event loop have arrived, and takes them all.
-        self._under_way = asyncio.get_running_loop().create_task(self._fly())
+        if self._waiting and not self._boarding and len(self._under_way) < AT_ONCE:
+            # The task begins after the calls of this iteration of the event loop have arrived, and takes them all.
+            self._boarding = True
+            self._under_way[asyncio.get_running_loop().create_task(self._fly())] = ()
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
@@ -114,7 +131,8 @@ class Flights(Generic[Call, Answer]):
                     await self._answer(flight, tickets)
         except asyncio.CancelledError:
             # Something cancels all tasks, as the end of an event loop does. Nothing may be begun then.
-            tickets.extend(chain.from_iterable(self._waiting.values()))
+            waiting = chain(self._waiting.values(), self._behind.values())
+            tickets = [*tickets, *chain.from_iterable(waiting)]
             self._waiting.clear()
             raise
         finally:
@@ -135,12 +153,15 @@ class Flights(Generic[Call, Answer]):
             limit.cancel()
         for ticket, answer in zip(tickets, answers, strict=True):
             ticket.settle(answer)
+            if answer is None or isinstance(answer, Exception):
+                continue
             for other in ticket.others:
-                if answer is not None and self._answers_too(answer, other.call):
+                if self._answers_too(answer, other.call):
                     other.settle(answer)
 
     def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:
         """Take calls that wait: of each record the first one, which is the only one that may be under way."""
+        self._boarding = False
         boarded: list[_Ticket[Call, Answer]] = []
         size = 0
         for record, tickets in list(islice(self._waiting.items(), MOST_CALLS)):
@@ -151,20 +172,25 @@ class Flights(Generic[Call, Answer]):
                 ticket = tickets.popleft()
                 if not ticket.answer.done():  # else it is withdrawn
                     ticket.flight, ticket.others = flight, [*tickets]
+                    self._behind[record] = tickets
                     boarded.append(ticket)
                     size += ticket.size
                     break
-            if tickets:
-                self._waiting[record] = tickets  # behind all others
         # In one order, so that the flights of several processes cannot wait for one another in a circle.
-        return sorted(boarded, key=attrgetter("record"))
+        boarded.sort(key=attrgetter("record"))
+        self._under_way[flight] = boarded
+        self._depart()
+        return boarded
 
     def _abandon(self, flight: Task[None], statement: InFlight) -> None:
         self._abandoned.add(flight, statement.cut_off)
         self._land(flight)
 
     def _land(self, flight: Task[None]) -> None:
-        if self._under_way is flight:
-            self._under_way = None
-            if self._waiting:
-                self._depart()
+        if flight not in self._under_way:
+            return  # it was abandoned
+        for ticket in self._under_way.pop(flight):
+            behind = self._behind.pop(ticket.record)
+            if behind:
+                self._waiting[ticket.record] = behind
+        self._depart()
