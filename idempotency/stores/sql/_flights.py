@@ -56,22 +56,27 @@ class _Ticket(Generic[Call, Answer]):
         self.flight: Task[None] | None = None
         self.others: Sequence[_Ticket[Call, Answer]] = ()
 
-    def settle(self, answer: Answer | None) -> None:
-        if not self.answer.done():
+    def settle(self, answer: Answer | Exception | None) -> None:
+        if self.answer.done():
+            return
+        if isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        else:
             self.answer.set_result(answer)
 
 
 class Flights(Generic[Call, Answer]):
     """The flights of one kind of call, in one event loop: one at a time.
 
-    ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back. If
-    it raises, it gives all of them back. Two calls about one record never fly together. But an answer also answers
-    another call about the record that waited when the flight began, where ``answers_too`` says so.
+    ``fly`` sends calls, in the order of their records' ids, and returns an answer for each; None gives a call back, and
+    an exception fails it. If it raises, it gives all of them back. Two calls about one record never fly together. But
+    an answer also answers another call about the record that waited when the flight began, where ``answers_too`` says
+    so.
     """
 
     def __init__(
         self,
-        fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | None]]],
+        fly: Callable[[Sequence[Call], InFlight], Awaitable[Sequence[Answer | Exception | None]]],
         answers_too: Callable[[Answer, Call], bool],
         limits: Limits,
     ) -> None:
@@ -84,8 +89,9 @@ class Flights(Generic[Call, Answer]):
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
 
-        Raises TimeoutError when its time is over. A call that is cancelled is withdrawn if it is not sent yet. Else
-        its flight is waited for, so that a release which follows cannot overtake the call.
+        Raises TimeoutError when its time is over, and the exception that the flight answers it with. A call that is
+        cancelled is withdrawn if it is not sent yet. Else its flight is waited for, so that a release which follows
+        cannot overtake the call.
         """
         loop = asyncio.get_running_loop()
         ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.create_future())
@@ -135,8 +141,10 @@ class Flights(Generic[Call, Answer]):
             limit.cancel()
         for ticket, answer in zip(tickets, answers, strict=True):
             ticket.settle(answer)
+            if answer is None or isinstance(answer, Exception):
+                continue
             for other in ticket.others:
-                if answer is not None and self._answers_too(answer, other.call):
+                if self._answers_too(answer, other.call):
                     other.settle(answer)
 
     def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:

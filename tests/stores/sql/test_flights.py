@@ -11,7 +11,7 @@ from idempotency._sql.bounded import Abandoned, InFlight
 from idempotency.stores.sql import _flights
 from idempotency.stores.sql._flights import Flights, Limits
 
-Answers = Sequence[str | None]
+Answers = Sequence[str | Exception | None]
 
 
 class Airport:
@@ -101,6 +101,18 @@ async def test_what_a_flight_does_not_answer_is_given_back() -> None:
     await airport.departed(3)
     airport.land()
     assert await again == "again 3"
+
+
+async def test_an_exception_fails_its_own_call() -> None:
+    """It says nothing about another call of the same record, which is given back."""
+    airport = Airport()
+    calls = [airport.call(name, record) for name, record in (("a", "a"), ("b", "b"), ("b again", "b"))]
+    await airport.departed(1)
+    airport.land(["answer", OSError("failed")])
+
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [repr(answer) for answer in answers] == ["'answer'", "OSError('failed')", "None"]
 
 
 async def test_the_time_of_each_call_is_its_own() -> None:
