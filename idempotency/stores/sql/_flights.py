@@ -107,7 +107,7 @@ class Flights(Generic[Call, Answer]):
             raise
 
     def _depart(self) -> None:
-        # The task begins after the calls of this turn of the event loop have arrived, and takes them all.
+        # The task begins after the calls of this iteration of the event loop have arrived, and takes them all.
         self._under_way = asyncio.get_running_loop().create_task(self._fly())
 
     async def _fly(self) -> None:

@@ -72,7 +72,7 @@ async def test_calls_of_one_moment_are_one_message(
         lambda: [behind_proxy.claim(new_claim(claim.key)) for claim in claims],
     ):
         before = len(proxy.requests)
-        answers = await asyncio.gather(*verb())
+        answers: list[Any] = await asyncio.gather(*verb())
         # A large message arrives in several pieces; each begins with the letter of its kind.
         sent.append(sum(piece[:1] in b"PB" for piece in proxy.requests[before:]))
 
