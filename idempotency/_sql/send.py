@@ -74,8 +74,11 @@ def setting(connection: Connection, name: str, value: int, before: int) -> Itera
             send(connection, f"{name} = {before:d}", fetch=False)
 
 
-def is_observed(engine: Engine) -> bool:
-    """Return whether something takes part in each use of an engine: a listener of the application, or a log."""
+def is_observed(engine: Engine, own: Callable[..., object]) -> bool:
+    """Return whether something takes part in each use of an engine: a listener of the application, or a log.
+
+    ``own`` is a listener of the library's.
+    """
     events, pool = engine.dispatch, engine.pool.dispatch
     return bool(
         events.before_execute
@@ -88,7 +91,7 @@ def is_observed(engine: Engine) -> bool:
         or events.commit
         or events.rollback
         or pool.checkout
-        or pool.checkin
+        or any(listener is not own for listener in pool.checkin)
         or pool.reset
         or engine.echo
     )

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine, Pool, event
@@ -16,6 +16,8 @@ from sqlalchemy import URL, Connection, Engine, Pool, event
 from idempotency._durations import milliseconds
 from idempotency._sql.send import pooled, send, setting
 from idempotency.errors import ConfigurationError
+
+T = TypeVar("T")
 
 _WATCHED: WeakSet[Pool] = WeakSet()
 
@@ -83,12 +85,12 @@ def lowered_lock_wait(connection: Connection, lock_wait: float) -> Iterator[None
     waits less anyway.
     """
     limit = milliseconds(lock_wait)
-    before = _in_its_thread(connection, partial(_lower, limit=limit))
+    before = in_its_thread(connection, partial(_lower, limit=limit))
     try:
         yield
     finally:
         if before > limit and not connection.invalidated:
-            _in_its_thread(connection, partial(_lower, limit=before, raises=True))
+            in_its_thread(connection, partial(_lower, limit=before, raises=True))
 
 
 def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
@@ -98,12 +100,35 @@ def _lower(opened: sqlite3.Connection, limit: int, raises: bool = False) -> int:
     return before
 
 
-def _in_its_thread(connection: Connection, work: Callable[[sqlite3.Connection], int]) -> int:
+def in_its_thread(connection: Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """Call ``work`` with the driver's connection, for aiosqlite by one switch to its thread. Raises its errors."""
     adapted: Any = pooled(connection).dbapi_connection
     if connection.dialect.driver != "aiosqlite":
         return work(adapted)
-    done: int = adapted.run_async(lambda driver: driver._execute(work, driver._conn))
+    done: T = adapted.run_async(lambda driver: driver._execute(work, driver._conn))
     return done
+
+
+@contextmanager
+def writing(opened: sqlite3.Connection, lock_wait: float, is_cut_off: Callable[[], bool]) -> Iterator[None]:
+    """Make the block one transaction, which waits for the lock for up to ``lock_wait`` seconds.
+
+    It must run in the connection's own thread. ``is_cut_off`` is asked before the commit, because an interrupt ends
+    only a statement that is under way. Raises the driver's errors.
+    """
+    limit = milliseconds(lock_wait)
+    before = _lower(opened, limit)
+    try:
+        opened.execute("BEGIN IMMEDIATE")
+        yield
+        if is_cut_off():
+            raise sqlite3.OperationalError("interrupted")
+        opened.execute("COMMIT")
+    finally:
+        if opened.in_transaction:
+            opened.execute("ROLLBACK")
+        if before > limit:
+            _lower(opened, before, raises=True)
 
 
 def close_what_is_invalidated(engine: Engine) -> None:
@@ -116,7 +141,7 @@ def close_what_is_invalidated(engine: Engine) -> None:
         _WATCHED.add(engine.pool)
         event.listen(engine.pool, "invalidate", _close_invalidated)
         if engine.dialect.driver == "aiosqlite":
-            event.listen(engine.pool, "checkin", _drop_closed)
+            event.listen(engine.pool, "checkin", drop_closed)
 
 
 def cut_off(driver: Any) -> None:
@@ -129,6 +154,11 @@ def cut_off(driver: Any) -> None:
     opened.interrupt()
     # Not by its methods: they wait for an answer, which is not needed here.
     driver._tx.put_nowait((None, partial(_end, opened)))
+
+
+def is_cut_off(driver: Any) -> bool:
+    """Return whether the aiosqlite connection ``driver`` was cut off."""
+    return bool(driver._connection is None)
 
 
 async def _execute_nothing(function: Callable[..., object], *_args: object, **_options: object) -> None:
@@ -169,7 +199,8 @@ def _close_invalidated(adapted: Any, _record: object, _error: object) -> None:
         cut_off(driver)
 
 
-def _drop_closed(adapted: Any, record: Any) -> None:
+def drop_closed(adapted: Any, record: Any) -> None:
+    """Have the pool drop a connection that was cut off: a listener for its return to the pool."""
     # It was cut off while it executed nothing, so SQLAlchemy has seen no error of it.
-    if adapted is not None and adapted.driver_connection._connection is None:
+    if adapted is not None and is_cut_off(adapted.driver_connection):
         record.invalidate()

@@ -22,6 +22,7 @@ from idempotency._sql.failures import (
 )
 from idempotency._sql.pooler import is_behind_pooler
 from idempotency._sql.send import is_observed
+from idempotency._sql.sqlite import drop_closed
 from idempotency.errors import IdempotencyError, StoreError
 from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
@@ -31,6 +32,8 @@ Work = Callable[[Verbs, Connection], T]
 
 # The drivers of PostgreSQL that begin and end AUTOCOMMIT without a round trip.
 _CHEAP_AUTOCOMMIT = frozenset({"asyncpg", "psycopg", "psycopg2"})
+# The drivers by which calls can be sent together, where they are used by asyncio.
+_TOGETHER = FETCHING | {"aiosqlite"}
 _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
 _POOLER = "idempotency: behind a pooler"
@@ -66,7 +69,7 @@ class Database:
         self._autocommit = engine.dialect.name == "postgresql" and engine.dialect.driver in _CHEAP_AUTOCOMMIT
         self.pooler = settings.pooler if self._autocommit else False
         self._asks_for_pooler = self.pooler is None
-        self._fetches = engine.dialect.is_async and engine.dialect.driver in FETCHING
+        self._flies = engine.dialect.is_async and engine.dialect.driver in _TOGETHER
 
     @property
     def max_parallel(self) -> int:
@@ -99,12 +102,12 @@ class Database:
 
     @property
     def together(self) -> Verbs | None:
-        """The verbs whose statements for many calls can be sent by :meth:`fetch`.
+        """The verbs whose statements for many calls can be sent, by :meth:`fetch` or, on SQLite, by :meth:`perform`.
 
         None before the driver was tried by a claim, behind a pooler, and where something of the application takes part
         in each use of the engine: it must see each statement in the context of its caller.
         """
-        if not self._fetches or self.pooler is not False or is_observed(self.engine):
+        if not self._flies or self.pooler is not False or is_observed(self.engine, drop_closed):
             return None
         verbs = self._verbs_in(self._schema)
         return verbs if verbs.trusted else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Dialect, Table, TextClause, text
 
@@ -250,6 +250,14 @@ class Compiled:
         return values if self._order is None else [values[name] for name in self._order]
 
 
+class OneByOne(NamedTuple):
+    """The statements that each call of a flight on SQLite sends, in the driver's own syntax."""
+
+    look: Compiled
+    claim: Compiled
+    complete: Compiled
+
+
 class Statements:
     """The statements of one table in one dialect, made once. ``dialect`` must have connected, to know its server.
 
@@ -259,6 +267,7 @@ class Statements:
     nothing, where an upsert that changes nothing would still rewrite the index.
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
     ``claim_together`` and ``complete_together``: many calls in one statement, on PostgreSQL; elsewhere None.
+    ``one_by_one``: the statements of many calls in one transaction, on SQLite; elsewhere None.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
@@ -286,14 +295,12 @@ class Statements:
         self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
         notifying = _NOTIFYING if self._postgresql else "{statement}"
         plain = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
-        self.claim_together: Compiled | None = None
-        self.complete_together: Compiled | None = None
-        if self._postgresql:
-            self.claim_together, self.complete_together = self._together(dialect)
+        self.claim_together, self.complete_together = self._together(dialect)
         self.renew = self._bounded(plain, _RENEW)
         self.complete = self._bounded(notifying, _COMPLETE)
         # On SQLite it returns a row for each row it changes, because aiosqlite's execute_fetchall counts none.
         self.complete_in = self._bounded(notifying, f"{_COMPLETE_IN} RETURNING 1" if self._sqlite else _COMPLETE_IN)
+        self.one_by_one = self._one_by_one(dialect)
         self.release = self._bounded(notifying, _RELEASE)
         self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
         self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
@@ -324,11 +331,18 @@ class Statements:
         claim = self._text(self._prefix + sql)
         return claim, claim, self._text(sql)
 
-    def _together(self, dialect: Dialect) -> tuple[Compiled, Compiled]:
+    def _together(self, dialect: Dialect) -> tuple[Compiled | None, Compiled | None]:
+        if not self._postgresql:
+            return None, None
         # The parameters of a claim are columns here.
         claim = re.sub(r":(?!wait|commit)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
         statements = self._text(claim, r="r."), self._text(_COMPLETE_TOGETHER, r="r.")
         return Compiled(statements[0], dialect), Compiled(statements[1], dialect)
+
+    def _one_by_one(self, dialect: Dialect) -> OneByOne | None:
+        if not self._sqlite:
+            return None
+        return OneByOne(*(Compiled(each, dialect) for each in (self.look, self.claim, self.complete)))
 
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:
         sql = template.format(r=r, **self._words, **words)

@@ -60,10 +60,10 @@ class SQLStore(InSessions):
     time-outs apply, which :meth:`from_url` sets. A statement that is abandoned does not go on: its connection is
     closed, and the server waits for a lock for at most 0.8 times ``timeout`` (MySQL: for its own
     ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
-    each statement that writes, and set back, which takes two switches to aiosqlite's thread.
-    On PostgreSQL, claims and completions of one event loop that come while others are under way are sent together, by
-    asyncpg or psycopg itself. Where a listener takes part in each use of the engine or its pool, each is sent alone,
-    through SQLAlchemy.
+    each statement that writes, and set back.
+    On PostgreSQL and SQLite, claims and completions of one event loop that come while others are under way are sent
+    together, by asyncpg, psycopg or aiosqlite itself. Where a listener takes part in each use of the engine or its
+    pool, each is sent alone, through SQLAlchemy.
     ``encryption`` is an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys, default None.
     ``digest_names``: whether scopes and keys are stored as digests only, default False.
 

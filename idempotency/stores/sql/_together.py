@@ -1,4 +1,4 @@
-"""Send claims, and completions, together: each kind in flights of one statement.
+"""Send claims, and completions, together: each kind in flights of its own.
 
 What a flight gives back is sent alone, as everything is where flights are not possible. Two kinds of call never fly:
 those of a record of which a call is being sent alone, because its row may be locked, and those with a large result.
@@ -21,6 +21,7 @@ from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._database import Database
 from idempotency.stores.sql._flights import Flights, Limits
+from idempotency.stores.sql._together_on_sqlite import OnSQLite
 from idempotency.stores.sql._verbs import Found, claim_values, complete_values, read_record
 
 T = TypeVar("T")
@@ -65,11 +66,11 @@ class Together:
     ) -> None:
         self._database = database
         self._timeout = timeout
-        self._guard = guard
-        self._sealing = sealing
         limits = Limits(slots, timeout, abandoned)
-        self._claims = Flights(self._fly_claims, _is_owned_by_another, limits)
-        self._completions = Flights(self._fly_completions, lambda *_: False, limits)
+        way: OnSQLite | _OnPostgreSQL
+        way = (OnSQLite if database.engine.dialect.name == "sqlite" else _OnPostgreSQL)(database, guard, sealing)
+        self._claims: Flights[Claim, Record] = Flights(way.claims, _is_owned_by_another, limits)
+        self._completions: Flights[Values, bool] = Flights(way.completions, lambda *_: False, limits)
         # A call that was given back may wait for a lock. So such calls do not take all of the slots.
         self._alone_slots = asyncio.Semaphore(max(1, database.max_parallel - 2))
         self._alone: Counter[bytes] = Counter()
@@ -107,7 +108,17 @@ class Together:
             if not self._alone[record]:
                 del self._alone[record]
 
-    async def _fly_claims(self, claims: Sequence[Claim], statement: InFlight) -> Sequence[Record | None]:
+
+class _OnPostgreSQL:
+    """How the flights of one store send their calls on PostgreSQL: a flight is one statement."""
+
+    def __init__(self, database: Database, guard: ClockGuard, sealing: Sealing | None) -> None:
+        self._database = database
+        self._guard = guard
+        self._sealing = sealing
+
+    async def claims(self, claims: Sequence[Claim], statement: InFlight) -> Sequence[Record | None]:
+        """Claim."""
         found = await self._find(claims, statement, _WAIT)
         # Where neither a row was found nor one was made, another transaction has made it meanwhile.
         missed = [claim for claim in claims if claim.id not in found]
@@ -145,7 +156,8 @@ class Together:
             record = read_record(row, claim.id, self._sealing)
         return self._guard.read(asked, claim, record, float(row.now_ms))
 
-    async def _fly_completions(self, calls: Sequence[Values], statement: InFlight) -> Sequence[bool | None]:
+    async def completions(self, calls: Sequence[Values], statement: InFlight) -> Sequence[bool | None]:
+        """Complete."""
         ended = await self._end(calls, statement)
         return [True if call["id"] in ended else None for call in calls]
 

@@ -41,13 +41,13 @@ class Verbs:
     ``lowers_lock_wait``: around each statement that writes, the time for which SQLite waits for its lock is lowered to
     ``lock_wait``, and set back.
     ``trusted``: the driver was tried.
-    ``claim_together`` and ``complete_together``: see :class:`Statements`.
+    ``claim_together``, ``complete_together`` and ``one_by_one``: see :class:`Statements`.
     """
 
     def __init__(self, dialect: Dialect, table: Table, lock_wait: float, lowers_lock_wait: bool = False) -> None:
         self._sql = Statements(dialect, table, lock_wait)
         self.claim_together, self.complete_together = self._sql.claim_together, self._sql.complete_together
-        self._lock_wait = lock_wait
+        self.one_by_one, self.lock_wait = self._sql.one_by_one, lock_wait
         self._lowers_lock_wait = lowers_lock_wait
         self._table = table
         self._notifies = dialect.name == "postgresql"
@@ -146,7 +146,7 @@ class Verbs:
             values = packed(values)
         if not self._lowers_lock_wait or statement.text.startswith("SELECT"):
             return connection.execute(statement, values)
-        with lowered_lock_wait(connection, self._lock_wait):
+        with lowered_lock_wait(connection, self.lock_wait):
             return connection.execute(statement, values)
 
 

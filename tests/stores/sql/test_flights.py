@@ -11,7 +11,13 @@ from idempotency._sql.bounded import Abandoned, InFlight
 from idempotency.stores.sql import _flights
 from idempotency.stores.sql._flights import Flights, Limits
 
-Answers = Sequence[str | None]
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flights, "AT_ONCE", 1)
+
+
+Answers = Sequence[str | Exception | None]
 
 
 class Airport:
@@ -101,6 +107,18 @@ async def test_what_a_flight_does_not_answer_is_given_back() -> None:
     await airport.departed(3)
     airport.land()
     assert await again == "again 3"
+
+
+async def test_an_exception_fails_its_own_call() -> None:
+    """It says nothing about another call of the same record, which is given back."""
+    airport = Airport()
+    calls = [airport.call(name, record) for name, record in (("a", "a"), ("b", "b"), ("b again", "b"))]
+    await airport.departed(1)
+    airport.land(["answer", OSError("failed")])
+
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [repr(answer) for answer in answers] == ["'answer'", "OSError('failed')", "None"]
 
 
 async def test_the_time_of_each_call_is_its_own() -> None:
@@ -202,9 +220,29 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
     await airport.departed(1)
     waiting = airport.call("waiting")
     await asyncio.sleep(0)
-    under_way = airport.flights._under_way
-    assert under_way is not None
+    (under_way,) = airport.flights._under_way
     under_way.cancel()
 
     assert [*await asyncio.gather(flying, waiting)] == [None, None]
     assert airport.sent == [["flying"]]
+
+
+async def test_two_flights_are_under_way_but_never_about_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_flights, "AT_ONCE", 2)
+    airport = Airport()
+    first = airport.call("own a", "a")
+    await airport.departed(1)
+    again, second = airport.call("own a again", "a"), airport.call("b")
+    await airport.departed(2)
+    third = airport.call("c")
+    await asyncio.sleep(0)
+    assert airport.sent == [["own a"], ["b"]]
+
+    airport.landing[0].set_result(None)
+    assert await first == "own a 2"
+    await airport.departed(3)
+    assert airport.sent[2] == ["own a again", "c"]
+    airport.landing[1].set_result(None)
+    airport.landing[2].set_result(None)
+
+    assert (await second, await again, await third) == ("b 3", "own a again 3", "c 3")
