@@ -167,10 +167,12 @@ _FORGET = (
 )
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
-_EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
+_EXPIRED_IDS = "SELECT id FROM {table} WHERE {after}expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
 _PURGE = {
     # An array, because a subquery may be planned as a join that reads the whole table.
-    "postgresql": f"DELETE FROM {{table}} WHERE id = ANY(ARRAY({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED))",
+    "postgresql": (
+        f"DELETE FROM {{table}} WHERE id = ANY(ARRAY({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED)) RETURNING expires_ms"
+    ),
     "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
     "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",
 }
@@ -185,7 +187,7 @@ _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
     **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
-    **dict.fromkeys(("lease", "keep", "latest", "limit"), "bigint"),
+    **dict.fromkeys(("lease", "keep", "latest", "limit", "after"), "bigint"),
     "state": "smallint",
 }
 
@@ -198,6 +200,7 @@ class Statements:
     ``claim_looks_first``: a claim first reads by ``look``. So it is on SQLite, because a read takes no lock and writes
     nothing, where an upsert that changes nothing would still rewrite the index.
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
+    ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
@@ -209,6 +212,8 @@ class Statements:
         mariadb = bool(getattr(dialect, "is_mariadb", False))
         self._postgresql = family == "postgresql"
         self._sqlite = family == "sqlite"
+        # What an older transaction may still see, such as a backup, stays in the index: each batch would read it again.
+        self.purge_resumes = self._postgresql
         self.packs = family == "mysql"
         self._words = {"now": NOW_MS[family], "table": quote.format_table(table), "key": quote.quote("key")}
         self._words["until"] = _UNTIL.format(**self._words)
@@ -235,7 +240,8 @@ class Statements:
         self.resolve_done = self._bounded(plain, _RESOLVE_DONE)
         self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
         self.forget = self._bounded(plain, _FORGET)
-        self.purge = self._text(self._prefix + _PURGE[family])
+        after = "expires_ms >= :after AND " if self._postgresql else ""
+        self.purge = self._text(self._prefix + _PURGE[family], after=after)
         number = "CAST(:lease AS SIGNED)" if family == "mysql" else ":lease"
         self.echo = self._text(f"SELECT :result, :key, {number}, :hold, :watched")
         self.probe = self._text(f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})")

@@ -7,6 +7,7 @@ that is in a caller's transaction.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
@@ -49,6 +50,7 @@ class Verbs:
         self._table = table
         self._notifies = dialect.name == "postgresql"
         self._trusted = False
+        self._purged_until = 0
 
     def claim(self, connection: Connection, claim: Claim, guard: ClockGuard, sealing: Sealing | None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -132,7 +134,18 @@ class Verbs:
 
     def purge(self, connection: Connection, batch: int) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
-        return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+        if not self._sql.purge_resumes:
+            return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+        after, self._purged_until = self._purged_until, 0
+        purged = self._purged(connection, batch, after)
+        if not purged and after:
+            purged = self._purged(connection, batch, 0)
+        if len(purged) == batch:
+            self._purged_until = max(purged)
+        return len(purged)
+
+    def _purged(self, connection: Connection, batch: int, after: int) -> Sequence[int]:
+        return self._execute(connection, self._sql.purge, {"limit": batch, "after": after}).scalars().all()
 
     def check(self, connection: Connection) -> None:
         """Read every column of no row, which fails unless the server answers and the table has the columns."""
