@@ -167,14 +167,16 @@ _FORGET = (
 )
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
-_EXPIRED_IDS = "SELECT id FROM {table} WHERE {after}expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
+_EXPIRED_ROWS = "FROM {table} WHERE {after}expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
 _PURGE = {
-    # An array, because a subquery may be planned as a join that reads the whole table.
+    # An array, because a subquery may be planned as a join that reads the whole table. By place, because the pages of
+    # the primary key are not in memory when the table is large; a row that is locked remains in its place.
     "postgresql": (
-        f"DELETE FROM {{table}} WHERE id = ANY(ARRAY({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED)) RETURNING expires_ms"
+        f"DELETE FROM {{table}} WHERE ctid = ANY(ARRAY(SELECT ctid {_EXPIRED_ROWS} FOR UPDATE SKIP LOCKED))"
+        " RETURNING expires_ms"
     ),
     "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
-    "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",
+    "sqlite": f"DELETE FROM {{table}} WHERE id IN (SELECT id {_EXPIRED_ROWS})",
 }
 
 # The same statement notifies the watchers, and only if there are any: all commits that notify wait for one lock.
