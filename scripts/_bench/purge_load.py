@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import signal
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -16,8 +14,9 @@ from subjects import RESULT, Subject, claim_of
 _RATE = 100
 """How many operations begin in a second, whether those before have ended or not."""
 
-_WINDOW = 2.0
-_CHUNK = 50_000
+_PARTS = 10
+_QUIET = 4.0
+_SLICE = 0.25
 
 _numbers = count()
 
@@ -42,47 +41,37 @@ class BesidePurge:
 
 
 async def measure(subject: Subject, command: Sequence[str], expired: int) -> BesidePurge:
-    """Purge ``expired`` records by ``command``, and stop it for every other window of a steady load."""
-    for start in range(0, expired, _CHUNK):
-        await subject.fill_expired([f"expired-{number}" for number in range(start, min(start + _CHUNK, expired))])
-    await subject.settle()
-    # The server settles too: it has written all of that.
-    await _load(subject, 2 * _WINDOW)
-    oldest = await subject.oldest()
-    purge = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
-    try:
-        while await subject.oldest() == oldest and purge.returncode is None:
-            await _load(subject, 0.2)
-        quiet, busy = await _windows(subject, purge)
-    finally:
-        if purge.returncode is None:
-            purge.send_signal(signal.SIGCONT)
-    said, _ = await purge.communicate()
-    found = re.fullmatch(rb"purged (\d+) records?\n", said)
-    if found is None:
-        raise RuntimeError(f"the purge ended with status {purge.returncode}")
+    """Purge ``expired`` records by ``command`` in parts, with a window of the same steady load before each."""
+    quiet: list[list[float]] = []
+    busy: list[list[float]] = []
+    for part in range(_PARTS):
+        await subject.fill_expired([f"expired-{part}-{number}" for number in range(expired // _PARTS)])
+        await subject.settle()
+        await _load(subject, _SLICE)
+        quiet.append(await _load(subject, _QUIET))
+        busy += await _purge(subject, command)
     return BesidePurge(
-        purged=int(found[1]),
-        seconds=len(busy) * _WINDOW,
+        purged=expired // _PARTS * _PARTS,
+        seconds=len(busy) * _SLICE,
         quiet=_waits(quiet[::2]),
         again=_waits(quiet[1::2]),
         busy=_waits(busy),
     )
 
 
-async def _windows(subject: Subject, purge: Process) -> tuple[list[list[float]], list[list[float]]]:
-    """Return the waits of each window without the purge and with it, until the purge ends."""
-    quiet: list[list[float]] = []
-    busy: list[list[float]] = []
+async def _purge(subject: Subject, command: Sequence[str]) -> list[list[float]]:
+    """Return the waits from the first deleted batch to the end of the process, in slices."""
+    oldest = await subject.oldest()
+    purge = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL)
     ended = asyncio.ensure_future(purge.wait())
+    while await subject.oldest() == oldest and not ended.done():
+        await _load(subject, _SLICE)
+    waits: list[list[float]] = []
     while not ended.done():
-        purge.send_signal(signal.SIGSTOP)
-        quiet.append(await _load(subject, _WINDOW))
-        purge.send_signal(signal.SIGCONT)
-        waits = await _load(subject, _WINDOW)
-        if not ended.done():
-            busy.append(waits)
-    return quiet, busy
+        waits.append(await _load(subject, _SLICE))
+    if purge.returncode:
+        raise RuntimeError(f"the purge ended with status {purge.returncode}")
+    return waits
 
 
 async def _load(subject: Subject, seconds: float) -> list[float]:
