@@ -7,7 +7,6 @@ that is in a caller's transaction.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
@@ -138,14 +137,14 @@ class Verbs:
             return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
         after, self._purged_until = self._purged_until, 0
         purged = self._purged(connection, batch, after)
-        if not purged and after:
-            purged = self._purged(connection, batch, 0)
+        if after and len(purged) < batch:
+            purged += self._purged(connection, batch - len(purged), 0)
         if len(purged) == batch:
             self._purged_until = max(purged)
         return len(purged)
 
-    def _purged(self, connection: Connection, batch: int, after: int) -> Sequence[int]:
-        return self._execute(connection, self._sql.purge, {"limit": batch, "after": after}).scalars().all()
+    def _purged(self, connection: Connection, batch: int, after: int) -> list[int]:
+        return list(self._execute(connection, self._sql.purge, {"limit": batch, "after": after}).scalars())
 
     def check(self, connection: Connection) -> None:
         """Read every column of no row, which fails unless the server answers and the table has the columns."""

@@ -128,14 +128,14 @@ async def expire(store: SQLStore, engine: AsyncEngine, table: str, times: Iterab
 
 @pytest.mark.parametrize("driver", POSTGRES)
 async def test_purge_goes_back_to_what_expired_before(store: SQLStore, engine: AsyncEngine, table: str) -> None:
-    """A record that expired before those that are purged already is purged too, before a purge finds nothing."""
-    await expire(store, engine, table, [100, 101, 102, 103])
+    """A batch is only short when nothing is expired, also not before those that are purged already."""
+    await expire(store, engine, table, [100, 101, 102, 103, 104])
 
-    counts = [await store.purge(2)]
-    await expire(store, engine, table, [1])
+    counts = [await store.purge(2), await store.purge(2)]
+    await expire(store, engine, table, [1, 2])
     counts += [await store.purge(2) for _ in range(3)]
 
-    assert counts == [2, 2, 1, 0]
+    assert counts == [2, 2, 2, 1, 0]
 
 
 async def test_an_open_transaction_does_not_make_each_batch_longer(
