@@ -117,16 +117,7 @@ class IdempotencyMiddleware:
         self.app = app
         own = choose(profile, error, echo_key, policy)
         self._options = check_options(
-            scope,
-            unknown_credentials,
-            secret,
-            header_name,
-            replayed_header,
-            strict,
-            docs,
-            own.error,
-            own.echo_key,
-            session is not None,
+            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, session is not None
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store

@@ -10,6 +10,7 @@ from idempotency._hooks import check_callable
 from idempotency._http.caller import Credentials, CredentialScope, UnknownCredentials
 from idempotency._http.error_hook import FIELD_NAME, ErrorHook
 from idempotency._http.problem import check_docs
+from idempotency._http.profile import Profile
 from idempotency.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def check_options(
     replayed_header: str,
     strict: bool,
     docs: str,
-    error: ErrorHook | None,
-    echo_key: bool,
+    profile: Profile,
     transactional: bool,
 ) -> Options:
     """Check the options of a middleware, whose docstring says what they mean.
@@ -64,10 +64,10 @@ def check_options(
         raise ConfigurationError("secret must be bytes or text, and not empty; None: the digests are not keyed")
     secret = secret.encode() if isinstance(secret, str) else secret
     header = header_name.lower().encode("ascii")
-    if not isinstance(echo_key, bool):
-        raise ConfigurationError(f"echo_key must be True or False, not {echo_key!r}")
-    if error is not None:
-        check_callable("error", error)
+    if not isinstance(profile.echo_key, bool):
+        raise ConfigurationError(f"echo_key must be True or False, not {profile.echo_key!r}")
+    if profile.error is not None:
+        check_callable("error", profile.error)
     return Options(
         caller=scope if scope is None or callable(scope) else Credentials(scope, secret, header, unknown_credentials),
         secret=secret,
@@ -75,8 +75,8 @@ def check_options(
         replayed=(replayed_header.lower().encode("ascii"), b"true"),
         strict=strict,
         docs=check_docs(docs),
-        error=error,
-        echo_key=echo_key,
+        error=profile.error,
+        echo_key=profile.echo_key,
         transactional=transactional,
     )
 

@@ -18,6 +18,8 @@ import http_run
 import messages
 import messages_report
 import overhead
+import purge_load
+import record_size
 import report
 import table_size
 import throughput
@@ -53,7 +55,7 @@ def _reachable(servers: Sequence[tuple[int, str]]) -> list[str]:
     return urls
 
 
-async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
+async def _run(urls: Sequence[str], *, quick: bool, only: str | None, largest: int) -> None:
     place = f"idempotency_bench_{os.getpid()}"
     subjects = [subject_of(url, f"{place}_{number}") for number, url in enumerate(urls)]
     print(report.NOISE)
@@ -70,7 +72,7 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None) -> None:
         print(report.ENCRYPTION_TARGETS)
     if only in (None, "table"):
         references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
-        await _tables(subjects, references, quick)
+        await _tables(subjects, references, largest)
 
 
 async def _http(urls: Sequence[str], plan: http_run.Plan) -> None:
@@ -112,13 +114,24 @@ async def _calls(subjects: Sequence[Subject], quick: bool) -> None:
                 print(report.calls_row(subject.name, cost), flush=True)
 
 
-async def _tables(subjects: Sequence[Subject], references: Sequence[Subject], quick: bool) -> None:
+async def _tables(subjects: Sequence[Subject], references: Sequence[Subject], largest: int) -> None:
     print(report.TABLE)
+    purges: list[str] = []
     for subject, reference in zip(subjects, references, strict=True):
         async with opened(subject), opened(reference):
-            async for costs in table_size.measure(subject, reference, largest=10**5 if quick else 10**6):
+            async for costs in table_size.measure(subject, reference, largest):
                 print(report.table_row(subject.name, costs), flush=True)
+            command = subject.purge_command()
+            if command is not None:
+                beside = await purge_load.measure(subject, command, min(largest, 10**6))
+                purges.append(report.purge_row(subject.name, beside))
     print(report.TABLE_TARGETS)
+    print(report.PURGE, *purges, report.PURGE_TARGETS, report.RECORD, sep="\n")
+    for subject in subjects:
+        async with opened(subject):
+            size = await record_size.measure(subject)
+            if size is not None:
+                print(report.record_row(subject.name, size), flush=True)
 
 
 def _parsed() -> argparse.Namespace:
@@ -130,7 +143,14 @@ def _parsed() -> argparse.Namespace:
         help="a store to measure; repeatable; default: memory, a SQLite file, a local Redis and PostgreSQL; for --http "
         "only these servers; for --calls MariaDB too",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and tables of at most 100,000 records")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and smaller tables")
+    parser.add_argument(
+        "--largest",
+        metavar="N",
+        type=int,
+        help="how many records the largest table has; default: 1,000,000, with --quick 100,000. More than 1,000,000 "
+        "only on PostgreSQL and Redis: ten million take 5 GB of disk, or 6 to 13 GB of Redis's memory",
+    )
     alone = parser.add_mutually_exclusive_group()
     for name, what in _ALONE.items():
         alone.add_argument(f"--{name}", dest="only", action="store_const", const=name, help=f"measure only {what}")
@@ -171,7 +191,8 @@ def main() -> int:
             if options.only == "http":
                 asyncio.run(_http(urls, _plan(options)))
             else:
-                asyncio.run(_run(urls, quick=options.quick, only=options.only))
+                largest: int = options.largest or (10**5 if options.quick else 10**6)
+                asyncio.run(_run(urls, quick=options.quick, only=options.only, largest=largest))
         except (IdempotencyError, SQLAlchemyError, MeasureError, OSError) as error:
             print(f"scripts/bench: {error}", file=sys.stderr)
             return 2

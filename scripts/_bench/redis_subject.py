@@ -15,9 +15,10 @@ from idempotency.stores.redis import _wire as wire
 
 _BATCH = 1000
 _FILL = """
-for i = 4, #ARGV do
-  redis.call('HSET', KEYS[1] .. ARGV[i], 'v', '1', 's', '2', 't', 'bench', 'f', ARGV[1], 'a', '1', 'l', '0', 'h', '0',
-    'c', 'bench', 'k', ARGV[i], 'n', '0', 'r', ARGV[2])
+local time = redis.call('TIME')[1] .. '000'
+for i = 5, #ARGV, 3 do
+  redis.call('HSET', KEYS[1] .. ARGV[i], 'v', '1', 's', '2', 't', ARGV[i + 2], 'f', ARGV[1], 'a', '1', 'l', time,
+    'h', '0', 'c', ARGV[4], 'k', ARGV[i + 1], 'n', time, 'r', ARGV[2])
   redis.call('PEXPIRE', KEYS[1] .. ARGV[i], ARGV[3])
 end"""
 
@@ -39,6 +40,7 @@ class Redis(Subject):
 
     name = "Redis"
     purges = False
+    most = 100_000_000
 
     def __init__(self, url: str, place: str) -> None:
         self.url = url
@@ -60,8 +62,14 @@ class Redis(Subject):
     async def fill(self, keys: Sequence[str]) -> None:
         """Let a script write the records, in the store's format."""
         for start in range(0, len(keys), _BATCH):
-            ids = [claim_of(key).id.hex() for key in keys[start : start + _BATCH]]
-            await self._client.eval(_FILL, 1, f"{self.place}:1:", FINGERPRINT, RESULT, 86_400_000, *ids)
+            claims = [claim_of(key) for key in keys[start : start + _BATCH]]
+            own = [value for claim in claims for value in (claim.id.hex(), claim.key, claim.token)]
+            common = FINGERPRINT, RESULT, 86_400_000, claims[0].scope
+            await self._client.eval(_FILL, 1, f"{self.place}:1:", *common, *own)
+
+    async def stored(self) -> dict[str, int]:
+        """Return the memory that the server has allocated, for whatever it stores."""
+        return {"memory": (await self._client.info("memory"))["used_memory"]}
 
     def command(self, verb: Verb, claim: Claim) -> Any:
         """Build the command as the store builds it."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from calls import Throughput, Trips
 from encryption import Added
 from overhead import Overhead
+from purge_load import BesidePurge
+from record_size import RecordSize
+from subjects import RESULT
 from table_size import Costs
 from throughput import CONCURRENCY
 
@@ -38,17 +41,31 @@ THROUGHPUT = "\n".join(
     )
 )
 
-_TABLE = _LABEL + "{:>10} |" + "{:>8}{:>8} |" * 3
+_TABLE = _LABEL + "{:>10} |" + "{:>8}{:>8} |" * 5
 TABLE = "\n".join(
     (
         "",
         "One verb against the number of records, in µs (purge: per row), and its ratio to the same beside 1,000,",
-        "measured at the same time.",
+        "measured at the same time. Logged: the bytes that a claim and its completion write to the server's log.",
         "",
-        _TABLE.format("", "records", "claim", "", "replay", "", "purge", ""),
+        _TABLE.format("", "records", "claim", "", "complete", "", "replay", "", "purge", "", "logged", ""),
     )
 )
-TABLE_TARGETS = _TABLE.format("at most", "", "", "x1.50", "", "x1.50", "", "")
+TABLE_TARGETS = _TABLE.format("at most", "", *("", "x1.50") * 3, *[""] * 4)
+
+_PURGE = _LABEL + "{:>10}{:>8} |{:>9}{:>9} |{:>9}{:>9} |{:>9}{:>9}{:>8}"
+PURGE = "\n".join(
+    (
+        "",
+        "Live claims beside a purge of expired records from the largest table, in µs: median and p99 without it, the",
+        "same once more, with it; and the ratio of the last p99 to the mean of the other two.",
+        "",
+        _PURGE.format("", "purged", "in s", "without", "p99", "again", "p99", "with", "p99", "ratio"),
+    )
+)
+PURGE_TARGETS = _PURGE.format("at most", *[""] * 8, "1.10")
+
+RECORD = "\nBytes per record, by what the server stores them for; at most 400 above the result.\n"
 
 _CALLS = "{:<25}{:>10} |{:>10}{:>10}{:>8}{:>10}{:>8}"
 CALLS = "\n".join(
@@ -124,9 +141,22 @@ def calls_row(name: str, cost: Throughput | Trips) -> str:
 def table_row(name: str, costs: Costs) -> str:
     """Format what verbs cost at one size."""
     fields = [name, f"{costs.size:,}"]
-    for cost in (costs.claim, costs.replay, costs.purge):
+    for cost in (costs.claim, costs.complete, costs.replay, costs.purge, costs.logged):
         fields += ["-", ""] if cost is None else [f"{cost.large:.1f}", f"x{cost.large / cost.small:.2f}"]
     return _TABLE.format(*fields)
+
+
+def purge_row(name: str, cost: BesidePurge) -> str:
+    """Format what a purge costs live claims."""
+    waits = [f"{took:.0f}" for wait in (cost.quiet, cost.again, cost.busy) for took in (wait.median, wait.p99)]
+    compared = 2 * cost.busy.p99 / (cost.quiet.p99 + cost.again.p99)
+    return _PURGE.format(name, f"{cost.purged:,}", f"{cost.seconds:.0f}", *waits, f"{compared:.2f}")
+
+
+def record_row(name: str, size: RecordSize) -> str:
+    """Format the bytes of a record."""
+    parts = " + ".join(f"{number:.0f} {part}" for part, number in size.parts.items())
+    return f"{_LABEL.format(name)}{parts}: {size.above_result:.0f} above a result of {len(RESULT)}"
 
 
 def ratio(value: float, floor: float | None) -> str:

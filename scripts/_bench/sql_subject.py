@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, bindparam, event, func, make_url
+from sqlalchemy import Engine, MetaData, bindparam, event, func, make_url, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
@@ -19,12 +20,16 @@ from idempotency.stores.sql import records_table
 _BATCH = 10_000
 _DAY = 86_400_000
 _BINARY = ("id", "fingerprint", "result")
+_OWN = {"id": "bytea", "scope": "text", "key": "text", "token": "text", "expires_ms": "bigint"}
 _NAMES = {"postgresql": "PostgreSQL", "mysql": "MariaDB/MySQL", "mariadb": "MariaDB/MySQL", "sqlite": "SQLite"}
 _SETTLE = {
     "postgresql": ("VACUUM (ANALYZE) {}", "CHECKPOINT"),
     "sqlite": ("PRAGMA wal_checkpoint(TRUNCATE)",),
     "mysql": ("ANALYZE TABLE {}",),
 }
+
+_STORED = "SELECT pg_relation_size('{0}'), pg_indexes_size('{0}'), pg_total_relation_size('{0}')"
+_LOGGED = "SELECT CAST(pg_current_wal_insert_lsn() - '0/0' AS bigint)"
 
 Statement = tuple[str, Any]
 
@@ -36,7 +41,10 @@ class SQL(Subject):
         self.url = url
         self.place = place
         self._table = records_table(MetaData(), place)
-        self.name = _NAMES[make_url(url).get_backend_name()]
+        self._family = make_url(url).get_backend_name()
+        self.name = _NAMES[self._family]
+        if self._family == "postgresql":
+            self.most = 100_000_000
 
     async def open(self) -> None:
         """Create the table, open the store, and record what it sends."""
@@ -77,7 +85,7 @@ class SQL(Subject):
 
     async def settle(self) -> None:
         """Gather statistics, and write to the tables what is still in memory and logs after the inserts."""
-        statements = _SETTLE.get(self._engine.dialect.name, ())
+        statements = _SETTLE.get(self._family, ())
         async with self._engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
             for statement in statements:
                 # CHECKPOINT needs a right that the user may not have, and it is not required.
@@ -88,21 +96,56 @@ class SQL(Subject):
         """Insert records that expired a day ago."""
         await self._insert(keys, -_DAY)
 
+    def purge_command(self) -> list[str] | None:
+        """Return the command of an operator; None on SQLite, which has one writer at a time."""
+        if self._family == "sqlite":
+            return None
+        return [sys.executable, "-m", "idempotency", "purge", "--store", self.url, "--table", self.place]
+
+    async def stored(self) -> dict[str, int]:
+        """Return the sizes of the table's files on PostgreSQL."""
+        if self._family != "postgresql":
+            return {}
+        row, index, every = await self._first(_STORED.format(self.place))
+        return {"row": row, "indexes": index, "TOAST and maps": every - row - index}
+
+    async def oldest(self) -> int | None:
+        """Return the least time in the column on which a purge selects."""
+        oldest: int | None = (await self._first(f"SELECT MIN(expires_ms) FROM {self.place}"))[0]
+        return oldest
+
+    async def logged(self) -> int | None:
+        """Return the position in the write-ahead log of PostgreSQL, to which all its databases write."""
+        return None if self._family != "postgresql" else int((await self._first(_LOGGED))[0])
+
+    async def _first(self, statement: str) -> Any:
+        async with self._engine.connect() as connection:
+            return (await connection.exec_driver_sql(statement)).one()
+
     async def _insert(self, keys: Sequence[str], lasts: int) -> None:
-        now = round(time.time() * 1000)
-        common = {
-            "scope": "bench", "version": 1, "state": 2, "token": "bench", "fingerprint": FINGERPRINT, "attempt": 1,
-            "hold": False, "watched": False, "created_ms": now, "lease_until_ms": now, "expires_ms": now + lasts,
-            "result": RESULT,
-        }  # fmt: skip
-        insert = self._table.insert()
-        as_text = self._engine.dialect.name in ("mysql", "mariadb")
-        if as_text:  # aiomysql and the current PyMySQL under it disagree on how to escape bytes
-            insert = insert.values({name: func.unhex(bindparam(f"{name}_hex")) for name in _BINARY})
         for start in range(0, len(keys), _BATCH):
-            rows = [{"id": claim_of(key).id, "key": key, **common} for key in keys[start : start + _BATCH]]
+            rows = _rows(keys[start : start + _BATCH], lasts)
+            arrays = self._family == "postgresql"
             async with self._engine.begin() as connection:
-                await connection.execute(insert, [_hexed(row) for row in rows] if as_text else rows)
+                await connection.execute(*(self._of_arrays(rows) if arrays else self._of_rows(rows)))
+
+    def _of_arrays(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+        # One statement for a batch: ten million rows take minutes, and not an hour.
+        values = {name: value for name, value in rows[0].items() if name not in _OWN}
+        arrays = ", ".join(f"CAST(:{name} AS {kind}[])" for name, kind in _OWN.items())
+        insert = text(
+            f"INSERT INTO {self.place} ({', '.join((*_OWN, *values))})"
+            f" SELECT own.*, {', '.join(f':{name}' for name in values)} FROM unnest({arrays}) AS own"
+        )
+        return insert, values | {name: [row[name] for row in rows] for name in _OWN}
+
+    def _of_rows(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+        insert = self._table.insert()
+        if self._family not in ("mysql", "mariadb"):
+            return insert, rows
+        # aiomysql and the current PyMySQL under it disagree on how to escape bytes.
+        hexed = {name: func.unhex(bindparam(f"{name}_hex")) for name in _BINARY}
+        return insert.values(hexed), [_hexed(row) for row in rows]
 
     def command(self, verb: Verb, claim: Claim) -> list[Statement]:
         """Return the statements that the store sent."""
@@ -131,6 +174,19 @@ class SQL(Subject):
         with _statements() as seen:
             await work()
         return len(seen)
+
+
+def _rows(keys: Sequence[str], lasts: int) -> list[dict[str, Any]]:
+    """Make rows as claim and completion write them; each expires one millisecond after the one before."""
+    now = round(time.time() * 1000)
+    common = {
+        "version": 1, "state": 2, "fingerprint": FINGERPRINT, "attempt": 1, "hold": False, "watched": False,
+        "created_ms": now, "lease_until_ms": now, "result": RESULT,
+    }  # fmt: skip
+    return [
+        {"id": claim.id, "scope": claim.scope, "key": claim.key, "token": claim.token, "expires_ms": expires, **common}
+        for expires, claim in enumerate(map(claim_of, keys), now + lasts)
+    ]
 
 
 def _hexed(row: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Subject(ABC):
     """Whether the store is reached over a client whose raw round trips can be measured."""
     purges = True
     """Whether the store deletes expired records itself, rather than its server."""
+    most = 1_000_000
+    """The largest table that is filled within minutes."""
 
     @abstractmethod
     async def open(self) -> None:
@@ -57,6 +59,22 @@ class Subject(ABC):
     async def fill_expired(self, keys: Sequence[str]) -> None:
         """Write expired records, for the store to purge."""
         raise NotImplementedError
+
+    def purge_command(self) -> list[str] | None:
+        """Return the command that purges from another process, or None where there is no server to share."""
+        return None
+
+    async def oldest(self) -> int | None:
+        """Return when the oldest record expires, by which a purge that has begun is noticed."""
+        raise NotImplementedError
+
+    async def stored(self) -> dict[str, int]:
+        """Return how many bytes the server uses for the records, by what it uses them for; empty if it cannot say."""
+        return {}
+
+    async def logged(self) -> int | None:
+        """Return how many bytes the server has written to its log so far; None if it cannot say."""
+        return None
 
     def command(self, verb: Verb, claim: Claim) -> Any:
         """Return what the store sends for a verb; a replay is the claim of a finished key."""

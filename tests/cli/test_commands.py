@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -275,9 +276,8 @@ def test_forget_leaves_a_running_record(place: Target) -> None:
     assert found(place, claim).token == claim.token
 
 
-@SQL_STORES
-def test_purge_goes_on_until_nothing_is_left(place: Target) -> None:
-    """Five expired records go in batches of two; one that lives stays."""
+def five_expired(place: Target) -> None:
+    """Complete five operations whose records expire at once."""
 
     async def fill(store: Any) -> None:
         for number in range(5):
@@ -286,6 +286,12 @@ def test_purge_goes_on_until_nothing_is_left(place: Target) -> None:
             await store.complete(claim, b"", State.DONE)
 
     run_on(place, fill)
+
+
+@SQL_STORES
+def test_purge_goes_on_until_nothing_is_left(place: Target) -> None:
+    """Five expired records go in batches of two; one that lives stays."""
+    five_expired(place)
     left(place, claimed("young"), State.DONE)
 
     result = command(place, "purge", "--batch", "2")
@@ -294,6 +300,22 @@ def test_purge_goes_on_until_nothing_is_left(place: Target) -> None:
     assert result.stderr == ""
     assert command(place, "purge").stdout == "purged 0 records\n"
     assert command(place, "inspect", "young").exit_code == 0
+
+
+@pytest.mark.stores("sqlite")
+def test_purge_pauses_for_four_times_as_long_as_a_batch_took(place: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves one second in each batch."""
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    five_expired(place)
+    monkeypatch.setattr("idempotency._cli.commands.monotonic", itertools.count().__next__)
+    monkeypatch.setattr("idempotency._cli.commands.asyncio.sleep", sleep)
+
+    assert command(place, "purge", "--batch", "2").stdout == "purged 5 records\n"
+    assert pauses == [4, 4, 4]
 
 
 @pytest.mark.stores("redis")

@@ -209,12 +209,16 @@ _FORGET = (
 )
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
-_EXPIRED_IDS = "SELECT id FROM {table} WHERE expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
+_EXPIRED_ROWS = "FROM {table} WHERE {after}expires_ms <= (SELECT {now}) ORDER BY expires_ms LIMIT :limit"
 _PURGE = {
-    # An array, because a subquery may be planned as a join that reads the whole table.
-    "postgresql": f"DELETE FROM {{table}} WHERE id = ANY(ARRAY({_EXPIRED_IDS} FOR UPDATE SKIP LOCKED))",
+    # An array, because a subquery may be planned as a join that reads the whole table. By place, because the pages of
+    # the primary key are not in memory when the table is large; a row that is locked remains in its place.
+    "postgresql": (
+        f"DELETE FROM {{table}} WHERE ctid = ANY(ARRAY(SELECT ctid {_EXPIRED_ROWS} FOR UPDATE SKIP LOCKED))"
+        " RETURNING expires_ms"
+    ),
     "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
-    "sqlite": f"DELETE FROM {{table}} WHERE id IN ({_EXPIRED_IDS})",
+    "sqlite": f"DELETE FROM {{table}} WHERE id IN (SELECT id {_EXPIRED_ROWS})",
 }
 
 # The same statement notifies the watchers, and only if there are any: all commits that notify wait for one lock.
@@ -227,7 +231,7 @@ _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
     **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait", "commit"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
-    **dict.fromkeys(("lease", "keep", "latest", "limit"), "bigint"),
+    **dict.fromkeys(("lease", "keep", "latest", "limit", "after"), "bigint"),
     "state": "smallint",
     **dict.fromkeys(("ids", "fingerprints", "results"), "bytea[]"),
     **dict.fromkeys(("scopes", "keys", "tokens"), "text[]"),
@@ -268,6 +272,7 @@ class Statements:
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
     ``claim_together`` and ``complete_together``: many calls in one statement, on PostgreSQL; elsewhere None.
     ``one_by_one``: the statements of many calls in one transaction, on SQLite; elsewhere None.
+    ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
@@ -302,17 +307,23 @@ class Statements:
         self.complete_in = self._bounded(notifying, f"{_COMPLETE_IN} RETURNING 1" if self._sqlite else _COMPLETE_IN)
         self.one_by_one = self._one_by_one(dialect)
         self.release = self._bounded(notifying, _RELEASE)
-        self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
-        self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
-        self.resolve_done = self._bounded(plain, _RESOLVE_DONE)
-        self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
-        self.forget = self._bounded(plain, _FORGET)
-        self.purge = self._text(self._prefix + _PURGE[family])
+        self._make_housekeeping(plain, family)
         number = "CAST(:lease AS SIGNED)" if family == "mysql" else ":lease"
         self.echo = self._text(f"SELECT :result, :key, {number}, :hold, :watched")
         self.probe = self._text(f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})")
         self.touch = self._text("UPDATE {table} SET attempt = 1 WHERE id = :id")
         self.unprobe = self._text("DELETE FROM {table} WHERE id = :id")
+
+    def _make_housekeeping(self, plain: str, family: str) -> None:
+        self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
+        self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
+        self.resolve_done = self._bounded(plain, _RESOLVE_DONE)
+        self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
+        self.forget = self._bounded(plain, _FORGET)
+        after = "expires_ms >= :after AND " if self._postgresql else ""
+        self.purge = self._text(self._prefix + _PURGE[family], after=after)
+        # What an older transaction may still see, such as a backup, stays in the index: each batch would read it again.
+        self.purge_resumes = self._postgresql
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
 
     def _bounded(self, frame: str, statement: str) -> TextClause:

@@ -52,6 +52,7 @@ class Verbs:
         self._table = table
         self._notifies = dialect.name == "postgresql"
         self.trusted = False
+        self._purged_until = 0
 
     def claim(self, connection: Connection, claim: Claim, guard: ClockGuard, sealing: Sealing | None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
@@ -135,7 +136,18 @@ class Verbs:
 
     def purge(self, connection: Connection, batch: int) -> int:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
-        return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+        if not self._sql.purge_resumes:
+            return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+        after, self._purged_until = self._purged_until, 0
+        purged = self._purged(connection, batch, after)
+        if after and len(purged) < batch:
+            purged += self._purged(connection, batch - len(purged), 0)
+        if len(purged) == batch:
+            self._purged_until = max(purged)
+        return len(purged)
+
+    def _purged(self, connection: Connection, batch: int, after: int) -> list[int]:
+        return list(self._execute(connection, self._sql.purge, {"limit": batch, "after": after}).scalars())
 
     def check(self, connection: Connection) -> None:
         """Read every column of no row, which fails unless the server answers and the table has the columns."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency._rules import Record, Unreadable, judge
 from idempotency.errors import UnreadableError
@@ -115,11 +116,60 @@ async def test_purge_passes_by_what_is_locked(store: SQLStore, engine: AsyncEngi
     assert purged == 2
 
 
+async def expire(store: SQLStore, engine: AsyncEngine, table: str, times: Iterable[int]) -> None:
+    """Claim a key for each of these times, at which its record expires."""
+    for time_ms in times:
+        await store.claim(claim := new_claim(f"expired-{time_ms}"))
+        async with engine.begin() as connection:
+            await connection.execute(
+                text(f"UPDATE {table} SET expires_ms = :time WHERE id = :id"), {"time": time_ms, "id": claim.id}
+            )
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_purge_goes_back_to_what_expired_before(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """A batch is only short when nothing is expired, also not before those that are purged already."""
+    await expire(store, engine, table, [100, 101, 102, 103, 104])
+
+    counts = [await store.purge(2), await store.purge(2)]
+    await expire(store, engine, table, [1, 2])
+    counts += [await store.purge(2) for _ in range(3)]
+
+    assert counts == [2, 2, 2, 1, 0]
+
+
+async def test_an_open_transaction_does_not_make_each_batch_longer(
+    store: SQLStore, engine: AsyncEngine, table: str, url: str
+) -> None:
+    """What a transaction may still see stays in the index, and only the first and the last batch read it."""
+    await expire(store, engine, table, range(1, 31))
+    reads = f"SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = '{table}_expires'"
+    # As in a large table.
+    by_index = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_sort": "off"}
+    purging = create_async_engine(url, connect_args={"server_settings": by_index})
+    async with engine.execution_options(isolation_level="REPEATABLE READ").connect() as older:
+        await older.execute(text(f"SELECT 1 FROM {table}"))
+
+        purging_store = SQLStore(purging, table=table)
+        counts = [await purging_store.purge(10) for _ in range(4)]
+        await purging_store.aclose()
+        # A connection reports what it has read when it is closed.
+        await purging.dispose()
+
+    assert counts == [10, 10, 10, 0]
+    async with asyncio.timeout(10):
+        # 10 + 11 + 11 + 1, and once more all 30.
+        while (read := await scalar(engine, reads)) < 60:
+            await asyncio.sleep(0.01)
+    assert read <= 63
+
+
 @pytest.mark.parametrize("driver", ["postgres", "mariadb"])
 async def test_purge_uses_the_index(store: SQLStore, engine: AsyncEngine, table: str) -> None:
     """The statement that purges finds its rows by the index of expiries."""
     async with engine.connect() as connection:
-        purge = str(Verbs_of(store, connection.sync_connection)._sql.purge).replace(":limit", "10")  # type: ignore[arg-type]
+        purge = str(Verbs_of(store, connection.sync_connection)._sql.purge)  # type: ignore[arg-type]
+        purge = purge.replace(":limit", "10").replace(":after", "1")
         purge = re.sub(r"^SET STATEMENT .* FOR (?=DELETE)", "", purge)
         if engine.dialect.name == "postgresql":
             await connection.execute(text("SET enable_seqscan = off"))
