@@ -136,7 +136,8 @@ WITH bound AS MATERIALIZED (
 SELECT id, {_NAMES}, free FROM seen
 UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NULL, FALSE FROM won"""
 
-# Many completions in one statement. A row that is locked is not returned, and its completion is sent alone.
+# Many completions in one statement. A row that is locked is not returned, and its completion is sent alone. In a table
+# that is partitioned, each partition may have a row in the same place: so the row is identified by its id too.
 _COMPLETE_TOGETHER = f"""
 WITH asked AS MATERIALIZED (
     SELECT * FROM unnest(:ids, :tokens, :states, :results, :keeps) AS asked(id, token, state, result, keep)
@@ -147,7 +148,7 @@ WITH asked AS MATERIALIZED (
     ) AS r
 ), ended AS (
     UPDATE {{table}} AS r SET state = owned.state, result = owned.result, expires_ms = {{now}} + owned.keep
-    FROM owned WHERE r.ctid = owned.place RETURNING r.id, r.watched
+    FROM owned WHERE r.ctid = owned.place AND r.id = owned.id RETURNING r.id, r.watched
 )
 SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL END FROM ended"""
 
