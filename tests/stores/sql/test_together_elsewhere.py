@@ -17,8 +17,9 @@ from idempotency._sql.bounded import InFlight
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
 from idempotency.stores.sql._database import Database
-from tests.kit.servers import with_driver
+from tests.kit.servers import PgBouncerServer, with_driver, with_port
 from tests.kit.sql_store import POSTGRES, is_idle, new_claim
+from tests.kit.tcp_proxy import Proxy
 
 ON_EACH = pytest.mark.parametrize("driver", POSTGRES)
 KEYS = 6
@@ -231,3 +232,46 @@ async def test_tables(url: str, table: str, kind: str) -> None:
 def run(url: str, statements: str) -> None:
     with psycopg.connect(with_driver(url, "postgresql"), autocommit=True) as connection:
         connection.execute(statements.encode())
+
+
+@ON_EACH
+async def test_a_table_that_is_made_anew(store: SQLStore, url: str, table: str) -> None:
+    """The statements of every connection are prepared for a table that is gone."""
+    for change in (f"ALTER TABLE {table} ADD COLUMN note text", f"DROP TABLE {table}"):
+        for turn in range(7):
+            claims = [new_claim(f"{change}-{turn}-{number}") for number in range(6)]
+            await asyncio.gather(*map(store.claim, claims))
+            await asyncio.gather(*(store.complete(claim, b"before") for claim in claims))
+        await asyncio.to_thread(run, url, change)
+        await store.create_schema()
+
+        claims = [new_claim(f"{change}-after-{number}") for number in range(6)]
+        records = await asyncio.gather(*map(store.claim, claims))
+        completed = await asyncio.gather(*(store.complete(claim, b"after") for claim in claims))
+
+        assert [record.token for record in records] == [claim.token for claim in claims]
+        assert completed == [True] * 6
+
+
+@ON_EACH
+async def test_a_pooler_that_is_put_in_while_calls_are_sent_together(
+    store: SQLStore, url: str, table: str, proxy: Proxy
+) -> None:
+    through = SQLStore.from_url(with_port(url, proxy.port), table=table)
+    claims = [new_claim(str(number)) for number in range(60)]
+    with PgBouncerServer(url) as bouncer:
+        await asyncio.gather(*map(through.claim, claims[:20]))
+        await asyncio.gather(*map(through.claim, claims[20:40]))
+        proxy.aim(bouncer.port)
+
+        records = await asyncio.gather(*map(through.claim, claims[40:]), return_exceptions=True)
+        completed = await asyncio.gather(*(through.complete(claim, b"done") for claim in claims), return_exceptions=True)
+        replays = await asyncio.gather(*(store.claim(new_claim(claim.key)) for claim in claims))
+        await through.aclose()
+
+    # Without the settings for a pooler, a call may fail, as it does alone, and says which they are.
+    wrong = [each for each in [*records, *completed] if isinstance(each, BaseException)]
+    assert all(isinstance(each, StoreError) and "prepared" in str(each) for each in wrong), wrong
+    for claim, record, done, replay in zip(claims[40:], records, completed[40:], replays[40:], strict=True):
+        assert not isinstance(record, Record) or record.token == claim.token
+        assert done is not True or replay.result == b"done"
