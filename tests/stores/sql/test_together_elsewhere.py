@@ -265,7 +265,9 @@ async def test_a_pooler_that_is_put_in_while_calls_are_sent_together(
         proxy.aim(bouncer.port)
 
         records = await asyncio.gather(*map(through.claim, claims[40:]), return_exceptions=True)
-        completed = await asyncio.gather(*(through.complete(claim, b"done") for claim in claims), return_exceptions=True)
+        completed = await asyncio.gather(
+            *(through.complete(claim, b"done") for claim in claims), return_exceptions=True
+        )
         replays = await asyncio.gather(*(store.claim(new_claim(claim.key)) for claim in claims))
         await through.aclose()
 
