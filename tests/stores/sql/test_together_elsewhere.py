@@ -10,11 +10,12 @@ from typing import Any, Literal
 import psycopg
 import pytest
 from sqlalchemy import NullPool
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import InFlight
 from idempotency.errors import StoreError
+from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql import SQLStore
 from idempotency.stores.sql._database import Database
 from tests.kit.servers import PgBouncerServer, with_driver, with_port
@@ -164,6 +165,27 @@ async def test_no_cache_of_statements(store: SQLStore, url: str, table: str, cac
         await assert_same(other)
 
 
+@ON_EACH
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encryption": Encryption(Encryption.new_key())},
+        {"digest_names": True},
+        {"encryption": Encryption(Encryption.new_key()), "digest_names": True},
+    ],
+    ids="-".join,
+)
+async def test_sealed_records(engine: AsyncEngine, table: str, options: dict[str, Any]) -> None:
+    store = SQLStore(engine, table=table, **options)
+    await store.create_schema()
+    answers = await assert_same(store)
+    results = await asyncio.to_thread(run, engine.url.render_as_string(False), f"SELECT result, key FROM {table}")
+
+    assert "claim 2: DONE another's 1 b'222' True" in answers
+    assert not any(b"222" in (result or b"") for result, _ in results if "encryption" in options)
+    assert not any(name in key for _, key in results for name in ("together", "alone"))
+
+
 TABLES = {
     "partitioned": """
         DROP TABLE {t};
@@ -229,9 +251,10 @@ async def test_tables(url: str, table: str, kind: str) -> None:
     assert len(refused) == REFUSED.get(kind, len(answers)), refused
 
 
-def run(url: str, statements: str) -> None:
+def run(url: str, statements: str) -> list[Any]:
     with psycopg.connect(with_driver(url, "postgresql"), autocommit=True) as connection:
-        connection.execute(statements.encode())
+        cursor = connection.execute(statements.encode())
+        return cursor.fetchall() if cursor.description else []
 
 
 @ON_EACH
