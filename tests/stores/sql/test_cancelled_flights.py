@@ -47,7 +47,7 @@ class Rounds:
 
     async def finish_some(self) -> None:
         """Record what later claims replay."""
-        self._finished = [new_claim(f"finished-{number}") for number in range(20)]
+        self._finished = [new_claim(f"finished-{number}", ttl=86400.0) for number in range(20)]
         for claim in self._finished:
             await self._store.claim(claim)
             assert await self._store.complete(claim, claim.key.encode())
