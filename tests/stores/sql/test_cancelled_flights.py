@@ -1,7 +1,7 @@
 """Half of the calls of one moment are cancelled, each at some moment of its own.
 
-By default in 20 rounds; ``IDEMPOTENCY_TEST_ROUNDS`` names another number, which takes ``--timeout 0``, and
-``IDEMPOTENCY_TEST_SEED`` a seed.
+By default in 20 rounds; ``IDEMPOTENCY_TEST_ROUNDS`` names another number, which takes
+``--timeout 0 -o faulthandler_timeout=0``, and ``IDEMPOTENCY_TEST_SEED`` a seed.
 """
 
 from __future__ import annotations

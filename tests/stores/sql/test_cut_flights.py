@@ -1,7 +1,7 @@
 """The connection of calls that are sent together is lost at some byte of their request, or of its reply.
 
 By default it is lost at every ``STRIDE``-th byte; with ``IDEMPOTENCY_TEST_EVERY_BYTE`` set, at every byte, which takes
-``--timeout 0``.
+``--timeout 0 -o faulthandler_timeout=0``.
 """
 
 from __future__ import annotations
