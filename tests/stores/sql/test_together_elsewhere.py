@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
-from sqlalchemy import NullPool
+from sqlalchemy import NullPool, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency._rules import Claim, Record, State
@@ -300,3 +300,30 @@ async def test_a_pooler_that_is_put_in_while_calls_are_sent_together(
     for claim, record, done, replay in zip(claims[40:], records, completed[40:], replays[40:], strict=True):
         assert not isinstance(record, Record) or record.token == claim.token
         assert done is not True or replay.result == b"done"
+
+
+@ON_EACH
+async def test_a_claim_that_is_refused_costs_no_connection(url: str, table: str) -> None:
+    """Nor is every other claim sent alone, where the error is that of one row."""
+    async with opened(url, table) as store:
+        await store.create_schema()
+        await asyncio.to_thread(run, url, TABLES["a trigger that raises"].replace("{t}", table))
+        (side,) = store._per_loop.values()
+        connections: list[object] = []
+        alone: list[object] = []
+
+        async def play(name: str) -> list[Any]:
+            claims = [new_claim(f"{name}-{number}") for number in range(15)] + [new_claim(f"{name}-bad")]
+            return await asyncio.gather(*map(store.claim, claims), return_exceptions=True)
+
+        await play("warm")
+        event.listen(side._engine.sync_engine, "connect", lambda *_: connections.append(1))
+        with pytest.MonkeyPatch.context() as patch:
+            perform = Database.perform
+            patch.setattr(Database, "perform", lambda *arguments: alone.append(1) or perform(*arguments))
+            answers = [await play(str(number)) for number in range(5)]
+
+    assert all(isinstance(each, Record) for answer in answers for each in answer[:15])
+    assert all(isinstance(answer[15], StoreError) for answer in answers)
+    assert connections == []
+    assert len(alone) == 5
