@@ -133,7 +133,7 @@ async def test_completions(cuts: Cuts) -> None:
 
 
 async def test_replays(cuts: Cuts) -> None:
-    finished = [new_claim(f"finished-{number}") for number in range(4)]
+    finished = [new_claim(f"finished-{number}", ttl=86400.0) for number in range(4)]
     await in_time(*map(cuts.direct.claim, finished))
     await in_time(*(cuts.direct.complete(claim, claim.key.encode() * 3) for claim in finished))
 
