@@ -39,6 +39,12 @@ BUSY_SNAPSHOT = 517
 # Serialization failure, deadlock, a record changed since the snapshot: the transaction has to begin anew.
 _CONFLICTS = frozenset({"40001", "40P01", 1213, 1020, BUSY_SNAPSHOT})
 
+# A trigger, or the check of a view, refused a row.
+_ROW_REFUSED = frozenset({"P0001", "44000"})
+# The server refused a statement for its data, for another transaction, for what it says, or for a function that raised.
+# 57014: it was cancelled, as by statement_timeout. The connection can be used for others.
+_STATEMENT_REFUSED = ("22", "23", "40", "42", "44", "P0", "57014")
+
 _NO_TABLE = frozenset({"42P01", 1146})
 _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
@@ -98,11 +104,19 @@ def waited_for_lock(error: BaseException) -> bool:
 
 
 def refuses_one(error: BaseException) -> bool:
-    """Return whether one of several calls in a statement may have failed it: its row is locked, or its data refused.
+    """Return whether one of several calls in a statement may have failed it: its row is locked, or refused.
 
     ``error`` is the driver's own. The statement had no effect, and its connection can be used.
     """
-    return error_code(error) in _LOCKED or refuses_data(error)
+    return error_code(error) in _LOCKED | _ROW_REFUSED or refuses_data(error)
+
+
+def refuses_statement(error: BaseException) -> bool:
+    """Return whether a server refused a statement that had no effect, on a connection that can be used for others.
+
+    ``error`` is the driver's own, of PostgreSQL.
+    """
+    return refuses_one(error) or str(error_code(error)).startswith(_STATEMENT_REFUSED)
 
 
 def read_only(error: BaseException) -> bool:

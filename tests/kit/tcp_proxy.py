@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 LOOPBACK = "127.0.0.1"
 
@@ -29,6 +29,7 @@ class Proxy:
         self._lose = 0
         self._swallow = False
         self._ends: list[int] = []
+        self._cut: _Cut | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -86,6 +87,19 @@ class Proxy:
             self._swallow = True
 
         self._do(arm)
+
+    def cut_after(self, count: int, *, replies: bool) -> None:
+        """Let ``count`` bytes of replies pass, else of requests, and close the connection that carries the next one."""
+
+        def arm() -> None:
+            self._cut = _Cut(count, replies)
+
+        self._do(arm)
+
+    def disarm(self) -> bool:
+        """Take :meth:`cut_after` back; returns whether the connection was closed already."""
+        cut, self._cut = self._cut, None
+        return cut is None
 
     def close(self) -> None:
         """Abort every connection and end the thread."""
@@ -148,8 +162,7 @@ class Proxy:
             await self._flowing.wait()
             if self._keep_requests:
                 self.requests.append(chunk)
-            writer.write(chunk)
-            await writer.drain()
+            await self._pass(writer, chunk, replies=False)
         raise _OverError
 
     async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, end: int | None) -> None:
@@ -160,14 +173,28 @@ class Proxy:
                 self._lose -= 1
                 raise _OverError
             if not self._swallow:
-                writer.write(chunk[:end])
-                await writer.drain()
+                await self._pass(writer, chunk[:end], replies=True)
             if end is not None:
                 end -= len(chunk)
                 if end <= 0:
                     writer.write_eof()  # all bytes before the end arrive
                     return
         raise _OverError
+
+    async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes, *, replies: bool) -> None:
+        cut = self._cut
+        if cut is not None and cut.replies is replies:
+            self._cut = None if cut.after < len(chunk) else _Cut(cut.after - len(chunk), replies)
+            chunk = chunk[: cut.after]
+        writer.write(chunk)
+        await writer.drain()
+        if cut is not None and cut.replies is replies and self._cut is None:
+            raise _OverError
+
+
+class _Cut(NamedTuple):
+    after: int
+    replies: bool
 
 
 class _OverError(Exception):

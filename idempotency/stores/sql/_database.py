@@ -16,7 +16,7 @@ from idempotency._sql.failures import (
     OpenTransactionError,
     describe_failure,
     is_repeatable,
-    refuses_one,
+    refuses_statement,
     replacing,
     unusable,
 )
@@ -126,7 +126,7 @@ class Database:
             try:
                 return fetch(connection.dialect.driver, driver, compiled.sql, compiled.parameters(values))
             except BaseException as error:
-                if not refuses_one(error):
+                if not refuses_statement(error):
                     connection.invalidate(error)
                 raise
 

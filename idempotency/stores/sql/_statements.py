@@ -137,18 +137,24 @@ WITH bound AS MATERIALIZED (
 SELECT id, {_NAMES}, free FROM seen
 UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NULL, FALSE FROM won"""
 
-# Many completions in one statement. A row that is locked is not returned, and its completion is sent alone.
+# Many completions in one statement. A row that is locked is not returned, and its completion is sent alone. The rows
+# are updated by ON CONFLICT, and always there to conflict, because they are locked. For an UPDATE that joins them, the
+# server may choose to read the whole table, and keep to that choice while the table grows.
 _COMPLETE_TOGETHER = f"""
 WITH asked AS MATERIALIZED (
     SELECT * FROM unnest(:ids, :tokens, :states, :results, :keeps) AS asked(id, token, state, result, keep)
 ), owned AS MATERIALIZED (
-    SELECT asked.*, r.ctid AS place FROM asked CROSS JOIN LATERAL (
-        SELECT ctid FROM {{table}} AS r WHERE r.id = asked.id AND r.token = asked.token AND NOT {_EXPIRED} AND {_SANE}
+    SELECT r.*, asked.state AS end_state, asked.result AS end_result, asked.keep FROM asked CROSS JOIN LATERAL (
+        SELECT {_COLUMNS} FROM {{table}} AS r
+        WHERE r.id = asked.id AND r.token = asked.token AND NOT {_EXPIRED} AND {_SANE}
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS r
 ), ended AS (
-    UPDATE {{table}} AS r SET state = owned.state, result = owned.result, expires_ms = {{now}} + owned.keep
-    FROM owned WHERE r.ctid = owned.place RETURNING r.id, r.watched
+    INSERT INTO {{table}} AS r ({_COLUMNS}, result)
+    SELECT {_COLUMNS.replace(" state,", " end_state,").replace("expires_ms", "{now} + keep")}, end_result FROM owned
+    ON CONFLICT (id) DO UPDATE SET
+        state = excluded.state, result = excluded.result, expires_ms = excluded.expires_ms
+    RETURNING r.id, r.watched
 )
 SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL END FROM ended"""
 

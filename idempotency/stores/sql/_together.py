@@ -7,8 +7,9 @@ those of a record of which a call is being sent alone, because its row may be lo
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Literal, TypeVar
 
 from sqlalchemy.util import greenlet_spawn
@@ -71,9 +72,11 @@ class Together:
         way = (OnSQLite if database.engine.dialect.name == "sqlite" else _OnPostgreSQL)(database, guard, sealing)
         self._claims: Flights[Claim, Record] = Flights(way.claims, _is_owned_by_another, limits)
         self._completions: Flights[Values, bool] = Flights(way.completions, lambda *_: False, limits)
-        # A call that was given back may wait for a lock. So such calls do not take all of the slots.
+        # A call that was given back may wait for a lock. So such calls do not take all of the slots, and those of one
+        # record do not take more than one.
         self._alone_slots = asyncio.Semaphore(max(1, database.max_parallel - 2))
         self._alone: Counter[bytes] = Counter()
+        self._record_locks: defaultdict[bytes, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def claim(self, claim: Claim, alone: Alone[Record]) -> Record:
         """Claim, in a flight where that is possible. Raises TimeoutError, and what ``alone`` raises."""
@@ -97,16 +100,15 @@ class Together:
                 return answer
         self._alone[record] += 1
         try:
-            with Deadline(loop, deadline - loop.time()):
-                await self._alone_slots.acquire()
-            try:
+            async with AsyncExitStack() as entered:
+                with Deadline(loop, deadline - loop.time()):
+                    await entered.enter_async_context(self._record_locks[record])
+                    await entered.enter_async_context(self._alone_slots)
                 return await alone(max(0.0, deadline - loop.time()))
-            finally:
-                self._alone_slots.release()
         finally:
             self._alone[record] -= 1
             if not self._alone[record]:
-                del self._alone[record]
+                del self._alone[record], self._record_locks[record]
 
 
 class _OnPostgreSQL:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from idempotency._rules import Claim, Execute, InProgress, Mismatch, Record, Replay, State, judge
 from idempotency.errors import StoreError, StoreRefusedError
@@ -52,8 +52,9 @@ async def in_time(seconds: float, *calls: Awaitable[Any]) -> list[Any]:
 async def behind_proxy(url: str, proxy: Proxy, table: str) -> AsyncIterator[SQLStore]:
     store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=2)
     await store.create_schema()
-    for number in range(8):
-        await finish(store, [new_claim(f"warm-{number}")])
+    # Two connections, of which each has prepared its statements; psycopg prepares at the sixth use.
+    for number in range(12):
+        await finish(store, [new_claim(f"warm-{number}-{each}") for each in range(200)])
     yield store
     proxy.resume()
     await store.aclose()
@@ -388,3 +389,35 @@ async def test_the_end_of_the_event_loop_leaves_nothing(url: str, table: str) ->
     tasks: list[asyncio.Task[Record]] = []
     await asyncio.to_thread(lambda: asyncio.run(begin()))
     assert all(task.done() for task in tasks)
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_a_flight_reads_rows_by_their_ids_however_the_table_grows(url: str, table: str) -> None:
+    """A prepared statement keeps a plan that was made while the table was empty, when reading all of it was cheap."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=0)
+    store = SQLStore(engine, table=table)
+    await store.create_schema()
+    for number in range(12):
+        await finish(store, [new_claim(f"small-{number}-{each}") for each in range(3)])
+    rows = "decode(md5(n::text), 'hex'), 's', 'k', 1, 2, 't', 'f', 1, FALSE, FALSE, 0, 0, 9e15, NULL"
+    async with engine.begin() as connection:
+        await connection.execute(text(f"INSERT INTO {table} SELECT {rows} FROM generate_series(1, 20000) AS n"))
+
+    async def whole_reads() -> int:
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT pg_stat_force_next_flush()"))
+        query = f"SELECT seq_scan FROM pg_stat_user_tables WHERE relname = '{table}'"
+        return int(await scalar(engine, query))
+
+    before = await whole_reads()
+    for number in range(12):
+        claims = [new_claim(f"large-{number}-{each}") for each in range(1 + number * 3)]
+        assert await finish(store, claims) == [True] * len(claims)
+        await asyncio.gather(*(store.claim(new_claim(claim.key)) for claim in claims))
+    after = await whole_reads()
+    await store.aclose()
+    async with engine.begin() as connection:
+        await connection.execute(text(f"DROP TABLE {table}"))
+    await engine.dispose()
+
+    assert after == before
