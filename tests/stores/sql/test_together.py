@@ -52,7 +52,8 @@ async def in_time(seconds: float, *calls: Awaitable[Any]) -> list[Any]:
 async def behind_proxy(url: str, proxy: Proxy, table: str) -> AsyncIterator[SQLStore]:
     store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=2)
     await store.create_schema()
-    # Two connections, of which each has prepared its statements; psycopg prepares at the sixth use.
+    await finish(store, [new_claim("first")])
+    # Two connections, each of which has prepared both statements; psycopg prepares at the sixth use.
     for number in range(12):
         await finish(store, [new_claim(f"warm-{number}-{each}") for each in range(200)])
     yield store
