@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -208,3 +209,22 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
 
     assert [*await asyncio.gather(flying, waiting)] == [None, None]
     assert airport.sent == [["flying"]]
+
+
+async def test_a_flight_has_the_context_of_no_caller() -> None:
+    """What hangs on a request's context is free after it, and a tracer of the driver counts a flight to no request."""
+    caller = ContextVar("caller", default="nobody")
+    seen: list[str] = []
+
+    async def fly(calls: Sequence[str], _: InFlight) -> Answers:
+        seen.append(caller.get())
+        return calls
+
+    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 5.0, Abandoned()))
+
+    async def call(name: str) -> str | None:
+        caller.set(name)
+        return await flights.send(name.encode(), name, 1)
+
+    assert await asyncio.gather(call("a"), call("b")) == ["a", "b"]
+    assert seen == ["nobody"]
