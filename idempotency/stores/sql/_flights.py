@@ -10,6 +10,7 @@ import asyncio
 from asyncio import Future, Task
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from itertools import chain, islice
 from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -117,9 +118,11 @@ class Flights(Generic[Call, Answer]):
 
     def _depart(self) -> None:
         if self._waiting and not self._boarding and len(self._under_way) < AT_ONCE:
-            # The task begins after the calls of this iteration of the event loop have arrived, and takes them all.
+            # The task begins after the calls of this iteration of the event loop have arrived, and takes them all. Its
+            # context is empty: that of one caller would pass from each flight to the next, with all that hangs on it.
+            # A task factory of the application may not know create_task's own ``context``.
             self._boarding = True
-            self._under_way[asyncio.get_running_loop().create_task(self._fly())] = ()
+            self._under_way[Context().run(asyncio.get_running_loop().create_task, self._fly())] = ()
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -246,3 +247,22 @@ async def test_two_flights_are_under_way_but_never_about_one_record(monkeypatch:
     airport.landing[2].set_result(None)
 
     assert (await second, await again, await third) == ("b 3", "own a again 3", "c 3")
+
+
+async def test_a_flight_has_the_context_of_no_caller() -> None:
+    """What hangs on a request's context is free after it, and a tracer of the driver counts a flight to no request."""
+    caller = ContextVar("caller", default="nobody")
+    seen: list[str] = []
+
+    async def fly(calls: Sequence[str], _: InFlight) -> Answers:
+        seen.append(caller.get())
+        return calls
+
+    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 5.0, Abandoned()))
+
+    async def call(name: str) -> str | None:
+        caller.set(name)
+        return await flights.send(name.encode(), name, 1)
+
+    assert await asyncio.gather(call("a"), call("b")) == ["a", "b"]
+    assert seen == ["nobody"]
