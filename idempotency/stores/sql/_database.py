@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, Table
 from sqlalchemy.exc import SQLAlchemyError
@@ -112,16 +112,13 @@ class Database:
         verbs = self._verbs_in(self._schema)
         return verbs if verbs.trusted else None
 
-    def fetch(
-        self, verb: Literal["claim", "complete"], values: dict[str, Any], statement: InFlight
-    ) -> Sequence[Sequence[Any]]:
-        """Send many calls in one statement, by the driver itself, and return the rows. Raises the driver's errors."""
+    def fetch(self, verb: str, values: dict[str, Any], statement: InFlight) -> Sequence[Sequence[Any]]:
+        """Send a statement of :attr:`Statements.in_flights`, and return the rows. Raises the driver's own errors."""
         verbs = self.together
         with self._opened(statement) as connection:
             if verbs is None or self._is_behind_pooler(connection):
                 raise StoreError("calls cannot be sent together any more")
-            compiled = verbs.claim_together if verb == "claim" else verbs.complete_together
-            assert compiled is not None
+            compiled = verbs.in_flights[verb]
             driver: Any = connection.connection.driver_connection
             try:
                 return fetch(connection.dialect.driver, driver, compiled.sql, compiled.parameters(values))

@@ -117,11 +117,12 @@ SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN 
 # only where another transaction has inserted the same id and is not committed. LATERAL and LIMIT have the rows read by
 # their ids, in the order of the arrays, whatever the statistics of the table are.
 _CLAIMED_TOGETHER = "id, scope, key, token, fingerprint, hold, latest, lease, keep"
-_CLAIM_TOGETHER = f"""
-WITH bound AS MATERIALIZED (
+_BOUND_IN_FLIGHT = """bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', :wait, TRUE)
         || set_config('synchronous_commit', COALESCE(:commit, current_setting('synchronous_commit')), TRUE) AS applied
-), asked AS MATERIALIZED (
+)"""
+_CLAIM_TOGETHER = f"""
+WITH {_BOUND_IN_FLIGHT}, asked AS MATERIALIZED (
     SELECT * FROM unnest(:ids, :scopes, :keys, :tokens, :fingerprints, :holds, :latests, :leases, :keeps)
     AS asked({_CLAIMED_TOGETHER})
 ), seen AS MATERIALIZED (
@@ -276,7 +277,8 @@ class Statements:
     ``claim_looks_first``: a claim first reads by ``look``. So it is on SQLite, because a read takes no lock and writes
     nothing, where an upsert that changes nothing would still rewrite the index.
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
-    ``claim_together`` and ``complete_together``: many calls in one statement, on PostgreSQL; elsewhere None.
+    ``in_flights``: what flights send on PostgreSQL, by the verb: many calls in one statement, or one call, which takes
+    the server less than a flight of one; elsewhere nothing.
     ``one_by_one``: the statements of many calls in one transaction, on SQLite; elsewhere None.
     ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
@@ -306,7 +308,7 @@ class Statements:
         self.claim, self.claim_watched, self.claim_bounded = self._claims(family)
         notifying = _NOTIFYING if self._postgresql else "{statement}"
         plain = f"WITH {_BOUND} {{statement}}" if self._postgresql else "{statement}"
-        self.claim_together, self.complete_together = self._together(dialect)
+        self.in_flights = self._in_flights(dialect) if self._postgresql else {}
         self.renew = self._bounded(plain, _RENEW)
         self.complete = self._bounded(notifying, _COMPLETE)
         # On SQLite it returns a row for each row it changes, because aiosqlite's execute_fetchall counts none.
@@ -348,13 +350,17 @@ class Statements:
         claim = self._text(self._prefix + sql)
         return claim, claim, self._text(sql)
 
-    def _together(self, dialect: Dialect) -> tuple[Compiled | None, Compiled | None]:
-        if not self._postgresql:
-            return None, None
+    def _in_flights(self, dialect: Dialect) -> dict[str, Compiled]:
         # The parameters of a claim are columns here.
-        claim = re.sub(r":(?!wait|commit)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
-        statements = self._text(claim, r="r."), self._text(_COMPLETE_TOGETHER, r="r.")
-        return Compiled(statements[0], dialect), Compiled(statements[1], dialect)
+        claims = re.sub(r":(?!wait|commit)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
+        one = _CLAIM_POSTGRESQL.replace(_BOUND, _BOUND_IN_FLIGHT)
+        statements = {
+            "claims": self._text(claims, r="r."),
+            "claim": self._text(one, r="r.", flag="", flagged=""),
+            "completions": self._text(_COMPLETE_TOGETHER, r="r."),
+            "completion": self._bounded(_NOTIFYING.replace("'{bound}'", ":wait"), _COMPLETE),
+        }
+        return {verb: Compiled(statement, dialect) for verb, statement in statements.items()}
 
     def _one_by_one(self, dialect: Dialect) -> OneByOne | None:
         if not self._sqlite:

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -27,8 +27,6 @@ from idempotency.stores.sql._verbs import Found, claim_values, complete_values, 
 
 T = TypeVar("T")
 Call = TypeVar("Call")
-
-Verb = Literal["claim", "complete"]
 
 Alone = Callable[[float], Awaitable[T]]
 """A function that sends one call alone, for at most the given seconds."""
@@ -130,16 +128,16 @@ class _OnPostgreSQL:
 
     async def _find(self, claims: Sequence[Claim], statement: InFlight, wait: str) -> dict[bytes, Record | None]:
         """Send claims, and return what was found under each id: None where the claim must be sent alone."""
+        if len(claims) == 1:
+            return await self._find_one(claims[0], statement, wait)
         asked = [self._guard.ask(claim) for claim in claims]
         values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
         try:
             settings = {"wait": wait, "commit": _synchronous_commit(claims)}
-            rows = await self._fetch("claim", _arrays(_CLAIMED, values) | settings, statement)
+            rows = await self._fetch("claims", _arrays(_CLAIMED, values) | settings, statement)
         except Exception as error:
             if not refuses_one(error):
                 raise
-            if len(claims) == 1:
-                return {claims[0].id: None}
             half = len(claims) // 2
             found = await self._find(claims[:half], statement, _WAIT_AGAIN)
             return found | await self._find(claims[half:], statement, _WAIT_AGAIN)
@@ -149,6 +147,18 @@ class _OnPostgreSQL:
             for claim, each in zip(claims, asked, strict=True)
             if (row := rows_found.get(claim.id)) is not None
         }
+
+    async def _find_one(self, claim: Claim, statement: InFlight, wait: str) -> dict[bytes, Record | None]:
+        asked = self._guard.ask(claim)
+        settings = {"wait": wait, "commit": _synchronous_commit([claim])}
+        try:
+            rows = await self._fetch("claim", claim_values(claim, asked, self._sealing) | settings, statement)
+        except Exception as error:
+            if not refuses_one(error):
+                raise
+            return {claim.id: None}
+        row = next(iter(rows), None)
+        return {} if row is None else {claim.id: self._read(claim, asked, Found(*row))}
 
     def _read(self, claim: Claim, asked: Asked, row: Found) -> Record:
         if row.version is None:
@@ -165,9 +175,14 @@ class _OnPostgreSQL:
 
     async def _end(self, calls: Sequence[Values], statement: InFlight) -> set[bytes]:
         """Send completions, and return the ids of those that were recorded."""
+        channel = self._database.table.name
         try:
-            values = {**_arrays(_COMPLETED, calls), "channel": self._database.table.name}
-            return {bytes(row[0]) for row in await self._fetch("complete", values, statement)}
+            if len(calls) == 1:
+                payload = {"channel": channel, "payload": calls[0]["id"].hex(), "wait": _WAIT}
+                rows = await self._fetch("completion", calls[0] | payload, statement)
+                return {calls[0]["id"] for _ in rows}
+            values = {**_arrays(_COMPLETED, calls), "channel": channel}
+            return {bytes(row[0]) for row in await self._fetch("completions", values, statement)}
         except Exception as error:
             if not refuses_one(error):
                 raise
@@ -176,9 +191,7 @@ class _OnPostgreSQL:
             half = len(calls) // 2
             return await self._end(calls[:half], statement) | await self._end(calls[half:], statement)
 
-    async def _fetch(
-        self, verb: Literal["claim", "complete"], values: Values, statement: InFlight
-    ) -> Iterable[Sequence[Any]]:
+    async def _fetch(self, verb: str, values: Values, statement: InFlight) -> Iterable[Sequence[Any]]:
         return await greenlet_spawn(self._database.fetch, verb, values, statement)
 
 

@@ -41,12 +41,12 @@ class Verbs:
     ``lowers_lock_wait``: around each statement that writes, the time for which SQLite waits for its lock is lowered to
     ``lock_wait``, and set back.
     ``trusted``: the driver was tried.
-    ``claim_together``, ``complete_together`` and ``one_by_one``: see :class:`Statements`.
+    ``in_flights`` and ``one_by_one``: see :class:`Statements`.
     """
 
     def __init__(self, dialect: Dialect, table: Table, lock_wait: float, lowers_lock_wait: bool = False) -> None:
         self._sql = Statements(dialect, table, lock_wait)
-        self.claim_together, self.complete_together = self._sql.claim_together, self._sql.complete_together
+        self.in_flights = self._sql.in_flights
         self.one_by_one, self.lock_wait = self._sql.one_by_one, lock_wait
         self._lowers_lock_wait = lowers_lock_wait
         self._table = table

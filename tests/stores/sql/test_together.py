@@ -53,9 +53,12 @@ async def behind_proxy(url: str, proxy: Proxy, table: str) -> AsyncIterator[SQLS
     store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=2)
     await store.create_schema()
     await finish(store, [new_claim("first")])
-    # Two connections, each of which has prepared both statements; psycopg prepares at the sixth use.
+    # Two connections, each of which has prepared every statement; psycopg prepares at the sixth use.
     for number in range(12):
         await finish(store, [new_claim(f"warm-{number}-{each}") for each in range(200)])
+        # The pool gives its connections in their order: an odd number of calls changes which one comes next.
+        await store.claim(new_claim("one"))
+        await finish(store, [new_claim(f"one-{number}")])
     yield store
     proxy.resume()
     await store.aclose()
