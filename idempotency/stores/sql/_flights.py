@@ -86,6 +86,8 @@ class Flights(Generic[Call, Answer]):
     ) -> None:
         self._send_together = fly
         self._answers_too = answers_too
+        # Not asked for at each call: before Python 3.12, that is a system call.
+        self._loop = asyncio.get_running_loop()
         self._slots, self._timeout, self._abandoned = limits
         # The calls that wait, by their record: those that can fly, and those behind a call that is flying.
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
@@ -100,7 +102,7 @@ class Flights(Generic[Call, Answer]):
         cancelled is withdrawn if it is not sent yet. Else its flight is waited for, so that a release which follows
         cannot overtake the call.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.create_future())
         behind = self._behind.get(record)
         if behind is not None:
@@ -122,7 +124,7 @@ class Flights(Generic[Call, Answer]):
             # context is empty: that of one caller would pass from each flight to the next, with all that hangs on it.
             # A task factory of the application may not know create_task's own ``context``.
             self._boarding = True
-            self._under_way[Context().run(asyncio.get_running_loop().create_task, self._fly())] = ()
+            self._under_way[Context().run(self._loop.create_task, self._fly())] = ()
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
@@ -147,7 +149,7 @@ class Flights(Generic[Call, Answer]):
     async def _answer(self, flight: Task[None], tickets: Sequence[_Ticket[Call, Answer]]) -> None:
         statement = InFlight()
         # Each of its calls began before the flight, so that its time is over by then.
-        limit = asyncio.get_running_loop().call_later(self._timeout, self._abandon, flight, statement)
+        limit = self._loop.call_later(self._timeout, self._abandon, flight, statement)
         try:
             answers = await self._send_together([ticket.call for ticket in tickets], statement)
         except Exception:  # a driver may raise anything

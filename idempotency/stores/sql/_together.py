@@ -65,6 +65,7 @@ class Together:
     ) -> None:
         self._database = database
         self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
         limits = Limits(slots, timeout, abandoned)
         way: OnSQLite | _OnPostgreSQL
         way = (OnSQLite if database.engine.dialect.name == "sqlite" else _OnPostgreSQL)(database, guard, sealing)
@@ -90,7 +91,7 @@ class Together:
         return await self._send(self._completions, claim.id, complete_values(claim, result, state), size, alone)
 
     async def _send(self, flights: Flights[Call, T], record: bytes, call: Call, size: int, alone: Alone[T]) -> T:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         deadline = loop.time() + self._timeout
         if record not in self._alone:
             answer = await flights.send(record, call, size)

@@ -53,12 +53,6 @@ async def behind_proxy(url: str, proxy: Proxy, table: str) -> AsyncIterator[SQLS
     store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=2)
     await store.create_schema()
     await finish(store, [new_claim("first")])
-    # Two connections, each of which has prepared every statement; psycopg prepares at the sixth use.
-    for number in range(12):
-        await finish(store, [new_claim(f"warm-{number}-{each}") for each in range(200)])
-        # The pool gives its connections in their order: an odd number of calls changes which one comes next.
-        await store.claim(new_claim("one"))
-        await finish(store, [new_claim(f"one-{number}")])
     yield store
     proxy.resume()
     await store.aclose()
@@ -67,19 +61,30 @@ async def behind_proxy(url: str, proxy: Proxy, table: str) -> AsyncIterator[SQLS
 @ON_EACH
 @pytest.mark.parametrize(("calls", "messages"), [(1, 1), (16, 1), (256, 2)])
 async def test_calls_of_one_moment_are_one_message(
-    behind_proxy: SQLStore, proxy: Proxy, calls: int, messages: int
+    url: str, proxy: Proxy, table: str, calls: int, messages: int
 ) -> None:
+    # With one connection it is certain which statements are prepared. psycopg prepares at the sixth use.
+    engine = create_async_engine(with_port(url, proxy.port), pool_size=1, max_overflow=0)
+    store = SQLStore(engine, table=table)
+    await store.create_schema()
+    for number in range(8):
+        await finish(store, [new_claim(f"one-{number}")])
+        await finish(store, [new_claim(f"two-{number}-{each}") for each in range(2)])
     claims = new_claims(calls)
     sent = []
     for verb in (
-        lambda: [behind_proxy.claim(claim) for claim in claims],
-        lambda: [behind_proxy.complete(claim, b"done") for claim in claims],
-        lambda: [behind_proxy.claim(new_claim(claim.key)) for claim in claims],
+        lambda: [store.claim(claim) for claim in claims],
+        lambda: [store.complete(claim, b"done") for claim in claims],
+        lambda: [store.claim(new_claim(claim.key)) for claim in claims],
     ):
         before = len(proxy.requests)
         answers: list[Any] = await asyncio.gather(*verb())
         # A large message arrives in several pieces; each begins with the letter of its kind.
         sent.append(sum(piece[:1] in b"PB" for piece in proxy.requests[before:]))
+
+    async with engine.begin() as connection:
+        await connection.execute(text(f"DROP TABLE {table}"))
+    await engine.dispose()
 
     assert sent == [messages] * 3
     assert [record.result for record in answers] == [b"done"] * calls
