@@ -47,7 +47,7 @@ from idempotency.stores.base import (
 T = TypeVar("T")
 
 _PAUSE = 4
-"""How many times as long as a batch took ``purge`` waits before the next: it uses a fifth of the time."""
+"""The pause of ``purge`` after a batch, in times of what the batch took: it works for a fifth of the time."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 schema = typer.Typer(help="Create the table of a SQL store, or print how.")
@@ -233,7 +233,7 @@ def purge(
             while gone := await purging.purge(batch):
                 total += gone
                 advance(gone)
-                # What a batch takes, live claims wait for: for the processor, the disk, or on SQLite the lock.
+                # While a batch is deleted, live claims wait for the processor or the disk, or on SQLite for the lock.
                 await asyncio.sleep(_PAUSE * (monotonic() - started))
                 started = monotonic()
         return total

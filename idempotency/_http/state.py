@@ -25,7 +25,7 @@ class RequestState:
 
     def share(self) -> None:
         """Copy what the application has put into the state to the outer one, and nothing that is older."""
-        if len(self._own) == 1:
+        if len(self._own) == 1:  # the operation only
             return
         outer, given = mapping_of(self._outer), self._given
         if isinstance(outer, MutableMapping):

@@ -39,7 +39,7 @@ _STEPS = 3
 and another then: a guard would withhold keys from claims for ever."""
 
 _MOMENT = 1.0
-"""Seconds after an answer in which another that says the same of the clock is not noted: they hardly drift in it."""
+"""Seconds after an answer in which another that agrees is not noted: the clocks hardly drift in that time."""
 
 _CALM = 600.0
 """Seconds without a step that end a row; a lease, if it is longer, for which a key is withheld after each step."""
@@ -89,7 +89,7 @@ class _Anchor(NamedTuple):
         return int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
 
     def is_confirmed_by(self, asked: Asked, clock: float, now: float) -> bool:
-        """Return whether :meth:`after` would return an anchor like this one."""
+        """Return whether :meth:`after` would change nothing but ``seen``, and that by less than a second."""
         return now - self.seen < _MOMENT and clock - now <= self.ahead <= clock - asked.sent
 
     def after(self, asked: Asked, clock: float, now: float) -> _Anchor:

@@ -304,7 +304,7 @@ class MemoryStore:
 
     def _announce(self, record: bytes) -> None:
         if not self._watchers:
-            return  # who watches from now on claims after that, and sees the change
+            return  # a watcher that begins now claims later, and finds the change
         with self._lock:
             watchers = tuple(self._watchers.get(record, ()))
         for watcher in watchers:

@@ -91,13 +91,13 @@ class Multiplexed:
             if not call.future.done():
                 call.future.set_exception(TimeoutError())
             if pipeline is not None:
-                # A caller that was cancelled waits no more, but its missing reply says the same of the connection.
+                # Also where the caller was cancelled: the missing reply means that the server may be gone.
                 self._retire(pipeline)
         self._timer = self._loop.call_at(calls[0].deadline, self._expire) if calls else None
         for pipeline in list(self._retired):
             self._close_if_idle(pipeline)
 
-    # What a pipeline says: see Owner.
+    # What a pipeline reports: see Owner.
 
     def answered(self, pipeline: Pipeline) -> None:
         """Forget the calls that are over."""

@@ -31,7 +31,6 @@ _LEAST = 4
 """Connections of a client that shares one for its commands: that one, the one that replaces it, one for subscriptions,
 and one for all that is sent over a connection of its own."""
 
-
 _READS_PUSHES = HIREDIS_AVAILABLE and hasattr(import_module("hiredis"), "PushNotification")
 """Whether hiredis is there and says, as it does since 3.2, which messages are no replies."""
 

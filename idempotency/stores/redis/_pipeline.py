@@ -19,8 +19,8 @@ _IN_FLIGHT = 1024
 """Commands that wait for replies on one connection. More wait here, in order."""
 
 _ONE_WRITE = 1024**2
-"""Bytes of the commands in one write, at most one command more. While the transport asks to pause, nothing is written,
-so no more than these bytes and the transport's own limit are unsent."""
+"""Bytes in one write, which takes no further command once it has that many. While the transport asks to pause, nothing
+is written. So the transport has no more unsent bytes than one write and its own limit."""
 
 _NOTHING = object()
 """What hiredis returns where no complete reply has arrived."""

@@ -1,7 +1,7 @@
 """Send calls of one kind together, in flights: while two are under way, the calls that arrive wait for the next one.
 
 An idle store sends a call at once, and no timer delays it. A flight either answers a call or gives it back, and what is
-given back is sent alone. So a flight can only make a call faster: whatever fails, fails as it does alone.
+given back is sent alone. So whatever fails, fails as it does alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_CALLS = 128
 """Calls in one flight."""
 
 AT_ONCE = 2
-"""Flights of one kind that are under way: while one waits for the disk of the server, another is made or read."""
+"""Flights of one kind that are under way, at most: while the server writes one to disk, another is made or read."""
 
 MOST_BYTES = 256 * 1024
 """Bytes in one flight. It takes no further call once it has that many."""
@@ -34,8 +34,8 @@ MOST_BYTES = 256 * 1024
 class Limits(NamedTuple):
     """What limits flights.
 
-    ``slots``: a flight takes one. ``timeout``: seconds for a call, from its start, and for a flight from its own, which
-    is then cut off, and ends among the ``abandoned``.
+    ``slots``: a flight takes one. ``timeout``: seconds for a call, and seconds for a flight, each from its own start. A
+    flight that takes longer is cut off, and ends among the ``abandoned``.
     """
 
     slots: asyncio.Semaphore
@@ -141,14 +141,15 @@ class Flights(Generic[Call, Answer]):
             self._waiting.clear()
             raise
         finally:
-            # Those without an answer. The others too: if their row is locked, each would delay the next flight.
+            # Give back the calls without an answer, and those about the same records: if such a row is locked, each of
+            # them would delay another flight.
             for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
                 ticket.settle(None)
             self._land(flight)
 
     async def _answer(self, flight: Task[None], tickets: Sequence[_Ticket[Call, Answer]]) -> None:
         statement = InFlight()
-        # Each of its calls began before the flight, so that its time is over by then.
+        # Each call began before its flight, so the time of each call is over by then.
         limit = self._loop.call_later(self._timeout, self._abandon, flight, statement)
         try:
             answers = await self._send_together([ticket.call for ticket in tickets], statement)

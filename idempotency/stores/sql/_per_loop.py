@@ -101,7 +101,7 @@ class PerLoop:
             raise self._no_answer() from error
 
     async def complete(self, claim: Claim, result: bytes | None, state: State, work: Work[bool]) -> bool:
-        """Complete, together with others where that is possible; ``work`` completes alone, by the same result."""
+        """Complete, together with others where that is possible; ``work`` completes alone, with the same result."""
         try:
             return await self._together.complete(claim, result, state, lambda timeout: self.run(work, timeout=timeout))
         except TimeoutError as error:

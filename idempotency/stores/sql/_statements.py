@@ -249,7 +249,7 @@ _TYPES = {
 
 
 class Compiled:
-    """A statement in the driver's own syntax, for :func:`idempotency._sql.driver.fetch`."""
+    """A statement in the driver's own syntax, which is sent past SQLAlchemy."""
 
     def __init__(self, statement: TextClause, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect)
@@ -277,8 +277,8 @@ class Statements:
     ``claim_looks_first``: a claim first reads by ``look``. So it is on SQLite, because a read takes no lock and writes
     nothing, where an upsert that changes nothing would still rewrite the index.
     ``returns``: the claim returns the row. On MySQL, which has no RETURNING, it is read by ``look`` afterwards.
-    ``in_flights``: what flights send on PostgreSQL, by the verb: many calls in one statement, or one call, which takes
-    the server less than a flight of one; elsewhere nothing.
+    ``in_flights``: the statements of flights on PostgreSQL, by their names: those for many calls, in the plural, and
+    those for one call, which cost the server less than one for many; elsewhere none.
     ``one_by_one``: the statements of many calls in one transaction, on SQLite; elsewhere None.
     ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
@@ -351,7 +351,7 @@ class Statements:
         return claim, claim, self._text(sql)
 
     def _in_flights(self, dialect: Dialect) -> dict[str, Compiled]:
-        # The parameters of a claim are columns here.
+        # The parameters of a claim are columns here. Those of the flight remain: settings, and arrays, which end in s.
         claims = re.sub(r":(?!wait|commit)(\w+)\b(?<!s)", r"asked.\1", _CLAIM_TOGETHER)
         one = _CLAIM_POSTGRESQL.replace(_BOUND, _BOUND_IN_FLIGHT)
         statements = {

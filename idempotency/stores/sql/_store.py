@@ -62,8 +62,8 @@ class SQLStore(InSessions):
     ``innodb_lock_wait_timeout``). On an SQLite engine that was passed in, ``busy_timeout`` is lowered to that around
     each statement that writes, and set back.
     On PostgreSQL and SQLite, claims and completions of one event loop that come while others are under way are sent
-    together, by asyncpg, psycopg or aiosqlite itself. Where a listener takes part in each use of the engine or its
-    pool, each is sent alone, through SQLAlchemy.
+    together, by asyncpg, psycopg or aiosqlite itself. Behind a pooler, and where a listener takes part in each use of
+    the engine or its pool, each is sent alone, through SQLAlchemy.
     ``encryption`` is an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys, default None.
     ``digest_names``: whether scopes and keys are stored as digests only, default False.
 

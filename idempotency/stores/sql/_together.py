@@ -1,7 +1,8 @@
 """Send claims, and completions, together: each kind in flights of its own.
 
-What a flight gives back is sent alone, as everything is where flights are not possible. Two kinds of call never fly:
-those of a record of which a call is being sent alone, because its row may be locked, and those with a large result.
+What a flight gives back is sent alone, as everything is where flights are not possible. Three kinds of call are never
+in a flight: those of a record of which a call is being sent alone, because its row may be locked; claims that ask to be
+watched; and completions with a large result.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Alone = Callable[[float], Awaitable[T]]
 """A function that sends one call alone, for at most the given seconds."""
 
 _WAIT = "25ms"
-"""How long claims that are sent together wait for a lock: for longer than a commit takes, mostly."""
+"""How long a flight waits for a lock: for longer than most commits take. Several completions do not wait."""
 
 _WAIT_AGAIN = "5ms"
-"""How long each half of them waits, where all have waited in vain: a lock is then one that is held for long."""
+"""How long each half of a flight waits, where the whole has waited in vain: such a lock may remain for long."""
 
 _LARGEST = 64 * 1024
-"""Bytes of a result that flies."""
+"""Bytes of the largest result in a flight."""
 
 _CLAIMED = ("id", "scope", "key", "token", "fingerprint", "hold", "latest", "lease", "keep")
 _COMPLETED = ("id", "token", "state", "result", "keep")
