@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 LOOPBACK = "127.0.0.1"
 
@@ -28,8 +28,8 @@ class Proxy:
         self._flowing.set()
         self._lose = 0
         self._swallow = False
-        self._ends: list[int] = []
-        self._cut: _Cut | None = None
+        # How many bytes pass before each cut, the next one last: of requests, and (True) of replies.
+        self._cuts: dict[bool, list[int]] = {False: [], True: []}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -72,14 +72,6 @@ class Proxy:
 
         self._do(arm)
 
-    def end_replies(self, after: int, connections: int = 1) -> None:
-        """Let the next ``connections`` that are opened end after so many bytes of replies; later ones do not."""
-
-        def arm() -> None:
-            self._ends = [after] * connections
-
-        self._do(arm)
-
     def swallow_replies(self) -> None:
         """Drop every reply and keep the connections open, until :meth:`resume` or :meth:`cut`."""
 
@@ -88,18 +80,22 @@ class Proxy:
 
         self._do(arm)
 
-    def cut_after(self, count: int, *, replies: bool) -> None:
-        """Let ``count`` bytes of replies pass, else of requests, and close the connection that carries the next one."""
+    def cut_after(self, count: int, *, replies: bool, times: int = 1) -> None:
+        """Let ``count`` bytes of replies pass, else of requests, and close the connection that carries the next one.
+
+        This is done so many ``times``, and the bytes are counted anew after each.
+        """
 
         def arm() -> None:
-            self._cut = _Cut(count, replies)
+            self._cuts[replies] = [count] * times
 
         self._do(arm)
 
     def disarm(self) -> bool:
-        """Take :meth:`cut_after` back; returns whether the connection was closed already."""
-        cut, self._cut = self._cut, None
-        return cut is None
+        """Take :meth:`cut_after` back; return whether it was done as often as asked."""
+        armed = any(self._cuts.values())
+        self._cuts = {False: [], True: []}
+        return not armed
 
     def close(self) -> None:
         """Abort every connection and end the thread."""
@@ -146,10 +142,9 @@ class Proxy:
             upstream, forward = await asyncio.open_connection(*self._target)
             pair.append(forward)
             self._writers.add(forward)
-            end = self._ends.pop() if self._ends else None
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests(reader, forward))
-                group.create_task(self._replies(upstream, writer, end))
+                group.create_task(self._replies(upstream, writer))
         except* (OSError, _OverError):
             pass
         finally:
@@ -165,7 +160,7 @@ class Proxy:
             await self._pass(writer, chunk, replies=False)
         raise _OverError
 
-    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, end: int | None) -> None:
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(1 << 16):
             await self._flowing.wait()
             self.replied += len(chunk)
@@ -173,28 +168,20 @@ class Proxy:
                 self._lose -= 1
                 raise _OverError
             if not self._swallow:
-                await self._pass(writer, chunk[:end], replies=True)
-            if end is not None:
-                end -= len(chunk)
-                if end <= 0:
-                    writer.write_eof()  # all bytes before the end arrive
-                    return
+                await self._pass(writer, chunk, replies=True)
         raise _OverError
 
     async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes, *, replies: bool) -> None:
-        cut = self._cut
-        if cut is not None and cut.replies is replies:
-            self._cut = None if cut.after < len(chunk) else _Cut(cut.after - len(chunk), replies)
-            chunk = chunk[: cut.after]
+        cuts = self._cuts[replies]
+        is_cut = bool(cuts) and cuts[-1] < len(chunk)
+        if is_cut:
+            chunk = chunk[: cuts.pop()]
+        elif cuts:
+            cuts[-1] -= len(chunk)
         writer.write(chunk)
         await writer.drain()
-        if cut is not None and cut.replies is replies and self._cut is None:
+        if is_cut:
             raise _OverError
-
-
-class _Cut(NamedTuple):
-    after: int
-    replies: bool
 
 
 class _OverError(Exception):

@@ -64,11 +64,11 @@ async def _cut_at(position: int, plain: RedisStore, proxy: Proxy, connections: i
     """Cut concurrent claims off after so many bytes of replies; return how many failed."""
     store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=10)
     claims = [new_claim(f"{position}-{n}", token=f"t{n}") for n in range(CUT_CALLS)]
-    proxy.end_replies(position, connections)
+    proxy.cut_after(position, replies=True, times=connections)
 
     records = await asyncio.gather(*map(store.claim, claims), return_exceptions=True)
 
-    proxy.end_replies(0, connections=0)
+    proxy.disarm()
     after = new_claim(f"{position}-after", token="after")
     assert (await store.claim(after)).token == "after"
     for claim, record in zip(claims, records, strict=True):
