@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._rules import Claim
@@ -44,6 +45,20 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0)
 async def scalar(engine: AsyncEngine, statement: str) -> Any:
     async with engine.connect() as connection:
         return await connection.scalar(text(statement))
+
+
+def held_up(engine: AsyncEngine) -> tuple[asyncio.Event, threading.Event]:
+    """Give SQLite a function ``hold_up`` that says when it is reached, and returns once it may go on."""
+    reached, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold_up() -> int:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait(20)
+        return 1
+
+    event.listen(engine.sync_engine, "connect", lambda driver, _: driver.create_function("hold_up", 0, hold_up))
+    return reached, go_on
 
 
 def Verbs_of(store: SQLStore, connection: sqlalchemy.Connection) -> Any:  # noqa: N802

@@ -22,6 +22,7 @@ from idempotency._rules import Claim, Execute, judge
 from idempotency.consumer import Replayed
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
+from tests.kit.sql_store import held_up
 
 
 @pytest.fixture
@@ -91,20 +92,6 @@ def heard(engine: AsyncEngine, word: str) -> asyncio.Event:
             found.set()
 
     return found
-
-
-def held_up(engine: AsyncEngine) -> tuple[asyncio.Event, threading.Event]:
-    """Give SQL a function that says when it is reached, and returns once it may go on."""
-    reached, go_on = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def hold_up() -> int:
-        loop.call_soon_threadsafe(reached.set)
-        go_on.wait(20)
-        return 1
-
-    event.listen(engine.sync_engine, "connect", lambda driver, _: driver.create_function("hold_up", 0, hold_up))
-    return reached, go_on
 
 
 async def test_a_verb_waits_for_less_than_its_time(path: str, engine: AsyncEngine) -> None:

@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
@@ -23,7 +22,7 @@ from idempotency._sql.sqlite import writing
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.stores.sql import SQLStore
 from tests.kit.paths import ROOT
-from tests.kit.sql_store import new_claim, scalar
+from tests.kit.sql_store import held_up, new_claim, scalar
 
 
 @pytest.fixture
@@ -212,28 +211,10 @@ async def test_a_flight_that_fails_gives_its_calls_back(store: SQLStore, path: s
     assert are_owned([*claims[:5], *claims[6:]], records)
 
 
-@pytest.fixture
-async def held_up(engine: AsyncEngine, path: str) -> AsyncIterator[tuple[asyncio.Event, threading.Event]]:
-    """An SQL function that says when it is reached, and returns once it may go on."""
-    reached, go_on = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def hold_up() -> int:
-        loop.call_soon_threadsafe(reached.set)
-        go_on.wait(20)
-        return 1
-
-    event.listen(engine.sync_engine, "connect", lambda driver, _: driver.create_function("hold_up", 0, hold_up))
-    yield reached, go_on
-    go_on.set()
-
-
 @pytest.mark.parametrize("how", ["time-out", "cancellation"])
-async def test_a_flight_that_is_cut_off_leaves_nothing(
-    engine: AsyncEngine, held_up: tuple[asyncio.Event, threading.Event], path: str, table: str, how: str
-) -> None:
+async def test_a_flight_that_is_cut_off_leaves_nothing(engine: AsyncEngine, path: str, table: str, how: str) -> None:
     """One that is not answered in time is undone when its statement ends, and so is one that nobody waits for."""
-    reached, go_on = held_up
+    reached, go_on = held_up(engine)
     store = SQLStore(engine, table=table, timeout=0.5)
     await store.claim(new_claim("warm"))
     with closing(sqlite3.connect(path)) as other:
