@@ -93,7 +93,7 @@ class Flights(Generic[Call, Answer]):
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
         self._behind: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
         self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]]] = {}
-        self._boarding = False
+        self._boarding: Task[None] | None = None
 
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
@@ -119,33 +119,40 @@ class Flights(Generic[Call, Answer]):
             raise
 
     def _depart(self) -> None:
-        if self._waiting and not self._boarding and len(self._under_way) < AT_ONCE:
+        if self._waiting and self._boarding is None and len(self._under_way) < AT_ONCE:
             # The task begins after the calls of this iteration of the event loop have arrived, and takes them all. Its
             # context is empty: that of one caller would pass from each flight to the next, with all that hangs on it.
             # A task factory of the application may not know create_task's own ``context``.
-            self._boarding = True
-            self._under_way[Context().run(self._loop.create_task, self._fly())] = ()
+            self._boarding = flight = Context().run(self._loop.create_task, self._fly())
+            self._under_way[flight] = ()
+            flight.add_done_callback(self._end)
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
-        tickets: list[_Ticket[Call, Answer]] = []
-        try:
-            async with self._slots:
-                tickets = self._board(flight)
-                if tickets:
-                    await self._answer(flight, tickets)
-        except asyncio.CancelledError:
+        async with self._slots:
+            tickets = self._board(flight)
+            if tickets:
+                await self._answer(flight, tickets)
+        self._end(flight)
+
+    def _end(self, flight: Task[None]) -> None:
+        """Give back what has no answer; the task itself may have been cancelled before its first step."""
+        tickets = self._under_way.get(flight)
+        if tickets is None:
+            return  # it has ended, or was abandoned
+        if flight.done():
             # Something cancels all tasks, as the end of an event loop does. Nothing may be begun then.
-            waiting = chain(self._waiting.values(), self._behind.values())
-            tickets = [*tickets, *chain.from_iterable(waiting)]
+            queues = *self._waiting.values(), *self._behind.values()
+            tickets = [*tickets, *chain.from_iterable(queues)]
+            for queue in queues:
+                queue.clear()
             self._waiting.clear()
-            raise
-        finally:
-            # Give back the calls without an answer, and those about the same records: if such a row is locked, each of
-            # them would delay another flight.
-            for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
-                ticket.settle(None)
-            self._land(flight)
+            if self._boarding is flight:
+                self._boarding = None
+        # The others too: if their row is locked, each would delay the next flight.
+        for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
+            ticket.settle(None)
+        self._land(flight)
 
     async def _answer(self, flight: Task[None], tickets: Sequence[_Ticket[Call, Answer]]) -> None:
         statement = InFlight()
@@ -167,7 +174,7 @@ class Flights(Generic[Call, Answer]):
 
     def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:
         """Take calls that wait: of each record the first one, which is the only one that may be under way."""
-        self._boarding = False
+        self._boarding = None
         boarded: list[_Ticket[Call, Answer]] = []
         size = 0
         for record, tickets in list(islice(self._waiting.items(), MOST_CALLS)):

@@ -219,13 +219,38 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
     airport = Airport()
     flying = airport.call("flying")
     await airport.departed(1)
-    waiting = airport.call("waiting")
+    waiting, behind = airport.call("waiting"), airport.call("behind", "flying")
     await asyncio.sleep(0)
     (under_way,) = airport.flights._under_way
     under_way.cancel()
 
-    assert [*await asyncio.gather(flying, waiting)] == [None, None]
+    assert [*await asyncio.gather(flying, waiting, behind)] == [None, None, None]
     assert airport.sent == [["flying"]]
+    assert not airport.flights._under_way
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["for a slot", "for its first step"])
+async def test_a_flight_that_is_cancelled_before_it_has_boarded_blocks_nothing(waits: bool) -> None:
+    airport = Airport(slots=1)
+    if waits:
+        await airport.slots.acquire()
+    calls = [airport.call(name) for name in ("a", "b")]
+    while not airport.flights._under_way:
+        await asyncio.sleep(0)
+    if waits:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    (flight,) = airport.flights._under_way
+    flight.cancel()
+    assert [*await asyncio.gather(*calls)] == [None, None]
+    if waits:
+        airport.slots.release()
+
+    later = airport.call("later")
+    await airport.departed(1)
+    airport.land()
+
+    assert await later == "later 1"
 
 
 async def test_two_flights_are_under_way_but_never_about_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
