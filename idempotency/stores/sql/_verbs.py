@@ -145,7 +145,7 @@ class Verbs:
         if after and len(purged) < batch:
             purged += self._purged(connection, purge, batch - len(purged), 0)
         if len(purged) == batch:
-            self._purged_until = max(purged)
+            self._purged_until = max(purged, default=0)
         return len(purged)
 
     def _purged(self, connection: Connection, purge: TextClause, batch: int, after: int) -> list[int]:

@@ -95,9 +95,9 @@ async def test_purge_takes_batches(store: SQLStore) -> None:
     await store.claim(held := new_claim("held", lease=SHORT, ttl=SHORT, hold=True))
     await asyncio.sleep(0.15)
 
-    counts = [await store.purge(3) for _ in range(4)]
+    counts = [await store.purge(0), *[await store.purge(3) for _ in range(4)]]
 
-    assert counts == [3, 3, 1, 0]
+    assert counts == [0, 3, 3, 1, 0]
     assert await store.inspect(kept.id) is not None
     assert await store.inspect(held.id) is not None
 
