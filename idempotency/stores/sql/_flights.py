@@ -92,7 +92,8 @@ class Flights(Generic[Call, Answer]):
         # The calls that wait, by their record: those that can fly, and those behind a call that is flying.
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
         self._behind: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
-        self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]]] = {}
+        # None of one that has not boarded.
+        self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]] | None] = {}
         self._boarding = False
 
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
@@ -124,7 +125,9 @@ class Flights(Generic[Call, Answer]):
             # context is empty: that of one caller would pass from each flight to the next, with all that hangs on it.
             # A task factory of the application may not know create_task's own ``context``.
             self._boarding = True
-            self._under_way[Context().run(self._loop.create_task, self._fly())] = ()
+            flight = Context().run(self._loop.create_task, self._fly())
+            self._under_way[flight] = None
+            flight.add_done_callback(self._land_unbegun)
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
@@ -135,16 +138,19 @@ class Flights(Generic[Call, Answer]):
                 if tickets:
                     await self._answer(flight, tickets)
         except asyncio.CancelledError:
-            # Something cancels all tasks, as the end of an event loop does. Nothing may be begun then.
-            waiting = chain(self._waiting.values(), self._behind.values())
-            tickets = [*tickets, *chain.from_iterable(waiting)]
-            self._waiting.clear()
+            self._give_back_all()
             raise
         finally:
             # Those without an answer. The others too: if their row is locked, each would delay the next flight.
             for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
                 ticket.settle(None)
             self._land(flight)
+
+    def _give_back_all(self) -> None:
+        """Give back what waits: something cancels all tasks, as the end of an event loop does. Nothing may be begun."""
+        for ticket in chain.from_iterable(chain(self._waiting.values(), self._behind.values())):
+            ticket.settle(None)
+        self._waiting.clear()
 
     async def _answer(self, flight: Task[None], tickets: Sequence[_Ticket[Call, Answer]]) -> None:
         statement = InFlight()
@@ -194,8 +200,17 @@ class Flights(Generic[Call, Answer]):
     def _land(self, flight: Task[None]) -> None:
         if flight not in self._under_way:
             return  # it was abandoned
-        for ticket in self._under_way.pop(flight):
+        boarded = self._under_way.pop(flight)
+        if boarded is None:
+            self._boarding = False
+        for ticket in boarded or ():
             behind = self._behind.pop(ticket.record)
             if behind:
                 self._waiting[ticket.record] = behind
         self._depart()
+
+    def _land_unbegun(self, flight: Task[None]) -> None:
+        # A task that is cancelled before it begins executes nothing, not even what ends it.
+        if flight in self._under_way:
+            self._give_back_all()
+            self._land(flight)

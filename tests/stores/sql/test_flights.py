@@ -228,6 +228,30 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
     assert airport.sent == [["flying"]]
 
 
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_flight_that_is_cancelled_before_its_calls_board_gives_them_back_and_blocks_no_later_one(
+    begun: bool,
+) -> None:
+    """As an application does that cancels all tasks when it ends, and then completes what it has done."""
+    airport = Airport(slots=1, timeout=2)
+    await airport.slots.acquire()
+    waiting = airport.call("waiting")
+    while not airport.flights._under_way:
+        await asyncio.sleep(0)
+    if begun:
+        await asyncio.sleep(0)
+    (flight,) = airport.flights._under_way
+    flight.cancel()
+    assert await waiting is None
+
+    airport.slots.release()
+    later = airport.call("later")
+    await airport.departed(1)
+    airport.land()
+
+    assert await later == "later 1"
+
+
 async def test_two_flights_are_under_way_but_never_about_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_flights, "AT_ONCE", 2)
     airport = Airport()
