@@ -126,8 +126,10 @@ class Flights(Generic[Call, Answer]):
             # A task factory of the application may not know create_task's own ``context``.
             self._boarding = True
             flight = Context().run(self._loop.create_task, self._fly())
-            self._under_way[flight] = None
-            flight.add_done_callback(self._land_unbegun)
+            # A task factory may have begun the task already: then it may have boarded, or landed.
+            if not flight.done():
+                self._under_way.setdefault(flight, None)
+                flight.add_done_callback(self._land_unbegun)
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 
@@ -228,6 +230,45 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
     assert airport.sent == [["flying"]]
 
 
+def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Task[Any]:
+    """Begin each task at once, as ``asyncio.eager_task_factory`` of Python 3.12 does."""
+    steps: list[Callable[[], None]] = []
+    with patch.object(loop, "call_soon", lambda step, **_: steps.append(step)):
+        task = asyncio.tasks._PyTask(work, loop=loop)  # type: ignore[attr-defined]
+    running = asyncio.current_task(loop)
+    if running is not None:
+        asyncio.tasks._leave_task(loop, running)
+    steps[0]()
+    if running is not None:
+        asyncio.tasks._enter_task(loop, running)
+    return cast("asyncio.Task[Any]", task)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
+    """A flight then boards, and may land, before its creation returns."""
+    landed = asyncio.Event()
+
+    async def fly(calls: Sequence[str], _: InFlight) -> Answers:
+        if not at_once:
+            await landed.wait()
+        return calls
+
+    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(eager)
+    try:
+        calls = [asyncio.create_task(flights.send(record, "call", 1)) for record in (b"a", b"a", b"b")]
+        landed.set()
+        answers = await asyncio.gather(*calls)
+        again = await flights.send(b"a", "again", 1)
+    finally:
+        loop.set_task_factory(None)
+
+    assert [*answers, again] == ["call", "call", "call", "again"]
+    assert not flights._under_way
+
+
 @pytest.mark.parametrize("begun", [True, False])
 async def test_a_flight_that_is_cancelled_before_its_calls_board_gives_them_back_and_blocks_no_later_one(
     begun: bool,
@@ -288,5 +329,5 @@ async def test_a_flight_has_the_context_of_no_caller() -> None:
         caller.set(name)
         return await flights.send(name.encode(), name, 1)
 
-    assert await asyncio.gather(call("a"), call("b")) == ["a", "b"]
+    assert [*await asyncio.gather(call("a"), call("b"))] == ["a", "b"]
     assert seen == ["nobody"]
