@@ -140,7 +140,8 @@ class Flights(Generic[Call, Answer]):
                 if tickets:
                     await self._answer(flight, tickets)
         except asyncio.CancelledError:
-            self._give_back_all()
+            if flight in self._under_way:  # else it was abandoned, and it alone is cancelled
+                self._give_back_all()
             raise
         finally:
             # Those without an answer. The others too: if their row is locked, each would delay the next flight.

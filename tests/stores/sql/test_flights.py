@@ -142,6 +142,23 @@ async def test_the_time_of_each_call_is_its_own() -> None:
     await airport.abandoned.wait()
 
 
+async def test_the_end_of_an_abandoned_flight_gives_back_no_call_that_waits_for_another() -> None:
+    airport = Airport(timeout=0.5)
+    early = airport.call("early")
+    with pytest.raises(TimeoutError):
+        await early
+    late = airport.call("late")
+    await airport.departed(2)
+    waiting = airport.call("waiting")
+
+    await airport.abandoned.wait()
+    airport.land()
+    await airport.departed(3)
+    airport.land()
+
+    assert (await late, await waiting) == ("late 2", "waiting 3")
+
+
 async def test_a_call_that_is_cancelled_before_it_is_sent_is_withdrawn() -> None:
     airport = Airport()
     first = airport.call("first")
