@@ -80,7 +80,7 @@ _LOOK_WAITING = (
 _BOUND = """bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '{bound}', TRUE) AS applied
 )"""
-_BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "applied IS NOT NULL AND "}
+_BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "bound.applied IS NOT NULL AND "}
 
 # ON CONFLICT locks the row it finds even where its WHERE is false. So nothing is inserted, and nothing locked, where
 # the statement already sees a row that the claim does not take. No row is returned when another transaction committed
@@ -162,7 +162,7 @@ SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL
 # A watcher may rely on a notification only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
     UPDATE {{table}} SET watched = TRUE FROM bound
-    WHERE applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
+    WHERE bound.applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
         AND EXISTS (SELECT 1 FROM seen WHERE NOT free AND NOT watched AND state = {State.RUNNING:d})
     RETURNING 1
 )"""
