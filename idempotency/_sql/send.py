@@ -79,7 +79,7 @@ def is_observed(engine: Engine, own: Callable[..., object]) -> bool:
 
     ``own`` is a listener of the library's.
     """
-    events, pool = engine.dispatch, engine.pool.dispatch
+    events, pool, dialect = engine.dispatch, engine.pool.dispatch, engine.dialect.dispatch
     return bool(
         events.before_execute
         or events.after_execute
@@ -90,6 +90,8 @@ def is_observed(engine: Engine, own: Callable[..., object]) -> bool:
         or events.begin
         or events.commit
         or events.rollback
+        or dialect.do_execute
+        or dialect.do_execute_no_params
         or pool.checkout
         or any(listener is not own for listener in pool.checkin)
         or pool.reset

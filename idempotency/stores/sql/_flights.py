@@ -92,8 +92,9 @@ class Flights(Generic[Call, Answer]):
         # The calls that wait, by their record: those that can fly, and those behind a call that is flying.
         self._waiting: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
         self._behind: dict[bytes, deque[_Ticket[Call, Answer]]] = {}
-        self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]]] = {}
-        self._boarding: Task[None] | None = None
+        # None of a flight that has not boarded.
+        self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]] | None] = {}
+        self._boarding = False
 
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
@@ -119,13 +120,16 @@ class Flights(Generic[Call, Answer]):
             raise
 
     def _depart(self) -> None:
-        if self._waiting and self._boarding is None and len(self._under_way) < AT_ONCE:
+        if self._waiting and not self._boarding and len(self._under_way) < AT_ONCE:
             # The task begins after the calls of this iteration of the event loop have arrived, and takes them all. Its
             # context is empty: that of one caller would pass from each flight to the next, with all that hangs on it.
             # A task factory of the application may not know create_task's own ``context``.
-            self._boarding = flight = Context().run(self._loop.create_task, self._fly())
-            self._under_way[flight] = ()
-            flight.add_done_callback(self._end)
+            self._boarding = True
+            flight = Context().run(self._loop.create_task, self._fly())
+            # A task factory may have begun the task already: then it may have boarded, or ended.
+            if not flight.done():
+                self._under_way.setdefault(flight, None)
+                flight.add_done_callback(self._end)
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
@@ -137,9 +141,11 @@ class Flights(Generic[Call, Answer]):
 
     def _end(self, flight: Task[None]) -> None:
         """Give back what has no answer; the task itself may have been cancelled before its first step."""
-        tickets = self._under_way.get(flight)
-        if tickets is None:
+        if flight not in self._under_way:
             return  # it has ended, or was abandoned
+        tickets = self._under_way[flight] or ()
+        if self._under_way[flight] is None:
+            self._boarding = False
         if flight.done():
             # Something cancels all tasks, as the end of an event loop does. Nothing may be begun then.
             queues = *self._waiting.values(), *self._behind.values()
@@ -147,8 +153,6 @@ class Flights(Generic[Call, Answer]):
             for queue in queues:
                 queue.clear()
             self._waiting.clear()
-            if self._boarding is flight:
-                self._boarding = None
         # The others too: if their row is locked, each would delay the next flight.
         for ticket in chain(tickets, *(ticket.others for ticket in tickets)):
             ticket.settle(None)
@@ -174,7 +178,7 @@ class Flights(Generic[Call, Answer]):
 
     def _board(self, flight: Task[None]) -> list[_Ticket[Call, Answer]]:
         """Take calls that wait: of each record the first one, which is the only one that may be under way."""
-        self._boarding = None
+        self._boarding = False
         boarded: list[_Ticket[Call, Answer]] = []
         size = 0
         for record, tickets in list(islice(self._waiting.items(), MOST_CALLS)):
@@ -202,7 +206,7 @@ class Flights(Generic[Call, Answer]):
     def _land(self, flight: Task[None]) -> None:
         if flight not in self._under_way:
             return  # it was abandoned
-        for ticket in self._under_way.pop(flight):
+        for ticket in self._under_way.pop(flight) or ():
             behind = self._behind.pop(ticket.record)
             if behind:
                 self._waiting[ticket.record] = behind

@@ -80,7 +80,7 @@ _LOOK_WAITING = (
 _BOUND = """bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', '{bound}', TRUE) AS applied
 )"""
-_BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "applied IS NOT NULL AND "}
+_BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "bound.applied IS NOT NULL AND "}
 
 # ON CONFLICT locks the row it finds even where its WHERE is false. So nothing is inserted, and nothing locked, where
 # the statement already sees a row that the claim does not take. No row is returned when another transaction committed
@@ -162,7 +162,7 @@ SELECT id, CASE WHEN watched THEN pg_notify(:channel, encode(id, 'hex')) IS NULL
 # A watcher may rely on a notification only if the flag was set while the row was still running.
 _FLAG = f""", flag AS (
     UPDATE {{table}} SET watched = TRUE FROM bound
-    WHERE applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
+    WHERE bound.applied IS NOT NULL AND id = :id AND state = {State.RUNNING:d} AND NOT watched
         AND EXISTS (SELECT 1 FROM seen WHERE NOT free AND NOT watched AND state = {State.RUNNING:d})
     RETURNING 1
 )"""
@@ -221,12 +221,15 @@ _PURGE = {
     # An array, because a subquery may be planned as a join that reads the whole table. By place, because the pages of
     # the primary key are not in memory when the table is large; a row that is locked remains in its place.
     "postgresql": (
-        f"DELETE FROM {{table}} WHERE ctid = ANY(ARRAY(SELECT ctid {_EXPIRED_ROWS} FOR UPDATE SKIP LOCKED))"
+        f"DELETE FROM {{table}} WHERE {{by}} = ANY(ARRAY(SELECT {{by}} {_EXPIRED_ROWS} FOR UPDATE SKIP LOCKED))"
         " RETURNING expires_ms"
     ),
     "mysql": "DELETE FROM {table} WHERE expires_ms <= {now} ORDER BY expires_ms LIMIT :limit",
     "sqlite": f"DELETE FROM {{table}} WHERE id IN (SELECT id {_EXPIRED_ROWS})",
 }
+
+# In a table with partitions, rows of several of them have the same place. A view has no places.
+_HAS_PLACES = "SELECT relkind = 'r' AND NOT relhassubclass FROM pg_class WHERE oid = CAST(:relation AS regclass)"
 
 # The same statement notifies the watchers, and only if there are any: all commits that notify wait for one lock.
 _NOTIFYING = (
@@ -236,7 +239,7 @@ _NOTIFYING = (
 
 _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
-    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait", "commit"), "text"),
+    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait", "commit", "relation"), "text"),
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "latest", "limit", "after"), "bigint"),
     "state": "smallint",
@@ -280,7 +283,8 @@ class Statements:
     ``in_flights``: the statements of flights on PostgreSQL, by their names: those for many calls, in the plural, and
     those for one call, which cost the server less than one for many; elsewhere none.
     ``one_by_one``: the statements of many calls in one transaction, on SQLite; elsewhere None.
-    ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted.
+    ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted. It is
+    ``purge_by_id`` where ``has_places``, about ``relation``, the quoted name of the table, returns false.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
     """
 
@@ -293,7 +297,8 @@ class Statements:
         self._postgresql = family == "postgresql"
         self._sqlite = family == "sqlite"
         self.packs = family == "mysql"
-        self._words = {"now": NOW_MS[family], "table": quote.format_table(table), "key": quote.quote("key")}
+        self.relation = quote.format_table(table)
+        self._words = {"now": NOW_MS[family], "table": self.relation, "key": quote.quote("key")}
         self._words["until"] = _UNTIL.format(**self._words)
         # A lock_timeout of 0 would mean to wait for ever.
         self._words["bound"] = f"{max(1, round(lock_wait * 1000))}ms"
@@ -329,7 +334,9 @@ class Statements:
         self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
         self.forget = self._bounded(plain, _FORGET)
         after = "expires_ms >= :after AND " if self._postgresql else ""
-        self.purge = self._text(self._prefix + _PURGE[family], after=after)
+        self.purge = self._text(self._prefix + _PURGE[family], after=after, by="ctid")
+        self.purge_by_id = self._text(self._prefix + _PURGE[family], after=after, by="id")
+        self.has_places = self._text(_HAS_PLACES)
         # What an older transaction may still see, such as a backup, stays in the index: each batch would read it again.
         self.purge_resumes = self._postgresql
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")

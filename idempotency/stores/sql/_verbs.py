@@ -138,16 +138,18 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Housekeeping.purge`."""
         if not self._sql.purge_resumes:
             return self._execute(connection, self._sql.purge, {"limit": batch}).rowcount
+        has_places = self._execute(connection, self._sql.has_places, {"relation": self._sql.relation}).scalar()
+        purge = self._sql.purge if has_places else self._sql.purge_by_id
         after, self._purged_until = self._purged_until, 0
-        purged = self._purged(connection, batch, after)
+        purged = self._purged(connection, purge, batch, after)
         if after and len(purged) < batch:
-            purged += self._purged(connection, batch - len(purged), 0)
+            purged += self._purged(connection, purge, batch - len(purged), 0)
         if len(purged) == batch:
-            self._purged_until = max(purged)
+            self._purged_until = max(purged, default=0)
         return len(purged)
 
-    def _purged(self, connection: Connection, batch: int, after: int) -> list[int]:
-        return list(self._execute(connection, self._sql.purge, {"limit": batch, "after": after}).scalars())
+    def _purged(self, connection: Connection, purge: TextClause, batch: int, after: int) -> list[int]:
+        return list(self._execute(connection, purge, {"limit": batch, "after": after}).scalars())
 
     def check(self, connection: Connection) -> None:
         """Read every column of no row, which fails unless the server answers and the table has the columns."""

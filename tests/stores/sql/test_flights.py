@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 
@@ -140,6 +142,23 @@ async def test_the_time_of_each_call_is_its_own() -> None:
     await airport.abandoned.wait()
 
 
+async def test_the_end_of_an_abandoned_flight_gives_back_no_call_that_waits_for_another() -> None:
+    airport = Airport(timeout=0.5)
+    early = airport.call("early")
+    with pytest.raises(TimeoutError):
+        await early
+    late = airport.call("late")
+    await airport.departed(2)
+    waiting = airport.call("waiting")
+
+    await airport.abandoned.wait()
+    airport.land()
+    await airport.departed(3)
+    airport.land()
+
+    assert (await late, await waiting) == ("late 2", "waiting 3")
+
+
 async def test_a_call_that_is_cancelled_before_it_is_sent_is_withdrawn() -> None:
     airport = Airport()
     first = airport.call("first")
@@ -253,6 +272,69 @@ async def test_a_flight_that_is_cancelled_before_it_has_boarded_blocks_nothing(w
     assert await later == "later 1"
 
 
+def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Task[Any]:
+    """Begin each task at once, as ``asyncio.eager_task_factory`` of Python 3.12 does."""
+    steps: list[Callable[[], None]] = []
+    with patch.object(loop, "call_soon", lambda step, **_: steps.append(step)):
+        task = asyncio.tasks._PyTask(work, loop=loop)  # type: ignore[attr-defined]
+    running = asyncio.current_task(loop)
+    if running is not None:
+        asyncio.tasks._leave_task(loop, running)
+    steps[0]()
+    if running is not None:
+        asyncio.tasks._enter_task(loop, running)
+    return cast("asyncio.Task[Any]", task)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
+    """A flight then boards, and may land, before its creation returns."""
+    landed = asyncio.Event()
+
+    async def fly(calls: Sequence[str], _: InFlight) -> Answers:
+        if not at_once:
+            await landed.wait()
+        return calls
+
+    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(eager)
+    try:
+        calls = [asyncio.create_task(flights.send(record, "call", 1)) for record in (b"a", b"a", b"b")]
+        landed.set()
+        answers = await asyncio.gather(*calls)
+        again = await flights.send(b"a", "again", 1)
+    finally:
+        loop.set_task_factory(None)
+
+    assert [*answers, again] == ["call", "call", "call", "again"]
+    assert not flights._under_way
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_flight_that_is_cancelled_before_its_calls_board_gives_them_back_and_blocks_no_later_one(
+    begun: bool,
+) -> None:
+    """As an application does that cancels all tasks when it ends, and then completes what it has done."""
+    airport = Airport(slots=1, timeout=2)
+    await airport.slots.acquire()
+    waiting = airport.call("waiting")
+    while not airport.flights._under_way:
+        await asyncio.sleep(0)
+    if begun:
+        await asyncio.sleep(0)
+    (flight,) = airport.flights._under_way
+    flight.cancel()
+    assert await waiting is None
+
+    airport.slots.release()
+    later = airport.call("later")
+    await airport.departed(1)
+    airport.land()
+
+    assert await later == "later 1"
+
+
 async def test_two_flights_are_under_way_but_never_about_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_flights, "AT_ONCE", 2)
     airport = Airport()
@@ -289,5 +371,5 @@ async def test_a_flight_has_the_context_of_no_caller() -> None:
         caller.set(name)
         return await flights.send(name.encode(), name, 1)
 
-    assert await asyncio.gather(call("a"), call("b")) == ["a", "b"]
+    assert [*await asyncio.gather(call("a"), call("b"))] == ["a", "b"]
     assert seen == ["nobody"]

@@ -95,9 +95,9 @@ async def test_purge_takes_batches(store: SQLStore) -> None:
     await store.claim(held := new_claim("held", lease=SHORT, ttl=SHORT, hold=True))
     await asyncio.sleep(0.15)
 
-    counts = [await store.purge(3) for _ in range(4)]
+    counts = [await store.purge(0), *[await store.purge(3) for _ in range(4)]]
 
-    assert counts == [3, 3, 1, 0]
+    assert counts == [0, 3, 3, 1, 0]
     assert await store.inspect(kept.id) is not None
     assert await store.inspect(held.id) is not None
 
@@ -114,6 +114,47 @@ async def test_purge_passes_by_what_is_locked(store: SQLStore, engine: AsyncEngi
         purged = await store.purge()
 
     assert purged == 2
+
+
+# What an application may have in place of the table.
+TABLES = {
+    "partitions": """
+        CREATE TABLE {t}_new (LIKE {t}, PRIMARY KEY (id)) PARTITION BY HASH (id);
+        CREATE TABLE {t}_0 PARTITION OF {t}_new FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE {t}_1 PARTITION OF {t}_new FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+        DROP TABLE {t};
+        ALTER TABLE {t}_new RENAME TO {t}
+    """,
+    "a table that inherits": "CREATE TABLE {t}_1 (PRIMARY KEY (id)) INHERITS ({t}); INSERT INTO {t}_1 SELECT {row}",
+    "a view": "ALTER TABLE {t} RENAME TO {t}_all; CREATE VIEW {t} AS SELECT * FROM {t}_all",
+}
+LIVE = "'\\x00'::bytea, 's', 'k', 1, 1, 't', 'f'::bytea, 1, FALSE, FALSE, 0, 0, NULL, NULL"
+
+
+@pytest.mark.parametrize("kind", list(TABLES))
+async def test_purge_deletes_nothing_else_from_other_kinds_of_tables(
+    store: SQLStore, engine: AsyncEngine, table: str, kind: str
+) -> None:
+    """Rows of two partitions may be at the same place, and a view has no places."""
+    statements = TABLES[kind].replace("{t}", table).replace("{row}", LIVE)
+    async with engine.begin() as connection:
+        for statement in statements.split(";"):
+            await connection.execute(text(statement))
+    live = [new_claim(f"live-{number}") for number in range(10)]
+    try:
+        for number in range(10):
+            await store.claim(new_claim(f"expired-{number}", lease=0.0, ttl=0.001))
+            await store.claim(live[number])
+        before = await scalar(engine, f"SELECT count(*) FROM {table}")
+        await asyncio.sleep(0.01)
+
+        assert [await store.purge(6), await store.purge(6)] == [6, 4]
+        assert await scalar(engine, f"SELECT count(*) FROM {table}") == before - 10
+        assert None not in [await store.inspect(claim.id) for claim in live]
+    finally:
+        async with engine.begin() as connection:
+            what = f"TABLE {table}_all" if kind == "a view" else f"TABLE {table}"
+            await connection.execute(text(f"DROP {what} CASCADE"))
 
 
 async def expire(store: SQLStore, engine: AsyncEngine, table: str, times: Iterable[int]) -> None:

@@ -310,13 +310,14 @@ async def test_two_processes_that_claim_the_same_keys(store: SQLStore, url: str,
 
 
 @ON_SQLITE_TOO
+@pytest.mark.parametrize("listened", ["before_cursor_execute", "do_execute"])
 async def test_a_listener_sees_each_statement_in_the_context_of_its_caller(
-    store: SQLStore, engine: AsyncEngine
+    store: SQLStore, engine: AsyncEngine, listened: str
 ) -> None:
     """Where the application takes part in each use of the engine, every call is sent alone."""
     caller = ContextVar("caller", default="")
     seen: list[str] = []
-    event.listen(engine.sync_engine, "before_cursor_execute", lambda *_: seen.append(caller.get()))
+    event.listen(engine.sync_engine, listened, lambda *_: seen.append(caller.get()))
 
     async def claim(number: int) -> None:
         caller.set(f"caller-{number}")

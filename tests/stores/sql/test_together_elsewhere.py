@@ -194,6 +194,7 @@ TABLES = {
         CREATE TABLE {t}_1 PARTITION OF {t} FOR VALUES WITH (MODULUS 3, REMAINDER 1);
         CREATE TABLE {t}_2 PARTITION OF {t} FOR VALUES WITH (MODULUS 3, REMAINDER 2);
     """,
+    "a column with a name of ours": "ALTER TABLE {t} ADD COLUMN applied boolean",
     "lacks a column": "ALTER TABLE {t} DROP COLUMN watched",
     "a trigger that raises": """
         CREATE FUNCTION {t}_refuse() RETURNS trigger LANGUAGE plpgsql AS
@@ -223,6 +224,7 @@ TABLES = {
 # Of the calls of a story; where the table lacks a column, all.
 REFUSED = {
     "partitioned": 0,
+    "a column with a name of ours": 0,
     "a trigger that raises": 1,
     "a trigger that skips": 1,
     "a constraint": 1,
