@@ -248,30 +248,6 @@ async def test_a_flight_that_is_cancelled_gives_back_all_calls_and_begins_nothin
     assert not airport.flights._under_way
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["for a slot", "for its first step"])
-async def test_a_flight_that_is_cancelled_before_it_has_boarded_blocks_nothing(waits: bool) -> None:
-    airport = Airport(slots=1)
-    if waits:
-        await airport.slots.acquire()
-    calls = [airport.call(name) for name in ("a", "b")]
-    while not airport.flights._under_way:
-        await asyncio.sleep(0)
-    if waits:
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-    (flight,) = airport.flights._under_way
-    flight.cancel()
-    assert [*await asyncio.gather(*calls)] == [None, None]
-    if waits:
-        airport.slots.release()
-
-    later = airport.call("later")
-    await airport.departed(1)
-    airport.land()
-
-    assert await later == "later 1"
-
-
 def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Task[Any]:
     """Begin each task at once, as ``asyncio.eager_task_factory`` of Python 3.12 does."""
     steps: list[Callable[[], None]] = []
