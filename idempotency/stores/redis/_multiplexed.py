@@ -154,7 +154,8 @@ class Multiplexed:
     async def _connect(self) -> None:
         """Make a connection for all that wait; where that fails, all of them fail."""
         try:
-            while self._pipeline is None and any(not call.future.done() for call in self._waiting):
+            while self._pipeline is None and (waiting := [call for call in self._waiting if not call.future.done()]):
+                self._waiting = waiting  # while the server does not answer, those that are over would add up
                 # Past this time-out, each call that waits still has its own deadline.
                 with contextlib.suppress(TimeoutError), Deadline(self._loop, self._timeout):
                     self._pipeline = await self._open()
