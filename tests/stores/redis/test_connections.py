@@ -172,6 +172,21 @@ def test_two_loops_at_once(server: RedisProcess) -> None:
     assert found == [{"a"}, {"b"}]
 
 
+async def test_closing_in_another_thread_raises_nothing_here(server: RedisProcess) -> None:
+    """A store that another thread closes ends its connections in the event loop that has them, without an error."""
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    store = RedisStore.from_url(server.url)
+    await store.claim(new_claim("first"))
+
+    with ThreadPoolExecutor(1) as threads:  # waited for without await: this loop is busy meanwhile
+        threads.submit(asyncio.run, store.aclose()).result()
+
+    assert (await store.claim(new_claim("second", token="t"))).token == "t"
+    assert errors == []
+    await store.aclose()
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> None:
     """A script with asyncio.run that closes nothing: once the store is gone, its connections are closed."""
