@@ -187,6 +187,34 @@ async def test_closing_in_another_thread_raises_nothing_here(server: RedisProces
     await store.aclose()
 
 
+def test_two_loops_that_end_a_closed_one(server: RedisProcess) -> None:
+    """Two loops that come to a store at the same time both notice that a third was closed."""
+    store = RedisStore.from_url(server.url)
+    used: list[str] = []
+
+    async def use(name: str) -> None:
+        used.append((await store.claim(new_claim(name, token=name))).token)
+
+    class Meeting(asyncio.SelectorEventLoop):
+        """A loop that, when one thread finds it closed, lets another thread find it too."""
+
+        meet = True
+
+        def is_closed(self) -> bool:
+            if super().is_closed() and "ended" in used and self.meet:
+                self.meet = False
+                with ThreadPoolExecutor(1) as threads:
+                    threads.submit(asyncio.run, use("other")).result()
+            return super().is_closed()
+
+    with asyncio.Runner(loop_factory=Meeting) as runner:
+        runner.run(use("ended"))
+    asyncio.run(use("one"))
+
+    assert used == ["ended", "other", "one"]
+    asyncio.run(store.aclose())
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> None:
     """A script with asyncio.run that closes nothing: once the store is gone, its connections are closed."""
