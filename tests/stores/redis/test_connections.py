@@ -8,7 +8,9 @@ import gc
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 import redis
@@ -170,6 +172,22 @@ def test_two_loops_at_once(server: RedisProcess) -> None:
     asyncio.run(store.aclose())
 
     assert found == [{"a"}, {"b"}]
+
+
+async def test_the_shared_connection_has_the_context_of_no_caller(store: RedisStore) -> None:
+    """What hangs on a request's context is free after it, though its call made the connection that others use."""
+    request: ContextVar[set[str]] = ContextVar("request")
+
+    async def serve() -> weakref.ref[set[str]]:
+        request.set({"body"})
+        await store.claim(new_claim())
+        return weakref.ref(request.get())
+
+    served = await asyncio.create_task(serve())
+    await store.claim(new_claim())
+    gc.collect()
+
+    assert served() is None
 
 
 async def test_closing_in_another_thread_raises_nothing_here(server: RedisProcess) -> None:
