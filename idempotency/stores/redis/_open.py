@@ -226,10 +226,12 @@ def cut_off(link: Any) -> None:
     writer, link._writer, link._reader = link._writer, None, None
     if writer is None:
         return
+    transport = writer.transport
+    plain = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)  # below TLS
     with contextlib.suppress(RuntimeError):
-        writer.transport.abort()
+        transport.abort()
     # The transport of a closed loop can only mark itself closed: its socket stays open.
-    socket = getattr(writer.transport, "_sock", None)
+    socket = getattr(plain, "_sock", None)
     if socket is not None and writer._loop.is_closed():
-        writer.transport._sock = None
+        plain._sock = None
         socket.close()

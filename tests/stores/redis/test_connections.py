@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import gc
 import os
+import ssl
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from pathlib import Path
 
 import pytest
 import redis
@@ -19,8 +21,10 @@ import redis.asyncio as aioredis
 from idempotency._rules import Record
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.redis._send_sync import SyncOwnPool
+from tests.kit.certificates import self_signed
 from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import new_claim
+from tests.kit.scripted_redis import ScriptedRedis, owned
 
 
 async def test_three_hundred_claims_at_once(server: RedisProcess) -> None:
@@ -249,5 +253,26 @@ def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> 
             while len(client.client_list()) > 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_store_that_is_dropped_leaves_no_tls_socket_open(tmp_path: Path) -> None:
+    """So it is with TLS, whose transport has the socket of another."""
+    certificate = self_signed(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+
+    def use() -> None:
+        store = RedisStore.from_url(f"{server.url}?ssl_ca_certs={certificate}")
+        assert asyncio.run(store.claim(new_claim("7"))).attempt == 7
+
+    gc.disable()
+    try:
+        async with ScriptedRedis(lambda _, command: owned(command), tls) as server:
+            await asyncio.to_thread(use)
+            async with asyncio.timeout(2):
+                await server.closed.wait()
     finally:
         gc.enable()
