@@ -122,8 +122,9 @@ class Clients:
                 client = self._address.open(self._timeout)
             if client is None:
                 raise ConfigurationError(_BLOCKING)
-            for closed in [other for other in self._loops if other.is_closed()]:
-                self._abandon(self._loops.pop(closed))
+            for other in [*self._loops]:  # other threads do the same
+                if other.is_closed() and (ended := self._loops.pop(other, None)) is not None:
+                    self._abandon(ended)
             here = self._loops[loop] = PerLoop(loop, client, timeout=self._timeout, own=self._own, share=self._share)
         self._last = here
         return here

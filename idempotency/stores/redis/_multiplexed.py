@@ -12,6 +12,7 @@ import contextlib
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Awaitable
+from contextvars import Context
 from typing import Any
 
 import redis
@@ -65,7 +66,8 @@ class Multiplexed:
         call = Call(command, packed, loop.time() + self._timeout, loop.create_future())
         self._calls.append(call)
         if self._timer is None:
-            self._timer = loop.call_at(call.deadline, self._expire)
+            # In an empty context, which the next timers take over.
+            self._timer = loop.call_at(call.deadline, self._expire, context=Context())
         self._add(call)
         return call.future
 
@@ -81,7 +83,9 @@ class Multiplexed:
             return
         self._waiting.append(call)
         if self._connecting is None or self._connecting.done():
-            self._connecting = self._loop.create_task(self._connect())
+            # In an empty context: the connection would hold that of this caller, with all that hangs on it, until it is
+            # closed. A task factory of the application may not know create_task's own ``context``.
+            self._connecting = Context().run(self._loop.create_task, self._connect())
 
     def _expire(self) -> None:
         now, calls = self._loop.time(), self._calls
@@ -154,7 +158,8 @@ class Multiplexed:
     async def _connect(self) -> None:
         """Make a connection for all that wait; where that fails, all of them fail."""
         try:
-            while self._pipeline is None and any(not call.future.done() for call in self._waiting):
+            while self._pipeline is None and (waiting := [call for call in self._waiting if not call.future.done()]):
+                self._waiting = waiting  # while the server does not answer, those that are over would add up
                 # Past this time-out, each call that waits still has its own deadline.
                 with contextlib.suppress(TimeoutError), Deadline(self._loop, self._timeout):
                     self._pipeline = await self._open()

@@ -222,13 +222,16 @@ def abandon(client: AsyncClient) -> None:
 
 
 def cut_off(link: Any) -> None:
+    """Cut a connection off, which may belong to a closed event loop."""
     writer, link._writer, link._reader = link._writer, None, None
     if writer is None:
         return
-    # The transport of a closed loop can only mark itself closed: its socket stays open.
+    transport = writer.transport
+    plain = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)  # below TLS
     with contextlib.suppress(RuntimeError):
-        writer.transport.abort()
-    socket = getattr(writer.transport, "_sock", None)
-    if socket is not None:
-        writer.transport._sock = None
+        transport.abort()
+    # The transport of a closed loop can only mark itself closed: its socket stays open.
+    socket = getattr(plain, "_sock", None)
+    if socket is not None and writer._loop.is_closed():
+        plain._sock = None
         socket.close()

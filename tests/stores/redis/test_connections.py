@@ -6,9 +6,13 @@ import asyncio
 import contextlib
 import gc
 import os
+import ssl
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
 
 import pytest
 import redis
@@ -17,8 +21,10 @@ import redis.asyncio as aioredis
 from idempotency._rules import Record
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.redis._send_sync import SyncOwnPool
+from tests.kit.certificates import self_signed
 from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import new_claim
+from tests.kit.scripted_redis import ScriptedRedis, owned
 
 
 async def test_three_hundred_claims_at_once(server: RedisProcess) -> None:
@@ -172,6 +178,65 @@ def test_two_loops_at_once(server: RedisProcess) -> None:
     assert found == [{"a"}, {"b"}]
 
 
+async def test_the_shared_connection_has_the_context_of_no_caller(store: RedisStore) -> None:
+    """What hangs on a request's context is free after it, though its call made the connection that others use."""
+    request: ContextVar[set[str]] = ContextVar("request")
+
+    async def serve() -> weakref.ref[set[str]]:
+        request.set({"body"})
+        await store.claim(new_claim())
+        return weakref.ref(request.get())
+
+    served = await asyncio.create_task(serve())
+    await store.claim(new_claim())
+    gc.collect()
+
+    assert served() is None
+
+
+async def test_closing_in_another_thread_raises_nothing_here(server: RedisProcess) -> None:
+    """A store that another thread closes ends its connections in the event loop that has them, without an error."""
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    store = RedisStore.from_url(server.url)
+    await store.claim(new_claim("first"))
+
+    with ThreadPoolExecutor(1) as threads:  # waited for without await: this loop is busy meanwhile
+        threads.submit(asyncio.run, store.aclose()).result()
+
+    assert (await store.claim(new_claim("second", token="t"))).token == "t"
+    assert errors == []
+    await store.aclose()
+
+
+def test_two_loops_that_end_a_closed_one(server: RedisProcess) -> None:
+    """Two loops that come to a store at the same time both notice that a third was closed."""
+    store = RedisStore.from_url(server.url)
+    used: list[str] = []
+
+    async def use(name: str) -> None:
+        used.append((await store.claim(new_claim(name, token=name))).token)
+
+    class Meeting(asyncio.SelectorEventLoop):
+        """A loop that, when one thread finds it closed, lets another thread find it too."""
+
+        meet = True
+
+        def is_closed(self) -> bool:
+            if super().is_closed() and "ended" in used and self.meet:
+                self.meet = False
+                with ThreadPoolExecutor(1) as threads:
+                    threads.submit(asyncio.run, use("other")).result()
+            return super().is_closed()
+
+    with asyncio.Runner(loop_factory=Meeting) as runner:
+        runner.run(use("ended"))
+    asyncio.run(use("one"))
+
+    assert used == ["ended", "other", "one"]
+    asyncio.run(store.aclose())
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> None:
     """A script with asyncio.run that closes nothing: once the store is gone, its connections are closed."""
@@ -188,5 +253,26 @@ def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> 
             while len(client.client_list()) > 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_store_that_is_dropped_leaves_no_tls_socket_open(tmp_path: Path) -> None:
+    """So it is with TLS, whose transport has the socket of another."""
+    certificate = self_signed(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+
+    def use() -> None:
+        store = RedisStore.from_url(f"{server.url}?ssl_ca_certs={certificate}")
+        assert asyncio.run(store.claim(new_claim("7"))).attempt == 7
+
+    gc.disable()
+    try:
+        async with ScriptedRedis(lambda _, command: owned(command), tls) as server:
+            await asyncio.to_thread(use)
+            async with asyncio.timeout(2):
+                await server.closed.wait()
     finally:
         gc.enable()

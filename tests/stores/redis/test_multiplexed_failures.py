@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import time
@@ -14,6 +15,7 @@ import pytest
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.stores.redis import RedisStore
+from idempotency.stores.redis._pipeline import Call
 from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import new_claim
 from tests.kit.scripted_redis import Peer, ScriptedRedis, owned
@@ -253,4 +255,26 @@ async def test_a_wait_for_the_connection_has_its_own_deadline(proxy: Proxy) -> N
     proxy.resume()
 
     assert (await second).token == "t2"
+    await store.aclose()
+
+
+@pytest.mark.parametrize("own_server", ["installed"], indirect=True)
+async def test_calls_do_not_add_up_while_no_connection_is_made(proxy: Proxy) -> None:
+    """While a server does not answer and calls go on to come, those whose time is over are forgotten."""
+    store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.1)
+    proxy.pause()
+
+    async def fail(times: int) -> None:
+        for n in range(times):
+            with pytest.raises(StoreError, match=r"no answer within 0\.1 s"):
+                await store.claim(new_claim(f"{n}"))
+
+    first = asyncio.create_task(fail(6))
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(fail(6))  # so that at each time-out another call waits
+    await first
+
+    assert sum(type(each) is Call for each in gc.get_objects()) <= 4
+    await second
+    proxy.resume()
     await store.aclose()
