@@ -32,12 +32,14 @@ class Peer:
 class ScriptedRedis:
     """Answers a handshake like Redis, and each script by ``answer``; None: not at all.
 
-    ``peers`` are the connections, in order; ``closed`` is set when a client has closed one.
+    ``peers`` are the connections, in order; ``closed`` is set when a client has closed one. ``handshake`` has the replies
+    to other commands than scripts, by their names; to the rest it is ``OK``.
     """
 
     def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
         self.peers: list[Peer] = []
         self.closed = asyncio.Event()
+        self.handshake = {b"HELLO": b"%1\r\n+proto\r\n:3\r\n", b"PING": b"+PONG\r\n"}
         self._answer = answer
         self._tls = tls
         self._reading = asyncio.Event()
@@ -91,7 +93,7 @@ class ScriptedRedis:
 
     def _take(self, peer: Peer, command: list[bytes]) -> None:
         if not command[0].startswith(b"EVAL"):
-            peer.send(b"%1\r\n+proto\r\n:3\r\n" if command[0] == b"HELLO" else b"+OK\r\n")
+            peer.send(self.handshake.get(command[0], b"+OK\r\n"))
             return
         peer.count += 1
         if (reply := self._answer(peer, command)) is not None:

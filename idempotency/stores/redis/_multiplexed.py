@@ -240,4 +240,5 @@ async def _check(connection: Any) -> None:
     """Raise what redis-py raises for a connection that does not work, or not in the running event loop."""
     await connection.send_command("PING")
     with contextlib.suppress(ResponseError):  # the user may not be allowed to ask
-        await connection.read_response()
+        if await connection.read_response() not in (b"PONG", "PONG"):
+            raise redis.ConnectionError("the connection has a reply to another command")

@@ -175,6 +175,21 @@ async def test_a_reply_that_nothing_asked_for_ends_the_connection() -> None:
         await store.aclose()
 
 
+async def test_a_connection_with_a_reply_to_another_command_is_not_used() -> None:
+    """It would give each call the reply of the call before: a claim could believe that it owns another key."""
+
+    scripted = ScriptedRedis(lambda _, command: owned(command))
+    async with scripted as server, aioredis.Redis(port=server.port) as client:
+        server.handshake[b"PING"] = b":1\r\n"
+        store = RedisStore(client)
+        with pytest.raises(StoreError, match="a reply to another command"):
+            await store.claim(new_claim())
+        server.handshake[b"PING"] = b"+PONG\r\n"
+
+        assert await attempts(store, numbered(5)) == [0, 1, 2, 3, 4]
+        await store.aclose()
+
+
 async def test_commands_in_flight_are_bounded() -> None:
     """No more than 1024 commands are in flight; the others wait in order, each within its own deadline."""
     silent = True
