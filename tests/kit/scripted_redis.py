@@ -32,8 +32,8 @@ class Peer:
 class ScriptedRedis:
     """Answers a handshake like Redis, and each script by ``answer``; None: not at all.
 
-    ``peers`` are the connections, in order; ``closed`` is set when a client has closed one. ``handshake`` has replies to
-    commands that are no scripts, by their names; to the rest the reply is ``OK``.
+    ``peers`` are the connections, in order; ``closed`` is set when a client has closed one. ``handshake`` replies to
+    commands that are no scripts, by their names; the rest gets ``OK``.
     """
 
     def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
