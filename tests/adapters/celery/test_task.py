@@ -72,6 +72,8 @@ class Shop:
         self.dead_letter = self.rig.environment()["dead_letter"]
         self.app: Celery = self.rig.app
         self.app.conf.result_backend = "cache+memory://"
+        # On a busy machine a short time-out of Redis would give a message to two threads at once. No process dies here.
+        self.app.conf.broker_transport_options = {**self.app.conf.broker_transport_options, "visibility_timeout": 60}
         self.engine = create_engine(f"sqlite:///{directory}/shop.db")
         self.sessions = sessionmaker(self.engine)
         self.store = SQLStore(self.engine)
