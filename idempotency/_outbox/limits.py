@@ -1,0 +1,50 @@
+"""What a broker can carry: a message that it cannot is refused when it is emitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from idempotency._outbox.message import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What messages a route carries.
+
+    ``most_bytes``: of payload, key and headers together, default 1,000,000: what every broker takes in its own default
+    configuration. ``most_headers``: None for any number. ``tombstones``: whether a message may have no payload.
+    ``text_only``: whether the payload must be text in UTF-8.
+    """
+
+    most_bytes: int = 1_000_000
+    most_headers: int | None = None
+    tombstones: bool = True
+    text_only: bool = False
+
+    def refusal(self, message: Message) -> str | None:
+        """Return why the route cannot carry the message; None if it can."""
+        headers = message.wire_headers()
+        if message.payload is None and not self.tombstones:
+            return "it has no payload, which this broker cannot carry"
+        if self.most_headers is not None and len(headers) > self.most_headers:
+            return f"it has {len(headers)} headers with id and eventType; {self.most_headers} are allowed"
+        size = size_of(message, headers)
+        if size > self.most_bytes:
+            return f"it has {size} bytes with its key and headers; {self.most_bytes} are allowed"
+        if self.text_only and not _is_text(message.payload or b""):
+            return "its payload is not text in UTF-8, which this broker requires"
+        return None
+
+
+def size_of(message: Message, headers: dict[str, str]) -> int:
+    """Return the bytes of a message on the wire: payload, key, names and values of headers."""
+    texts = (message.aggregate_id, *headers, *headers.values())
+    return len(message.payload or b"") + sum(len(text.encode()) for text in texts)
+
+
+def _is_text(payload: bytes) -> bool:
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
