@@ -17,6 +17,7 @@ from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message, time_ordered_id
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, emitted_at, tables_named
+from idempotency._sql.engines import level_of
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table
 from idempotency._sql.guarded_connection import commits_by_itself
 from idempotency.errors import EmitRefusedError, TransactionError
@@ -134,7 +135,9 @@ class Outbox:
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement."""
         connection = _connection_of(session)
-        if commits_by_itself(connection):
+        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT" or commits_by_itself(
+            connection
+        ):
             raise TransactionError(_AUTOCOMMIT)
         name = connection.dialect.name
         statement = self._insert.get(name)
