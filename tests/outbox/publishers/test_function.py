@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from idempotency import ConfigurationError
 from idempotency._outbox.message import Message
-from idempotency.outbox.publisher import Refused
+from idempotency.outbox.publisher import Refused, RetryLater, Sent
 from idempotency.outbox.publishers.function import FunctionPublisher
 from idempotency.testing import PublisherContract, Received
 from idempotency.testing.publishers import Fault, Receive, new_message
