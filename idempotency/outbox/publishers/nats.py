@@ -83,9 +83,9 @@ class NatsPublisher:
         subject, headers = self._topic(message), message.wire_headers() | {MESSAGE_ID: message.id}
         if refusal := self._refusal(connection.client.max_payload, subject, headers, message):
             return Refused(refusal)
+        options = {"headers": headers, "stream": self._stream, "timeout": self.delivery_timeout}
         try:
-            async with asyncio.timeout(self.delivery_timeout):
-                acknowledged = await connection.publish(subject, message.payload or b"", headers, self._stream)
+            acknowledged = await connection.publish(subject, message.payload or b"", **options)
         except TimeoutError:
             return _TIMED_OUT
         except NoStreamResponseError:
@@ -112,9 +112,9 @@ class NatsPublisher:
         in_flight = set[asyncio.Future[PubAck]]()
 
         async def on_closed() -> None:
+            # nats-py would wait for the answers until the time-out.
             for each in in_flight:
-                if not each.done():
-                    each.set_exception(ConnectionError("the connection was lost"))
+                each.cancel()
 
         async def on_error(error: Exception) -> None:
             """Do nothing: what is not confirmed is an outcome, and not logged too."""
@@ -157,13 +157,17 @@ class _Connection:
     def __post_init__(self) -> None:
         self._jetstream: JetStreamContext = self.client.jetstream()
 
-    async def publish(self, subject: str, payload: bytes, headers: dict[str, str], stream: str | None) -> PubAck:
+    async def publish(self, subject: str, payload: bytes, **options: Any) -> PubAck:
         """Publish a message, and wait until the server confirms it."""
         if not self.client.is_connected:
             raise ConnectionError("the client is not connected")
-        future = await self._jetstream.publish_async(subject, payload, stream=stream, headers=headers)
-        self.in_flight.add(future)
+        publishing = asyncio.ensure_future(self._jetstream.publish(subject, payload, **options))
+        self.in_flight.add(publishing)
         try:
-            return await future
+            return await publishing
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise ConnectionError("the connection was lost") from None
         finally:
-            self.in_flight.discard(future)
+            self.in_flight.discard(publishing)

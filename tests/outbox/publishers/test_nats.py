@@ -12,11 +12,14 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 
-from idempotency.outbox.publisher import Duplicate, RetryLater
+from idempotency import ConfigurationError, idempotent_consumer
+from idempotency.adapters.nats import consume
+from idempotency.outbox.publisher import Duplicate, Refused, RetryLater, Sent
 from idempotency.outbox.publishers.nats import NatsPublisher
+from idempotency.stores.memory import MemoryStore
 from idempotency.testing import PublisherContract, Received
-from idempotency.testing.publishers import PATIENCE, Receive
-from tests.adapters.rigs.nats_server import url
+from idempotency.testing.publishers import PATIENCE, Receive, new_message
+from tests.adapters.rigs.nats_server import NatsServer, url
 from tests.kit.servers import with_port
 from tests.kit.targets import unique_name
 from tests.kit.tcp_proxy import Proxy
@@ -162,10 +165,20 @@ async def test_server_that_is_killed_has_what_it_confirmed() -> None:
         await client.close()
         assert await publisher.publish(batch) == [Sent()] * 3
 
-        server.kill()
-        server.start()
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.start)
 
         assert await publisher.publish([*batch, new_message()]) == [Duplicate()] * 3 + [Sent()]
+        await publisher.aclose()
+
+
+async def test_lost_connection_ends_the_wait_for_a_confirmation(place: str) -> None:
+    with Proxy(urlsplit(url()).port or 4222) as proxy:
+        publisher = NatsPublisher(with_port(url(), proxy.port), topic=f"{place}.order", delivery_timeout=600)
+        await publisher.publish([new_message()])
+        proxy.cut_after(0, replies=True)
+        async with asyncio.timeout(PATIENCE):
+            assert await publisher.publish([new_message()]) == [RetryLater("ConnectionError")]
         await publisher.aclose()
 
 
