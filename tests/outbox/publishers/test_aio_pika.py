@@ -219,7 +219,6 @@ async def test_lost_connection_ends_the_wait_for_a_confirmation(place: str) -> N
 
 
 async def test_connection_that_was_given_is_used_again_when_it_is_back(place: str) -> None:
-    """It is not closed, and none of its channels stays open but one."""
     with Proxy(urlsplit(URL).port or 5672) as proxy:
         given = await aio_pika.connect_robust(with_port(URL, proxy.port), reconnect_interval=0.05)
         publisher, message = AioPikaPublisher(given, topic=f"{place}.order"), new_message()
