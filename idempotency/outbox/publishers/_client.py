@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
@@ -22,11 +22,14 @@ class InUse(Generic[Client]):
 class SharedClient(Generic[Client]):
     """Open a client at its first use, replace it after it has failed, and close it when no batch uses it any more."""
 
-    def __init__(self, open: Callable[[], Awaitable[Client]], close: Callable[[Client], Awaitable[None]]) -> None:
+    def __init__(
+        self, open: Callable[[], Awaitable[Client]], close: Callable[[Client], Coroutine[None, None, None]]
+    ) -> None:
         self._open = open
         self._close = close
         self._opening = asyncio.Lock()
         self._current: InUse[Client] | None = None
+        self._closing = set[asyncio.Task[None]]()
         self._closed = False
 
     @asynccontextmanager
@@ -48,13 +51,21 @@ class SharedClient(Generic[Client]):
             used.users -= 1
             if used.failed and used is self._current:
                 self._current = None
-            if used is not self._current and not used.users:
-                await self._close(used.client)
+            self._close_unused(used)
 
     async def aclose(self) -> None:
         """Close the client, or leave that to the last batch that uses it."""
         self._closed = True
         async with self._opening:
             used, self._current = self._current, None
-        if used is not None and not used.users:
-            await self._close(used.client)
+        if used is not None:
+            self._close_unused(used)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _close_unused(self, used: InUse[Client]) -> None:
+        if used is not self._current and not used.users:
+            # In the background: the outcomes of a batch do not wait for it.
+            closing = asyncio.create_task(self._close(used.client))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)

@@ -24,7 +24,7 @@ from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
 from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
 
-_LONGEST_CLOSE = 5.0
+_LONGEST_CLOSE = 1.0
 
 
 class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
