@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from idempotency._durations import positive
 from idempotency._hooks import is_coroutine_function
-from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publishers._brokers import FUNCTION
 
 Function = Callable[[Message], Awaitable[object]]
 
@@ -31,7 +31,7 @@ class FunctionPublisher:
     given at a time. ``delivery_timeout``: seconds after which a call is cancelled, and its message is given again.
     """
 
-    limits = Limits(most_bytes=1 << 30)
+    limits = FUNCTION
 
     def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 30.0) -> None:
         if not is_coroutine_function(function):
