@@ -12,6 +12,7 @@ from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused,
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency._outbox.table import outbox_sql, outbox_table
+    from idempotency.outbox._poll import PollingRelay
 
 __all__ = [
     "Duplicate",
@@ -19,6 +20,7 @@ __all__ = [
     "Message",
     "Outbox",
     "Outcome",
+    "PollingRelay",
     "Publisher",
     "Refused",
     "RetryLater",
@@ -30,6 +32,7 @@ __all__ = [
 # What needs SQLAlchemy is imported at its first use.
 _LAZY = {
     "Outbox": "idempotency._outbox.emit",
+    "PollingRelay": "idempotency.outbox._poll",
     "outbox_sql": "idempotency._outbox.table",
     "outbox_table": "idempotency._outbox.table",
 }
