@@ -56,7 +56,7 @@ class AioPikaPublisher:
         *,
         exchange: str = "",
         topic: Topic = DEFAULT_TOPIC,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
     ) -> None:
         if not isinstance(connection, str | AbstractConnection):
             kind = type(connection).__name__

@@ -33,7 +33,7 @@ class FunctionPublisher:
 
     limits = FUNCTION
 
-    def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 30.0) -> None:
+    def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 15.0) -> None:
         if not is_coroutine_function(function):
             raise ConfigurationError(f"a publisher calls a coroutine function, not {function!r}")
         if concurrency < 1:

@@ -55,7 +55,7 @@ class NatsPublisher:
         *,
         topic: Topic = DEFAULT_TOPIC,
         stream: str | None = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
     ) -> None:
         if not isinstance(client, str | Client):
             raise ConfigurationError(f"a publisher takes a URL or a client of nats-py, not {type(client).__name__}")

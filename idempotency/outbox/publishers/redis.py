@@ -61,7 +61,7 @@ class RedisPublisher:
         *,
         topic: Topic = DEFAULT_TOPIC,
         maxlen: int | None = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
     ) -> None:
         if not isinstance(client, str | Redis):
             raise ConfigurationError(f"a publisher takes a URL or a redis.asyncio.Redis, not {type(client).__name__}")
