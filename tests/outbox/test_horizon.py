@@ -69,7 +69,7 @@ class Transactions(RuleBasedStateMachine):
         assert all(seq > self.horizon.floor for seq in self.committed | to_come)
 
 
-Transactions.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Transactions.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestHorizon = Transactions.TestCase
 
 
@@ -92,3 +92,13 @@ def test_an_open_transaction_stops_the_floor_at_what_was_seen_before_it_began() 
         horizon.done(None, 101)
         horizon.begun(100 + seq)
     assert horizon.floor == 5
+
+
+def test_a_row_counts_only_when_all_transactions_of_lower_numbers_have_ended() -> None:
+    horizon = Horizon()
+    horizon.seen(2)
+    horizon.begun(3)
+    horizon.done(None, 2)
+    assert horizon.floor == 0
+    horizon.done(None, 3)
+    assert horizon.floor == 2
