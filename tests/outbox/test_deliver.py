@@ -93,9 +93,7 @@ async def test_a_wrong_number_of_outcomes_confirms_nothing() -> None:
             return [Sent()]
 
     [first, second] = await delivery(Forgetful()).publish([row(1), row(2)], lambda: 9.0)
-    assert first == second == RetryLater(
-        "ConfigurationError: the publisher returned 1 outcomes for 2 messages"
-    )
+    assert first == second == RetryLater("ConfigurationError: the publisher returned 1 outcomes for 2 messages")
 
 
 async def test_a_publisher_is_cancelled_when_the_lease_is_over() -> None:
