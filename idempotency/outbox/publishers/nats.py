@@ -139,7 +139,8 @@ class NatsPublisher:
                 error_cb=on_error,
             )
         except BaseException:
-            await client.close()
+            with suppress(Exception):
+                await client.close()
             raise
         return _Connection(client, in_flight)
 
