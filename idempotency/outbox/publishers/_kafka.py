@@ -12,9 +12,9 @@ from typing import Generic
 from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
-from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater, in_chains
+from idempotency.outbox.publisher import Outcome, Refused, RetryLater, in_chains
 from idempotency.outbox.publishers._cloudevents import Format, headers_for
-from idempotency.outbox.publishers._shared import Client, InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, Client, InUse, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 LONGEST_FOR_TOPIC = 5.0
@@ -64,13 +64,13 @@ class KafkaPublisher(ABC, Generic[Client]):
         if reason is not None:
             return Refused(reason)
         if asyncio.get_running_loop().time() >= deadline:
-            return HELD
+            return NOT_TRIED
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._deliver(used, topic, message, _record_headers(self._headers_of(message)))
         except TimeoutError:
             used.failed = True
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
 
     @abstractmethod
     async def _open(self) -> Client: ...

@@ -28,10 +28,10 @@ from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import size_of
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import SQS
 from idempotency.outbox.publishers._cloudevents import ADDED, DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 OPTIONS = {"delivery_timeout": float, "format": str, "source": str}
@@ -109,13 +109,12 @@ class SQSPublisher:
         headers = self._headers_of(message)
         if (reason := self.limits.refusal(message) or _refusal(message, headers)) is not None:
             return Refused(reason)
-        if asyncio.get_running_loop().time() >= deadline:
-            return HELD
+        sending = Sending.of(self._url_of(message), message, headers)
         try:
             async with asyncio.timeout_at(deadline):
-                return await used.client.send(Sending.of(self._url_of(message), message, headers))
+                return await used.client.send(sending)
         except TimeoutError:
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout) if sending.begun else NOT_TRIED
 
     async def _open(self) -> _Requests:
         client = self._passed_in
@@ -138,14 +137,18 @@ class SQSPublisher:
             requests.client.close()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Sending:
-    """One message that waits for its outcome; ``entry``: of a request, ``size``: its bytes, as SQS counts them."""
+    """One message that waits for its outcome.
+
+    ``entry``: of a request. ``size``: its bytes, as SQS counts them. ``begun``: whether its request was made.
+    """
 
     url: str
     entry: dict[str, Any]
     size: int
     outcome: asyncio.Future[Outcome]
+    begun: bool = False
 
     @classmethod
     def of(cls, url: str, message: Message, headers: Mapping[str, str]) -> Sending:
@@ -163,6 +166,7 @@ class _Requests:
     def __init__(self, client: Any) -> None:
         self.client = client
         self._threads = ThreadPoolExecutor(_THREADS, "idempotency-sqs")
+        self._free = asyncio.Semaphore(_THREADS)
         self._waiting: list[Sending] = []
         self._running = set[asyncio.Task[None]]()
 
@@ -174,8 +178,8 @@ class _Requests:
         return await sending.outcome
 
     def close(self) -> None:
-        """Drop what waits for a thread; what one has in hand is given up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads; the requests that they have in hand were given up."""
+        self._threads.shutdown(wait=False)
 
     def _start(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -185,16 +189,24 @@ class _Requests:
             task.add_done_callback(self._running.discard)
 
     async def _make(self, request: list[Sending]) -> None:
-        loop = asyncio.get_running_loop()
-        url, entries = request[0].url, [each.entry for each in request]
-        try:
-            outcomes = await loop.run_in_executor(self._threads, send_together, self.client, url, entries)
-        except Exception as error:
-            # The connection is lost, for example.
-            outcomes = [RetryLater(type(error).__name__)] * len(request)
+        async with self._free:
+            request = [each for each in request if not each.outcome.done()]
+            if not request:
+                return
+            for each in request:
+                each.begun = True
+            outcomes = await self._outcomes(request[0].url, [each.entry for each in request])
         for sending, outcome in zip(request, outcomes, strict=True):
             if not sending.outcome.done():
                 sending.outcome.set_result(outcome)
+
+    async def _outcomes(self, url: str, entries: list[dict[str, Any]]) -> Sequence[Outcome]:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, send_together, self.client, url, entries)
+        except Exception as error:
+            # The connection is lost, for example.
+            return [RetryLater(type(error).__name__)] * len(entries)
 
 
 def in_requests(waiting: Iterable[Sending]) -> list[list[Sending]]:
