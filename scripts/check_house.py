@@ -35,6 +35,7 @@ PROBES = {
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",
     "adapters/*": "inspects objects of frameworks and brokers",
     "cli.py": "an exception of click has its own text",
+    "outbox/publishers/__init__.py": "imports by name",
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
     "stores/sql/*": "inspects objects of SQLAlchemy and of drivers",

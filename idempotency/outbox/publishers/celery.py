@@ -145,7 +145,6 @@ class _Sender:
                 task_id=task_id,
                 headers=dict(headers),
                 producer=producer,
-                # The relay repeats, with its own pauses.
                 retry=False,
                 mandatory=True,
                 confirm_timeout=self._timeout,
@@ -160,7 +159,7 @@ class _Sender:
             _disconnect(producer)
             if getattr(error, "reply_code", None) == _NO_ROUTE:
                 return Refused("RabbitMQ has no queue for it")
-            return RetryLater(type(error).__name__)
+            return RetryLater(type(error.__cause__ or error).__name__)
         if self._closed:
             _disconnect(producer)
         else:
@@ -169,6 +168,8 @@ class _Sender:
 
     def _connect(self) -> Any:
         connection = self._app.connection_for_write(transport_options={"confirm_publish": True})
+        # Each host is tried once: the relay repeats, with its own pauses.
+        connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0), interval_start=0, interval_step=0)
         return self._app.amqp.Producer(connection, auto_declare=False)
 
 

@@ -72,6 +72,7 @@ class TestContract(BehindProxy, PublisherContract):
     carries_tombstones = False
     carries_bytes = False
     copies = 1
+    most = 30
     unroutable = RetryLater
 
     @pytest.fixture
