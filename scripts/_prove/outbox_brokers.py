@@ -175,4 +175,4 @@ class Redis:
 
 
 def _of_stream(fields: dict[bytes, bytes]) -> Delivered:
-    return _delivered(fields[b"id"].decode(), read_entry(fields)[0])
+    return _delivered(fields[b"id"].decode(), read_entry(fields).payload)

@@ -7,11 +7,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
+from idempotency.outbox.publisher import RetryLater
+
 Client = TypeVar("Client")
+
+NOT_TRIED = RetryLater("the time of its batch was over before it was sent", held=True)
+
+
+def not_in_time(delivery_timeout: float) -> RetryLater:
+    """Return the outcome of a message that may have been sent."""
+    return RetryLater(f"it was not confirmed within {delivery_timeout:g} seconds")
 
 
 class InUse(Generic[Client]):
-    """A client, with the number of batches that use it; ``failed``: it is not used again."""
+    """A client, with the number of batches that use it; ``failed``: no further batch uses it."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -23,10 +32,15 @@ class SharedClient(Generic[Client]):
     """Open a client at its first use, replace it after it has failed, and close it when no batch uses it any more."""
 
     def __init__(
-        self, open: Callable[[], Awaitable[Client]], close: Callable[[Client], Coroutine[None, None, None]]
+        self,
+        open: Callable[[], Awaitable[Client]],
+        close: Callable[[Client], Coroutine[None, None, None]],
+        is_open: Callable[[Client], bool] = lambda _: True,
     ) -> None:
+        """Make one; ``is_open``: whether the client says itself that it can be used, by default always."""
         self._open = open
         self._close = close
+        self._is_open = is_open
         self._opening = asyncio.Lock()
         self._current: InUse[Client] | None = None
         self._closing = set[asyncio.Task[None]]()
@@ -41,9 +55,12 @@ class SharedClient(Generic[Client]):
         async with asyncio.timeout_at(deadline), self._opening:
             if self._closed:
                 raise RuntimeError("the publisher is closed")
-            if self._current is None:
-                self._current = InUse(await self._open())
             used = self._current
+            if used is None or used.failed or not self._is_open(used.client):
+                self._current = None
+                if used is not None:
+                    self._close_unused(used)
+                self._current = used = InUse(await self._open())
             used.users += 1
         try:
             yield used
