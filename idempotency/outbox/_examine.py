@@ -1,0 +1,149 @@
+"""Examine an outbox: its tables, its relays, and what keeps the database from cleaning it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from sqlalchemy import Connection, inspect, text
+
+from idempotency._outbox.emit import OUTBOX
+from idempotency._outbox.table import Tables, storage_sql
+from idempotency._sql.tables import full_name
+from idempotency.outbox._horizons import mysql_transaction, postgresql_horizon
+from idempotency.outbox._states import OutboxStats, read_stats
+from idempotency.stores.base import Finding
+
+LATE = 60.0
+"""After how many seconds an oldest message is worth a note although a relay runs."""
+
+MANY_DEAD_ROWS = 20_000
+"""PostgreSQL cleans the table after 1000 dead rows, if nothing keeps it from that."""
+
+_PREDICATE = re.compile(r"WHERE \(?available_ms IS NOT NULL\)?", re.IGNORECASE)
+
+
+def examine(connection: Connection, tables: Tables) -> list[Finding]:
+    """Examine the tables, and where they are whole also the relays and the database."""
+    missing = _examine_columns(connection, tables)
+    if missing:
+        return missing
+    by_dialect: dict[str, Callable[[Connection, Tables], list[Finding]]] = {
+        "postgresql": _postgresql,
+        "mysql": _mysql,
+        "mariadb": _mysql,
+        "sqlite": _sqlite,
+    }
+    of_database = by_dialect[connection.dialect.name](connection, tables)
+    return [*of_database, *examine_stats(read_stats(connection, tables))]
+
+
+def _examine_columns(connection: Connection, tables: Tables) -> list[Finding]:
+    inspector, findings = inspect(connection), []
+    for table in tables.all:
+        schema, name = connection.schema_for_object(table), full_name(connection, table)
+        if not inspector.has_table(table.name, schema):
+            findings.append(Finding("fix", f"there is no table {name}: {OUTBOX.command}, or {OUTBOX.described}"))
+            continue
+        there = {column["name"] for column in inspector.get_columns(table.name, schema)}
+        lacking = [column.name for column in table.c if column.name not in there]
+        if lacking:
+            findings.append(
+                Finding("fix", f"{name} lacks {', '.join(lacking)}: add it by a migration, as in {OUTBOX.described}")
+            )
+    return findings
+
+
+def examine_stats(stats: OutboxStats) -> list[Finding]:
+    """Say whether messages wait for a relay, and whether any is dead."""
+    findings = []
+    waiting = f"{stats.due + stats.blocked} messages wait, the oldest for {stats.oldest_age:.0f} s"
+    if stats.relays:
+        findings.append(Finding("ok", f"{len(stats.relays)} relays run"))
+        if stats.oldest_age > LATE:
+            findings.append(Finding("note", waiting))
+    elif stats.due + stats.blocked:
+        findings.append(Finding("fix", f"no relay runs, and {waiting}: idempotency relay"))
+    else:
+        findings.append(Finding("note", "no relay runs: idempotency relay"))
+    if stats.dead:
+        findings.append(Finding("note", f"{stats.dead} messages are dead: idempotency outbox list --dead"))
+    return findings
+
+
+def _postgresql(connection: Connection, tables: Tables) -> list[Finding]:
+    name = full_name(connection, tables.messages)
+    return [
+        *_examine_storage(connection, name),
+        *_examine_partial_index(connection, name),
+        *_examine_cleaning(connection, name),
+    ]
+
+
+def _examine_storage(connection: Connection, name: str) -> list[Finding]:
+    query = text("SELECT reloptions FROM pg_class WHERE oid = to_regclass(:name)")
+    options = dict(each.split("=", 1) for each in connection.execute(query, {"name": name}).scalar_one() or ())
+    remedy = storage_sql(name)
+    lacking = [each for each in re.findall(r"(\w+) = ", remedy) if each not in options]
+    if options.get("autovacuum_enabled") in ("false", "off", "0", "no"):
+        return [Finding("fix", f"{name} has autovacuum_enabled off: its dead rows are never cleaned away")]
+    if lacking:
+        return [Finding("fix", f"{name} is cleaned too seldom, it lacks {lacking[0]}: {remedy}")]
+    return [Finding("ok", f"{name}: autovacuum by the number of its dead rows")]
+
+
+def _examine_partial_index(connection: Connection, name: str) -> list[Finding]:
+    query = text("SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = to_regclass(:name) AND indisvalid")
+    found = [each for each in connection.execute(query, {"name": name}).scalars() if "(available_ms)" in each]
+    return _index_finding(name, found)
+
+
+def _index_finding(name: str, definitions: list[str]) -> list[Finding]:
+    """Say whether an index finds the messages that are scheduled or to be sent again, and has no others."""
+    if not definitions:
+        return [Finding("fix", f"{name} has no index on available_ms, which relays need: {OUTBOX.command}")]
+    if not any(_PREDICATE.search(each) for each in definitions):
+        return [
+            Finding(
+                "fix",
+                f"the index on available_ms of {name} has every message in it: create it with WHERE available_ms IS NOT"
+                " NULL",
+            )
+        ]
+    return [Finding("ok", f"{name}: index on available_ms")]
+
+
+def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
+    query = text("SELECT n_dead_tup, n_live_tup FROM pg_stat_all_tables WHERE relid = to_regclass(:name)")
+    dead, live = connection.execute(query, {"name": name}).one()
+    many = dead > MANY_DEAD_ROWS and dead > live
+    findings = []
+    if many:
+        findings.append(
+            Finding("note", f"{name} has {dead} dead rows beside {live}: relays read slowly until it is cleaned")
+        )
+    horizon = postgresql_horizon(connection)
+    if horizon is not None:
+        findings.append(Finding("fix" if many else "note", horizon))
+    return findings
+
+
+def _mysql(connection: Connection, tables: Tables) -> list[Finding]:
+    table, schema = tables.messages.name, connection.schema_for_object(tables.messages)
+    inspector, name = inspect(connection), full_name(connection, tables.messages)
+    findings = []
+    if inspector.get_table_options(table, schema).get("mysql_engine", "InnoDB") != "InnoDB":
+        findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
+    if not any(index["column_names"][:1] == ["available_ms"] for index in inspector.get_indexes(table, schema)):
+        findings += _index_finding(name, [])
+    transaction = mysql_transaction(connection)
+    if transaction is not None:
+        findings.append(Finding("note", transaction))
+    return findings or [Finding("ok", f"{name}: index on available_ms")]
+
+
+def _sqlite(connection: Connection, tables: Tables) -> list[Finding]:
+    table, schema = tables.messages.name, connection.schema_for_object(tables.messages) or "main"
+    query = text(f"SELECT sql FROM {schema}.sqlite_master WHERE type = 'index' AND tbl_name = :name")
+    found = [each for each in connection.execute(query, {"name": table}).scalars() if each and "(available_ms)" in each]
+    return _index_finding(full_name(connection, tables.messages), found)
