@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, Table, inspect, text
 
 from idempotency._outbox.emit import OUTBOX
 from idempotency._outbox.table import Tables, storage_sql
@@ -20,7 +20,7 @@ LATE = 60.0
 MANY_DEAD_ROWS = 20_000
 """PostgreSQL cleans the table after 1000 dead rows, if nothing keeps it from that."""
 
-_PREDICATE = re.compile(r"WHERE \(?available_ms IS NOT NULL\)?", re.IGNORECASE)
+_PREDICATE = "available_ms IS NOT NULL"
 
 
 def examine(connection: Connection, tables: Tables) -> list[Finding]:
@@ -28,14 +28,16 @@ def examine(connection: Connection, tables: Tables) -> list[Finding]:
     missing = _examine_columns(connection, tables)
     if missing:
         return missing
-    by_dialect: dict[str, Callable[[Connection, Tables], list[Finding]]] = {
+    by_dialect: dict[str, Callable[[Connection, Table], list[Finding]]] = {
         "postgresql": _postgresql,
         "mysql": _mysql,
         "mariadb": _mysql,
-        "sqlite": _sqlite,
+        "sqlite": lambda *_: [],
     }
-    of_database = by_dialect[connection.dialect.name](connection, tables)
-    return [*of_database, *examine_stats(read_stats(connection, tables))]
+    messages = tables.messages
+    of_database = by_dialect[connection.dialect.name](connection, messages)
+    of_messages = _examine_stats(read_stats(connection, tables))
+    return [*_examine_index(connection, messages), *of_database, *of_messages]
 
 
 def _examine_columns(connection: Connection, tables: Tables) -> list[Finding]:
@@ -54,30 +56,39 @@ def _examine_columns(connection: Connection, tables: Tables) -> list[Finding]:
     return findings
 
 
-def examine_stats(stats: OutboxStats) -> list[Finding]:
-    """Say whether messages wait for a relay, and whether any is dead."""
+def _examine_stats(stats: OutboxStats) -> list[Finding]:
     findings = []
-    waiting = f"{stats.due + stats.blocked} messages wait, the oldest for {stats.oldest_age:.0f} s"
+    waiting = f"messages that wait: {stats.due + stats.blocked}, the oldest for {stats.oldest_age:.0f} s"
     if stats.relays:
-        findings.append(Finding("ok", f"{len(stats.relays)} relays run"))
+        findings.append(Finding("ok", f"relays that run: {len(stats.relays)}"))
         if stats.oldest_age > LATE:
             findings.append(Finding("note", waiting))
     elif stats.due + stats.blocked:
-        findings.append(Finding("fix", f"no relay runs, and {waiting}: idempotency relay"))
+        findings.append(Finding("fix", f"no relay runs; {waiting}: start idempotency relay"))
     else:
-        findings.append(Finding("note", "no relay runs: idempotency relay"))
+        findings.append(Finding("note", "no relay runs: start idempotency relay"))
     if stats.dead:
-        findings.append(Finding("note", f"{stats.dead} messages are dead: idempotency outbox list --dead"))
+        findings.append(Finding("note", f"messages that are dead: {stats.dead}: idempotency outbox list --dead"))
     return findings
 
 
-def _postgresql(connection: Connection, tables: Tables) -> list[Finding]:
-    name = full_name(connection, tables.messages)
-    return [
-        *_examine_storage(connection, name),
-        *_examine_partial_index(connection, name),
-        *_examine_cleaning(connection, name),
-    ]
+def _examine_index(connection: Connection, table: Table) -> list[Finding]:
+    indexes = inspect(connection).get_indexes(table.name, connection.schema_for_object(table))
+    found = [index for index in indexes if index["column_names"] == ["available_ms"]]
+    name, dialect = full_name(connection, table), connection.dialect.name
+    if not found:
+        return [Finding("fix", f"{name} has no index on available_ms, which relays need: {OUTBOX.command}")]
+    # MariaDB and MySQL have no partial indexes.
+    partial = any(_PREDICATE in str(index.get("dialect_options", {}).get(f"{dialect}_where")) for index in found)
+    if dialect in ("postgresql", "sqlite") and not partial:
+        remedy = f"drop it, and then {OUTBOX.command}"
+        return [Finding("fix", f"the index on available_ms of {name} is not partial, every row is in it: {remedy}")]
+    return [Finding("ok", f"{name}: index on available_ms")]
+
+
+def _postgresql(connection: Connection, table: Table) -> list[Finding]:
+    name = full_name(connection, table)
+    return [*_examine_storage(connection, name), *_examine_cleaning(connection, name)]
 
 
 def _examine_storage(connection: Connection, name: str) -> list[Finding]:
@@ -90,27 +101,6 @@ def _examine_storage(connection: Connection, name: str) -> list[Finding]:
     if lacking:
         return [Finding("fix", f"{name} is cleaned too seldom, it lacks {lacking[0]}: {remedy}")]
     return [Finding("ok", f"{name}: autovacuum by the number of its dead rows")]
-
-
-def _examine_partial_index(connection: Connection, name: str) -> list[Finding]:
-    query = text("SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = to_regclass(:name) AND indisvalid")
-    found = [each for each in connection.execute(query, {"name": name}).scalars() if "(available_ms)" in each]
-    return _index_finding(name, found)
-
-
-def _index_finding(name: str, definitions: list[str]) -> list[Finding]:
-    """Say whether an index finds the messages that are scheduled or to be sent again, and has no others."""
-    if not definitions:
-        return [Finding("fix", f"{name} has no index on available_ms, which relays need: {OUTBOX.command}")]
-    if not any(_PREDICATE.search(each) for each in definitions):
-        return [
-            Finding(
-                "fix",
-                f"the index on available_ms of {name} has every message in it: create it with WHERE available_ms IS NOT"
-                " NULL",
-            )
-        ]
-    return [Finding("ok", f"{name}: index on available_ms")]
 
 
 def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
@@ -128,22 +118,12 @@ def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
     return findings
 
 
-def _mysql(connection: Connection, tables: Tables) -> list[Finding]:
-    table, schema = tables.messages.name, connection.schema_for_object(tables.messages)
-    inspector, name = inspect(connection), full_name(connection, tables.messages)
+def _mysql(connection: Connection, table: Table) -> list[Finding]:
+    options = inspect(connection).get_table_options(table.name, connection.schema_for_object(table))
     findings = []
-    if inspector.get_table_options(table, schema).get("mysql_engine", "InnoDB") != "InnoDB":
-        findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
-    if not any(index["column_names"][:1] == ["available_ms"] for index in inspector.get_indexes(table, schema)):
-        findings += _index_finding(name, [])
+    if options.get("mysql_engine", "InnoDB") != "InnoDB":
+        findings.append(Finding("fix", f"{full_name(connection, table)} is not InnoDB: it has no transactions"))
     transaction = mysql_transaction(connection)
     if transaction is not None:
         findings.append(Finding("note", transaction))
-    return findings or [Finding("ok", f"{name}: index on available_ms")]
-
-
-def _sqlite(connection: Connection, tables: Tables) -> list[Finding]:
-    table, schema = tables.messages.name, connection.schema_for_object(tables.messages) or "main"
-    query = text(f"SELECT sql FROM {schema}.sqlite_master WHERE type = 'index' AND tbl_name = :name")
-    found = [each for each in connection.execute(query, {"name": table}).scalars() if each and "(available_ms)" in each]
-    return _index_finding(full_name(connection, tables.messages), found)
+    return findings

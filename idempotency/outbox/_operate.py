@@ -44,7 +44,7 @@ class OutboxOperations:
         """See :meth:`stats`; for an ``Engine``."""
         return self._run_sync(read_stats)
 
-    async def list(
+    async def messages(
         self, *, dead: bool = False, key: str | None = None, limit: int = 100, payload: bool = False
     ) -> list[OutboxEntry]:
         """List the messages that wait, or the dead ones, in the order in which they were written.
@@ -79,6 +79,10 @@ class OutboxOperations:
         A relay that has read it already may still send it.
         """
         return await self._run(partial(remove, id=_uuid(id)))
+
+    async def create_schema(self) -> None:
+        """Create the tables where they are missing; safe in any number of processes at once."""
+        await self._run(_create)
 
     async def examine(self, *, lease: float | None = None, delivery_timeout: float | None = None) -> list[Finding]:
         """Return what an operator should know of the tables, the relays, and what keeps the database from cleaning.
@@ -122,6 +126,10 @@ class OutboxOperations:
         if isinstance(error, IdempotencyError):
             return error
         return describe_failure(error, self._engine.url, self._tables.messages.fullname, OUTBOX)
+
+
+def _create(connection: Connection, tables: Tables) -> None:
+    tables.create(connection)
 
 
 def _redrive(connection: Connection, tables: Tables, ids: Collection[str]) -> int:

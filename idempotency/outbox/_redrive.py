@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
-from sqlalchemy import Connection, Select, case, delete, func, insert, literal, null, select
+from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, literal, null, select
 
 from idempotency._outbox.table import Tables
 
@@ -41,9 +42,9 @@ def move(connection: Connection, tables: Tables, places: Sequence[int]) -> int:
     return moved
 
 
-def _anew(connection: Connection, tables: Tables, columns: list[str], places: Sequence[int]) -> Select[tuple[object]]:
+def _anew(connection: Connection, tables: Tables, columns: list[str], places: Sequence[int]) -> Select[Any]:
     row = tables.dead.c
-    values = {"attempts": literal(0), "available_ms": null()}
+    values: dict[str, ColumnElement[Any]] = {"attempts": literal(0), "available_ms": null()}
     if connection.dialect.name == "postgresql":
         # As in emitted_at(): the transaction gets its number before the rows get their places.
         values["created_ms"] = case((func.txid_current() > 0, row.created_ms))

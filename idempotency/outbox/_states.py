@@ -57,7 +57,7 @@ class OutboxEntry:
 
     @property
     def key(self) -> str:
-        """Return the key as :meth:`OutboxOperations.list` takes it."""
+        """Return the key as :meth:`OutboxOperations.messages` takes it."""
         return f"{self.aggregate_type}/{self.aggregate_id}"
 
 

@@ -1,0 +1,76 @@
+"""Open the outbox that an operator names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from idempotency._cli.lookup import TIMEOUT, check_sqlite
+from idempotency._cli.options import fail
+from idempotency._sql.requirements import DATABASES, sqlalchemy_not_installed
+from idempotency.errors import ConfigurationError, IdempotencyError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from idempotency._outbox.emit import Outbox
+    from idempotency.outbox._operate import OutboxOperations
+
+T = TypeVar("T")
+
+
+class Opened(NamedTuple):
+    """An outbox and the engine of its database."""
+
+    engine: AsyncEngine
+    outbox: Outbox
+    operations: OutboxOperations
+
+
+def run(url: str | None, table: str, work: Callable[[Opened], Awaitable[T]], *, create: bool = False) -> T:
+    """Open the outbox, await ``work``, and close the engine. Every error ends the command with one line.
+
+    With ``create``, a missing SQLite file is no error.
+    """
+
+    async def with_outbox() -> T:
+        async with opened_outbox(url, table, create=create) as opened:
+            return await work(opened)
+
+    try:
+        return asyncio.run(with_outbox())
+    except IdempotencyError as error:
+        fail(str(error))
+
+
+@asynccontextmanager
+async def opened_outbox(url: str | None, table: str, *, create: bool = False) -> AsyncIterator[Opened]:
+    """Open the outbox, and close the engine at the end. A failure of the database becomes a StoreError."""
+    engine, outbox, operations = _open(url, table, create)
+    try:
+        yield Opened(engine, outbox, operations)
+    finally:
+        await engine.dispose()
+
+
+def _open(url: str | None, table: str, create: bool) -> Opened:
+    if not url:
+        raise ConfigurationError("name the database: --store URL, or IDEMPOTENCY_STORE in the environment")
+    scheme = url.partition("://")[0]
+    if scheme.partition("+")[0].lower() not in DATABASES:
+        raise ConfigurationError(f"an outbox is in a SQL database, {', '.join(DATABASES.values())}: not {scheme}://")
+    try:
+        from idempotency._outbox.emit import OUTBOX, Outbox
+        from idempotency._sql.engines import open_async, read_url
+        from idempotency._sql.pooler import read_pooler
+        from idempotency.outbox._operate import OutboxOperations
+    except ImportError as error:
+        raise sqlalchemy_not_installed(scheme) from error
+    parsed, pooler = read_pooler(read_url(url), None)
+    outbox = Outbox(table)
+    if scheme.startswith("sqlite") and not create:
+        check_sqlite(url, table, OUTBOX.command)
+    engine = open_async(parsed, TIMEOUT, pooler)
+    return Opened(engine, outbox, OutboxOperations(engine, outbox))
