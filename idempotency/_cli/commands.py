@@ -26,8 +26,9 @@ from idempotency._cli.lookup import (
     one,
     open_named,
 )
+from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import AsJson, KeyFile, Prefix, Table, Url, confirmed, fail
-from idempotency._cli.outbox import outbox
+from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
@@ -54,7 +55,7 @@ _PAUSE = 4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
-app.add_typer(outbox, name="outbox")
+app.add_typer(outbox_commands, name="outbox")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 
@@ -238,13 +239,16 @@ def doctor(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    outbox: Annotated[str | None, typer.Option(help="SQL: the outbox's table, default outbox if it is there.")] = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store and its server; exit code 1 when something must be fixed."""
+    """Examine the store, its server and its outbox; exit code 1 when something must be fixed."""
 
     async def examine(opened: AnyStore) -> list[Finding]:
-        return await require(opened, Examining, "doctor").examine()
+        of_store = await require(opened, Examining, "doctor").examine()
+        of_outbox = await examine_outbox(store, outbox)
+        return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
 
     findings = _run(open_named, examine, store, table, prefix, key_file)
     if as_json:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from idempotency._cli.lookup import TIMEOUT, check_sqlite
-from idempotency._cli.options import fail
+from idempotency._cli.options import DEFAULT_OUTBOX, fail
 from idempotency._sql.requirements import DATABASES, sqlalchemy_not_installed
-from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.stores.base import Finding
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -55,11 +56,16 @@ async def opened_outbox(url: str | None, table: str, *, create: bool = False) ->
         await engine.dispose()
 
 
+def is_sql(url: str | None) -> bool:
+    """Return whether a URL names a SQL database."""
+    return (url or "").partition("://")[0].partition("+")[0].lower() in DATABASES
+
+
 def _open(url: str | None, table: str, create: bool) -> Opened:
     if not url:
         raise ConfigurationError("name the database: --store URL, or IDEMPOTENCY_STORE in the environment")
     scheme = url.partition("://")[0]
-    if scheme.partition("+")[0].lower() not in DATABASES:
+    if not is_sql(url):
         raise ConfigurationError(f"an outbox is in a SQL database, {', '.join(DATABASES.values())}: not {scheme}://")
     try:
         from idempotency._outbox.emit import OUTBOX, Outbox
@@ -74,3 +80,15 @@ def _open(url: str | None, table: str, create: bool) -> Opened:
         check_sqlite(url, table, OUTBOX.command)
     engine = open_async(parsed, TIMEOUT, pooler)
     return Opened(engine, outbox, OutboxOperations(engine, outbox))
+
+
+async def examine_outbox(url: str | None, table: str | None) -> list[Finding]:
+    """Examine an outbox; one that is not named only if it is there."""
+    if table is None and not is_sql(url):
+        return []
+    async with opened_outbox(url, table or DEFAULT_OUTBOX, create=True) as opened:
+        if table is None:
+            with suppress(StoreError):
+                if not await opened.operations.exists():
+                    return []
+        return await opened.operations.examine()

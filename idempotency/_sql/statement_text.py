@@ -29,9 +29,9 @@ def without_values(statement: str, dialect: str) -> str:
     from the first quote on.
     """
     postgresql = dialect == "postgresql"
-    if "\\" in statement:
-        beginning, quote, _ = re.split("(')" if postgresql else "(['\"])", statement + "'", maxsplit=1)
-        statement = f"{beginning}{quote}"
+    quote = re.search("'" if postgresql else "['\"]", statement)
+    if quote is not None and "\\" in statement:
+        statement = statement[: quote.end()]
     shown = (_POSTGRESQL if postgresql else _MYSQL).sub(_replaced, statement)
     words = " ".join(shown.split())
     words = words if words.isprintable() else ascii(words)[1:-1]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, inspect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._outbox.emit import OUTBOX, Outbox
@@ -80,6 +80,10 @@ class OutboxOperations:
         """
         return await self._run(partial(remove, id=_uuid(id)))
 
+    async def exists(self) -> bool:
+        """Return whether there is an outbox of this name: its messages and its leases."""
+        return await self._run(_exists)
+
     async def create_schema(self) -> None:
         """Create the tables where they are missing; safe in any number of processes at once."""
         await self._run(_create)
@@ -126,6 +130,14 @@ class OutboxOperations:
         if isinstance(error, IdempotencyError):
             return error
         return describe_failure(error, self._engine.url, self._tables.messages.fullname, OUTBOX)
+
+
+def _exists(connection: Connection, tables: Tables) -> bool:
+    # A table that is named outbox may be of something else.
+    inspector = inspect(connection)
+    return all(
+        inspector.has_table(each.name, connection.schema_for_object(each)) for each in (tables.messages, tables.lease)
+    )
 
 
 def _create(connection: Connection, tables: Tables) -> None:
