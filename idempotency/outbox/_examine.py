@@ -17,8 +17,8 @@ from idempotency.stores.base import Finding
 LATE = 60.0
 """After how many seconds an oldest message is worth a note although a relay runs."""
 
-MANY_DEAD_ROWS = 20_000
-"""PostgreSQL cleans the table after 1000 dead rows, if nothing keeps it from that."""
+MANY_DELETED = 20_000
+"""PostgreSQL cleans the table after 1000 deleted rows, if nothing keeps it from that."""
 
 _PREDICATE = "available_ms IS NOT NULL"
 
@@ -97,20 +97,22 @@ def _examine_storage(connection: Connection, name: str) -> list[Finding]:
     remedy = storage_sql(name)
     lacking = [each for each in re.findall(r"(\w+) = ", remedy) if each not in options]
     if options.get("autovacuum_enabled") in ("false", "off", "0", "no"):
-        return [Finding("fix", f"{name} has autovacuum_enabled off: its dead rows are never cleaned away")]
+        return [Finding("fix", f"{name} has autovacuum_enabled off: its deleted rows are never cleaned away")]
     if lacking:
         return [Finding("fix", f"{name} is cleaned too seldom, it lacks {lacking[0]}: {remedy}")]
-    return [Finding("ok", f"{name}: autovacuum by the number of its dead rows")]
+    return [Finding("ok", f"{name}: autovacuum by the number of its deleted rows")]
 
 
 def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
     query = text("SELECT n_dead_tup, n_live_tup FROM pg_stat_all_tables WHERE relid = to_regclass(:name)")
     dead, live = connection.execute(query, {"name": name}).one()
-    many = dead > MANY_DEAD_ROWS and dead > live
+    many = dead > MANY_DELETED and dead > live
     findings = []
     if many:
         findings.append(
-            Finding("note", f"{name} has {dead} dead rows beside {live}: relays read slowly until it is cleaned")
+            Finding(
+                "note", f"{name} has {dead} deleted rows beside {live}: relays read slowly until they are cleaned away"
+            )
         )
     horizon = postgresql_horizon(connection)
     if horizon is not None:
@@ -121,7 +123,7 @@ def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
 def _mysql(connection: Connection, table: Table) -> list[Finding]:
     options = inspect(connection).get_table_options(table.name, connection.schema_for_object(table))
     findings = []
-    if options.get("mysql_engine", "InnoDB") != "InnoDB":
+    if options.get(f"{connection.dialect.name}_engine", "InnoDB") != "InnoDB":
         findings.append(Finding("fix", f"{full_name(connection, table)} is not InnoDB: it has no transactions"))
     transaction = mysql_transaction(connection)
     if transaction is not None:

@@ -10,7 +10,7 @@ from idempotency._sql.statement_text import without_values
 LONG = 30.0
 """After how many seconds an open transaction is worth a line."""
 
-# A session of another database does not count for this one's tables; a walsender has no database.
+# A session of another database does not count for this one's tables, nor does VACUUM; a walsender has no database.
 _HORIZONS = text(
     """
     SELECT kind, name, seconds, state, statement FROM (
@@ -20,7 +20,7 @@ _HORIZONS = text(
         FROM pg_stat_activity
         WHERE coalesce(backend_xid, backend_xmin) IS NOT NULL AND pid <> pg_backend_pid()
               AND coalesce(datname, current_database()) = current_database()
-              AND pid NOT IN (SELECT pid FROM pg_stat_replication)
+              AND pid NOT IN (SELECT pid FROM pg_stat_replication) AND query !~* '^(autovacuum: )?vacuum'
         UNION ALL
         SELECT 'prepared transaction', gid, age(transaction),
                extract(epoch FROM clock_timestamp() - prepared), NULL, NULL
