@@ -85,6 +85,13 @@ async def test_an_index_that_is_missing_is_to_be_fixed_elsewhere(ledger: Ledger,
     assert "fix T has no index on available_ms" in "\n".join(await said(ledger, outbox))
 
 
+@pytest.mark.stores("mariadb")
+async def test_a_table_without_transactions_is_to_be_fixed(ledger: Ledger, outbox: Outbox) -> None:
+    await execute(ledger, f"ALTER TABLE {outbox.tables.messages.name} ENGINE=MyISAM")
+
+    assert "fix T is not InnoDB: it has no transactions" in await said(ledger, outbox)
+
+
 @pytest.mark.stores("sqlite")
 async def test_messages_that_wait_for_a_relay_are_to_be_fixed(ledger: Ledger, outbox: Outbox) -> None:
     """Where a relay runs, an old one is a note; and so is a dead one."""
