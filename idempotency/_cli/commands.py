@@ -27,7 +27,7 @@ from idempotency._cli.lookup import (
     open_named,
 )
 from idempotency._cli.open_outbox import examine_outbox
-from idempotency._cli.options import AsJson, KeyFile, Prefix, Table, Url, confirmed, fail
+from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
@@ -240,6 +240,8 @@ def doctor(
     table: Table = None,
     prefix: Prefix = None,
     outbox: Annotated[str | None, typer.Option(help="SQL: the outbox's table, default outbox if it is there.")] = None,
+    publish: Publish = None,
+    lease: Lease = DEFAULT_LEASE,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -247,7 +249,7 @@ def doctor(
 
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
-        of_outbox = await examine_outbox(store, outbox)
+        of_outbox = await examine_outbox(store, outbox, publish, lease)
         return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
 
     findings = _run(open_named, examine, store, table, prefix, key_file)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from idempotency._cli.lookup import TIMEOUT, check_sqlite
 from idempotency._cli.options import DEFAULT_OUTBOX, fail
 from idempotency._sql.requirements import DATABASES, sqlalchemy_not_installed
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.outbox.publisher import Publisher
+from idempotency.outbox.publishers import open_publisher
 from idempotency.stores.base import Finding
 
 if TYPE_CHECKING:
@@ -82,13 +86,31 @@ def _open(url: str | None, table: str, create: bool) -> Opened:
     return Opened(engine, outbox, OutboxOperations(engine, outbox))
 
 
-async def examine_outbox(url: str | None, table: str | None) -> list[Finding]:
-    """Examine an outbox; one that is not named only if it is there."""
+async def examine_outbox(url: str | None, table: str | None, publish: str | None, lease: float) -> list[Finding]:
+    """Examine an outbox, one that is not named only if it is there. ``publish``: where its relays publish."""
     if table is None and not is_sql(url):
         return []
+    delivery_timeout = None if publish is None else await _delivery_timeout(publish)
     async with opened_outbox(url, table or DEFAULT_OUTBOX, create=True) as opened:
         if table is None:
             with suppress(StoreError):
                 if not await opened.operations.exists():
                     return []
-        return await opened.operations.examine()
+        return await opened.operations.examine(lease=lease, delivery_timeout=delivery_timeout)
+
+
+async def _delivery_timeout(publish: str) -> float:
+    publisher = publisher_at(publish)
+    try:
+        return publisher.delivery_timeout
+    finally:
+        await publisher.aclose()
+
+
+def publisher_at(publish: str | None) -> Publisher:
+    """Make the publisher of a URL, or import that at ``module:name``, also from the directory of the command."""
+    if not publish:
+        raise ConfigurationError("name the broker: --publish URL, or IDEMPOTENCY_PUBLISH in the environment")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return open_publisher(publish)

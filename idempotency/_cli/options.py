@@ -17,6 +17,16 @@ KeyFile = Annotated[
         help="The file with the encryption keys, one in a line; the first one writes.",
     ),
 ]
+Publish = Annotated[
+    str | None,
+    typer.Option(
+        "--publish",
+        envvar="IDEMPOTENCY_PUBLISH",
+        help="The broker's URL, or module:name of a coroutine function or a publisher.",
+    ),
+]
+Lease = Annotated[float, typer.Option(min=1, help="Seconds after which another relay takes over from one that died.")]
+DEFAULT_LEASE = 30.0
 DEFAULT_OUTBOX = "outbox"
 OutboxTable = Annotated[str, typer.Option("--table", help="The name of the outbox's table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
