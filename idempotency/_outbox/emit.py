@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message, time_ordered_id
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
@@ -49,8 +50,9 @@ class Outbox:
     carry is refused here, with :class:`~idempotency.errors.EmitRefusedError`.
     """
 
-    def __init__(self, table: str = DEFAULT_TABLE, *, limits: Limits | None = None) -> None:
+    def __init__(self, table: str = DEFAULT_TABLE, *, limits: Limits | None = None, notify: bool = True) -> None:
         self.tables = tables_named(table)
+        self.notify = notify
         self.limits = limits or Limits()
         self._insert: dict[str, Insert] = {}
 
@@ -155,6 +157,7 @@ class Outbox:
                 raise describe_failure(error, connection.engine.url, self.tables.messages.fullname, OUTBOX) from error
             self.tables.create(connection)
             connection.execute(statement, parameters)
+        emitted(session, connection, self.tables.messages.fullname, self.notify)
 
     def _insert_on(self, dialect: str) -> Insert:
         set_here: dict[str, Any] = {"created_ms": literal_column(emitted_at(dialect))}
