@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from idempotency._cli import show
-from idempotency._cli.open_outbox import Opened, run
+from idempotency._cli.open_outbox import run
 from idempotency._cli.options import DEFAULT_OUTBOX, AsJson, OutboxTable, Url, confirmed, fail
 from idempotency._cli.show_outbox import message_as_json, print_messages, print_stats, stats_as_json
 from idempotency.errors import ConfigurationError, IdempotencyError
+
+if TYPE_CHECKING:
+    from idempotency.outbox._operate import OutboxOperations
 
 outbox = typer.Typer(help="Inspect and manage the messages of an outbox.")
 schema = typer.Typer(help="Print the statements that create the tables, or create them.")
@@ -29,7 +32,7 @@ def list_(
 ) -> None:
     """List the messages that wait, or the dead ones; payloads only with --payload."""
     messages = run(
-        store, table, lambda opened: opened.operations.messages(dead=dead, key=key, limit=limit, payload=payload)
+        store, table, lambda operations: operations.messages(dead=dead, key=key, limit=limit, payload=payload)
     )
     if as_json:
         show.print_json([message_as_json(message, payload) for message in messages])
@@ -42,7 +45,7 @@ def list_(
 @outbox.command()
 def stats(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX, as_json: AsJson = False) -> None:
     """Count the messages by state, and show the relays that run with their buckets."""
-    found = run(store, table, lambda opened: opened.operations.stats())
+    found = run(store, table, lambda operations: operations.stats())
     if as_json:
         show.print_json(stats_as_json(found))
     else:
@@ -59,10 +62,10 @@ def redrive(
 ) -> None:
     """Send dead messages again, with the same ids, after what waits now of their keys."""
 
-    async def move(opened: Opened) -> int:
+    async def move(operations: OutboxOperations) -> int:
         if ids:
-            return await opened.operations.redrive(ids)
-        return await opened.operations.redrive_all(type=type)
+            return await operations.redrive(ids)
+        return await operations.redrive_all(type=type)
 
     if bool(ids) == every or (ids and type is not None):
         fail("give one ID or several, or --all, with --type or without")
@@ -81,8 +84,8 @@ def forget(
 ) -> None:
     """Delete a message for good, dead or not: it is never sent, unless a relay has it in hand."""
 
-    async def drop(opened: Opened) -> None:
-        if not await opened.operations.forget(id):
+    async def drop(operations: OutboxOperations) -> None:
+        if not await operations.forget(id):
             raise ConfigurationError(f"there is no message {id}: nothing was forgotten")
 
     if not (yes or confirmed(f"Forget the message {id}, so that it is never sent?")):
@@ -113,9 +116,5 @@ def sql(
 @schema.command()
 def create(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX) -> None:
     """Create the tables and their indexes where they are missing."""
-
-    async def make(opened: Opened) -> None:
-        await opened.operations.create_schema()
-
-    run(store, table, make, create=True)
+    run(store, table, lambda operations: operations.create_schema(), create=True)
     typer.echo(f"tables {table}, {table}_dead, {table}_lease and {table}_position are there")

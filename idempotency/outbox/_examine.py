@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Table, inspect, text
 from idempotency._outbox.emit import OUTBOX
 from idempotency._outbox.table import Tables, storage_sql
 from idempotency._sql.tables import full_name
-from idempotency.outbox._horizons import mysql_transaction, postgresql_horizon
+from idempotency.outbox._cleaning import mysql_holder, postgresql_holder
 from idempotency.outbox._states import OutboxStats, read_stats
 from idempotency.stores.base import Finding
 
@@ -114,7 +114,7 @@ def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
                 "note", f"{name} has {dead} deleted rows beside {live}: relays read slowly until they are cleaned away"
             )
         )
-    horizon = postgresql_horizon(connection)
+    horizon = postgresql_holder(connection)
     if horizon is not None:
         findings.append(Finding("fix" if many else "note", horizon))
     return findings
@@ -125,7 +125,7 @@ def _mysql(connection: Connection, table: Table) -> list[Finding]:
     findings = []
     if options.get(f"{connection.dialect.name}_engine", "InnoDB") != "InnoDB":
         findings.append(Finding("fix", f"{full_name(connection, table)} is not InnoDB: it has no transactions"))
-    transaction = mysql_transaction(connection)
+    transaction = mysql_holder(connection)
     if transaction is not None:
         findings.append(Finding("note", transaction))
     return findings

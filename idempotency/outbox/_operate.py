@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from idempotency._outbox.emit import OUTBOX, Outbox
+from idempotency._durations import DAY, positive
+from idempotency._outbox.emit import Outbox
 from idempotency._outbox.table import Tables
-from idempotency._sql.engines import check_backend
-from idempotency._sql.failures import describe_failure
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.errors import ConfigurationError, StoreError
+from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._examine import examine
 from idempotency.outbox._redrive import dead_ids, last_dead, move, next_dead, remove
 from idempotency.outbox._states import OutboxEntry, OutboxStats, read_entries, read_stats
@@ -27,22 +27,19 @@ T = TypeVar("T")
 class OutboxOperations:
     """See what is in an outbox, and redrive or forget messages.
 
-    ``engine`` is an ``AsyncEngine``, or an ``Engine``, which is used in a thread; it is never disposed of.
+    ``engine`` is an ``AsyncEngine``, an ``Engine``, which is used in a thread, or a URL, whose engine :meth:`aclose`
+    closes. ``timeout`` is in seconds, default 30: how long a verb may take.
     Every failure of the database is a :class:`~idempotency.errors.StoreError` that says what to do.
     """
 
-    def __init__(self, engine: AsyncEngine | Engine, outbox: Outbox | None = None) -> None:
-        check_backend(engine.url)
-        self._engine = engine
-        self._tables = (outbox or Outbox()).tables
+    def __init__(
+        self, engine: AsyncEngine | Engine | URL | str, outbox: Outbox | None = None, *, timeout: float = 30.0
+    ) -> None:
+        self._database = RelayDatabase(engine, (outbox or Outbox()).tables, positive("timeout", timeout, DAY))
 
     async def stats(self) -> OutboxStats:
         """Count the messages by state, and find the relays that run: one statement, which reads the whole outbox."""
         return await self._run(read_stats)
-
-    def stats_sync(self) -> OutboxStats:
-        """See :meth:`stats`; for an ``Engine``."""
-        return self._run_sync(read_stats)
 
     async def messages(
         self, *, dead: bool = False, key: str | None = None, limit: int = 100, payload: bool = False
@@ -108,28 +105,12 @@ class OutboxOperations:
         except StoreError as error:
             return [*findings, Finding("fix", str(error))]
 
+    async def aclose(self) -> None:
+        """Dispose of the engine if it was opened here, by a URL."""
+        await self._database.aclose()
+
     async def _run(self, work: Callable[..., T]) -> T:
-        if isinstance(self._engine, Engine):
-            return await asyncio.to_thread(self._run_sync, work)
-        try:
-            async with self._engine.begin() as connection:
-                return await connection.run_sync(work, self._tables)
-        except Exception as error:  # a driver whose connection dies may raise anything
-            raise self._described(error) from getattr(error, "orig", None)
-
-    def _run_sync(self, work: Callable[..., T]) -> T:
-        if isinstance(self._engine, AsyncEngine):
-            raise ConfigurationError("the outbox was given an AsyncEngine, and the verb is not awaited: pass an Engine")
-        try:
-            with self._engine.begin() as connection:
-                return work(connection, self._tables)
-        except Exception as error:  # a driver whose connection dies may raise anything
-            raise self._described(error) from getattr(error, "orig", None)
-
-    def _described(self, error: Exception) -> IdempotencyError:
-        if isinstance(error, IdempotencyError):
-            return error
-        return describe_failure(error, self._engine.url, self._tables.messages.fullname, OUTBOX)
+        return await self._database.run(partial(work, tables=self._database.tables), transaction=True)
 
 
 def _exists(connection: Connection, tables: Tables) -> bool:

@@ -209,7 +209,7 @@ def test_the_statements_of_the_tables_need_no_database() -> None:
     [
         ((), "IDEMPOTENCY_STORE"),
         (("--store", "redis://:secret@localhost"), "an outbox is in a SQL database"),
-        (("--store", "postgresql+psycopg2://app:secret@localhost/orders"), "synchronous driver"),
+        (("--store", "postgresql+nothing://app:secret@localhost/orders"), "no driver"),
         (("--store", "sqlite+aiosqlite:///nowhere.db"), "there is no SQLite database nowhere.db"),
         (("--store", "sqlite+aiosqlite://"), "in memory"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, text, update
 
-from idempotency.outbox import Outbox, _examine, _horizons
+from idempotency.outbox import Outbox, _cleaning, _examine
 from idempotency.outbox._operate import OutboxOperations
 from tests.kit.ledger import Ledger
 
@@ -131,7 +131,7 @@ async def test_who_keeps_the_database_from_cleaning_is_named_with_the_statement(
     ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A report that holds a snapshot, without the values in its query; before that, nobody is named."""
-    monkeypatch.setattr(_horizons, "LONG", 0.0)
+    monkeypatch.setattr(_cleaning, "LONG", 0.0)
     await emit(ledger, outbox)
     report = f"SELECT 'secret', 7 FROM {outbox.tables.messages.name}"
     mysql = ledger.engine.dialect.name == "mysql"
@@ -145,7 +145,7 @@ async def test_who_keeps_the_database_from_cleaning_is_named_with_the_statement(
     assert line.startswith("note ")
     assert "has been open for 0 s" in line
     assert line.endswith("; idle" if mysql else "; idle in transaction: SELECT ?, ? FROM T")
-    monkeypatch.setattr(_horizons, "LONG", 3600.0)
+    monkeypatch.setattr(_cleaning, "LONG", 3600.0)
     assert not [line for line in await said(ledger, outbox) if "cannot be cleaned away" in line]
 
 
@@ -153,7 +153,7 @@ async def test_who_keeps_the_database_from_cleaning_is_named_with_the_statement(
 async def test_a_session_that_holds_up_cleaning_of_many_rows_is_to_be_fixed(
     ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_horizons, "LONG", 0.0)
+    monkeypatch.setattr(_cleaning, "LONG", 0.0)
     monkeypatch.setattr(_examine, "MANY_DELETED", 2)
     async with ledger.engine.connect() as report:
         await report.execution_options(isolation_level="REPEATABLE READ")

@@ -44,7 +44,7 @@ _TRANSACTIONS = text(
 _HOLDS = "deleted messages cannot be cleaned away before it ends"
 
 
-def postgresql_horizon(connection: Connection) -> str | None:
+def postgresql_holder(connection: Connection) -> str | None:
     """Say who holds the oldest snapshot or transaction; None if nobody has held one for long."""
     found = connection.execute(_HORIZONS).one_or_none()
     if found is None or (found.seconds is not None and found.seconds < LONG):
@@ -58,7 +58,7 @@ def postgresql_horizon(connection: Connection) -> str | None:
     return f"{line}; {found.state}: {without_values(found.statement, 'postgresql')}"
 
 
-def mysql_transaction(connection: Connection) -> str | None:
+def mysql_holder(connection: Connection) -> str | None:
     """Say which transaction has been open for the longest time; None if none has been for long."""
     try:
         found = connection.execute(_TRANSACTIONS).one_or_none()
