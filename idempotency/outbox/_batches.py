@@ -23,7 +23,7 @@ _FULL_SCAN_SHARE = 100
 _AT_ONCE = 16
 """Keys of which a message is published at the same time, where each is published by itself."""
 
-_MOST_LEFT_OUT = 100
+_MOST_OMITTED = 100
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Batches:
     ) -> Batch:
         retried = {row.message.key for row in retries} if self._ordered else set()
         after = self._horizon.floor
-        without = blocked.keys[:_MOST_LEFT_OUT]
+        without = blocked.keys[:_MOST_OMITTED]
         first: Page | None = None
         while True:
             page: Page = await self._database.run(

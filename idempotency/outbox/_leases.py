@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from time import monotonic
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, case, delete, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, case, delete, literal_column, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from idempotency._outbox.table import BUCKETS
@@ -51,7 +51,7 @@ class Leases:
         self._database = database
         self._table = database.tables.lease
         self._milliseconds = round(seconds * 1000)
-        self._now = literal_column(NOW_MS[database.dialect])
+        self._now: ColumnElement[Any] = literal_column(NOW_MS[database.dialect])
         self._valid_until = 0.0
         # A renewal counts what it renews, so that nothing may be taken or released meanwhile.
         self._changing = asyncio.Lock()
@@ -180,7 +180,9 @@ class Buckets:
         """Become a member, so that the other relays give up their surplus; own no bucket yet."""
         self.leases.drop()
         table = self._database.tables.lease
-        ended = literal_column(NOW_MS[self._database.dialect]) - round(_FORGOTTEN * self.leases.seconds * 1000)
+        ended: ColumnElement[Any] = literal_column(NOW_MS[self._database.dialect]) - round(
+            _FORGOTTEN * self.leases.seconds * 1000
+        )
         forget = delete(table).where(table.c.name.startswith(_MEMBER, autoescape=True), table.c.until_ms < ended)
         await self._database.run(lambda connection: connection.execute(forget))
         await self.leases.create([self._member, *map(_name, range(BUCKETS))])
@@ -189,7 +191,8 @@ class Buckets:
     async def rebalance(self) -> tuple[frozenset[int], frozenset[int]]:
         """Release what is more than a fair share, or take what is missing of it and free.
 
-        It must not be called while messages are published. Return the buckets that were taken, and those among them whose last owner did not release them.
+        It must not be called while messages are published. Return the buckets that were taken, and those among them
+        whose last owner did not release them.
         """
         rows = await self.leases.look()
         surplus, wanted = share_out(rows, self.leases.owner, self.held)

@@ -73,17 +73,8 @@ class PollingRelay:
         name: str | None = None,
     ) -> None:
         self.outbox = outbox or Outbox()
-        seconds = positive("lease", lease)
-        if seconds <= publisher.delivery_timeout:
-            raise ConfigurationError(
-                f"lease must be longer than the publisher's delivery time-out, {publisher.delivery_timeout:g} s: else"
-                f" another relay would take over what is still being published; it is {seconds:g} s"
-            )
-        if not isinstance(batch, int) or batch < 1:
-            raise ConfigurationError(f"batch must be a number of messages, not {batch!r}")
-        if ordering not in ("key", "none"):
-            raise ConfigurationError(f'ordering must be "key" or "none", not {ordering!r}')
-        check_callable("on_event", on_event)
+        seconds = checked_lease(lease, publisher)
+        _check(batch, ordering, on_event)
         self._poll = positive("poll", poll[0]), positive("poll", poll[1])
         tables = self.outbox.tables
         self._database = RelayDatabase(engine, tables, min(_TIMEOUT, seconds / 3))
@@ -249,3 +240,22 @@ class PollingRelay:
         with suppress(TimeoutError):
             async with asyncio.timeout(pause):
                 await self._stopping.wait()
+
+
+def checked_lease(lease: float | timedelta, publisher: Publisher) -> float:
+    """Return the lease in seconds; ConfigurationError unless it is longer than a message may take."""
+    seconds = positive("lease", lease)
+    if seconds <= publisher.delivery_timeout:
+        raise ConfigurationError(
+            f"lease must be longer than the publisher's delivery time-out of {publisher.delivery_timeout:g} s, not"
+            f" {seconds:g} s: another relay would take over what is still being published"
+        )
+    return seconds
+
+
+def _check(batch: int, ordering: Ordering, on_event: RelayHook) -> None:
+    if not isinstance(batch, int) or batch < 1:
+        raise ConfigurationError(f"batch must be a number of messages, not {batch!r}")
+    if ordering not in ("key", "none"):
+        raise ConfigurationError(f'ordering must be "key" or "none", not {ordering!r}')
+    check_callable("on_event", on_event)
