@@ -29,6 +29,7 @@ from idempotency._cli.lookup import (
 from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
+from idempotency._cli.relay import relay
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
@@ -56,6 +57,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
+app.command()(relay)
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 
