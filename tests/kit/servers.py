@@ -242,7 +242,8 @@ def system_postgres_binaries() -> Path | None:
 class PostgresServer(Server):
     """A private PostgreSQL: of the wheel (18), else the newest installed. ``settings`` are as in postgresql.conf.
 
-    ``programs``: a directory of programs of another version. PostgreSQL refuses to run as root; started by root, it runs as nobody.
+    ``programs``: a directory of programs of another version. PostgreSQL refuses to run as root; started by root, it
+    runs as nobody.
     """
 
     def __init__(self, programs: Path | None = None, **settings: str) -> None:
