@@ -86,23 +86,34 @@ def read_slot(connection: Connection, name: str) -> SlotState | None:
 
 
 class Slot:
-    """The slot of one relay. ``messages``: it reads messages with the name of ``table``, and not the table's rows."""
+    """The slot of one relay. ``prefix``: it reads messages with this prefix; None: it reads the rows of ``table``."""
 
-    def __init__(self, name: str, publication: str, table: Table, *, messages: bool) -> None:
+    def __init__(self, name: str, publication: str, table: Table, prefix: str | None) -> None:
         if not _SLOT_NAME.fullmatch(name):
             raise ConfigurationError(f"slot must be 1 to 63 small letters, digits and _, not {name!r}")
         if not _PUBLICATION_NAME.fullmatch(publication):
             raise ConfigurationError(f"publication must be an identifier of at most 63 characters, not {publication!r}")
         self.name = name
         self.publication = publication
-        self.messages = messages
+        self.messages = prefix is not None
+        self._prefix = prefix
         self._table = table
+        self._schema = ""
+
+    @property
+    def source(self) -> tuple[str, str, str | None]:
+        """Return the schema and the name of the table, and the prefix of messages, as the log has them."""
+        return self._schema, self._table.name, self._prefix
 
     def read(self, connection: Connection) -> SlotState | None:
         """Return what the server says of the slot; None if there is none.
 
         Raises :class:`~idempotency.errors.ConfigurationError` for a slot that is not ours.
         """
+        named = text(
+            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid WHERE c.oid = to_regclass(:name)"
+        )
+        self._schema = connection.execute(named, {"name": self._full_name(connection)}).scalar_one()
         state = read_slot(connection, self.name)
         here = connection.execute(text("SELECT current_database()")).scalar_one()
         if state is not None and (state.database, state.plugin) != (here, "pgoutput"):
@@ -111,28 +122,31 @@ class Slot:
             )
         return state
 
+    def publishes(self, connection: Connection) -> bool | None:
+        """Return whether the publication has the insertions of the table; None if there is no publication."""
+        return connection.execute(
+            text(
+                "SELECT p.pubinsert AND (p.puballtables OR EXISTS (SELECT FROM pg_publication_tables t"
+                " WHERE t.pubname = p.pubname AND to_regclass(quote_ident(t.schemaname) || '.' ||"
+                " quote_ident(t.tablename)) = to_regclass(:table))) FROM pg_publication p WHERE p.pubname = :name"
+            ),
+            {"name": self.publication, "table": self._full_name(connection)},
+        ).scalar()
+
     def create_publication(self, connection: Connection) -> None:
         """Create the publication where it is missing, and check it where it is there.
 
         It must be there before the slot: the server looks for it at the time of each change. It has insertions only,
         so that nothing of a relay's own work is read.
         """
-        preparer = connection.dialect.identifier_preparer
-        schema: Any = connection.schema_for_object(self._table)
-        table = preparer.format_table(self._table, schema)
-        found = connection.execute(
-            text(
-                "SELECT p.pubinsert AND (p.puballtables OR EXISTS (SELECT FROM pg_publication_tables t"
-                " WHERE t.pubname = p.pubname AND to_regclass(quote_ident(t.schemaname) || '.' ||"
-                " quote_ident(t.tablename)) = to_regclass(:table))) FROM pg_publication p WHERE p.pubname = :name"
-            ),
-            {"name": self.publication, "table": table},
-        ).scalar()
+        table = self._full_name(connection)
+        found = self.publishes(connection)
         if found is None:
+            quote = connection.dialect.identifier_preparer.quote
             of_table = "" if self.messages else f" FOR TABLE {table}"
             self._run(
                 connection,
-                f"CREATE PUBLICATION {preparer.quote(self.publication)}{of_table} WITH (publish = 'insert')",
+                f"CREATE PUBLICATION {quote(self.publication)}{of_table} WITH (publish = 'insert')",
                 f"make its user the owner of {table} and GRANT CREATE ON DATABASE, or create the publication yourself",
             )
         elif not found and not self.messages:
@@ -141,14 +155,18 @@ class Slot:
                 f' "{self.publication}" ADD TABLE {table}, or give publication= another name'
             )
 
-    def create(self, connection: Connection, version: int) -> None:
+    def create(self, connection: Connection) -> None:
         """Create the slot. The server first waits for the transactions that are writing at this moment."""
-        options = ", failover => true" if version >= FAILS_OVER else ""
+        options = ", failover => true" if version_of(connection) >= FAILS_OVER else ""
         self._run(
             connection,
             f"SELECT pg_create_logical_replication_slot('{self.name}', 'pgoutput'{options})",
             "ALTER ROLE ... REPLICATION, or what your provider has in its place, such as rds_replication",
         )
+
+    def _full_name(self, connection: Connection) -> str:
+        schema: Any = connection.schema_for_object(self._table)
+        return connection.dialect.identifier_preparer.format_table(self._table, schema)
 
     def _run(self, connection: Connection, statement: str, remedy: str) -> None:
         try:
@@ -173,7 +191,10 @@ class Slot:
         """
         # Values are written as text of this session.
         connection.execute(
-            text("SELECT set_config('bytea_output', 'hex', true), set_config('client_encoding', 'UTF8', true)")
+            text(
+                "SELECT set_config('bytea_output', 'hex', true), set_config('client_encoding', 'UTF8', true),"
+                " set_config('statement_timeout', '0', true)"
+            )
         )
         connection.execute(
             text(
@@ -187,11 +208,11 @@ class Slot:
         options = f"""'proto_version', '1', 'publication_names', '"{self.publication}"'"""
         return f"{options}, 'messages', 'true'" if self.messages else options
 
-    def advance(self, connection: Connection, lsn: int, version: int) -> None:
+    def advance(self, connection: Connection, lsn: int) -> None:
         """Let the server forget the log up to ``lsn``, unless the slot is further already."""
         to = format_lsn(lsn)
         where = f"FROM pg_replication_slots WHERE slot_name = '{self.name}' AND confirmed_flush_lsn < '{to}'"
-        if version >= ADVANCES:
+        if version_of(connection) >= ADVANCES:
             connection.execute(text(f"SELECT pg_replication_slot_advance(slot_name, '{to}') {where}"))
         elif connection.execute(text(f"SELECT 1 {where}")).scalar():
             # As its result, this function decodes once more what was read already.
@@ -206,6 +227,12 @@ class Slot:
 def end_of_log(connection: Connection) -> int:
     """Return the place up to which the log is on disk: every transaction that is visible as durable ends before it."""
     return int(connection.execute(text("SELECT pg_current_wal_flush_lsn() - '0/0'")).scalar_one())
+
+
+def version_of(connection: Connection) -> int:
+    """Return the version of the server."""
+    version = connection.dialect.server_version_info
+    return int(version[0]) if version else 0
 
 
 def is_busy(error: DBAPIError) -> bool:
