@@ -13,11 +13,13 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.log_message import write_messages
 from idempotency._outbox.message import Message, time_ordered_id
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, emitted_at, tables_named
+from idempotency._sql.engines import level_of
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table
 from idempotency._sql.guarded_connection import commits_by_itself
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
@@ -59,11 +61,13 @@ class Outbox:
         *,
         mode: Literal["table", "message"] = "table",
         limits: Limits | None = None,
+        notify: bool = True,
     ) -> None:
         if mode not in ("table", "message"):
             raise ConfigurationError(f"mode must be 'table' or 'message', not {mode!r}")
         self.tables = tables_named(table)
         self.mode = mode
+        self.notify = notify
         self.limits = limits or Limits()
         self._insert: dict[str, Insert] = {}
 
@@ -153,7 +157,9 @@ class Outbox:
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement."""
         connection = _connection_of(session)
-        if commits_by_itself(connection):
+        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT" or commits_by_itself(
+            connection
+        ):
             raise TransactionError(_AUTOCOMMIT)
         if self.mode == "message":
             now = [row for row in rows if row["available_ms"] is None]
@@ -162,6 +168,7 @@ class Outbox:
             rows = [row for row in rows if row["available_ms"] is not None]
         if rows:
             self._insert_rows(connection, rows)
+        emitted(session, connection, self.tables.messages.fullname, self.notify)
 
     def _insert_rows(self, connection: Connection, rows: Sequence[Row]) -> None:
         name = connection.dialect.name

@@ -25,7 +25,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency._sql.clock import NOW_MS
-from idempotency._sql.tables import create_tables, dialect_named, split_name
+from idempotency._sql.tables import create_tables, dialect_named, full_name, split_name
 
 DEFAULT_TABLE = "outbox"
 
@@ -105,11 +105,7 @@ class Tables:
         """Create the tables where they are missing, in any number of processes at once."""
         create_tables(connection, *self.all)
         if connection.dialect.name == "postgresql":
-            full_name = connection.dialect.identifier_preparer.format_table(
-                self.messages,
-                connection.schema_for_object(self.messages),  # type: ignore[arg-type]
-            )
-            connection.execute(text(storage_sql(full_name)))
+            connection.execute(text(storage_sql(full_name(connection, self.messages))))
 
 
 @lru_cache
@@ -118,9 +114,9 @@ def tables_named(name: str) -> Tables:
     return Tables(MetaData(), name)
 
 
-def storage_sql(full_name: str) -> str:
+def storage_sql(table: str) -> str:
     """Return the statement by which PostgreSQL cleans the table often enough; SQLAlchemy cannot describe that."""
-    return f"ALTER TABLE {full_name} SET ({_STORAGE})"
+    return f"ALTER TABLE {table} SET ({_STORAGE})"
 
 
 def outbox_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:

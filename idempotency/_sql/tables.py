@@ -38,15 +38,20 @@ def dialect_named(dialect: str) -> Dialect:
         raise ConfigurationError(f"dialect must be postgresql, mysql, mariadb or sqlite, not {dialect!r}") from error
 
 
+def full_name(connection: Connection, table: Table) -> str:
+    """Return the quoted name of a table, with the schema that it has on this connection."""
+    quote = connection.dialect.identifier_preparer
+    schema, name = connection.schema_for_object(table), quote.quote(table.name)
+    return name if schema is None else f"{quote.quote_schema(schema)}.{name}"
+
+
 def create_tables(connection: Connection, *tables: Table) -> None:
     """Create the tables and their indexes where they are missing; any number of processes may do so at once."""
     name = connection.dialect.name
     if name == "postgresql":
         # IF NOT EXISTS first looks and then creates: of two at once, one would fail on the catalogue's unique index.
-        first = tables[0]
-        schema = connection.schema_for_object(first)
-        full_name = first.name if schema is None else f"{schema}.{first.name}"
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"create {full_name}"})
+        lock = {"name": f"create {full_name(connection, tables[0])}"}
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), lock)
     for table in tables:
         # The DDL, which SQLAlchemy makes, obeys the connection's schema_translate_map by itself.
         connection.execute(CreateTable(table, if_not_exists=True))

@@ -27,7 +27,7 @@ class LogStatements(Statements):
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables, "postgresql")
         self._table = tables.messages
-        self._clock = literal_column(NOW_MS["postgresql"])
+        self._clock: Any = literal_column(NOW_MS["postgresql"])
 
     def due_in_order(self, connection: Connection, limit: int, heads_only: bool) -> list[Row]:
         """Read rows whose time has come, in order, but those that have to wait for an earlier one of their key.

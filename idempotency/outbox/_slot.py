@@ -111,7 +111,8 @@ class Slot:
         Raises :class:`~idempotency.errors.ConfigurationError` for a slot that is not ours.
         """
         named = text(
-            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid WHERE c.oid = to_regclass(:name)"
+            "SELECT nspname FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid"
+            " WHERE c.oid = to_regclass(:name)"
         )
         self._schema = connection.execute(named, {"name": self._full_name(connection)}).scalar_one()
         state = read_slot(connection, self.name)

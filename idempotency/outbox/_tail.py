@@ -1,4 +1,4 @@
-"""What the owner of a slot does: read the log in slices, publish each, and write what became of it with the position."""
+"""What the owner of a slot does: read the log in slices, publish each, and write what became of it and the position."""
 
 from __future__ import annotations
 
@@ -63,16 +63,21 @@ class Tail:
         self._next_sweep = 0.0
         self._away = False
         self._table_away = False
+        self._stopping = False
 
     @property
     def away(self) -> bool:
         """Return whether the broker has confirmed nothing of what was tried last, from the table and from the log."""
         return self._away
 
+    def stop(self) -> None:
+        """End :meth:`read_log` after the slice in hand."""
+        self._stopping = True
+
     async def begin(self, position: Position) -> None:
         """Go on from a position, as its new owner."""
         self._position, self._advanced, self._asked = position, 0, _FEWEST
-        self._away = self._table_away = False
+        self._away = self._table_away = self._stopping = False
         self._delivery.forget()
         self._keys = await self._database.run(self._statements.keys_of_table)
 
@@ -124,7 +129,7 @@ class Tail:
                 for first in range(0, len(logged), self._batch):
                     await self._deliver_logged(logged[first : first + self._batch])
                     # In message mode all of it goes into the table: the server may remove a log that is not read.
-                    if self._away and not self._slot.messages:
+                    if self._stopping or (self._away and not self._slot.messages):
                         return done
                 done += len(logged)
         complete = changes < self._asked
