@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from idempotency._cli.lookup import check_sqlite
-from idempotency._cli.options import DEFAULT_OUTBOX, fail
+from idempotency._cli.options import DEFAULT_OUTBOX, OutboxMode, fail
 from idempotency._sql.requirements import DATABASES, sqlalchemy_not_installed
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.outbox.publisher import Publisher
@@ -53,7 +53,9 @@ async def operations_on(url: str | None, table: str, *, create: bool = False) ->
         await operations.aclose()
 
 
-def outbox_at(url: str | None, table: str, *, create: bool = False) -> tuple[str, Outbox]:
+def outbox_at(
+    url: str | None, table: str, mode: OutboxMode = OutboxMode.TABLE, *, create: bool = False
+) -> tuple[str, Outbox]:
     """Check the URL of the database, and return it with the outbox."""
     if not url:
         raise ConfigurationError("name the database: --store URL, or IDEMPOTENCY_STORE in the environment")
@@ -66,7 +68,7 @@ def outbox_at(url: str | None, table: str, *, create: bool = False) -> tuple[str
     except ImportError as error:
         raise sqlalchemy_not_installed(scheme) from error
     read_url(url)
-    outbox = Outbox(table)
+    outbox = Outbox(table, mode=mode.value)
     if scheme.startswith("sqlite") and not create:
         check_sqlite(url, table, OUTBOX.command)
     return url, outbox

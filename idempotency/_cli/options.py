@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, NoReturn
 
 import typer
+
+
+class OutboxMode(StrEnum):
+    """Where messages are before they are published."""
+
+    TABLE = "table"
+    MESSAGE = "message"
+
 
 Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
 Table = Annotated[str | None, typer.Option(help="SQL: the name of the table, default idempotency_record.")]
@@ -29,6 +38,9 @@ Lease = Annotated[float, typer.Option(min=1, help="Seconds after which another r
 DEFAULT_LEASE = 30.0
 DEFAULT_OUTBOX = "outbox"
 OutboxTable = Annotated[str, typer.Option("--table", help="The name of the outbox's table.")]
+Mode = Annotated[
+    OutboxMode, typer.Option(help="table: messages are rows. message: they are in the log of PostgreSQL alone.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

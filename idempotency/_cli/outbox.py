@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from idempotency._cli import show
-from idempotency._cli.open_outbox import run
-from idempotency._cli.options import DEFAULT_OUTBOX, AsJson, OutboxTable, Url, confirmed, fail
+from idempotency._cli.open_outbox import outbox_at, run
+from idempotency._cli.options import DEFAULT_OUTBOX, AsJson, Mode, OutboxMode, OutboxTable, Url, confirmed, fail
 from idempotency._cli.show_outbox import message_as_json, print_messages, print_stats, stats_as_json
 from idempotency.errors import ConfigurationError, IdempotencyError
 
@@ -118,3 +118,15 @@ def create(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX) -> None:
     """Create the tables and their indexes where they are missing."""
     run(store, table, lambda operations: operations.create_schema(), create=True)
     typer.echo(f"tables {table}, {table}_dead, {table}_lease and {table}_position are there")
+
+
+@outbox.command()
+def debezium(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX, mode: Mode = OutboxMode.TABLE) -> None:
+    """Print the configuration of Debezium, in place of a relay; needs no database."""
+    try:
+        database, named = outbox_at(store, table, mode)
+        from idempotency.outbox._debezium import connector_configuration
+
+        typer.echo(connector_configuration(named, database))
+    except IdempotencyError as error:
+        fail(str(error))

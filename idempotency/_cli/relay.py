@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
 from idempotency._cli.open_outbox import outbox_at, publisher_at
-from idempotency._cli.options import DEFAULT_LEASE, DEFAULT_OUTBOX, Lease, OutboxTable, Publish, Url, fail
+from idempotency._cli.options import (
+    DEFAULT_LEASE,
+    DEFAULT_OUTBOX,
+    Lease,
+    Mode,
+    OutboxMode,
+    OutboxTable,
+    Publish,
+    Url,
+    fail,
+)
 from idempotency.errors import IdempotencyError
 
 if TYPE_CHECKING:
+    from idempotency._outbox.emit import Outbox
+    from idempotency.outbox._log import LogRelay
     from idempotency.outbox._poll import PollingRelay
+    from idempotency.outbox.publisher import Publisher as AnyPublisher
+
+    AnyRelay = LogRelay | PollingRelay
 
 
 class Ordering(StrEnum):
@@ -36,37 +51,57 @@ def relay(
     ordering: Annotated[
         Ordering, typer.Option(help="key: messages of a key in order. none: a message that fails delays no other.")
     ] = Ordering.KEY,
+    log: Annotated[bool, typer.Option("--log", help="Read the log of PostgreSQL, and not the table.")] = False,
+    slot: Annotated[str | None, typer.Option(help="With --log: the name of the slot.")] = None,
+    mode: Mode = OutboxMode.TABLE,
+    unlimited: Annotated[
+        bool, typer.Option("--allow-unlimited-wal", help="With --log: run although the log can fill the disk.")
+    ] = False,
 ) -> None:
     """Publish the messages of an outbox for ever.
 
     SIGTERM or SIGINT lets it finish the batch in hand and end; a second one ends it at once.
     """
 
-    async def work() -> None:
-        publisher = publisher_at(publish)
-        try:
-            database, outbox = outbox_at(store, table)
-            from idempotency.outbox._poll import PollingRelay
+    def on(database: str, outbox: Outbox, publisher: AnyPublisher) -> AnyRelay:
+        from idempotency.outbox._log import LogRelay
+        from idempotency.outbox._poll import PollingRelay
 
-            relay = PollingRelay(database, publisher, outbox=outbox, lease=lease, batch=batch, ordering=ordering.value)
-            await _run(relay, f"relaying {table} of {_database(database)} to {_place(publish or '')}")
-        finally:
-            await publisher.aclose()
+        common: Any = {"outbox": outbox, "lease": lease, "batch": batch}
+        if log:
+            return LogRelay(database, publisher, slot=slot, allow_unlimited_wal=unlimited, **common)
+        return PollingRelay(database, publisher, ordering=ordering.value, **common)
 
+    if log and ordering is not Ordering.KEY:
+        fail("--ordering none is for a relay without --log")
+    if not log and (slot is not None or mode is not OutboxMode.TABLE or unlimited):
+        fail("--slot, --mode and --allow-unlimited-wal need --log")
     try:
-        asyncio.run(work())
+        asyncio.run(_relay(store, publish, table, mode, on))
     except IdempotencyError as error:
         fail(str(error))
 
 
-async def _run(relay: PollingRelay, announcement: str) -> None:
-    with _stopped_by_signals(relay):
-        typer.echo(announcement)
-        await relay.run()
+async def _relay(
+    store: str | None,
+    publish: str | None,
+    table: str,
+    mode: OutboxMode,
+    on: Callable[[str, Outbox, AnyPublisher], AnyRelay],
+) -> None:
+    publisher = publisher_at(publish)
+    try:
+        database, outbox = outbox_at(store, table, mode)
+        relay = on(database, outbox, publisher)
+        with _stopped_by_signals(relay):
+            typer.echo(f"relaying {table} of {_database(database)} to {_place(publish or '')}")
+            await relay.run()
+    finally:
+        await publisher.aclose()
 
 
 @contextmanager
-def _stopped_by_signals(relay: PollingRelay) -> Iterator[None]:
+def _stopped_by_signals(relay: AnyRelay) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from sqlalchemy import Connection, Table, inspect, text
+from sqlalchemy import Connection, Table, inspect, select, text
 
 from idempotency._outbox.emit import OUTBOX
 from idempotency._outbox.table import Tables, storage_sql
 from idempotency._sql.tables import full_name
 from idempotency.outbox._cleaning import mysql_holder, postgresql_holder
+from idempotency.outbox._names import slot_of
+from idempotency.outbox._slot_checks import slot_findings
 from idempotency.outbox._states import OutboxStats, read_stats
 from idempotency.stores.base import Finding
 
@@ -28,16 +30,15 @@ def examine(connection: Connection, tables: Tables) -> list[Finding]:
     missing = _examine_columns(connection, tables)
     if missing:
         return missing
-    by_dialect: dict[str, Callable[[Connection, Table], list[Finding]]] = {
+    by_dialect: dict[str, Callable[[Connection, Tables], list[Finding]]] = {
         "postgresql": _postgresql,
         "mysql": _mysql,
         "mariadb": _mysql,
         "sqlite": lambda *_: [],
     }
-    messages = tables.messages
-    of_database = by_dialect[connection.dialect.name](connection, messages)
+    of_database = by_dialect[connection.dialect.name](connection, tables)
     of_messages = _examine_stats(read_stats(connection, tables))
-    return [*_examine_index(connection, messages), *of_database, *of_messages]
+    return [*_examine_index(connection, tables.messages), *of_database, *of_messages]
 
 
 def _examine_columns(connection: Connection, tables: Tables) -> list[Finding]:
@@ -86,9 +87,11 @@ def _examine_index(connection: Connection, table: Table) -> list[Finding]:
     return [Finding("ok", f"{name}: index on available_ms")]
 
 
-def _postgresql(connection: Connection, table: Table) -> list[Finding]:
-    name = full_name(connection, table)
-    return [*_examine_storage(connection, name), *_examine_cleaning(connection, name)]
+def _postgresql(connection: Connection, tables: Tables) -> list[Finding]:
+    name = full_name(connection, tables.messages)
+    slots = {slot_of(tables), *connection.execute(select(tables.position.c.slot)).scalars()}
+    of_slots = [finding for slot in sorted(slots) for finding in slot_findings(connection, slot)]
+    return [*_examine_storage(connection, name), *_examine_cleaning(connection, name), *of_slots]
 
 
 def _examine_storage(connection: Connection, name: str) -> list[Finding]:
@@ -120,7 +123,8 @@ def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
     return findings
 
 
-def _mysql(connection: Connection, table: Table) -> list[Finding]:
+def _mysql(connection: Connection, tables: Tables) -> list[Finding]:
+    table = tables.messages
     options = inspect(connection).get_table_options(table.name, connection.schema_for_object(table))
     findings = []
     if options.get(f"{connection.dialect.name}_engine", "InnoDB") != "InnoDB":
