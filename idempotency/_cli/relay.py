@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,9 @@ from idempotency._cli.options import (
 )
 from idempotency.errors import IdempotencyError
 
+_SAME_SIGNAL = 0.5
+"""Seconds in which a second signal counts as the first: a terminal, or timeout(1), sends one to a process twice."""
+
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency.outbox._log import LogRelay
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from idempotency.outbox.publisher import Publisher as AnyPublisher
 
     AnyRelay = LogRelay | PollingRelay
+    _Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
 class Ordering(StrEnum):
@@ -107,11 +112,14 @@ def _stopped_by_signals(relay: AnyRelay) -> Iterator[None]:
 
     def stop() -> None:
         stopping.append(loop.create_task(relay.stop()))
+        loop.call_later(_SAME_SIGNAL, handle, signal.SIG_DFL)
+
+    def handle(handler: _Handler) -> None:
+        for number in before:
+            signal.signal(number, handler)
 
     def first(*_: object) -> None:
-        # The second signal does what it does to any process.
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
+        handle(signal.SIG_IGN)
         loop.call_soon_threadsafe(stop)
 
     before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Place:
 
         async def main() -> Any:
             engine = create_async_engine(self.target.url)
-            box = Box(engine, Outbox(self.table))
+            box = Box(engine, Outbox(self.table, notify=False))
             box.ids = self.ids
             try:
                 return await work(box)
@@ -56,7 +56,7 @@ class Place:
 
 
 @pytest.fixture
-def place(store_target: Target) -> Iterator[Place]:
+def place(store_target: Target) -> Place:
     """An outbox that the command has created."""
     place = Place(store_target)
     created = place.command("outbox", "schema", "create")
@@ -269,3 +269,28 @@ def test_doctor_examines_an_outbox_that_is_there(tmp_path: Path) -> None:
 
     assert "ok   outbox: index on available_ms\n" in CliRunner().invoke(app, ["doctor", "--store", url]).stdout
     refused(CliRunner().invoke(app, ["doctor", "--store", "redis://localhost", "--outbox", "outbox"]), "SQL database")
+
+
+def test_the_configuration_of_debezium_needs_no_database() -> None:
+    """It names the table, and has no password; on another database than PostgreSQL it is an error."""
+    url = "postgresql+asyncpg://app:secret@db/orders"
+
+    result = CliRunner().invoke(app, ["outbox", "debezium", "--store", url, "--table", "box"])
+
+    assert json.loads(result.stdout)["config"]["table.include.list"] == r"public\.box"
+    assert "secret" not in result.stdout
+    elsewhere = ["outbox", "debezium", "--store", "mysql+aiomysql://app:secret@db/orders"]
+    refused(CliRunner().invoke(app, elsewhere), "the connector is for PostgreSQL")
+
+
+@pytest.mark.stores("sqlite")
+def test_doctor_compares_the_lease_with_the_publisher(place: Place) -> None:
+    """The publisher's delivery time-out is that of its URL."""
+    asyncio.run(place.target.create())
+    doctor = ["doctor", "--store", place.target.url, "--table", place.target.name, "--outbox", place.table]
+    publish = ["--publish", "redis://localhost"]
+
+    careless = CliRunner().invoke(app, [*doctor, *publish, "--lease", "10"])
+
+    assert "fix  the lease of 10 s is not longer than the delivery time-out of " in careless.stdout
+    assert "lease" not in CliRunner().invoke(app, [*doctor, *publish, "--lease", "600"]).stdout

@@ -30,7 +30,9 @@ async def execute(ledger: Ledger, *statements: Any) -> None:
 
 async def emit(ledger: Ledger, outbox: Outbox) -> None:
     async with ledger.engine.begin() as connection:
-        await outbox.emit(connection, aggregate_type="order", aggregate_id=7, type="Placed", payload={})
+        await Outbox(outbox.tables.messages.name, notify=False).emit(
+            connection, aggregate_type="order", aggregate_id=7, type="Placed", payload={}
+        )
 
 
 @pytest.mark.stores("postgres")

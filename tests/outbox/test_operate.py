@@ -26,7 +26,7 @@ NOBODY = "00000000-0000-7000-8000-000000000000"
 @pytest.fixture
 def box(ledger: Ledger, outbox: Outbox) -> Box:
     """An outbox without messages."""
-    return Box(ledger.engine, outbox)
+    return Box(ledger.engine, Outbox(outbox.tables.messages.name, notify=False))
 
 
 @contextmanager
