@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     FromClause,
     Row,
     Select,
+    and_,
     case,
     func,
     literal,
@@ -31,6 +32,8 @@ State = Literal["due", "scheduled", "blocked", "dead"]
 ``due``: a relay publishes it next. ``scheduled``: its time has not come. ``blocked``: it was not confirmed and waits to
 be sent again, or it is behind such a message of its key. ``dead``: it was refused, or given up.
 """
+
+_KEY = ("bucket", "aggregatetype", "aggregateid")
 
 BUCKET, SLOT = "bucket-", "slot-"
 """How the names of leases begin: of one bucket, and of the reader of a slot of PostgreSQL."""
@@ -114,7 +117,7 @@ def read_stats(connection: Connection, tables: Tables) -> OutboxStats:
     )
 
 
-def _relays(rows: Sequence[Row[Any]]) -> tuple[RunningRelay, ...]:
+def _relays(rows: Iterable[Any]) -> tuple[RunningRelay, ...]:
     names: dict[str, list[str]] = {}
     for row in rows:
         if row.owner is not None:
@@ -151,9 +154,12 @@ def read_entries(
         query = select(*shown, *more).select_from(tables.dead.join(now, true()))
     else:
         query = _messages(tables, now, *shown, (row.available_ms - now.c.ms).label("due_ms"), null().label("reason"))
+    # First the few rows that are listed, since MariaDB would find the state of every row, and sort them all.
+    page = select(row.seq).order_by(row.seq).limit(limit)
     if key is not None:
-        query = query.where(row.aggregatetype + "/" + row.aggregateid == key)
-    return [_entry(found) for found in connection.execute(query.order_by(row.seq).limit(limit))]
+        page = page.where(row.aggregatetype + "/" + row.aggregateid == key)
+    listed = query.where(row.seq.in_(select(page.subquery("page").c.seq))).order_by(row.seq)
+    return [_entry(found) for found in connection.execute(listed)]
 
 
 def _entry(row: Row[Any]) -> OutboxEntry:
@@ -179,7 +185,7 @@ def _messages(tables: Tables, now: CTE, *columns: ColumnElement[Any]) -> Select[
     """Select these columns of every message that is not dead, and its state."""
     row = tables.messages.c
     heads = _retried(tables, now)
-    of_key = (heads.c.aggregatetype == row.aggregatetype) & (heads.c.aggregateid == row.aggregateid)
+    of_key = and_(*(heads.c[name] == row[name] for name in _KEY))
     state = case(
         ((row.attempts == 0) & (row.available_ms > now.c.ms), "scheduled"),
         (row.seq >= heads.c.seq, "blocked"),
@@ -193,5 +199,5 @@ def _retried(tables: Tables, now: CTE) -> FromClause:
     """Select the first message of each key that waits to be sent again: the index has these few rows."""
     row = tables.messages.alias("retried").c
     waits = (row.available_ms.is_not(None), row.attempts > 0, row.available_ms > select(now.c.ms).scalar_subquery())
-    first = select(row.aggregatetype, row.aggregateid, func.min(row.seq).label("seq")).where(*waits)
-    return first.group_by(row.aggregatetype, row.aggregateid).subquery("heads")
+    key = [row[name] for name in _KEY]
+    return select(*key, func.min(row.seq).label("seq")).where(*waits).group_by(*key).subquery("heads")
