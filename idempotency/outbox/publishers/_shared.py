@@ -11,7 +11,7 @@ Client = TypeVar("Client")
 
 
 class InUse(Generic[Client]):
-    """A client, with the number of batches that use it; ``failed``: it is not used again."""
+    """A client, with the number of batches that use it; ``failed``: no further batch uses it."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -23,10 +23,15 @@ class SharedClient(Generic[Client]):
     """Open a client at its first use, replace it after it has failed, and close it when no batch uses it any more."""
 
     def __init__(
-        self, open: Callable[[], Awaitable[Client]], close: Callable[[Client], Coroutine[None, None, None]]
+        self,
+        open: Callable[[], Awaitable[Client]],
+        close: Callable[[Client], Coroutine[None, None, None]],
+        is_open: Callable[[Client], bool] = lambda _: True,
     ) -> None:
+        """Make one; ``is_open``: whether the client says itself that it can be used, by default always."""
         self._open = open
         self._close = close
+        self._is_open = is_open
         self._opening = asyncio.Lock()
         self._current: InUse[Client] | None = None
         self._closing = set[asyncio.Task[None]]()
@@ -41,9 +46,12 @@ class SharedClient(Generic[Client]):
         async with asyncio.timeout_at(deadline), self._opening:
             if self._closed:
                 raise RuntimeError("the publisher is closed")
-            if self._current is None:
-                self._current = InUse(await self._open())
             used = self._current
+            if used is None or used.failed or not self._is_open(used.client):
+                self._current = None
+                if used is not None:
+                    self._close_unused(used)
+                self._current = used = InUse(await self._open())
             used.users += 1
         try:
             yield used

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,18 @@ from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import HELD, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import RABBITMQ
-from idempotency.outbox.publishers._client import Reopened
+from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
+from idempotency.outbox.publishers._shared import SharedClient
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
-OPTIONS = {"exchange": str, "topic": str, "delivery_timeout": float}
+OPTIONS = {"exchange": str, "topic": str, "delivery_timeout": float, "format": str, "source": str}
 CLIENT_OPTIONS = frozenset({"heartbeat", "cafile", "capath", "certfile", "keyfile", "no_verify_ssl"})
 
 _CARRIED = replace(RABBITMQ, most_bytes=sys.maxsize)
 """What every RabbitMQ carries; how large a message may be is learned from the server."""
 _LONGEST_NAME = 255
+_PROPERTIES = 1024
+"""Bytes: more than the properties of a message need beside its headers, in one frame with them."""
 _CLOSE_TIMEOUT = 2.0
 _LARGEST = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 
@@ -45,7 +48,8 @@ class AioPikaPublisher:
 
     ``connection``: a URL, or a connection of aio-pika, which is not closed. ``exchange``: its name; "" is the default
     exchange, where the routing key is the name of a queue. ``topic``: the routing key. ``delivery_timeout``: seconds
-    after which a message is given up.
+    after which a batch is given up. ``format``: ``"cloudevents"`` adds the attributes of CloudEvents as headers
+    ``cloudEvents_...``, with ``source``.
     """
 
     limits = RABBITMQ
@@ -57,6 +61,8 @@ class AioPikaPublisher:
         exchange: str = "",
         topic: Topic = DEFAULT_TOPIC,
         delivery_timeout: float = 30.0,
+        format: Format = "plain",
+        source: str = DEFAULT_SOURCE,
     ) -> None:
         if not isinstance(connection, str | AbstractConnection):
             kind = type(connection).__name__
@@ -64,18 +70,20 @@ class AioPikaPublisher:
         self.delivery_timeout = positive("delivery_timeout", delivery_timeout)
         self._exchange = exchange
         self._topic = topic_of(topic)
+        self._headers = headers_for(format, source, "cloudEvents_")
         self._source = connection
-        self._connection = Reopened(self._open, lambda each: each.connection.connected.is_set(), self._close)
+        self._shared = SharedClient(self._open, self._close, _Connection.is_open)
         self._largest = sys.maxsize
-        self._closing = set[asyncio.Task[None]]()
 
     async def publish(self, batch: Sequence[Message], /) -> list[Outcome]:
         """Publish the messages, those of different keys at once."""
+        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
         outcomes: list[Outcome] = [HELD] * len(batch)
         waiting = list(range(len(batch)))
         while waiting:
             largest = self._largest
-            for position, outcome in zip(waiting, await self._attempt([batch[each] for each in waiting]), strict=True):
+            tried = await self._attempt(deadline, [batch[each] for each in waiting])
+            for position, outcome in zip(waiting, tried, strict=True):
                 outcomes[position] = outcome
             if self._largest == largest:
                 break
@@ -85,35 +93,27 @@ class AioPikaPublisher:
 
     async def aclose(self) -> None:
         """Close the connection, if it was made from a URL."""
-        await self._connection.aclose()
-        await asyncio.gather(*self._closing)
+        await self._shared.aclose()
 
-    async def _attempt(self, batch: Sequence[Message]) -> list[Outcome]:
+    async def _attempt(self, deadline: float, batch: Sequence[Message]) -> list[Outcome]:
         """Publish the messages on a channel that no other batch uses: a return is found by the id of its message."""
-        connection = await self._connection.get()
-        try:
-            channel = await asyncio.wait_for(connection.take(self._exchange), self.delivery_timeout)
-        except TimeoutError:
-            await self._connection.drop(connection)
-            raise
-        is_clean = False
-        try:
-            outcomes = await in_chains(batch, partial(self._send, channel))
-            is_clean = not any(isinstance(outcome, RetryLater) for outcome in outcomes)
-            return outcomes
-        finally:
-            if is_clean:
-                connection.idle.append(channel)
-            else:
-                # What comes late for a message on this channel must not be taken for the answer to its next publish.
-                closing = asyncio.ensure_future(self._discard(connection, channel))
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
+        async with self._shared.used_until(deadline) as used:
+            async with asyncio.timeout_at(deadline):
+                channel = await used.client.take(self._exchange)
+            is_clean = False
+            try:
+                outcomes = await in_chains(batch, partial(self._send, channel, deadline))
+                is_clean = not any(isinstance(outcome, RetryLater) for outcome in outcomes)
+                return outcomes
+            finally:
+                used.client.give_back(channel, is_clean)
 
-    async def _send(self, channel: _Channel, message: Message) -> Outcome:
-        routing_key, headers = self._topic(message), message.wire_headers()
+    async def _send(self, channel: _Channel, deadline: float, message: Message) -> Outcome:
+        routing_key, headers = self._topic(message), self._headers(message)
         if refusal := self._refusal(channel.room, routing_key, headers, message):
             return Refused(refusal)
+        if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
+            return HELD
         sent = aio_pika.Message(
             message.payload or b"",
             headers=dict(headers),
@@ -122,7 +122,9 @@ class AioPikaPublisher:
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
         )
         try:
-            await channel.exchange.publish(sent, routing_key, mandatory=True, timeout=self.delivery_timeout)
+            await channel.exchange.publish(sent, routing_key, mandatory=True, timeout=remaining)
+        except TimeoutError:
+            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
         except PublishError:
             return Refused(f"no queue of the exchange {self._exchange!r} takes the routing key {routing_key!r}")
         except DeliveryError:
@@ -152,21 +154,10 @@ class AioPikaPublisher:
         return _Connection(self._source)
 
     async def _close(self, connection: _Connection) -> None:
-        for each in connection.idle:
-            with suppress(Exception):
-                await asyncio.wait_for(each.channel.close(), _CLOSE_TIMEOUT)
+        await connection.close_channels()
         if connection.connection is not self._source:
-            await asyncio.wait_for(connection.connection.close(), _CLOSE_TIMEOUT)
-
-    async def _discard(self, connection: _Connection, channel: _Channel) -> None:
-        try:
-            await asyncio.wait_for(channel.channel.close(), _CLOSE_TIMEOUT)
-        except TimeoutError:
-            # The client itself finds a dead connection only after minutes.
-            await self._connection.drop(connection)
-        except Exception:  # noqa: S110
-            # It is closed already.
-            pass
+            with suppress(Exception):
+                await asyncio.wait_for(connection.connection.close(), _CLOSE_TIMEOUT)
 
 
 def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
@@ -183,20 +174,62 @@ class _Channel:
     room: int
 
 
-@dataclass(eq=False)
 class _Connection:
-    """A connection, and its channels that no batch uses now."""
+    """A connection, and its channels, of which each batch has one for itself."""
 
-    connection: AbstractConnection
-    idle: list[_Channel] = field(default_factory=list)
+    def __init__(self, connection: AbstractConnection) -> None:
+        self.connection = connection
+        self._idle: list[_Channel] = []
+        self._closing = set[asyncio.Task[None]]()
+        self._is_dead = False
+
+    def is_open(self) -> bool:
+        """Return whether it can be used for another batch."""
+        return self.connection.connected.is_set() and not self._is_dead
 
     async def take(self, exchange: str) -> _Channel:
-        """Return an open channel, which the batch has for itself."""
-        while self.idle:
-            if not (found := self.idle.pop()).channel.is_closed:
+        """Return an open channel."""
+        while self._idle:
+            if not (found := self._idle.pop()).channel.is_closed:
                 return found
         channel = self.connection.channel(publisher_confirms=True, on_return_raises=True)
-        await channel.initialize()
-        used = await channel.get_exchange(exchange, ensure=False) if exchange else channel.default_exchange
-        underlay: Any = await channel.get_underlay_channel()
-        return _Channel(channel, used, underlay.max_content_size - 1024)
+        try:
+            await channel.initialize()
+            used = await channel.get_exchange(exchange, ensure=False) if exchange else channel.default_exchange
+            underlay: Any = await channel.get_underlay_channel()
+        except BaseException:
+            self._close_in_background(channel)
+            raise
+        return _Channel(channel, used, underlay.max_content_size - _PROPERTIES)
+
+    def give_back(self, channel: _Channel, is_clean: bool) -> None:
+        """Take back a channel; ``is_clean``: the broker has answered each publish on it.
+
+        On another one a late answer would be taken for the answer to the next publish of its message.
+        """
+        if is_clean:
+            self._idle.append(channel)
+        else:
+            self._close_in_background(channel.channel)
+
+    async def close_channels(self) -> None:
+        """Close every channel."""
+        for each in self._idle:
+            self._close_in_background(each.channel)
+        await asyncio.gather(*self._closing)
+
+    def _close_in_background(self, channel: AbstractChannel) -> None:
+        closing = asyncio.ensure_future(self._close(channel))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _close(self, channel: AbstractChannel) -> None:
+        try:
+            if channel.is_initialized:
+                await asyncio.wait_for(channel.close(), _CLOSE_TIMEOUT)
+        except TimeoutError:
+            # The client itself finds a dead connection only after minutes.
+            self._is_dead = True
+        except Exception:  # noqa: S110
+            # It is closed already.
+            pass

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,24 +26,27 @@ from idempotency._brokers.nats import MESSAGE_ID, size_of_headers
 from idempotency._durations import positive
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import HELD, Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import NATS
-from idempotency.outbox.publishers._client import Reopened
+from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
+from idempotency.outbox.publishers._shared import InUse, SharedClient
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
-OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float}
+OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float, "format": str, "source": str}
 CLIENT_OPTIONS = frozenset[str]()
 
 _SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TOO_LARGE_FOR_THE_STREAM = 10054
+_CLOSE_TIMEOUT = 2.0
 
 
 class NatsPublisher:
     """Publish messages to streams.
 
     ``client``: a URL, or a connected client, which is not closed. ``topic``: the subject. ``stream``: the only stream
-    that may take the messages; None: any. ``delivery_timeout``: seconds after which a message is given up.
+    that may take the messages; None: any. ``delivery_timeout``: seconds after which a batch is given up. ``format``:
+    ``"cloudevents"`` adds the attributes of CloudEvents as headers ``ce-...``, with ``source``.
 
     A client that you give buffers what is published while it reconnects: such a message is published twice.
     """
@@ -56,38 +60,41 @@ class NatsPublisher:
         topic: Topic = DEFAULT_TOPIC,
         stream: str | None = None,
         delivery_timeout: float = 30.0,
+        format: Format = "plain",
+        source: str = DEFAULT_SOURCE,
     ) -> None:
         if not isinstance(client, str | Client):
             raise ConfigurationError(f"a publisher takes a URL or a client of nats-py, not {type(client).__name__}")
         self.delivery_timeout = positive("delivery_timeout", delivery_timeout)
         self._topic = topic_of(topic)
+        self._headers = headers_for(format, source, "ce-")
         self._stream = stream
         self._source = client
-        self._connection = Reopened(self._open, lambda each: not each.client.is_closed, self._close)
+        self._shared = SharedClient(self._open, self._close, lambda each: each.client.is_connected)
 
     async def publish(self, batch: Sequence[Message], /) -> list[Outcome]:
         """Publish the messages, those of different keys at once."""
-        async with asyncio.timeout(self.delivery_timeout):
-            connection = await self._connection.get()
-        outcomes = await in_chains(batch, partial(self._send, connection))
-        if _TIMED_OUT in outcomes:
-            # The client itself finds a dead connection only after minutes.
-            await self._connection.drop(connection)
-        return outcomes
+        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
+        async with self._shared.used_until(deadline) as used:
+            return await in_chains(batch, partial(self._send, used, deadline))
 
     async def aclose(self) -> None:
         """Close the client, if it was made from a URL."""
-        await self._connection.aclose()
+        await self._shared.aclose()
 
-    async def _send(self, connection: _Connection, message: Message) -> Outcome:
-        subject, headers = self._topic(message), message.wire_headers() | {MESSAGE_ID: message.id}
-        if refusal := self._refusal(connection.client.max_payload, subject, headers, message):
+    async def _send(self, used: InUse[_Connection], deadline: float, message: Message) -> Outcome:
+        subject, headers = self._topic(message), self._headers(message) | {MESSAGE_ID: message.id}
+        if refusal := self._refusal(used.client.client.max_payload, subject, headers, message):
             return Refused(refusal)
-        options = {"headers": headers, "stream": self._stream, "timeout": self.delivery_timeout}
+        if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
+            return HELD
+        options = {"headers": headers, "stream": self._stream, "timeout": remaining}
         try:
-            acknowledged = await connection.publish(subject, message.payload or b"", **options)
+            acknowledged = await used.client.publish(subject, message.payload or b"", **options)
         except TimeoutError:
-            return _TIMED_OUT
+            # The client itself finds a dead connection only after minutes.
+            used.failed = True
+            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
         except NoStreamResponseError:
             return RetryLater(f"no stream takes the subject {subject!r}")
         except APIError as error:
@@ -108,6 +115,8 @@ class NatsPublisher:
 
     async def _open(self) -> _Connection:
         if isinstance(self._source, Client):
+            if not self._source.is_connected:
+                raise ConnectionError("the client is not connected")
             return _Connection(self._source)
         in_flight = set[asyncio.Future[PubAck]]()
 
@@ -130,21 +139,20 @@ class NatsPublisher:
                 error_cb=on_error,
             )
         except BaseException:
-            await client.close()
+            with suppress(Exception):
+                await client.close()
             raise
         return _Connection(client, in_flight)
 
     async def _close(self, connection: _Connection) -> None:
         if connection.client is not self._source:
-            await connection.client.close()
+            with suppress(Exception):
+                await asyncio.wait_for(connection.client.close(), _CLOSE_TIMEOUT)
 
 
 def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
     """Make a publisher with the options of a URL's query."""
     return NatsPublisher(url, **options)
-
-
-_TIMED_OUT = RetryLater("the server did not confirm it in time")
 
 
 @dataclass(eq=False)
@@ -160,7 +168,7 @@ class _Connection:
     async def publish(self, subject: str, payload: bytes, **options: Any) -> PubAck:
         """Publish a message, and wait until the server confirms it."""
         if not self.client.is_connected:
-            raise ConnectionError("the client is not connected")
+            raise ConnectionError("the connection was lost")
         publishing = asyncio.ensure_future(self._jetstream.publish(subject, payload, **options))
         self.in_flight.add(publishing)
         try:

@@ -29,9 +29,10 @@ from idempotency._outbox.message import ID_HEADER, TYPE_HEADER, Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Publisher, Refused, Sent
 from idempotency.outbox.publishers._brokers import REDIS
+from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
-OPTIONS = {"topic": str, "maxlen": int, "delivery_timeout": float}
+OPTIONS = {"topic": str, "maxlen": int, "delivery_timeout": float, "format": str, "source": str}
 CLIENT_OPTIONS = frozenset({"db", "username", "password", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 DATA = "__data__"
@@ -50,7 +51,8 @@ class RedisPublisher:
 
     ``client``: a URL, or a ``redis.asyncio.Redis``, which is not closed. ``topic``: the name of the stream.
     ``maxlen``: about how many entries a stream keeps; older ones are removed, also unread ones. None: all.
-    ``delivery_timeout``: seconds after which a batch is given up.
+    ``delivery_timeout``: seconds after which a batch is given up. ``format``: ``"cloudevents"`` adds the attributes of
+    CloudEvents as headers ``ce_...``, with ``source``.
     """
 
     limits = REDIS
@@ -62,6 +64,8 @@ class RedisPublisher:
         topic: Topic = DEFAULT_TOPIC,
         maxlen: int | None = None,
         delivery_timeout: float = 30.0,
+        format: Format = "plain",
+        source: str = DEFAULT_SOURCE,
     ) -> None:
         if not isinstance(client, str | Redis):
             raise ConfigurationError(f"a publisher takes a URL or a redis.asyncio.Redis, not {type(client).__name__}")
@@ -69,6 +73,7 @@ class RedisPublisher:
             raise ConfigurationError(f"maxlen must be at least 1, not {maxlen!r}")
         self.delivery_timeout = positive("delivery_timeout", delivery_timeout)
         self._topic = topic_of(topic)
+        self._headers = headers_for(format, source, "ce_")
         self._trim = () if maxlen is None else ("MAXLEN", "~", maxlen)
         self._owned = isinstance(client, str)
         self._client = _client(client) if isinstance(client, str) else client
@@ -87,10 +92,11 @@ class RedisPublisher:
             # One transaction: where a command is refused, such as for want of memory, no later one of its key is done.
             async with self._client.pipeline(transaction=True) as pipeline:
                 for position, message in enumerate(batch):
-                    if refusal := self._refusal(message):
+                    headers = self._headers(message)
+                    if refusal := self._refusal(message, headers):
                         outcomes[position] = Refused(refusal)
                     else:
-                        pipeline.execute_command(*self._command(message))
+                        pipeline.execute_command(*self._command(message, headers))
                         added.append(position)
                 replies = await pipeline.execute(raise_on_error=False) if added else []
         for position, reply in zip(added, replies, strict=True):
@@ -116,19 +122,19 @@ class RedisPublisher:
         major, minor, *_ = f"{version}.0".split(".")
         return (int(major), int(minor)) >= _DROPS_REPEATED
 
-    def _refusal(self, message: Message) -> str | None:
-        texts = [each.encode() for pair in message.wire_headers().items() for each in pair]
+    def _refusal(self, message: Message, headers: Mapping[str, str]) -> str | None:
+        texts = [each.encode() for pair in headers.items() for each in pair]
         if len(texts) // 2 > _MOST_HEADERS or max(map(len, texts)) > _LONGEST_TEXT:
             return f"it has a header of more than {_LONGEST_TEXT} bytes, or more headers than that"
         return self.limits.refusal(message)
 
-    def _command(self, message: Message) -> list[Any]:
+    def _command(self, message: Message, headers: Mapping[str, str]) -> list[Any]:
         identity = ("IDMP", _PRODUCER, message.id) if self._drops_repeated else ()
         fields: dict[str, str | bytes] = {
             ID_HEADER: message.id,
             TYPE_HEADER: message.type,
             "key": message.aggregate_id,
-            DATA: _packed(message.wire_headers(), message.payload or b""),
+            DATA: _packed(headers, message.payload or b""),
         }
         pairs = [each for pair in fields.items() for each in pair]
         return ["XADD", self._topic(message), *identity, *self._trim, "*", *pairs]
