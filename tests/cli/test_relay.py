@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pytest
 from typer.testing import CliRunner
@@ -22,33 +16,9 @@ from idempotency._cli.relay import _place
 from idempotency.outbox._log import LogRelay
 from idempotency.outbox._poll import PollingRelay
 from tests.cli.test_outbox import Place, place, refused
-from tests.kit.paths import ROOT
+from tests.kit.relay_process import PRINTED, SLOWLY, relaying
 
 __all__ = ["place"]
-
-PRINTED = "tests.kit.relay_functions:printed"
-SLOWLY = "tests.kit.relay_functions:printed_slowly"
-
-
-@contextmanager
-def relaying(place: Place, function: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """Run a relay in another process; gives it once it has said that it relays, and what it prints."""
-    arguments = ["relay", "--table", place.table, "--publish", function, "--lease", "60"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "idempotency", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "IDEMPOTENCY_STORE": place.target.url},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            said = process.stdout.readline()
-            assert said.startswith(f"relaying {place.table} of ")
-            assert said.endswith(f" to {function}\n")
-            yield process, process.stdout
-        finally:
-            process.kill()
 
 
 @pytest.mark.stores("sqlite", "postgres")
@@ -56,7 +26,7 @@ def relaying(place: Place, function: str) -> Iterator[tuple[subprocess.Popen[str
 def test_a_relay_runs_until_it_is_told_to_stop(place: Place, number: signal.Signals) -> None:
     """It publishes what is there and what comes, and gives back its buckets when it ends."""
     place.emit("before")
-    with relaying(place, PRINTED) as (process, output):
+    with relaying(place.target.url, place.table, PRINTED) as (process, output):
         assert output.readline() == "published before\n"
         place.emit("later")
         assert output.readline() == "published later\n"
@@ -72,7 +42,7 @@ def test_a_relay_runs_until_it_is_told_to_stop(place: Place, number: signal.Sign
 @pytest.mark.stores("sqlite")
 def test_the_batch_in_hand_is_finished(place: Place) -> None:
     """Also if the signal is sent twice at once, as by a terminal."""
-    with relaying(place, SLOWLY) as (process, output):
+    with relaying(place.target.url, place.table, SLOWLY) as (process, output):
         place.emit("short")
         assert output.readline() == "begun short\n"
 
@@ -88,7 +58,7 @@ def test_the_batch_in_hand_is_finished(place: Place) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say which signals are caught")
 def test_a_second_signal_ends_it_at_once(place: Place) -> None:
     """The message in hand is published again by the next relay."""
-    with relaying(place, SLOWLY) as (process, output):
+    with relaying(place.target.url, place.table, SLOWLY) as (process, output):
         place.emit("endless")
         assert output.readline() == "begun endless\n"
 
