@@ -1,0 +1,212 @@
+"""What the owner of a slot does: read the log in slices, publish each, and write what became of it and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+from time import monotonic
+
+from sqlalchemy import Connection, text
+
+from idempotency.errors import StoreError
+from idempotency.outbox._changes import Logged, LogReader
+from idempotency.outbox._database import RelayDatabase
+from idempotency.outbox._deliver import Delivery, Judged
+from idempotency.outbox._held import HeldConnection
+from idempotency.outbox._ledger import Ledger, Position
+from idempotency.outbox._log_statements import ALL_BUCKETS, LogStatements
+from idempotency.outbox._slot import Slot, end_of_log
+from idempotency.outbox._statements import Key, Row
+from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater
+
+_CURSOR = "idempotency_log"
+_FETCH = text(f"FETCH FORWARD 3000 FROM {_CURSOR}")
+
+_FEWEST, _MOST = 3_000, 300_000
+_LONG = 4.0
+"""How many changes one look at the log asks for, and after how many seconds of work the next one asks for fewer."""
+
+_PEEK_TIMEOUT = 600.0
+"""Seconds in which a server decodes what it was asked for. It begins at the oldest transaction that was open."""
+
+_SWEEP = 30.0
+"""Seconds between two looks for rows that the log does not deliver."""
+
+
+class SupersededError(StoreError):
+    """The lease is over, or another relay has moved the position of the slot."""
+
+
+class BrokerAwayError(StoreError):
+    """The broker confirmed nothing while the table was scanned."""
+
+
+class Tail:
+    """The log after one slot. ``lease_remaining``: for how many seconds the slot is owned."""
+
+    def __init__(
+        self, database: RelayDatabase, slot: Slot, delivery: Delivery, batch: int, lease_remaining: Callable[[], float]
+    ) -> None:
+        self._database = database
+        self._slot = slot
+        self._delivery = delivery
+        self._batch = batch
+        self._lease_remaining = lease_remaining
+        self._ledger = Ledger(database.tables.position, slot.name)
+        self._statements = LogStatements(database.tables)
+        self._position = Position(0, 0)
+        self._advanced = 0
+        self._asked = _FEWEST
+        self._keys: set[Key] = set()
+        self._numbers = count(-1, -1)
+        self._next_sweep = 0.0
+        self._away = False
+        self._table_away = False
+        self._stopping = False
+
+    @property
+    def away(self) -> bool:
+        """Return whether the broker has confirmed nothing of what was tried last, from the table and from the log."""
+        return self._away
+
+    def stop(self) -> None:
+        """End :meth:`read_log` after the slice in hand."""
+        self._stopping = True
+
+    async def begin(self, position: Position) -> None:
+        """Go on from a position, as its new owner."""
+        self._position, self._advanced, self._asked = position, 0, _FEWEST
+        self._away = self._table_away = self._stopping = False
+        self._delivery.forget()
+        self._keys = await self._database.run(self._statements.keys_of_table)
+
+    async def scan(self, highest: int | None = None) -> int:
+        """Publish the rows of the table up to ``highest``, by default to the highest one there is now."""
+        self._keys = await self._database.run(self._statements.keys_of_table)
+        seen = await self._database.run(self._statements.range_of_log)
+        last = highest if highest is not None or seen is None else seen[1]
+        after, done = 0, 0
+        while seen is not None:
+            page = await self._database.run(
+                partial(self._statements.scan, after=after, buckets=ALL_BUCKETS, without=(), limit=self._batch)
+            )
+            rows = [row for row in page.rows if last is None or row.seq <= last]
+            if not rows:
+                break
+            await self._deliver(rows)
+            if self._away:
+                raise BrokerAwayError("the broker confirms nothing: the rows of the table are not all published yet")
+            after, done = rows[-1].seq, done + len(rows)
+        return done
+
+    async def serve_table(self) -> int:
+        """Publish the rows that are due and that the log does not deliver; return how many are done with."""
+        rows = await self._database.run(
+            partial(self._statements.due_in_order, limit=self._batch, heads_only=self._table_away)
+        )
+        done = 0
+        if rows:
+            judged = self._delivery.judge(rows, await self._publish(rows))
+            await self._settle(judged, rows, [])
+            done = len(rows) - len(judged.blocking) - len(judged.untouched)
+        self._table_away, self._away = self._away, False
+        if len(rows) < self._batch and self._keys:
+            self._keys = await self._database.run(self._statements.keys_of_table)
+        return done
+
+    async def read_log(self) -> int:
+        """Publish what was committed since the last time, as much as takes some seconds; return how many messages."""
+        swept = await self._range_to_sweep()
+        end = await self._database.run(end_of_log)
+        reader = LogReader(*self._slot.source, self._position)
+        began, changes, done = monotonic(), 0, 0
+        async with HeldConnection(self._database, _PEEK_TIMEOUT) as held:
+            await held.run(partial(self._slot.begin_peek, cursor=_CURSOR, most=self._asked))
+            while data := await held.run(_fetch):
+                changes += len(data)
+                logged = reader.read(data)
+                for first in range(0, len(logged), self._batch):
+                    await self._deliver_logged(logged[first : first + self._batch])
+                    # In message mode all of it goes into the table: the server may remove a log that is not read.
+                    if self._stopping or (self._away and not self._slot.messages):
+                        return done
+                done += len(logged)
+        complete = changes < self._asked
+        self._adapt(complete, monotonic() - began)
+        await self._advance(max(end, reader.end) if complete else reader.end)
+        if complete and swept is not None:
+            await self._sweep(swept)
+        return done
+
+    def _adapt(self, complete: bool, seconds: float) -> None:
+        # A transaction is open meanwhile, which keeps the server from cleaning its tables.
+        if seconds > _LONG:
+            self._asked = max(_FEWEST, self._asked // 2)
+        elif not complete:
+            self._asked = min(_MOST, self._asked * 2)
+
+    async def _advance(self, lsn: int) -> None:
+        if lsn > self._advanced:
+            await self._database.run(partial(self._slot.advance, lsn=lsn))
+            self._advanced = lsn
+
+    async def _range_to_sweep(self) -> tuple[int, int] | None:
+        if self._slot.messages or monotonic() < self._next_sweep:
+            return None
+        self._next_sweep = monotonic() + _SWEEP
+        return await self._database.run(self._statements.range_of_log)
+
+    async def _sweep(self, swept: tuple[int, int]) -> None:
+        """Publish rows that were there before the log was read to its end, and are there still.
+
+        The log does not have them: the publication was changed, or the slot was dropped and created by hand.
+        """
+        now = await self._database.run(self._statements.range_of_log)
+        if now is not None and now[0] <= swept[1]:
+            await self.scan(swept[1])
+
+    async def _deliver_logged(self, logged: Sequence[Logged]) -> None:
+        rows = [Row(each.seq or next(self._numbers), 0, False, each.message) for each in logged]
+        refused = {row.seq: each.refused for row, each in zip(rows, logged, strict=True) if each.refused}
+        await self._deliver(rows, refused, logged[-1].position)
+
+    async def _deliver(
+        self, rows: Sequence[Row], refused: dict[int, str] | None = None, position: Position | None = None
+    ) -> None:
+        """Publish rows of the log, but those whose key is served from the table: these go there."""
+        outcomes: dict[int, Outcome] = {seq: Refused(reason) for seq, reason in (refused or {}).items()}
+        ready = [row for row in rows if row.message.key not in self._keys]
+        unsent = [row for row in ready if row.seq not in outcomes]
+        if unsent:
+            # In message mode, once the broker is away.
+            sent = [HELD] * len(unsent) if self._away else await self._publish(unsent)
+            outcomes.update({row.seq: outcome for row, outcome in zip(unsent, sent, strict=True)})
+        judged = self._delivery.judge(ready, [outcomes[row.seq] for row in ready])
+        untouched = {row.seq for row in judged.untouched}
+        passed = [row for row in rows if row.seq in untouched or row.message.key in self._keys]
+        await self._settle(judged, rows, passed, position)
+        if position is not None:
+            self._position = position
+
+    async def _publish(self, rows: Sequence[Row]) -> list[Outcome]:
+        if self._lease_remaining() <= 0:
+            raise SupersededError("the lease is over")
+        outcomes = await self._delivery.publish(rows, self._lease_remaining)
+        self._away = all(isinstance(outcome, RetryLater) for outcome in outcomes)
+        return outcomes
+
+    async def _settle(
+        self, judged: Judged, rows: Sequence[Row], passed: Sequence[Row], position: Position | None = None
+    ) -> None:
+        def write(connection: Connection) -> None:
+            self._statements.settle_logged(connection, judged.settlement, rows, passed)
+            if position is not None and not self._ledger.move(connection, self._position, position):
+                raise SupersededError(f"another relay has moved the position of the slot {self._slot.name}")
+
+        await self._database.run(write, transaction=True)
+        self._keys.update(row.message.key for row in (*passed, *judged.blocking))
+
+
+def _fetch(connection: Connection) -> list[bytes]:
+    return [bytes(data) for (data,) in connection.execute(_FETCH)]
