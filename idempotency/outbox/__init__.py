@@ -12,27 +12,39 @@ from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused,
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency._outbox.table import outbox_sql, outbox_table
+    from idempotency.outbox._deliver import ExponentialBackoff
+    from idempotency.outbox._log import LogRelay
     from idempotency.outbox._poll import PollingRelay
+    from idempotency.outbox._slot import SlotLostError
+    from idempotency.outbox.events import RelayEvent
 
 __all__ = [
     "Duplicate",
+    "ExponentialBackoff",
     "Limits",
+    "LogRelay",
     "Message",
     "Outbox",
     "Outcome",
     "PollingRelay",
     "Publisher",
     "Refused",
+    "RelayEvent",
     "RetryLater",
     "Sent",
+    "SlotLostError",
     "outbox_sql",
     "outbox_table",
 ]
 
 # What needs SQLAlchemy is imported at its first use.
 _LAZY = {
+    "ExponentialBackoff": "idempotency.outbox._deliver",
+    "LogRelay": "idempotency.outbox._log",
     "Outbox": "idempotency._outbox.emit",
     "PollingRelay": "idempotency.outbox._poll",
+    "RelayEvent": "idempotency.outbox.events",
+    "SlotLostError": "idempotency.outbox._slot",
     "outbox_sql": "idempotency._outbox.table",
     "outbox_table": "idempotency._outbox.table",
 }
