@@ -19,13 +19,19 @@ from idempotency.consumer import Done, Replayed
 from idempotency.operation import current
 from idempotency.outbox import LogRelay, Outbox, PollingRelay, Publisher
 from idempotency.stores.sql import SQLStore
+from idempotency.testing import crash_point
 from idempotency.testing._instrument import instrument
 from idempotency.testing._points import arm, watch
 
 LEASE = 1.5
 KEYS = ("ann", "bob")
-NUMBERS = 3
+NUMBERS = 2
 PATIENCE = 40.0
+RELAYING = "the relay begins"
+"""The label between what emits and what relays."""
+
+_NAME = "outbox"
+"""The name of the tables in labels: each trial has its own."""
 
 # Started once, with everything imported: a process begins in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -115,9 +121,10 @@ def emit_and_relay(trial: Trial, label: str | None, labels: str) -> None:
     if label is None:
         watch(passed.append)
     else:
-        arm(label)
+        arm(label.replace(_NAME, trial.name))
     asyncio.run(_emit_and_relay(trial))
-    Path(labels).write_text(json.dumps(passed))
+    if label is None:
+        Path(labels).write_text(json.dumps([each.replace(trial.name, _NAME) for each in passed]))
 
 
 async def _emit_and_relay(trial: Trial) -> None:
@@ -138,6 +145,7 @@ async def _emit_and_relay(trial: Trial) -> None:
         await _drain(trial, engine)  # the slot
     for number in range(NUMBERS):
         await place(number)
+    crash_point(RELAYING)
     await _drain(trial, engine)
     await engine.dispose()
 
