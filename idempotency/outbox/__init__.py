@@ -12,16 +12,22 @@ from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused,
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency._outbox.table import outbox_sql, outbox_table
+    from idempotency.outbox._operate import OutboxOperations
+    from idempotency.outbox._states import OutboxEntry, OutboxStats, RunningRelay
 
 __all__ = [
     "Duplicate",
     "Limits",
     "Message",
     "Outbox",
+    "OutboxEntry",
+    "OutboxOperations",
+    "OutboxStats",
     "Outcome",
     "Publisher",
     "Refused",
     "RetryLater",
+    "RunningRelay",
     "Sent",
     "outbox_sql",
     "outbox_table",
@@ -30,6 +36,10 @@ __all__ = [
 # What needs SQLAlchemy is imported at its first use.
 _LAZY = {
     "Outbox": "idempotency._outbox.emit",
+    "OutboxEntry": "idempotency.outbox._states",
+    "OutboxOperations": "idempotency.outbox._operate",
+    "OutboxStats": "idempotency.outbox._states",
+    "RunningRelay": "idempotency.outbox._states",
     "outbox_sql": "idempotency._outbox.table",
     "outbox_table": "idempotency._outbox.table",
 }
