@@ -8,14 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Generic
+from urllib.parse import urlsplit
 
 from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
-from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater, in_chains
+from idempotency.errors import ConfigurationError
+from idempotency.outbox.publisher import Outcome, Refused, RetryLater, in_chains
 from idempotency.outbox.publishers._cloudevents import Format, headers_for
-from idempotency.outbox.publishers._shared import Client, InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, Client, InUse, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
+
+OPTIONS = {"topic": str, "delivery_timeout": float, "format": str, "source": str}
+CLIENT_OPTIONS = frozenset[str]()
 
 LONGEST_FOR_TOPIC = 5.0
 """Seconds to wait for a topic that the broker does not know. One that it makes by itself is there after about one."""
@@ -64,13 +69,13 @@ class KafkaPublisher(ABC, Generic[Client]):
         if reason is not None:
             return Refused(reason)
         if asyncio.get_running_loop().time() >= deadline:
-            return HELD
+            return NOT_TRIED
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._deliver(used, topic, message, _record_headers(self._headers_of(message)))
         except TimeoutError:
             used.failed = True
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
 
     @abstractmethod
     async def _open(self) -> Client: ...
@@ -81,6 +86,17 @@ class KafkaPublisher(ABC, Generic[Client]):
 
     @abstractmethod
     async def _deliver(self, used: InUse[Client], topic: str, message: Message, headers: Headers) -> Outcome: ...
+
+
+def servers_of(url: str) -> str:
+    """Return the addresses of the brokers of a URL, such as ``kafka://a:9092,b:9092``."""
+    parts = urlsplit(url)
+    if not parts.netloc or "@" in parts.netloc or parts.path.strip("/"):
+        raise ConfigurationError(
+            "the URL of Kafka has the addresses of brokers only, kafka://a:9092,b:9092: for other settings of the "
+            "client make the publisher in a module, and name it as module:name"
+        )
+    return parts.netloc
 
 
 def outcome_of(code: int, reason: str) -> Refused | RetryLater:

@@ -7,7 +7,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
+from idempotency.outbox.publisher import RetryLater
+
 Client = TypeVar("Client")
+
+NOT_TRIED = RetryLater("the time of its batch was over before it was sent", held=True)
+
+
+def not_in_time(delivery_timeout: float) -> RetryLater:
+    """Return the outcome of a message that may have been sent."""
+    return RetryLater(f"it was not confirmed within {delivery_timeout:g} seconds")
 
 
 class InUse(Generic[Client]):

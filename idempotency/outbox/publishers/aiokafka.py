@@ -10,6 +10,7 @@ sync have it (``acks="all"``).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -18,11 +19,21 @@ from aiokafka.errors import KafkaError
 
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, RetryLater, Sent
+from idempotency.outbox.publisher import Outcome, Publisher, RetryLater, Sent
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
-from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
+from idempotency.outbox.publishers._kafka import (
+    CLIENT_OPTIONS,
+    LONGEST_FOR_TOPIC,
+    OPTIONS,
+    Headers,
+    KafkaPublisher,
+    outcome_of,
+    servers_of,
+)
 from idempotency.outbox.publishers._shared import InUse
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
+
+__all__ = ["CLIENT_OPTIONS", "OPTIONS", "AiokafkaPublisher", "from_url"]
 
 _LONGEST_CLOSE = 1.0
 
@@ -30,8 +41,8 @@ _LONGEST_CLOSE = 1.0
 class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
     """Publish messages to Kafka.
 
-    ``servers_or_producer``: the addresses of brokers, such as ``"kafka://localhost:9092"`` or ``"a:9092,b:9092"``, with
-    which a producer is made, or a producer that is started. ``topic``: default ``outbox.event.{aggregate_type}``.
+    ``servers_or_producer``: the addresses of brokers, such as ``"a:9092,b:9092"``, with which a producer is made, or a
+    producer that is started. ``topic``: default ``outbox.event.{aggregate_type}``.
     ``delivery_timeout``: seconds after which a batch is given up, default 30. ``format``: default ``"plain"``;
     ``"cloudevents"`` adds the attributes of CloudEvents as headers ``ce_...``, with ``source``. Other arguments are
     settings of the producer that is made, such as ``security_protocol``.
@@ -105,12 +116,16 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
         return Sent()
 
 
+def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
+    """Make a publisher with the options of a URL's query."""
+    return AiokafkaPublisher(servers_of(url), **options)
+
+
 def _settings(servers: str, timeout: float, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the producer that is made."""
     if settings.get("acks", "all") not in ("all", -1) or settings.get("enable_idempotence", True) is not True:
         raise ConfigurationError("acks must be 'all', and enable_idempotence True: else messages are lost")
-    addresses = servers.removeprefix("kafka://").rstrip("/").split(",")
-    chosen = {"request_timeout_ms": round(timeout * 1000), **settings, "bootstrap_servers": addresses}
+    chosen = {"request_timeout_ms": round(timeout * 1000), **settings, "bootstrap_servers": servers.split(",")}
     return {**chosen, "acks": "all", "enable_idempotence": True}
 
 

@@ -54,8 +54,9 @@ class TestContract(BehindProxy, PublisherContract):
         return urlsplit(url()).port or 4222
 
     @pytest.fixture
-    async def publisher(self, place: str, proxy: Proxy) -> AsyncIterator[NatsPublisher]:
-        publisher = NatsPublisher(with_port(url(), proxy.port), topic=f"{place}.{{aggregate_type}}", delivery_timeout=2)
+    async def publisher(self, place: str, proxy: Proxy, delivery_timeout: float) -> AsyncIterator[NatsPublisher]:
+        server, topic = with_port(url(), proxy.port), f"{place}.{{aggregate_type}}"
+        publisher = NatsPublisher(server, topic=topic, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 

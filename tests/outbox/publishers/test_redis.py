@@ -58,12 +58,11 @@ class TestContract(BehindProxy, PublisherContract):
 
     @pytest.fixture
     async def publisher(
-        self, redis_url: str, client: redis.asyncio.Redis, place: str, proxy: Proxy
+        self, redis_url: str, client: redis.asyncio.Redis, place: str, proxy: Proxy, delivery_timeout: float
     ) -> AsyncIterator[RedisPublisher]:
         await client.set(f"{place}.nowhere", "not a stream")
-        publisher = RedisPublisher(
-            with_port(redis_url, proxy.port), topic=f"{place}.{{aggregate_type}}", delivery_timeout=2
-        )
+        url, topic = with_port(redis_url, proxy.port), f"{place}.{{aggregate_type}}"
+        publisher = RedisPublisher(url, topic=topic, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 
