@@ -26,10 +26,10 @@ from idempotency._brokers.nats import MESSAGE_ID, size_of_headers
 from idempotency._durations import positive
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import NATS
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
 OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float, "format": str, "source": str}
@@ -87,14 +87,14 @@ class NatsPublisher:
         if refusal := self._refusal(used.client.client.max_payload, subject, headers, message):
             return Refused(refusal)
         if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
-            return HELD
+            return NOT_TRIED
         options = {"headers": headers, "stream": self._stream, "timeout": remaining}
         try:
             acknowledged = await used.client.publish(subject, message.payload or b"", **options)
         except TimeoutError:
             # The client itself finds a dead connection only after minutes.
             used.failed = True
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
         except NoStreamResponseError:
             return RetryLater(f"no stream takes the subject {subject!r}")
         except APIError as error:

@@ -98,7 +98,11 @@ class RedisPublisher:
                     else:
                         pipeline.execute_command(*self._command(message, headers))
                         added.append(position)
-                replies = await pipeline.execute(raise_on_error=False) if added else []
+                try:
+                    replies = await pipeline.execute(raise_on_error=False) if added else []
+                except ResponseError as error:
+                    # The text of redis-py contains the command, and with it the message.
+                    raise type(error)("Redis has refused the transaction") from None
         for position, reply in zip(added, replies, strict=True):
             if isinstance(reply, ResponseError):
                 # Such as WRONGTYPE: the key of the stream is in use for something else.
