@@ -126,7 +126,7 @@ class NatsPublisher:
                 each.cancel()
 
         async def on_error(error: Exception) -> None:
-            # The server does not answer a message that the user may not publish. nats-py gives its text in small letters.
+            # The server does not answer a message that the user may not publish. nats-py makes its text lower case.
             for each, subject in in_flight.items():
                 if f'permissions violation for publish to "{subject.lower()}"' in str(error):
                     each.cancel()
