@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
+    ColumnElement,
     Connection,
     SmallInteger,
     TextClause,
@@ -20,7 +21,6 @@ from sqlalchemy import (
     select,
     text,
     tuple_,
-    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -37,7 +37,7 @@ _MYSQL = ("mysql", "mariadb")
 _OLDEST_OPEN = "(SELECT txid_snapshot_xmin(txid_current_snapshot()))"
 
 _WITHOUT = (0, 10, 100)
-"""How many keys a scan can leave out. Few different numbers make few different statements."""
+"""How many keys a scan can omit. Few different numbers make few different statements."""
 
 
 class Row(NamedTuple):
@@ -89,12 +89,12 @@ class Statements:
         self._messages = tables.messages
         self._dead = tables.dead
         self._columns = self._messages.c
-        self._now = literal_column(NOW_MS[dialect])
+        self._now: ColumnElement[Any] = literal_column(NOW_MS[dialect])
 
     def scan(
         self, connection: Connection, after: int, buckets: frozenset[int], without: Collection[Key], limit: int
     ) -> Page:
-        """Read rows that do not wait for a time, in order, from those after ``after``; leave out some keys."""
+        """Read rows that do not wait for a time, in order, from those after ``after``; omit some keys."""
         columns = self._columns
         statement = self._select().where(columns.seq > after, columns.available_ms.is_(None))
         statement = self._in_buckets(statement, buckets).order_by(columns.seq).limit(limit)
@@ -125,7 +125,7 @@ class Statements:
         columns = self._columns
         statement = select(columns.seq, columns.aggregatetype, columns.aggregateid)
         statement = statement.where(columns.available_ms.is_not(None), columns.attempts > 0)
-        found = connection.execute(self._in_buckets(statement, buckets))
+        found: Any = connection.execute(self._in_buckets(statement, buckets))
         return [Head(seq, (aggregate_type, aggregate_id)) for seq, aggregate_type, aggregate_id in found]
 
     def settle(self, connection: Connection, settlement: Settlement) -> int | None:
@@ -133,10 +133,8 @@ class Statements:
         for reason, seqs in settlement.dead.items():
             self._move_to_dead(connection, reason, seqs)
         for (attempts, delay), seqs in settlement.retry.items():
-            values = {"attempts": attempts, "delay": delay}
-            self._update(
-                connection, f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay", seqs, values
-            )
+            change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
+            self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
         gone = [*settlement.gone, *(seq for seqs in settlement.dead.values() for seq in seqs)]
         return self.delete(connection, gone) if gone else None
 
@@ -181,7 +179,7 @@ class Statements:
 
     def _select(self) -> Any:
         columns = self._columns
-        last = literal_column(_OLDEST_OPEN if self._dialect == "postgresql" else "0")
+        last: ColumnElement[Any] = literal_column(_OLDEST_OPEN if self._dialect == "postgresql" else "0")
         return select(
             columns.seq,
             columns.bucket,
