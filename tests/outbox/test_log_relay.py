@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -47,11 +46,11 @@ class Shop:
 
 
 @pytest.fixture(params=["table", "message"])
-async def shop(log_engine: AsyncEngine, request: pytest.FixtureRequest) -> AsyncIterator[Shop]:
+async def shop(log_engine: AsyncEngine, request: pytest.FixtureRequest) -> Shop:
     """A shop whose slot is there already."""
     shop = Shop(log_engine, request.param)
     await shop.relay().drain()
-    yield shop
+    return shop
 
 
 async def test_what_is_committed_is_published_once(shop: Shop) -> None:
@@ -264,7 +263,7 @@ async def test_one_large_transaction(shop: Shop) -> None:
 
 
 async def test_a_relay_that_was_replaced_writes_nothing(shop: Shop) -> None:
-    """It was paused beyond its lease while it published: the position of the other relay stays, and so does its work."""
+    """It was paused beyond its lease while it published: the position of the other relay stays, and so do its rows."""
     other = Recorder()
 
     class Paused(Recorder):
@@ -309,12 +308,9 @@ async def test_four_relays_at_once(log_engine: AsyncEngine) -> None:
     assert list(dict.fromkeys(shop.publisher.payloads)) == [str(number) for number in range(20)]
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("driver", "asynchronous"), [("psycopg", True), ("psycopg", False), ("psycopg2", False)])
 async def test_other_drivers(log_engine: AsyncEngine, driver: str, asynchronous: bool) -> None:
     """An async and a sync engine of psycopg, and psycopg2."""
-    if asynchronous and driver == "psycopg2":
-        pytest.skip("psycopg2 is a synchronous driver")
     url = with_driver(log_engine.url.render_as_string(hide_password=False), f"postgresql+{driver}")
     engine: Any = create_async_engine(url) if asynchronous else create_engine(url)
     shop = Shop(log_engine, "table")
