@@ -11,11 +11,10 @@ import asyncio
 import os
 import threading
 from contextlib import suppress
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, Pool
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy import Dialect, Engine, Pool
+from sqlalchemy.util import greenlet_spawn
 
 _PAUSE = 0.01
 """Seconds between two notifications."""
@@ -25,10 +24,21 @@ _AFTER_FAILURE = 1.0
 
 _TIMEOUT = 2.0
 
+_IDLE = 2.0
+"""Seconds without a notification after which its connections are closed."""
+
 
 def channel_of(table: str) -> str:
     """Return the channel on which relays of ``table`` listen; its schema does not matter."""
     return f"idempotency_{table.rpartition('.')[2]}"
+
+
+class _Place(NamedTuple):
+    """Where to notify: how connections are made, and the channel."""
+
+    pool: Pool
+    dialect: Dialect
+    channel: str
 
 
 class Notifier:
@@ -37,7 +47,7 @@ class Notifier:
     def __init__(self) -> None:
         self._starting = threading.Lock()
         self._process = 0
-        self._wanted: dict[tuple[Engine, str], None] = {}
+        self._wanted: dict[_Place, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._awake: asyncio.Event | None = None
 
@@ -45,7 +55,8 @@ class Notifier:
         """Ask for a notification. It returns at once, and never fails."""
         if self._process != os.getpid():
             self._start()
-        place = (engine, channel_of(table))
+        # Not the engine: execution_options() makes another one each time.
+        place = _Place(engine.pool, engine.dialect, channel_of(table))
         if place in self._wanted:
             return
         self._wanted[place] = None
@@ -66,47 +77,57 @@ class Notifier:
     async def _work(self) -> None:
         self._awake = awake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        connections: WeakKeyDictionary[Engine, Any] = WeakKeyDictionary()
+        connections: dict[Pool, Any] = {}
         while True:
+            awake.clear()
             if not self._wanted:
-                awake.clear()
-                if not self._wanted:
-                    await awake.wait()
-            wanted, self._wanted = self._wanted, {}
+                try:
+                    async with asyncio.timeout(_IDLE if connections else None):
+                        await awake.wait()
+                except TimeoutError:
+                    await _close(connections)
+                    continue
             pause = _PAUSE
-            for engine, channel in wanted:
+            for place in list(self._wanted):
+                # Before it is sent: a commit from here on asks again.
+                self._wanted.pop(place)
                 try:
                     async with asyncio.timeout(_TIMEOUT):
-                        await _send(engine, channel, connections)
+                        await _send(place, connections)
                 except Exception:
-                    connections.pop(engine, None)
+                    await _close(connections)
                     pause = _AFTER_FAILURE
             await asyncio.sleep(pause)
 
 
-async def _send(engine: Engine, channel: str, connections: WeakKeyDictionary[Engine, Any]) -> None:
-    """Send one notification by a connection that is made as those of the engine's pool are made."""
-    if engine not in connections:
-        connections[engine] = await greenlet_spawn(_connect, engine)
-    await greenlet_spawn(_execute, engine, connections[engine], f'NOTIFY "{channel}"')
+async def _send(place: _Place, connections: dict[Pool, Any]) -> None:
+    """Send one notification by a connection that is made as those of the application's pool are made."""
+    if place.pool not in connections:
+        connections[place.pool] = await greenlet_spawn(_connect, place)
+    await greenlet_spawn(_execute, place, connections[place.pool])
 
 
-def _connect(engine: Engine) -> Any:
-    apart: Pool = engine.pool.recreate()
-    pooled = apart.connect()
+async def _close(connections: dict[Pool, Any]) -> None:
+    while connections:
+        _, connection = connections.popitem()
+        with suppress(Exception):
+            async with asyncio.timeout(_TIMEOUT):
+                await greenlet_spawn(connection.close)
+
+
+def _connect(place: _Place) -> Any:
+    pooled = place.pool.recreate().connect()
     connection: Any = pooled.dbapi_connection
     pooled.detach()
-    engine.dialect.set_isolation_level(connection, "AUTOCOMMIT")
+    place.dialect.set_isolation_level(connection, "AUTOCOMMIT")
     return connection
 
 
-def _execute(engine: Engine, connection: Any, statement: str) -> None:
-    if engine.dialect.driver == "asyncpg":
-        await_only(connection.driver_connection.execute(statement))
-        return
+def _execute(place: _Place, connection: Any) -> None:
     cursor = connection.cursor()
-    cursor.execute(statement)
-    with suppress(Exception):
+    try:
+        cursor.execute(f'NOTIFY "{place.channel}"')
+    finally:
         cursor.close()
 
 

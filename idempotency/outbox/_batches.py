@@ -131,25 +131,24 @@ class Batches:
 
     async def settle(self, batch: Batch, judged: Judged, leases: Leases) -> None:
         """Write what becomes of the rows. A relay whose lease is over only deletes what the broker has."""
-        settlement = judged.settlement
-        self._confirmed += settlement.gone
-        if leases.valid and (settlement.dead or settlement.retry):
-            number = await self._database.run(partial(self._statements.settle, settlement=settlement), transaction=True)
-            self._confirmed.clear()
-            if number is not None:
-                self._horizon.begun(number)
-        await self._delete_confirmed()
+        self._confirmed += judged.settlement.gone
+        number = await self._delete_confirmed()
+        for step in self._statements.steps(judged.settlement):
+            if leases.valid:
+                await self._database.run(step.work, transaction=step.transaction)
         if batch.oldest_open is not None:
             self._horizon.done(_before(judged.untouched, batch.up_to), batch.oldest_open)
+        if number is not None:
+            self._horizon.begun(number)
         self._unblock(batch, judged)
 
-    async def _delete_confirmed(self) -> None:
+    async def _delete_confirmed(self) -> int | None:
         """Delete what the broker has, also after a failure, and even if it is another relay's by now."""
-        if self._confirmed:
-            number = await self._database.run(partial(self._statements.delete, seqs=self._confirmed))
-            self._confirmed.clear()
-            if number is not None:
-                self._horizon.begun(number)
+        if not self._confirmed:
+            return None
+        number = await self._database.run(partial(self._statements.delete, seqs=self._confirmed))
+        self._confirmed.clear()
+        return number
 
     def _unblock(self, batch: Batch, judged: Judged) -> None:
         blocked = self._blocked

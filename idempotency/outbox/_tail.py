@@ -9,7 +9,7 @@ from functools import partial
 from itertools import count
 from time import monotonic
 
-from sqlalchemy import Connection, text
+from sqlalchemy import CTE, Connection, text
 
 from idempotency.errors import StoreError
 from idempotency.outbox._changes import Logged, LogReader
@@ -17,9 +17,9 @@ from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._deliver import Delivery, Judged
 from idempotency.outbox._held import HeldConnection
 from idempotency.outbox._ledger import Ledger, Position
-from idempotency.outbox._log_statements import ALL_BUCKETS, LogStatements
+from idempotency.outbox._log_statements import ALL_BUCKETS, LogStatements, renumbered
 from idempotency.outbox._slot import Slot, end_of_log
-from idempotency.outbox._statements import Key, Row
+from idempotency.outbox._statements import Key, Row, Settlement
 from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater
 
 _CURSOR = "idempotency_log"
@@ -34,6 +34,9 @@ _PEEK_TIMEOUT = 600.0
 
 _SWEEP = 30.0
 """Seconds between two looks for rows that the log does not deliver."""
+
+
+_LEASE_OVER = "the lease of the slot is over: the process was paused, or the database was away"
 
 
 class SupersededError(StoreError):
@@ -208,7 +211,7 @@ class Tail:
 
     async def _publish(self, rows: Sequence[Row]) -> list[Outcome]:
         if self._lease_remaining() <= 0:
-            raise SupersededError("the lease is over")
+            raise SupersededError(_LEASE_OVER)
         outcomes = await self._delivery.publish(rows, self._lease_remaining)
         self._away = all(isinstance(outcome, RetryLater) for outcome in outcomes)
         return outcomes
@@ -218,16 +221,38 @@ class Tail:
     ) -> None:
         """Write what became of rows while the next ones are published."""
         before, self._position = self._position, position or self._position
-
-        def write(connection: Connection) -> None:
-            self._statements.settle_logged(connection, judged.settlement, rows, passed)
-            if position is not None and not self._ledger.move(connection, before, position):
-                raise SupersededError(f"another relay has moved the position of the slot {self._slot.name}")
-
         await self._written()
-        self._writing = asyncio.ensure_future(self._database.run(write, transaction=True))
+        moving = None if position is None else self._ledger.moving(before, position)
+        self._writing = asyncio.ensure_future(self._write(judged.settlement, rows, passed, moving))
         self._keys.update(row.message.key for row in (*passed, *judged.blocking))
         self.done += len(judged.settlement.gone) + sum(map(len, judged.settlement.dead.values()))
+
+    async def _write(
+        self, settlement: Settlement, rows: Sequence[Row], passed: Sequence[Row], moving: CTE | None
+    ) -> None:
+        """Write first what waits or is dead, then what is gone, with the position: in between, the process may end.
+
+        Then the log has all of it once more. What waits is found in the table, and is passed over again.
+        """
+        if self._lease_remaining() <= 0:
+            raise SupersededError(_LEASE_OVER)
+        run, statements = self._database.run, self._statements
+        gone = set(settlement.gone)
+        unwritten = [row for row in rows if row.seq < 0 and row.seq not in gone]
+        if unwritten:
+            written = await run(partial(statements.write_rows, rows=unwritten))
+            settlement = renumbered(settlement, written)
+        for step in statements.steps(settlement):
+            await run(step.work, transaction=step.transaction)
+        waiting = [row.seq for row in passed if row.seq > 0]
+        if waiting:
+            await run(partial(statements.pass_over, seqs=waiting))
+        deleted = [seq for seq in settlement.gone if seq > 0]
+        if moving is None:
+            if deleted:
+                await run(partial(statements.delete, seqs=deleted))
+        elif not await run(partial(statements.move_on, moving=moving, gone=deleted)):
+            raise SupersededError(f"another relay has moved the position of the slot {self._slot.name}")
 
 
 async def _fetched_ahead(held: HeldConnection) -> AsyncGenerator[list[bytes], None]:

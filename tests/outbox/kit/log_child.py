@@ -26,8 +26,7 @@ PLACES: list[tuple[Any, str]] = [
     (Slot, "create"),
     (Ledger, "begin"),
     (Slot, "begin_peek"),
-    (LogStatements, "settle_logged"),
-    (Ledger, "move"),
+    (LogStatements, "move_on"),
     (Slot, "advance"),
 ]
 DEATHS: list[tuple[tuple[Any, str, bool] | None, int]] = [
