@@ -79,10 +79,8 @@ def is_sql(url: str | None) -> bool:
     return (url or "").partition("://")[0].partition("+")[0].lower() in DATABASES
 
 
-def publisher_at(publish: str | None) -> Publisher:
+def publisher_at(publish: str) -> Publisher:
     """Make the publisher of a URL, or import that at ``module:name``, also from the directory of the command."""
-    if not publish:
-        raise ConfigurationError("name the broker: --publish URL, or IDEMPOTENCY_PUBLISH in the environment")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     return open_publisher(publish)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency.outbox._log import LogRelay
     from idempotency.outbox._poll import PollingRelay
-    from idempotency.outbox.publisher import Publisher as AnyPublisher
+    from idempotency.outbox.publisher import Publisher
 
     AnyRelay = LogRelay | PollingRelay
     _Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
@@ -68,7 +68,7 @@ def relay(
     SIGTERM or SIGINT lets it finish the batch in hand and end; a second one ends it at once.
     """
 
-    def on(database: str, outbox: Outbox, publisher: AnyPublisher) -> AnyRelay:
+    def make(database: str, outbox: Outbox, publisher: Publisher) -> AnyRelay:
         from idempotency.outbox._log import LogRelay
         from idempotency.outbox._poll import PollingRelay
 
@@ -77,29 +77,31 @@ def relay(
             return LogRelay(database, publisher, slot=slot, allow_unlimited_wal=unlimited, **common)
         return PollingRelay(database, publisher, ordering=ordering.value, **common)
 
+    if not publish:
+        fail("name the broker: --publish URL, or IDEMPOTENCY_PUBLISH in the environment")
     if log and ordering is not Ordering.KEY:
         fail("--ordering none is for a relay without --log")
     if not log and (slot is not None or mode is not OutboxMode.TABLE or unlimited):
         fail("--slot, --mode and --allow-unlimited-wal need --log")
     try:
-        asyncio.run(_relay(store, publish, table, mode, on))
+        asyncio.run(_relay(store, publish, table, mode, make))
     except IdempotencyError as error:
         fail(str(error))
 
 
 async def _relay(
     store: str | None,
-    publish: str | None,
+    publish: str,
     table: str,
     mode: OutboxMode,
-    on: Callable[[str, Outbox, AnyPublisher], AnyRelay],
+    make: Callable[[str, Outbox, Publisher], AnyRelay],
 ) -> None:
     publisher = publisher_at(publish)
     try:
         database, outbox = outbox_at(store, table, mode)
-        relay = on(database, outbox, publisher)
+        relay = make(database, outbox, publisher)
         with _stopped_by_signals(relay):
-            typer.echo(f"relaying {table} of {_database(database)} to {_place(publish or '')}")
+            typer.echo(f"relaying {table} of {_database(database)} to {_place(publish)}")
             await relay.run()
     finally:
         await publisher.aclose()

@@ -131,15 +131,11 @@ class Batches:
 
     async def settle(self, batch: Batch, judged: Judged, leases: Leases) -> None:
         """Write what becomes of the rows. A relay whose lease is over only deletes what the broker has."""
-        settlement = judged.settlement
-        self._confirmed += settlement.gone
-        number: int | None = None
-        if leases.valid and (settlement.dead or settlement.retry):
-            work = partial(self._statements.settle, settlement=settlement)
-            number = await self._database.run(work, transaction=True)
-            self._confirmed.clear()
-        else:
-            number = await self._delete_confirmed()
+        self._confirmed += judged.settlement.gone
+        number = await self._delete_confirmed()
+        for step in self._statements.steps(judged.settlement):
+            if leases.valid:
+                await self._database.run(step.work, transaction=step.transaction)
         if batch.oldest_open is not None:
             self._horizon.done(_before(judged.untouched, batch.up_to), batch.oldest_open)
         if number is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from binascii import unhexlify
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from idempotency._outbox.log_message import decode_message, unreadable_message
 from idempotency._outbox.message import Message
@@ -15,8 +16,7 @@ from idempotency.outbox._pgoutput import Begin, Commit, Emitted, Insert, Relatio
 _COLUMNS = ("seq", "id", "aggregatetype", "aggregateid", "type", "payload", "headers", "created_ms", "available_ms")
 
 
-@dataclass(frozen=True, slots=True)
-class Logged:
+class Logged(NamedTuple):
     """A message that was read from the log.
 
     ``seq`` is that of its row; None in message mode, where it has none. ``refused``: why it cannot be published.
@@ -40,7 +40,7 @@ class LogReader:
         self._prefix = prefix
         self._after = after
         self._oid: int | None = None
-        self._places: list[int] = []
+        self._places: Callable[[list[bytes | None]], tuple[Any, ...]] = tuple
         self._lsn, self._committed, self._count = 0, 0.0, 0
         self.end = 0
         """Where the log goes on after the last transaction that was read to its end."""
@@ -63,7 +63,7 @@ class LogReader:
                     if position > self._after:
                         found.append(self._emitted(position, content))
                 case Relation(oid, schema, name, columns) if (schema, name) == self._name and self._prefix is None:
-                    self._oid, self._places = oid, [columns.index(name) for name in _COLUMNS]
+                    self._oid, self._places = oid, itemgetter(*map(columns.index, _COLUMNS))
                 case _:
                     pass
         return found
@@ -80,23 +80,16 @@ class LogReader:
             return Logged(position, None, message, "it was not written by an outbox: emit() writes these messages")
 
     def _row(self, position: Position, values: list[bytes | None]) -> list[Logged]:
-        seq, identity, aggregate_type, aggregate_id, kind, payload, headers, created, available = [
-            values[place] for place in self._places
-        ]
+        seq, identity, aggregate_type, aggregate_id, kind, payload, headers, created, available = self._places(values)
         if available is not None:
             return []
         message = Message(
-            id=_text(identity),
-            aggregate_type=_text(aggregate_type),
-            aggregate_id=_text(aggregate_id),
-            type=_text(kind),
+            id=identity.decode(),
+            aggregate_type=aggregate_type.decode(),
+            aggregate_id=aggregate_id.decode(),
+            type=kind.decode(),
             payload=None if payload is None else unhexlify(payload[2:]),
             headers=headers_from_text(None if headers is None else headers.decode()),
-            created=int(_text(created)) / 1000,
+            created=int(created) / 1000,
         )
-        return [Logged(position, int(_text(seq)), message)]
-
-
-def _text(value: bytes | None) -> str:
-    # None of these columns may be NULL.
-    return (value or b"").decode()
+        return [Logged(position, int(seq), message)]

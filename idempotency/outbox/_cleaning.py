@@ -10,10 +10,13 @@ from idempotency._sql.statement_text import without_values
 LONG = 30.0
 """After how many seconds an open transaction is worth a line."""
 
+_MANY_TRANSACTIONS = 10_000
+"""After how many later transactions a standby or slot is worth a line: of these, no time is known."""
+
 # A session of another database does not count for this one's tables, nor does VACUUM; a walsender has no database.
 _HORIZONS = text(
     """
-    SELECT kind, name, seconds, state, statement FROM (
+    SELECT kind, name, age, seconds, state, statement FROM (
         SELECT 'session' AS kind, pid || ' of ' || coalesce(usename, '?') AS name,
                greatest(age(backend_xid), age(backend_xmin)) AS age,
                extract(epoch FROM clock_timestamp() - xact_start) AS seconds, state, query AS statement
@@ -47,7 +50,9 @@ _HOLDS = "deleted messages cannot be cleaned away before it ends"
 def postgresql_holder(connection: Connection) -> str | None:
     """Say who holds the oldest snapshot or transaction; None if nobody has held one for long."""
     found = connection.execute(_HORIZONS).one_or_none()
-    if found is None or (found.seconds is not None and found.seconds < LONG):
+    if found is None:
+        return None
+    if found.age < _MANY_TRANSACTIONS if found.seconds is None else found.seconds < LONG:
         return None
     since = "" if found.seconds is None else f" has been open for {found.seconds:.0f} s"
     line = f"{found.kind} {found.name}{since}: {_HOLDS}"

@@ -35,8 +35,6 @@ T = TypeVar("T")
 Work = Callable[[Connection], T]
 """What is done with a connection. It may be done twice, where the answer of the database was lost."""
 
-# The drivers of PostgreSQL that begin and end AUTOCOMMIT without a round trip.
-_CHEAP_AUTOCOMMIT = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _TRIES = 3
 _THREADS = 4
 _DISPOSE_TIMEOUT = 2.0
@@ -61,7 +59,6 @@ class RelayDatabase:
         self._opened = opened
         self._timeout = timeout
         self._abandoned = Abandoned()
-        self._autocommit = self.dialect == "postgresql" and self.engine.dialect.driver in _CHEAP_AUTOCOMMIT
         if self.dialect == "sqlite":
             close_what_is_invalidated(self.engine)
 
@@ -152,9 +149,11 @@ class RelayDatabase:
                 with replacing(connection):
                     if transaction is None:
                         return work(connection)
-                    # A pooler keeps to one connection within a transaction only, and a driver may need two messages for
-                    # a statement.
-                    if self._autocommit and not transaction and not asked_once(connection):
+                    # A process that is paused between its statement and its COMMIT would hold the locks of its rows,
+                    # also when its lease is over. A pooler, however, keeps to one connection within a transaction only,
+                    # and a driver may need two messages for a statement.
+                    pooler = self.dialect == "postgresql" and asked_once(connection)
+                    if not transaction and not pooler:
                         return work(connection.execution_options(isolation_level="AUTOCOMMIT"))
                     with connection.begin():
                         return work(connection)

@@ -100,13 +100,10 @@ class Leases:
             self._table.c.owner == self.owner, self._table.c.name.in_(sorted(names)), self._table.c.until_ms > self._now
         )
 
-        def change(connection: Connection) -> set[str]:
-            connection.execute(statement)
-            return set(connection.scalars(mine))
-
         async with self._changing:
             asked = monotonic()
-            taken = await self._database.run(change, transaction=True) - self.held
+            await self._database.run(lambda connection: connection.execute(statement))
+            taken = await self._database.run(lambda connection: set(connection.scalars(mine))) - self.held
             if not self.held:
                 self._valid_until = self._end_of_lease(asked)
             self.held |= taken

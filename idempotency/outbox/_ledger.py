@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import Connection, Table, and_, delete, insert, select, update
+from sqlalchemy import CTE, Connection, Table, and_, delete, insert, select, update
 
 
 class Position(NamedTuple):
@@ -42,12 +42,9 @@ class Ledger:
         """Write the first position of a new slot."""
         connection.execute(insert(self._table).values(slot=self._slot, lsn=0, change=0))
 
-    def move(self, connection: Connection, before: Position, after: Position) -> bool:
-        """Write the position; False, and nothing is written, where another relay has moved it meanwhile."""
+    def moving(self, before: Position, after: Position) -> CTE:
+        """Return the statement that writes the position, with one row unless another relay has moved it meanwhile."""
         row = self._table.c
-        moved = connection.execute(
-            update(self._table)
-            .where(and_(self._mine, row.lsn == before.lsn, row.change == before.change))
-            .values(lsn=after.lsn, change=after.change)
-        )
-        return moved.rowcount == 1
+        there = and_(self._mine, row.lsn == before.lsn, row.change == before.change)
+        moved = update(self._table).where(there).values(lsn=after.lsn, change=after.change)
+        return moved.returning(self._table.c.slot).cte("moved")

@@ -124,12 +124,12 @@ class LogRelay:
         It publishes nothing while another relay owns the slot. Raises :class:`~idempotency.errors.StoreError` where the
         database is away.
         """
-        done = 0
+        before = self._tail.done
         async with self._working():
             if await self._own():
-                while moved := await self._cycle():
-                    done += moved
-        return done
+                while await self._cycle():
+                    pass
+        return self._tail.done - before
 
     async def stop(self) -> None:
         """End :meth:`run`: finish the slice in hand, give back the slot, and return when that is done."""
@@ -188,6 +188,7 @@ class LogRelay:
                 await self._pause()
 
     async def _leave(self) -> None:
+        await self._tail.end()
         if self._leases.held:
             with suppress(StoreError, TimeoutError):
                 await asyncio.wait_for(self._leases.release({self._lease}), _LEAVE)
@@ -200,7 +201,7 @@ class LogRelay:
         try:
             if not self._leases.valid and not await self._own():
                 return False
-            return bool(await self._cycle())
+            return await self._cycle()
         except SlotLostError:
             raise
         except StoreError as error:
@@ -265,23 +266,24 @@ class LogRelay:
         error.after, error.until = after, until
         return error
 
-    async def _cycle(self) -> int:
-        """Publish what is due in the table, and what the log has; return how many messages are done with."""
+    async def _cycle(self) -> bool:
+        """Publish what is due in the table, and what the log has; return whether there was anything."""
         try:
-            done = await self._tail.serve_table() + await self._tail.read_log()
+            served = await self._tail.serve_table()
+            moved = await self._tail.read_log()
         except StoreError as error:
             cause = error.__cause__
             if not isinstance(cause, DBAPIError) or not may_be_lost(cause):
                 raise
             state, position = await self._database.run(self._look)
             await self._heal(state, position)
-            return 1
+            return True
         if self._tail.away:
             self._failures += 1
             await self._pause()
         else:
             self._failures = 0
-        return done
+        return served or moved
 
     async def _heal(self, state: SlotState | None, position: Position | None) -> None:
         """Make the slot anew after the server refused to read it: it is gone or lost, or its publication is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, exists, func, insert, literal_column, select
+from sqlalchemy import CTE, Connection, bindparam, delete, exists, func, insert, literal_column, select
 
 from idempotency._outbox.emit import bucket_of
 from idempotency._outbox.payload import headers_as_text
@@ -64,26 +64,27 @@ class LogStatements(Statements):
         lowest, highest = connection.execute(statement).one()
         return None if lowest is None else (lowest, highest)
 
-    def settle_logged(
-        self, connection: Connection, settlement: Settlement, rows: Sequence[Row], passed: Sequence[Row]
-    ) -> None:
-        """Write what became of messages. Those that are not gone, and are in no row yet, are written into the table.
+    def move_on(self, connection: Connection, moving: CTE, gone: Sequence[int]) -> bool:
+        """Delete what the broker has, and write the position of the log, in one statement.
 
-        ``passed``: rows that are served from the table from now on.
+        False, and nothing is written, where another relay has moved the position meanwhile. It is one statement, for a
+        process that is paused in a transaction would hold the lock of the position, and no other relay could go on.
         """
-        gone = set(settlement.gone)
-        written = self._write_rows(connection, [row for row in rows if row.seq < 0 and row.seq not in gone])
-        if written or gone:
-            settlement = _renumbered(settlement, written)
-        self.settle(connection, settlement)
-        waiting = [row.seq for row in passed if row.seq > 0]
-        if waiting:
-            self._update(connection, f"available_ms = {_PASSED}", waiting, {})
+        moved = exists(select(moving.c.slot))
+        statement = select(func.count()).select_from(moving)
+        if gone:
+            statement = statement.add_cte(delete(self._table).where(self._among(gone), moved).cte("gone"))
+        return connection.execute(statement).scalar_one() == 1
 
-    def _write_rows(self, connection: Connection, rows: Sequence[Row]) -> dict[int, int]:
-        """Write messages of the log into the table, and return the ``seq`` of each by the number that it had."""
-        if not rows:
-            return {}
+    def pass_over(self, connection: Connection, seqs: Sequence[int]) -> None:
+        """Let rows be served from the table from now on."""
+        self._update(connection, f"available_ms = {_PASSED}", seqs, {})
+
+    def write_rows(self, connection: Connection, rows: Sequence[Row]) -> dict[int, int]:
+        """Write messages of the log into the table, to be served from there.
+
+        Return the ``seq`` of each by the number that it had.
+        """
         statement = (
             insert(self._table)
             .values(created_ms=bindparam("created"), attempts=0, available_ms=_PASSED)
@@ -93,12 +94,14 @@ class LogStatements(Statements):
         return {row.seq: seq for row, seq in zip(rows, written.scalars(), strict=True)}
 
 
-def _renumbered(settlement: Settlement, written: dict[int, int]) -> Settlement:
+def renumbered(settlement: Settlement, written: dict[int, int]) -> Settlement:
+    """Return the settlement of messages that were written into the table meanwhile."""
+
     def of(seqs: list[int]) -> list[int]:
         return [written.get(seq, seq) for seq in seqs]
 
     return Settlement(
-        gone=[seq for seq in settlement.gone if seq > 0],
+        gone=settlement.gone,
         retry={when: of(seqs) for when, seqs in settlement.retry.items()},
         dead={reason: of(seqs) for reason, seqs in settlement.dead.items()},
     )

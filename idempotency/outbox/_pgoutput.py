@@ -7,8 +7,8 @@ changes, then Commit; transactions come in the order of their commits. Values ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from struct import Struct, error
+from typing import NamedTuple
 
 _BEGIN = Struct("!QqI")
 _COMMIT = Struct("!xQQq")
@@ -28,24 +28,21 @@ class MalformedError(ValueError):
     """These bytes are not a message of pgoutput."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(NamedTuple):
     """A transaction begins. ``lsn`` is where its commit is in the log, ``committed`` when, in seconds since 1970."""
 
     lsn: int
     committed: float
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """A transaction ends. ``end`` is where the log goes on after its commit."""
 
     lsn: int
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
+class Relation(NamedTuple):
     """A table, before its first change."""
 
     oid: int
@@ -54,16 +51,14 @@ class Relation:
     columns: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Insert:
+class Insert(NamedTuple):
     """A row of the table ``oid``: the text of each column, None for NULL."""
 
     oid: int
     values: list[bytes | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Emitted:
+class Emitted(NamedTuple):
     """What ``pg_logical_emit_message`` wrote."""
 
     transactional: bool

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -81,6 +82,13 @@ class Settlement:
     dead: dict[str, list[int]] = field(default_factory=dict)
 
 
+class Step(NamedTuple):
+    """A part of what is written: one statement, or with ``transaction`` several ones in a transaction."""
+
+    work: Callable[[Connection], None]
+    transaction: bool = False
+
+
 class Statements:
     """The statements for one outbox in one kind of database."""
 
@@ -129,14 +137,38 @@ class Statements:
         return [Head(seq, (aggregate_type, aggregate_id)) for seq, aggregate_type, aggregate_id in found]
 
     def settle(self, connection: Connection, settlement: Settlement) -> int | None:
-        """Write what has become of a batch, and return what :meth:`delete` does."""
-        for reason, seqs in settlement.dead.items():
-            self._move_to_dead(connection, reason, seqs)
+        """Write what has become of a batch in one transaction, and return what :meth:`delete` does."""
+        for step in self.steps(settlement):
+            step.work(connection)
+        return self.delete(connection, settlement.gone) if settlement.gone else None
+
+    def steps(self, settlement: Settlement) -> list[Step]:
+        """Return how to write what is retried and what is given up, in steps of which each may be the last one."""
+        steps = []
         for (attempts, delay), seqs in settlement.retry.items():
-            change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
-            self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
-        gone = [*settlement.gone, *(seq for seqs in settlement.dead.values() for seq in seqs)]
-        return self.delete(connection, gone) if gone else None
+            steps.append(Step(partial(self.retry, attempts=attempts, delay=delay, seqs=seqs)))
+        several = self._dialect != "postgresql"
+        for reason, seqs in settlement.dead.items():
+            steps.append(Step(partial(self.give_up, reason=reason, seqs=seqs), transaction=several))
+        return steps
+
+    def retry(self, connection: Connection, attempts: int, delay: int, seqs: Sequence[int]) -> None:
+        """Let rows wait for ``delay`` milliseconds."""
+        change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
+        self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
+
+    def give_up(self, connection: Connection, reason: str, seqs: Sequence[int]) -> None:
+        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere."""
+        columns = list(self._messages.columns)
+        names = [*(column.name for column in columns), "reason", "died_ms"]
+        if self._dialect == "postgresql":
+            gone = delete(self._messages).where(self._among(seqs)).returning(*columns).cte("gone")
+            moved = select(*gone.c, bindparam("reason", reason), self._now)
+            connection.execute(insert(self._dead).from_select(names, moved))
+        else:
+            moved = select(*columns, bindparam("reason", reason), self._now).where(self._among(seqs))
+            connection.execute(insert(self._dead).from_select(names, moved))
+            self.delete(connection, seqs)
 
     def delete(self, connection: Connection, seqs: Sequence[int]) -> int | None:
         """Delete rows, and return a number as in :attr:`Page.oldest_open`: of the transaction that deleted them."""
@@ -157,11 +189,6 @@ class Statements:
     def forget_time(self, connection: Connection, seqs: Sequence[int]) -> None:
         """Let rows wait for their key, and no more for a time."""
         self._update(connection, "available_ms = NULL", seqs, {})
-
-    def _move_to_dead(self, connection: Connection, reason: str, seqs: Sequence[int]) -> None:
-        names = [column.name for column in self._messages.columns]
-        values = select(*self._messages.columns, bindparam("reason", reason), self._now).where(self._among(seqs))
-        connection.execute(insert(self._dead).from_select([*names, "reason", "died_ms"], values))
 
     def _update(self, connection: Connection, change: str, seqs: Sequence[int], values: Mapping[str, Any]) -> None:
         name = self._name(connection)

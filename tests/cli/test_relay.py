@@ -23,6 +23,7 @@ __all__ = ["place"]
 
 @pytest.mark.stores("sqlite", "postgres")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.processes
 def test_a_relay_runs_until_it_is_told_to_stop(place: Place, number: signal.Signals) -> None:
     """It publishes what is there and what comes, and gives back its buckets when it ends."""
     place.emit("before")
@@ -40,6 +41,7 @@ def test_a_relay_runs_until_it_is_told_to_stop(place: Place, number: signal.Sign
 
 
 @pytest.mark.stores("sqlite")
+@pytest.mark.processes
 def test_the_batch_in_hand_is_finished(place: Place) -> None:
     """Also if the signal is sent twice at once, as by a terminal."""
     with relaying(place.target.url, place.table, SLOWLY) as (process, output):
@@ -56,6 +58,7 @@ def test_the_batch_in_hand_is_finished(place: Place) -> None:
 
 @pytest.mark.stores("sqlite")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say which signals are caught")
+@pytest.mark.processes
 def test_a_second_signal_ends_it_at_once(place: Place) -> None:
     """The message in hand is published again by the next relay."""
     with relaying(place.target.url, place.table, SLOWLY) as (process, output):

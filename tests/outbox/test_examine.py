@@ -10,6 +10,7 @@ from sqlalchemy import insert, text, update
 from idempotency.outbox import Outbox, _cleaning, _examine
 from idempotency.outbox._operate import OutboxOperations
 from tests.kit.ledger import Ledger
+from tests.kit.targets import unique_name
 
 DAYS = 1_000_000_000
 
@@ -170,3 +171,18 @@ async def test_a_session_that_holds_up_cleaning_of_many_rows_is_to_be_fixed(
 
     assert "note T has 3 deleted rows beside 0: relays read slowly until they are cleaned away" in lines
     assert [line for line in lines if line.startswith("fix session ")] != []
+
+
+@pytest.mark.stores("mariadb")
+async def test_a_user_who_may_not_see_transactions_is_told_so(ledger: Ledger, outbox: Outbox) -> None:
+    user, database = unique_name("ops")[:32], ledger.engine.url.database
+    await execute(ledger, f"CREATE USER '{user}'@'%'", f"GRANT ALL ON {database}.* TO '{user}'@'%'")
+    url = ledger.engine.url.set(username=user)
+    operations = OutboxOperations(url, outbox)
+    try:
+        findings = [finding.what for finding in await operations.examine()]
+    finally:
+        await operations.aclose()
+        await execute(ledger, f"DROP USER '{user}'@'%'")
+
+    assert "open transactions cannot be seen: grant PROCESS to the user of doctor" in findings

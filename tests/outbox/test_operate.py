@@ -11,9 +11,11 @@ import pytest
 from sqlalchemy import event, insert, select, update
 
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.outbox import Outbox
+from idempotency.outbox import Message, Outbox, Outcome, Refused, Sent
 from idempotency.outbox import _redrive as redrive
 from idempotency.outbox._operate import OutboxOperations
+from idempotency.outbox._poll import PollingRelay
+from idempotency.outbox.publishers.function import FunctionPublisher
 from tests.kit import servers
 from tests.kit.box import FAR, Box
 from tests.kit.ledger import Ledger
@@ -170,6 +172,7 @@ async def test_all_dead_messages_are_redriven_in_their_order(box: Box, monkeypat
     assert (await box.waiting(), await box.dead()) == (["0", "2", "3", "4", "1"], [])
 
 
+@pytest.mark.stores("sqlite", "postgres", "postgres_psycopg", "mariadb")
 async def test_two_operators_redrive_a_message_once(box: Box) -> None:
     """Both ask for all dead messages at once."""
     names = [str(number) for number in range(20)]
@@ -205,6 +208,27 @@ def test_an_engine_that_blocks_is_used_in_a_thread(sync_ledger: Ledger, sync_out
 
     assert asyncio.run(operations.stats()).due == 1
     assert [each.id for each in asyncio.run(operations.messages())] == [id]
+
+
+async def test_what_a_broker_refuses_can_be_read_and_sent_again(box: Box) -> None:
+    """From the relay to the dead table, and from there to the relay, with the same id."""
+    asked: list[Message] = []
+
+    async def send(message: Message) -> Outcome:
+        asked.append(message)
+        return Refused("it is too large") if len(asked) == 1 else Sent()
+
+    relay = PollingRelay(box.engine, FunctionPublisher(send, delivery_timeout=10), outbox=box.outbox)
+    await box.emit("large")
+    await relay.drain()
+    [dead] = await box.operations.messages(dead=True)
+
+    assert dead.reason == "it is too large"
+    assert await box.operations.redrive([dead.id]) == 1
+    assert await relay.drain() == 1
+
+    assert [(message.id, message.attempt) for message in asked] == [(box.ids["large"], 1)] * 2
+    assert (await box.waiting(), await box.dead()) == ([], [])
 
 
 @pytest.mark.stores("postgres")

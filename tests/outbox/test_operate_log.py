@@ -13,6 +13,7 @@ from tests.kit.relay_process import PRINTED, relaying
 from tests.outbox.kit.logical import emit_many, slot_of
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("logical_server", ["installed"], indirect=True)
 async def test_the_command_reads_a_slot_that_doctor_examines(log_engine: AsyncEngine) -> None:
     """While it runs, it is named with its slot; afterwards the slot is there, and nobody reads it."""

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Generic
+from abc import abstractmethod
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, Refused, RetryLater, in_chains
+from idempotency.outbox.publisher import Outcome, Refused, RetryLater
 from idempotency.outbox.publishers._cloudevents import Format, headers_for
-from idempotency.outbox.publishers._shared import NOT_TRIED, Client, InUse, SharedClient, not_in_time
+from idempotency.outbox.publishers._shared import NOT_TRIED, Client, InUse, SharedClientPublisher, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 OPTIONS = {"topic": str, "delivery_timeout": float, "format": str, "source": str}
@@ -38,30 +35,21 @@ _TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 Headers = list[tuple[str, bytes]]
 
 
-class KafkaPublisher(ABC, Generic[Client]):
-    """Publish messages to Kafka through a client."""
+class KafkaPublisher(SharedClientPublisher[Client]):
+    """Publish messages to Kafka through a client.
+
+    One message of a key is in flight at a time. The idempotent producer has an order of its own, but after a message
+    that has timed out it still sends the next.
+    """
 
     def __init__(
         self, *, topic: Topic, delivery_timeout: float, format: Format, source: str, most_bytes: int | None
     ) -> None:
         """Make a publisher; ``most_bytes``: of a message, by the client's own setting, None for its default."""
-        self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
+        super().__init__(delivery_timeout)
         self.limits = Limits() if most_bytes is None else Limits(most_bytes=most_bytes - _OVERHEAD)
         self._topic_of = topic_of(topic)
         self._headers_of = headers_for(format, source, "ce_")
-        self._shared = SharedClient(self._open, self._close)
-
-    async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
-        """See :meth:`~idempotency.outbox.Publisher.publish`."""
-        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
-        async with self._shared.used_until(deadline) as used:
-            # One message of a key is in flight at a time. The idempotent producer has an order of its own, but after a
-            # message that has timed out it still sends the next.
-            return await in_chains(batch, partial(self._send, used, deadline))
-
-    async def aclose(self) -> None:
-        """Close the client, if it was made here."""
-        await self._shared.aclose()
 
     async def _send(self, used: InUse[Client], deadline: float, message: Message) -> Outcome:
         topic = self._topic_of(message)
@@ -76,13 +64,6 @@ class KafkaPublisher(ABC, Generic[Client]):
         except TimeoutError:
             used.failed = True
             return not_in_time(self.delivery_timeout)
-
-    @abstractmethod
-    async def _open(self) -> Client: ...
-
-    @abstractmethod
-    async def _close(self, client: Client, /) -> None:
-        """Close the client without sending what is left: each message is confirmed or given up."""
 
     @abstractmethod
     async def _deliver(self, used: InUse[Client], topic: str, message: Message, headers: Headers) -> Outcome: ...

@@ -1,13 +1,17 @@
-"""A client that several batches use at once."""
+"""A client that several batches use at once, and a publisher that has one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
-from idempotency.outbox.publisher import RetryLater
+from idempotency._durations import DAY, positive
+from idempotency._outbox.message import Message
+from idempotency.outbox.publisher import Outcome, RetryLater, in_chains
 
 Client = TypeVar("Client")
 
@@ -86,3 +90,32 @@ class SharedClient(Generic[Client]):
             closing = asyncio.create_task(self._close(used.client))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+
+class SharedClientPublisher(ABC, Generic[Client]):
+    """Publish through one client: messages of different keys at once, and those of one key one after the other."""
+
+    def __init__(self, delivery_timeout: float) -> None:
+        self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
+        self._shared = SharedClient(self._open, self._close)
+
+    async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
+        """See :meth:`~idempotency.outbox.Publisher.publish`."""
+        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
+        async with self._shared.used_until(deadline) as used:
+            return await in_chains(batch, partial(self._send, used, deadline))
+
+    async def aclose(self) -> None:
+        """Close the client, if it was made here."""
+        await self._shared.aclose()
+
+    @abstractmethod
+    async def _open(self) -> Client: ...
+
+    @abstractmethod
+    async def _close(self, client: Client, /) -> None:
+        """Close the client, without sending what it still has: each message is confirmed or given up."""
+
+    @abstractmethod
+    async def _send(self, used: InUse[Client], deadline: float, message: Message) -> Outcome:
+        """Send a message and wait for its confirmation, until ``deadline`` by the loop's clock."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import BrokerResponseError, KafkaError
 
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
@@ -97,7 +97,9 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
         producer._closed = True
         with suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_CLOSE):
-                await asyncio.gather(producer._sender.close(), producer.client.close())
+                await producer._sender.close()
+        # After the sender, which else connects again.
+        await producer.client.close()
 
     async def _deliver(self, used: InUse[AIOKafkaProducer], topic: str, message: Message, headers: Headers) -> Outcome:
         producer, key = used.client, message.aggregate_id.encode()
@@ -112,7 +114,8 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
             # aiokafka does not take back the sequence number of a message that has failed, so that the broker refuses
             # what comes after it in its partition (aiokafka issue 1017).
             used.failed = True
-            return outcome_of(getattr(error, "errno", 0), type(error).__name__)
+            code = error.errno if isinstance(error, BrokerResponseError) else 0
+            return outcome_of(code, type(error).__name__)
         return Sent()
 
 

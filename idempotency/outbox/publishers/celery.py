@@ -7,7 +7,7 @@
 
 A message is a task whose id is the id of the message, and whose only argument is the payload, decoded from JSON; None
 where there is none. ``self.request.headers`` has ``id``, ``eventType`` and the message's own headers. The queue is the
-one of the application's routes. Results are not kept: nobody waits for one.
+one of the application's routes. Celery stores no result: nobody waits for one.
 
 RabbitMQ confirms a task by a publisher confirm, which the publisher turns on. With Redis it is confirmed when Redis has
 answered, so it is in the memory of the primary; with SQS by the answer of SQS.
@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
+from amqp.exceptions import AMQPError
 from celery import Celery
 
-from idempotency._durations import DAY, positive
 from idempotency._outbox.message import ID_HEADER, Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Outcome, Publisher, Refused, RetryLater, Sent
 from idempotency.outbox.publishers._brokers import CELERY
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClientPublisher, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 OPTIONS = {"task": str, "delivery_timeout": float, "format": str, "source": str}
@@ -44,7 +43,7 @@ _NO_ROUTE = 312
 """The reply of RabbitMQ for a message that no queue would take."""
 
 
-class CeleryPublisher:
+class CeleryPublisher(SharedClientPublisher["_Sender"]):
     """Send messages as tasks.
 
     ``app``: the application. ``task``: the name of the task; in it ``{aggregate_type}`` and ``{type}`` are replaced; or
@@ -65,23 +64,12 @@ class CeleryPublisher:
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:
-        self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
+        super().__init__(delivery_timeout)
         self._app = app
         self._task_of = topic_of(task)
         self._headers_of = headers_for(format, source, "ce_")
         # Celery merges them with its own, which they would replace.
         self._reserved = frozenset(app.amqp.as_task_v2("", "").headers) - {ID_HEADER}
-        self._shared = SharedClient(self._open, self._close)
-
-    async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
-        """See :meth:`~idempotency.outbox.Publisher.publish`."""
-        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
-        async with self._shared.used_until(deadline) as used:
-            return await in_chains(batch, partial(self._send, used, deadline))
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._shared.aclose()
 
     async def _send(self, used: InUse[_Sender], deadline: float, message: Message) -> Outcome:
         headers = self._headers_of(message)
@@ -155,9 +143,9 @@ class _Sender:
                 argsrepr="(...)",
             )
         except Exception as error:
-            # What is left of an answer must not be taken for that of the next task.
+            # The rest of an answer must not be taken for that of the next task.
             _disconnect(producer)
-            if getattr(error, "reply_code", None) == _NO_ROUTE:
+            if isinstance(error, AMQPError) and error.reply_code == _NO_ROUTE:
                 return Refused("RabbitMQ has no queue for it")
             return RetryLater(type(error.__cause__ or error).__name__)
         if self._closed:

@@ -20,8 +20,9 @@ from idempotency._hooks import is_coroutine_function
 from idempotency._outbox.message import Message
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Duplicate, Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import FUNCTION
+from idempotency.outbox.publishers._shared import NOT_TRIED
 
 Function = Callable[[Message], Awaitable[object]] | AsyncHandler[..., Any]
 
@@ -62,7 +63,7 @@ class FunctionPublisher:
     async def _call(self, deadline: float, message: Message) -> Outcome:
         async with self._running:
             if asyncio.get_running_loop().time() >= deadline:
-                return HELD
+                return NOT_TRIED
             async with asyncio.timeout_at(deadline):
                 if self._deliver is None:
                     return _outcome_of(await self._function(message))

@@ -26,10 +26,10 @@ from idempotency._brokers.nats import MESSAGE_ID, size_of_headers
 from idempotency._durations import positive
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import NATS
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
 OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float, "format": str, "source": str}
@@ -87,14 +87,14 @@ class NatsPublisher:
         if refusal := self._refusal(used.client.client.max_payload, subject, headers, message):
             return Refused(refusal)
         if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
-            return HELD
+            return NOT_TRIED
         options = {"headers": headers, "stream": self._stream, "timeout": remaining}
         try:
             acknowledged = await used.client.publish(subject, message.payload or b"", **options)
         except TimeoutError:
             # The client itself finds a dead connection only after minutes.
             used.failed = True
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
         except NoStreamResponseError:
             return RetryLater(f"no stream takes the subject {subject!r}")
         except APIError as error:
@@ -118,7 +118,7 @@ class NatsPublisher:
             if not self._source.is_connected:
                 raise ConnectionError("the client is not connected")
             return _Connection(self._source)
-        in_flight = set[asyncio.Future[PubAck]]()
+        in_flight = dict[asyncio.Future[PubAck], str]()
 
         async def on_closed() -> None:
             # nats-py would wait for the answers until the time-out.
@@ -126,7 +126,10 @@ class NatsPublisher:
                 each.cancel()
 
         async def on_error(error: Exception) -> None:
-            """Do nothing: what is not confirmed is an outcome, and not logged too."""
+            # The server does not answer a message that the user may not publish. nats-py makes its text lower case.
+            for each, subject in in_flight.items():
+                if f'permissions violation for publish to "{subject.lower()}"' in str(error):
+                    each.cancel()
 
         # It does not reconnect by itself, as it would then send again what is given up here.
         client = Client()
@@ -157,10 +160,10 @@ def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
 
 @dataclass(eq=False)
 class _Connection:
-    """A client, and the messages that it has published and the server has not confirmed."""
+    """A client, and the messages that it has published and the server has not confirmed, with their subjects."""
 
     client: Client
-    in_flight: set[asyncio.Future[PubAck]] = field(default_factory=set)
+    in_flight: dict[asyncio.Future[PubAck], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._jetstream: JetStreamContext = self.client.jetstream()
@@ -170,12 +173,14 @@ class _Connection:
         if not self.client.is_connected:
             raise ConnectionError("the connection was lost")
         publishing = asyncio.ensure_future(self._jetstream.publish(subject, payload, **options))
-        self.in_flight.add(publishing)
+        self.in_flight[publishing] = subject
         try:
             return await publishing
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
+            if self.client.is_connected:
+                raise PermissionError(f"the user may not publish to {subject!r}") from None
             raise ConnectionError("the connection was lost") from None
         finally:
-            self.in_flight.discard(publishing)
+            del self.in_flight[publishing]

@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,14 +23,13 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import size_of
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Outcome, Publisher, Refused, RetryLater, Sent
 from idempotency.outbox.publishers._brokers import SQS
 from idempotency.outbox.publishers._cloudevents import ADDED, DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClientPublisher, not_in_time
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 OPTIONS = {"delivery_timeout": float, "format": str, "source": str}
@@ -65,8 +63,10 @@ _MENDABLE = re.compile("Kms|AccessDenied|Throttl|OverLimit|NonExistent|DoesNotEx
 """In the codes of messages for which SQS blames the sender, and which an operator or time may help."""
 
 
-class SQSPublisher:
+class SQSPublisher(SharedClientPublisher["_Requests"]):
     """Publish messages to queues of SQS.
+
+    One message of a key is in flight at a time: SQS may refuse an entry of a request, and take a later one.
 
     ``queue_url``: in it ``{aggregate_type}`` and ``{type}`` are replaced; or a function of the message. ``client``: a
     ``boto3.client("sqs")``, which is not closed; it should give up within ``delivery_timeout``. None: one is made, with
@@ -86,24 +86,12 @@ class SQSPublisher:
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:
-        self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
+        super().__init__(delivery_timeout)
         self.limits = SQS if format == "plain" else replace(SQS, most_headers=(SQS.most_headers or 0) - ADDED)
         self._url_of = topic_of(queue_url)
         self._headers_of = headers_for(format, source, "ce_")
         self._region = _REGION.search(queue_url) if isinstance(queue_url, str) else None
         self._passed_in = client
-        self._shared = SharedClient(self._open, self._close)
-
-    async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
-        """See :meth:`~idempotency.outbox.Publisher.publish`."""
-        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
-        async with self._shared.used_until(deadline) as used:
-            # One message of a key is in flight at a time: SQS may refuse an entry of a request and take a later one.
-            return await in_chains(batch, partial(self._send, used, deadline))
-
-    async def aclose(self) -> None:
-        """Close the client, if it was made here."""
-        await self._shared.aclose()
 
     async def _send(self, used: InUse[_Requests], deadline: float, message: Message) -> Outcome:
         headers = self._headers_of(message)
@@ -171,7 +159,7 @@ class _Requests:
         self._running = set[asyncio.Task[None]]()
 
     async def send(self, sending: Sending) -> Outcome:
-        """Send a message, in one request with those that are sent in the same turn of the loop."""
+        """Send a message, in one request with others that are sent at once."""
         self._waiting.append(sending)
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_soon(self._start)

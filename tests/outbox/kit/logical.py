@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from idempotency.outbox import Message, Outbox, Outcome, Sent
+from idempotency.outbox import Message, Outbox, Outcome, RetryLater, Sent
+from idempotency.outbox.publisher import HELD
 from tests.kit import servers
 from tests.kit.servers import PostgresServer
 
@@ -53,8 +54,15 @@ class Recorder:
     async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
         """Record the messages that are sent."""
         self.largest = max(self.largest, len(batch))
-        outcomes = [self.answer(message) for message in batch]
-        self.messages += [each for each, outcome in zip(batch, outcomes, strict=True) if isinstance(outcome, Sent)]
+        blocked: set[tuple[str, str]] = set()
+        outcomes: list[Outcome] = []
+        for message in batch:
+            outcome = HELD if message.key in blocked else self.answer(message)
+            outcomes.append(outcome)
+            if isinstance(outcome, RetryLater):
+                blocked.add(message.key)
+            elif isinstance(outcome, Sent):
+                self.messages.append(message)
         return outcomes
 
     async def aclose(self) -> None:

@@ -14,7 +14,7 @@ from nats.js.api import StreamConfig
 
 from idempotency import ConfigurationError, idempotent_consumer
 from idempotency.adapters.nats import consume
-from idempotency.outbox.publisher import Duplicate, Refused, RetryLater, Sent
+from idempotency.outbox.publisher import HELD, Duplicate, Refused, RetryLater, Sent
 from idempotency.outbox.publishers.nats import NatsPublisher
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import PublisherContract, Received
@@ -156,6 +156,35 @@ async def test_message_for_another_stream_waits(client: Client, place: str) -> N
 async def test_subject_that_is_none_is_refused(client: Client, subject: str) -> None:
     publisher = NatsPublisher(client, topic=lambda message: subject)
     assert await publisher.publish([new_message()]) == [Refused(f"{subject!r} is not a subject to publish to")]
+
+
+class StrictServer(NatsServer):
+    """A server on which ``relay`` may publish to ``shop.order`` only, and ``admin`` may do everything."""
+
+    def _prepare(self) -> None:
+        relay = '{user: relay, password: "", permissions: {publish: "shop.order", subscribe: "_INBOX.>"}}'
+        users = f'authorization {{users: [{relay}, {{user: admin, password: ""}}]}}'
+        (self.directory / "nats.conf").write_text(users)
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--config", str(self.directory / "nats.conf")]
+
+
+async def test_subject_that_the_user_may_not_publish_to_delays_no_other() -> None:
+    with StrictServer() as server:
+        admin = await nats.connect(server.url, user="admin", password="")
+        await admin.jetstream().add_stream(StreamConfig(name="shop", subjects=["shop.*"]))
+        await admin.close()
+        url = server.url.replace("//", "//relay:@")
+        publisher = NatsPublisher(url, topic="shop.{aggregate_type}", delivery_timeout=600)
+        secret = {"aggregate_type": "Secret"}
+        batch = [new_message(), new_message(**secret), new_message(**secret), new_message()]
+
+        async with asyncio.timeout(PATIENCE):
+            outcomes = await publisher.publish(batch)
+
+        assert outcomes == [Sent(), RetryLater("PermissionError"), HELD, Sent()]
+        await publisher.aclose()
 
 
 async def test_server_that_is_killed_has_what_it_confirmed() -> None:
