@@ -17,6 +17,7 @@ from tests.kit.paths import ROOT
         "docs/http.md",
         "docs/messages.md",
         "docs/operations.md",
+        "docs/outbox.md",
         "docs/pgbouncer.md",
         "docs/profiles.md",
         "docs/transactions.md",
