@@ -12,6 +12,7 @@ id: a consumer that looks at the id handles it once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from idempotency.outbox import Message, Outbox, PollingRelay
 from idempotency.outbox.publishers.function import FunctionPublisher
 
+logging.getLogger("idempotency").setLevel(logging.ERROR)  # every relay here is killed on purpose
 outbox = Outbox()
 
 
@@ -77,8 +79,8 @@ class Shop:
             self.publish(message.aggregate_id)
 
         # A relay that is killed is missed when its lease is over: short here, 30 seconds by default.
-        publisher = FunctionPublisher(deliver, delivery_timeout=0.2)
-        asyncio.run(PollingRelay(self.engine, publisher, outbox=outbox, lease=0.5).drain())
+        publisher = FunctionPublisher(deliver, delivery_timeout=0.5)
+        asyncio.run(PollingRelay(self.engine, publisher, outbox=outbox, lease=1.5).drain())
 
     def relay_all(self) -> None:
         """Relay as the next process would, which a supervisor starts, until the outbox is empty."""

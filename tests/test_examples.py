@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.kit.paths import EXAMPLES
+from tests.kit.servers import listening, missing
 
 pytestmark = pytest.mark.processes
 
@@ -36,3 +41,26 @@ async def test_orders_transactional(sqlite_url: str, monkeypatch: pytest.MonkeyP
     assert (second.status_code, second.json()) == (201, {"id": 1, "item": "tea"})
     assert second.headers["idempotent-replayed"] == "true"
     assert (refused.status_code, missing.status_code, count.json()) == (409, 400, 1)
+
+
+@pytest.mark.parametrize("broker", ["here", "none"])
+async def test_orders_outbox(broker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """Ten requests are five orders and five invoices, through RabbitMQ and without it."""
+    if broker == "none":
+        monkeypatch.setenv("AMQP_URL", "amqp://127.0.0.1:1/")
+    elif not listening(5672):
+        missing("nothing listens on port 5672")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sys.modules.pop("orders_outbox", None)
+    await importlib.import_module("orders_outbox").main(str(tmp_path))
+    assert capsys.readouterr().out.endswith("10 requests, 5 orders, 5 deliveries, 5 invoices\n")
+
+
+def test_dual_write() -> None:
+    """Without an outbox, a message is lost or a phantom at some line; with it, at none."""
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "dual_write.py"], capture_output=True, text=True, check=True, timeout=100
+    )
+    lost, phantom = zip(*(line.split()[-2:] for line in run.stdout.splitlines()[1:]), strict=True)
+    assert [number != "0" for number in lost] == [True, False, False]
+    assert [number != "0" for number in phantom] == [False, True, False]
