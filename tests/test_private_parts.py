@@ -172,8 +172,8 @@ async def test_aiokafka():
     consumer, producer = AIOKafkaConsumer(), AIOKafkaProducer()
     try:
         expect("aiokafka", consumer, "_auto_offset_reset", "_enable_auto_commit", "_group_id")
-        expect("aiokafka", producer, "_sender")
-        expect("aiokafka", producer._sender, "_acks")
+        expect("aiokafka", producer, "_closed", "_key_serializer", "_sender", "_txn_manager", "_value_serializer")
+        expect("aiokafka", producer._sender, "_acks", "close")
     finally:
         await consumer.stop()
         await producer.stop()

@@ -39,9 +39,9 @@ class SharedClient(Generic[Client]):
         self,
         open: Callable[[], Awaitable[Client]],
         close: Callable[[Client], Coroutine[None, None, None]],
-        is_open: Callable[[Client], bool] = lambda _: True,
+        is_open: Callable[[Client], bool],
     ) -> None:
-        """Make one; ``is_open``: whether the client says itself that it can be used, by default always."""
+        """Make one; ``is_open``: whether the client says itself that it can be used."""
         self._open = open
         self._close = close
         self._is_open = is_open
@@ -97,7 +97,7 @@ class SharedClientPublisher(ABC, Generic[Client]):
 
     def __init__(self, delivery_timeout: float) -> None:
         self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
-        self._shared = SharedClient(self._open, self._close)
+        self._shared = SharedClient(self._open, self._close, self._is_open)
 
     async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
         """See :meth:`~idempotency.outbox.Publisher.publish`."""
@@ -111,6 +111,10 @@ class SharedClientPublisher(ABC, Generic[Client]):
 
     @abstractmethod
     async def _open(self) -> Client: ...
+
+    def _is_open(self, client: Client, /) -> bool:
+        """Return whether the client says itself that it can be used; override it where it can say that."""
+        return True
 
     @abstractmethod
     async def _close(self, client: Client, /) -> None:

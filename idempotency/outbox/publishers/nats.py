@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from nats.aio.client import Client
@@ -23,32 +23,34 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError
 
 from idempotency._brokers.nats import MESSAGE_ID, size_of_headers
-from idempotency._durations import positive
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
 from idempotency.outbox.publishers._brokers import NATS
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClient, not_in_time
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClientPublisher, not_in_time
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
 OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float, "format": str, "source": str}
 CLIENT_OPTIONS = frozenset[str]()
 
+_CARRIED = replace(NATS, most_bytes=sys.maxsize)
+"""What every server carries; how large a message may be is asked of the server."""
 _SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TOO_LARGE_FOR_THE_STREAM = 10054
 _CLOSE_TIMEOUT = 2.0
 
 
-class NatsPublisher:
+class NatsPublisher(SharedClientPublisher["_Connection"]):
     """Publish messages to streams.
 
     ``client``: a URL, or a connected client, which is not closed. ``topic``: the subject. ``stream``: the only stream
     that may take the messages; None: any. ``delivery_timeout``: seconds after which a batch is given up. ``format``:
     ``"cloudevents"`` adds the attributes of CloudEvents as headers ``ce-...``, with ``source``.
 
-    A client that you give buffers what is published while it reconnects: such a message is published twice.
+    A client that you give may send again what it had not sent when it lost its connection: such a message is published
+    twice.
     """
 
     limits = NATS
@@ -65,22 +67,11 @@ class NatsPublisher:
     ) -> None:
         if not isinstance(client, str | Client):
             raise ConfigurationError(f"a publisher takes a URL or a client of nats-py, not {type(client).__name__}")
-        self.delivery_timeout = positive("delivery_timeout", delivery_timeout)
+        super().__init__(delivery_timeout)
         self._topic = topic_of(topic)
         self._headers = headers_for(format, source, "ce-")
         self._stream = stream
         self._source = client
-        self._shared = SharedClient(self._open, self._close, lambda each: each.client.is_connected)
-
-    async def publish(self, batch: Sequence[Message], /) -> list[Outcome]:
-        """Publish the messages, those of different keys at once."""
-        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
-        async with self._shared.used_until(deadline) as used:
-            return await in_chains(batch, partial(self._send, used, deadline))
-
-    async def aclose(self) -> None:
-        """Close the client, if it was made from a URL."""
-        await self._shared.aclose()
 
     async def _send(self, used: InUse[_Connection], deadline: float, message: Message) -> Outcome:
         subject, headers = self._topic(message), self._headers(message) | {MESSAGE_ID: message.id}
@@ -111,7 +102,7 @@ class NatsPublisher:
         room = max_payload - size_of_headers(headers)
         if len(message.payload or b"") > room:
             return f"it is larger than the max_payload of the server, {max_payload} bytes"
-        return replace(self.limits, most_bytes=max_payload).refusal(message)
+        return _CARRIED.refusal(message)
 
     async def _open(self) -> _Connection:
         if isinstance(self._source, Client):
@@ -147,7 +138,10 @@ class NatsPublisher:
             raise
         return _Connection(client, in_flight)
 
-    async def _close(self, connection: _Connection) -> None:
+    def _is_open(self, connection: _Connection, /) -> bool:
+        return connection.client.is_connected
+
+    async def _close(self, connection: _Connection, /) -> None:
         if connection.client is not self._source:
             with suppress(Exception):
                 await asyncio.wait_for(connection.client.close(), _CLOSE_TIMEOUT)

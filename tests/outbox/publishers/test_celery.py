@@ -68,12 +68,10 @@ class TestContract(BehindProxy, PublisherContract):
         return urlsplit(URL).port or 5672
 
     @pytest.fixture
-    async def publisher(self, proxy: Proxy, rig: Rig, request: pytest.FixtureRequest) -> AsyncIterator[CeleryPublisher]:
+    async def publisher(self, proxy: Proxy, rig: Rig, delivery_timeout: float) -> AsyncIterator[CeleryPublisher]:
         app = application(rig.place, with_port(URL, proxy.port))
         app.conf.task_routes = {"nowhere": {"exchange": "amq.direct", "routing_key": f"{rig.place}_nowhere"}}
-        # A test of a fault waits for its end.
-        faulty = {"break_broker", "hang_broker"} & {*request.fixturenames}
-        publisher = CeleryPublisher(app, task=task_of, delivery_timeout=1 if faulty else 20)
+        publisher = CeleryPublisher(app, task=task_of, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 

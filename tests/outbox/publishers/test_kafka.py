@@ -54,14 +54,14 @@ async def publisher(
     request: pytest.FixtureRequest, make: Any, topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Publisher]:
     for client in (aiokafka, confluent_kafka):
-        monkeypatch.setattr(client, "LONGEST_FOR_TOPIC", 0.2)
+        monkeypatch.setattr(client, "LONGEST_FOR_TOPIC", 1)
     nowhere = f"{topic.name}.nowhere"
     cluster().hide(nowhere)
     # A test of a fault waits for its end. librdkafka takes up to a second for its first message.
     faulty = {"break_broker", "hang_broker"} & {*request.fixturenames}
     publisher = make(
         lambda message: nowhere if message.aggregate_type == "nowhere" else topic.name,
-        delivery_timeout=2 if faulty else 10,
+        delivery_timeout=3 if faulty else 60,
     )
     yield publisher
     await publisher.aclose()

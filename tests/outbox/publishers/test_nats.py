@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import nats
@@ -210,6 +211,23 @@ async def test_lost_connection_ends_the_wait_for_a_confirmation(place: str) -> N
         async with asyncio.timeout(PATIENCE):
             assert await publisher.publish([new_message()]) == [RetryLater("ConnectionError")]
         await publisher.aclose()
+
+
+async def test_client_that_was_given_is_used_again_when_it_is_connected_again(place: str) -> None:
+    with Proxy(urlsplit(url()).port or 4222) as proxy:
+        given = await nats.connect(with_port(url(), proxy.port), reconnect_time_wait=0.05, max_reconnect_attempts=-1)
+        publisher, message = NatsPublisher(given, topic=f"{place}.order", delivery_timeout=1), new_message()
+        await publisher.publish([new_message()])
+
+        proxy.cut()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with suppress(ConnectionError):
+                    if isinstance((await publisher.publish([message]))[0], Sent | Duplicate):
+                        break
+                await asyncio.sleep(0.01)
+
+        await given.close()
 
 
 async def test_client_that_was_given_is_not_closed(place: str, client: Client) -> None:

@@ -81,17 +81,15 @@ class TestContract(BehindProxy, PublisherContract):
 
     @pytest.fixture
     async def publisher(
-        self, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+        self, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, delivery_timeout: float
     ) -> AsyncIterator[SQSPublisher]:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "test")
-        # A test of a fault waits for its end.
-        faulty = {"break_broker", "hang_broker"} & {*request.fixturenames}
         publisher = SQSPublisher(
             lambda message: url if message.aggregate_type == "order" else f"{url[:-5]}_nowhere.fifo",
-            delivery_timeout=1 if faulty else 20,
+            delivery_timeout=delivery_timeout,
         )
         yield publisher
         await publisher.aclose()
