@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from idempotency._http.authorization import WHOLE, read_identity
@@ -114,6 +115,17 @@ class Credentials:
             raise CallerUnknownError(
                 f"The request has credentials that this API cannot use with a key: {', '.join(sorted(set(unknown)))}."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCaller:
+    """Give every request the caller ``name``, which was found out before, as by a signature."""
+
+    name: str
+
+    def caller_of(self, scope: Mapping[str, Any]) -> str:
+        """Name the caller of a request."""
+        return self.name
 
 
 def _is_answered_for(kind: Kind, counted: Iterable[Kind]) -> bool:
