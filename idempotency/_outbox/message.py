@@ -30,7 +30,7 @@ class Message:
     aggregate_id: str
     type: str
     payload: bytes | None
-    headers: Mapping[str, str] = field(default=NO_HEADERS)
+    headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     created: float = 0.0
     attempt: int = 1
 
