@@ -194,6 +194,13 @@ class WaitFailedError(StoreError):
     """The store failed while a duplicate waited: another owner is known to run the operation."""
 
 
+class EmitRefusedError(IdempotencyError, ValueError):
+    """A message cannot be written to the outbox, or its broker cannot carry it; nothing is written."""
+
+    code = "emit-refused"
+    title = "A message of this operation is refused"
+
+
 class TransactionError(IdempotencyError):
     """The operation committed or closed the session that is committed with its record, or used it too late."""
 

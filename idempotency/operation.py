@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
+from datetime import datetime
 from typing import Any, Protocol
 
 from idempotency._rules import Claim
@@ -21,6 +23,10 @@ class HasSession(Protocol):
     @property
     def session(self) -> Any:
         """Return the session; the first call makes it."""
+        ...
+
+    def emit(self, message: Mapping[str, Any], /) -> str:
+        """Write a message with the record, and return its id; ``message``: the arguments of :meth:`Operation.emit`."""
         ...
 
 
@@ -75,13 +81,14 @@ class Operation:
     that its lease is lost.
     """
 
-    __slots__ = ("_claim", "_override", "_transaction", "attempt", "lost", "name")
+    __slots__ = ("_claim", "_messages", "_override", "_transaction", "attempt", "lost", "name")
 
     def __init__(self, claim: Claim, attempt: int, transaction: HasSession | None = None, name: str = "") -> None:
         self._claim = claim
         self._transaction = transaction
         self.name = name
         self._override: Outcome | None = None
+        self._messages = itertools.count(1)
         self.attempt = attempt
         self.lost = Lost()
 
@@ -118,6 +125,46 @@ class Operation:
         """
         digest = hashlib.sha256(b"derive:1:%b:%b" % (self._claim.id, name.encode("utf-8", "surrogatepass")))
         return str(uuid.UUID(bytes=digest.digest()[:16], version=5))
+
+    def emit(
+        self,
+        *,
+        aggregate_type: str,
+        aggregate_id: object,
+        type: str,
+        payload: object,
+        headers: Mapping[str, str] | None = None,
+        available_at: datetime | float | None = None,
+        outbox: Any = None,
+    ) -> str:
+        """Emit a message, which commits with the effect and the record, and return its id.
+
+        It is written just before the commit, all messages of the operation in one statement. The arguments are those of
+        :meth:`idempotency.outbox.Outbox.emit`; ``outbox`` is the :class:`~idempotency.outbox.Outbox` that has the
+        table, default ``Outbox()``.
+        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and
+        :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or carried.
+        """
+        if self._transaction is None:
+            raise TransactionError(
+                "There is no transaction to emit in: give the middleware or decorator session=, a sessionmaker, so that"
+                " the message commits with the record; or call Outbox.emit(session, ...) in a transaction of your own."
+            )
+        return self._transaction.emit(
+            {
+                "outbox": outbox,
+                "aggregate_type": aggregate_type,
+                "aggregate_id": aggregate_id,
+                "type": type,
+                "payload": payload,
+                "headers": headers,
+                "available_at": available_at,
+            }
+        )
+
+    def next_message_id(self) -> str:
+        """Return the id of the next message that the operation emits: the same at each run of the operation."""
+        return self.derive(f"message:{next(self._messages)}")
 
     def hold(self) -> None:
         """Declare that the effect has happened: the key is not released from here on.

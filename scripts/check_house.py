@@ -19,7 +19,7 @@ FILE = 400
 
 MODULES = {"_rules", "_durations", "_hooks", "_signature", "_synchronization"}
 ROOMS = {
-    *("_brokers", "_cli", "_engine", "_http", "_messages", "_results", "_sql"),
+    *("_brokers", "_cli", "_engine", "_http", "_messages", "_outbox", "_results", "_sql"),
     *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing", "web"),
 }
 
@@ -35,6 +35,7 @@ PROBES = {
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",
     "adapters/*": "inspects objects of frameworks and brokers",
     "cli.py": "an exception of click has its own text",
+    "outbox/*": "imports by name, and inspects clients of brokers",
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
     "stores/sql/*": "inspects objects of SQLAlchemy and of drivers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 
+from idempotency._engine.emitted import Emitted
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.commit_guard import (
     SESSION_ENDED,
@@ -66,6 +67,7 @@ class Transaction:
         "_abandoned",
         "_claim",
         "_deadline",
+        "_emitted",
         "_root",
         "_sent_commit",
         "_session",
@@ -82,6 +84,7 @@ class Transaction:
         self._session: AsyncSession | None = None
         self._root: SessionTransaction | None = None
         self._abandoned = False
+        self._emitted = Emitted()
         self.refused: StoreRefusedError | None = None
         # async only: a commit is a task, which goes on when its caller is cancelled.
         self._sent_commit: asyncio.Task[bool] | None = None
@@ -99,6 +102,11 @@ class Transaction:
         if self.settled:  # async only: see __init__
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
+
+    def emit(self, message: Mapping[str, Any], /) -> str:
+        """Keep a message until the commit, before which it is written; see :meth:`Operation.emit`."""
+        _ = self.session  # a message is an effect: without another one there is no transaction yet
+        return self._emitted.add(message)
 
     @property
     def _opened(self) -> AsyncSession:
@@ -126,6 +134,7 @@ class Transaction:
 
     async def undo(self, savepoint: SessionTransaction) -> bool:
         """Roll a savepoint back; False where that failed, and only the whole transaction can be undone."""
+        self._emitted.clear()
         try:
             await self._do(lambda _: savepoint.rollback())
         except Exception:
@@ -185,7 +194,7 @@ class Transaction:
         return self._sent_commit.result()
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
+        written, self.refused = write_and_commit(self._store, session, self._claim, result, state, self._emitted)
         return written
 
     # async only: see commit().
@@ -211,6 +220,7 @@ class Transaction:
 
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
+        self._emitted.clear()
         if self.used:
             with suppress(StoreError):  # not answered: its connection is closed
                 await self._do(roll_back)
@@ -286,12 +296,14 @@ def naming_failures(session: Session) -> Iterator[None]:
 
 
 def write_and_commit(
-    store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State
+    store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State, emitted: Emitted
 ) -> tuple[bool, StoreRefusedError | None]:
-    """Record the end in ``session`` and commit it. For a superseded owner, roll all back and return False.
+    """Write what was ``emitted``, record the end in ``session`` and commit it.
 
-    The effect matters more than its result, so a result that the store refuses is omitted: the second value says why.
+    For a superseded owner, roll all back and return False. The effect matters more than its result, so a result that
+    the store refuses is omitted: the second value says why.
     """
+    emitted.write(session)
     refused = None
     try:
         written = store.complete_in_sync(session, claim, result, state)

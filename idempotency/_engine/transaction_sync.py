@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
+from idempotency._engine.emitted import Emitted
 from idempotency._engine.transaction import check_session_intact, naming_failures, write_and_commit
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.commit_guard import cut_off_session, discard, give_back, guard_commit, roll_back
@@ -30,6 +31,7 @@ class SyncTransaction:
         self._session: Session | None = None
         self._root: SessionTransaction | None = None
         self._abandoned = False
+        self._emitted = Emitted()
         self.refused: StoreRefusedError | None = None
 
     @property
@@ -41,6 +43,11 @@ class SyncTransaction:
     def session(self) -> Session:
         """See :attr:`Transaction.session`."""
         return self._opened
+
+    def emit(self, message: Mapping[str, Any], /) -> str:
+        """See :meth:`Transaction.emit`."""
+        _ = self.session  # a message is an effect: without another one there is no transaction yet
+        return self._emitted.add(message)
 
     @property
     def _opened(self) -> Session:
@@ -66,6 +73,7 @@ class SyncTransaction:
 
     def undo(self, savepoint: SessionTransaction) -> bool:
         """See :meth:`Transaction.undo`."""
+        self._emitted.clear()
         try:
             self._do(lambda _: savepoint.rollback())
         except Exception:
@@ -108,7 +116,7 @@ class SyncTransaction:
         return self._do(lambda session: self._end(session, result, state))
 
     def _end(self, session: Session, result: bytes | None, state: State) -> bool:
-        written, self.refused = write_and_commit(self._store, session, self._claim, result, state)
+        written, self.refused = write_and_commit(self._store, session, self._claim, result, state, self._emitted)
         return written
 
     def _is_recorded(self, state: State, answered: bool) -> bool:
@@ -123,6 +131,7 @@ class SyncTransaction:
 
     def roll_back(self) -> None:
         """See :meth:`Transaction.roll_back`."""
+        self._emitted.clear()
         if self.used:
             with suppress(StoreError):  # not answered: its connection is closed
                 self._do(roll_back)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
@@ -50,6 +50,21 @@ _NO_COLUMN = frozenset({"42703", 1054})
 _NOT_ALLOWED = frozenset({"42501", "28000", "28P01", 1044, 1045, 1142, 1698})
 _NO_SCHEMA = frozenset({"3F000"})
 _NO_DATABASE = frozenset({"3D000", 1049})
+
+
+class MadeBy(NamedTuple):
+    """How a table is made: by a command, by methods, by a description of it for migrations."""
+
+    command: str
+    methods: str
+    described: str
+
+
+RECORDS = MadeBy(
+    "idempotency schema create",
+    "SQLStore.create_schema() or create_schema_sync()",
+    "idempotency.stores.sql.records_table",
+)
 
 
 class ConflictError(StoreError):
@@ -119,6 +134,11 @@ def refuses_statement(error: BaseException) -> bool:
     return refuses_one(error) or str(error_code(error)).startswith(_STATEMENT_REFUSED)
 
 
+def lacks_table(error: BaseException) -> bool:
+    """Return whether the table of a statement does not exist."""
+    return error_code(error) in _NO_TABLE or "no such table" in str(getattr(error, "orig", ""))
+
+
 def read_only(error: BaseException) -> bool:
     """Return whether the server, or the connection, takes no writes."""
     return _is_server(error) and error_code(error) in _READ_ONLY
@@ -153,29 +173,26 @@ def describe_database(url: URL) -> str:
     return f"{name} at {url.host or 'the default host'}{port}, database {url.database or ''}"
 
 
-def describe_failure(error: Exception, url: URL, table: str) -> StoreError:
+def describe_failure(error: Exception, url: URL, table: str, made_by: MadeBy = RECORDS) -> StoreError:
     """Return the StoreError that says what failed in the database at ``url``, and what to do about it."""
     database = describe_database(url)
     described = describe_pooler(error, error_code(error), database)
-    described = described or _describe_refusal(error, database, table) or _describe_connection(error, database)
+    described = described or _describe_refusal(error, database, table, made_by) or _describe_connection(error, database)
     if described is not None:
         return StoreError(described)
     kind = StoreRefusedError if refuses_data(error) else StoreError
     return kind(f"{database} refused: {type(getattr(error, 'orig', None) or error).__name__}")
 
 
-def _describe_refusal(error: Exception, database: str, table: str) -> str | None:
+def _describe_refusal(error: Exception, database: str, table: str, made_by: MadeBy) -> str | None:
     code, words = error_code(error), str(getattr(error, "orig", ""))
-    if code in _NO_TABLE or "no such table" in words:
+    if lacks_table(error):
         return (
-            f"{database} has no table {table}: run `idempotency schema create`, call SQLStore.create_schema() or"
-            " create_schema_sync(), or hand idempotency.stores.sql.records_table to your migrations"
+            f"{database} has no table {table}: run `{made_by.command}`, call {made_by.methods}, or hand"
+            f" {made_by.described} to your migrations"
         )
     if code in _NO_COLUMN or "no such column" in words or "has no column" in words:
-        return (
-            f"{database} has a table {table} that lacks a column: add it by a migration, as in"
-            " idempotency.stores.sql.records_table"
-        )
+        return f"{database} has a table {table} that lacks a column: add it by a migration, as in {made_by.described}"
     schema = table.rpartition(".")[0]
     if code in _NO_SCHEMA or (schema and "unknown database" in words.lower() and not unreachable(error)):
         return f"{database} has no schema {schema}: create it, or correct the name of the table"

@@ -23,8 +23,9 @@ from idempotency._sql.failures import (
 from idempotency._sql.pooler import is_behind_pooler
 from idempotency._sql.send import is_observed
 from idempotency._sql.sqlite import drop_closed
+from idempotency._sql.tables import create_tables
 from idempotency.errors import IdempotencyError, StoreError
-from idempotency.stores.sql._table import SCHEMAS, create_schema, located, schema_by
+from idempotency.stores.sql._table import SCHEMAS, located, schema_by
 from idempotency.stores.sql._verbs import Verbs
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ class Database:
                 with replacing(connection):
                     if self._sqlite and schema not in self._created:
                         with connection.begin():
-                            create_schema(connection, self.table)
+                            create_tables(connection, self.table)
                         self._created.add(schema)
                     behind_pooler = self._is_behind_pooler(connection)
                     # A pooler keeps to one connection within a transaction only, and a driver may need two messages for

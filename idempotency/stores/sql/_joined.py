@@ -27,12 +27,13 @@ from idempotency._sql.failures import (
 from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF, GuardedConnection, commits_by_itself
 from idempotency._sql.send import Sent, send, setting
 from idempotency._sql.sqlite import begin_to_write, busy_timeout_of, lowered_lock_wait, waiting
+from idempotency._sql.tables import create_tables
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreRefusedError
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._limits import check_size
 from idempotency.stores.sql._statements import Statements
-from idempotency.stores.sql._table import SCHEMAS, create_schema, located
+from idempotency.stores.sql._table import SCHEMAS, located
 from idempotency.stores.sql._trust import has_begun, try_driver
 from idempotency.stores.sql._values import packed
 from idempotency.stores.sql._verbs import (
@@ -233,7 +234,7 @@ class JoinedVerbs:
         with waiting(connection, wait, before):
             begin_to_write(connection)
             if missing:
-                create_schema(connection, self._table)
+                create_tables(connection, self._table)
             return _found(self._send(connection, sql.claim_bounded, values)) or _found(
                 self._send(connection, sql.look, values)
             )

@@ -20,6 +20,7 @@ from idempotency._sql.engines import check_backend, check_side, read_url
 from idempotency._sql.pooler import check_pooler, read_pooler
 from idempotency._sql.sessions import check_same_database
 from idempotency._sql.sqlite import check_in_file
+from idempotency._sql.tables import create_tables
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError
 from idempotency.stores._clock_guard import ClockGuard
@@ -36,7 +37,6 @@ from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
 from idempotency.stores.sql._table import (
     DEFAULT_TABLE,
-    create_schema,
     located,
     records_table,
     schema_by,
@@ -285,7 +285,7 @@ class SQLStore(InSessions):
         return f"table {located(self._table, self._schema).fullname}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
-        create_schema(connection, self._table)
+        create_tables(connection, self._table)
 
     async def aclose(self) -> None:
         """Dispose of the engine this store opened on the running loop, and stop listening."""

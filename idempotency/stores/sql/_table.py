@@ -10,7 +10,6 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
-    Connection,
     Index,
     Integer,
     LargeBinary,
@@ -19,22 +18,17 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    make_url,
-    text,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
+from idempotency._sql.tables import dialect_named, split_name
 from idempotency.errors import ConfigurationError
 
 DEFAULT_TABLE = "idempotency_record"
-_DUPLICATE_INDEX = 1061
 
 SCHEMAS = 256
 """Of how many schemas the statements are cached, where each connection may have another one."""
-
-_NAME = re.compile(r"(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,49})")
 
 # The statements are text, in which SQLAlchemy and the drivers give these characters a meaning.
 _NOT_IN_TEXT = re.compile(r"[:%\\\0]")
@@ -48,13 +42,7 @@ def records_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
     Raises :class:`~idempotency.errors.ConfigurationError` unless the name is an identifier of at most 50 characters,
     and the schema in it an identifier of at most 63.
     """
-    found = _NAME.fullmatch(name)
-    if found is None:
-        raise ConfigurationError(
-            "table must be an identifier of at most 50 letters, digits and _, with its schema and a dot before it or"
-            f" without, not {name!r}"
-        )
-    return _described(metadata, *found.groups())
+    return _described(metadata, *split_name(name))
 
 
 def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
@@ -112,27 +100,7 @@ def schema_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
 
     ``table`` may be ``"schema.table"``; the schema itself must be there.
     """
-    try:
-        known = make_url(f"{dialect}://").get_dialect()()
-    except ArgumentError as error:
-        raise ConfigurationError(f"dialect must be postgresql, mysql, mariadb or sqlite, not {dialect!r}") from error
+    known = dialect_named(dialect)
     records = records_table(MetaData(), table)
     statements: list[ExecutableDDLElement] = [CreateTable(records), *map(CreateIndex, records.indexes)]
     return "\n".join(f"{str(statement.compile(dialect=known)).strip()};\n" for statement in statements)
-
-
-def create_schema(connection: Connection, table: Table) -> None:
-    """Create the table and its index where they are missing; any number of processes may do so at once."""
-    name = connection.dialect.name
-    if name == "postgresql":
-        # IF NOT EXISTS first looks and then creates: of two at once, one would fail on the catalogue's unique index.
-        full_name = located(table, connection.schema_for_object(table)).fullname
-        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"create {full_name}"})
-    # The DDL, which SQLAlchemy makes, obeys the connection's schema_translate_map by itself.
-    connection.execute(CreateTable(table, if_not_exists=True))
-    for index in table.indexes:
-        try:
-            connection.execute(CreateIndex(index, if_not_exists=name not in ("mysql", "mariadb")))
-        except DBAPIError as error:
-            if _DUPLICATE_INDEX not in getattr(error.orig, "args", ()):
-                raise

@@ -1,0 +1,104 @@
+"""Payloads and headers of messages, as they are emitted: what cannot be written is refused, by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+from idempotency._outbox.message import ID_HEADER, NO_HEADERS, TYPE_HEADER
+from idempotency._results.by_annotation import Shape, dump, shape_of
+from idempotency.errors import ConfigurationError, EmitRefusedError
+
+_PLAIN = (type(None), bool, int, float, str)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,255}")
+_NOT_IN_HEADER = re.compile(r"[\0\r\n]")
+_TRACING = "opentelemetry.propagate"
+
+
+def encode_payload(payload: object) -> bytes | None:
+    """Return the payload as it goes to the broker: bytes and None as they are, anything else as JSON in UTF-8.
+
+    Dates, UUIDs, decimals, dataclasses, models and what else a recorded result may be are written as there, also
+    inside of dicts, lists and tuples.
+    """
+    if payload is None or type(payload) is bytes:
+        return payload
+    try:
+        return dump(_as_json(payload))
+    except (TypeError, ValueError, ConfigurationError, RecursionError) as error:
+        raise EmitRefusedError(f"the payload cannot be written as JSON: {error or type(error).__name__}") from error
+
+
+def _as_json(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict:
+        return {_key(name): _as_json(each) for name, each in value.items()}
+    if kind in (list, tuple):
+        return [_as_json(each) for each in value]
+    shape: Shape = _shape(kind)  # type: ignore[arg-type]
+    return shape.to_json(value)
+
+
+def _key(name: object) -> str:
+    if type(name) is not str:
+        raise TypeError(f"a dict has a key of type {type(name).__qualname__}: let its keys be text")
+    return name
+
+
+@lru_cache(maxsize=1024)
+def _shape(kind: Any) -> Shape:
+    return shape_of(kind, f"a payload of type {kind.__qualname__}")
+
+
+def encode_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the headers of a row: those that are given, and those of the running trace, if there is one."""
+    own = dict(headers or {})
+    for name, value in own.items():
+        if type(name) is not str or not _HEADER_NAME.fullmatch(name):
+            raise EmitRefusedError(f"a header has the name {name!r}, which is not a token (RFC 9110 section 5.6.2)")
+        if name.lower() in (ID_HEADER.lower(), TYPE_HEADER.lower()):
+            raise EmitRefusedError(f"the header {name!r} is set by the outbox itself")
+        if type(value) is not str or _NOT_IN_HEADER.search(value) or not _encodes(value):
+            raise EmitRefusedError(f"the header {name!r} must be text in one line")
+    # Only where the application traces: then it has imported the package.
+    tracing = sys.modules.get(_TRACING)
+    if tracing is not None:
+        running: dict[str, str] = {}
+        tracing.inject(running)
+        own = {**running, **own}
+    return own or NO_HEADERS
+
+
+def headers_as_text(headers: Mapping[str, str]) -> str | None:
+    """Return the headers as the row has them."""
+    return json.dumps(dict(headers), ensure_ascii=False, separators=(",", ":")) if headers else None
+
+
+def headers_from_text(text: str | None) -> Mapping[str, str]:
+    """Return the headers of a row."""
+    return json.loads(text) if text else NO_HEADERS
+
+
+def name_of(what: str, value: object, most: int) -> str:
+    """Return a name as text: of the aggregate's type or id, or of the message's type. Numbers and UUIDs are allowed."""
+    if type(value) is int or isinstance(value, UUID):
+        value = str(value)
+    if not isinstance(value, str) or not 0 < len(value) <= most or "\0" in value or not _encodes(value):
+        shown = repr(value) if isinstance(value, str) and len(value) <= most else type(value).__name__
+        raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}")
+    return value
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
