@@ -53,7 +53,8 @@ def check_options(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a value that cannot work.
     """
-    if not (scope is None or scope in ("credentials", "authorization") or isinstance(scope, KnownCaller) or callable(scope)):
+    named = scope is None or isinstance(scope, KnownCaller) or scope in ("credentials", "authorization")
+    if not (named or callable(scope)):
         raise ConfigurationError(f'scope must be "credentials", "authorization", a callable or None, not {scope!r}')
     if unknown_credentials not in ("warn", "refuse"):
         raise ConfigurationError(f'unknown_credentials must be "warn" or "refuse", not {unknown_credentials!r}')
@@ -87,7 +88,9 @@ def _caller(
     key_header: bytes,
     unknown: UnknownCredentials,
 ) -> CallerScope | Credentials | KnownCaller | None:
-    return Credentials(scope, secret, key_header, unknown) if isinstance(scope, str) else scope
+    if scope is None or isinstance(scope, KnownCaller) or callable(scope):
+        return scope
+    return Credentials(scope, secret, key_header, unknown)
 
 
 def require_starlette() -> None:

@@ -69,14 +69,20 @@ def is_public(address: Address) -> bool:
     return not any(address in network for network in _NOT_PUBLIC_4)
 
 
-def checked_networks(allow: Iterable[str]) -> tuple[IPv4Network | IPv6Network, ...]:
-    """Read networks, such as ``"10.1.0.0/16"``; ConfigurationError for what is none."""
-    if isinstance(allow, str):
-        raise ConfigurationError(f"allow must be a list of networks, not {allow!r}")
+def allowing(networks: Iterable[str], check: AddressCheck) -> AddressCheck:
+    """Return the check that approves what ``check`` does, and addresses of ``networks``, such as ``"10.1.0.0/16"``.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for what is no network.
+    """
+    if isinstance(networks, str):
+        raise ConfigurationError(f"allow must be a list of networks, not {networks!r}")
     try:
-        return tuple(ip_network(each) for each in allow)
+        allowed = tuple(ip_network(each) for each in networks)
     except ValueError as error:
         raise ConfigurationError(f"allow must be a list of networks, such as '10.1.0.0/16': {error}") from error
+    if not allowed:
+        return check
+    return lambda address: any(address in network for network in allowed) or check(address)
 
 
 async def resolve(host: str, port: int, check: AddressCheck) -> list[str]:

@@ -48,9 +48,9 @@ class SharedSecret:
         return f"v1,{b64encode(hmac.digest(self.key, content, 'sha256')).decode()}"
 
     def accepts(self, content: bytes, signatures: Sequence[bytes]) -> bool:
-        """Compare all signatures, each in constant time."""
+        """Compare each in constant time."""
         expected = self.sign(content).encode()
-        return any([hmac.compare_digest(expected, each) for each in signatures])
+        return any(hmac.compare_digest(expected, each) for each in signatures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +147,6 @@ def _require_cryptography() -> None:
     try:
         import cryptography  # noqa: F401
     except ImportError as error:
-        raise ConfigurationError('whsk_ and whpk_ need cryptography: pip install "asgi-idempotency[encryption]"') from error
+        raise ConfigurationError(
+            'whsk_ and whpk_ need cryptography: pip install "asgi-idempotency[encryption]"'
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
+from typing import Any
 
 import httpcore
 import httpx
@@ -60,7 +61,8 @@ class _Stream(httpx.AsyncByteStream):
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     def __init__(self, check: AddressCheck) -> None:
         self._check = check
-        self._backend = httpcore.AnyIOBackend()
+        # Its type is not known where anyio may be missing.
+        self._backend: Any = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -74,8 +76,12 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         each = None if timeout is None else timeout / len(addresses)
         while True:
             try:
-                return await self._backend.connect_tcp(addresses[0], port, each, local_address, socket_options)
+                stream: httpcore.AsyncNetworkStream = await self._backend.connect_tcp(
+                    addresses[0], port, each, local_address, socket_options
+                )
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 del addresses[0]
                 if not addresses:
                     raise
+            else:
+                return stream

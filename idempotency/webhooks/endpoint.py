@@ -32,7 +32,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.url, str) or not _URL.fullmatch(self.url) or not _has_host_and_port(self.url):
             raise ConfigurationError(
-                "the URL of an endpoint is http:// or https://, a host in ASCII, and a path; no user, password, fragment"
+                "an endpoint has an http or https URL in ASCII, without user, password and fragment"
             )
         object.__setattr__(self, "signers", signers(self.secrets))
         object.__setattr__(self, "secrets", tuple(self.secrets))

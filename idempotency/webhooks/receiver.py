@@ -19,7 +19,6 @@ from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
     RequestTooLargeError,
-    WebhookMalformedError,
     WebhookUnverifiedError,
 )
 from idempotency.events import EventHook, emit_event, log_event

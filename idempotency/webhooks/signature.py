@@ -15,7 +15,7 @@ ID, TIMESTAMP, SIGNATURE = "webhook-id", "webhook-timestamp", "webhook-signature
 TOLERANCE = 300.0
 """Seconds between the clocks of sender and receiver, in both directions."""
 
-Headers = Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]]
+Headers = Mapping[str, str] | Sequence[tuple[str | bytes, str | bytes]]
 """The headers of a framework, or the raw pairs of ASGI."""
 
 # What an unquoted idempotency key may be, without the full stop: with one, other parts could give the signed text.
@@ -118,8 +118,7 @@ def read_claimed(headers: Headers, *, now: float | None, tolerance: float) -> Cl
 
 def _read_fields(headers: Headers) -> dict[str, bytes]:
     fields: dict[str, bytes] = {}
-    pairs: Iterable[tuple[str | bytes, str | bytes]] = headers.items() if isinstance(headers, Mapping) else headers
-    for field, value in pairs:
+    for field, value in _pairs(headers):
         name = (field if isinstance(field, str) else field.decode("latin-1")).lower()
         if name in (ID, TIMESTAMP, SIGNATURE):
             if name in fields:
@@ -129,6 +128,13 @@ def _read_fields(headers: Headers) -> dict[str, bytes]:
         if name not in fields:
             raise WebhookMalformedError(f"The header {name} is missing.")
     return fields
+
+
+def _pairs(headers: Headers) -> Iterable[tuple[str | bytes, str | bytes]]:
+    if not isinstance(headers, Mapping):
+        return headers
+    items: Iterable[tuple[str, str]] = headers.items()
+    return items
 
 
 def _bytes(text: str | bytes) -> bytes:
