@@ -11,7 +11,7 @@ from idempotency.errors import ConfigurationError
 from idempotency.webhooks._secrets import Signer, signers
 
 # RFC 3986 without the fragment, and without the @ of credentials. In these characters all parsers see the same host.
-_URL = re.compile(r"https?://[A-Za-z0-9\-._~:\[\]%]+(?:[/?][A-Za-z0-9\-._~:/?@!$&'()*+,;=%]*)?")
+_URL = re.compile(r"https?://[A-Za-z0-9\-._~:\[\]]+(?:[/?][A-Za-z0-9\-._~:/?@!$&'()*+,;=%]*)?")
 
 
 @dataclass(frozen=True, slots=True)
