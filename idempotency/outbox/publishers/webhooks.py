@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -27,7 +28,7 @@ from idempotency._durations import DAY, positive
 from idempotency._hooks import check_callable
 from idempotency._http.error_hook import FIELD_NAME, FRAMING
 from idempotency._outbox.limits import Limits
-from idempotency._outbox.message import Message
+from idempotency._outbox.message import NO_HEADERS, Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
@@ -58,6 +59,8 @@ _LONGEST_END = 1.0
 
 _MOST_OF_ANSWER = 1 << 16
 """Bytes of an answer that are read, so that its connection can be used again. Nothing looks at them."""
+
+_DEFAULTS = {"content-type": "application/json", "accept-encoding": "identity"}
 
 _OUT_OF_TIME = RetryLater("the time of its batch was over", held=True)
 
@@ -181,8 +184,9 @@ class WebhookPublisher:
             signed = signed_headers(message.id, body, endpoint.signers, time.time())
         except ValueError as error:
             raise _UnsendableError(str(error)) from error
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        headers.update(_fields(message.headers), **_fields(self._headers(message)), **signed)
+        # A field of the message never replaces one of ours, in whatever case its name is written.
+        ours = _fields(self._headers(replace(message, headers=NO_HEADERS)))
+        headers = _DEFAULTS | _fields(message.headers) | ours | signed
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         return self._client.build_request(
             "POST", endpoint.url, content=body, headers=pairs, timeout=httpx.Timeout(self._attempt)
