@@ -73,6 +73,8 @@ PUBLIC = {
         "UnknownOptionError",
         "UnreadableError",
         "WaitFailedError",
+        "WebhookMalformedError",
+        "WebhookUnverifiedError",
     ],
     "idempotency.events": ["Event", "EventHook", "EventKind", "log_event"],
     "idempotency.function": ["Codec", "idempotent"],
@@ -122,6 +124,15 @@ PUBLIC = {
     "idempotency.testing.crash": ["Report", "Scenario", "assert_once", "crash_everywhere", "crash_point"],
     "idempotency.testing.faulty": ["FaultyStore"],
     "idempotency.testing.plugin": ["assert_once"],
+    "idempotency.webhooks": [
+        "WEBHOOKS",
+        "Endpoint",
+        "Webhook",
+        "WebhookReceiver",
+        "sign",
+        "standard_webhooks_schedule",
+        "verify",
+    ],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import replace
@@ -10,10 +11,15 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
+from idempotency import drain
 from idempotency.errors import ConfigurationError, WebhookUnverifiedError
 from idempotency.events import Event
+from idempotency.stores.base import Store
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 from idempotency.testing import ManualClock
 from idempotency.webhooks import WEBHOOKS, Webhook, WebhookReceiver, sign, verify
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, respond
@@ -24,7 +30,7 @@ BODY = b'{"type": "order.placed"}'
 DAY = 86400
 
 
-def receive(app: Any, store: MemoryStore | None = None, **options: Any) -> WebhookReceiver:
+def receive(app: Any, store: Store | None = None, **options: Any) -> WebhookReceiver:
     """Put a receiver around ``app``, by default on a store of its own."""
     return WebhookReceiver(app, **{"secrets": [SECRET], "store": store or MemoryStore(), **options})
 
@@ -106,6 +112,48 @@ async def test_failure_lets_the_next_attempt_run(status: int) -> None:
     app.status = 200
     assert [(await send(receiver)).status for _ in range(2)] == [200, 200]
     assert app.runs == 3
+
+
+async def test_effect_of_a_failure_is_rolled_back(sqlite_url: str) -> None:
+    """With a session, what a handler did before it answered 4xx is undone, and the next attempt does it once."""
+    engine = create_async_engine(sqlite_url)
+    store = SQLStore(engine)
+    await store.create_schema()
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE orders (item TEXT)"))
+
+    async def order(scope: Any, receive: Any, send: Any) -> None:
+        session = scope["state"]["idempotency"].session
+        await session.execute(text("INSERT INTO orders VALUES ('cup')"))
+        await respond(send, app.status)
+
+    app = Effects(order, status=422)
+    receiver = receive(app, store, session=async_sessionmaker(engine))
+
+    for status in (422, 200, 200):
+        app.status = status
+        assert (await send(receiver)).status == status
+    await drain()
+    async with engine.connect() as connection:
+        assert list(await connection.execute(text("SELECT item FROM orders"))) == [("cup",)]
+    await engine.dispose()
+    assert app.runs == 2
+
+
+async def test_attempt_during_the_first_is_answered_409() -> None:
+    """The sender is told when to try again."""
+    app = Effects()
+    app.gate = asyncio.Event()
+    receiver = receive(app)
+
+    first = asyncio.create_task(send(receiver))
+    await app.running.wait()
+    second = await send(receiver)
+    app.gate.set()
+
+    assert (second.code, second.status, second.header(b"retry-after")) == ("in-progress", 409, b"1")
+    assert (await first).status == 201
+    assert app.runs == 1
 
 
 async def test_senders_do_not_meet() -> None:
