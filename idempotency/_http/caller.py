@@ -168,6 +168,11 @@ def path_scope(caller: str, path: str) -> str:
     return known + digest(b"path:1:", (caller.encode(), path.encode("utf-8", "surrogatepass")), None).hex()
 
 
+def sender_scope(sender: str) -> str:
+    """Name the sender of webhooks, whose signature says that they are its own."""
+    return "http:1:" + digest(b"sender:1:", (sender.encode(),), None).hex()
+
+
 def is_anonymous(scope: str) -> bool:
     """Return whether the caller in the scope of an operation is not known."""
     return scope.startswith(ANONYMOUS)

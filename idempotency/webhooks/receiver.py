@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from idempotency._durations import positive
 from idempotency._http.body import BodyReceive, DisconnectedError, Receive, Send
-from idempotency._http.caller import KnownCaller
+from idempotency._http.caller import KnownCaller, sender_scope
 from idempotency._http.capture import send_response
-from idempotency._http.digest import digest
 from idempotency._http.problem import check_docs, describe, problem_response
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import mapping_of
@@ -100,7 +99,7 @@ class WebhookReceiver:
             store=store,
             policy=policy,
             session=session,
-            scope=KnownCaller("http:1:" + digest(b"webhook:1:", [sender.encode()], None).hex()),
+            scope=KnownCaller(sender_scope(sender)),
             header_name=ID,
             docs=docs,
             on_event=on_event,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
 from dataclasses import replace
@@ -166,6 +167,21 @@ async def test_senders_do_not_meet() -> None:
 
     assert [reply.body for reply in replies] == [b'{"run":1}', b'{"run":2}', b'{"run":3}']
     assert (await send(bank, secret=OTHER)).replayed
+
+
+async def test_scope_of_a_webhook_is_its_sender_and_its_path() -> None:
+    """As it is stored: another text would forget every id that was received."""
+    scopes: list[str] = []
+
+    async def application(scope: Any, _: Any, send: Any) -> None:
+        scopes.append(scope["state"]["idempotency"].scope)
+        await respond(send)
+
+    await send(receive(application, sender="shop"))
+
+    sender = "http:1:" + hashlib.sha256(b"sender:1:4:shop").hexdigest()
+    path = hashlib.sha256(f"path:1:71:{sender}6:/hooks".encode()).hexdigest()
+    assert scopes == [f"http:1:{path}"]
 
 
 async def test_id_of_another_webhook_is_a_mismatch() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from idempotency.errors import ConfigurationError, WebhookMalformedError, WebhookUnverifiedError
 from idempotency.webhooks import Webhook, sign, verify
@@ -127,6 +129,19 @@ def test_malformed_headers_are_400(name: str, value: str | None) -> None:
         verify(headers, BODY, [SECRET], now=NOW)
 
     assert caught.value.status == 400
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(sorted(HEADERS)), st.text() | st.sampled_from(sorted(HEADERS.values()))))
+def test_any_header_is_answered(changes: dict[str, str]) -> None:
+    """Whatever somebody sends is verified or refused, and nothing else happens."""
+    headers = {**HEADERS, **changes}
+
+    if headers == HEADERS:
+        verify(headers, BODY, [SECRET, PUBLIC], now=NOW)
+    else:
+        with pytest.raises(WebhookUnverifiedError):
+            verify(headers, BODY, [SECRET, PUBLIC], now=NOW)
 
 
 def test_header_that_is_sent_twice_is_400() -> None:

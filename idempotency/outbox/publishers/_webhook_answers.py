@@ -36,7 +36,7 @@ def read_retry_after(text: str, now: float) -> float | None:
         return min(float(text[:10]), DAY)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     # A date without a time zone is one in UTC: asctime's, in which RFC 9110 has no other.
     aware = date if date.tzinfo is not None else date.replace(tzinfo=UTC)

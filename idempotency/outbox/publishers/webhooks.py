@@ -114,6 +114,8 @@ class WebhookPublisher:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency!r}")
         check_callable("address_check", address_check)
+        if on_gone is not None and not callable(on_gone):
+            raise ConfigurationError(f"on_gone must be a function, not {on_gone!r}")
         check = allowing(allow, address_check)
         if client is not None and check is not is_public:
             raise ConfigurationError("allow and address_check have no effect on a client that is passed in")
@@ -227,11 +229,13 @@ def _fields(headers: Mapping[str, str]) -> dict[str, str]:
 async def _finish(response: httpx.Response) -> None:
     """Read the rest of an answer, if it is short and comes soon, and throw it away."""
     size = 0
-    with suppress(Exception):
-        async with asyncio.timeout(_LONGEST_END):
-            async for part in response.aiter_raw():
-                size += len(part)
-                if size > _MOST_OF_ANSWER:
-                    break
-    with suppress(Exception):
-        await response.aclose()
+    try:
+        with suppress(Exception):
+            async with asyncio.timeout(_LONGEST_END):
+                async for part in response.aiter_raw():
+                    size += len(part)
+                    if size > _MOST_OF_ANSWER:
+                        break
+    finally:
+        with suppress(Exception):
+            await response.aclose()

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from idempotency import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent
@@ -270,6 +272,18 @@ async def test_answers(
 def test_retry_after(text: str, seconds: float | None) -> None:
     """Seconds, or a date in one of the three forms of RFC 9110; never more than a day."""
     assert read_retry_after(text, now=1767323045) == seconds
+
+
+_PARTS = ["Fri,", "02", "Jan", "26", "2026", "03:05:05", "24:00:00", "GMT", "-9999", "9" * 20, " ", ",", ":", "(", "é"]
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=500)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(_PARTS)).map(" ".join)))
+def test_any_retry_after_is_read(text: str) -> None:
+    """An endpoint may send anything; it is a time within a day, or nothing."""
+    seconds = read_retry_after(text, now=1767323045)
+
+    assert seconds is None or 0 <= seconds <= 86400
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -541,6 +555,7 @@ async def test_publisher_by_url_has_its_secrets_from_the_environment(
         ("https://example.com", {"allow": ["everywhere"]}),
         ("https://example.com", {"address_check": True}),
         ("https://example.com", {"format": "xml"}),
+        ("https://example.com", {"on_gone": "yes"}),
     ],
 )
 def test_what_cannot_work_is_refused(endpoint: str, options: dict[str, Any]) -> None:
