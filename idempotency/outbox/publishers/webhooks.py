@@ -54,9 +54,6 @@ OPTIONS: Mapping[str, Callable[[str], Any]] = {
 }
 CLIENT_OPTIONS: frozenset[str] = frozenset()
 
-_LONGEST_END = 1.0
-"""Seconds for the rest of an answer, after its status."""
-
 _MOST_OF_ANSWER = 1 << 16
 """Bytes of an answer that are read, so that its connection can be used again. Nothing looks at them."""
 
@@ -80,7 +77,8 @@ class WebhookPublisher:
     that is given the message and returns one of these, or None: nobody wants it, and it counts as sent. Where several
     want it, emit a message for each.
     ``secrets``: what webhooks to a URL are signed with.
-    ``on_gone``: is given an endpoint that answered 410 and wants no more webhooks. It may be async.
+    ``on_gone``: is given an endpoint that answered 410 and wants no more webhooks. It may be async, and is brief: it is
+    cancelled after a second.
     ``delivery_timeout``: seconds after which a batch is given up. Default 30. One attempt may take half of it.
     ``concurrency``: how many webhooks, of different keys, are sent at a time. Default 50.
     ``allow``: networks that may be connected to besides public addresses, such as ``["10.1.0.0/16"]``.
@@ -120,7 +118,8 @@ class WebhookPublisher:
         if client is not None and check is not is_public:
             raise ConfigurationError("allow and address_check have no effect on a client that is passed in")
         self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
-        self._attempt = self.delivery_timeout / 2
+        # A batch must end in time: an attempt that begins last, the rest of its answer, and the hook.
+        self._starting, self._attempt, self._ending = (self.delivery_timeout * part for part in (0.4, 0.5, 0.04))
         self._secrets = secrets
         self._endpoint = endpoint if callable(endpoint) else self._read(endpoint)
         self._on_gone = on_gone
@@ -135,7 +134,7 @@ class WebhookPublisher:
         if self._closed:
             raise RuntimeError("the publisher is closed")
         clock = asyncio.get_running_loop().time
-        last_start = clock() + self._attempt
+        last_start = clock() + self._starting
 
         async def send(message: Message) -> Outcome:
             async with self._free:
@@ -164,7 +163,7 @@ class WebhookPublisher:
             return RetryLater(f"no answer in {self._attempt:g} s")
         except (AddressRefusedError, _UnsendableError, ConfigurationError) as error:
             return Refused(str(error))
-        await _finish(response)
+        await _finish(response, self._ending)
         outcome = outcome_of(response.status_code, response.headers.get("retry-after"), time.time())
         if isinstance(outcome, Refused):
             await self._tell_gone(endpoint)
@@ -198,9 +197,10 @@ class WebhookPublisher:
         if self._on_gone is None:
             return
         try:
-            done = self._on_gone(endpoint)
-            if inspect.isawaitable(done):
-                await done
+            async with asyncio.timeout(self._ending):
+                done = self._on_gone(endpoint)
+                if inspect.isawaitable(done):
+                    await done
         except Exception:
             _logger.exception("the hook on_gone failed")
 
@@ -226,12 +226,12 @@ def _fields(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items()}
 
 
-async def _finish(response: httpx.Response) -> None:
-    """Read the rest of an answer, if it is short and comes soon, and throw it away."""
+async def _finish(response: httpx.Response, longest: float) -> None:
+    """Read the rest of an answer, if it is short and comes within ``longest`` seconds, and throw it away."""
     size = 0
     try:
         with suppress(Exception):
-            async with asyncio.timeout(_LONGEST_END):
+            async with asyncio.timeout(longest):
                 async for part in response.aiter_raw():
                     size += len(part)
                     if size > _MOST_OF_ANSWER:

@@ -134,10 +134,14 @@ class TestContract(BehindProxy, PublisherContract):
         return urlsplit(url).port or 0
 
     @pytest.fixture
-    async def publisher(self, url: str, endpoints: Endpoints, proxy: Proxy) -> AsyncIterator[WebhookPublisher]:
+    async def publisher(
+        self, request: pytest.FixtureRequest, url: str, endpoints: Endpoints, proxy: Proxy
+    ) -> AsyncIterator[WebhookPublisher]:
         endpoints.answers["/nowhere"] = (404, [], b"")
         place = with_port(url, proxy.port)
-        async with opened(lambda message: f"{place}/{message.aggregate_type}", delivery_timeout=1) as publisher:
+        # Only one test waits for it. In the others a busy machine has its time.
+        longest = 1 if "hangs" in request.node.name else 30
+        async with opened(lambda message: f"{place}/{message.aggregate_type}", delivery_timeout=longest) as publisher:
             yield publisher
 
     @pytest.fixture
@@ -480,16 +484,16 @@ async def test_slow_endpoint_does_not_stop_the_others(url: str, endpoints: Endpo
     endpoints.hang.add("/slow")
     batch = [new_message("slow"), new_message("slow"), *(new_message(f"fast-{number}") for number in range(20))]
 
-    async with opened(lambda message: f"{url}/{message.aggregate_id}", delivery_timeout=1) as publisher:
+    async with opened(lambda message: f"{url}/{message.aggregate_id}", delivery_timeout=2) as publisher:
         started = time.monotonic()
         outcomes = list(await publisher.publish(batch))
         waited = time.monotonic() - started
 
-    assert outcomes[0] == RetryLater("no answer in 0.5 s")
+    assert outcomes[0] == RetryLater("no answer in 1 s")
     assert isinstance(outcomes[1], RetryLater)
     assert outcomes[1].held
     assert outcomes[2:] == [Sent()] * 20
-    assert waited < 1.5
+    assert waited < 2
 
 
 async def test_batch_ends_in_time_and_holds_the_rest(url: str, endpoints: Endpoints) -> None:
