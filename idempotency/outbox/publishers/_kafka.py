@@ -13,8 +13,8 @@ from idempotency._durations import DAY, positive
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
 from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater, in_chains
-from idempotency.outbox.publishers._client import Client, InUse, SharedClient
 from idempotency.outbox.publishers._cloudevents import Format, headers_for
+from idempotency.outbox.publishers._shared import Client, InUse, SharedClient
 from idempotency.outbox.publishers._topic import Topic, topic_of
 
 LONGEST_FOR_TOPIC = 5.0

@@ -19,12 +19,12 @@ from aiokafka.errors import KafkaError
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, RetryLater, Sent
-from idempotency.outbox.publishers._client import InUse
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
 from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
+from idempotency.outbox.publishers._shared import InUse
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
 
-_LONGEST_CLOSE = 5.0
+_LONGEST_CLOSE = 1.0
 
 
 class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):

@@ -22,14 +22,14 @@ from confluent_kafka import Message as Record
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, RetryLater, Sent
-from idempotency.outbox.publishers._client import InUse
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
 from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
+from idempotency.outbox.publishers._shared import InUse
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
 
 _logger = logging.getLogger("idempotency")
 
-_POLL = 0.2
+_POLL = 0.1
 """Seconds for which the thread waits for reports; as long may the end take."""
 
 _REQUIRED = {"acks": ("all", "-1"), "request.required.acks": ("all", "-1"), "enable.idempotence": ("true", "t", "1")}
@@ -77,8 +77,6 @@ class ConfluentPublisher(KafkaPublisher["_Polled"]):
             # librdkafka counts what it adds itself; with its default a message could be too large that others take.
             "message.max.bytes": 1_048_576,
             "topic.metadata.propagation.max.ms": round(LONGEST_FOR_TOPIC * 1000),
-            # Without it poll() raises a fatal error, which the messages' reports tell too.
-            "error_cb": lambda _: None,
             **config,
             "enable.idempotence": True,
             "message.timeout.ms": round(self.delivery_timeout * 1000),
@@ -99,15 +97,18 @@ class ConfluentPublisher(KafkaPublisher["_Polled"]):
             error = raised.args[0]
         if error is None:
             return Sent()
-        # After a fatal error the producer sends nothing any more.
-        used.failed = used.failed or error.fatal() or error.code() == KafkaError._FATAL
+        used.failed = used.failed or used.client.broken or error.code() == KafkaError._FATAL
         return outcome_of(error.code(), error.str())
 
 
 class _Polled:
-    """A producer, and the thread that polls it for its delivery reports."""
+    """A producer, and the thread that polls it for its delivery reports.
+
+    ``broken``: the producer had a fatal error, and sends nothing any more.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self.broken = False
         self._producer = Producer(config)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="idempotency-kafka-reports", daemon=True)
@@ -144,6 +145,9 @@ class _Polled:
         while not self._ended.is_set():
             try:
                 self._producer.poll(_POLL)
+            except KafkaException:
+                # It is fatal, and librdkafka has logged it.
+                self.broken = True
             except Exception:
                 # The reports of other messages are still to come.
                 _logger.exception("a callback of the Kafka producer failed")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from idempotency._durations import positive
 from idempotency._hooks import is_coroutine_function
-from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publishers._brokers import FUNCTION
 
 Function = Callable[[Message], Awaitable[object]]
 
@@ -28,10 +29,11 @@ class FunctionPublisher:
 
     ``function``: what it returns is ignored, except a ``Refused`` or a ``RetryLater``, which is the outcome. An error
     means that the message is given to it again later. ``concurrency``: how many messages, of different keys, it is
-    given at a time. ``delivery_timeout``: seconds after which a call is cancelled, and its message is given again.
+    given at a time. ``delivery_timeout``: seconds after which the calls of a batch are cancelled, and their messages
+    given again.
     """
 
-    limits = Limits(most_bytes=1 << 30)
+    limits = FUNCTION
 
     def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 30.0) -> None:
         if not is_coroutine_function(function):
@@ -47,13 +49,17 @@ class FunctionPublisher:
         """Call the function for each message, and return one outcome for each."""
         if self._closed:
             raise RuntimeError("the publisher is closed")
-        return await in_chains(batch, self._call)
+        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
+        return await in_chains(batch, partial(self._call, deadline))
 
     async def aclose(self) -> None:
         """Refuse every further publish."""
         self._closed = True
 
-    async def _call(self, message: Message) -> Outcome:
-        async with self._running, asyncio.timeout(self.delivery_timeout):
-            returned = await self._function(message)
+    async def _call(self, deadline: float, message: Message) -> Outcome:
+        async with self._running:
+            if asyncio.get_running_loop().time() >= deadline:
+                return HELD
+            async with asyncio.timeout_at(deadline):
+                returned = await self._function(message)
         return returned if isinstance(returned, Refused | RetryLater) else Sent()

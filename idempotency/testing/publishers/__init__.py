@@ -17,13 +17,13 @@ The tests are coroutines: use pytest-asyncio in its auto mode, or mark the subcl
 
 from __future__ import annotations
 
-from idempotency.testing.publishers._common import Fault, Receive, Received, new_message
+from idempotency.testing.publishers._common import PATIENCE, Fault, Receive, Received, new_message
 from idempotency.testing.publishers._contents import ContentsContract
 from idempotency.testing.publishers._failures import FailureContract
 from idempotency.testing.publishers._ordering import OrderContract
 from idempotency.testing.publishers._refusals import RefusalContract
 
-__all__ = ["Fault", "PublisherContract", "Receive", "Received", "new_message"]
+__all__ = ["PATIENCE", "Fault", "PublisherContract", "Receive", "Received", "new_message"]
 
 
 class PublisherContract(ContentsContract, OrderContract, RefusalContract, FailureContract):

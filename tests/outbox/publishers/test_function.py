@@ -44,7 +44,7 @@ class TestContract(PublisherContract):
 
     @pytest.fixture
     def publisher(self, application: Application) -> FunctionPublisher:
-        return FunctionPublisher(application.handle, delivery_timeout=0.2)
+        return FunctionPublisher(application.handle, delivery_timeout=0.5)
 
     @pytest.fixture
     def received(self, application: Application) -> Receive:
