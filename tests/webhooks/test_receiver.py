@@ -322,6 +322,30 @@ async def test_other_connections_pass() -> None:
     assert seen == ["lifespan", "websocket"]
 
 
+async def test_each_sender_has_its_middleware_in_fastapi() -> None:
+    """The rest of the application does not notice them."""
+    api = FastAPI()
+    runs: list[str] = []
+
+    @api.post("/{path:path}")
+    async def handle(path: str, request: Request) -> str | None:
+        runs.append(path)
+        webhook = getattr(request.state, "webhook", None)
+        return webhook and webhook.id
+
+    store = MemoryStore()
+    api.add_middleware(WebhookReceiver, path="/hooks/shop", secrets=[SECRET], store=store)
+    api.add_middleware(WebhookReceiver, path="/hooks/bank", secrets=[OTHER], store=store)
+
+    for _ in range(2):
+        shop, bank = await send(api, path="/hooks/shop"), await send(api, path="/hooks/bank", secret=OTHER)
+        wrong, other = await send(api, path="/hooks/shop", secret=OTHER), await call(api, path="/orders")
+        assert [reply.status for reply in (shop, bank, wrong, other)] == [200, 200, 401, 200]
+        assert [reply.body for reply in (shop, bank, other)] == [b'"msg_1"', b'"msg_1"', b"null"]
+
+    assert runs == ["hooks/shop", "hooks/bank", "orders", "orders"]
+
+
 async def test_function_form_in_a_handler_of_fastapi() -> None:
     """``verify`` needs nothing but the headers and the bytes; its error says with which status to answer."""
     api = FastAPI()

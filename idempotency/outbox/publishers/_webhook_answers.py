@@ -10,6 +10,9 @@ from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent
 
 GONE = Refused("HTTP 410: the endpoint wants no more webhooks")
 
+THROTTLING = frozenset({429, 502, 503, 504})
+"""Statuses of an endpoint that has too much to do."""
+
 
 def outcome_of(status: int, retry_after: str | None, now: float) -> Outcome:
     """Return the outcome of a webhook that was answered with ``status``.

@@ -27,15 +27,17 @@ import httpx
 from idempotency._durations import DAY, positive
 from idempotency._hooks import check_callable
 from idempotency._http.error_hook import FIELD_NAME, FRAMING
-from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import NO_HEADERS, Message
 from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publishers._brokers import WEBHOOK
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._webhook_answers import outcome_of
+from idempotency.outbox.publishers._webhook_answers import THROTTLING, outcome_of
+from idempotency.outbox.publishers._webhook_pauses import Pauses
 from idempotency.webhooks._addresses import AddressCheck, AddressRefusedError, allowing, is_public
 from idempotency.webhooks._transport import CheckedTransport
 from idempotency.webhooks.endpoint import Endpoint
+from idempotency.webhooks.schedule import PAUSES
 from idempotency.webhooks.signature import signed_headers
 
 Destination = Endpoint | str | None
@@ -88,12 +90,13 @@ class WebhookPublisher:
     are not checked: that is then the task of the proxy.
 
     2xx is sent. 410 is refused, as is an address that must not be connected to. Any other answer, and none, is retried,
-    after ``Retry-After`` if there is one. Redirects are not followed.
+    after ``Retry-After`` if there is one. Redirects are not followed. After 429, 502, 503, 504 and no answer, other
+    messages to that endpoint are retried later too, without being sent.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
 
-    limits = Limits(tombstones=False)
+    limits = WEBHOOK
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class WebhookPublisher:
         self._endpoint = endpoint if callable(endpoint) else self._read(endpoint)
         self._on_gone = on_gone
         self._headers = headers_for(format, source, "ce-")
+        self._pauses = Pauses()
         self._free = asyncio.Semaphore(concurrency)
         self._client = client or _client(check, concurrency)
         self._is_own = client is None
@@ -152,19 +156,26 @@ class WebhookPublisher:
         refusal = self.limits.refusal(message)
         if refusal is not None:
             return Refused(refusal)
+        endpoint = None
         try:
             async with asyncio.timeout(self._attempt):
                 endpoint = await self._endpoint_of(message)
                 if endpoint is None:
                     return Sent()
+                if pause := self._pauses.remaining(endpoint.url):
+                    return RetryLater("the endpoint has a pause, after another message", after=pause)
                 request = self._request(endpoint, message)
                 response = await self._client.send(request, stream=True, follow_redirects=False)
         except TimeoutError:
+            if endpoint is not None:
+                self._pauses.pause(endpoint.url, self._attempt)
             return RetryLater(f"no answer in {self._attempt:g} s")
         except (AddressRefusedError, _UnsendableError, ConfigurationError) as error:
             return Refused(str(error))
         await _finish(response, self._ending)
         outcome = outcome_of(response.status_code, response.headers.get("retry-after"), time.time())
+        if response.status_code in THROTTLING and isinstance(outcome, RetryLater):
+            self._pauses.pause(endpoint.url, PAUSES[0] if outcome.after is None else outcome.after)
         if isinstance(outcome, Refused):
             await self._tell_gone(endpoint)
         return outcome

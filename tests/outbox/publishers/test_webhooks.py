@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from idempotency import ConfigurationError
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent
+from idempotency.outbox.publishers import open_publisher
 from idempotency.outbox.publishers._webhook_answers import read_retry_after
-from idempotency.outbox.publishers.webhooks import SECRETS, WebhookPublisher, from_url
+from idempotency.outbox.publishers._webhook_pauses import Pauses
+from idempotency.outbox.publishers.webhooks import SECRETS, WebhookPublisher
 from idempotency.stores.memory import MemoryStore
-from idempotency.testing import PublisherContract, Received
+from idempotency.testing import ManualClock, PublisherContract, Received
 from idempotency.testing.publishers import Receive, new_message
 from idempotency.webhooks import Endpoint, WebhookReceiver, verify
 from tests.kit.asgi_calls import Effects, read, respond
@@ -496,6 +498,58 @@ async def test_slow_endpoint_does_not_stop_the_others(url: str, endpoints: Endpo
     assert waited < 2
 
 
+@pytest.mark.parametrize("retry_after", [None, b"60"])
+async def test_endpoint_that_has_too_much_to_do_is_not_asked_again(
+    url: str, endpoints: Endpoints, retry_after: bytes | None
+) -> None:
+    """Messages to it wait without being sent; those to others do not, and no other status has this effect."""
+    endpoints.answers["/busy"] = (429, [(b"retry-after", retry_after)] if retry_after else [], b"")
+    endpoints.answers["/wrong"] = (400, [(b"retry-after", b"60")], b"")
+
+    async with opened(lambda message: f"{url}/{message.type}") as publisher:
+        for kind in ("busy", "busy", "wrong", "wrong", "well"):
+            [last] = await publisher.publish([new_message(type=kind)])
+            if kind == "busy":
+                outcome = last
+
+    assert [each.path for each in endpoints.arrived] == ["/busy", "/wrong", "/wrong", "/well"]
+    assert last == Sent()
+    assert isinstance(outcome, RetryLater)
+    assert not outcome.held
+    longest = 60 if retry_after else 5
+    assert longest - 2 < (outcome.after or 0) <= longest
+
+
+async def test_endpoint_that_hangs_is_asked_again_after_a_pause(url: str, endpoints: Endpoints) -> None:
+    """It keeps one batch waiting, and not each."""
+    endpoints.hang.add("/slow")
+
+    async with opened(f"{url}/slow", delivery_timeout=0.4) as publisher:
+        [hung], [paused] = [await publisher.publish([new_message(str(number))]) for number in range(2)]
+        endpoints.hang.clear()
+        await asyncio.sleep(paused.after)
+        [sent] = await publisher.publish([new_message()])
+
+    assert (hung, sent) == (RetryLater("no answer in 0.2 s"), Sent())
+    assert 0 < paused.after <= 0.2
+
+
+def test_pauses() -> None:
+    """The longer of two counts, and what is over is forgotten."""
+    clock = ManualClock()
+    pauses = Pauses(clock)
+    pauses.pause("a", 10)
+    pauses.pause("a", 5)
+    assert (pauses.remaining("a"), pauses.remaining("b")) == (10, 0)
+
+    clock.advance(11)
+    assert pauses.remaining("a") == 0
+    for number in range(3000):
+        pauses.pause(str(number), 1)
+        clock.advance(1)
+    assert len(pauses._until) <= 1001
+
+
 async def test_batch_ends_in_time_and_holds_the_rest(url: str, endpoints: Endpoints) -> None:
     """What could not begin in the first half of the time is not tried."""
     endpoints.hang.add("/slow")
@@ -538,10 +592,11 @@ async def test_publisher_by_url_has_its_secrets_from_the_environment(
 ) -> None:
     """A command line is seen by others."""
     with pytest.raises(ConfigurationError, match="secrets"):
-        from_url(f"{url}/", {})
+        open_publisher(f"{url}/")
     monkeypatch.setenv(SECRETS, f"{OTHER} {SECRET}")
 
-    publisher = from_url(f"{url}/", {"allow": list(LOOPBACK), "concurrency": 2})
+    publisher = open_publisher(f"{url}/?allow=10.0.0.0/8,127.0.0.0/8&concurrency=2&delivery_timeout=20")
+    assert publisher.delivery_timeout == 20
     assert list(await publisher.publish([new_message()])) == [Sent()]
     await publisher.aclose()
 
