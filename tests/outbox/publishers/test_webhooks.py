@@ -258,6 +258,16 @@ async def test_answers(
     assert [each.path for each in endpoints.arrived] == ["/hooks"]
 
 
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test where local time is not UTC."""
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
@@ -275,7 +285,7 @@ async def test_answers(
         ("", None),
     ],
 )
-def test_retry_after(text: str, seconds: float | None) -> None:
+def test_retry_after(text: str, seconds: float | None, far_from_greenwich: None) -> None:
     """Seconds, or a date in one of the three forms of RFC 9110; never more than a day."""
     assert read_retry_after(text, now=1767323045) == seconds
 
@@ -457,15 +467,40 @@ async def test_certificate_is_that_of_the_name(tmp_path: Path, monkeypatch: pyte
     assert len(endpoints.arrived) == 1
 
 
-async def test_long_answer_and_cookies_do_no_harm(url: str, endpoints: Endpoints) -> None:
-    """An answer is not kept: neither its body nor its cookies."""
-    endpoints.answers["/long"] = (200, [(b"set-cookie", b"a=b")], b"x" * 10_000_000)
+async def test_long_answer_is_not_read() -> None:
+    """The connection is closed after its beginning."""
+    sent = 0
 
-    async with opened(f"{url}/long") as publisher:
-        outcomes = [await publisher.publish([new_message()]) for _ in range(3)]
+    async def long(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal sent
+        await read(receive)
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done() and sent < 1_000_000_000:
+            await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+            sent += 100_000
+        gone.cancel()
 
-    assert [list(each) for each in outcomes] == [[Sent()]] * 3
-    assert all("cookie" not in each.headers for each in endpoints.arrived)
+    with served(long) as url:
+        assert await outcome_at(url) == Sent()
+
+    assert sent < 100_000_000
+
+
+async def test_nothing_is_sent_that_belongs_to_somebody_else(
+    url: str, endpoints: Endpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither cookies of an earlier answer nor passwords of this machine."""
+    endpoints.answers["/hooks"] = (200, [(b"set-cookie", b"a=b")], b"")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+    async with opened(f"{url}/hooks") as publisher:
+        for _ in range(2):
+            assert list(await publisher.publish([new_message()])) == [Sent()]
+
+    names = {name for each in endpoints.arrived for name in each.headers}
+    assert not names & {"cookie", "authorization"}
 
 
 async def test_answer_that_never_ends_is_an_answer() -> None:
