@@ -17,8 +17,7 @@ import httpx
 import pytest
 from celery._state import _TLS
 
-from idempotency.outbox import Sent
-from idempotency.testing.publishers import new_message
+from idempotency.outbox import Message, Sent
 from idempotency.webhooks import sign
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -293,7 +292,7 @@ async def test_the_code_for_webhooks_receives_and_sends(run: Callable[..., dict[
     """A webhook is taken by the receiver, or by the handler of one's own, and a message without an endpoint is sent."""
     names = run(*WEBHOOKS["Receive"], *WEBHOOKS["In a handler of your own"], *WEBHOOKS["Send"])
     [shop_secret], [account_secret] = names["ENDPOINTS"]["7"].secrets, names["SECRETS"]["7"]
-    message = new_message("8")
+    message = Message(id="1", aggregate_type="order", aggregate_id="8", type="OrderPlaced", payload=b"{}")
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
         statuses = []

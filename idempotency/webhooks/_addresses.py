@@ -88,10 +88,13 @@ def allowing(networks: Iterable[str], check: AddressCheck) -> AddressCheck:
 async def resolve(host: str, port: int, check: AddressCheck) -> list[str]:
     """Return the addresses of a host, in the order in which they are to be tried, if ``check`` approves all of them.
 
-    Raises :class:`AddressRefusedError` if it does not: a name that also has an address inside is not one to trust.
-    Raises OSError if the host is not found.
+    Raises :class:`AddressRefusedError` if it does not: a name that also has an address inside is not one to trust; and
+    for what can be no name. Raises OSError if the host is not found.
     """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise AddressRefusedError("the host is malformed") from error
     # With flow and scope there is more in it than an address.
     addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
     for text in addresses:

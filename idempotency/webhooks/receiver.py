@@ -45,6 +45,8 @@ WEBHOOKS = Policy(
 
 SPECIFICATION = "https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md"
 
+_MOST_IN_MEMORY = 16 << 20
+
 _NOTHING = Policy(methods=frozenset())
 
 _CHALLENGE = (b"www-authenticate", b"StandardWebhooks")
@@ -66,7 +68,8 @@ class WebhookReceiver:
     ``path``: which requests are webhooks, ``"/webhooks/shop"`` or ``"/webhooks/{account}"`` as ``app`` sees its paths;
     the same with more slashes is meant too. Whatever their method, they must be signed. Other requests go to ``app`` as
     they are. Default None: every request.
-    ``policy``: default :data:`WEBHOOKS`. Of its ``max_request`` bytes, 1 MiB, the memory of one request is.
+    ``policy``: default :data:`WEBHOOKS`; ``dataclasses.replace`` changes a part of it. A body is in memory before it is
+    verified, so ``max_request`` is at most 16 MiB.
     ``tolerance``: by how many seconds a timestamp may differ from the clock of this machine. Default 300.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for anything that cannot work.
@@ -88,6 +91,8 @@ class WebhookReceiver:
     ) -> None:
         if not isinstance(sender, str):
             raise ConfigurationError(f"sender must be text, not {sender!r}")
+        if not isinstance(policy, Policy) or policy.max_request > _MOST_IN_MEMORY:
+            raise ConfigurationError("policy must be a Policy whose max_request is at most 16 MiB, such as WEBHOOKS")
         self.app = app
         self._secrets = verifiers(secrets)
         self._tolerance = positive("tolerance", tolerance)

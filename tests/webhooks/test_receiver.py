@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from idempotency import drain
+from idempotency import Policy, drain
 from idempotency.errors import ConfigurationError, WebhookUnverifiedError
 from idempotency.events import Event
 from idempotency.stores.base import Store
@@ -300,7 +300,16 @@ async def test_policy_can_be_changed() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"secrets": []}, {"sender": None}, {"path": "hooks"}, {"path": "/a b"}, {"tolerance": 0}, {"docs": "nowhere"}],
+    [
+        {"secrets": []},
+        {"sender": None},
+        {"path": "hooks"},
+        {"path": "/a b"},
+        {"tolerance": 0},
+        {"docs": "nowhere"},
+        {"policy": None},
+        {"policy": Policy()},
+    ],
 )
 async def test_what_cannot_work_is_refused(options: dict[str, Any]) -> None:
     """When it is made, before any request."""

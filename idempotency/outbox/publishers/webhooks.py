@@ -201,7 +201,7 @@ class WebhookPublisher:
         headers = _DEFAULTS | _fields(message.headers) | ours | signed
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         return self._client.build_request(
-            "POST", endpoint.url, content=body, headers=pairs, timeout=httpx.Timeout(self._attempt)
+            "POST", _parsed(endpoint.url), content=body, headers=pairs, timeout=httpx.Timeout(self._attempt)
         )
 
     async def _tell_gone(self, endpoint: Endpoint) -> None:
@@ -225,6 +225,16 @@ def _client(check: AddressCheck, connections: int) -> httpx.AsyncClient:
     # Endpoints set no cookies, and what the environment says of proxies and passwords is not for them.
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
     return httpx.AsyncClient(transport=CheckedTransport(check, connections), cookies=no_cookies, trust_env=False)
+
+
+def _parsed(text: str) -> httpx.URL:
+    """Parse the URL of an endpoint as the client does, which is stricter about its host than an endpoint is."""
+    try:
+        url = httpx.URL(text)
+        # Only here is a host in Punycode decoded, and encoded again.
+        return url.copy_with(host=url.host)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise _UnsendableError("the URL of its endpoint has a malformed host") from error
 
 
 def _fields(headers: Mapping[str, str]) -> dict[str, str]:

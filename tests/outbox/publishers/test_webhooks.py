@@ -448,6 +448,12 @@ async def test_next_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch, 
     assert isinstance(await outcome_at(f"http://two.example:{free_port()}/"), RetryLater)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example", "xn--a", "[v1.x]", "[::zz]"])
+async def test_host_that_can_be_none_is_refused(host: str) -> None:
+    """No retry helps it, whether an endpoint, the client or the resolver notices."""
+    assert isinstance(await outcome_at(lambda message: f"http://{host}/"), Refused)
+
+
 async def test_name_that_is_not_found_is_retried() -> None:
     """A resolver may be away for a while."""
     assert await outcome_at("http://nowhere.invalid/") == RetryLater("gaierror")
