@@ -111,6 +111,8 @@ PUBLIC = {
     "idempotency.testing": [
         "FaultyStore",
         "ManualClock",
+        "PublisherContract",
+        "Received",
         "Report",
         "Scenario",
         "StoreContract",
@@ -124,6 +126,7 @@ PUBLIC = {
     "idempotency.testing.crash": ["Report", "Scenario", "assert_once", "crash_everywhere", "crash_point"],
     "idempotency.testing.faulty": ["FaultyStore"],
     "idempotency.testing.plugin": ["assert_once"],
+    "idempotency.testing.publishers": ["PATIENCE", "Fault", "PublisherContract", "Receive", "Received", "new_message"],
     "idempotency.webhooks": [
         "WEBHOOKS",
         "Endpoint",

@@ -32,7 +32,7 @@ _UNQUOTED = "!#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
 def cloudevent_headers(message: Message, source: str, prefix: Prefix) -> dict[str, str]:
-    """Return the attributes of a message as headers; the content type is left to the row's own ``content-type``.
+    """Return the attributes of a message as headers; the content type is the row's own header ``content-type``.
 
     ``source``: a reference to a URI, in which ``{aggregate_type}`` and ``{type}`` are replaced. The aggregate's id is
     the subject.

@@ -1,13 +1,26 @@
-"""A client that several batches use at once."""
+"""A client that several batches use at once, and a publisher that has one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
+from idempotency._durations import DAY, positive
+from idempotency._outbox.message import Message
+from idempotency.outbox.publisher import Outcome, RetryLater, in_chains
+
 Client = TypeVar("Client")
+
+NOT_TRIED = RetryLater("the time of its batch was over before it was sent", held=True)
+
+
+def not_in_time(delivery_timeout: float) -> RetryLater:
+    """Return the outcome of a message that may have been sent."""
+    return RetryLater(f"it was not confirmed within {delivery_timeout:g} seconds")
 
 
 class InUse(Generic[Client]):
@@ -26,9 +39,9 @@ class SharedClient(Generic[Client]):
         self,
         open: Callable[[], Awaitable[Client]],
         close: Callable[[Client], Coroutine[None, None, None]],
-        is_open: Callable[[Client], bool] = lambda _: True,
+        is_open: Callable[[Client], bool],
     ) -> None:
-        """Make one; ``is_open``: whether the client says itself that it can be used, by default always."""
+        """Make one; ``is_open``: whether the client says itself that it can be used."""
         self._open = open
         self._close = close
         self._is_open = is_open
@@ -77,3 +90,36 @@ class SharedClient(Generic[Client]):
             closing = asyncio.create_task(self._close(used.client))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+
+
+class SharedClientPublisher(ABC, Generic[Client]):
+    """Publish through one client: messages of different keys at once, and those of one key one after the other."""
+
+    def __init__(self, delivery_timeout: float) -> None:
+        self.delivery_timeout = positive("delivery_timeout", delivery_timeout, DAY)
+        self._shared = SharedClient(self._open, self._close, self._is_open)
+
+    async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
+        """See :meth:`~idempotency.outbox.Publisher.publish`."""
+        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
+        async with self._shared.used_until(deadline) as used:
+            return await in_chains(batch, partial(self._send, used, deadline))
+
+    async def aclose(self) -> None:
+        """Close the client, if it was made here."""
+        await self._shared.aclose()
+
+    @abstractmethod
+    async def _open(self) -> Client: ...
+
+    def _is_open(self, client: Client, /) -> bool:
+        """Return whether the client says itself that it can be used; override it where it can say that."""
+        return True
+
+    @abstractmethod
+    async def _close(self, client: Client, /) -> None:
+        """Close the client, without sending what it still has: each message is confirmed or given up."""
+
+    @abstractmethod
+    async def _send(self, used: InUse[Client], deadline: float, message: Message) -> Outcome:
+        """Send a message and wait for its confirmation, until ``deadline`` by the loop's clock."""

@@ -28,7 +28,7 @@ from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import HELD, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import RABBITMQ
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, SharedClient, not_in_time
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
 OPTIONS = {"exchange": str, "topic": str, "delivery_timeout": float, "format": str, "source": str}
@@ -113,7 +113,7 @@ class AioPikaPublisher:
         if refusal := self._refusal(channel.room, routing_key, headers, message):
             return Refused(refusal)
         if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
-            return HELD
+            return NOT_TRIED
         sent = aio_pika.Message(
             message.payload or b"",
             headers=dict(headers),
@@ -124,7 +124,7 @@ class AioPikaPublisher:
         try:
             await channel.exchange.publish(sent, routing_key, mandatory=True, timeout=remaining)
         except TimeoutError:
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
         except PublishError:
             return Refused(f"no queue of the exchange {self._exchange!r} takes the routing key {routing_key!r}")
         except DeliveryError:

@@ -10,19 +10,30 @@ sync have it (``acks="all"``).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import BrokerResponseError, KafkaError
 
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, RetryLater, Sent
+from idempotency.outbox.publisher import Outcome, Publisher, RetryLater, Sent
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
-from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
+from idempotency.outbox.publishers._kafka import (
+    CLIENT_OPTIONS,
+    LONGEST_FOR_TOPIC,
+    OPTIONS,
+    Headers,
+    KafkaPublisher,
+    outcome_of,
+    servers_of,
+)
 from idempotency.outbox.publishers._shared import InUse
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
+
+__all__ = ["CLIENT_OPTIONS", "OPTIONS", "AiokafkaPublisher", "from_url"]
 
 _LONGEST_CLOSE = 1.0
 
@@ -30,8 +41,8 @@ _LONGEST_CLOSE = 1.0
 class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
     """Publish messages to Kafka.
 
-    ``servers_or_producer``: the addresses of brokers, such as ``"kafka://localhost:9092"`` or ``"a:9092,b:9092"``, with
-    which a producer is made, or a producer that is started. ``topic``: default ``outbox.event.{aggregate_type}``.
+    ``servers_or_producer``: the addresses of brokers, such as ``"a:9092,b:9092"``, with which a producer is made, or a
+    producer that is started. ``topic``: default ``outbox.event.{aggregate_type}``.
     ``delivery_timeout``: seconds after which a batch is given up, default 30. ``format``: default ``"plain"``;
     ``"cloudevents"`` adds the attributes of CloudEvents as headers ``ce_...``, with ``source``. Other arguments are
     settings of the producer that is made, such as ``security_protocol``.
@@ -86,7 +97,9 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
         producer._closed = True
         with suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST_CLOSE):
-                await asyncio.gather(producer._sender.close(), producer.client.close())
+                await producer._sender.close()
+        # After the sender, which else connects again.
+        await producer.client.close()
 
     async def _deliver(self, used: InUse[AIOKafkaProducer], topic: str, message: Message, headers: Headers) -> Outcome:
         producer, key = used.client, message.aggregate_id.encode()
@@ -101,16 +114,21 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
             # aiokafka does not take back the sequence number of a message that has failed, so that the broker refuses
             # what comes after it in its partition (aiokafka issue 1017).
             used.failed = True
-            return outcome_of(getattr(error, "errno", 0), type(error).__name__)
+            code = error.errno if isinstance(error, BrokerResponseError) else 0
+            return outcome_of(code, type(error).__name__)
         return Sent()
+
+
+def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
+    """Make a publisher with the options of a URL's query."""
+    return AiokafkaPublisher(servers_of(url), **options)
 
 
 def _settings(servers: str, timeout: float, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the producer that is made."""
     if settings.get("acks", "all") not in ("all", -1) or settings.get("enable_idempotence", True) is not True:
         raise ConfigurationError("acks must be 'all', and enable_idempotence True: else messages are lost")
-    addresses = servers.removeprefix("kafka://").rstrip("/").split(",")
-    chosen = {"request_timeout_ms": round(timeout * 1000), **settings, "bootstrap_servers": addresses}
+    chosen = {"request_timeout_ms": round(timeout * 1000), **settings, "bootstrap_servers": servers.split(",")}
     return {**chosen, "acks": "all", "enable_idempotence": True}
 
 

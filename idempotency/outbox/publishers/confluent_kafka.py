@@ -21,11 +21,21 @@ from confluent_kafka import Message as Record
 
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, RetryLater, Sent
+from idempotency.outbox.publisher import Outcome, Publisher, RetryLater, Sent
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format
-from idempotency.outbox.publishers._kafka import LONGEST_FOR_TOPIC, Headers, KafkaPublisher, outcome_of
+from idempotency.outbox.publishers._kafka import (
+    CLIENT_OPTIONS,
+    LONGEST_FOR_TOPIC,
+    OPTIONS,
+    Headers,
+    KafkaPublisher,
+    outcome_of,
+    servers_of,
+)
 from idempotency.outbox.publishers._shared import InUse
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic
+
+__all__ = ["CLIENT_OPTIONS", "OPTIONS", "ConfluentPublisher", "from_url"]
 
 _logger = logging.getLogger("idempotency")
 
@@ -99,6 +109,11 @@ class ConfluentPublisher(KafkaPublisher["_Polled"]):
             return Sent()
         used.failed = used.failed or used.client.broken or error.code() == KafkaError._FATAL
         return outcome_of(error.code(), error.str())
+
+
+def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
+    """Make a publisher with the options of a URL's query."""
+    return ConfluentPublisher({"bootstrap.servers": servers_of(url)}, **options)
 
 
 class _Polled:

@@ -4,8 +4,8 @@
 
     relay = PollingRelay(engine, FunctionPublisher(on_order_placed), outbox=outbox)
 
-The function may be called twice for one message: decorate it with :func:`~idempotency.idempotent_consumer`, or with
-:func:`~idempotency.idempotent` and ``key=lambda message: message.id``.
+It may be called twice for one message. Decorate it with :func:`~idempotency.idempotent_consumer`, and each message
+takes effect once: its id is the key. A dead letter of that consumer is refused.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 from idempotency._durations import positive
 from idempotency._hooks import is_coroutine_function
 from idempotency._outbox.message import Message
+from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import FUNCTION
+from idempotency.outbox.publishers._shared import NOT_TRIED
 
-Function = Callable[[Message], Awaitable[object]]
+Function = Callable[[Message], Awaitable[object]] | AsyncHandler[..., Any]
 
 
 class FunctionPublisher:
@@ -36,7 +39,8 @@ class FunctionPublisher:
     limits = FUNCTION
 
     def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 30.0) -> None:
-        if not is_coroutine_function(function):
+        self._deliver = getattr(function, "deliver", None)
+        if not is_coroutine_function(self._deliver or function):
             raise ConfigurationError(f"a publisher calls a coroutine function, not {function!r}")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency!r}")
@@ -59,7 +63,33 @@ class FunctionPublisher:
     async def _call(self, deadline: float, message: Message) -> Outcome:
         async with self._running:
             if asyncio.get_running_loop().time() >= deadline:
-                return HELD
+                return NOT_TRIED
             async with asyncio.timeout_at(deadline):
-                returned = await self._function(message)
-        return returned if isinstance(returned, Refused | RetryLater) else Sent()
+                if self._deliver is None:
+                    return _outcome_of(await self._function(message))
+                return _outcome_of_delivery(
+                    await self._deliver(message, attempt=message.attempt, key=_id_of, body=message.payload)
+                )
+
+
+def _id_of(message: Message) -> str:
+    return message.id
+
+
+def _outcome_of(returned: object) -> Outcome:
+    return returned if isinstance(returned, Refused | RetryLater) else Sent()
+
+
+def _outcome_of_delivery(delivered: Delivered) -> Outcome:
+    """Return the outcome of a message that was given to an idempotent consumer."""
+    match delivered:
+        case Done():
+            return Sent()
+        case Replayed():
+            return Duplicate()
+        case Retry(after, reason):
+            return RetryLater(reason, after)
+        case Failed(error):
+            return RetryLater(type(error).__name__)
+        case DeadLetter(reason, _):
+            return Refused(reason)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from nats.aio.client import Client
@@ -23,32 +23,34 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError
 
 from idempotency._brokers.nats import MESSAGE_ID, size_of_headers
-from idempotency._durations import positive
 from idempotency._outbox.message import Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import HELD, Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
 from idempotency.outbox.publishers._brokers import NATS
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
-from idempotency.outbox.publishers._shared import InUse, SharedClient
+from idempotency.outbox.publishers._shared import NOT_TRIED, InUse, SharedClientPublisher, not_in_time
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
 
 OPTIONS = {"topic": str, "stream": str, "delivery_timeout": float, "format": str, "source": str}
 CLIENT_OPTIONS = frozenset[str]()
 
+_CARRIED = replace(NATS, most_bytes=sys.maxsize)
+"""What every server carries; how large a message may be is asked of the server."""
 _SUBJECT = re.compile(r"[^\s.*>]+(\.[^\s.*>]+)*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _TOO_LARGE_FOR_THE_STREAM = 10054
 _CLOSE_TIMEOUT = 2.0
 
 
-class NatsPublisher:
+class NatsPublisher(SharedClientPublisher["_Connection"]):
     """Publish messages to streams.
 
     ``client``: a URL, or a connected client, which is not closed. ``topic``: the subject. ``stream``: the only stream
     that may take the messages; None: any. ``delivery_timeout``: seconds after which a batch is given up. ``format``:
     ``"cloudevents"`` adds the attributes of CloudEvents as headers ``ce-...``, with ``source``.
 
-    A client that you give buffers what is published while it reconnects: such a message is published twice.
+    A client that you give may send again what it had not sent when it lost its connection: such a message is published
+    twice.
     """
 
     limits = NATS
@@ -65,36 +67,25 @@ class NatsPublisher:
     ) -> None:
         if not isinstance(client, str | Client):
             raise ConfigurationError(f"a publisher takes a URL or a client of nats-py, not {type(client).__name__}")
-        self.delivery_timeout = positive("delivery_timeout", delivery_timeout)
+        super().__init__(delivery_timeout)
         self._topic = topic_of(topic)
         self._headers = headers_for(format, source, "ce-")
         self._stream = stream
         self._source = client
-        self._shared = SharedClient(self._open, self._close, lambda each: each.client.is_connected)
-
-    async def publish(self, batch: Sequence[Message], /) -> list[Outcome]:
-        """Publish the messages, those of different keys at once."""
-        deadline = asyncio.get_running_loop().time() + self.delivery_timeout
-        async with self._shared.used_until(deadline) as used:
-            return await in_chains(batch, partial(self._send, used, deadline))
-
-    async def aclose(self) -> None:
-        """Close the client, if it was made from a URL."""
-        await self._shared.aclose()
 
     async def _send(self, used: InUse[_Connection], deadline: float, message: Message) -> Outcome:
         subject, headers = self._topic(message), self._headers(message) | {MESSAGE_ID: message.id}
         if refusal := self._refusal(used.client.client.max_payload, subject, headers, message):
             return Refused(refusal)
         if (remaining := deadline - asyncio.get_running_loop().time()) <= 0:
-            return HELD
+            return NOT_TRIED
         options = {"headers": headers, "stream": self._stream, "timeout": remaining}
         try:
             acknowledged = await used.client.publish(subject, message.payload or b"", **options)
         except TimeoutError:
             # The client itself finds a dead connection only after minutes.
             used.failed = True
-            return RetryLater(f"it was not confirmed within {self.delivery_timeout:g} seconds")
+            return not_in_time(self.delivery_timeout)
         except NoStreamResponseError:
             return RetryLater(f"no stream takes the subject {subject!r}")
         except APIError as error:
@@ -111,14 +102,14 @@ class NatsPublisher:
         room = max_payload - size_of_headers(headers)
         if len(message.payload or b"") > room:
             return f"it is larger than the max_payload of the server, {max_payload} bytes"
-        return replace(self.limits, most_bytes=max_payload).refusal(message)
+        return _CARRIED.refusal(message)
 
     async def _open(self) -> _Connection:
         if isinstance(self._source, Client):
             if not self._source.is_connected:
                 raise ConnectionError("the client is not connected")
             return _Connection(self._source)
-        in_flight = set[asyncio.Future[PubAck]]()
+        in_flight = dict[asyncio.Future[PubAck], str]()
 
         async def on_closed() -> None:
             # nats-py would wait for the answers until the time-out.
@@ -126,7 +117,10 @@ class NatsPublisher:
                 each.cancel()
 
         async def on_error(error: Exception) -> None:
-            """Do nothing: what is not confirmed is an outcome, and not logged too."""
+            # The server does not answer a message that the user may not publish. nats-py makes its text lower case.
+            for each, subject in in_flight.items():
+                if f'permissions violation for publish to "{subject.lower()}"' in str(error):
+                    each.cancel()
 
         # It does not reconnect by itself, as it would then send again what is given up here.
         client = Client()
@@ -144,7 +138,10 @@ class NatsPublisher:
             raise
         return _Connection(client, in_flight)
 
-    async def _close(self, connection: _Connection) -> None:
+    def _is_open(self, connection: _Connection, /) -> bool:
+        return connection.client.is_connected
+
+    async def _close(self, connection: _Connection, /) -> None:
         if connection.client is not self._source:
             with suppress(Exception):
                 await asyncio.wait_for(connection.client.close(), _CLOSE_TIMEOUT)
@@ -157,10 +154,10 @@ def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:
 
 @dataclass(eq=False)
 class _Connection:
-    """A client, and the messages that it has published and the server has not confirmed."""
+    """A client, and the messages that it has published and the server has not confirmed, with their subjects."""
 
     client: Client
-    in_flight: set[asyncio.Future[PubAck]] = field(default_factory=set)
+    in_flight: dict[asyncio.Future[PubAck], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._jetstream: JetStreamContext = self.client.jetstream()
@@ -170,12 +167,14 @@ class _Connection:
         if not self.client.is_connected:
             raise ConnectionError("the connection was lost")
         publishing = asyncio.ensure_future(self._jetstream.publish(subject, payload, **options))
-        self.in_flight.add(publishing)
+        self.in_flight[publishing] = subject
         try:
             return await publishing
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
+            if self.client.is_connected:
+                raise PermissionError(f"the user may not publish to {subject!r}") from None
             raise ConnectionError("the connection was lost") from None
         finally:
-            self.in_flight.discard(publishing)
+            del self.in_flight[publishing]

@@ -22,12 +22,12 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from idempotency._durations import positive
 from idempotency._outbox.message import ID_HEADER, TYPE_HEADER, Message
 from idempotency.errors import ConfigurationError
-from idempotency.outbox.publisher import Outcome, Publisher, Refused, Sent
+from idempotency.outbox.publisher import Outcome, Publisher, Refused, Sent, in_chains
 from idempotency.outbox.publishers._brokers import REDIS
 from idempotency.outbox.publishers._cloudevents import DEFAULT_SOURCE, Format, headers_for
 from idempotency.outbox.publishers._topic import DEFAULT_TOPIC, Topic, topic_of
@@ -78,40 +78,53 @@ class RedisPublisher:
         self._owned = isinstance(client, str)
         self._client = _client(client) if isinstance(client, str) else client
         self._drops_repeated: bool | None = None
+        self._one_at_a_time = asyncio.Lock()
         self._closed = False
 
     async def publish(self, batch: Sequence[Message], /) -> list[Outcome]:
         """Add the messages in one transaction; an error means that none of them is known to be added."""
         if self._closed:
             raise RuntimeError("the publisher is closed")
-        outcomes: list[Outcome] = [Sent()] * len(batch)
-        added = list[int]()
-        async with asyncio.timeout(self.delivery_timeout):
-            if self._drops_repeated is None:
-                self._drops_repeated = await self._server_drops_repeated()
-            # One transaction: where a command is refused, such as for want of memory, no later one of its key is done.
-            async with self._client.pipeline(transaction=True) as pipeline:
-                for position, message in enumerate(batch):
-                    headers = self._headers(message)
-                    if refusal := self._refusal(message, headers):
-                        outcomes[position] = Refused(refusal)
-                    else:
-                        pipeline.execute_command(*self._command(message, headers))
-                        added.append(position)
-                replies = await pipeline.execute(raise_on_error=False) if added else []
-        for position, reply in zip(added, replies, strict=True):
-            if isinstance(reply, ResponseError):
-                # Such as WRONGTYPE: the key of the stream is in use for something else.
-                outcomes[position] = Refused(str(reply))
-            elif isinstance(reply, Exception):
-                raise reply
-        return outcomes
+        headers = [self._headers(message) for message in batch]
+        refusals = [self._refusal(message, each) for message, each in zip(batch, headers, strict=True)]
+        try:
+            async with asyncio.timeout(self.delivery_timeout):
+                if self._drops_repeated is None:
+                    self._drops_repeated = await self._server_drops_repeated()
+                carried = zip(batch, headers, refusals, strict=True)
+                commands = [self._command(message, each) for message, each, refusal in carried if refusal is None]
+                replies = iter(await self._transaction(commands))
+        except NoPermissionError:
+            if len(batch) == 1:
+                raise
+            # The user may not write to some of the streams. That holds up no other.
+            return await in_chains(batch, self._publish_alone)
+        return [_outcome_of(next(replies)) if refusal is None else Refused(refusal) for refusal in refusals]
 
     async def aclose(self) -> None:
         """Close the client, if it was made from a URL."""
         self._closed = True
         if self._owned:
             await self._client.aclose()
+
+    async def _transaction(self, commands: Sequence[list[Any]]) -> list[Any]:
+        """Run the commands; where one is not taken, such as for want of memory, none of them is run.
+
+        Else later messages of a key would be added without an earlier one.
+        """
+        async with self._client.pipeline(transaction=True) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            try:
+                return await pipeline.execute(raise_on_error=False)
+            except ResponseError as error:
+                # The text of redis-py contains the command, and with it the message.
+                raise type(error)("Redis has refused the transaction") from None
+
+    async def _publish_alone(self, message: Message) -> Outcome:
+        async with self._one_at_a_time:
+            [outcome] = await self.publish([message])
+            return outcome
 
     async def _server_drops_repeated(self) -> bool:
         try:
@@ -138,6 +151,15 @@ class RedisPublisher:
         }
         pairs = [each for pair in fields.items() for each in pair]
         return ["XADD", self._topic(message), *identity, *self._trim, "*", *pairs]
+
+
+def _outcome_of(reply: Any) -> Outcome:
+    if isinstance(reply, ResponseError):
+        # Such as WRONGTYPE: the key of the stream is in use for something else.
+        return Refused(str(reply))
+    if isinstance(reply, Exception):
+        raise reply
+    return Sent()
 
 
 def from_url(url: str, options: Mapping[str, Any], /) -> Publisher:

@@ -20,6 +20,11 @@ class BehindProxy:
             yield proxy
 
     @pytest.fixture
+    def delivery_timeout(self, request: pytest.FixtureRequest) -> float:
+        """Seconds: few only where they are to run out."""
+        return 2.0 if "hang_broker" in request.fixturenames else 60.0
+
+    @pytest.fixture
     def break_broker(self, proxy: Proxy) -> Fault:
         async def break_broker() -> None:
             proxy.aim(free_port())

@@ -63,12 +63,9 @@ class TestContract(BehindProxy, PublisherContract):
         return urlsplit(URL).port or 5672
 
     @pytest.fixture
-    async def publisher(
-        self, request: pytest.FixtureRequest, place: str, proxy: Proxy
-    ) -> AsyncIterator[AioPikaPublisher]:
-        timeout = 60 if "too_large" in request.fixturenames else 2
-        url = with_port(URL, proxy.port)
-        publisher = AioPikaPublisher(url, topic=f"{place}.{{aggregate_type}}", delivery_timeout=timeout)
+    async def publisher(self, place: str, proxy: Proxy, delivery_timeout: float) -> AsyncIterator[AioPikaPublisher]:
+        url, topic = with_port(URL, proxy.port), f"{place}.{{aggregate_type}}"
+        publisher = AioPikaPublisher(url, topic=topic, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from idempotency import ConfigurationError
+from idempotency import ConfigurationError, idempotent_consumer
 from idempotency._outbox.message import Message
-from idempotency.outbox.publisher import Refused, RetryLater, Sent
+from idempotency.outbox.publisher import Duplicate, Refused, RetryLater, Sent
 from idempotency.outbox.publishers.function import FunctionPublisher
+from idempotency.stores.memory import MemoryStore
 from idempotency.testing import PublisherContract, Received
 from idempotency.testing.publishers import Fault, Receive, new_message
 
@@ -104,6 +106,49 @@ async def test_outcome_that_a_function_returns_is_the_outcome() -> None:
         return RetryLater("closed for lunch", after=3600)
 
     assert await FunctionPublisher(handle).publish([new_message()]) == [RetryLater("closed for lunch", after=3600)]
+
+
+async def test_idempotent_consumer_handles_a_message_once_by_its_id() -> None:
+    handled = list[str]()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: Message) -> None:
+        handled.append(message.id)
+
+    publisher, message = FunctionPublisher(on_order), new_message()
+    assert await publisher.publish([message]) == [Sent()]
+    assert await publisher.publish([message]) == [Duplicate()]
+    assert handled == [message.id]
+
+
+async def test_idempotent_consumer_that_fails_is_tried_again_until_its_last_attempt() -> None:
+    @idempotent_consumer(MemoryStore(), consumer="billing", max_attempts=2)
+    async def on_order(message: Message) -> None:
+        raise ValueError(message.payload)
+
+    publisher, message = FunctionPublisher(on_order), new_message()
+    assert await publisher.publish([message]) == [RetryLater("ValueError")]
+    assert await publisher.publish([replace(message, attempt=2)]) == [Refused("exhausted")]
+
+
+async def test_message_that_the_consumer_is_handling_is_tried_again() -> None:
+    handling, end = asyncio.Event(), asyncio.Event()
+
+    @idempotent_consumer(MemoryStore(), consumer="billing")
+    async def on_order(message: Message) -> None:
+        handling.set()
+        await end.wait()
+
+    publisher, message = FunctionPublisher(on_order), new_message()
+    first = asyncio.ensure_future(publisher.publish([message]))
+    await handling.wait()
+    [second] = await publisher.publish([message])
+    end.set()
+
+    assert isinstance(second, RetryLater)
+    assert second.reason == "in-progress"
+    assert second.after is not None
+    assert await first == [Sent()]
 
 
 async def test_error_of_a_function_is_named_without_its_text() -> None:

@@ -15,7 +15,7 @@ from idempotency import idempotent_consumer
 from idempotency.adapters.aiokafka import consume
 from idempotency.errors import ConfigurationError
 from idempotency.outbox import Publisher, Refused, RetryLater, Sent
-from idempotency.outbox.publishers import aiokafka, confluent_kafka
+from idempotency.outbox.publishers import aiokafka, confluent_kafka, open_publisher
 from idempotency.outbox.publishers.aiokafka import AiokafkaPublisher
 from idempotency.outbox.publishers.confluent_kafka import ConfluentPublisher
 from idempotency.stores.memory import MemoryStore
@@ -29,7 +29,7 @@ PRODUCE, MESSAGE_TOO_LARGE, POLICY_VIOLATION, OUT_OF_ORDER = 0, 10, 44, 45
 
 
 def aiokafka_publisher(topic: Any, **options: Any) -> Publisher:
-    return AiokafkaPublisher(f"kafka://{cluster().servers}", topic=topic, **options)
+    return AiokafkaPublisher(cluster().servers, topic=topic, **options)
 
 
 def confluent_publisher(topic: Any, **options: Any) -> Publisher:
@@ -259,3 +259,21 @@ async def test_a_producer_that_is_passed_in_is_not_closed(topic: Topic) -> None:
 )
 def test_the_limit_of_a_message_follows_the_client_s_own(publisher: Any) -> None:
     assert publisher.limits.most_bytes == 1_990_000
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        ("kafka", AiokafkaPublisher),
+        ("kafka+aiokafka", AiokafkaPublisher),
+        ("kafka+confluent", ConfluentPublisher),
+    ],
+)
+async def test_a_url_names_the_client(scheme: str, kind: type, topic: Topic) -> None:
+    publisher = open_publisher(f"{scheme}://{cluster().servers}?topic={topic.name}&delivery_timeout=7")
+    assert type(publisher) is kind
+    assert publisher.delivery_timeout == 7
+    assert await publisher.publish([new_message()]) == [Sent()]
+    await publisher.aclose()
+    with pytest.raises(ConfigurationError, match="module:name"):
+        open_publisher(f"{scheme}://user:secret@localhost")

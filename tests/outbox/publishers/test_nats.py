@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import nats
@@ -14,7 +15,7 @@ from nats.js.api import StreamConfig
 
 from idempotency import ConfigurationError, idempotent_consumer
 from idempotency.adapters.nats import consume
-from idempotency.outbox.publisher import Duplicate, Refused, RetryLater, Sent
+from idempotency.outbox.publisher import HELD, Duplicate, Refused, RetryLater, Sent
 from idempotency.outbox.publishers.nats import NatsPublisher
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import PublisherContract, Received
@@ -54,8 +55,9 @@ class TestContract(BehindProxy, PublisherContract):
         return urlsplit(url()).port or 4222
 
     @pytest.fixture
-    async def publisher(self, place: str, proxy: Proxy) -> AsyncIterator[NatsPublisher]:
-        publisher = NatsPublisher(with_port(url(), proxy.port), topic=f"{place}.{{aggregate_type}}", delivery_timeout=2)
+    async def publisher(self, place: str, proxy: Proxy, delivery_timeout: float) -> AsyncIterator[NatsPublisher]:
+        server, topic = with_port(url(), proxy.port), f"{place}.{{aggregate_type}}"
+        publisher = NatsPublisher(server, topic=topic, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 
@@ -157,6 +159,35 @@ async def test_subject_that_is_none_is_refused(client: Client, subject: str) -> 
     assert await publisher.publish([new_message()]) == [Refused(f"{subject!r} is not a subject to publish to")]
 
 
+class StrictServer(NatsServer):
+    """A server on which ``relay`` may publish to ``shop.order`` only, and ``admin`` may do everything."""
+
+    def _prepare(self) -> None:
+        relay = '{user: relay, password: "", permissions: {publish: "shop.order", subscribe: "_INBOX.>"}}'
+        users = f'authorization {{users: [{relay}, {{user: admin, password: ""}}]}}'
+        (self.directory / "nats.conf").write_text(users)
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--config", str(self.directory / "nats.conf")]
+
+
+async def test_subject_that_the_user_may_not_publish_to_delays_no_other() -> None:
+    with StrictServer() as server:
+        admin = await nats.connect(server.url, user="admin", password="")
+        await admin.jetstream().add_stream(StreamConfig(name="shop", subjects=["shop.*"]))
+        await admin.close()
+        url = server.url.replace("//", "//relay:@")
+        publisher = NatsPublisher(url, topic="shop.{aggregate_type}", delivery_timeout=600)
+        secret = {"aggregate_type": "Secret"}
+        batch = [new_message(), new_message(**secret), new_message(**secret), new_message()]
+
+        async with asyncio.timeout(PATIENCE):
+            outcomes = await publisher.publish(batch)
+
+        assert outcomes == [Sent(), RetryLater("PermissionError"), HELD, Sent()]
+        await publisher.aclose()
+
+
 async def test_server_that_is_killed_has_what_it_confirmed() -> None:
     with NatsServer() as server:
         publisher, batch = NatsPublisher(server.url, topic="orders"), [new_message() for _ in range(3)]
@@ -180,6 +211,23 @@ async def test_lost_connection_ends_the_wait_for_a_confirmation(place: str) -> N
         async with asyncio.timeout(PATIENCE):
             assert await publisher.publish([new_message()]) == [RetryLater("ConnectionError")]
         await publisher.aclose()
+
+
+async def test_client_that_was_given_is_used_again_when_it_is_connected_again(place: str) -> None:
+    with Proxy(urlsplit(url()).port or 4222) as proxy:
+        given = await nats.connect(with_port(url(), proxy.port), reconnect_time_wait=0.05, max_reconnect_attempts=-1)
+        publisher, message = NatsPublisher(given, topic=f"{place}.order", delivery_timeout=1), new_message()
+        await publisher.publish([new_message()])
+
+        proxy.cut()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with suppress(ConnectionError):
+                    if isinstance((await publisher.publish([message]))[0], Sent | Duplicate):
+                        break
+                await asyncio.sleep(0.01)
+
+        await given.close()
 
 
 async def test_client_that_was_given_is_not_closed(place: str, client: Client) -> None:

@@ -12,11 +12,11 @@ import pytest
 import redis.asyncio
 from fakeredis import FakeAsyncRedis
 from faststream.redis import RedisBroker, StreamSub
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError
 
 from idempotency import ConfigurationError
 from idempotency.adapters.faststream import IdempotencyMiddleware
-from idempotency.outbox.publisher import Refused, Sent
+from idempotency.outbox.publisher import HELD, Refused, RetryLater, Sent
 from idempotency.outbox.publishers.redis import RedisPublisher, read_entry
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import PublisherContract, Received
@@ -58,12 +58,11 @@ class TestContract(BehindProxy, PublisherContract):
 
     @pytest.fixture
     async def publisher(
-        self, redis_url: str, client: redis.asyncio.Redis, place: str, proxy: Proxy
+        self, redis_url: str, client: redis.asyncio.Redis, place: str, proxy: Proxy, delivery_timeout: float
     ) -> AsyncIterator[RedisPublisher]:
         await client.set(f"{place}.nowhere", "not a stream")
-        publisher = RedisPublisher(
-            with_port(redis_url, proxy.port), topic=f"{place}.{{aggregate_type}}", delivery_timeout=2
-        )
+        url, topic = with_port(redis_url, proxy.port), f"{place}.{{aggregate_type}}"
+        publisher = RedisPublisher(url, topic=topic, delivery_timeout=delivery_timeout)
         yield publisher
         await publisher.aclose()
 
@@ -119,12 +118,26 @@ async def test_server_that_knows_repeated_ids_drops_them(place: str) -> None:
     assert len(await client.xrange(place)) == 2
 
 
-async def test_user_who_may_not_ask_for_the_version_can_publish() -> None:
+async def test_user_with_few_rights_can_publish_to_the_streams_that_are_allowed() -> None:
+    """The user may not ask for the version either."""
     with RedisServer() as server:
         async with redis.asyncio.Redis.from_url(server.url) as admin:
-            await admin.acl_setuser("relay", enabled=True, nopass=True, keys="*", commands=["+xadd", "+multi", "+exec"])
-        publisher = RedisPublisher(server.url.replace("//", "//relay:@"), topic="orders")
-        assert await publisher.publish([new_message()]) == [Sent()]
+            commands = ["+xadd", "+multi", "+exec", "+discard"]
+            await admin.acl_setuser("relay", enabled=True, nopass=True, keys=["*.order"], commands=commands)
+        publisher = RedisPublisher(server.url.replace("//", "//relay:@"), topic="shop.{aggregate_type}")
+        batch = [
+            new_message(),
+            new_message(aggregate_type="secret"),
+            new_message(aggregate_type="secret"),
+            new_message(),
+        ]
+
+        assert await publisher.publish(batch[:1]) == [Sent()]
+        outcomes = await publisher.publish(batch)
+
+        assert [outcomes[0], outcomes[3]] == [Sent(), Sent()]
+        assert outcomes[1] == RetryLater("NoPermissionError")
+        assert outcomes[2] == HELD
         await publisher.aclose()
 
 
@@ -134,7 +147,7 @@ async def test_server_without_memory_takes_none_of_a_batch() -> None:
             publisher, batch = RedisPublisher(client, topic="orders"), [new_message(), new_message()]
             await client.config_set("maxmemory", 1)
 
-            with pytest.raises(ResponseError, match="maxmemory"):
+            with pytest.raises(OutOfMemoryError, match="^Redis has refused the transaction$"):
                 await publisher.publish(batch)
 
             await client.config_set("maxmemory", 0)
