@@ -11,7 +11,7 @@ from idempotency._engine.modes import leases_of
 from idempotency._engine.runner import Runner
 from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
-from idempotency._http.caller import CredentialScope, UnknownCredentials
+from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import StoredResponse, encode_response
 from idempotency._http.disconnect import Disconnect
@@ -101,7 +101,7 @@ class IdempotencyMiddleware:
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
         session: async_sessionmaker[AsyncSession] | None = None,
-        scope: CallerScope | CredentialScope | None = "credentials",
+        scope: CallerScope | CredentialScope | KnownCaller | None = "credentials",
         unknown_credentials: UnknownCredentials = "warn",
         secret: bytes | str | None = None,
         header_name: str = "Idempotency-Key",

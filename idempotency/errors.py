@@ -84,6 +84,23 @@ class CallerUnknownError(IdempotencyError):
     title = "The caller of this idempotent request cannot be named"
 
 
+class WebhookUnverifiedError(IdempotencyError):
+    """A webhook is not signed with a secret of its sender, or its timestamp is too far from now."""
+
+    code = "webhook-unverified"
+    status = 401
+    title = "The webhook cannot be verified"
+    safe_new_key = True
+
+
+class WebhookMalformedError(WebhookUnverifiedError):
+    """A webhook has no ``webhook-id``, ``webhook-timestamp`` or ``webhook-signature``, or one that is malformed."""
+
+    code = "webhook-malformed"
+    status = 400
+    title = "The headers of the webhook are missing or malformed"
+
+
 class InProgressError(IdempotencyError):
     """Another request with this key is still running (draft section 2.7).
 

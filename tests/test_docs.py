@@ -21,6 +21,7 @@ from tests.kit.paths import ROOT
         "docs/pgbouncer.md",
         "docs/profiles.md",
         "docs/transactions.md",
+        "docs/webhooks.md",
     ],
 )
 def test_every_test_named_in_a_document_exists(page: str) -> None:

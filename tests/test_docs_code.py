@@ -17,6 +17,9 @@ import httpx
 import pytest
 from celery._state import _TLS
 
+from idempotency.outbox import Message, Sent
+from idempotency.webhooks import sign
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -40,6 +43,7 @@ MESSAGES = blocks("messages.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 TRANSACTIONS = blocks("transactions.md")
+WEBHOOKS = blocks("webhooks.md")
 SETUP = "Code for each framework"
 
 
@@ -309,3 +313,22 @@ async def test_the_gauges_of_an_outbox_are_read(run: Callable[..., dict[str, Any
         "outbox_relays": 0,
     }
     await names["operations"].aclose()
+
+
+async def test_the_code_for_webhooks_receives_and_sends(run: Callable[..., dict[str, Any]]) -> None:
+    """A webhook is taken by the receiver, or by the handler of one's own, and a message without an endpoint is sent."""
+    names = run(*WEBHOOKS["Receive"], *WEBHOOKS["In a handler of your own"], *WEBHOOKS["Send"])
+    [shop_secret], [account_secret] = names["ENDPOINTS"]["7"].secrets, names["SECRETS"]["7"]
+    message = Message(id="1", aggregate_type="order", aggregate_id="8", type="OrderPlaced", payload=b"{}")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+        statuses = []
+        for path, secret in (("shop", shop_secret), ("7", account_secret)):
+            for signed in (sign("msg_1", b"{}", [secret]), {}):
+                answer = await client.post(f"/webhooks/{path}", headers=signed, content=b"{}")
+                statuses.append(answer.status_code)
+    outcomes = await names["publisher"].publish([message])
+    await names["publisher"].aclose()
+
+    assert statuses == [204, 400, 204, 400]
+    assert list(outcomes) == [Sent()]

@@ -35,6 +35,17 @@ try:
 except ConfigurationError as error:
     print(error)
 """
+WEBHOOK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from idempotency.webhooks import sign, verify
+try:
+    sign("1", b"", ["whsk_" + "A" * 43])
+except ValueError as error:
+    extra = str(error).split('"')[1]
+secrets = ["whsec_" + "A" * 32]
+print(verify(sign("1", b"{}", secrets), b"{}", secrets).id == "1", extra)
+"""
 
 
 def blank(code: str, *arguments: str) -> str:
@@ -51,6 +62,11 @@ def test_everything_public_imports_without_an_extra() -> None:
     names = blank(IMPORT_ALL).split()
 
     assert len(names) == len(idempotency.__all__)
+
+
+def test_webhooks_are_verified_without_an_extra() -> None:
+    """A blank interpreter signs and verifies, and says what ed25519 needs."""
+    assert blank(WEBHOOK) == "True asgi-idempotency[encryption]"
 
 
 def test_a_missing_extra_is_named() -> None:

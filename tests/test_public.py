@@ -74,6 +74,8 @@ PUBLIC = {
         "UnknownOptionError",
         "UnreadableError",
         "WaitFailedError",
+        "WebhookMalformedError",
+        "WebhookUnverifiedError",
     ],
     "idempotency.events": ["Event", "EventHook", "EventKind", "log_event"],
     "idempotency.function": ["Codec", "idempotent"],
@@ -149,6 +151,15 @@ PUBLIC = {
     "idempotency.testing.faulty": ["FaultyStore"],
     "idempotency.testing.plugin": ["assert_once"],
     "idempotency.testing.publishers": ["PATIENCE", "Fault", "PublisherContract", "Receive", "Received", "new_message"],
+    "idempotency.webhooks": [
+        "WEBHOOKS",
+        "Endpoint",
+        "Webhook",
+        "WebhookReceiver",
+        "sign",
+        "standard_webhooks_schedule",
+        "verify",
+    ],
 }
 
 

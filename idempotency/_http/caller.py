@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from idempotency._http.authorization import WHOLE, read_identity
@@ -116,6 +117,17 @@ class Credentials:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class KnownCaller:
+    """Give every request the caller ``name``, which was found out before, as by a signature."""
+
+    name: str
+
+    def caller_of(self, scope: Mapping[str, Any]) -> str:
+        """Name the caller of a request."""
+        return self.name
+
+
 def _is_answered_for(kind: Kind, counted: Iterable[Kind]) -> bool:
     """Return whether credentials that count say as much of the caller as one of ``kind`` does."""
     if kind == "cookie":
@@ -154,6 +166,11 @@ def path_scope(caller: str, path: str) -> str:
     """Name a caller on one path, for ``Policy.key_per_path``. ``caller`` is already a digest, keyed if need be."""
     known = "http:1:" if caller != ANONYMOUS else f"{ANONYMOUS}:"
     return known + digest(b"path:1:", (caller.encode(), path.encode("utf-8", "surrogatepass")), None).hex()
+
+
+def sender_scope(sender: str) -> str:
+    """Name the sender of webhooks, whose signature says that they are its own."""
+    return "http:1:" + digest(b"sender:1:", (sender.encode(),), None).hex()
 
 
 def is_anonymous(scope: str) -> bool:

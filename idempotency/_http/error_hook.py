@@ -24,7 +24,7 @@ FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 
 # HTTP/2 refuses a response with those of one connection (RFC 9113 section 8.2.2).
-_FRAMING = frozenset(
+FRAMING = frozenset(
     {"connection", "content-length", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
 )
 
@@ -74,7 +74,7 @@ def _response(problem: Problem, answer: object) -> StoredResponse:
 
 
 def _field(name: object, value: object) -> tuple[bytes, bytes]:
-    if not isinstance(name, str) or not FIELD_NAME.fullmatch(name) or name.lower() in _FRAMING:
+    if not isinstance(name, str) or not FIELD_NAME.fullmatch(name) or name.lower() in FRAMING:
         raise _UnusableError("returned a header whose name is malformed, or belongs to the server")
     if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
         raise _UnusableError("returned a header whose value is not text, or has line breaks or other characters")

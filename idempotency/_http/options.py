@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from idempotency._hooks import check_callable
-from idempotency._http.caller import Credentials, CredentialScope, UnknownCredentials
+from idempotency._http.caller import Credentials, CredentialScope, KnownCaller, UnknownCredentials
 from idempotency._http.error_hook import FIELD_NAME, ErrorHook
 from idempotency._http.problem import check_docs
 from idempotency._http.profile import Profile
@@ -24,7 +24,7 @@ CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
 class Options:
     """What all requests of one middleware have in common, in the form in which a request needs it."""
 
-    caller: CallerScope | Credentials | None
+    caller: CallerScope | Credentials | KnownCaller | None
     secret: bytes | None
     header_name: bytes
     """The name of the header with the key, in lower case."""
@@ -39,7 +39,7 @@ class Options:
 
 
 def check_options(
-    scope: CallerScope | CredentialScope | None,
+    scope: CallerScope | CredentialScope | KnownCaller | None,
     unknown_credentials: UnknownCredentials,
     secret: bytes | str | None,
     header_name: str,
@@ -53,7 +53,8 @@ def check_options(
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a value that cannot work.
     """
-    if not (scope is None or scope in ("credentials", "authorization") or callable(scope)):
+    named = scope is None or isinstance(scope, KnownCaller) or scope in ("credentials", "authorization")
+    if not (named or callable(scope)):
         raise ConfigurationError(f'scope must be "credentials", "authorization", a callable or None, not {scope!r}')
     if unknown_credentials not in ("warn", "refuse"):
         raise ConfigurationError(f'unknown_credentials must be "warn" or "refuse", not {unknown_credentials!r}')
@@ -69,7 +70,7 @@ def check_options(
     if profile.error is not None:
         check_callable("error", profile.error)
     return Options(
-        caller=scope if scope is None or callable(scope) else Credentials(scope, secret, header, unknown_credentials),
+        caller=_caller(scope, secret, header, unknown_credentials),
         secret=secret,
         header_name=header,
         replayed=(replayed_header.lower().encode("ascii"), b"true"),
@@ -79,6 +80,17 @@ def check_options(
         echo_key=profile.echo_key,
         transactional=transactional,
     )
+
+
+def _caller(
+    scope: CallerScope | CredentialScope | KnownCaller | None,
+    secret: bytes | None,
+    key_header: bytes,
+    unknown: UnknownCredentials,
+) -> CallerScope | Credentials | KnownCaller | None:
+    if scope is None or isinstance(scope, KnownCaller) or callable(scope):
+        return scope
+    return Credentials(scope, secret, key_header, unknown)
 
 
 def require_starlette() -> None:

@@ -27,6 +27,7 @@ from idempotency.errors import (
     StoreError,
     StoreRefusedError,
     UnreadableError,
+    WebhookUnverifiedError,
 )
 
 DRAFT = "https://datatracker.ietf.org/doc/html/draft-ietf-httpapi-idempotency-key-header-07"
@@ -59,7 +60,13 @@ _DETAILS = {
     StoreRefusedError.code: "The operation has not taken effect, since its record cannot be stored.",
 }
 
-_FOUND_IN_REQUEST = (KeyMissingError, KeyInvalidError, RequestTooLargeError, CallerUnknownError)
+_FOUND_IN_REQUEST = (
+    KeyMissingError,
+    KeyInvalidError,
+    RequestTooLargeError,
+    CallerUnknownError,
+    WebhookUnverifiedError,
+)
 
 
 def check_docs(docs: str) -> str:
@@ -100,7 +107,7 @@ def describe(error: IdempotencyError, *, docs: str, status: int | None = None, k
     """Describe ``error``, with ``status`` in place of its own.
 
     ``docs`` has passed :func:`check_docs`. ``detail`` is the message of an error that was found in the request alone
-    (400, 413, ``caller-unknown``). For any other, whose message may name a server, it is advice by the error's code.
+    (400, 401, 413, ``caller-unknown``). For any other, whose message may name a server, it is advice by the code.
     """
     message = str(error) if isinstance(error, _FOUND_IN_REQUEST) else ""
     running = error if isinstance(error, InProgressError) else None

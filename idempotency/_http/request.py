@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
-from idempotency._http.caller import ANONYMOUS, Credentials, path_scope, scope_text
+from idempotency._http.caller import ANONYMOUS, Credentials, KnownCaller, path_scope, scope_text
 from idempotency._http.fingerprint import fingerprint, json_digest_aside, value_digest
 from idempotency._http.key import read_key, read_prefer_wait, send_with_key
 from idempotency._http.options import CallerScope, Options
@@ -18,6 +18,9 @@ from idempotency.policy import Fingerprint, Policy
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+
+
+_NAMING = (Credentials, KnownCaller)
 
 
 class AnsweredError(Exception):
@@ -80,7 +83,7 @@ class KeyedRequest:
         """
         policy, scope, secret = self._policy, self._scope, self._options.secret
         named = self._options.caller
-        caller = named.caller_of(scope) if isinstance(named, Credentials) else await self._caller_by(named)
+        caller = named.caller_of(scope) if isinstance(named, _NAMING) else await self._caller_by(named)
         # Of several fields with one name the first counts.
         fields = dict(reversed(scope["headers"]))
         content_type, length = bytes(fields.get(b"content-type", b"")), bytes(fields.get(b"content-length", b""))

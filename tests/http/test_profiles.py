@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 import stripe
-import uvicorn
 
 from idempotency import IdempotencyMiddleware, Policy, Profile, drain
 from idempotency.errors import ConfigurationError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, Reply, call, protect, read, respond
+from tests.kit.served import served
 
 JSON = [(b"content-type", b"application/json")]
 
@@ -153,20 +150,6 @@ async def test_stripe_errors() -> None:
         "completed-not-replayable": (409, "idempotency_error", "idempotency_result_not_recorded"),
         "store-unavailable": (503, "api_error", "store_unavailable"),
     }
-
-
-@contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an application by uvicorn in a thread, and yield its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def test_the_stripe_client_raises_its_error() -> None:
