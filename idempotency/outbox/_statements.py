@@ -141,6 +141,9 @@ class Statements:
         now = select(self._now).scalar_subquery()
         statement = self._select().where(columns.available_ms <= now)
         statement = self._in_buckets(statement, buckets).order_by(columns.available_ms, columns.seq).limit(limit)
+        return self._read(connection, statement)
+
+    def _read(self, connection: Connection, statement: Any) -> list[Row]:
         return [_row(each) for each in connection.execute(statement)]
 
     def heads(self, connection: Connection, buckets: frozenset[int]) -> list[Head]:

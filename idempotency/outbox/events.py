@@ -16,9 +16,10 @@ RelayEventKind = Literal[
     "dead",  # messages failed too often, and are in the dead table now
     "unavailable",  # the database or the broker fails as a whole: the relay waits, and goes on by itself
     "took-over",  # the relay has taken buckets of another one that ended without a word, or was paused
+    "slot-lost",  # the slot of the log was gone or lost; the relay has made it anew, and scans the table
 ]
 
-_WARNINGS: frozenset[RelayEventKind] = frozenset({"refused", "dead", "unavailable", "took-over"})
+_WARNINGS: frozenset[RelayEventKind] = frozenset({"refused", "dead", "unavailable", "took-over", "slot-lost"})
 
 _logger = logging.getLogger("idempotency")
 
