@@ -109,6 +109,8 @@ PUBLIC = {
     "idempotency.testing": [
         "FaultyStore",
         "ManualClock",
+        "PublisherContract",
+        "Received",
         "Report",
         "Scenario",
         "StoreContract",
@@ -122,6 +124,7 @@ PUBLIC = {
     "idempotency.testing.crash": ["Report", "Scenario", "assert_once", "crash_everywhere", "crash_point"],
     "idempotency.testing.faulty": ["FaultyStore"],
     "idempotency.testing.plugin": ["assert_once"],
+    "idempotency.testing.publishers": ["PATIENCE", "Fault", "PublisherContract", "Receive", "Received", "new_message"],
 }
 
 

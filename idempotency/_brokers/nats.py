@@ -34,7 +34,7 @@ def dead_letter_headers(message: Msg, key: str | None, reason: str, max_payload:
         headers | ({KEY_HEADERS[1]: message_id} if unidentified and message_id else {}),
         None,
     )
-    return next(each for each in choices if each is None or _size(each) + len(message.data) <= max_payload)
+    return next(each for each in choices if each is None or size_of_headers(each) + len(message.data) <= max_payload)
 
 
 def dead_letter_id(message: Msg) -> str:
@@ -58,6 +58,7 @@ def matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(tokens) and all(each in ("*", token) for each, token in zip(wanted, tokens, strict=True))
 
 
-def _size(headers: Mapping[str, str]) -> int:
+def size_of_headers(headers: Mapping[str, str]) -> int:
+    """Return the bytes of headers on the wire, which count towards the server's ``max_payload``."""
     lines = ["NATS/1.0", *(f"{name}: {value}" for name, value in headers.items()), ""]
     return sum(len(line.encode()) + 2 for line in lines)

@@ -62,6 +62,7 @@ class Batches:
         self._horizon = Horizon()
         self._blocked: Blocked | None = None
         self._next_full_scan = 0.0
+        self._caught_up = False
         self._confirmed: list[int] = []
 
     def start_over(self) -> None:
@@ -112,13 +113,12 @@ class Batches:
         after = self._horizon.floor
         without = blocked.keys[:_MOST_OMITTED]
         first: Page | None = None
+        scan = partial(self._statements.scan, buckets=buckets, without=without, limit=self._most)
         while True:
-            page: Page = await self._database.run(
-                partial(self._statements.scan, after=after, buckets=buckets, without=without, limit=self._most)
-            )
+            page: Page = await self._database.run(partial(scan, after=after, few=self._caught_up and after > 0))
             first = first or page
             ready = [row for row in page.rows if not blocked.waits(row)]
-            complete = len(page.rows) < self._most
+            self._caught_up = complete = len(page.rows) < self._most
             if ready or complete:
                 break
             after = page.rows[-1].seq

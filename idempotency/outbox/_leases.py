@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from time import monotonic
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, case, delete, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, Update, case, delete, literal_column, select, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from idempotency._outbox.table import BUCKETS
@@ -125,14 +125,20 @@ class Leases:
 
     async def release(self, names: Collection[str]) -> None:
         """Give back what nothing is done with any more: another owner can take it at once."""
-        statement = (
-            update(self._table)
-            .where(self._table.c.owner == self.owner, self._table.c.name.in_(sorted(names)))
-            .values(owner=_NOBODY, until_ms=0)
-        )
+        statement = self._give_back().where(self._table.c.name.in_(sorted(names)))
         async with self._changing:
             self.held.difference_update(names)
             await self._database.run(lambda connection: connection.execute(statement))
+
+    async def release_all(self) -> None:
+        """Give back everything, also what was taken without an answer."""
+        statement = self._give_back()
+        async with self._changing:
+            self.drop()
+            await self._database.run(lambda connection: connection.execute(statement))
+
+    def _give_back(self) -> Update:
+        return update(self._table).where(self._table.c.owner == self.owner).values(owner=_NOBODY, until_ms=0)
 
     def drop(self) -> None:
         """Hold nothing any more, and be another owner from here on. Rows of the one before are free when they end."""
@@ -204,8 +210,7 @@ class Buckets:
     async def leave(self) -> None:
         """Release all buckets, and be a member no more."""
         member, table = self._member, self._database.tables.lease
-        await self.leases.release(self.leases.held | {member})
-        self.leases.drop()
+        await self.leases.release_all()
         await self._database.run(lambda connection: connection.execute(delete(table).where(table.c.name == member)))
 
 

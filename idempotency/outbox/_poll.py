@@ -156,7 +156,7 @@ class PollingRelay:
         finally:
             if keeper is not None:
                 keeper.cancel()
-            await self._leave()
+                await self._leave()
             await self._database.aclose()
             self._stopped = None
             stopped.set()
@@ -171,9 +171,8 @@ class PollingRelay:
                 await self._pause()
 
     async def _leave(self) -> None:
-        if self._buckets.leases.held:
-            with suppress(StoreError, TimeoutError):
-                await asyncio.wait_for(self._buckets.leave(), _LEAVE)
+        with suppress(StoreError, TimeoutError):
+            await asyncio.wait_for(self._buckets.leave(), _LEAVE)
 
     async def _unavailable(self, error: StoreError) -> None:
         self._delivery.announce("unavailable", reason=str(error))

@@ -18,6 +18,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal,
     literal_column,
     select,
     text,
@@ -36,6 +37,8 @@ _MYSQL = ("mysql", "mariadb")
 
 # The oldest transaction that is still open. It is computed once, and in the snapshot in which the rows are read.
 _OLDEST_OPEN = "(SELECT txid_snapshot_xmin(txid_current_snapshot()))"
+
+_HIGHEST = 2**63 - 1
 
 _WITHOUT = (0, 10, 100)
 """How many keys a scan can omit. Few different numbers make few different statements."""
@@ -100,11 +103,26 @@ class Statements:
         self._now: ColumnElement[Any] = literal_column(NOW_MS[dialect])
 
     def scan(
-        self, connection: Connection, after: int, buckets: frozenset[int], without: Collection[Key], limit: int
+        self,
+        connection: Connection,
+        after: int,
+        buckets: frozenset[int],
+        without: Collection[Key],
+        limit: int,
+        few: bool = False,
     ) -> Page:
-        """Read rows that do not wait for a time, in order, from those after ``after``; omit some keys."""
+        """Read rows that do not wait for a time, in order, from those after ``after``; omit some keys.
+
+        ``few``: there should be few rows after ``after``.
+        """
         columns = self._columns
-        statement = self._select().where(columns.seq > after, columns.available_ms.is_(None))
+        in_range = columns.seq > after
+        if few and self._dialect == "postgresql":
+            # PostgreSQL may estimate that these few are most of the table, and then read it all, with the rows that are
+            # deleted. Of a range whose bounds it does not know it expects a small part, and so uses the index.
+            low, high = (select(literal(bound, BigInteger)).scalar_subquery() for bound in (after + 1, _HIGHEST))
+            in_range = columns.seq.between(low, high)
+        statement = self._select().where(in_range, columns.available_ms.is_(None))
         statement = self._in_buckets(statement, buckets).order_by(columns.seq).limit(limit)
         if without:
             keys = sorted(without)[: _WITHOUT[-1]]

@@ -1,4 +1,4 @@
-"""Test a store, or a handler of your own."""
+"""Test a store, a publisher, or a handler of your own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from idempotency.testing.contract import StoreContract, SyncStoreContract
     from idempotency.testing.crash import Report, Scenario, assert_once, crash_everywhere
     from idempotency.testing.faulty import FaultyStore
+    from idempotency.testing.publishers import PublisherContract, Received
 
 __all__ = [
     "FaultyStore",
     "ManualClock",
+    "PublisherContract",
+    "Received",
     "Report",
     "Scenario",
     "StoreContract",
@@ -27,6 +30,8 @@ __all__ = [
 
 _LAZY = {
     "FaultyStore": "faulty",
+    "PublisherContract": "publishers",
+    "Received": "publishers",
     "Report": "crash",
     "Scenario": "crash",
     "StoreContract": "contract",
@@ -35,16 +40,18 @@ _LAZY = {
     "crash_everywhere": "crash",
 }
 
+_CONTRACTS = {"contract", "publishers"}
+
 
 def __getattr__(name: str) -> object:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if module == "contract":
+    if module in _CONTRACTS:
         try:
             import pytest
         except ImportError as error:
             raise ImportError(f"{name} needs pytest: pip install pytest pytest-asyncio") from error
         # pytest explains the failed assertions of a module only if it is registered before its import.
-        pytest.register_assert_rewrite(f"{__name__}.contract")
+        pytest.register_assert_rewrite(f"{__name__}.{module}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

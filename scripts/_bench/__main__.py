@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from urllib.parse import urlsplit
 
 import calls
 import encryption
@@ -17,6 +18,8 @@ import http_report
 import http_run
 import messages
 import messages_report
+import outbox
+import outbox_report
 import overhead
 import purge_load
 import record_size
@@ -39,6 +42,7 @@ _ALONE = {
     "calls": "functions: joined transactions, and calls on Redis",
     "encryption": "what encryption adds to a replay",
     "messages": "a consumer of a local RabbitMQ, with effects in PostgreSQL",
+    "outbox": "the outbox on PostgreSQL: relays, latency, and what emitting costs",
     "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
 }
 
@@ -79,6 +83,16 @@ async def _http(urls: Sequence[str], plan: http_run.Plan) -> None:
     print(f"{report.NOISE}\n{http_report.HTTP}", flush=True)
     async for results in http_run.measure(urls, f"idempotency_bench_{os.getpid()}", plan):
         print(http_report.http_table(results), flush=True)
+
+
+async def _outbox(urls: Sequence[str], quick: bool) -> None:
+    url = next((url for url in urls if url.startswith("postgresql+asyncpg")), None)
+    if url is None:
+        raise ConfigurationError("--outbox needs a PostgreSQL, by postgresql+asyncpg://")
+    print(f"{report.NOISE}\n{outbox_report.HEAD}", flush=True)
+    brokers = _reachable([(urlsplit(broker).port or 0, broker) for broker in outbox.BROKERS])
+    async for row in outbox_report.rows(url, brokers, f"idempotency_bench_{os.getpid()}", quick):
+        print(row, flush=True)
 
 
 async def _requests(subjects: Sequence[Subject], quick: bool) -> None:
@@ -177,8 +191,8 @@ def _plan(options: argparse.Namespace) -> http_run.Plan:
 def _urls(only: str | None, directory: str) -> list[str]:
     servers = _reachable((*_SERVERS, _MARIADB) if only == "calls" else _SERVERS)
     # In memory there is no round trip to compare encryption to.
-    memory = [] if only in ("encryption", "http", "messages") else ["memory://"]
-    sqlite = [] if only in ("http", "messages") else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
+    memory = [] if only in ("encryption", "http", "messages", "outbox") else ["memory://"]
+    sqlite = [] if only in ("http", "messages", "outbox") else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
     return [*memory, *sqlite, *servers]
 
 
@@ -190,6 +204,8 @@ def main() -> int:
         try:
             if options.only == "http":
                 asyncio.run(_http(urls, _plan(options)))
+            elif options.only == "outbox":
+                asyncio.run(_outbox(urls, options.quick))
             else:
                 largest: int = options.largest or (10**5 if options.quick else 10**6)
                 asyncio.run(_run(urls, quick=options.quick, only=options.only, largest=largest))

@@ -12,7 +12,7 @@ from tests.kit.paths import ROOT
 from tests.kit.targets import KINDS, SYNC_DRIVERS
 
 _FAST_KINDS = ("memory", "fakeredis", "sqlite")
-_SLOW_ROOMS = ("adapters", "live", "scripts")
+_SLOW_ROOMS = ("adapters/", "live/", "outbox/publishers/", "scripts/")
 _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
 # What these cover, others cover too, and under coverage they take more than twice as long.
@@ -65,7 +65,7 @@ def group_of(nodeid: str) -> str:
 
 def is_fast(item: pytest.Item) -> bool:
     """Return whether a test needs neither a server nor a process."""
-    if item.path.relative_to(ROOT / "tests").parts[0] in _SLOW_ROOMS:
+    if item.path.relative_to(ROOT / "tests").as_posix().startswith(_SLOW_ROOMS):
         return False
     if item.get_closest_marker("alone") or item.get_closest_marker("processes"):
         return False

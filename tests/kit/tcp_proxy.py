@@ -37,6 +37,11 @@ class Proxy:
         self._server: asyncio.Server = self._call(asyncio.start_server(self._serve, LOOPBACK, 0))
         self.port: int = self._server.sockets[0].getsockname()[1]
 
+    @property
+    def target(self) -> int:
+        """The port to which new connections are passed."""
+        return self._target[1]
+
     def pause(self) -> None:
         """Hold the traffic in both directions: connections open, nothing arrives."""
         self._do(self._flowing.clear)

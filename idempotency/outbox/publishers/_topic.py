@@ -20,10 +20,15 @@ def topic_of(topic: Topic) -> Callable[[Message], str]:
     if not isinstance(topic, str):
         check_callable("topic", topic)
         return topic
+    check_template("topic", topic)
+    return lambda message: topic.format(aggregate_type=message.aggregate_type, type=message.type)
+
+
+def check_template(name: str, template: str) -> None:
+    """Refuse the value of an option in which names cannot be filled in."""
     try:
-        topic.format(aggregate_type="order", type="OrderPlaced")
+        template.format(aggregate_type="order", type="OrderPlaced")
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigurationError(
-            f"topic may contain {{aggregate_type}} and {{type}}, and no other braces: {topic!r}"
+            f"{name} may contain {{aggregate_type}} and {{type}}, and no other braces: {template!r}"
         ) from error
-    return lambda message: topic.format(aggregate_type=message.aggregate_type, type=message.type)

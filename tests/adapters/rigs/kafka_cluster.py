@@ -18,6 +18,7 @@ SESSION_TIMEOUT_MS = 2000
 """After which the partitions of a killed consumer go to another one; Kafka's own default is 45 seconds."""
 
 _BROKER = 1
+_UNKNOWN_TOPIC = 3
 _REBALANCE_DELAY_MS = 50
 
 
@@ -58,6 +59,15 @@ class MockCluster:
         change = self._lib.rd_kafka_mock_broker_set_down if yes else self._lib.rd_kafka_mock_broker_set_up
         change(self._mock, ctypes.c_int32(_BROKER))
 
+    def hang(self, yes: bool) -> None:
+        """Answer no request for a minute, or answer at once again; connections that wait for answers go on waiting."""
+        milliseconds = 60_000 if yes else 0
+        self._lib.rd_kafka_mock_broker_set_rtt(self._mock, ctypes.c_int32(_BROKER), milliseconds)
+
+    def hide(self, topic: str) -> None:
+        """Know nothing of a topic, which is else made when it is asked for."""
+        self._lib.rd_kafka_mock_topic_set_error(self._mock, topic.encode(), _UNKNOWN_TOPIC)
+
     def failed(self, api: int) -> bool:
         """Say whether that request came."""
         left = ctypes.c_size_t()
@@ -88,16 +98,17 @@ class Topic:
     def __init__(self, name: str, group: str = "", partitions: int = PARTITIONS) -> None:
         cluster().create(name, partitions)
         self._partitions = [TopicPartition(name, number) for number in range(partitions)]
-        self._name = name
+        self.name = name
         servers = {"bootstrap.servers": cluster().servers, "log_level": 0}
         self._producer = Producer({**servers, "linger.ms": 0})
-        self._consumer = Consumer({**servers, "group.id": group or f"{name}-watch", "enable.auto.commit": False})
+        watching = {"group.id": group or f"{name}-watch", "enable.auto.commit": False, "fetch.wait.max.ms": 10}
+        self._consumer = Consumer({**servers, **watching})
 
     def produce(self, value: bytes, *, partition: int = 0, key: bytes | None = None, **headers: str) -> None:
         """Produce a message and wait until it is stored."""
         failed: list[Any] = []
         self._producer.produce(
-            self._name, value, key, partition, headers=headers, on_delivery=lambda error, _: failed.append(error)
+            self.name, value, key, partition, headers=headers, on_delivery=lambda error, _: failed.append(error)
         )
         assert self._producer.flush(10) == 0
         assert failed == [None], failed
