@@ -104,7 +104,7 @@ class WebhookPublisher:
         *,
         secrets: Sequence[str] = (),
         on_gone: OnGone | None = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         concurrency: int = 50,
         allow: Iterable[str] = (),
         address_check: AddressCheck = is_public,
