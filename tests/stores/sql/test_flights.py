@@ -76,6 +76,33 @@ async def test_calls_that_arrive_in_one_turn_fly_at_once_and_later_ones_with_the
     assert airport.sent[1] == ["d", "e"]
 
 
+async def test_calls_that_arrive_one_by_one_fly_together_until_a_turn_brings_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As requests do, of which each is read in a turn of the event loop of its own; but only for a few turns."""
+    monkeypatch.setattr(_flights, "MOST_TURNS", 3)
+    airport = Airport()
+
+    alone = airport.call("alone")
+    await asyncio.sleep(0)  # it has arrived
+    await asyncio.sleep(0)  # its flight has begun
+    await asyncio.sleep(0)
+    assert airport.sent == [["alone"]]
+    airport.land()
+    assert await alone == "alone 1"
+
+    calls = []
+    for name in "abcdefgh":
+        calls.append(airport.call(name))
+        await asyncio.sleep(0)
+    assert airport.sent[1] == ["a", "b", "c", "d"]
+    airport.land()
+    await airport.departed(3)
+    airport.land()
+
+    assert (await asyncio.gather(*calls))[3:5] == ["d 2", "e 3"]
+
+
 async def test_calls_about_one_record_never_fly_together_and_share_an_answer_where_that_is_allowed() -> None:
     airport = Airport()
     waiting = [airport.call(name, "record") for name in ("one", "two", "own", "three")]
@@ -264,7 +291,7 @@ def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Task[
 
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
-    """A flight then boards, and may land, before its creation returns."""
+    """A flight then waits for a slot, or for more calls, before its creation returns."""
     landed = asyncio.Event()
 
     async def fly(calls: Sequence[str], _: InFlight) -> Answers:
@@ -272,7 +299,7 @@ async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
             await landed.wait()
         return calls
 
-    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
+    flights = Flights(fly, lambda *_: True, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
     loop = asyncio.get_running_loop()
     loop.set_task_factory(eager)
     try:
