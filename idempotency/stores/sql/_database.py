@@ -14,6 +14,7 @@ from idempotency._sql.bounded import InFlight
 from idempotency._sql.driver import FETCHING, fetch, in_transaction, lock_wait_limit
 from idempotency._sql.failures import (
     OpenTransactionError,
+    describe_database,
     describe_failure,
     is_repeatable,
     refuses_statement,
@@ -58,6 +59,7 @@ class Database:
     def __init__(self, engine: Engine, settings: Settings, owned: bool) -> None:
         self.engine = engine
         self.table = settings.table
+        self._timeout = settings.timeout
         self._lock_wait = lock_wait_limit(settings.timeout)
         self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
@@ -135,6 +137,11 @@ class Database:
     @property
     def _schema(self) -> str | None:
         return schema_by(self.engine.get_execution_options(), self.table)
+
+    def no_answer(self) -> StoreError:
+        """Return the error of a call whose time is over."""
+        database = describe_database(self.engine.url)
+        return StoreError(f"{database} gave no answer within {self._timeout:g} s: is it running, and not overloaded?")
 
     def _is_behind_pooler(self, connection: Connection) -> bool:
         if not self._asks_for_pooler:

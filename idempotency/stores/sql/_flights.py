@@ -102,6 +102,11 @@ class Flights(Generic[Call, Answer]):
         self._timed: deque[_Ticket[Call, Answer]] = deque()
         self._timer: TimerHandle | None = None
 
+    @property
+    def is_awaited(self) -> bool:
+        """Return whether a call waits for the next flight."""
+        return bool(self._waiting)
+
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
 
