@@ -149,8 +149,9 @@ class _OnPostgreSQL:
 
     async def _claim(self, statement: InFlight, claims: Sequence[Claim], wait: str) -> dict[bytes, Record | None]:
         """Send claims, and return what was found under each id: None where the claim must be sent alone."""
-        asked = [self._guard.ask(claim) for claim in claims]
-        values = [claim_values(claim, each, self._sealing) for claim, each in zip(claims, asked, strict=True)]
+        # The guard asks the same for all claims with one lease.
+        asked = {lease: self._guard.ask(claim) for lease, claim in {claim.lease: claim for claim in claims}.items()}
+        values = [claim_values(claim, asked[claim.lease], self._sealing) for claim in claims]
         settings = {"wait": wait, "commit": _synchronous_commit(claims)}
         if len(claims) == 1:
             rows = await self._fetch("claim", values[0] | settings, statement)
@@ -159,8 +160,8 @@ class _OnPostgreSQL:
             rows = await self._fetch("claims", _arrays(CLAIMED_TOGETHER, values) | settings, statement)
             found = {bytes(row[0]): Found(*row[1:]) for row in rows}
         return {
-            claim.id: None if row.free else self._read(claim, each, row)
-            for claim, each in zip(claims, asked, strict=True)
+            claim.id: None if row.free else self._read(claim, asked[claim.lease], row)
+            for claim in claims
             if (row := found.get(claim.id)) is not None
         }
 
@@ -181,10 +182,9 @@ class _OnPostgreSQL:
         """Send completions, and return True for the ids of those that were recorded."""
         settings = {"channel": self._database.table.name}
         if len(calls) == 1:
-            record = calls[0]["id"]
-            settings |= {"payload": record.hex(), "wait": wait}
+            settings |= {"payload": calls[0]["id"].hex(), "wait": wait}
             rows = await self._fetch("completion", calls[0] | settings, statement)
-            return dict.fromkeys([record] if rows else [], True)
+            return {call["id"]: True for call, _ in zip(calls, rows, strict=False)}
         rows = await self._fetch("completions", _arrays(COMPLETED_TOGETHER, calls) | settings, statement)
         return {bytes(row[0]): True for row in rows}
 
