@@ -41,6 +41,10 @@ _POOLER = "idempotency: behind a pooler"
 """A key of the ``info`` of a connection."""
 
 
+class NotTogetherError(Exception):
+    """Calls cannot be sent together any more: each is sent alone."""
+
+
 class Settings(NamedTuple):
     """What a store was given besides its engine: the table, and the options of :class:`SQLStore`."""
 
@@ -114,12 +118,19 @@ class Database:
         verbs = self._verbs_in(self._schema)
         return verbs if verbs.trusted else None
 
+    def still_together(self) -> Verbs:
+        """Return :attr:`together`, which has changed where it is None: the calls of the flight were let in before."""
+        verbs = self.together
+        if verbs is None:
+            raise NotTogetherError
+        return verbs
+
     def fetch(self, verb: str, values: dict[str, Any], statement: InFlight) -> Sequence[Sequence[Any]]:
         """Send a statement of :attr:`Statements.in_flights`, and return the rows. Raises the driver's own errors."""
-        verbs = self.together
+        verbs = self.still_together()
         with self._opened(statement) as connection:
-            if verbs is None or self._is_behind_pooler(connection):
-                raise StoreError("calls cannot be sent together any more")
+            if self._is_behind_pooler(connection):
+                raise NotTogetherError
             compiled = verbs.in_flights[verb]
             driver: Any = connection.connection.driver_connection
             try:

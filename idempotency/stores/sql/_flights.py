@@ -1,7 +1,7 @@
 """Send calls of one kind together, in flights: while two are under way, the calls that arrive wait for the next one.
 
-A flight takes the calls that arrive in the same few turns of the event loop: no timer delays it. It either answers a
-call or gives it back, and what is given back is sent alone. So whatever fails, fails as it does alone.
+A flight takes the calls that arrive in the same few iterations of the event loop: no timer delays it. It either
+answers a call or gives it back, and what is given back is sent alone. So whatever fails, fails as it does alone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MOST_CALLS = 128
 AT_ONCE = 2
 """Flights of one kind that are under way, at most: while the server writes one to disk, another is made or read."""
 
-MOST_TURNS = 4
-"""Turns of the event loop that a flight waits while each of them brings a call. A call that comes alone waits for one.
+MOST_ITERATIONS = 4
+"""Iterations of the event loop for which a flight waits, at most, while each brings a call. A lone call waits for one.
 
-A flight costs as much as several calls, and requests arrive one by one, each in a turn of its own."""
+A flight costs as much as several calls, and requests arrive one by one, each read in an iteration of its own."""
 
 MOST_BYTES = 256 * 1024
 """Bytes in one flight. It takes no further call once it has that many."""
@@ -166,8 +166,8 @@ class Flights(Generic[Call, Answer]):
         self._end(flight)
 
     async def _gather(self) -> None:
-        """Wait until a turn of the event loop brings no further call, or for a few turns."""
-        for _ in range(MOST_TURNS):
+        """Wait until an iteration of the event loop brings no further call, or for a few iterations."""
+        for _ in range(MOST_ITERATIONS):
             before = len(self._waiting)
             await asyncio.sleep(0)
             if not before < len(self._waiting) < MOST_CALLS:

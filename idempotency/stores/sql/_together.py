@@ -99,7 +99,8 @@ class Together:
         return await self._send(self._completions, claim.id, complete_values(claim, result, state), size, work)
 
     def _flies(self, flights: Flights[Any, Any]) -> bool:
-        # The database is asked once for each flight, as it takes longer than the rest: by the first call that waits.
+        # It takes longer to ask the database than to do all else for a call. So a call that joins others does not ask:
+        # each flight asks again before it is sent.
         return flights.is_awaited or self._database.together is not None
 
     async def _send(self, flights: Flights[Call, T], record: bytes, call: Call, size: int, work: Work[T]) -> T:

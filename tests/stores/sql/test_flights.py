@@ -76,11 +76,11 @@ async def test_calls_that_arrive_in_one_turn_fly_at_once_and_later_ones_with_the
     assert airport.sent[1] == ["d", "e"]
 
 
-async def test_calls_that_arrive_one_by_one_fly_together_until_a_turn_brings_none(
+async def test_calls_that_arrive_one_by_one_fly_together_until_an_iteration_brings_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As requests do, of which each is read in a turn of the event loop of its own; but only for a few turns."""
-    monkeypatch.setattr(_flights, "MOST_TURNS", 3)
+    monkeypatch.setattr(_flights, "MOST_ITERATIONS", 3)
     airport = Airport()
 
     alone = airport.call("alone")
