@@ -76,31 +76,29 @@ async def test_calls_that_arrive_in_one_turn_fly_at_once_and_later_ones_with_the
     assert airport.sent[1] == ["d", "e"]
 
 
-async def test_calls_that_arrive_one_by_one_fly_together_until_an_iteration_brings_none(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("arrivals", "first"),
+    [("a  bcd", "a"), ("abc  def", "abc"), ("abcdefgh", "abcd")],
+    ids=["alone", "until none comes", "until it has waited for long"],
+)
+async def test_calls_that_arrive_one_by_one_fly_together(
+    monkeypatch: pytest.MonkeyPatch, arrivals: str, first: str
 ) -> None:
-    """As requests do, of which each is read in a turn of the event loop of its own; but only for a few turns."""
+    """As requests do, each of which is read in an iteration of the event loop of its own."""
     monkeypatch.setattr(_flights, "MOST_ITERATIONS", 3)
     airport = Airport()
-
-    alone = airport.call("alone")
-    await asyncio.sleep(0)  # it has arrived
-    await asyncio.sleep(0)  # its flight has begun
-    await asyncio.sleep(0)
-    assert airport.sent == [["alone"]]
-    airport.land()
-    assert await alone == "alone 1"
-
     calls = []
-    for name in "abcdefgh":
-        calls.append(airport.call(name))
+    for name in arrivals:
+        if name != " ":
+            calls.append(airport.call(name))
         await asyncio.sleep(0)
-    assert airport.sent[1] == ["a", "b", "c", "d"]
+    await airport.departed(1)
     airport.land()
-    await airport.departed(3)
+    await airport.departed(2)
     airport.land()
 
-    assert (await asyncio.gather(*calls))[3:5] == ["d 2", "e 3"]
+    assert airport.sent == [[*first], [*arrivals.replace(" ", "").removeprefix(first)]]
+    assert len(await asyncio.gather(*calls)) == len(arrivals.replace(" ", ""))
 
 
 async def test_calls_about_one_record_never_fly_together_and_share_an_answer_where_that_is_allowed() -> None:
