@@ -149,7 +149,7 @@ class SQLStore(InSessions):
 
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
-        loop = self._per_loop.get(asyncio.get_running_loop()) or await self._this_loop()
+        loop = await self._this_loop()
         return await loop.together.claim(claim, self._claiming(claim))
 
     def _claiming(self, claim: Claim) -> Work[Record]:
