@@ -14,6 +14,7 @@ from idempotency._sql.bounded import InFlight
 from idempotency._sql.driver import FETCHING, fetch, in_transaction, lock_wait_limit
 from idempotency._sql.failures import (
     OpenTransactionError,
+    describe_database,
     describe_failure,
     is_repeatable,
     refuses_statement,
@@ -39,6 +40,10 @@ _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
 
 
+class NotTogetherError(Exception):
+    """Calls cannot be sent together any more: each is sent alone."""
+
+
 class Settings(NamedTuple):
     """What a store was given besides its engine: the table, and the options of :class:`SQLStore`."""
 
@@ -57,6 +62,7 @@ class Database:
     def __init__(self, engine: Engine, settings: Settings, owned: bool) -> None:
         self.engine = engine
         self.table = settings.table
+        self._timeout = settings.timeout
         self._lock_wait = lock_wait_limit(settings.timeout)
         self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
@@ -111,12 +117,19 @@ class Database:
         verbs = self._verbs_in(self._schema)
         return verbs if verbs.trusted else None
 
+    def still_together(self) -> Verbs:
+        """Return :attr:`together`, which has changed where it is None: the calls of the flight were let in before."""
+        verbs = self.together
+        if verbs is None:
+            raise NotTogetherError
+        return verbs
+
     def fetch(self, verb: str, values: dict[str, Any], statement: InFlight) -> Sequence[Sequence[Any]]:
         """Send a statement of :attr:`Statements.in_flights`, and return the rows. Raises the driver's own errors."""
-        verbs = self.together
+        verbs = self.still_together()
         with self._opened(statement) as connection:
-            if verbs is None or self._is_behind_pooler(connection):
-                raise StoreError("calls cannot be sent together any more")
+            if self._is_behind_pooler(connection):
+                raise NotTogetherError
             compiled = verbs.in_flights[verb]
             driver: Any = connection.connection.driver_connection
             try:
@@ -134,6 +147,11 @@ class Database:
     @property
     def _schema(self) -> str | None:
         return schema_by(self.engine.get_execution_options(), self.table)
+
+    def no_answer(self) -> StoreError:
+        """Return the error of a call whose time is over."""
+        database = describe_database(self.engine.url)
+        return StoreError(f"{database} gave no answer within {self._timeout:g} s: is it running, and not overloaded?")
 
     def _is_behind_pooler(self, connection: Connection) -> bool:
         if not self._asks_for_pooler:

@@ -1,13 +1,13 @@
 """Send calls of one kind together, in flights: while two are under way, the calls that arrive wait for the next one.
 
-An idle store sends a call at once, and no timer delays it. A flight either answers a call or gives it back, and what is
-given back is sent alone. So whatever fails, fails as it does alone.
+A flight takes the calls that arrive in the same few iterations of the event loop: no timer delays it. It either
+answers a call or gives it back, and what is given back is sent alone. So whatever fails, fails as it does alone.
 """
 
 from __future__ import annotations
 
 import asyncio
-from asyncio import Future, Task
+from asyncio import Future, Task, TimerHandle
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
@@ -16,7 +16,6 @@ from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from idempotency._sql.bounded import Abandoned, InFlight
-from idempotency._synchronization import Deadline
 
 Call = TypeVar("Call")
 Answer = TypeVar("Answer")
@@ -26,6 +25,11 @@ MOST_CALLS = 128
 
 AT_ONCE = 2
 """Flights of one kind that are under way, at most: while the server writes one to disk, another is made or read."""
+
+MOST_ITERATIONS = 4
+"""Iterations of the event loop for which a flight waits, at most, while each brings a call. A lone call waits for one.
+
+A flight costs as much as several calls, and requests arrive one by one, each read in an iteration of its own."""
 
 MOST_BYTES = 256 * 1024
 """Bytes in one flight. It takes no further call once it has that many."""
@@ -44,28 +48,27 @@ class Limits(NamedTuple):
 
 
 class _Ticket(Generic[Call, Answer]):
-    """A call that waits for its answer.
+    """A call that waits for its answer until its deadline. An exception is an answer too.
 
     ``flight``: the one that it is in; None while it is not sent. ``others``: the calls about the same record that
     waited too when it was sent.
     """
 
-    __slots__ = ("answer", "call", "flight", "others", "record", "size")
+    __slots__ = ("answer", "call", "deadline", "flight", "others", "record", "size")
 
-    def __init__(self, record: bytes, call: Call, size: int, answer: Future[Answer | None]) -> None:
+    def __init__(
+        self, record: bytes, call: Call, size: int, deadline: float, answer: Future[Answer | Exception | None]
+    ) -> None:
         self.record = record
         self.call = call
         self.size = size
+        self.deadline = deadline
         self.answer = answer
         self.flight: Task[None] | None = None
         self.others: Sequence[_Ticket[Call, Answer]] = ()
 
     def settle(self, answer: Answer | Exception | None) -> None:
-        if self.answer.done():
-            return
-        if isinstance(answer, Exception):
-            self.answer.set_exception(answer)
-        else:
+        if not self.answer.done():
             self.answer.set_result(answer)
 
 
@@ -95,6 +98,14 @@ class Flights(Generic[Call, Answer]):
         # None of a flight that has not boarded.
         self._under_way: dict[Task[None], Sequence[_Ticket[Call, Answer]] | None] = {}
         self._boarding = False
+        # In the order of their deadlines, with one timer for all.
+        self._timed: deque[_Ticket[Call, Answer]] = deque()
+        self._timer: TimerHandle | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Return whether a call waits for the next flight."""
+        return bool(self._waiting)
 
     async def send(self, record: bytes, call: Call, size: int) -> Answer | None:
         """Return the answer to a call that is about ``record`` and has ``size`` bytes; None where it is given back.
@@ -104,7 +115,10 @@ class Flights(Generic[Call, Answer]):
         cannot overtake the call.
         """
         loop = self._loop
-        ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.create_future())
+        ticket: _Ticket[Call, Answer] = _Ticket(record, call, size, loop.time() + self._timeout, loop.create_future())
+        self._timed.append(ticket)
+        if self._timer is None:
+            self._arm()
         behind = self._behind.get(record)
         if behind is not None:
             behind.append(ticket)
@@ -112,12 +126,25 @@ class Flights(Generic[Call, Answer]):
             self._waiting.setdefault(record, deque()).append(ticket)
             self._depart()
         try:
-            with Deadline(loop, self._timeout):
-                return await ticket.answer
+            answer = await ticket.answer
         except asyncio.CancelledError:
             if ticket.flight is not None:
                 await asyncio.wait({ticket.flight}, timeout=self._timeout)
             raise
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _arm(self) -> None:
+        # In an empty context, as a flight is.
+        self._timer = self._loop.call_at(self._timed[0].deadline, self._expire, context=Context())
+
+    def _expire(self) -> None:
+        self._timer, now = None, self._loop.time()
+        while self._timed and (self._timed[0].deadline <= now or self._timed[0].answer.done()):
+            self._timed.popleft().settle(TimeoutError())
+        if self._timed:
+            self._arm()
 
     def _depart(self) -> None:
         if self._waiting and not self._boarding and len(self._under_way) < AT_ONCE:
@@ -126,18 +153,25 @@ class Flights(Generic[Call, Answer]):
             # A task factory of the application may not know create_task's own ``context``.
             self._boarding = True
             flight = Context().run(self._loop.create_task, self._fly())
-            # A task factory may have begun the task already: then it may have boarded, or ended.
-            if not flight.done():
-                self._under_way.setdefault(flight, None)
-                flight.add_done_callback(self._end)
+            self._under_way[flight] = None
+            flight.add_done_callback(self._end)
 
     async def _fly(self) -> None:
         flight: Any = asyncio.current_task()
         async with self._slots:
+            await self._gather()
             tickets = self._board(flight)
             if tickets:
                 await self._answer(flight, tickets)
         self._end(flight)
+
+    async def _gather(self) -> None:
+        """Wait until an iteration of the event loop brings no further call, or for a few iterations."""
+        for _ in range(MOST_ITERATIONS):
+            before = len(self._waiting)
+            await asyncio.sleep(0)
+            if not before < len(self._waiting) < MOST_CALLS:
+                return
 
     def _end(self, flight: Task[None]) -> None:
         """Give back what has no answer; the task itself may have been cancelled before its first step."""
@@ -210,4 +244,6 @@ class Flights(Generic[Call, Answer]):
             behind = self._behind.pop(ticket.record)
             if behind:
                 self._waiting[ticket.record] = behind
+        while self._timed and self._timed[0].answer.done():
+            self._timed.popleft()
         self._depart()

@@ -13,7 +13,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
-from idempotency._rules import Claim, Record, State
 from idempotency._sql.bounded import Abandoned, InFlight, Watchdog
 from idempotency._sql.engines import open_async, open_sync
 from idempotency._sql.failures import describe_database
@@ -54,8 +53,9 @@ class PerLoop:
         if engine.dialect.name == "sqlite":
             close_what_is_invalidated(engine.sync_engine)
         self._slots = asyncio.Semaphore(self._database.max_parallel)
-        self._together = Together(
+        self.together = Together(
             self._database,
+            self.run,
             self._slots,
             timeout=settings.timeout,
             abandoned=abandoned,
@@ -93,21 +93,7 @@ class PerLoop:
         async with self.watchers.watch(record, min(1.0, self._timeout), listens) as changed:
             yield changed
 
-    async def claim(self, claim: Claim, work: Work[Record]) -> Record:
-        """Claim, together with other claims where that is possible; ``work`` claims alone."""
-        try:
-            return await self._together.claim(claim, lambda timeout: self.run(work, timeout=timeout))
-        except TimeoutError as error:
-            raise self._no_answer() from error
-
-    async def complete(self, claim: Claim, result: bytes | None, state: State, work: Work[bool]) -> bool:
-        """Complete, together with others where that is possible; ``work`` completes alone, with the same result."""
-        try:
-            return await self._together.complete(claim, result, state, lambda timeout: self.run(work, timeout=timeout))
-        except TimeoutError as error:
-            raise self._no_answer() from error
-
-    async def run(self, work: Work[T], transaction: bool = False, *, timeout: float | None = None) -> T:
+    async def run(self, work: Work[T], /, transaction: bool = False, *, timeout: float | None = None) -> T:
         """Run ``work``, for at most ``timeout`` seconds, by default the store's.
 
         A driver ends a cancelled statement by a message to the server, and waits for the answer. So a statement is a
@@ -128,11 +114,7 @@ class PerLoop:
         if task.done():
             return task.result()
         self._abandoned.add(task, statement.cut_off)
-        raise self._no_answer()
-
-    def _no_answer(self) -> StoreError:
-        database = describe_database(self._engine.url)
-        return StoreError(f"{database} gave no answer within {self._timeout:g} s: is it running, and not overloaded?")
+        raise self._database.no_answer()
 
     async def _perform(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
         async with self._slots:

@@ -7,7 +7,7 @@ that clock, and ``{r}`` is the prefix of the columns of a row that is already th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Dialect, Table, TextClause, text
@@ -116,15 +116,22 @@ SELECT {_NAMES}, set_config('lock_timeout', setting, TRUE) FROM bound LEFT JOIN 
 # marked as free, and not taken: that claim is sent alone. So the statement locks nothing but what it inserts. It waits
 # only where another transaction has inserted the same id and is not committed. LATERAL and LIMIT have the rows read by
 # their ids, in the order of the arrays, whatever the statistics of the table are.
-_CLAIMED_TOGETHER = "id, scope, key, token, fingerprint, hold, latest, lease, keep"
+CLAIMED_TOGETHER = ("id", "scope", "key", "token", "fingerprint", "hold", "latest", "lease", "keep")
+"""The parameters of a claim in a flight of several, of which each is an array, named in the plural."""
+
+
+def _asked(names: Sequence[str]) -> str:
+    arrays = ", ".join(f":{name}s" for name in names)
+    return f"SELECT * FROM unnest({arrays}) AS asked({', '.join(names)})"
+
+
 _BOUND_IN_FLIGHT = """bound AS MATERIALIZED (
     SELECT set_config('lock_timeout', :wait, TRUE)
         || set_config('synchronous_commit', COALESCE(:commit, current_setting('synchronous_commit')), TRUE) AS applied
 )"""
 _CLAIM_TOGETHER = f"""
 WITH {_BOUND_IN_FLIGHT}, asked AS MATERIALIZED (
-    SELECT * FROM unnest(:ids, :scopes, :keys, :tokens, :fingerprints, :holds, :latests, :leases, :keeps)
-    AS asked({_CLAIMED_TOGETHER})
+    {_asked(CLAIMED_TOGETHER)}
 ), seen AS MATERIALIZED (
     SELECT r.id, {_FOUND}, {_FREE} AS free
     FROM asked CROSS JOIN LATERAL (SELECT * FROM {{table}} AS found WHERE found.id = asked.id LIMIT 1) AS r
@@ -141,9 +148,12 @@ UNION ALL SELECT id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, {{now}}, NU
 # Many completions in one statement. A row that is locked is not returned, and its completion is sent alone. The rows
 # are updated by ON CONFLICT, and always there to conflict, because they are locked. For an UPDATE that joins them, the
 # server may choose to read the whole table, and keep to that choice while the table grows.
+COMPLETED_TOGETHER = ("id", "token", "state", "result", "keep")
+"""The parameters of a completion in a flight of several, as of a claim."""
+
 _COMPLETE_TOGETHER = f"""
 WITH asked AS MATERIALIZED (
-    SELECT * FROM unnest(:ids, :tokens, :states, :results, :keeps) AS asked(id, token, state, result, keep)
+    {_asked(COMPLETED_TOGETHER)}
 ), owned AS MATERIALIZED (
     SELECT r.*, asked.state AS end_state, asked.result AS end_result, asked.keep FROM asked CROSS JOIN LATERAL (
         SELECT {_COLUMNS} FROM {{table}} AS r
@@ -243,12 +253,19 @@ _TYPES = {
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "latest", "limit", "after"), "bigint"),
     "state": "smallint",
-    **dict.fromkeys(("ids", "fingerprints", "results"), "bytea[]"),
-    **dict.fromkeys(("scopes", "keys", "tokens"), "text[]"),
-    **dict.fromkeys(("latests", "leases", "keeps"), "bigint[]"),
-    "holds": "boolean[]",
-    "states": "smallint[]",
 }
+
+SENT_AS_ARRAY = "results"
+"""The only array that is sent as one, because in text bytes are twice as long. The others are sent as their text: a
+driver takes a microsecond for each value of an array."""
+
+
+def _cast(name: str) -> str:
+    # Each use of a parameter gets its type, because the server would infer it from the first use only.
+    if name in _TYPES:
+        return f"CAST(:{name} AS {_TYPES[name]})"
+    kind = f"{_TYPES[name.removesuffix('s')]}[]"
+    return f"CAST(:{name} AS {kind})" if name == SENT_AS_ARRAY else f"CAST(CAST(:{name} AS text) AS {kind})"
 
 
 class Compiled:
@@ -377,8 +394,7 @@ class Statements:
     def _text(self, template: str, r: str = "", **words: str) -> TextClause:
         sql = template.format(r=r, **self._words, **words)
         if self._postgresql:
-            # Each use of a parameter gets its type, because the server would infer it from the first use only.
-            sql = re.sub(r":(\w+)", lambda name: f"CAST({name[0]} AS {_TYPES[name[1]]})", sql)
+            sql = re.sub(r":(\w+)", lambda name: _cast(name[1]), sql)
         if self.packs:
             sql = re.sub(r":(id|fingerprint|result)\b", r"FROM_BASE64(:\1)", sql)
         return text(sql)

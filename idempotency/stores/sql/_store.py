@@ -150,7 +150,7 @@ class SQLStore(InSessions):
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         loop = await self._this_loop()
-        return await loop.claim(claim, self._claiming(claim))
+        return await loop.together.claim(claim, self._claiming(claim))
 
     def _claiming(self, claim: Claim) -> Work[Record]:
         return lambda verbs, connection: verbs.claim(connection, claim, self._clock_guard, self._sealing)
@@ -163,7 +163,7 @@ class SQLStore(InSessions):
         """See :meth:`~idempotency.stores.base.Store.complete`."""
         sealed = sealed_result(self._sealing, claim.id, result)
         loop = await self._this_loop()
-        return await loop.complete(
+        return await loop.together.complete(
             claim, sealed, state, lambda verbs, connection: verbs.complete(connection, claim, sealed, state)
         )
 

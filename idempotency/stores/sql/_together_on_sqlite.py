@@ -110,7 +110,8 @@ class OnSQLite:
         return await self._fly(len(calls), work, statement)
 
     async def _fly(self, count: int, work: Callable[[_Opened, Answers], None], statement: InFlight) -> list[Any]:
-        """Return an answer for each call. Raises StoreError where none of them took effect."""
+        """Return an answer for each call. Raises an error where none of them took effect."""
+        self._database.still_together()
 
         def perform(verbs: Verbs, connection: Connection) -> list[Any]:
             answers: Answers = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterable
 from typing import Any
 
 from idempotency.stores._shown import shortened
@@ -47,6 +48,20 @@ def stored_name(value: Any) -> bytes:
 def _unescaped(found: re.Match[str]) -> str:
     escape = found[1]
     return {"\\": "\\", "0": "\0"}.get(escape) or chr(int(escape[1:], 16))
+
+
+def array_text(values: Iterable[Any]) -> str:
+    """Return values as PostgreSQL reads an array from text."""
+    return f"{{{','.join(map(_element, values))}}}"
+
+
+def _element(value: Any) -> str:
+    if isinstance(value, bytes):
+        return rf'"\\x{value.hex()}"'
+    if isinstance(value, str):
+        escaped = value.replace("\\", r"\\").replace('"', r"\"")
+        return f'"{escaped}"'
+    return "NULL" if value is None else str(value)
 
 
 def packed(values: dict[str, Any]) -> dict[str, Any]:

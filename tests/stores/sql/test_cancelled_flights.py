@@ -126,7 +126,7 @@ async def rounds(store: SQLStore, engine: AsyncEngine, table: str) -> AsyncItera
     await rounds.finish_some()
     yield rounds
     (side,) = store._per_loop.values()
-    together = side._together
+    together = side.together
     assert not together._alone
     assert not together._claims._waiting
     assert not together._completions._waiting

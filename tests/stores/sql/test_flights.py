@@ -76,6 +76,31 @@ async def test_calls_that_arrive_in_one_turn_fly_at_once_and_later_ones_with_the
     assert airport.sent[1] == ["d", "e"]
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "first"),
+    [("a  bcd", "a"), ("abc  def", "abc"), ("abcdefgh", "abcd")],
+    ids=["alone", "until none comes", "until it has waited for long"],
+)
+async def test_calls_that_arrive_one_by_one_fly_together(
+    monkeypatch: pytest.MonkeyPatch, arrivals: str, first: str
+) -> None:
+    """As requests do, each of which is read in an iteration of the event loop of its own."""
+    monkeypatch.setattr(_flights, "MOST_ITERATIONS", 3)
+    airport = Airport()
+    calls = []
+    for name in arrivals:
+        if name != " ":
+            calls.append(airport.call(name))
+        await asyncio.sleep(0)
+    await airport.departed(1)
+    airport.land()
+    await airport.departed(2)
+    airport.land()
+
+    assert airport.sent == [[*first], [*arrivals.replace(" ", "").removeprefix(first)]]
+    assert len(await asyncio.gather(*calls)) == len(arrivals.replace(" ", ""))
+
+
 async def test_calls_about_one_record_never_fly_together_and_share_an_answer_where_that_is_allowed() -> None:
     airport = Airport()
     waiting = [airport.call(name, "record") for name in ("one", "two", "own", "three")]
@@ -264,7 +289,7 @@ def eager(loop: asyncio.AbstractEventLoop, work: Any, **_: Any) -> asyncio.Task[
 
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
-    """A flight then boards, and may land, before its creation returns."""
+    """A flight then waits for a slot, or for more calls, before its creation returns."""
     landed = asyncio.Event()
 
     async def fly(calls: Sequence[str], _: InFlight) -> Answers:
@@ -272,7 +297,7 @@ async def test_tasks_that_begin_when_they_are_created(at_once: bool) -> None:
             await landed.wait()
         return calls
 
-    flights = Flights(fly, lambda *_: False, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
+    flights = Flights(fly, lambda *_: True, Limits(asyncio.Semaphore(1), 2.0, Abandoned()))
     loop = asyncio.get_running_loop()
     loop.set_task_factory(eager)
     try:

@@ -329,6 +329,24 @@ async def test_a_listener_sees_each_statement_in_the_context_of_its_caller(
     assert sorted({*seen}) == [f"caller-{number}" for number in range(10)]
 
 
+@ON_SQLITE_TOO
+async def test_a_listener_that_comes_while_calls_wait_for_a_flight(store: SQLStore, engine: AsyncEngine) -> None:
+    """Also the calls that wait are then sent alone."""
+    caller = ContextVar("caller", default="")
+    seen: list[str] = []
+
+    async def claim(number: int) -> None:
+        caller.set(f"caller-{number}")
+        await store.claim(new_claim(f"key-{number}"))
+
+    calls = [asyncio.create_task(claim(number)) for number in range(10)]
+    await asyncio.sleep(0)
+    event.listen(engine.sync_engine, "do_execute", lambda *_: seen.append(caller.get()))
+    await asyncio.gather(*calls)
+
+    assert sorted({*seen}) == [f"caller-{number}" for number in range(10)]
+
+
 @pytest.mark.parametrize("driver", ["postgres", "sqlite"])
 async def test_a_checkout_belongs_to_its_caller(store: SQLStore, engine: AsyncEngine) -> None:
     tenant = ContextVar("tenant", default="")

@@ -78,7 +78,7 @@ async def assert_same(store: SQLStore) -> list[str]:
     fetch = Database.fetch
 
     def counting(database: Database, verb: Literal["claim", "complete"], values: Any, statement: InFlight) -> Any:
-        flown.append(len(values["ids"]))
+        flown.append(values["ids"].count(",") + 1)
         return fetch(database, verb, values, statement)
 
     # The first claim tries the driver.
@@ -184,6 +184,28 @@ async def test_sealed_records(engine: AsyncEngine, table: str, options: dict[str
     assert "claim 2: DONE another's 1 b'222' True" in answers
     assert not any(b"222" in (result or b"") for result, _ in results if "encryption" in options)
     assert not any(name in key for _, key in results for name in ("together", "alone"))
+
+
+@ON_EACH
+async def test_names_with_the_signs_of_an_array(store: SQLStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arrays of a flight are sent as text, in which these have a meaning."""
+    await store.claim(new_claim("warm"))
+    sent: list[str] = []
+    fetch = Database.fetch
+
+    def counting(database: Database, verb: str, *arguments: Any) -> Any:
+        sent.append(verb)
+        return fetch(database, verb, *arguments)
+
+    monkeypatch.setattr(Database, "fetch", counting)
+    names = ['a"b', "a\\b", '\\"', "{a,b}", ",", "NULL", "null", " ", "", "a\nb", "a\0b", "'a'", "é", "%s", ":a"]
+    claims = [new_claim(name) for name in names]
+
+    await asyncio.gather(*map(store.claim, claims))
+
+    assert sent == ["claims"]
+    entries = [await store.inspect(claim.id) for claim in claims]
+    assert [entry.key for entry in entries if entry is not None] == names
 
 
 TABLES = {
