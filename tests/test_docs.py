@@ -16,6 +16,7 @@ from tests.kit.paths import ROOT
         "docs/guarantees.md",
         "docs/http.md",
         "docs/messages.md",
+        "docs/operations.md",
         "docs/pgbouncer.md",
         "docs/profiles.md",
         "docs/transactions.md",

@@ -37,6 +37,7 @@ def blocks(page: str) -> dict[str, list[str]]:
 ENCRYPTION = blocks("encryption.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
+OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 TRANSACTIONS = blocks("transactions.md")
 SETUP = "Code for each framework"
@@ -282,3 +283,29 @@ async def test_the_code_for_tenants_has_an_effect_for_each(run: Callable[..., di
     await engine.dispose()
 
     assert counted == [1, 1]
+
+
+async def test_the_gauges_of_an_outbox_are_read(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """One message is due, and no relay runs."""
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    from idempotency.outbox import Outbox
+
+    names = run(*OPERATIONS["Gauges"])
+    await names["operations"].create_schema()
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    async with engine.begin() as connection:
+        await Outbox().emit(connection, aggregate_type="order", aggregate_id=7, type="Placed", payload={})
+    await engine.dispose()
+
+    gauges = await names["gauges"]()
+
+    assert 0 <= gauges.pop("outbox_oldest_age_seconds") < 60
+    assert gauges == {
+        "outbox_messages_due": 1,
+        "outbox_messages_scheduled": 0,
+        "outbox_messages_blocked": 0,
+        "outbox_messages_dead": 0,
+        "outbox_relays": 0,
+    }
+    await names["operations"].aclose()

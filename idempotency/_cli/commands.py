@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,6 +26,10 @@ from idempotency._cli.lookup import (
     one,
     open_named,
 )
+from idempotency._cli.open_outbox import examine_outbox
+from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
+from idempotency._cli.outbox import outbox as outbox_commands
+from idempotency._cli.relay import relay
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.stores import AnyStore
@@ -52,20 +56,10 @@ _PAUSE = 4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
+app.add_typer(outbox_commands, name="outbox")
+app.command()(relay)
 
-Url = Annotated[str | None, typer.Option("--store", envvar="IDEMPOTENCY_STORE", help="The store's URL.")]
-Table = Annotated[str | None, typer.Option(help="SQL: the name of the table, default idempotency_record.")]
-Prefix = Annotated[str | None, typer.Option(help="Redis: the prefix of the keys, default idempotency.")]
-KeyFile = Annotated[
-    str | None,
-    typer.Option(
-        "--encryption-key-file",
-        envvar="IDEMPOTENCY_ENCRYPTION_KEY_FILE",
-        help="The file with the encryption keys, one in a line; the first one writes.",
-    ),
-]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Listed(StrEnum):
@@ -116,7 +110,7 @@ def inspect(
         return [(entry, await deliveries(opened, entry)) for entry in found]
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
-        _fail("give a KEY, with or without --scope, or --id")
+        fail("give a KEY, with or without --scope, or --id")
     entries = _run(open_named, look, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(*shown) for shown in entries])
@@ -181,9 +175,9 @@ def resolve(
         return entry
 
     if status is None and (header or body_file):
-        _fail("--header and --body-file need --status")
+        fail("--header and --body-file need --status")
     if status is not None and outcome is Outcome.RELEASE:
-        _fail("--status is for done: a released key has no response")
+        fail("--status is for done: a released key has no response")
     result = None if status is None else _response(status, header or [], body_file)
     resolved = _run(open_named, resolve_one, store, table, prefix, key_file)
     words = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
@@ -247,13 +241,18 @@ def doctor(
     store: Url = None,
     table: Table = None,
     prefix: Prefix = None,
+    outbox: Annotated[str | None, typer.Option(help="SQL: the outbox's table, default outbox if it is there.")] = None,
+    publish: Publish = None,
+    lease: Lease = DEFAULT_LEASE,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store and its server; exit code 1 when something must be fixed."""
+    """Examine the store, its server and its outbox; exit code 1 when something must be fixed."""
 
     async def examine(opened: AnyStore) -> list[Finding]:
-        return await require(opened, Examining, "doctor").examine()
+        of_store = await require(opened, Examining, "doctor").examine()
+        of_outbox = await examine_outbox(store, outbox, publish, lease)
+        return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
 
     findings = _run(open_named, examine, store, table, prefix, key_file)
     if as_json:
@@ -287,11 +286,11 @@ def sql(
     try:
         from idempotency.stores.sql import schema_sql
     except ImportError:
-        _fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
+        fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
     try:
         typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
     except IdempotencyError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _run(
@@ -309,16 +308,11 @@ def _run(
     try:
         return asyncio.run(with_store())
     except IdempotencyError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _name_of(store: object) -> str:
     return type(store).__name__.removesuffix("Store")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(2)
 
 
 async def _forget_counts(opened: AnyStore, entry: Entry) -> None:
@@ -332,11 +326,7 @@ async def _forget_counts(opened: AnyStore, entry: Entry) -> None:
 
 def _confirm(entry: Entry) -> None:
     question = f"Forget the {show.state(entry)} record of key {show.printable(entry.key)}, so that it runs again?"
-    try:
-        sure = typer.confirm(question, err=True)
-    except typer.Abort:
-        sure = False
-    if not sure:
+    if not confirmed(question):
         raise ConfigurationError("not confirmed, nothing was forgotten; --yes forgets without a question")
 
 
@@ -345,7 +335,7 @@ def _response(status: int, headers: list[str], body: Path | None) -> bytes:
     for header in headers:
         name, colon, value = header.partition(":")
         if not colon or not name.strip() or not header.isascii() or not header.isprintable():
-            _fail(f"a header is 'Name: value', in printable ASCII, not {header!r}")
+            fail(f"a header is 'Name: value', in printable ASCII, not {header!r}")
         pairs.append((name.strip().encode(), value.strip().encode()))
     return encode_response(status, pairs, body.read_bytes() if body else b"")
 

@@ -50,17 +50,18 @@ def open_named(
     encryption = None if key_file is None else Encryption.from_file(key_file)
     store = open_store(url, timeout=TIMEOUT, encryption=encryption, **names)
     if url.startswith("sqlite") and not create:
-        _check_sqlite(url, table)
+        from idempotency.stores.sql._table import DEFAULT_TABLE
+
+        check_sqlite(url, table or DEFAULT_TABLE, "idempotency schema create")
     return store
 
 
-def _check_sqlite(url: str, table: str | None) -> None:
-    # The store would create what is missing, and a mistyped name would look like an empty store.
+def check_sqlite(url: str, table: str, command: str) -> None:
+    """Raise ConfigurationError unless the SQLite file and the table, which ``command`` creates, are there."""
+    # What is missing would be created, and a mistyped name would look like a store or an outbox that is empty.
     from sqlalchemy import make_url
 
-    from idempotency.stores.sql._table import DEFAULT_TABLE
-
-    file, table = make_url(url).database or ":memory:", (table or DEFAULT_TABLE).removeprefix("main.")
+    file, table = make_url(url).database or ":memory:", table.removeprefix("main.")
     if file == ":memory:":
         raise ConfigurationError("an SQLite database in memory is in the process of the application, out of reach")
     if file.startswith("file:"):
@@ -76,7 +77,7 @@ def _check_sqlite(url: str, table: str | None) -> None:
     except sqlite3.Error as error:
         raise ConfigurationError(f"the SQLite database {file} cannot be read: {error}") from error
     if found is None:
-        raise ConfigurationError(f"the SQLite database {file} has no table {table}: idempotency schema create")
+        raise ConfigurationError(f"the SQLite database {file} has no table {table}: {command}")
 
 
 async def find(store: object, start: str, limit: int = MANY) -> list[Entry]:

@@ -24,7 +24,6 @@ _COUNTED: Mapping[Count, str] = {
     "busy": "deliveries that did not call the handler",
     "failed": "deliveries whose handler failed",
 }
-_LINE = "{id}\t{state}\tage={age}\tattempt={attempt}\tkey={key}\tscope={scope}"
 
 
 def on_terminal() -> bool:
@@ -32,8 +31,8 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def print_json(items: Sequence[dict[str, Any]]) -> None:
-    """Print a JSON array. Durations are seconds."""
+def print_json(items: Sequence[dict[str, Any]] | dict[str, Any]) -> None:
+    """Print a JSON array or object. Durations are seconds."""
     typer.echo(json.dumps(items, indent=2))
 
 
@@ -81,17 +80,23 @@ def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> Non
 
 def print_entries(entries: Sequence[Entry]) -> None:
     """Print a line a record, or a table on a terminal."""
+    digits = LOGGED if on_terminal() else None
+    print_rows([{"id": entry.id.hex()[:digits], **_columns(entry)} for entry in entries])
+
+
+def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows with the same columns, the first two of which are ``id`` and ``state``: lines, or a table."""
     if not on_terminal():
-        for entry in entries:
-            typer.echo(_LINE.format(**_columns(entry)))
+        for row in rows:
+            named = (f"{name}={value}" for name, value in row.items() if name not in ("id", "state"))
+            typer.echo("\t".join((row["id"], row["state"], *named)))
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "state", "age", "attempt", "key", "scope"):
+    for name in rows[0]:
         # A shortened key could not be given to the next command.
         table.add_column(name, overflow="fold")
-    for entry in entries:
-        columns = {**_columns(entry), "id": entry.id.hex()[:LOGGED]}
-        table.add_row(*(Text(columns[str(column.header)]) for column in table.columns))
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     Console().print(table)
 
 
@@ -127,7 +132,6 @@ def duration(seconds: float) -> str:
 
 def _columns(entry: Entry) -> dict[str, str]:
     return {
-        "id": entry.id.hex(),
         "state": state(entry),
         "age": duration(entry.age),
         "attempt": str(entry.attempt),

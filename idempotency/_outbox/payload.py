@@ -17,6 +17,7 @@ from idempotency.errors import ConfigurationError, EmitRefusedError
 _PLAIN = (type(None), bool, int, float, str)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,255}")
 _NOT_IN_HEADER = re.compile(r"[\0\r\n]")
+_DEEPEST = 100
 _TRACING = "opentelemetry.propagate"
 
 
@@ -29,19 +30,21 @@ def encode_payload(payload: object) -> bytes | None:
     if payload is None or type(payload) is bytes:
         return payload
     try:
-        return dump(_as_json(payload))
-    except (TypeError, ValueError, ConfigurationError, RecursionError) as error:
-        raise EmitRefusedError(f"the payload cannot be written as JSON: {error or type(error).__name__}") from error
+        return dump(_as_json(payload, 0))
+    except (TypeError, ValueError, ConfigurationError) as error:
+        raise EmitRefusedError(f"the payload cannot be written as JSON: {error}") from error
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: Any, depth: int) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
+    if depth == _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     if kind is dict:
-        return {_key(name): _as_json(each) for name, each in value.items()}
+        return {_key(name): _as_json(each, depth + 1) for name, each in value.items()}
     if kind in (list, tuple):
-        return [_as_json(each) for each in value]
+        return [_as_json(each, depth + 1) for each in value]
     shape: Shape = _shape(kind)  # type: ignore[arg-type]
     return shape.to_json(value)
 

@@ -25,7 +25,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency._sql.clock import NOW_MS
-from idempotency._sql.tables import create_tables, dialect_named, full_name, split_name
+from idempotency._sql.tables import MYSQL_TABLE, create_tables, dialect_named, full_name, split_name
 
 DEFAULT_TABLE = "outbox"
 
@@ -150,9 +150,7 @@ def _table(metadata: MetaData, schema: str | None, name: str, *columns: Column[A
         metadata,
         *columns,
         schema=schema,
-        mysql_engine="InnoDB",
-        mysql_charset="utf8mb4",
-        mysql_collate="utf8mb4_bin",
+        **MYSQL_TABLE,
         sqlite_autoincrement=True,
     )
 

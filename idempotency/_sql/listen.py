@@ -51,6 +51,25 @@ async def _listen_psycopg(driver: Any, channel: str, notified: Notified) -> None
 _LISTEN_BY_DRIVER: dict[str, Listen] = {"asyncpg": _listen_asyncpg, "psycopg": _listen_psycopg}
 
 
+def can_listen(engine: Engine) -> bool:
+    """Return whether :func:`listen` knows the driver of an async engine."""
+    return (
+        engine.dialect.name == "postgresql" and engine.dialect.is_async and engine.dialect.driver in _LISTEN_BY_DRIVER
+    )
+
+
+async def listen(engine: Engine, channel: str, notified: Notified) -> None:
+    """Listen on a connection of its own until it is lost. ``engine`` is the ``sync_engine`` of an async engine."""
+    pooled = await greenlet_spawn(engine.raw_connection)
+    driver: Any = pooled.driver_connection
+    pooled.detach()
+    try:
+        await _LISTEN_BY_DRIVER[engine.dialect.driver](driver, channel, notified)
+    finally:
+        with suppress(Exception):
+            await asyncio.wait_for(driver.close(), 1)
+
+
 class Watchers:
     """The watchers of one store on one event loop, and the connection that listens for them while there are any.
 
@@ -60,8 +79,7 @@ class Watchers:
     def __init__(self, engine: Engine, channel: str) -> None:
         self._engine = engine
         self._channel = channel
-        notifies = engine.dialect.name == "postgresql"
-        self._listen = _LISTEN_BY_DRIVER.get(engine.dialect.driver) if notifies else None
+        self._can_listen = can_listen(engine)
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._listening = asyncio.Event()
         self._tried = asyncio.Event()
@@ -77,8 +95,8 @@ class Watchers:
         payload, changed = record.hex(), asyncio.Event()
         self._waiting.setdefault(payload, set()).add(changed)
         try:
-            if self._listen is not None and listens:
-                self._start_listening(self._listen)
+            if self._can_listen and listens:
+                self._start_listening()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._tried.wait(), wait)
             yield _Waiter(changed, self._listening if listens else asyncio.Event())
@@ -103,33 +121,28 @@ class Watchers:
             listener.cancel()
         return listener
 
-    def _start_listening(self, listen: Listen) -> None:
+    def _start_listening(self) -> None:
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
         if self._listener is None:
             self._tried.clear()
-            self._listener = asyncio.get_running_loop().create_task(self._keep_listening(listen))
+            self._listener = asyncio.get_running_loop().create_task(self._keep_listening())
 
-    async def _keep_listening(self, listen: Listen) -> None:
+    async def _keep_listening(self) -> None:
         while True:
             # A failure of the database is not raised here: the watchers poll, and their claims raise it.
             with suppress(Exception):
-                await self._listen_once(listen)
+                await self._listen_once()
             self._tried.set()
             await asyncio.sleep(_RELISTEN)
 
-    async def _listen_once(self, listen: Listen) -> None:
-        pooled = await greenlet_spawn(self._engine.raw_connection)
-        driver: Any = pooled.driver_connection
-        pooled.detach()
+    async def _listen_once(self) -> None:
         try:
-            await listen(driver, self._channel, self._notified)
+            await listen(self._engine, self._channel, self._notified)
         finally:
             self._listening.clear()
             self._wake_all()
-            with suppress(Exception):
-                await asyncio.wait_for(driver.close(), 1)
 
     def _notified(self, payload: str | None) -> None:
         if payload is None:

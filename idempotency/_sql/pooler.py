@@ -23,6 +23,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Arguments of ``connect``, by the driver, with which no prepared statement outlives its transaction."""
 
+_ANSWER = "idempotency: behind a pooler"
+"""A key of the ``info`` of a connection."""
+
 _PREPARED = frozenset({"26000", "42P05", "08P01"})
 """A prepared statement is missing, or is there already, or is another one with other parameters."""
 
@@ -43,6 +46,17 @@ def is_behind_pooler(connection: Connection) -> bool:
             return False
     row = send(connection, "SELECT pg_backend_pid()", unseen=True).row
     return row is not None and bool(row[0] != announced)
+
+
+def asked_once(connection: Connection) -> bool:
+    """Return what :func:`is_behind_pooler` says. Each connection of a pool is asked once, in a transaction of its own.
+
+    A pooler may be put in while the process runs, so the answer for one connection does not hold for others.
+    """
+    if _ANSWER not in connection.info:
+        with connection.begin():
+            connection.info[_ANSWER] = is_behind_pooler(connection)
+    return bool(connection.info[_ANSWER])
 
 
 def check_pooler(url: URL, pooler: object) -> None:

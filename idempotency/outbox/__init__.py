@@ -12,24 +12,49 @@ from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused,
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
     from idempotency._outbox.table import outbox_sql, outbox_table
+    from idempotency.outbox._deliver import ExponentialBackoff
+    from idempotency.outbox._log import LogRelay
+    from idempotency.outbox._operate import OutboxOperations
+    from idempotency.outbox._poll import PollingRelay
+    from idempotency.outbox._slot import SlotLostError
+    from idempotency.outbox._states import OutboxEntry, OutboxStats, RunningRelay
+    from idempotency.outbox.events import RelayEvent
 
 __all__ = [
     "Duplicate",
+    "ExponentialBackoff",
     "Limits",
+    "LogRelay",
     "Message",
     "Outbox",
+    "OutboxEntry",
+    "OutboxOperations",
+    "OutboxStats",
     "Outcome",
+    "PollingRelay",
     "Publisher",
     "Refused",
+    "RelayEvent",
     "RetryLater",
+    "RunningRelay",
     "Sent",
+    "SlotLostError",
     "outbox_sql",
     "outbox_table",
 ]
 
 # What needs SQLAlchemy is imported at its first use.
 _LAZY = {
+    "ExponentialBackoff": "idempotency.outbox._deliver",
+    "LogRelay": "idempotency.outbox._log",
     "Outbox": "idempotency._outbox.emit",
+    "OutboxEntry": "idempotency.outbox._states",
+    "OutboxOperations": "idempotency.outbox._operate",
+    "OutboxStats": "idempotency.outbox._states",
+    "PollingRelay": "idempotency.outbox._poll",
+    "RelayEvent": "idempotency.outbox.events",
+    "RunningRelay": "idempotency.outbox._states",
+    "SlotLostError": "idempotency.outbox._slot",
     "outbox_sql": "idempotency._outbox.table",
     "outbox_table": "idempotency._outbox.table",
 }

@@ -27,7 +27,9 @@ _READ = re.compile(r"\b(SELECT)\b.*?\bFROM\s+[\"`]?(\w+)", re.IGNORECASE | re.DO
 
 
 def instrument() -> None:
-    """Put points around every store verb, SQL statement, COMMIT and ROLLBACK of this process. It cannot be undone.
+    """Put points around every store verb, SQL statement, COMMIT and ROLLBACK of this process, and what relays publish.
+
+    It cannot be undone.
 
     A store is any class with the verbs in a module that is imported by now. A renewal has no points: it depends on the
     clock, so it is not at the same place in every run.
@@ -41,6 +43,7 @@ def instrument() -> None:
                 setattr(store, verb, _around(verb, found))
     with suppress(ImportError):
         _instrument_sqlalchemy()
+        _instrument_relays()
 
 
 def _store_classes() -> set[type]:
@@ -90,6 +93,12 @@ def _instrument_sqlalchemy() -> None:
     event.listen(Engine, "engine_connect", _instrument_dialect)
     event.listen(Engine, "before_cursor_execute", _before_execute)
     event.listen(Engine, "after_cursor_execute", _after_execute)
+
+
+def _instrument_relays() -> None:
+    from idempotency.outbox._deliver import Delivery
+
+    Delivery.publish = _around("publish", Delivery.publish)  # type: ignore[method-assign]
 
 
 def _instrument_dialect(connection: Any) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import broker_contract
+import outbox
 import scenarios
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -175,8 +176,15 @@ def main() -> int:
         nargs="*",
         help="prove the message adapters instead, all or the named ones, over the brokers that run here",
     )
+    parser.add_argument(
+        "--outbox",
+        action="store_true",
+        help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
+    )
     options = parser.parse_args()
     try:
+        if options.outbox:
+            return 0 if outbox.run(options.quick) else 1
         if options.brokers is not None:
             return 0 if broker_contract.run(options.brokers) else 1
         with given_places(options.store) if options.store else default_places(options.quick) as places:

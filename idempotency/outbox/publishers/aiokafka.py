@@ -59,7 +59,7 @@ class AiokafkaPublisher(KafkaPublisher[AIOKafkaProducer]):
         servers_or_producer: str | AIOKafkaProducer,
         *,
         topic: Topic = DEFAULT_TOPIC,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
         **settings: Any,

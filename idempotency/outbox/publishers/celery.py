@@ -60,7 +60,7 @@ class CeleryPublisher(SharedClientPublisher["_Sender"]):
         app: Celery,
         *,
         task: Topic,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

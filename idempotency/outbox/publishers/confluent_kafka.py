@@ -68,7 +68,7 @@ class ConfluentPublisher(KafkaPublisher["_Polled"]):
         config: Mapping[str, Any],
         *,
         topic: Topic = DEFAULT_TOPIC,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

@@ -38,7 +38,7 @@ class FunctionPublisher:
 
     limits = FUNCTION
 
-    def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 30.0) -> None:
+    def __init__(self, function: Function, *, concurrency: int = 10, delivery_timeout: float = 15.0) -> None:
         self._deliver = getattr(function, "deliver", None)
         if not is_coroutine_function(self._deliver or function):
             raise ConfigurationError(f"a publisher calls a coroutine function, not {function!r}")

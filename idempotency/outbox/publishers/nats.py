@@ -61,7 +61,7 @@ class NatsPublisher(SharedClientPublisher["_Connection"]):
         *,
         topic: Topic = DEFAULT_TOPIC,
         stream: str | None = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

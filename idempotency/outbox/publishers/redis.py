@@ -63,7 +63,7 @@ class RedisPublisher:
         *,
         topic: Topic = DEFAULT_TOPIC,
         maxlen: int | None = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

@@ -82,7 +82,7 @@ class SQSPublisher(SharedClientPublisher["_Requests"]):
         queue_url: Topic,
         *,
         client: Any = None,
-        delivery_timeout: float = 30.0,
+        delivery_timeout: float = 15.0,
         format: Format = "plain",
         source: str = DEFAULT_SOURCE,
     ) -> None:

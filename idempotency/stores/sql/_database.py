@@ -20,7 +20,7 @@ from idempotency._sql.failures import (
     replacing,
     unusable,
 )
-from idempotency._sql.pooler import is_behind_pooler
+from idempotency._sql.pooler import asked_once
 from idempotency._sql.send import is_observed
 from idempotency._sql.sqlite import drop_closed
 from idempotency._sql.tables import create_tables
@@ -37,8 +37,6 @@ _CHEAP_AUTOCOMMIT = frozenset({"asyncpg", "psycopg", "psycopg2"})
 _TOGETHER = FETCHING | {"aiosqlite"}
 _DEFAULT_POOL_SIZE = 5
 _STATEMENT_TRIES = 3
-_POOLER = "idempotency: behind a pooler"
-"""A key of the ``info`` of a connection."""
 
 
 class Settings(NamedTuple):
@@ -140,11 +138,7 @@ class Database:
     def _is_behind_pooler(self, connection: Connection) -> bool:
         if not self._asks_for_pooler:
             return bool(self.pooler)
-        # Each connection is asked once: a pooler may be put in while the process runs.
-        if _POOLER not in connection.info:
-            with connection.begin():
-                connection.info[_POOLER] = is_behind_pooler(connection)
-        self.pooler = found = bool(connection.info[_POOLER])
+        self.pooler = found = asked_once(connection)
         return found
 
     def _make_verbs(self, schema: str | None) -> Verbs:

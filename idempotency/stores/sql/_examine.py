@@ -34,7 +34,7 @@ def _examine_table(connection: Connection, table: Table) -> list[Finding]:
         findings.append(Finding("fix", f"the primary key of {name} is not (id): two owners can hold one key"))
     if not any(index["column_names"][:1] == ["expires_ms"] for index in inspector.get_indexes(*place)):
         findings.append(Finding("fix", f"{name} has no index on expires_ms, which purge needs: schema create"))
-    if inspector.get_table_options(*place).get("mysql_engine", "InnoDB") != "InnoDB":
+    if inspector.get_table_options(*place).get(f"{connection.dialect.name}_engine", "InnoDB") != "InnoDB":
         findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
     return findings or [Finding("ok", f"table {name}: primary key and index")]
 

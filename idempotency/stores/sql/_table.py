@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
-from idempotency._sql.tables import dialect_named, split_name
+from idempotency._sql.tables import MYSQL_TABLE, dialect_named, split_name
 from idempotency.errors import ConfigurationError
 
 DEFAULT_TABLE = "idempotency_record"
@@ -66,9 +66,7 @@ def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
         Column("result", LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")),
         Index(f"{name}_expires", "expires_ms"),
         schema=schema,
-        mysql_engine="InnoDB",
-        mysql_charset="utf8mb4",
-        mysql_collate="utf8mb4_bin",
+        **MYSQL_TABLE,
     )
 
 

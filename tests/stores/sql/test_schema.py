@@ -83,6 +83,7 @@ def test_schema_sql(dialect: str, types: str) -> None:
     assert ddl.count("CREATE TABLE records") == 1
     assert ddl.count("CREATE INDEX records_expires ON records (expires_ms);") == 1
     assert f"result {types}" in ddl
+    assert ("ENGINE=InnoDB" in ddl) == (types == "LONGBLOB")
 
 
 def test_schema_sql_of_another_dialect() -> None:

@@ -1,0 +1,187 @@
+"""Read batches from the table and write back what becomes of them: which rows may be published now, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
+
+from idempotency.outbox._database import RelayDatabase
+from idempotency.outbox._deliver import Judged
+from idempotency.outbox._horizon import Horizon
+from idempotency.outbox._leases import Leases
+from idempotency.outbox._order import Blocked
+from idempotency.outbox._statements import Page, Row, Statements
+
+_FULL_SCAN = 10.0
+"""Seconds after which the whole table is scanned: for rows that were inserted by hand, past ``Outbox.emit``."""
+
+_FULL_SCAN_SHARE = 100
+"""It is put off so that it takes at most one part in so many of the relay's time."""
+
+_AT_ONCE = 16
+"""Keys of which a message is published at the same time, where each is published by itself."""
+
+_MOST_OMITTED = 100
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows to publish now: ``retries`` were tried before, and have no key in common with the ``fresh`` ones.
+
+    ``up_to``: nothing but these rows, and rows that wait, was found up to this ``seq``; None: to the end of the table.
+    ``oldest_open``: see :class:`~idempotency.outbox._statements.Page`.
+    """
+
+    retries: list[Row] = field(default_factory=list)
+    fresh: list[Row] = field(default_factory=list)
+    up_to: int | None = 0
+    oldest_open: int | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return all rows."""
+        return [*self.retries, *self.fresh]
+
+    def parts(self, one_by_one: bool) -> list[list[Row]]:
+        """Return the parts to publish at the same time. A message that failed before should fail no other one."""
+        if one_by_one:
+            return [[row] for row in self.rows]
+        return [part for part in (self.retries, self.fresh) if part]
+
+
+class Batches:
+    """The table of messages as one relay sees it: where it stands, and which keys are blocked."""
+
+    def __init__(self, database: RelayDatabase, most: int, ordered: bool) -> None:
+        self._database = database
+        self._statements = Statements(database.tables, database.dialect)
+        self._most = most
+        self._ordered = ordered
+        self._horizon = Horizon()
+        self._blocked: Blocked | None = None
+        self._next_full_scan = 0.0
+        self._confirmed: list[int] = []
+
+    def start_over(self) -> None:
+        """Read the blocked keys and the whole table again: buckets were taken, or something failed."""
+        self._blocked = None
+
+    async def read(self, buckets: frozenset[int], size: int) -> Batch:
+        """Read the next batch: up to ``size`` rows, and one of each key where ``size`` is 1."""
+        began = monotonic()
+        await self._delete_confirmed()
+        full = self._blocked is None or began >= self._next_full_scan
+        if full:
+            self._horizon.go_back(0)
+            heads = await self._database.run(partial(self._statements.heads, buckets=buckets)) if self._ordered else ()
+            self._blocked = Blocked(heads)
+        blocked = self._blocked
+        assert blocked is not None
+        due = await self._database.run(partial(self._statements.due, buckets=buckets, limit=self._most))
+        retries, scheduled = await self._sort_out(blocked, due, size)
+        batch = await self._scan(blocked, buckets, retries, scheduled, size)
+        if full:
+            now = monotonic()
+            self._next_full_scan = now + max(_FULL_SCAN, (now - began) * _FULL_SCAN_SHARE)
+        return batch
+
+    async def _sort_out(self, blocked: Blocked, due: list[Row], size: int) -> tuple[list[Row], list[Row]]:
+        """Return which of the due rows are retried now, and which are published for the first time."""
+        if not self._ordered:
+            return [row for row in due if row.attempts], [row for row in due if not row.attempts]
+        for row in due:
+            if row.attempts:
+                blocked.add(row.seq, row.message.key)
+        # They are due, and have to wait for an earlier one: until that is done with, they are no rows with a time.
+        waiting = [row for row in due if blocked.waits(row)]
+        if waiting:
+            seqs = [row.seq for row in waiting]
+            await self._database.run(lambda connection: self._statements.forget_time(connection, seqs))
+            for row in waiting:
+                blocked.remove(row.seq, row.message.key)
+        waiting_seqs = {row.seq for row in waiting}
+        ready = [row for row in due if row.seq not in waiting_seqs]
+        return [row for row in ready if row.attempts], [row for row in ready if not row.attempts]
+
+    async def _scan(
+        self, blocked: Blocked, buckets: frozenset[int], retries: list[Row], scheduled: list[Row], size: int
+    ) -> Batch:
+        retried = {row.message.key for row in retries} if self._ordered else set()
+        after = self._horizon.floor
+        without = blocked.keys[:_MOST_OMITTED]
+        first: Page | None = None
+        while True:
+            page: Page = await self._database.run(
+                partial(self._statements.scan, after=after, buckets=buckets, without=without, limit=self._most)
+            )
+            first = first or page
+            ready = [row for row in page.rows if not blocked.waits(row)]
+            complete = len(page.rows) < self._most
+            if ready or complete:
+                break
+            after = page.rows[-1].seq
+        if page.rows:
+            self._horizon.seen(page.rows[-1].seq)
+        by_seq = {row.seq: row for row in (*scheduled, *ready)}
+        fresh, skipped = _choose([by_seq[seq] for seq in sorted(by_seq)], retried, size)
+        up_to = None if complete else page.rows[-1].seq
+        return Batch(retries, fresh, _before(skipped, up_to), first.oldest_open)
+
+    async def settle(self, batch: Batch, judged: Judged, leases: Leases) -> None:
+        """Write what becomes of the rows. A relay whose lease is over only deletes what the broker has."""
+        self._confirmed += judged.settlement.gone
+        number = await self._delete_confirmed()
+        for step in self._statements.steps(judged.settlement):
+            if leases.valid:
+                await self._database.run(step.work, transaction=step.transaction)
+        if batch.oldest_open is not None:
+            self._horizon.done(_before(judged.untouched, batch.up_to), batch.oldest_open)
+        if number is not None:
+            self._horizon.begun(number)
+        self._unblock(batch, judged)
+
+    async def _delete_confirmed(self) -> int | None:
+        """Delete what the broker has, also after a failure, and even if it is another relay's by now."""
+        if not self._confirmed:
+            return None
+        number = await self._database.run(partial(self._statements.delete, seqs=self._confirmed))
+        self._confirmed.clear()
+        return number
+
+    def _unblock(self, batch: Batch, judged: Judged) -> None:
+        blocked = self._blocked
+        if not self._ordered or blocked is None:
+            return
+        still = {row.seq for row in (*judged.blocking, *judged.untouched)}
+        for row in batch.retries:
+            if row.seq not in still and blocked.remove(row.seq, row.message.key):
+                # What comes after it under its key was passed over.
+                self._horizon.go_back(row.seq)
+        for row in judged.blocking:
+            blocked.add(row.seq, row.message.key)
+
+
+def _choose(rows: list[Row], retried: set[tuple[str, str]], size: int) -> tuple[list[Row], list[Row]]:
+    """Return the rows that are published now, and those of them that are not: they are read again."""
+    chosen: list[Row] = []
+    skipped: list[Row] = []
+    keys: set[tuple[str, str]] = set()
+    for row in rows:
+        key = row.message.key
+        one = size == 1 and (key in keys or len(keys) >= _AT_ONCE)
+        if key in retried or one or (size > 1 and len(chosen) >= size):
+            skipped.append(row)
+        else:
+            chosen.append(row)
+            keys.add(key)
+    return chosen, skipped
+
+
+def _before(rows: Iterable[Row], up_to: int | None) -> int | None:
+    """Return the end of the part of the table in which there is none of ``rows``."""
+    first = min((row.seq for row in rows), default=None)
+    if first is None:
+        return up_to
+    return first - 1 if up_to is None else min(first - 1, up_to)

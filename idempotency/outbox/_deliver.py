@@ -1,0 +1,188 @@
+"""Publish a batch, and decide what becomes of each of its messages. Every relay does it in this way."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import assert_never
+
+from idempotency._durations import milliseconds
+from idempotency.errors import ConfigurationError
+from idempotency.outbox._statements import Row, Settlement
+from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHook, emit_relay_event
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
+
+Backoff = Callable[[int], float | None]
+"""A function that is given how often a message has failed, and returns the seconds until the next try; None: never."""
+
+_CANCEL = 1.0
+"""Seconds in which a publisher has to end when it is cancelled."""
+
+_SLACK = 0.5
+"""Seconds more than its delivery time-out that a publisher has for its answer."""
+
+_UNCOUNTED = 60.0
+"""Seconds until a message is tried again that has no attempt to lose, and whose last one did not count."""
+
+MOST_REASON = 500
+"""Characters of a reason that are stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExponentialBackoff:
+    """Wait ``first`` seconds, then twice as long each time, up to ``most``; after ``attempts`` failures give up.
+
+    The time is shortened at random by up to a quarter, so that not all messages are retried in one moment.
+    """
+
+    first: float = 1.0
+    most: float = 300.0
+    attempts: int = 20
+
+    def __call__(self, failures: int) -> float | None:
+        """Return the seconds until the next try; None: never."""
+        if failures >= self.attempts:
+            return None
+        pause = min(self.most, self.first * 2.0 ** min(failures - 1, 60))
+        return pause * random.uniform(0.75, 1)  # noqa: S311 - it spreads load
+
+
+@dataclass(slots=True)
+class Judged:
+    """What becomes of a batch. ``settlement`` is to be written.
+
+    ``blocking``: rows that are to be retried. ``untouched``: rows that stay as they are. ``stalled``: whether some of
+    these failed, and no message got through, so that the broker may be away.
+    """
+
+    settlement: Settlement = field(default_factory=Settlement)
+    blocking: list[Row] = field(default_factory=list)
+    untouched: list[Row] = field(default_factory=list)
+    stalled: bool = False
+
+
+class Delivery:
+    """Publish through one publisher, and count the attempts.
+
+    An attempt of a message counts if the broker has confirmed another message since the attempt before, or in the same
+    batch; or if the broker itself has asked to wait. So a broker that is away exhausts nothing.
+    """
+
+    def __init__(self, publisher: Publisher, backoff: Backoff, hook: RelayHook, relay: str) -> None:
+        self._publisher = publisher
+        self._backoff = backoff
+        self._hook = hook
+        self._relay = relay
+        self._confirmations = 0
+        self._tried: dict[int, int] = {}
+
+    async def publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
+        """Publish a batch, and return one outcome for each row; a publisher that fails has confirmed nothing.
+
+        ``lease_remaining``: for how many seconds the relay may go on. When there are none, the publisher is cancelled.
+        """
+        try:
+            outcomes = list(await self._in_time(rows, lease_remaining))
+            if len(outcomes) != len(rows):
+                raise ConfigurationError(f"the publisher returned {len(outcomes)} outcomes for {len(rows)} messages")
+        except Exception as error:
+            detail = f": {error}" if isinstance(error, ConfigurationError) else ""
+            reason = f"{type(error).__name__}{detail}"
+            self.announce("unavailable", rows, reason)
+            return [RetryLater(reason)] * len(rows)
+        return outcomes
+
+    async def _in_time(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> Sequence[Outcome]:
+        end = monotonic() + self._publisher.delivery_timeout + _SLACK
+        publishing = asyncio.ensure_future(self._publisher.publish([row.message for row in rows]))
+        try:
+            while not publishing.done():
+                remaining = min(end - monotonic(), lease_remaining())
+                if remaining <= 0:
+                    raise TimeoutError
+                await asyncio.wait({publishing}, timeout=remaining)
+            return publishing.result()
+        finally:
+            if not publishing.done():
+                publishing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({publishing}, timeout=_CANCEL)
+
+    def judge(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Judged:
+        """Decide what becomes of each row, and count its attempt."""
+        judged = Judged()
+        before = self._confirmations
+        self._confirmations += any(isinstance(outcome, Sent | Duplicate) for outcome in outcomes)
+        pauses: dict[int, float | None] = {}
+        for row, outcome in zip(rows, outcomes, strict=True):
+            tried = self._tried.pop(row.seq, before)
+            match outcome:
+                case Sent() | Duplicate():
+                    judged.settlement.gone.append(row.seq)
+                case Refused(reason):
+                    judged.settlement.dead.setdefault(reason[:MOST_REASON], []).append(row.seq)
+                case RetryLater():
+                    counts = not outcome.held and (self._confirmations > tried or outcome.after is not None)
+                    self._retry(judged, row, outcome, counts, pauses)
+                case _:
+                    assert_never(outcome)
+        self._announce_all(rows, outcomes, judged)
+        return judged
+
+    def _retry(
+        self, judged: Judged, row: Row, outcome: RetryLater, counts: bool, pauses: dict[int, float | None]
+    ) -> None:
+        attempts = row.attempts + counts
+        if not attempts:
+            judged.untouched.append(row)
+            judged.stalled |= not outcome.held
+            return
+        if attempts not in pauses:
+            pauses[attempts] = self._backoff(attempts)
+        pause = pauses[attempts]
+        if pause is None and counts:
+            reason = f"given up after {attempts} attempts: {outcome.reason}"
+            judged.settlement.dead.setdefault(reason[:MOST_REASON], []).append(row.seq)
+            return
+        delay = milliseconds(max(_UNCOUNTED if pause is None else pause, outcome.after or 0.0))
+        judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
+        judged.blocking.append(row)
+        self._tried[row.seq] = self._confirmations
+
+    def forget(self) -> None:
+        """Forget when messages were tried: they may be another relay's now."""
+        self._tried.clear()
+
+    def announce(self, kind: RelayEventKind, rows: Sequence[Row] = (), reason: str = "", count: int = 0) -> None:
+        """Deliver an event about some rows, or about ``count`` buckets."""
+        created = min((row.message.created for row in rows), default=None)
+        oldest = 0.0 if created is None else max(0.0, time.time() - created)
+        event = RelayEvent(kind=kind, relay=self._relay, count=len(rows) or count, oldest=oldest, reason=reason)
+        emit_relay_event(self._hook, event)
+
+    def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
+        dead = {seq for seqs in judged.settlement.dead.values() for seq in seqs}
+        by_kind: dict[RelayEventKind, tuple[list[Row], str]] = {}
+        for row, outcome in zip(rows, outcomes, strict=True):
+            kind = _kind_of(outcome, row.seq in dead)
+            reason = outcome.reason if isinstance(outcome, RetryLater | Refused) else ""
+            by_kind.setdefault(kind, ([], reason))[0].append(row)
+        for kind, (concerned, reason) in by_kind.items():
+            self.announce(kind, concerned, reason)
+
+
+def _kind_of(outcome: Outcome, dead: bool) -> RelayEventKind:
+    match outcome:
+        case Sent():
+            return "published"
+        case Duplicate():
+            return "duplicate"
+        case Refused():
+            return "refused"
+        case RetryLater():
+            return "dead" if dead else "retry"

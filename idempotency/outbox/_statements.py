@@ -1,0 +1,255 @@
+"""What a relay asks of the table of messages, and what it writes there: one statement each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    SmallInteger,
+    TextClause,
+    any_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from idempotency._outbox.message import Message
+from idempotency._outbox.payload import headers_from_text
+from idempotency._outbox.table import BUCKETS, Tables
+from idempotency._sql.clock import NOW_MS
+
+Key = tuple[str, str]
+
+_MYSQL = ("mysql", "mariadb")
+
+# The oldest transaction that is still open. It is computed once, and in the snapshot in which the rows are read.
+_OLDEST_OPEN = "(SELECT txid_snapshot_xmin(txid_current_snapshot()))"
+
+_WITHOUT = (0, 10, 100)
+"""How many keys a scan can omit. Few different numbers make few different statements."""
+
+
+class Row(NamedTuple):
+    """A row of the table of messages. ``waits_for_time``: it was scheduled, or is to be retried."""
+
+    seq: int
+    bucket: int
+    waits_for_time: bool
+    message: Message
+
+    @property
+    def attempts(self) -> int:
+        """Return how many attempts were counted."""
+        return self.message.attempt - 1
+
+
+class Head(NamedTuple):
+    """A row that is to be retried: what comes after it under its key waits."""
+
+    seq: int
+    key: Key
+
+
+class Page(NamedTuple):
+    """What one scan has found. ``oldest_open``: the number of the oldest open transaction, where there are numbers."""
+
+    rows: list[Row]
+    oldest_open: int | None
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What is written after a batch was published, by the ``seq`` of its rows.
+
+    ``gone``: what the broker has. ``retry``: by the number of attempts that is written and the milliseconds until the
+    next one. ``dead``: by reason.
+    """
+
+    gone: list[int] = field(default_factory=list)
+    retry: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    dead: dict[str, list[int]] = field(default_factory=dict)
+
+
+class Step(NamedTuple):
+    """A part of what is written: one statement, or with ``transaction`` several ones in a transaction."""
+
+    work: Callable[[Connection], None]
+    transaction: bool = False
+
+
+class Statements:
+    """The statements for one outbox in one kind of database."""
+
+    def __init__(self, tables: Tables, dialect: str) -> None:
+        self._dialect = dialect
+        self._messages = tables.messages
+        self._dead = tables.dead
+        self._columns = self._messages.c
+        self._now: ColumnElement[Any] = literal_column(NOW_MS[dialect])
+
+    def scan(
+        self, connection: Connection, after: int, buckets: frozenset[int], without: Collection[Key], limit: int
+    ) -> Page:
+        """Read rows that do not wait for a time, in order, from those after ``after``; omit some keys."""
+        columns = self._columns
+        statement = self._select().where(columns.seq > after, columns.available_ms.is_(None))
+        statement = self._in_buckets(statement, buckets).order_by(columns.seq).limit(limit)
+        if without:
+            keys = sorted(without)[: _WITHOUT[-1]]
+            size = next(size for size in _WITHOUT if size >= len(keys))
+            keys += [keys[-1]] * (size - len(keys))
+            statement = statement.where(tuple_(columns.aggregatetype, columns.aggregateid).not_in(keys))
+        found = connection.execute(statement).all()
+        # On SQLite one transaction writes at a time, so that the rows of a snapshot are complete.
+        oldest_open = None if not found or self._dialect in _MYSQL else found[0][-1]
+        return Page([_row(each) for each in found], oldest_open)
+
+    def due(self, connection: Connection, buckets: frozenset[int], limit: int) -> list[Row]:
+        """Read rows that wait for a time that has come, the longest due first."""
+        columns = self._columns
+        # The bound is computed once: a clock that is asked for each row could not be looked up in the index.
+        now = select(self._now).scalar_subquery()
+        statement = self._select().where(columns.available_ms <= now)
+        statement = self._in_buckets(statement, buckets).order_by(columns.available_ms, columns.seq).limit(limit)
+        return self._read(connection, statement)
+
+    def _read(self, connection: Connection, statement: Any) -> list[Row]:
+        return [_row(each) for each in connection.execute(statement)]
+
+    def heads(self, connection: Connection, buckets: frozenset[int]) -> list[Head]:
+        """Read the rows that are to be retried, now or later."""
+        columns = self._columns
+        statement = select(columns.seq, columns.aggregatetype, columns.aggregateid)
+        statement = statement.where(columns.available_ms.is_not(None), columns.attempts > 0)
+        found: Any = connection.execute(self._in_buckets(statement, buckets))
+        return [Head(seq, (aggregate_type, aggregate_id)) for seq, aggregate_type, aggregate_id in found]
+
+    def settle(self, connection: Connection, settlement: Settlement) -> int | None:
+        """Write what has become of a batch in one transaction, and return what :meth:`delete` does."""
+        for step in self.steps(settlement):
+            step.work(connection)
+        return self.delete(connection, settlement.gone) if settlement.gone else None
+
+    def steps(self, settlement: Settlement) -> list[Step]:
+        """Return how to write what is retried and what is given up, in steps of which each may be the last one."""
+        steps = []
+        for (attempts, delay), seqs in settlement.retry.items():
+            steps.append(Step(partial(self.retry, attempts=attempts, delay=delay, seqs=seqs)))
+        several = self._dialect != "postgresql"
+        for reason, seqs in settlement.dead.items():
+            steps.append(Step(partial(self.give_up, reason=reason, seqs=seqs), transaction=several))
+        return steps
+
+    def retry(self, connection: Connection, attempts: int, delay: int, seqs: Sequence[int]) -> None:
+        """Let rows wait for ``delay`` milliseconds."""
+        change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
+        self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
+
+    def give_up(self, connection: Connection, reason: str, seqs: Sequence[int]) -> None:
+        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere."""
+        columns = list(self._messages.columns)
+        names = [*(column.name for column in columns), "reason", "died_ms"]
+        if self._dialect == "postgresql":
+            gone = delete(self._messages).where(self._among(seqs)).returning(*columns).cte("gone")
+            moved = select(*gone.c, bindparam("reason", reason), self._now)
+            connection.execute(insert(self._dead).from_select(names, moved))
+        else:
+            moved = select(*columns, bindparam("reason", reason), self._now).where(self._among(seqs))
+            connection.execute(insert(self._dead).from_select(names, moved))
+            self.delete(connection, seqs)
+
+    def delete(self, connection: Connection, seqs: Sequence[int]) -> int | None:
+        """Delete rows, and return a number as in :attr:`Page.oldest_open`: of the transaction that deleted them."""
+        columns = self._columns
+        match self._dialect:
+            case "postgresql":
+                gone = delete(self._messages).where(self._among(seqs)).cte("gone")
+                return int(connection.execute(select(func.txid_current()).add_cte(gone)).scalar_one())
+            case "sqlite":
+                connection.execute(delete(self._messages).where(columns.seq.in_(seqs)))
+                return 0
+            case _:
+                name = self._name(connection)
+                statement = f"DELETE o FROM {name} AS o FORCE INDEX (PRIMARY) WHERE o.seq IN :seqs"
+                connection.execute(_expanding(statement), {"seqs": seqs})
+                return None
+
+    def forget_time(self, connection: Connection, seqs: Sequence[int]) -> None:
+        """Let rows wait for their key, and no more for a time."""
+        self._update(connection, "available_ms = NULL", seqs, {})
+
+    def _update(self, connection: Connection, change: str, seqs: Sequence[int], values: Mapping[str, Any]) -> None:
+        name = self._name(connection)
+        if self._dialect in _MYSQL:
+            # Without the hint it may look at every row, also at one that another transaction has not committed yet,
+            # and wait for its lock.
+            name = f"{name} FORCE INDEX (PRIMARY)"
+        statement = _expanding(f"UPDATE {name} SET {change} WHERE seq IN :seqs")
+        connection.execute(statement, {**values, "seqs": seqs})
+
+    def _name(self, connection: Connection) -> str:
+        preparer = connection.dialect.identifier_preparer
+        schema: Any = connection.schema_for_object(self._messages)
+        return preparer.format_table(self._messages, schema)
+
+    def _select(self) -> Any:
+        columns = self._columns
+        last: ColumnElement[Any] = literal_column(_OLDEST_OPEN if self._dialect == "postgresql" else "0")
+        return select(
+            columns.seq,
+            columns.bucket,
+            columns.available_ms,
+            columns.attempts,
+            columns.created_ms,
+            columns.id,
+            columns.aggregatetype,
+            columns.aggregateid,
+            columns.type,
+            columns.payload,
+            columns.headers,
+            last,
+        )
+
+    def _in_buckets(self, statement: Any, buckets: frozenset[int]) -> Any:
+        if len(buckets) == BUCKETS:
+            return statement
+        if self._dialect == "postgresql":
+            numbers = bindparam("buckets", sorted(buckets), ARRAY(SmallInteger))
+            return statement.where(self._columns.bucket == any_(numbers))
+        return statement.where(self._columns.bucket.in_(sorted(buckets)))
+
+    def _among(self, seqs: Sequence[int]) -> Any:
+        if self._dialect == "postgresql":
+            return self._columns.seq == any_(bindparam("seqs", seqs, ARRAY(BigInteger)))
+        return self._columns.seq.in_(seqs)
+
+
+def _expanding(statement: str) -> TextClause:
+    return text(statement).bindparams(bindparam("seqs", expanding=True))
+
+
+def _row(found: Any) -> Row:
+    seq, bucket, available, attempts, created, identity, aggregate_type, aggregate_id, kind, payload, headers, _ = found
+    message = Message(
+        id=identity,
+        aggregate_type=aggregate_type,
+        aggregate_id=aggregate_id,
+        type=kind,
+        payload=payload,
+        headers=headers_from_text(headers),
+        created=created / 1000,
+        attempt=attempts + 1,
+    )
+    return Row(seq, bucket, available is not None, message)

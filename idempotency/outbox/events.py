@@ -1,0 +1,62 @@
+"""What a relay did: one event for each kind of outcome in a batch, delivered to a hook."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from idempotency._hooks import discard_coroutine
+
+RelayEventKind = Literal[
+    "published",  # the broker has confirmed messages
+    "duplicate",  # the broker has confirmed that it had messages before
+    "retry",  # messages are not confirmed, and are published again later
+    "refused",  # the broker refused messages, which are in the dead table now
+    "dead",  # messages failed too often, and are in the dead table now
+    "unavailable",  # the database or the broker fails as a whole: the relay waits, and goes on by itself
+    "took-over",  # the relay has taken buckets of another one that ended without a word, or was paused
+    "slot-lost",  # the slot of the log was gone or lost; the relay has made it anew, and scans the table
+]
+
+_WARNINGS: frozenset[RelayEventKind] = frozenset({"refused", "dead", "unavailable", "took-over", "slot-lost"})
+
+_logger = logging.getLogger("idempotency")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayEvent:
+    """One kind of outcome. ``relay`` names the relay, by default after its table.
+
+    ``count``: how many messages, or buckets. ``oldest``: the age of the oldest of the messages, in seconds. ``reason``:
+    what went wrong first, without keys and payloads.
+    """
+
+    kind: RelayEventKind
+    relay: str
+    count: int = 0
+    oldest: float = 0.0
+    reason: str = ""
+
+
+class RelayHook(Protocol):
+    """Receive every event of a relay, in its event loop: it must not block. What it raises is logged."""
+
+    def __call__(self, event: RelayEvent, /) -> None: ...
+
+
+def log_relay_event(event: RelayEvent, /) -> None:
+    """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
+    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    if _logger.isEnabledFor(level):
+        reason = f": {event.reason}" if event.reason else ""
+        _logger.log(level, "%s %s count=%d oldest=%.3f%s", event.kind, event.relay, event.count, event.oldest, reason)
+
+
+def emit_relay_event(hook: RelayHook, event: RelayEvent) -> None:
+    """Deliver one event. A hook that fails does not stop the relay."""
+    try:
+        returned: object = hook(event)  # type: ignore[func-returns-value]
+        discard_coroutine("on_event", hook, returned)
+    except Exception:
+        _logger.exception("the event hook failed")

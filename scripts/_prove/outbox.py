@@ -1,0 +1,130 @@
+"""Kill a process at every point between emit and delete, for every relay, store and broker; look at the consumer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import outbox_trial
+from outbox_brokers import NATS, Broker, FileBroker, RabbitMQ, Redis
+from outbox_trial import PROCESSES, RELAYING, Found, Trial, try_label
+
+from tests.kit import servers
+
+JOBS = 6
+COLUMNS = tuple(field.name for field in fields(Found))
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A database, and the relays that it can have."""
+
+    name: str
+    url: str
+    has_log: bool = False
+
+
+Brokers = dict[str, Callable[[str], Broker]]
+
+
+@contextmanager
+def places(quick: bool) -> Iterator[list[Place]]:
+    """Yield SQLite, an embedded PostgreSQL whose log can be read, and, unless ``quick``, the servers that run here."""
+    name = f"idempotency_prove_{os.getpid()}"
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="idempotency-prove-"))
+        found = [Place("SQLite", f"sqlite+aiosqlite:///{directory}/prove.sqlite3")]
+        if servers.embedded_postgres_binaries() is not None:
+            settings = {"wal_level": "logical", "max_slot_wal_keep_size": "1GB", "max_replication_slots": "20"}
+            found.append(Place("PostgreSQL 18", stack.enter_context(servers.PostgresServer(**settings)).url, True))
+        if not quick:
+            if url := servers.local_postgres():
+                found.append(Place("PostgreSQL", stack.enter_context(servers.postgres_database(url, name))))
+            if url := servers.local_mariadb():
+                found.append(Place("MariaDB", stack.enter_context(servers.mariadb_database(url, name))))
+        yield found
+
+
+def brokers(directory: str, quick: bool) -> Brokers:
+    """Return the brokers that run here; a file is always there."""
+    found: Brokers = {"file": lambda name: FileBroker(f"{directory}/{name}")}
+    if url := servers.local_redis():
+        found["Redis"] = lambda name: Redis(url, name)
+    if quick:
+        return found
+    if _listens(4222):
+        found["NATS"] = lambda name: NATS("nats://127.0.0.1:4222", name)
+    if _listens(5672):
+        found["RabbitMQ"] = lambda name: RabbitMQ("amqp://guest:guest@127.0.0.1/", name)
+    return found
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def run(quick: bool) -> bool:
+    """Prove every relay on every store with every broker; return whether nothing is wrong."""
+    PROCESSES.set_forkserver_preload([outbox_trial.__name__])
+    started, killed, wrong = time.monotonic(), 0, 0
+    print(f"{'relay':<6} {'store':<14} {'broker':<9} labels  {'  '.join(COLUMNS)}   time")
+    with tempfile.TemporaryDirectory(prefix="idempotency-prove-") as directory, places(quick) as stores:
+        for place in stores:
+            for by_log in (False, True) if place.has_log else (False,):
+                for name, broker in brokers(directory, quick).items():
+                    since = time.monotonic()
+                    count, found = prove(place, by_log, broker, directory, name == "file")
+                    killed += count
+                    wrong += not found.ok
+                    cells = "  ".join(
+                        f"{value:>{len(column)}}" for column, value in zip(COLUMNS, astuple(found), strict=True)
+                    )
+                    line = f"{'log' if by_log else 'poll':<6} {place.name:<14} {name:<9} {count:>6}  {cells}"
+                    print(f"{line} {time.monotonic() - since:>5.1f} s{'' if found.ok else '  WRONG'}", flush=True)
+    summary = f"{wrong} lines are WRONG" if wrong else "none lost, phantom, doubled, reordered or stuck"
+    print(f"\n{killed} processes killed, one per label, in {time.monotonic() - started:.0f} s: {summary}")
+    return wrong == 0
+
+
+def prove(
+    place: Place, by_log: bool, broker: Callable[[str], Broker], directory: str, emits: bool
+) -> tuple[int, Found]:
+    """Find the labels by a run in which nothing is killed, and kill at each of them.
+
+    ``emits``: also at those before the relay begins, which are the same for every broker.
+    """
+
+    def trial() -> Trial:
+        name = f"prove_{os.getpid()}_{next(_numbers)}"
+        # SQLite has one writer at a time: each trial has a file of its own.
+        url = place.url.replace("prove.sqlite3", f"{name}.sqlite3")
+        return Trial(url, name, by_log, broker(name))
+
+    labels_file = Path(directory, "labels")
+    found = try_label(trial(), None, str(labels_file))
+    labels: list[str] = json.loads(labels_file.read_text())
+    if not emits:
+        labels = labels[labels.index(RELAYING) :]
+    with ThreadPoolExecutor(JOBS) as pool:
+        wrong = []
+        for label, each in zip(
+            labels, pool.map(lambda label: try_label(trial(), label, str(labels_file)), labels), strict=True
+        ):
+            found += each
+            if not each.ok:
+                wrong.append(f"    killed {label}: {each}")
+    for line in wrong:
+        print(line)
+    return len(labels), found

@@ -1,0 +1,138 @@
+"""What becomes of each message of a batch, and when its attempt counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from idempotency.outbox import Duplicate, Message, Outcome, Refused, RetryLater, Sent
+from idempotency.outbox._deliver import Delivery, ExponentialBackoff, Judged
+from idempotency.outbox._statements import Row
+from idempotency.outbox.events import RelayEvent
+from tests.kit.relays import ScriptedPublisher
+
+HELD = RetryLater("an earlier one", held=True)
+
+
+def row(seq: int, attempts: int = 0) -> Row:
+    message = Message(
+        id=f"id-{seq}", aggregate_type="order", aggregate_id=str(seq), type="T", payload=b"", attempt=attempts + 1
+    )
+    return Row(seq, 0, attempts > 0, message)
+
+
+def delivery(publisher: Any = None, events: list[RelayEvent] | None = None, attempts: int = 3) -> Delivery:
+    def backoff(failures: int) -> float | None:
+        return None if failures >= attempts else 10.0 * failures
+
+    noted: list[RelayEvent] = [] if events is None else events
+    return Delivery(publisher or ScriptedPublisher(), backoff, noted.append, "relay")
+
+
+def seqs(rows: Sequence[Row]) -> list[int]:
+    return [each.seq for each in rows]
+
+
+def test_each_outcome_has_its_consequence() -> None:
+    rows = [row(1), row(2), row(3), row(4), row(5), row(6, attempts=2)]
+    outcomes: list[Outcome] = [Sent(), Duplicate(), Refused("too large"), RetryLater("busy"), HELD, RetryLater("busy")]
+    judged = delivery().judge(rows, outcomes)
+    assert judged.settlement.gone == [1, 2]
+    assert judged.settlement.dead == {"too large": [3], "given up after 3 attempts: busy": [6]}
+    assert judged.settlement.retry == {(1, 10_000): [4]}
+    assert (seqs(judged.blocking), seqs(judged.untouched), judged.stalled) == ([4], [5], False)
+
+
+def test_a_message_waits_as_long_as_its_broker_asks() -> None:
+    outcomes = [Sent(), RetryLater("busy", after=2), RetryLater("busy", after=90)]
+    judged = delivery().judge([row(1), row(2), row(3)], outcomes)
+    assert judged.settlement.retry == {(1, 10_000): [2], (1, 90_000): [3]}
+
+
+def test_a_broker_that_is_away_exhausts_nothing() -> None:
+    under_test = delivery()
+    fresh, tried = row(1), row(2, attempts=1)
+    away: list[Outcome] = [RetryLater("connection lost")] * 2
+    for _ in range(10):
+        judged = under_test.judge([fresh, tried], away)
+        assert (judged.settlement.gone, judged.settlement.dead) == ([], {})
+        # The one that had failed before is put off, so that it does not stand in the way; its attempt does not count.
+        assert judged.settlement.retry == {(1, 10_000): [2]}
+        assert (seqs(judged.untouched), judged.stalled) == ([1], True)
+
+
+def test_an_attempt_counts_if_another_message_got_through_since_the_last_one() -> None:
+    under_test = delivery()
+    assert retried(under_test.judge([row(1), row(2)], [RetryLater("no"), Sent()])) == 1
+    assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 1
+    under_test.judge([row(3)], [Sent()])
+    assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 2
+
+
+def test_a_refusal_says_nothing_about_the_broker() -> None:
+    judged = delivery().judge([row(1), row(2)], [Refused("not valid"), RetryLater("connection lost")])
+    assert (judged.settlement.dead, seqs(judged.untouched), judged.stalled) == ({"not valid": [1]}, [2], True)
+
+
+async def test_a_publisher_that_fails_has_confirmed_nothing() -> None:
+    events: list[RelayEvent] = []
+
+    class Broken(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            raise OSError("secret")
+
+    outcomes = await delivery(Broken(), events).publish([row(1), row(2)], lambda: 9.0)
+    assert outcomes == [RetryLater("OSError")] * 2
+    assert [(event.kind, event.count, event.reason) for event in events] == [("unavailable", 2, "OSError")]
+
+
+async def test_a_wrong_number_of_outcomes_confirms_nothing() -> None:
+    class Forgetful(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            return [Sent()]
+
+    [first, second] = await delivery(Forgetful()).publish([row(1), row(2)], lambda: 9.0)
+    assert first == second == RetryLater("ConfigurationError: the publisher returned 1 outcomes for 2 messages")
+
+
+async def test_a_publisher_is_cancelled_when_the_lease_is_over() -> None:
+    cancelled = asyncio.Event()
+
+    class Slow(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                cancelled.set()
+            return []
+
+    ends: Callable[[], float] = iter([0.05, 0.0]).__next__
+    outcomes = await delivery(Slow()).publish([row(1)], ends)
+    assert outcomes == [RetryLater("TimeoutError")]
+    assert cancelled.is_set()
+
+
+def test_one_event_tells_of_each_kind_of_outcome() -> None:
+    events: list[RelayEvent] = []
+    rows = [row(1), row(2), row(3), row(4, attempts=2)]
+    delivery(events=events).judge(rows, [Sent(), Sent(), Refused("too large"), RetryLater("busy")])
+    assert [(event.kind, event.count, event.reason, event.relay) for event in events] == [
+        ("published", 2, "", "relay"),
+        ("refused", 1, "too large", "relay"),
+        ("dead", 1, "busy", "relay"),
+    ]
+
+
+def test_the_default_backoff_doubles_up_to_five_minutes_and_ends() -> None:
+    backoff = ExponentialBackoff()
+    for failures, longest in ((1, 1.0), (2, 2.0), (9, 256.0), (10, 300.0), (19, 300.0)):
+        pause = backoff(failures)
+        assert pause is not None
+        assert 0.75 * longest <= pause <= longest
+    assert backoff(20) is None
+
+
+def retried(judged: Judged) -> int:
+    [(attempts, _)] = judged.settlement.retry
+    return attempts
