@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from idempotency.testing._points import crash_point
@@ -52,6 +53,7 @@ def __getattr__(name: str) -> object:
             import pytest
         except ImportError as error:
             raise ImportError(f"{name} needs pytest: pip install pytest pytest-asyncio") from error
-        # pytest explains the failed assertions of a module only if it is registered before its import.
-        pytest.register_assert_rewrite(f"{__name__}.{module}")
+        if f"{__name__}.{module}" not in sys.modules:
+            # pytest explains the failed assertions of a module only if it is registered before its import.
+            pytest.register_assert_rewrite(f"{__name__}.{module}")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

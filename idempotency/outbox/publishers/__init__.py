@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from idempotency._hooks import is_coroutine_function
 from idempotency._outbox.limits import Limits
@@ -45,9 +45,11 @@ def open_publisher(url: str) -> Publisher:
         return _imported(url)
     scheme = url.partition("://")[0]
     module = _module(broker, scheme)
+    # urlunsplit() drops the slashes where there is no host.
+    place, _, text = url.partition("?")
     try:
-        parts = urlsplit(url)
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        urlsplit(place)
+        query = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
     except ValueError:
         # The error may quote the part of the URL that has the password in it.
         raise ConfigurationError(f"this {scheme}:// URL cannot be read") from None
@@ -57,7 +59,7 @@ def open_publisher(url: str) -> Publisher:
         raise UnknownOptionError(f"{unknown[0]!r} is no option of a {scheme}:// URL; they are {known}")
     options = {name: _read(name, text, module.OPTIONS[name]) for name, text in query if name in module.OPTIONS}
     for_client = urlencode([(name, text) for name, text in query if name in module.CLIENT_OPTIONS])
-    return module.from_url(urlunsplit(parts._replace(query=for_client)), options)
+    return module.from_url(f"{place}?{for_client}" if for_client else place, options)
 
 
 def limits_of(url: str) -> Limits:

@@ -14,6 +14,7 @@ from idempotency._outbox.message import Message
 from idempotency.errors import UnknownOptionError
 from idempotency.outbox.publisher import Outcome, Sent
 from idempotency.outbox.publishers import limits_of, open_publisher
+from idempotency.outbox.publishers import redis as redis_module
 from idempotency.outbox.publishers.aio_pika import AioPikaPublisher
 from idempotency.outbox.publishers.function import FunctionPublisher
 from idempotency.outbox.publishers.nats import NatsPublisher
@@ -64,6 +65,21 @@ async def test_scheme_names_the_publisher(url: str, kind: type) -> None:
     assert type(publisher) is kind
     assert publisher.delivery_timeout == 7
     await publisher.aclose()
+
+
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("unix:///run/redis.sock?db=1&topic=orders", "unix:///run/redis.sock?db=1"),
+        ("redis://localhost?topic=orders", "redis://localhost"),
+        ("redis://:p%3Fw%2F@localhost/2?topic=a%26b", "redis://:p%3Fw%2F@localhost/2"),
+    ],
+)
+def test_the_rest_of_a_url_stays_as_it_is(monkeypatch: pytest.MonkeyPatch, url: str, given: str) -> None:
+    urls = list[str]()
+    monkeypatch.setattr(redis_module, "from_url", lambda url, options: urls.append(url))
+    open_publisher(url)
+    assert urls == [given]
 
 
 async def test_options_of_a_url_are_used(redis_url: str) -> None:
