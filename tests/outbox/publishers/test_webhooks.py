@@ -512,6 +512,7 @@ async def test_long_answer_is_not_read() -> None:
         while not gone.done() and sent < 1_000_000_000:
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
             sent += 100_000
+            await asyncio.sleep(0)  # without a connection, nothing else lets the server notice it
         gone.cancel()
 
     with served(long) as url:
