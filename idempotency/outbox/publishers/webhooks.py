@@ -2,7 +2,7 @@
 
     def endpoint_of(message: Message) -> Endpoint | None: ...
 
-    relay = PollingRelay(engine, WebhookPublisher(endpoint_of), outbox=outbox, backoff=standard_webhooks_schedule)
+    relay = PollingRelay(engine, WebhookPublisher(endpoint_of), lease=60, backoff=standard_webhooks_schedule)
 
 ``webhook-id`` is the id of the message, at every attempt. The headers are ``id``, ``eventType`` and the message's own,
 beside those of the signature. Needs ``asgi-idempotency[webhooks]``.

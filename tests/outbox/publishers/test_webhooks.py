@@ -16,8 +16,11 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from idempotency import ConfigurationError
+from idempotency.outbox import Outbox, PollingRelay
 from idempotency.outbox.publisher import Outcome, Refused, RetryLater, Sent
 from idempotency.outbox.publishers import open_publisher
 from idempotency.outbox.publishers._webhook_answers import read_retry_after
@@ -26,7 +29,7 @@ from idempotency.outbox.publishers.webhooks import SECRETS, WebhookPublisher
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import ManualClock, PublisherContract, Received
 from idempotency.testing.publishers import Receive, new_message
-from idempotency.webhooks import Endpoint, WebhookReceiver, verify
+from idempotency.webhooks import Endpoint, WebhookReceiver, standard_webhooks_schedule, verify
 from tests.kit.asgi_calls import Effects, read, respond
 from tests.kit.certificates import self_signed
 from tests.kit.served import served
@@ -203,6 +206,30 @@ async def test_published_twice_takes_effect_once_at_a_receiver() -> None:
 
     assert outcomes == [[Sent(), Sent()]] * 2
     assert app.bodies == [b"1", b"2"]
+
+
+async def test_relay_sends_what_a_transaction_emitted(url: str, endpoints: Endpoints, sqlite_url: str) -> None:
+    """What is taken is gone, what fails waits for the schedule of Standard Webhooks, and what is refused is dead."""
+    endpoints.answers["/failing"] = (500, [], b"")
+    endpoints.answers["/gone"] = (410, [], b"")
+    engine, outbox = create_async_engine(sqlite_url), Outbox()
+    await outbox.create_schema(engine)
+    async with AsyncSession(engine) as session, session.begin():
+        for key in ("well", "failing", "gone"):
+            await outbox.emit(
+                session, aggregate_type="order", aggregate_id=key, type="OrderPlaced", payload={"of": key}
+            )
+
+    async with opened(lambda message: f"{url}/{message.aggregate_id}") as publisher:
+        await PollingRelay(engine, publisher, outbox=outbox, lease=31, backoff=standard_webhooks_schedule).drain()
+    async with engine.connect() as connection:
+        waiting = (await connection.execute(text("SELECT aggregateid, attempts FROM outbox"))).all()
+        dead = (await connection.execute(text("SELECT aggregateid, reason FROM outbox_dead"))).all()
+    await engine.dispose()
+
+    assert sorted(each.body for each in endpoints.arrived) == [b'{"of":"failing"}', b'{"of":"gone"}', b'{"of":"well"}']
+    assert waiting == [("failing", 1)]
+    assert dead == [("gone", "HTTP 410: the endpoint wants no more webhooks")]
 
 
 async def test_own_content_type_and_cloudevents(url: str, endpoints: Endpoints) -> None:
@@ -485,6 +512,7 @@ async def test_long_answer_is_not_read() -> None:
         while not gone.done() and sent < 1_000_000_000:
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
             sent += 100_000
+            await asyncio.sleep(0)  # without a connection, nothing else lets the server notice it
         gone.cancel()
 
     with served(long) as url:
