@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace  # async only: see shorten()
 from typing import Protocol
@@ -163,15 +164,15 @@ class Lease:
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
 
-    async def _write(self, outcome: Outcome, result: bytes | None) -> bool:
+    def _write(self, outcome: Outcome, result: bytes | None) -> Awaitable[bool]:
         store = self._runner.store
         match outcome:
             case "store":
-                return await store.complete(self._claim, result)
+                return store.complete(self._claim, result)
             case "hold":
-                return await store.complete(self._claim, None, State.UNKNOWN)
+                return store.complete(self._claim, None, State.UNKNOWN)
             case "release":
-                return await store.release(self._claim)
+                return store.release(self._claim)
 
     async def _superseded(self, outcome: Outcome, result: bytes | None) -> Known | None:
         self.operation.lost.set()

@@ -12,3 +12,9 @@ def has_field(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bool:
         if len(field) == size and field.lower() == name:
             return True
     return False
+
+
+def values_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
+    """Return the values of all fields ``name``, which is in lower case."""
+    size = len(name)
+    return [value for field, value in headers if len(field) == size and field.lower() == name]
