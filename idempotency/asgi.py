@@ -210,10 +210,10 @@ class _Exchange:
         except DisconnectedError:
             pass
         else:
-            if claim is not None:
-                await self._run_with_key(claim)
-            else:
+            if claim is None:
                 await self._middleware.app(self._scope, self._receive, self._send)
+            elif await self._begin(claim):
+                await self._execute(self._lease.operation, self._request.receive())
         finally:
             self._request.close()
 
@@ -231,7 +231,8 @@ class _Exchange:
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
-    async def _run_with_key(self, claim: Claim) -> None:
+    async def _begin(self, claim: Claim) -> bool:
+        """Claim the key, and return whether the operation is to be executed here; if not, the request is answered."""
         policy, self._claim = self._policy, claim
         try:
             verdict, claimed_at = await self._middleware._runner.claim(claim, self._request.wait())
@@ -241,12 +242,12 @@ class _Exchange:
                 await run_unprotected(self._middleware.app, self._scope, self._request.receive(), self._send)
             else:
                 await self._refuse("unavailable", error)
-            return
-        if isinstance(verdict, Execute):
-            self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
-            await self._execute(self._lease.operation, self._request.receive())
-        else:
+            return False
+        if not isinstance(verdict, Execute):
             await send_response(self._send, await self._answer(verdict))
+            return False
+        self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
+        return True
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
@@ -283,8 +284,8 @@ class _Exchange:
             result, error = record_of(self._policy, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
-            end = self._lease.fail if status >= 500 else self._lease.end
-            verdict = await end(outcome, result, error)
+            ending = (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
+            verdict = await ending
         except StoreError as failure:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
             return self._problem("unavailable", failure)

@@ -247,9 +247,14 @@ def first_claimed(reply: Sequence[Any]) -> int:
     return created
 
 
-_SHORT = 256
-_HEADS = tuple(b"\r\n$%d\r\n" % size for size in range(_SHORT))
-"""What stands between a part of a command and the next, which has so many bytes."""
+class _Heads(dict[int, bytes]):
+    """What stands before a part of a command that has so many bytes."""
+
+    def __missing__(self, size: int) -> bytes:
+        return b"\r\n$%d\r\n" % size
+
+
+_HEADS = _Heads((size, b"\r\n$%d\r\n" % size) for size in range(256))
 
 
 def pack(start: bytes, rest: tuple[bytes, ...]) -> bytes:
@@ -258,12 +263,9 @@ def pack(start: bytes, rest: tuple[bytes, ...]) -> bytes:
     ``start``: :attr:`Script.by_digest` or :attr:`Script.by_text`.
     """
     written = [b"*%d" % (len(rest) + 2), start]
-    write = written.append
     for part in rest:
-        size = len(part)
-        write(_HEADS[size] if size < _SHORT else b"\r\n$%d\r\n" % size)
-        write(part)
-    write(b"\r\n")
+        written += _HEADS[len(part)], part
+    written.append(b"\r\n")
     return b"".join(written)
 
 
