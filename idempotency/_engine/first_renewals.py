@@ -1,4 +1,4 @@
-"""The first renewals of all leases: one timer of an event loop for many of them, as most end before they are renewed."""
+"""The first renewals of leases: one timer of an event loop for many, as most leases end before they are renewed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FirstRenewals:
             loop.call_soon(self._renew)
 
     def discard(self, lease: Renewable) -> None:
-        """Forget a lease; where none is left, forget the timer too."""
+        """Forget a lease, and with the last one the timer."""
         self._due.pop(lease, None)
         if self._timer is not None and not self._due:
             self._timer.cancel()

@@ -27,7 +27,18 @@ class Lease:
     ``ended``: the outcome is recorded, or being recorded.
     """
 
-    __slots__ = ("_claim", "_deadline", "_expiry", "_first", "_name", "_runner", "_task", "_timer", "ended", "operation")
+    __slots__ = (
+        "_claim",
+        "_deadline",
+        "_expiry",
+        "_first",
+        "_name",
+        "_runner",
+        "_task",
+        "_timer",
+        "ended",
+        "operation",
+    )
 
     def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
         self.operation = operation

@@ -54,6 +54,7 @@ Command = tuple[Script, tuple[bytes, ...]]
 
 _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
+_STATES = {int(state): state for state in State}
 
 
 def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None) -> Command:
@@ -139,7 +140,7 @@ def record(claim: Claim, reply: Any, sealing: Sealing | None) -> Record:
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
-        state=State(state),
+        state=_STATES[state],
         attempt=attempt,
         lease_left=lease / 1000,
         hold=hold == 1,
