@@ -284,8 +284,7 @@ class _Exchange:
             result, error = record_of(self._policy, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
-            ending = (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
-            verdict = await ending
+            verdict = await (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
         except StoreError as failure:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
             return self._problem("unavailable", failure)
