@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.background import drain
@@ -18,7 +18,7 @@ from idempotency._http.disconnect import Disconnect
 from idempotency._http.duplicate import answer_of, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
-from idempotency._http.fields import has_field
+from idempotency._http.fields import values_of
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
@@ -29,7 +29,7 @@ from idempotency._http.recorded_headers import replayed_headers
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
-from idempotency._http.state import RequestState, mapping_of, run_unprotected
+from idempotency._http.state import RequestState, mapping_of, note_unprotected, run_unprotected
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -133,18 +133,20 @@ class IdempotencyMiddleware:
             # Some servers pass the method on as it was sent, and some frameworks read "post" as POST.
             policy = self._routes.policy_for(scope["method"].upper(), route_path(scope))
             if policy is not None:
-                if not isinstance(scope["headers"], list | tuple):
+                if not isinstance(scope["headers"], (list, tuple)):
                     # ASGI allows any iterable. Here it is read more than once.
                     scope["headers"] = list(scope["headers"])
-                if not policy.required and not has_field(scope["headers"], self._options.header_name):
+                keys = values_of(scope["headers"], self._options.header_name)
+                if keys or policy.required:
+                    exchange = _Exchange(self, policy, scope, receive, send, keys)
+                    await exchange.run()
+                    if self._runner.writing and self._lifespan.requests_wait_for_writes():
+                        # The answer is sent. A server that stops waits for its requests, and for nothing else.
+                        await exchange.wait_for_writes()
+                    return
+                if not note_unprotected(scope):
                     await run_unprotected(self.app, scope, receive, send)
                     return
-                exchange = _Exchange(self, policy, scope, receive, send)
-                await exchange.run()
-                if self._runner.writing and self._lifespan.requests_wait_for_writes():
-                    # The answer is sent. A server that stops waits for its requests, and for nothing else.
-                    await exchange.wait_for_writes()
-                return
         elif scope["type"] == "lifespan":
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send))
             return
@@ -176,14 +178,20 @@ class _Exchange:
     )
 
     def __init__(
-        self, middleware: IdempotencyMiddleware, policy: Policy, scope: Scope, receive: Receive, send: Send
+        self,
+        middleware: IdempotencyMiddleware,
+        policy: Policy,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        keys: Sequence[bytes],
     ) -> None:
         self._middleware = middleware
         self._options = middleware._options
         self._policy = policy
         self._scope = scope
         self._receive = receive
-        self._request = KeyedRequest(middleware.app, middleware._options, policy, scope, receive, send)
+        self._request = KeyedRequest(middleware.app, middleware._options, policy, scope, receive, send, keys)
         self._send = self._request.send
         self._key: str | None = None
         self._claim: Claim | None = None
@@ -202,10 +210,10 @@ class _Exchange:
         except DisconnectedError:
             pass
         else:
-            if claim is not None:
-                await self._run_with_key(claim)
-            else:
+            if claim is None:
                 await self._middleware.app(self._scope, self._receive, self._send)
+            elif await self._begin(claim):
+                await self._execute(self._lease.operation, self._request.receive())
         finally:
             self._request.close()
 
@@ -223,7 +231,8 @@ class _Exchange:
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
-    async def _run_with_key(self, claim: Claim) -> None:
+    async def _begin(self, claim: Claim) -> bool:
+        """Claim the key, and return whether the operation is to be executed here; if not, the request is answered."""
         policy, self._claim = self._policy, claim
         try:
             verdict, claimed_at = await self._middleware._runner.claim(claim, self._request.wait())
@@ -233,12 +242,12 @@ class _Exchange:
                 await run_unprotected(self._middleware.app, self._scope, self._request.receive(), self._send)
             else:
                 await self._refuse("unavailable", error)
-            return
-        if isinstance(verdict, Execute):
-            self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
-            await self._execute(self._lease.operation, self._request.receive())
-        else:
+            return False
+        if not isinstance(verdict, Execute):
             await send_response(self._send, await self._answer(verdict))
+            return False
+        self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
+        return True
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
@@ -275,8 +284,7 @@ class _Exchange:
             result, error = record_of(self._policy, status, headers, body)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
-            end = self._lease.fail if status >= 500 else self._lease.end
-            verdict = await end(outcome, result, error)
+            verdict = await (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
         except StoreError as failure:
             # The transaction did not commit, or this is not known. In both cases the request may be sent again.
             return self._problem("unavailable", failure)

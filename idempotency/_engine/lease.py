@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace  # async only: see shorten()
 from typing import Protocol
 
+from idempotency._engine.first_renewals import renew_after
 from idempotency._engine.runner import Runner
 from idempotency._rules import Claim, Known, State, judge_superseded, superseded_again
 from idempotency._synchronization import loop_time
@@ -25,7 +27,18 @@ class Lease:
     ``ended``: the outcome is recorded, or being recorded.
     """
 
-    __slots__ = ("_claim", "_deadline", "_expiry", "_name", "_runner", "_task", "_timer", "ended", "operation")
+    __slots__ = (
+        "_claim",
+        "_deadline",
+        "_expiry",
+        "_first",
+        "_name",
+        "_runner",
+        "_task",
+        "_timer",
+        "ended",
+        "operation",
+    )
 
     def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
         self.operation = operation
@@ -39,12 +52,14 @@ class Lease:
 
     # async only: timers of the event loop start the renewals.
     def _start_renewal(self, _: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._claim.lease / 3, self._renew_soon)
+        self._first = renew_after(self._claim.lease / 3, self)
+        self._timer: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     # async only: a timer cannot await.
-    def _renew_soon(self) -> None:
+    def renew_soon(self) -> None:
+        """Begin to renew, when a timer says so."""
         loop = asyncio.get_running_loop()
         if self._expiry is None:
             self._expiry = loop.call_at(self._deadline, self._lose)
@@ -69,7 +84,7 @@ class Lease:
                 self._expiry.cancel()
                 self._expiry = None
         if not self.ended:
-            self._timer = loop.call_later(pause, self._renew_soon)
+            self._timer = loop.call_later(pause, self.renew_soon)
 
     def _lose(self) -> None:
         if not self.ended and self.operation.lost.set():
@@ -83,7 +98,9 @@ class Lease:
 
     # async only: see _start_renewal.
     def _stop_renewal(self) -> None:
-        self._timer.cancel()
+        self._first.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
         if self._expiry is not None:
             self._expiry.cancel()
         if self._task is not None:
@@ -163,15 +180,15 @@ class Lease:
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
 
-    async def _write(self, outcome: Outcome, result: bytes | None) -> bool:
+    def _write(self, outcome: Outcome, result: bytes | None) -> Awaitable[bool]:
         store = self._runner.store
         match outcome:
             case "store":
-                return await store.complete(self._claim, result)
+                return store.complete(self._claim, result)
             case "hold":
-                return await store.complete(self._claim, None, State.UNKNOWN)
+                return store.complete(self._claim, None, State.UNKNOWN)
             case "release":
-                return await store.release(self._claim)
+                return store.release(self._claim)
 
     async def _superseded(self, outcome: Outcome, result: bytes | None) -> Known | None:
         self.operation.lost.set()

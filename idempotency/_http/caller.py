@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from idempotency._http.authorization import WHOLE, read_identity
 from idempotency._http.credentials import KINDS, Kind
-from idempotency._http.digest import digest
+from idempotency._http.digest import digest, digest_text
 from idempotency.errors import CallerUnknownError, ConfigurationError
 
 ANONYMOUS = "http:1:anonymous"
@@ -74,7 +74,9 @@ class Credentials:
             # Most requests are such.
             value = found[0][2]
             if read_identity(value) is WHOLE:
-                return self._digest(b"authorization:1:", [value])
+                # As _digest() writes it, at half the cost.
+                text = b"authorization:1:%d:%b" % (len(value), value)
+                return "http:1:" + digest_text(text, self._secret).hex()
         return self._caller_of(found, [_CERTIFICATE] if certified else [])
 
     def _caller_of(self, found: Sequence[tuple[Kind, bytes, bytes]], unknown: list[str]) -> str:

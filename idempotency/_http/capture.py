@@ -107,16 +107,25 @@ class ResponseCapture:
         if self._settled is not False:
             await self._pass(message)
         elif kind == "http.response.start" and not self._live:
-            # A second start replaces the first: the application cancelled the response that it had begun.
+            if self._start is not None:
+                # It replaces the first start: the application cancelled the response that it had begun.
+                self._chunks, self._size, self._end = [], 0, []
             # ASGI allows any iterable of headers, such as a generator. Here they are read more than once.
             self._start = {**message, "headers": [*message.get("headers", ())]}
-            self._chunks, self._size, self._end = [], 0, []
             if message.get("trailers", False) or _is_event_stream(self._start):
                 await self._go_live()
         elif self._end:
             self._end.append(message)
         elif kind in ("http.response.body", "http.response.pathsend", "http.response.zerocopysend"):
-            await self._take_content(message)
+            if self._start is None:
+                raise RuntimeError("The application sent a response body before the response start.")
+            if not message.get("more_body", False) and (self._live or self._stacks.watch()):
+                self._disarm()
+                self._end = [message]
+            elif self._live:
+                await self._send(message)
+            else:
+                await self._put(message)
         elif not self._disconnect.is_known:
             # Early hints, server push, debug: these are not part of the response. A server that raises because the
             # client is gone must not stop the application.
@@ -126,17 +135,6 @@ class ResponseCapture:
     async def _pass(self, message: Message) -> None:
         if self._settled or self._live:
             await self._send(message)
-
-    async def _take_content(self, message: Message) -> None:
-        if self._start is None:
-            raise RuntimeError("The application sent a response body before the response start.")
-        if not message.get("more_body", False) and (self._live or self._stacks.watch()):
-            self._disarm()
-            self._end = [message]
-        elif self._live:
-            await self._send(message)
-        else:
-            await self._put(message)
 
     async def _put(self, message: Message) -> None:
         chunk = message.get("body", b"")

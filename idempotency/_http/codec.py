@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from idempotency._http.recorded_headers import recorded_headers
 from idempotency.errors import UnreadableError
@@ -40,7 +41,7 @@ class StoredResponse:
 
 def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
     """Write a response, with the headers that are part of its result, as a record of version 1."""
-    texts = [text for pair in recorded_headers(headers) for text in pair]
+    texts = [*chain.from_iterable(recorded_headers(headers))]
     head = struct.pack(f">BHII{len(texts)}I", VERSION, status, len(texts) // 2, len(body), *map(len, texts))
     return b"".join((head, *texts, body))
 

@@ -45,7 +45,7 @@ class Disconnect:
         self._deadline = 0.0
         self._passed_on = False
         self._waiting: asyncio.Event | None = None
-        self._callers: set[asyncio.Task[object]] = set()
+        self._callers: set[asyncio.Task[object]]
         self.passed_on_early = False
         """Whether the application got the message before its response was settled."""
 
@@ -82,7 +82,7 @@ class Disconnect:
         loop, caller = asyncio.get_running_loop(), asyncio.current_task()
         assert caller is not None
         if self._waiting is None:
-            self._waiting = asyncio.Event()
+            self._waiting, self._callers = asyncio.Event(), set()
         pause = _FIRST_PAUSE
         self._callers.add(caller)
         try:

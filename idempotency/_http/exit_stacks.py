@@ -31,8 +31,8 @@ class ExitStacks:
     def __init__(self, scope: Mapping[str, Any], app: object) -> None:
         self._scope = scope
         self._app = app
-        self._before = {key: scope[key] for key in _SEEN if key in scope}
-        self._watched: list[AsyncExitStack] = []
+        self._before = {key: scope[key] for key in _SEEN if key in scope} if "fastapi" in sys.modules else {}
+        self._watched: tuple[AsyncExitStack, ...] = ()
         self.failure: BaseException | None = None
 
     def watch(self) -> bool:
@@ -72,7 +72,7 @@ class ExitStacks:
         callbacks = getattr(stack, "_exit_callbacks", None)
         if callbacks is None or any(stack is each for each in self._watched):
             return
-        self._watched.append(stack)
+        self._watched += (stack,)
         # Callbacks run from the last to the first. So a callback of ours before that of each dependency is given the
         # error of that dependency, also where an outer one swallows it.
         watched = list[Any]()

@@ -12,3 +12,13 @@ def has_field(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bool:
         if len(field) == size and field.lower() == name:
             return True
     return False
+
+
+def values_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> tuple[bytes, ...]:
+    """Return the values of all fields ``name``, which is in lower case."""
+    size = len(name)
+    values: tuple[bytes, ...] = ()  # every request comes here, and most have none: a list takes longer
+    for field, value in headers:
+        if len(field) == size and field.lower() == name:
+            values += (value,)
+    return values

@@ -49,9 +49,7 @@ def fingerprint(
 def digest_body(data: bytes, content_type: bytes) -> bytes:
     """Digest a whole body as :class:`BodyHash` does."""
     if not _delimiter(content_type):
-        whole = hashlib.sha256(_RAW)
-        whole.update(data)
-        return whole.digest()
+        return hashlib.sha256(_RAW + data).digest()
     pieces = BodyHash(content_type)
     pieces.update(data)
     return pieces.digest()

@@ -47,32 +47,21 @@ _PREFERENCE = re.compile(
 )
 
 
-def read_key(
-    headers: Iterable[tuple[bytes, bytes]],
-    name: bytes = b"idempotency-key",
-    *,
-    strict: bool = False,
-) -> str | None:
-    r"""Read the key from the field ``name``, or return None if there is no such field.
+def read_key(values: Sequence[bytes], *, strict: bool = False) -> str | None:
+    r"""Read the key from the values of its field, or return None if there is no such field.
 
-    The field is a String of RFC 9651 (draft section 2.1): its text with ``\"`` and ``\\`` unescaped is the key, its
+    A value is a String of RFC 9651 (draft section 2.1): its text with ``\"`` and ``\\`` unescaped is the key, its
     parameters are checked and ignored. Unless ``strict``, bare text is a key too: visible ASCII without white
     space, commas and double quotes, as it is, so that ``k`` and ``"k"`` are one key and ``k;v=1`` is another.
 
     Raises :class:`~idempotency.errors.KeyInvalidError` for anything else, for two field lines, an empty key, and a key
     of more than 255 characters. The message never contains the key.
     """
-    name = name.lower()
-    size = len(name)
-    value: bytes | None = None
-    for field, content in headers:
-        if len(field) == size and (field == name or field.lower() == name):
-            if value is not None:
-                raise KeyInvalidError("The key was sent in more than one field line.")
-            value = content
-    if value is None:
+    if not values:
         return None
-    value = value.strip(b" \t")
+    if len(values) > 1:
+        raise KeyInvalidError("The key was sent in more than one field line.")
+    value = values[0].strip(b" \t")
     if value.startswith(b'"'):
         key = _read_string(value)
     elif not strict and _BARE.fullmatch(value):
@@ -132,17 +121,18 @@ def _refuse(value: bytes, strict: bool) -> NoReturn:
     raise KeyInvalidError(reason)
 
 
-def send_with_key(send: Send, headers: Sequence[tuple[bytes, bytes]], name: bytes, *, strict: bool) -> Send:
+def send_with_key(send: Send, values: Sequence[bytes], name: bytes, *, strict: bool) -> Send:
     """Return a ``send`` that puts the key, as it was sent, into each response; ``send`` if the key cannot be read.
 
-    A field of this name that the application sends is replaced: it may be recorded, and the retry be quoted otherwise.
+    ``values``: those of the field ``name`` of the request. A field of this name that the application sends is replaced:
+    it may be recorded, and the retry be quoted otherwise.
     """
     try:
-        if read_key(headers, name, strict=strict) is None:
+        if read_key(values, strict=strict) is None:
             return send
     except KeyInvalidError:
         return send
-    [sent] = [value.strip(b" \t") for field, value in headers if field.lower() == name]
+    sent = values[0].strip(b" \t")
 
     async def send_key(message: Message) -> None:
         if message["type"] == "http.response.start":

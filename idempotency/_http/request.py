@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
@@ -34,10 +34,11 @@ class AnsweredError(Exception):
 class KeyedRequest:
     """One request that has a key, or needs one, as it is read. It answers nothing, except for a function of the user.
 
-    ``send`` is the server's, or the one that puts the key into each response.
+    ``keys`` are the values of the field with the key. ``send`` is the server's, or the one that puts the key into each
+    response.
     """
 
-    __slots__ = ("_app", "_body", "_options", "_policy", "_receive", "_scope", "send")
+    __slots__ = ("_app", "_body", "_keys", "_options", "_policy", "_receive", "_scope", "send")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class KeyedRequest:
         scope: MutableMapping[str, Any],
         receive: Receive,
         send: Send,
+        keys: Sequence[bytes],
     ) -> None:
         self._app = app
         self._options = options
@@ -54,8 +56,9 @@ class KeyedRequest:
         self._scope = scope
         self._receive = receive
         self.send = send
+        self._keys = keys
         if options.echo_key:
-            self.send = send_with_key(send, scope["headers"], options.header_name, strict=options.strict)
+            self.send = send_with_key(send, keys, options.header_name, strict=options.strict)
         self._body: Body | None = None
 
     @property
@@ -68,7 +71,7 @@ class KeyedRequest:
 
         Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
         """
-        key = read_key(self._scope["headers"], self._options.header_name, strict=self._options.strict)
+        key = read_key(self._keys, strict=self._options.strict)
         if key is None:
             name = self._options.header_name.decode()
             raise KeyMissingError(f"This operation needs a key in the header {name}.")

@@ -42,6 +42,15 @@ class RequestState:
             self._scope["state"] = self._outer
 
 
+def note_unprotected(scope: MutableMapping[str, Any]) -> bool:
+    """Put ``idempotency`` None into the state of a request; False where that state belongs to more than the request."""
+    state = mapping_of(scope.setdefault("state", {}))
+    if not isinstance(state, dict) or state.get("idempotency") is not None:
+        return False
+    state["idempotency"] = None
+    return True
+
+
 async def run_unprotected(
     app: Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]],
     scope: MutableMapping[str, Any],
@@ -49,9 +58,7 @@ async def run_unprotected(
     send: Send,
 ) -> None:
     """Run ``app`` without an operation: ``idempotency`` is None in the state of the request."""
-    state = mapping_of(scope.setdefault("state", {}))
-    if isinstance(state, dict) and state.get("idempotency") is None:
-        state["idempotency"] = None
+    if note_unprotected(scope):
         await app(scope, receive, send)
         return
     own = RequestState(scope, None)

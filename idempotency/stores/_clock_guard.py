@@ -41,6 +41,9 @@ and another then: a guard would withhold keys from claims for ever."""
 _MOMENT = 1.0
 """Seconds after an answer in which another that agrees is not noted: the clocks hardly drift in that time."""
 
+_UNIT = 0.001
+"""Seconds: Redis tells whole milliseconds of its clock."""
+
 _CALM = 600.0
 """Seconds without a step that end a row; a lease, if it is longer, for which a key is withheld after each step."""
 
@@ -89,8 +92,8 @@ class _Anchor(NamedTuple):
         return int((self.ahead + now + self.drift(now) + _ROUNDING) * 1000)
 
     def is_confirmed_by(self, asked: Asked, clock: float, now: float) -> bool:
-        """Return whether :meth:`after` would change nothing but ``seen``, and that by less than a second."""
-        return now - self.seen < _MOMENT and clock - now <= self.ahead <= clock - asked.sent
+        """Return whether :meth:`after` would change ``ahead`` by a unit at most, and ``seen`` by less than a second."""
+        return now - self.seen < _MOMENT and clock - now - _UNIT <= self.ahead <= clock - asked.sent + _UNIT
 
     def after(self, asked: Asked, clock: float, now: float) -> _Anchor:
         """Return the anchor after an answer that came now: the store's clock was read between the claim and now."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from idempotency import Operation, Policy
+from idempotency._http.fields import values_of
 from idempotency._http.key import read_key
 from idempotency.errors import KeyInvalidError
 from idempotency.stores.memory import MemoryStore
@@ -60,7 +61,7 @@ async def _twice(scope: dict[str, Any], chunks: tuple[bytes, ...], options: dict
 
 def _readable(scope: dict[str, Any], strict: bool = False) -> bool:
     try:
-        return read_key(scope["headers"], KEY, strict=strict) is not None
+        return read_key(values_of(scope["headers"], KEY), strict=strict) is not None
     except KeyInvalidError:
         return False
 

@@ -54,6 +54,7 @@ Command = tuple[Script, tuple[bytes, ...]]
 
 _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
+_STATES = {int(state): state for state in State}
 
 
 def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None) -> Command:
@@ -139,7 +140,7 @@ def record(claim: Claim, reply: Any, sealing: Sealing | None) -> Record:
     return Record(
         token=token.decode("utf-8", "replace"),
         fingerprint=fingerprint,
-        state=State(state),
+        state=_STATES[state],
         attempt=attempt,
         lease_left=lease / 1000,
         hold=hold == 1,
@@ -247,9 +248,14 @@ def first_claimed(reply: Sequence[Any]) -> int:
     return created
 
 
-_SHORT = 256
-_HEADS = tuple(b"\r\n$%d\r\n" % size for size in range(_SHORT))
-"""What stands between a part of a command and the next, which has so many bytes."""
+class _Heads(dict[int, bytes]):
+    """What stands before a part of a command that has so many bytes."""
+
+    def __missing__(self, size: int) -> bytes:
+        return b"\r\n$%d\r\n" % size
+
+
+_HEADS = _Heads((size, b"\r\n$%d\r\n" % size) for size in range(256))
 
 
 def pack(start: bytes, rest: tuple[bytes, ...]) -> bytes:
@@ -258,12 +264,9 @@ def pack(start: bytes, rest: tuple[bytes, ...]) -> bytes:
     ``start``: :attr:`Script.by_digest` or :attr:`Script.by_text`.
     """
     written = [b"*%d" % (len(rest) + 2), start]
-    write = written.append
     for part in rest:
-        size = len(part)
-        write(_HEADS[size] if size < _SHORT else b"\r\n$%d\r\n" % size)
-        write(part)
-    write(b"\r\n")
+        written += _HEADS[len(part)], part
+    written.append(b"\r\n")
     return b"".join(written)
 
 
