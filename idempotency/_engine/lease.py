@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import replace  # async only: see shorten()
 from typing import Protocol
 
-from idempotency._engine.first_renewals import renew_after
 from idempotency._engine.runner import Runner
 from idempotency._rules import Claim, Known, State, judge_superseded, superseded_again
 from idempotency._synchronization import loop_time
@@ -27,18 +25,7 @@ class Lease:
     ``ended``: the outcome is recorded, or being recorded.
     """
 
-    __slots__ = (
-        "_claim",
-        "_deadline",
-        "_expiry",
-        "_first",
-        "_name",
-        "_runner",
-        "_task",
-        "_timer",
-        "ended",
-        "operation",
-    )
+    __slots__ = ("_claim", "_deadline", "_expiry", "_name", "_runner", "_task", "_timer", "ended", "operation")
 
     def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
         self.operation = operation
@@ -52,14 +39,12 @@ class Lease:
 
     # async only: timers of the event loop start the renewals.
     def _start_renewal(self, _: float) -> None:
-        self._first = renew_after(self._claim.lease / 3, self)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = asyncio.get_running_loop().call_later(self._claim.lease / 3, self._renew_soon)
         self._expiry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     # async only: a timer cannot await.
-    def renew_soon(self) -> None:
-        """Begin to renew, when a timer says so."""
+    def _renew_soon(self) -> None:
         loop = asyncio.get_running_loop()
         if self._expiry is None:
             self._expiry = loop.call_at(self._deadline, self._lose)
@@ -84,7 +69,7 @@ class Lease:
                 self._expiry.cancel()
                 self._expiry = None
         if not self.ended:
-            self._timer = loop.call_later(pause, self.renew_soon)
+            self._timer = loop.call_later(pause, self._renew_soon)
 
     def _lose(self) -> None:
         if not self.ended and self.operation.lost.set():
@@ -98,9 +83,7 @@ class Lease:
 
     # async only: see _start_renewal.
     def _stop_renewal(self) -> None:
-        self._first.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
         if self._expiry is not None:
             self._expiry.cancel()
         if self._task is not None:
@@ -180,15 +163,15 @@ class Lease:
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
         self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
 
-    def _write(self, outcome: Outcome, result: bytes | None) -> Awaitable[bool]:
+    async def _write(self, outcome: Outcome, result: bytes | None) -> bool:
         store = self._runner.store
         match outcome:
             case "store":
-                return store.complete(self._claim, result)
+                return await store.complete(self._claim, result)
             case "hold":
-                return store.complete(self._claim, None, State.UNKNOWN)
+                return await store.complete(self._claim, None, State.UNKNOWN)
             case "release":
-                return store.release(self._claim)
+                return await store.release(self._claim)
 
     async def _superseded(self, outcome: Outcome, result: bytes | None) -> Known | None:
         self.operation.lost.set()
