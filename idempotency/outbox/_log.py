@@ -86,8 +86,8 @@ class LogRelay(Relay):
 
     async def _give_back(self) -> None:
         await self._tail.end()
-        if self._leases.held:
-            await self._leases.release({self._lease})
+        # Also where it is not known to be held: the relay may have been cancelled while it took it.
+        await self._leases.release({self._lease})
 
     async def _step(self) -> bool:
         """Do one round; return whether there may be more to do at once."""
