@@ -97,7 +97,7 @@ class PollingRelay:
 
         Raises :class:`~idempotency.errors.ConfigurationError` if the tables are missing.
         """
-        async with self._working():
+        async with self._working(waits=True):
             idle = self._poll[0]
             while not self._stopping.is_set():
                 found = await self._step()
@@ -113,7 +113,7 @@ class PollingRelay:
         What other relays own is theirs. Raises :class:`~idempotency.errors.StoreError` where the database is away.
         """
         done = 0
-        async with self._working():
+        async with self._working(waits=False):
             await self._own()
             while moved := await self._cycle():
                 done += moved
@@ -141,15 +141,14 @@ class PollingRelay:
         self._wake.wake()
 
     @asynccontextmanager
-    async def _working(self) -> AsyncIterator[None]:
+    async def _working(self, waits: bool) -> AsyncIterator[None]:
         if self._stopped is not None:
             raise ConfigurationError("this relay is running already")
-        self._stopping = asyncio.Event()
         self._stopped = stopped = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         keeper: asyncio.Task[None] | None = None
         try:
-            await self._prepare()
+            await self._prepare(waits)
             keeper = self._loop.create_task(self._buckets.leases.keep(self._unavailable))
             async with self._wake.listening(self.outbox.notify):
                 yield
@@ -158,15 +157,17 @@ class PollingRelay:
                 keeper.cancel()
                 await self._leave()
             await self._database.aclose()
-            self._stopped = None
+            self._stopped, self._stopping = None, asyncio.Event()
             stopped.set()
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, waits: bool) -> None:
         while not self._stopping.is_set():
             try:
                 await self._database.prepare()
                 return
             except StoreError as error:
+                if not waits:
+                    raise
                 await self._unavailable(error)
                 await self._pause()
 

@@ -1,4 +1,4 @@
-"""A polling relay that is killed at every statement that writes, and when it has published, loses and reorders nothing."""
+"""A polling relay that is killed after anything it writes or publishes: nothing is lost or reordered."""
 
 from __future__ import annotations
 
