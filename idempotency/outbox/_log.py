@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import URL
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from idempotency._durations import positive
-from idempotency._hooks import check_callable
 from idempotency._outbox.emit import Outbox
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.outbox._database import RelayDatabase
-from idempotency.outbox._deliver import Backoff, Delivery, ExponentialBackoff
+from idempotency.outbox._deliver import Backoff
 from idempotency.outbox._held import HeldConnection
 from idempotency.outbox._leases import Leases
 from idempotency.outbox._ledger import START, Ledger, Position
 from idempotency.outbox._names import publication_of, slot_of
+from idempotency.outbox._relay import Relay, Source
 from idempotency.outbox._slot import Slot, SlotLostError, SlotState, end_of_log, format_lsn, is_busy, may_be_lost
 from idempotency.outbox._slot_checks import check_server
 from idempotency.outbox._tail import Tail
-from idempotency.outbox._wake import Wake
 from idempotency.outbox.events import RelayHook, log_relay_event
 from idempotency.outbox.publisher import Publisher
-
-_TIMEOUT = 10.0
-"""Seconds after which a statement is abandoned; a third of the lease if that is shorter."""
 
 _CREATE_TIMEOUT = 600.0
 """Seconds in which a slot is created. The server waits for the transactions that are open at that moment."""
 
-_FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0
-"""Seconds between two tries while the broker or the database is away."""
 
-_LEAVE = 2.0
-"""Seconds for giving back the slot when the relay is cancelled."""
-
-
-class LogRelay:
+class LogRelay(Relay):
     """Publish the messages of an outbox as the log of PostgreSQL has them, each at least once, those of a key in order.
 
     ``engine``: an async engine, a sync engine, which is used in threads, or a URL. One relay at a time reads a slot;
@@ -54,11 +36,12 @@ class LogRelay:
     all databases of a server share their names. ``allow_unlimited_wal``: run where the setting
     ``max_slot_wal_keep_size`` lets the log of a relay that is stopped fill the disk. The other options are those of
     :class:`PollingRelay`. Run no PollingRelay on the same table at the same time: each would publish all messages.
+    In message mode, ``run`` and ``drain`` raise :class:`SlotLostError` where messages are lost.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine | Engine | URL | str,
+        engine: Source,
         publisher: Publisher,
         *,
         outbox: Outbox | None = None,
@@ -72,134 +55,44 @@ class LogRelay:
         on_event: RelayHook = log_relay_event,
         name: str | None = None,
     ) -> None:
-        self.outbox = outbox or Outbox()
-        seconds = positive("lease", lease)
-        if seconds <= publisher.delivery_timeout:
-            raise ConfigurationError(
-                f"lease must be longer than the publisher's delivery time-out, {publisher.delivery_timeout:g} s: else"
-                f" another relay would take over what is still being published; it is {seconds:g} s"
-            )
-        if not isinstance(batch, int) or batch < 1:
-            raise ConfigurationError(f"batch must be a number of messages, not {batch!r}")
-        check_callable("on_event", on_event)
-        self._poll = positive("poll", poll[0]), positive("poll", poll[1])
-        tables = self.outbox.tables
-        self._database = RelayDatabase(engine, tables, min(_TIMEOUT, seconds / 3))
+        super().__init__(engine, publisher, outbox, lease, batch, poll, backoff, on_event, name)
         if self._database.dialect != "postgresql":
             raise ConfigurationError(f"LogRelay reads the log of PostgreSQL; {self._database} needs a PollingRelay")
+        tables = self.outbox.tables
         prefix = self.outbox.prefix if self.outbox.mode == "message" else None
         self._slot = Slot(slot or slot_of(tables), publication or publication_of(tables), tables.messages, prefix)
         self._allow_unlimited_wal = allow_unlimited_wal
         self._ledger = Ledger(tables.position, self._slot.name)
-        self._leases = Leases(self._database, seconds)
+        self._leases = Leases(self._database, self._seconds)
+        # A name of a slot and this prefix together may be longer than the column.
         self._lease = f"slot-{self._slot.name}"[:64]
-        self._delivery = Delivery(
-            publisher, backoff or ExponentialBackoff(), on_event, name or tables.messages.fullname
-        )
-        self._tail = Tail(self._database, self._slot, self._delivery, batch, lambda: self._leases.remaining)
-        self._wake = Wake(self._database)
-        self._failures = 0
-        self._stopping = asyncio.Event()
-        self._stopped: asyncio.Event | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def run(self) -> None:
-        """Publish for ever, until :meth:`stop` or a cancellation. A database or broker that is away is waited for.
-
-        Raises :class:`~idempotency.errors.ConfigurationError` if the tables are missing, or if the server does not let
-        a slot be read, and :class:`SlotLostError` if messages are lost, which can happen in message mode only.
-        """
-        async with self._working():
-            idle = self._poll[0]
-            while not self._stopping.is_set():
-                found = await self._step()
-                idle = self._poll[0] if found else min(idle * 2, self._poll[1])
-                wait = idle * random.uniform(0.75, 1.25)  # noqa: S311
-                if not found and not self._stopping.is_set() and await self._wake.wait(wait):
-                    idle = self._poll[0]
-
-    async def drain(self) -> int:
-        """Publish what is due, once, and return how many messages are done with: for tests, and for jobs of cron.
-
-        It publishes nothing while another relay owns the slot. Raises :class:`~idempotency.errors.StoreError` where the
-        database is away.
-        """
-        before = self._tail.done
-        async with self._working():
-            if await self._own():
-                while await self._cycle():
-                    pass
-        return self._tail.done - before
-
-    async def stop(self) -> None:
-        """End :meth:`run`: finish the slice in hand, give back the slot, and return when that is done."""
-        self._stop()
-        if self._stopped is not None:
-            await self._stopped.wait()
-
-    def run_sync(self) -> None:
-        """See :meth:`run`: for a thread of an application that has no event loop."""
-        asyncio.run(self.run())
-
-    def stop_sync(self, timeout: float | None = None) -> None:
-        """See :meth:`stop`: for another thread than that of :meth:`run_sync`."""
-        loop = self._loop
-        if loop is not None:
-            with suppress(RuntimeError):  # it has ended
-                asyncio.run_coroutine_threadsafe(self.stop(), loop).result(timeout)
+        self._tail = Tail(self._database, self._slot, self._delivery, batch, self._remaining)
 
     def _stop(self) -> None:
-        self._stopping.set()
         self._tail.stop()
-        self._wake.wake()
+        super()._stop()
 
-    @asynccontextmanager
-    async def _working(self) -> AsyncIterator[None]:
-        if self._stopped is not None:
-            raise ConfigurationError("this relay is running already")
-        self._stopping = asyncio.Event()
-        self._stopped = stopped = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        keeper: asyncio.Task[None] | None = None
-        try:
-            await self._prepare()
-            keeper = self._loop.create_task(self._leases.keep(self._unavailable))
-            async with self._wake.listening(self.outbox.notify):
-                yield
-        finally:
-            if keeper is not None:
-                keeper.cancel()
-            await self._leave()
-            await self._database.aclose()
-            self._stopped = None
-            stopped.set()
+    async def _begin(self) -> None:
+        await super()._begin()
+        await self._database.run(partial(check_server, slot=self._slot, allow_unlimited_wal=self._allow_unlimited_wal))
+        await self._leases.create([self._lease])
 
-    async def _prepare(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                await self._database.prepare()
-                await self._database.run(
-                    partial(check_server, slot=self._slot, allow_unlimited_wal=self._allow_unlimited_wal)
-                )
-                await self._leases.create([self._lease])
-                return
-            except StoreError as error:
-                await self._unavailable(error)
-                await self._pause()
+    async def _drain(self) -> int:
+        before = self._tail.done
+        if await self._own():
+            while await self._cycle():
+                pass
+        return self._tail.done - before
 
-    async def _leave(self) -> None:
+    async def _give_back(self) -> None:
         await self._tail.end()
         if self._leases.held:
-            with suppress(StoreError, TimeoutError):
-                await asyncio.wait_for(self._leases.release({self._lease}), _LEAVE)
-
-    async def _unavailable(self, error: StoreError) -> None:
-        self._delivery.announce("unavailable", reason=str(error))
+            await self._leases.release({self._lease})
 
     async def _step(self) -> bool:
         """Do one round; return whether there may be more to do at once."""
         try:
-            if not self._leases.valid and not await self._own():
+            if self._remaining() <= 0 and not await self._own():
                 return False
             return await self._cycle()
         except SlotLostError:
@@ -215,6 +108,10 @@ class LogRelay:
             self._failures += 1
             await self._pause()
             return True
+
+    def _remaining(self) -> float:
+        """Return for how many seconds the slot is owned."""
+        return self._leases.remaining if self._leases.held else 0.0
 
     async def _own(self) -> bool:
         """Own the slot, if no other relay does, and find the place from which to go on."""
@@ -292,9 +189,3 @@ class LogRelay:
         if state is not None:
             await self._database.run(self._slot.drop)
         await self._tail.begin(await self._create(None, position))
-
-    async def _pause(self) -> None:
-        pause = min(_LAST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 20)) * random.uniform(0.75, 1.25)  # noqa: S311
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._stopping.wait()

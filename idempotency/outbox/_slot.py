@@ -127,9 +127,8 @@ class Slot:
         """Return whether the publication has the insertions of the table; None if there is no publication."""
         return connection.execute(
             text(
-                "SELECT p.pubinsert AND (p.puballtables OR EXISTS (SELECT FROM pg_publication_tables t"
-                " WHERE t.pubname = p.pubname AND to_regclass(quote_ident(t.schemaname) || '.' ||"
-                " quote_ident(t.tablename)) = to_regclass(:table))) FROM pg_publication p WHERE p.pubname = :name"
+                "SELECT p.pubinsert AND EXISTS (SELECT FROM pg_get_publication_tables(p.pubname) t"
+                " WHERE t.relid = to_regclass(:table)) FROM pg_publication p WHERE p.pubname = :name"
             ),
             {"name": self.publication, "table": self._full_name(connection)},
         ).scalar()

@@ -19,7 +19,7 @@ from tests.kit.tcp_proxy import Proxy
 
 @pytest.mark.stores("postgres", "mariadb")
 async def test_a_relay_waits_for_its_database(ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idempotency.outbox._poll._LAST_PAUSE", 0.01)
+    monkeypatch.setattr("idempotency.outbox._relay._LAST_PAUSE", 0.01)
     url = make_url(ledger.engine.url)
     assert url.port is not None
     with Proxy(servers.free_port()) as proxy:

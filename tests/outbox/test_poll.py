@@ -163,7 +163,7 @@ async def test_without_ordering_a_message_delays_no_other_one(ledger: Ledger, ou
 async def test_a_message_that_fails_the_whole_publisher_blocks_its_own_key_only(
     ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("idempotency.outbox._poll._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("idempotency.outbox._relay._FIRST_PAUSE", 0.001)
 
     class Fragile(ScriptedPublisher):
         async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
@@ -190,7 +190,7 @@ async def reached(condition: Any) -> bool:
 async def test_a_broker_that_is_away_loses_and_exhausts_nothing(
     ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("idempotency.outbox._poll._LAST_PAUSE", 0.001)
+    monkeypatch.setattr("idempotency.outbox._relay._LAST_PAUSE", 0.001)
     await emit(ledger.engine, outbox, *((number % 3, f"{number}") for number in range(10)))
     publisher, events = ScriptedPublisher(lambda _: RetryLater("no connection")), list[RelayEvent]()
     relay = relay_on(ledger.engine, outbox, publisher, events, backoff=lambda _: None, poll=(0.001, 0.001))

