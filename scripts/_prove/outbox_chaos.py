@@ -103,7 +103,7 @@ def run(amount: Amount) -> bool:
 
 
 async def _run(staged: Stage, processes: ForkServerContext, amount: Amount) -> tuple[Counter[str], Found]:
-    engine = create_async_engine(staged.database.url, pool_pre_ping=True)
+    engine = create_async_engine(staged.database.url)
     orders = orders_table(_NAME)
     await staged.outbox.create_schema(engine)
     await SQLStore(engine, table=f"{_NAME}_record").create_schema()

@@ -13,13 +13,13 @@ from time import monotonic
 from outbox_consumer import table_of
 from sqlalchemy import Column, Integer, Table, func, select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency.errors import StoreError
 from idempotency.outbox import Outbox
 
 WRITERS = 8
-LONGEST = 8
+LONGEST = 50
 """Messages of one transaction."""
 
 ROLLED_BACK = 0.05
@@ -73,23 +73,19 @@ class Writer:
 
     async def _write_once(self, keys: Iterable[str]) -> bool:
         rolled_back = random.random() < ROLLED_BACK
+        numbers, messages, orders = self.committed.copy(), [], []
+        for key in keys:
+            body = {"key": key, "number": numbers[key]}
+            numbers[key] += 1
+            messages.append(self.outbox.row("order", key, "Placed", body, None, None))
+            orders.append({"id": messages[-1]["id"], **body, "writer": self.number})
         async with self.engine.connect() as connection:
-            numbers = self.committed.copy()
-            for key in keys:
-                await self._emit(connection, key, numbers[key])
-                numbers[key] += 1
+            await connection.run_sync(self.outbox.write, messages)
+            await connection.execute(self.orders.insert(), orders)
             if self.slow:
                 await asyncio.sleep(SLOW)
             await (connection.rollback() if rolled_back else connection.commit())
         return not rolled_back
-
-    async def _emit(self, connection: AsyncConnection, key: str, number: int) -> None:
-        body = {"key": key, "number": number}
-        identity = await self.outbox.emit(
-            connection, aggregate_type="order", aggregate_id=key, type="Placed", payload=body
-        )
-        row = {"id": identity, "key": key, "number": number, "writer": self.number}
-        await connection.execute(self.orders.insert().values(row))
 
     async def _look(self) -> None:
         counted = select(self.orders.c.key, func.count()).where(self.orders.c.writer == self.number)
