@@ -90,7 +90,8 @@ class Relays:
         await asyncio.to_thread(process.join, _PATIENCE)
         if process.exitcode is None:
             process.kill()
-        elif number == signal.SIGTERM and process.exitcode != 0:
+        # One that has just begun has no handler yet, and is killed by it.
+        elif number == signal.SIGTERM and process.exitcode not in (0, -signal.SIGTERM):
             self.ended += 1
 
     async def kill_all(self) -> None:
