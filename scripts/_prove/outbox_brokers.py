@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import aio_pika
 import nats
@@ -19,8 +19,6 @@ from idempotency.outbox import Message, Outcome, Publisher, Sent
 from idempotency.outbox.publishers.aio_pika import AioPikaPublisher
 from idempotency.outbox.publishers.nats import NatsPublisher
 from idempotency.outbox.publishers.redis import RedisPublisher, read_entry
-
-TIMEOUT = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Delivered:
 class Broker(Protocol):
     """A place for the messages of one trial."""
 
-    def publisher(self) -> Publisher: ...
+    def publisher(self, timeout: float) -> Publisher: ...
 
     async def prepare(self) -> None: ...
 
@@ -52,9 +50,8 @@ def _delivered(told: str, payload: bytes) -> Delivered:
 class FilePublisher:
     """Append one line for each message."""
 
-    delivery_timeout = TIMEOUT
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout: float) -> None:
+        self.delivery_timeout = timeout
         self._file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
 
     async def publish(self, batch: Sequence[Message], /) -> Sequence[Outcome]:
@@ -73,8 +70,8 @@ class FileBroker:
 
     path: str
 
-    def publisher(self) -> Publisher:
-        return FilePublisher(Path(self.path))
+    def publisher(self, timeout: float) -> Publisher:
+        return FilePublisher(Path(self.path), timeout)
 
     async def prepare(self) -> None:
         Path(self.path).touch()
@@ -94,8 +91,8 @@ class RabbitMQ:
     url: str
     name: str
 
-    def publisher(self) -> Publisher:
-        return AioPikaPublisher(self.url, topic=self.name, delivery_timeout=TIMEOUT)
+    def publisher(self, timeout: float) -> Publisher:
+        return AioPikaPublisher(self.url, topic=self.name, delivery_timeout=timeout)
 
     async def prepare(self) -> None:
         async with await aio_pika.connect(self.url) as connection:
@@ -121,8 +118,8 @@ class NATS:
     url: str
     name: str
 
-    def publisher(self) -> Publisher:
-        return NatsPublisher(self.url, topic=self.name, delivery_timeout=TIMEOUT)
+    def publisher(self, timeout: float) -> Publisher:
+        return NatsPublisher(self.url, topic=self.name, delivery_timeout=timeout)
 
     async def _connected(self) -> Any:
         return await nats.connect(self.url, max_reconnect_attempts=100, reconnect_time_wait=0.1)
@@ -158,16 +155,19 @@ class Redis:
     url: str
     name: str
 
-    def publisher(self) -> Publisher:
-        return RedisPublisher(self.url, topic=self.name, delivery_timeout=TIMEOUT)
+    def publisher(self, timeout: float) -> Publisher:
+        return RedisPublisher(self.url, topic=self.name, delivery_timeout=timeout)
 
     async def prepare(self) -> None:
         """Nothing: a stream is there with its first message."""
 
     async def received(self) -> list[Delivered]:
         with redis.Redis.from_url(self.url) as client:
-            entries: Any = client.xrange(self.name)
-        return [_of_stream(fields) for _, fields in entries]
+            found, last = [], "-"
+            while entries := cast(Any, client.xrange(self.name, last, count=10_000)):
+                found += [_of_stream(fields) for _, fields in entries]
+                last = f"({entries[-1][0].decode()}"
+        return found
 
     async def remove(self) -> None:
         with redis.Redis.from_url(self.url) as client:

@@ -16,6 +16,7 @@ from typing import Any
 
 import broker_contract
 import outbox
+import outbox_chaos
 import scenarios
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -181,8 +182,19 @@ def main() -> int:
         action="store_true",
         help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
     )
+    chaos = parser.add_argument_group("of --outbox")
+    chaos.add_argument(
+        "--long",
+        action="store_true",
+        help="kill, pause and restart relays, databases and brokers at random while messages are emitted",
+    )
+    chaos.add_argument("--seconds", type=float, default=120.0, help="for how long; default: 120")
+    chaos.add_argument("--rows", type=int, default=100_000, help="how many messages; default: 100,000")
+    chaos.add_argument("--keys", type=int, default=1000, help="over how many keys; default: 1,000")
     options = parser.parse_args()
     try:
+        if options.outbox and options.long:
+            return 0 if outbox_chaos.run(outbox_chaos.Amount(options.rows, options.keys, options.seconds)) else 1
         if options.outbox:
             return 0 if outbox.run(options.quick) else 1
         if options.brokers is not None:
