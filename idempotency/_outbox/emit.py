@@ -24,7 +24,7 @@ from idempotency._sql.failures import MadeBy, describe_failure, lacks_table
 from idempotency._sql.guarded_connection import commits_by_itself
 from idempotency._sql.tables import full_name
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
-from idempotency.operation import current
+from idempotency.operation import Operation, current
 
 Row = dict[str, Any]
 """The values of a row's columns, but those that the database sets."""
@@ -97,12 +97,12 @@ class Outbox:
         Messages of one ``aggregate_type`` and ``aggregate_id`` are published in order. ``payload``: bytes go to the
         broker as they are; anything else as JSON; None is a tombstone. ``available_at``: when to publish it, a time
         with its zone or seconds since the epoch, default at once; a message that is not due delays no other one.
-        Inside of an operation the id is derived from the operation and the number of the message in it, so that a run
-        that is repeated emits the same ids.
+        Inside of an operation the id is derived from the operation, the key and ``type`` of the message and its number
+        among those of the same, so that a run that is repeated emits the same ids.
         Raises :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or carried, and
         :class:`~idempotency.errors.TransactionError` where there is no transaction.
         """
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         await session.run_sync(self.write, [row])
         return str(row["id"])
 
@@ -118,7 +118,7 @@ class Outbox:
         available_at: datetime | float | None = None,
     ) -> str:
         """See :meth:`emit`."""
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         self.write(session, [row])
         return str(row["id"])
 
@@ -130,8 +130,9 @@ class Outbox:
         payload: object,
         headers: Mapping[str, str] | None,
         available_at: datetime | float | None,
+        operation: Operation | None = None,
     ) -> Row:
-        """Return the row of a message; see :meth:`emit`."""
+        """Return the row of a message; see :meth:`emit`. ``operation``: the one that emits it."""
         message = Message(
             id=time_ordered_id(),
             aggregate_type=name_of("aggregate_type", aggregate_type, MOST_CHARACTERS),
@@ -143,9 +144,9 @@ class Outbox:
         refusal = self.limits.refusal(message)
         if refusal is not None:
             raise EmitRefusedError(f"the message cannot be carried by its route: {refusal}")
-        operation = current()
+        names = message.aggregate_type, message.aggregate_id, message.type
         return {
-            "id": message.id if operation is None else operation.next_message_id(),
+            "id": message.id if operation is None else operation.next_message_id(*names),
             "aggregatetype": message.aggregate_type,
             "aggregateid": message.aggregate_id,
             "type": message.type,
