@@ -8,7 +8,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from idempotency._outbox.emit import Outbox, Row
+from idempotency._outbox.emit import Outbox
+from idempotency._outbox.insert import Row
 from idempotency.errors import TransactionError
 
 _ENDED = (
