@@ -214,9 +214,10 @@ def _explaining(connection: Connection, table: str) -> Iterator[None]:
         if lacks_table(error):
             raise describe_failure(error, connection.engine.url, table, OUTBOX) from error
         if refuses_data(error):
+            kind = type(getattr(error, "orig", None) or error).__name__
             raise EmitRefusedError(
-                "the database refuses the message: it is too large for it, or its key or type has characters that are"
-                " not in the database's or connection's encoding"
+                f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
+                " has characters that the database or the connection cannot encode"
             ) from error
         raise
 

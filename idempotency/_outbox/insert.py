@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from idempotency._outbox.table import Tables, emitted_at
 from idempotency._sql.failures import lacks_table
 from idempotency._sql.tables import full_name
+from idempotency.errors import EmitRefusedError
 
 Row = dict[str, Any]
 """The values of a row's columns, but those that the database sets."""
@@ -19,6 +20,8 @@ Row = dict[str, Any]
 _MOST_ROWS = 100
 _MOST_BYTES = 1_000_000
 """Of one statement: MariaDB and MySQL close a connection that sends them more than ``max_allowed_packet``."""
+
+_REST_OF_PACKET = 10_000
 
 _COLUMNS = "id", "aggregatetype", "aggregateid", "type", "payload", "headers", "bucket", "attempts", "available_ms"
 _MYSQL = ("mysql", "mariadb")
@@ -35,6 +38,8 @@ class Inserts:
         """Write rows: one statement for up to 100 of them, or a megabyte. On SQLite, create the tables if they lack."""
         for part in _parts(rows):
             statement, values = self._statement(connection, len(part)), _values(connection.dialect.name, part)
+            if connection.dialect.name in _MYSQL and _size(part[0]) > _MOST_BYTES:
+                _check_packet(connection, values)
             try:
                 connection.execute(statement, values)
             except DBAPIError as error:
@@ -66,12 +71,26 @@ def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
     part: list[Row] = []
     size = 0
     for row in rows:
-        size += len(row["payload"] or "") + len(row["headers"] or "")
-        if part and (len(part) == _MOST_ROWS or size > _MOST_BYTES):
+        if part and (len(part) == _MOST_ROWS or size + _size(row) > _MOST_BYTES):
             yield part
-            part, size = [], len(row["payload"] or "") + len(row["headers"] or "")
+            part, size = [], 0
         part.append(row)
+        size += _size(row)
     yield part
+
+
+def _size(row: Row) -> int:
+    return len(row["payload"] or "") + len(row["headers"] or "")
+
+
+def _check_packet(connection: Connection, values: Row) -> None:
+    # The server answers a packet that is too large by closing the connection, which looks like a failure that passes.
+    most: int = connection.execute(text("SELECT @@max_allowed_packet")).scalar_one()
+    size = len(values["payload0"] or "") + 2 * len(values["headers0"] or "") + _REST_OF_PACKET
+    if size > most:
+        raise EmitRefusedError(
+            f"the message takes {size} bytes on its way to the database; max_allowed_packet allows {most}"
+        )
 
 
 def _values(dialect: str, rows: Sequence[Row]) -> Row:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from idempotency.errors import ConfigurationError, EmitRefusedError
-from idempotency.outbox import Outbox
+from idempotency.outbox import Limits, Outbox
 from tests.kit.ledger import SYNC_JOINED_KINDS, Ledger
 from tests.kit.relays import count
 
@@ -73,6 +73,16 @@ def test_several_messages_are_one_statement_of_the_server(sync_ledger: Ledger, s
         before = int(connection.execute(inserts).one()[1])
         sync_outbox.write(connection, rows(sync_outbox, 5, b"\xff"))
         assert int(connection.execute(inserts).one()[1]) == before + 1
+
+
+@pytest.mark.stores("mariadb")
+def test_what_no_packet_takes_is_refused_although_the_limits_allow_it(sync_ledger: Ledger, sync_outbox: Outbox) -> None:
+    wide = Outbox(sync_outbox.tables.messages.name, limits=Limits(most_bytes=10**9))
+    with sync_ledger.engine.begin() as connection:
+        most = connection.execute(text("SELECT @@max_allowed_packet")).scalar_one()
+        with pytest.raises(EmitRefusedError, match="max_allowed_packet allows"):
+            wide.emit_sync(connection, **ORDER, payload=bytes(most * 3 // 4))
+        wide.emit_sync(connection, **ORDER, payload=bytes(2_000_000))
 
 
 @pytest.mark.stores("sqlite")
