@@ -26,7 +26,10 @@ class HasSession(Protocol):
         ...
 
     def emit(self, message: Mapping[str, Any], /) -> str:
-        """Write a message with the record, and return its id; ``message``: the arguments of :meth:`Operation.emit`."""
+        """Write a message with the record, and return its id.
+
+        ``message``: the arguments of :meth:`Operation.emit`, and the operation.
+        """
         ...
 
 
@@ -88,7 +91,7 @@ class Operation:
         self._transaction = transaction
         self.name = name
         self._override: Outcome | None = None
-        self._messages = itertools.count(1)
+        self._messages: dict[tuple[str, ...], itertools.count[int]] = {}
         self.attempt = attempt
         self.lost = Lost()
 
@@ -123,7 +126,10 @@ class Operation:
         Another ``name`` gives another key. It is 36 characters long (the form of a UUID), which every provider known
         to us accepts.
         """
-        digest = hashlib.sha256(b"derive:1:%b:%b" % (self._claim.id, name.encode("utf-8", "surrogatepass")))
+        return self._derive(b"derive:1", name)
+
+    def _derive(self, purpose: bytes, name: str) -> str:
+        digest = hashlib.sha256(b"%b:%b:%b" % (purpose, self._claim.id, name.encode("utf-8", "surrogatepass")))
         return str(uuid.UUID(bytes=digest.digest()[:16], version=5))
 
     def emit(
@@ -139,11 +145,12 @@ class Operation:
     ) -> str:
         """Emit a message, which commits with the effect and the record, and return its id.
 
-        It is written just before the commit, all messages of the operation in one statement. The arguments are those of
+        It is written just before the commit, together with the operation's other messages. The arguments are those of
         :meth:`idempotency.outbox.Outbox.emit`; ``outbox`` is the :class:`~idempotency.outbox.Outbox` that has the
         table, default ``Outbox()``.
-        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and
-        :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or carried.
+        Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and once the
+        operation has ended; :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or
+        carried.
         """
         if self._transaction is None:
             raise TransactionError(
@@ -152,6 +159,7 @@ class Operation:
             )
         return self._transaction.emit(
             {
+                "operation": self,
                 "outbox": outbox,
                 "aggregate_type": aggregate_type,
                 "aggregate_id": aggregate_id,
@@ -162,9 +170,14 @@ class Operation:
             }
         )
 
-    def next_message_id(self) -> str:
-        """Return the id of the next message that the operation emits: the same at each run of the operation."""
-        return self.derive(f"message:{next(self._messages)}")
+    def next_message_id(self, *names: str) -> str:
+        """Return the id of the next message that the operation emits under ``names``, none of which has a NUL in it.
+
+        It is the same at each run of the operation, also if a run emits its other messages in another order, or not
+        all of them. Else one message could have the id of another one, and a consumer would drop it.
+        """
+        number = next(self._messages.setdefault(names, itertools.count(1)))
+        return self._derive(b"message:1", "\0".join((*names, str(number))))
 
     def hold(self) -> None:
         """Declare that the effect has happened: the key is not released from here on.

@@ -126,6 +126,7 @@ class Transaction:
     def bind(self) -> None:
         """Note the transaction that is open now and contains the record: only this one may be committed."""
         self._root = self._opened.sync_session.get_transaction()
+        self._emitted = Emitted()  # what came before, such as a claim that began again, is over
 
     async def begin_nested(self) -> SessionTransaction:
         """Begin a savepoint."""
@@ -134,7 +135,7 @@ class Transaction:
 
     async def undo(self, savepoint: SessionTransaction) -> bool:
         """Roll a savepoint back; False where that failed, and only the whole transaction can be undone."""
-        self._emitted.clear()
+        self._emitted.drop()
         try:
             await self._do(lambda _: savepoint.rollback())
         except Exception:
@@ -220,7 +221,7 @@ class Transaction:
 
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
-        self._emitted.clear()
+        self._emitted.drop()
         if self.used:
             with suppress(StoreError):  # not answered: its connection is closed
                 await self._do(roll_back)

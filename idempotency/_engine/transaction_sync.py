@@ -65,6 +65,7 @@ class SyncTransaction:
     def bind(self) -> None:
         """See :meth:`Transaction.bind`."""
         self._root = self._opened.get_transaction()
+        self._emitted = Emitted()  # what came before, such as a claim that began again, is over
 
     def begin_nested(self) -> SessionTransaction:
         """See :meth:`Transaction.begin_nested`."""
@@ -73,7 +74,7 @@ class SyncTransaction:
 
     def undo(self, savepoint: SessionTransaction) -> bool:
         """See :meth:`Transaction.undo`."""
-        self._emitted.clear()
+        self._emitted.drop()
         try:
             self._do(lambda _: savepoint.rollback())
         except Exception:
@@ -131,7 +132,7 @@ class SyncTransaction:
 
     def roll_back(self) -> None:
         """See :meth:`Transaction.roll_back`."""
-        self._emitted.clear()
+        self._emitted.drop()
         if self.used:
             with suppress(StoreError):  # not answered: its connection is closed
                 self._do(roll_back)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.orm import Session
@@ -26,7 +26,8 @@ Waken = Callable[[], None]
 _wakers: dict[str, set[Waken]] = {}
 _changing = threading.Lock()
 _installed = False
-_watched: WeakSet[Connection] = WeakSet()
+_unfinished: WeakKeyDictionary[Connection, set[_Place]] = WeakKeyDictionary()
+"""Where the open transaction of a connection without a session has emitted."""
 
 
 class _Place(NamedTuple):
@@ -58,10 +59,28 @@ def emitted(session: Session | Connection, connection: Connection, table: str, n
     if isinstance(session, Session):
         _install()
         session.info.setdefault(_EMITTED, set()).add(place)
-    elif session not in _watched:
-        _watched.add(session)
-        # It is called just before the commit. The relay looks again soon after it was woken for nothing.
-        event.listen(session, "commit", lambda _: _wake(place))
+    else:
+        _places_of(session).add(place)
+
+
+def _places_of(connection: Connection) -> set[_Place]:
+    places = _unfinished.get(connection)
+    if places is None:
+        places = _unfinished[connection] = set()
+        event.listen(connection, "commit", _before_commit)
+        event.listen(connection, "rollback", _forget)
+    return places
+
+
+def _before_commit(connection: Connection) -> None:
+    # It is called just before the commit. The relay looks again soon after it was woken for nothing.
+    places = _unfinished[connection]
+    while places:
+        _wake(places.pop())
+
+
+def _forget(connection: Connection) -> None:
+    _unfinished[connection].clear()
 
 
 def _install() -> None:
@@ -88,8 +107,10 @@ def _after_rollback(session: Session) -> None:
 
 
 def _wake(place: _Place) -> None:
-    with suppress(Exception):
-        for waken in _wakers.get(place.table, ()):
+    for waken in _wakers.get(place.table, ()):
+        # The event loop of one relay may be closed.
+        with suppress(Exception):
             waken()
-        if place.notifies:
+    if place.notifies:
+        with suppress(Exception):
             NOTIFIER.notify(place.engine, place.table)

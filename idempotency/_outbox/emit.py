@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import zlib
-from binascii import b2a_base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, TextClause, text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from idempotency._outbox.after_commit import emitted
+from idempotency._outbox.insert import Inserts, Row
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.log_message import write_messages
 from idempotency._outbox.message import Message, time_ordered_id
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
-from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, emitted_at, tables_named
+from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 from idempotency._sql.engines import level_of
-from idempotency._sql.failures import MadeBy, describe_failure, lacks_table
+from idempotency._sql.failures import MadeBy, describe_failure, lacks_table, refuses_data
 from idempotency._sql.guarded_connection import commits_by_itself
-from idempotency._sql.tables import full_name
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
-from idempotency.operation import current
-
-Row = dict[str, Any]
-"""The values of a row's columns, but those that the database sets."""
+from idempotency.operation import Operation, current
 
 NO_TRANSACTION = (
     "There is no transaction to emit in: begin one, or give the middleware or decorator session=. A message commits or"
     " vanishes with what is written beside it."
 )
-_COLUMNS = "id", "aggregatetype", "aggregateid", "type", "payload", "headers", "bucket", "attempts", "available_ms"
-_MYSQL = ("mysql", "mariadb")
+_UNBOUND = "the session has no engine for the outbox: give it bind=, or emit on a connection of the effect's engine"
 _AUTOCOMMIT = "the connection is in AUTOCOMMIT: a message has no transaction there with which it commits or vanishes"
 
 
@@ -71,7 +67,7 @@ class Outbox:
         self.mode = mode
         self.notify = notify
         self.limits = limits or Limits()
-        self._insert: dict[tuple[str, str | None], TextClause] = {}
+        self._inserts = Inserts(self.tables)
 
     @property
     def prefix(self) -> str:
@@ -83,7 +79,7 @@ class Outbox:
 
     async def emit(
         self,
-        session: AsyncSession | AsyncConnection,
+        session: AsyncSession | async_scoped_session[Any] | AsyncConnection,
         *,
         aggregate_type: str,
         aggregate_id: object,
@@ -97,18 +93,19 @@ class Outbox:
         Messages of one ``aggregate_type`` and ``aggregate_id`` are published in order. ``payload``: bytes go to the
         broker as they are; anything else as JSON; None is a tombstone. ``available_at``: when to publish it, a time
         with its zone or seconds since the epoch, default at once; a message that is not due delays no other one.
-        Inside of an operation the id is derived from the operation and the number of the message in it, so that a run
-        that is repeated emits the same ids.
+        Inside of an operation the id is derived from the operation, the key and ``type`` of the message and its number
+        among those of the same, so that a run that is repeated emits the same ids.
         Raises :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or carried, and
         :class:`~idempotency.errors.TransactionError` where there is no transaction.
         """
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        session = _asynchronous(session)
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         await session.run_sync(self.write, [row])
         return str(row["id"])
 
     def emit_sync(
         self,
-        session: Session | Connection,
+        session: Session | scoped_session[Any] | Connection,
         *,
         aggregate_type: str,
         aggregate_id: object,
@@ -118,7 +115,8 @@ class Outbox:
         available_at: datetime | float | None = None,
     ) -> str:
         """See :meth:`emit`."""
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        session = _synchronous(session)
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         self.write(session, [row])
         return str(row["id"])
 
@@ -130,8 +128,9 @@ class Outbox:
         payload: object,
         headers: Mapping[str, str] | None,
         available_at: datetime | float | None,
+        operation: Operation | None = None,
     ) -> Row:
-        """Return the row of a message; see :meth:`emit`."""
+        """Return the row of a message; see :meth:`emit`. ``operation``: the one that emits it."""
         message = Message(
             id=time_ordered_id(),
             aggregate_type=name_of("aggregate_type", aggregate_type, MOST_CHARACTERS),
@@ -143,9 +142,9 @@ class Outbox:
         refusal = self.limits.refusal(message)
         if refusal is not None:
             raise EmitRefusedError(f"the message cannot be carried by its route: {refusal}")
-        operation = current()
+        names = message.aggregate_type, message.aggregate_id, message.type
         return {
-            "id": message.id if operation is None else operation.next_message_id(),
+            "id": message.id if operation is None else operation.next_message_id(*names),
             "aggregatetype": message.aggregate_type,
             "aggregateid": message.aggregate_id,
             "type": message.type,
@@ -157,50 +156,21 @@ class Outbox:
         }
 
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
-        """Write rows in the transaction of ``session``: one statement."""
+        """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""
         connection = _connection_of(session)
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT" or commits_by_itself(
             connection
         ):
             raise TransactionError(_AUTOCOMMIT)
-        if self.mode == "message":
-            now = [row for row in rows if row["available_ms"] is None]
-            if now:
-                write_messages(connection, self.prefix, now)
-            rows = [row for row in rows if row["available_ms"] is not None]
-        if rows:
-            self._insert_rows(connection, rows)
+        with _explaining(connection, self.tables.messages.fullname):
+            if self.mode == "message":
+                now = [row for row in rows if row["available_ms"] is None]
+                if now:
+                    write_messages(connection, self.prefix, now)
+                rows = [row for row in rows if row["available_ms"] is not None]
+            if rows:
+                self._inserts.write(connection, rows)
         emitted(session, connection, self.tables.messages.fullname, self.notify)
-
-    def _insert_rows(self, connection: Connection, rows: Sequence[Row]) -> None:
-        name, schema = connection.dialect.name, connection.schema_for_object(self.tables.messages)
-        statement = self._insert.get((name, schema))
-        if statement is None:
-            statement = self._insert[name, schema] = self._insert_by(connection)
-        if name in _MYSQL:
-            rows = [{**row, "payload": _as_base64(row["payload"])} for row in rows]
-        parameters: Any = rows if len(rows) > 1 else rows[0]
-        try:
-            connection.execute(statement, parameters)
-        except DBAPIError as error:
-            if not lacks_table(error):
-                raise
-            if name != "sqlite":
-                raise describe_failure(error, connection.engine.url, self.tables.messages.fullname, OUTBOX) from error
-            self.tables.create(connection)
-            connection.execute(statement, parameters)
-
-    def _insert_by(self, connection: Connection) -> TextClause:
-        # As text, because SQLAlchemy takes longer to find an insert() in its cache than to send it.
-        name = connection.dialect.name
-        values = [f":{column}" for column in _COLUMNS]
-        if name in _MYSQL:
-            # Its drivers escape bytes in different ways, and some send two digits for each byte.
-            values[_COLUMNS.index("payload")] = "FROM_BASE64(:payload)"
-        return text(
-            f"INSERT INTO {full_name(connection, self.tables.messages)} (created_ms, {', '.join(_COLUMNS)})"  # noqa: S608
-            f" VALUES ({emitted_at(name)}, {', '.join(values)})"
-        )
 
     async def create_schema(self, engine: AsyncEngine) -> None:
         """Create the tables where they are missing; safe in any number of processes at once."""
@@ -218,8 +188,38 @@ def bucket_of(aggregate_type: str, aggregate_id: str) -> int:
     return zlib.crc32(f"{aggregate_type}\0{aggregate_id}".encode()) % BUCKETS
 
 
-def _as_base64(payload: bytes | None) -> str | None:
-    return None if payload is None else b2a_base64(payload, newline=False).decode()
+def _asynchronous(session: Any) -> AsyncSession | AsyncConnection:
+    own: Any = session() if isinstance(session, async_scoped_session) else session
+    if not isinstance(own, AsyncSession | AsyncConnection):
+        kind = type(own).__name__
+        raise ConfigurationError(f"emit() takes an AsyncSession or AsyncConnection, not {kind}: is it emit_sync()?")
+    return own
+
+
+def _synchronous(session: Any) -> Session | Connection:
+    own: Any = session() if isinstance(session, scoped_session) else session
+    if not isinstance(own, Session | Connection):
+        kind = type(own).__name__
+        raise ConfigurationError(f"emit_sync() takes a Session or Connection, not {kind}: is it await emit()?")
+    return own
+
+
+@contextmanager
+def _explaining(connection: Connection, table: str) -> Iterator[None]:
+    try:
+        yield
+    except (DBAPIError, UnicodeError) as error:
+        if isinstance(error, DBAPIError):
+            error.hide_parameters = True  # an error is logged, and a payload must not be
+        if lacks_table(error):
+            raise describe_failure(error, connection.engine.url, table, OUTBOX) from error
+        if refuses_data(error):
+            kind = type(getattr(error, "orig", None) or error).__name__
+            raise EmitRefusedError(
+                f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
+                " has characters that the database or the connection cannot encode"
+            ) from error
+        raise
 
 
 def _connection_of(session: Session | Connection) -> Connection:
@@ -227,6 +227,8 @@ def _connection_of(session: Session | Connection) -> Connection:
         return session
     try:
         return session.connection()
+    except UnboundExecutionError as error:
+        raise ConfigurationError(_UNBOUND) from error
     except InvalidRequestError as error:
         if session.in_transaction():
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,7 +26,10 @@ _AFTER_FAILURE = 1.0
 _TIMEOUT = 2.0
 
 _IDLE = 2.0
-"""Seconds without a notification after which its connections are closed."""
+"""Seconds without a notification after which a connection is closed."""
+
+_MOST = 4
+"""Connections that are open at once. An application may make engines without end, as one for each task."""
 
 
 def channel_of(table: str) -> str:
@@ -77,55 +81,92 @@ class Notifier:
     async def _work(self) -> None:
         self._awake = awake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        connections: dict[Pool, Any] = {}
+        connections = _Connections()
         while True:
             awake.clear()
             if not self._wanted:
-                try:
-                    async with asyncio.timeout(_IDLE if connections else None):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(connections.close_in):
                         await awake.wait()
-                except TimeoutError:
-                    await _close(connections)
-                    continue
             pause = _PAUSE
             for place in list(self._wanted):
                 # Before it is sent: a commit from here on asks again.
                 self._wanted.pop(place)
-                try:
-                    async with asyncio.timeout(_TIMEOUT):
-                        await _send(place, connections)
-                except Exception:
-                    await _close(connections)
+                if not await connections.send(place):
                     pause = _AFTER_FAILURE
+            await connections.close_idle()
             await asyncio.sleep(pause)
 
 
-async def _send(place: _Place, connections: dict[Pool, Any]) -> None:
-    """Send one notification by a connection that is made as those of the application's pool are made."""
-    if place.pool not in connections:
-        connections[place.pool] = await greenlet_spawn(_connect, place)
-    connection, statement = connections[place.pool], f'NOTIFY "{place.channel}"'
+class _Opened(NamedTuple):
+    dialect: Dialect
+    connection: Any
+    used: float
+
+
+class _Connections:
+    """The connections that notify, by the pools whose settings they have. The one that was used last is the last."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Pool, _Opened] = {}
+
+    @property
+    def close_in(self) -> float | None:
+        """Return in how many seconds a connection is to be closed, if there is one."""
+        first = next(iter(self._opened.values()), None)
+        return None if first is None else max(0.0, first.used + _IDLE - time.monotonic())
+
+    async def send(self, place: _Place) -> bool:
+        """Send one notification, and return whether that succeeded. It ends in time."""
+        opened = self._opened.pop(place.pool, None)
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                connection = await greenlet_spawn(_connect, place) if opened is None else opened.connection
+                opened = _Opened(place.dialect, connection, time.monotonic())
+                await _notify(place, connection)
+        except Exception:
+            await _close(opened)
+            return False
+        self._opened[place.pool] = opened
+        return True
+
+    async def close_idle(self) -> None:
+        """Close what was not used for a while, and what is too many."""
+        while self._opened and (len(self._opened) > _MOST or self.close_in == 0.0):
+            await _close(self._opened.pop(next(iter(self._opened))))
+
+
+async def _close(opened: _Opened | None) -> None:
+    if opened is not None:
+        with suppress(Exception):
+            async with asyncio.timeout(2 * _TIMEOUT):
+                # Where the server does not answer, this ends the connection without it.
+                await greenlet_spawn(opened.dialect.do_terminate, opened.connection)
+
+
+def _connect(place: _Place) -> Any:
+    """Make a connection as those of the application's pool are made."""
+    pooled = place.pool.recreate().connect()
+    try:
+        # A listener of the application may have begun a transaction.
+        pooled.rollback()
+        connection: Any = pooled.dbapi_connection
+        place.dialect.set_isolation_level(connection, "AUTOCOMMIT")
+        pooled.detach()
+    except BaseException:
+        # Nothing else would close it.
+        pooled.invalidate()
+        raise
+    return connection
+
+
+async def _notify(place: _Place, connection: Any) -> None:
+    statement = f'NOTIFY "{place.channel}"'
     if place.dialect.driver == "asyncpg":
         # SQLAlchemy would prepare the statement, which takes longer than to execute it.
         await connection.driver_connection.execute(statement)
     else:
         await greenlet_spawn(_execute, connection, statement)
-
-
-async def _close(connections: dict[Pool, Any]) -> None:
-    while connections:
-        _, connection = connections.popitem()
-        with suppress(Exception):
-            async with asyncio.timeout(_TIMEOUT):
-                await greenlet_spawn(connection.close)
-
-
-def _connect(place: _Place) -> Any:
-    pooled = place.pool.recreate().connect()
-    connection: Any = pooled.dbapi_connection
-    pooled.detach()
-    place.dialect.set_isolation_level(connection, "AUTOCOMMIT")
-    return connection
 
 
 def _execute(connection: Any, statement: str) -> None:

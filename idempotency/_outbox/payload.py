@@ -81,7 +81,8 @@ def encode_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
 
 def headers_as_text(headers: Mapping[str, str]) -> str | None:
     """Return the headers as the row has them."""
-    return json.dumps(dict(headers), ensure_ascii=False, separators=(",", ":")) if headers else None
+    # ASCII only, so that the encoding of the database does not matter.
+    return json.dumps(dict(headers), separators=(",", ":")) if headers else None
 
 
 def headers_from_text(text: str | None) -> Mapping[str, str]:
@@ -96,7 +97,8 @@ def name_of(what: str, value: object, most: int) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= most or "\0" in value or not _encodes(value):
         shown = repr(value) if isinstance(value, str) and len(value) <= most else type(value).__name__
         raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}")
-    return value
+    # Not as an enumeration or another subclass, which drivers and format() write in their own ways.
+    return str.__str__(value)
 
 
 def _encodes(value: str) -> bool:

@@ -12,6 +12,8 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
+from idempotency._outbox import after_commit
+from idempotency._outbox.notify import NOTIFIER
 from idempotency.outbox import Outbox
 from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._wake import Wake
@@ -55,6 +57,33 @@ async def test_a_commit_of_a_connection_wakes_a_relay(ledger: Ledger, outbox: Ou
         assert await wake.wait(5)
 
 
+@pytest.mark.stores("sqlite")
+async def test_a_connection_wakes_the_relays_of_what_its_transaction_has_emitted(
+    ledger: Ledger, outbox: Outbox
+) -> None:
+    other = Outbox(f"{outbox.tables.messages.name}2")
+    await other.create_schema(ledger.engine)  # type: ignore[arg-type]
+    woken: list[str] = []
+
+    def close() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    first, second = outbox.tables.messages.fullname, other.tables.messages.fullname
+    with (
+        after_commit.woken(first, close),
+        after_commit.woken(first, lambda: woken.append("first")),
+        after_commit.woken(second, lambda: woken.append("second")),
+    ):
+        async with ledger.engine.connect() as connection:  # type: ignore[union-attr]
+            for emitting in ([outbox, other], [], [other]):
+                async with connection.begin():
+                    for each in emitting:
+                        await each.emit(connection, **ORDER)
+                woken.append("-")
+    assert sorted(woken[:2]) == ["first", "second"]
+    assert woken[2:] == ["-", "-", "second", "-"]
+
+
 @pytest.mark.stores("sqlite", "postgres")
 def test_a_commit_in_a_thread_wakes_a_relay(sync_ledger: Ledger, sync_outbox: Outbox) -> None:
     listening, woken = threading.Event(), threading.Event()
@@ -95,8 +124,6 @@ async def test_a_commit_notifies_other_processes_outside_of_its_transaction(ledg
 async def hear(ledger: Ledger, outbox: Outbox, heard: asyncio.Event) -> None:
     """Wait as a relay of another process: what wakes it in this one is removed."""
     async with waiting(ledger, outbox, notify=True) as wake:
-        from idempotency._outbox import after_commit
-
         after_commit._wakers.pop(outbox.tables.messages.fullname, None)
         await wake.wait(10)  # for the beginning of the notifications
         if await wake.wait(10):
@@ -115,3 +142,38 @@ async def test_notifications_can_be_switched_off(
     assert asked == []
     await emit(ledger.engine, outbox, (1, "a"))
     assert len(asked) == 1
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_the_connections_that_notify_are_few_and_end(
+    ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("idempotency._outbox.notify._IDLE", 0.2)
+    opened: list[Any] = []
+    for _ in range(6):
+        engine = create_async_engine(ledger.engine.url)  # type: ignore[union-attr]
+
+        @event.listens_for(engine.sync_engine, "connect")
+        def begin(connection: Any, _: Any) -> None:
+            # With some drivers this begins a transaction, and leaves it open.
+            connection.cursor().execute("SET search_path TO public")
+            opened.append(connection)
+
+        await engine.dispose()
+        before = len(opened)
+        NOTIFIER.notify(engine.sync_engine, outbox.tables.messages.name)
+        await until(lambda before=before: len(opened) > before)
+    drivers = [connection.driver_connection for connection in opened]
+    await until(lambda: sum(not is_closed(driver) for driver in drivers) <= 4)
+    await until(lambda: all(map(is_closed, drivers)))
+    assert len(drivers) == 6
+
+
+def is_closed(driver: Any) -> bool:
+    return bool(driver.closed if hasattr(driver, "closed") else driver.is_closed())
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)

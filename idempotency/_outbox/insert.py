@@ -1,0 +1,102 @@
+"""Write rows into the table of messages by few statements: many drivers send one for each row of several."""
+
+from __future__ import annotations
+
+from binascii import b2a_base64
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DBAPIError
+
+from idempotency._outbox.table import Tables, emitted_at
+from idempotency._sql.failures import lacks_table
+from idempotency._sql.tables import full_name
+from idempotency.errors import EmitRefusedError
+
+Row = dict[str, Any]
+"""The values of a row's columns, but those that the database sets."""
+
+_MOST_ROWS = 100
+_MOST_BYTES = 1_000_000
+"""Of one statement: MariaDB and MySQL close a connection that sends them more than ``max_allowed_packet``."""
+
+_REST_OF_PACKET = 10_000
+
+_COLUMNS = "id", "aggregatetype", "aggregateid", "type", "payload", "headers", "bucket", "attempts", "available_ms"
+_MYSQL = ("mysql", "mariadb")
+
+
+class Inserts:
+    """The statements that write into one table of messages."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._known: dict[tuple[str, str | None, int], TextClause] = {}
+
+    def write(self, connection: Connection, rows: Sequence[Row]) -> None:
+        """Write rows: one statement for up to 100 of them, or a megabyte. On SQLite, create the tables if they lack."""
+        for part in _parts(rows):
+            statement, values = self._statement(connection, len(part)), _values(connection.dialect.name, part)
+            if connection.dialect.name in _MYSQL and _size(part[0]) > _MOST_BYTES:
+                _check_packet(connection, values)
+            try:
+                connection.execute(statement, values)
+            except DBAPIError as error:
+                if connection.dialect.name != "sqlite" or not lacks_table(error):
+                    raise
+                self._tables.create(connection)
+                connection.execute(statement, values)
+
+    def _statement(self, connection: Connection, count: int) -> TextClause:
+        name, schema = connection.dialect.name, connection.schema_for_object(self._tables.messages)
+        statement = self._known.get((name, schema, count))
+        if statement is None:
+            statement = self._known[name, schema, count] = self._make(connection, count)
+        return statement
+
+    def _make(self, connection: Connection, count: int) -> TextClause:
+        # As text, because SQLAlchemy takes longer to find an insert() in its cache than to send it.
+        name = connection.dialect.name
+        # Its drivers escape bytes in different ways, and some send two digits for each byte.
+        payload = "FROM_BASE64(:payload{})" if name in _MYSQL else ":payload{}"
+        columns = ", ".join(payload if column == "payload" else f":{column}{{}}" for column in _COLUMNS)
+        row = f"({emitted_at(name)}, {columns})"
+        rows = ", ".join(row.replace("{}", str(number)) for number in range(count))
+        table = full_name(connection, self._tables.messages).replace(":", "\\:")
+        return text(f"INSERT INTO {table} (created_ms, {', '.join(_COLUMNS)}) VALUES {rows}")  # noqa: S608
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    part: list[Row] = []
+    size = 0
+    for row in rows:
+        if part and (len(part) == _MOST_ROWS or size + _size(row) > _MOST_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += _size(row)
+    yield part
+
+
+def _size(row: Row) -> int:
+    return len(row["payload"] or "") + len(row["headers"] or "")
+
+
+def _check_packet(connection: Connection, values: Row) -> None:
+    # The server answers a packet that is too large by closing the connection, which looks like a failure that passes.
+    most: int = connection.execute(text("SELECT @@max_allowed_packet")).scalar_one()
+    size = len(values["payload0"] or "") + 2 * len(values["headers0"] or "") + _REST_OF_PACKET
+    if size > most:
+        raise EmitRefusedError(
+            f"the message takes {size} bytes on its way to the database; max_allowed_packet allows {most}"
+        )
+
+
+def _values(dialect: str, rows: Sequence[Row]) -> Row:
+    values = {f"{column}{number}": row[column] for number, row in enumerate(rows) for column in _COLUMNS}
+    if dialect in _MYSQL:
+        for number, row in enumerate(rows):
+            payload = row["payload"]
+            values[f"payload{number}"] = None if payload is None else b2a_base64(payload, newline=False).decode()
+    return values

@@ -1,0 +1,108 @@
+"""The ids of what an operation emits: the same at each run, whatever else a run emits, and from wherever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from idempotency import current, idempotent
+from idempotency.errors import TransactionError
+from idempotency.outbox import Outbox
+from idempotency.stores.memory import MemoryStore
+from tests.kit.ledger import Ledger
+
+ORDER: dict[str, Any] = {"aggregate_type": "order", "aggregate_id": 7, "payload": {}}
+
+
+@pytest.mark.stores("sqlite")
+async def test_each_message_has_its_own_id_although_a_run_emits_fewer(ledger: Ledger, outbox: Outbox) -> None:
+    runs: list[dict[str, str]] = []
+
+    @idempotent(ledger.store, key=lambda: "one")
+    async def place() -> None:
+        ids: dict[str, str] = {}
+        runs.append(ids)
+        # The order exists at the second run: the first one has committed it, and the message beside it.
+        for kind in ("Created", "Paid") if len(runs) == 1 else ("Paid",):
+            async with ledger.sessions.begin() as session:
+                ids[kind] = await outbox.emit(session, **ORDER, type=kind)
+        if len(runs) == 1:
+            raise ConnectionError("the first run fails")
+
+    with pytest.raises(ConnectionError):
+        await place()
+    await place()
+    assert runs[0]["Created"] != runs[0]["Paid"] == runs[1]["Paid"]
+
+
+@pytest.mark.stores("sqlite")
+async def test_ids_belong_to_the_operation_that_is_asked_to_emit(ledger: Ledger, outbox: Outbox) -> None:
+    runs: list[list[str]] = []
+
+    @idempotent(ledger.store, key=lambda: "outer", session=ledger.sessions, name="outer")
+    async def outer(session: Any) -> None:
+        operation: Any = current()
+
+        def emit() -> str:
+            emitted: str = operation.emit(**ORDER, type="Placed", outbox=outbox)
+            return emitted
+
+        @idempotent(MemoryStore(), key=lambda: "inner")
+        async def inner() -> str:
+            return emit()
+
+        # A thread of the executor does not see the operation by itself.
+        loop = asyncio.get_running_loop()
+        runs.append([emit(), await inner(), await loop.run_in_executor(None, emit), operation.derive("message:1")])
+        if len(runs) == 1:
+            raise ConnectionError("the first run fails")
+
+    with pytest.raises(ConnectionError):
+        await outer()
+    await outer()
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 4
+
+
+@pytest.mark.stores("sqlite", "postgres")
+async def test_what_is_emitted_after_the_end_is_refused(ledger: Ledger, outbox: Outbox) -> None:
+    ended = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    @idempotent(ledger.store, key=lambda fails: str(fails), session=ledger.sessions)
+    async def place(fails: bool, session: Any) -> None:
+        operation: Any = current()
+
+        async def afterwards() -> None:
+            await ended.wait()
+            operation.emit(**ORDER, type="Late", outbox=outbox)
+
+        tasks.append(asyncio.create_task(afterwards()))
+        if fails:
+            raise ValueError("on purpose")
+
+    await place(False)
+    with pytest.raises(ValueError, match="on purpose"):
+        await place(True)
+    ended.set()
+    for task in tasks:
+        with pytest.raises(TransactionError, match="has ended"):
+            await task
+    async with ledger.engine.connect() as connection:
+        assert (await connection.execute(select(outbox.tables.messages))).all() == []
+
+
+@pytest.mark.stores("sqlite")
+def test_what_is_emitted_after_the_end_in_a_thread_is_refused(sync_ledger: Ledger, sync_outbox: Outbox) -> None:
+    operations: list[Any] = []
+
+    @idempotent(sync_ledger.store, key=lambda: "one", session=sync_ledger.sessions)
+    def place(session: Any) -> None:
+        operations.append(current())
+
+    place()
+    with pytest.raises(TransactionError, match="has ended"):
+        operations[0].emit(**ORDER, type="Late", outbox=sync_outbox)
