@@ -89,14 +89,18 @@ class Delivery:
 
         ``lease_remaining``: for how many seconds the relay may go on. When there are none, the publisher is cancelled.
         """
+        readable = [row for row in rows if row.refused is None]
+        outcomes = iter(await self._publish(readable, lease_remaining) if readable else ())
+        return [next(outcomes) if row.refused is None else Refused(row.refused) for row in rows]
+
+    async def _publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
         try:
-            outcomes = _checked(await self._in_time(rows, lease_remaining), len(rows))
+            return _checked(await self._in_time(rows, lease_remaining), len(rows))
         except Exception as error:
             detail = f": {error}" if isinstance(error, ConfigurationError) else ""
             reason = f"{type(error).__name__}{detail}"
             self.announce("unavailable", rows, reason)
             return [RetryLater(reason)] * len(rows)
-        return outcomes
 
     async def _in_time(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> Sequence[Outcome]:
         end = monotonic() + self._publisher.delivery_timeout + _SLACK
