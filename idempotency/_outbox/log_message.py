@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import ARRAY, Connection, Text, bindparam, text
 
 from idempotency._outbox.message import Message, time_ordered_id
-from idempotency._outbox.payload import headers_from_text
+from idempotency._outbox.payload import headers_from_text, name_of
+from idempotency._outbox.table import MOST_CHARACTERS
 from idempotency.errors import ConfigurationError, EmitRefusedError
 
 _FIELDS = ("id", "aggregatetype", "aggregateid", "type")
@@ -55,14 +57,18 @@ def encode_row(row: Mapping[str, Any]) -> str:
 
 
 def decode_message(content: bytes, created: float) -> Message:
-    """Return the message of what :func:`encode_row` wrote. ``created``: its commit, in seconds since the epoch."""
+    """Return the message of what :func:`encode_row` wrote. ``created``: its commit, in seconds since the epoch.
+
+    Raises an error of Python, or :class:`~idempotency.errors.EmitRefusedError`, for anything else: a message that could
+    not be a row of the table either.
+    """
     fields = json.loads(content)
     payload = fields.get("payload")
     return Message(
-        id=fields["id"],
-        aggregate_type=fields["aggregatetype"],
-        aggregate_id=fields["aggregateid"],
-        type=fields["type"],
+        id=str(UUID(fields["id"])),
+        aggregate_type=name_of("aggregate_type", fields["aggregatetype"], MOST_CHARACTERS),
+        aggregate_id=name_of("aggregate_id", fields["aggregateid"], MOST_CHARACTERS),
+        type=name_of("type", fields["type"], MOST_CHARACTERS),
         payload=None if payload is None else payload.encode(),
         headers=headers_from_text(fields.get("headers")),
         created=created,

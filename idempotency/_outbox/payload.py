@@ -86,8 +86,19 @@ def headers_as_text(headers: Mapping[str, str]) -> str | None:
 
 
 def headers_from_text(text: str | None) -> Mapping[str, str]:
-    """Return the headers of a row."""
-    return json.loads(text) if text else NO_HEADERS
+    """Return the headers of a row; ValueError where it does not have the form of :func:`headers_as_text`."""
+    headers: object = json.loads(text) if text else NO_HEADERS
+    if not isinstance(headers, Mapping) or not all(_is_text(each) for item in headers.items() for each in item):
+        raise ValueError("headers are an object of text in JSON")
+    return headers
+
+
+def readable_headers(text: str | None) -> tuple[Mapping[str, str], str | None]:
+    """Return the headers of a row, and why they cannot be read: a row may be written by hand, past ``emit``."""
+    try:
+        return headers_from_text(text), None
+    except (ValueError, RecursionError):
+        return NO_HEADERS, "its headers cannot be read: write an object of text in JSON, or NULL"
 
 
 def name_of(what: str, value: object, most: int) -> str:
@@ -99,6 +110,10 @@ def name_of(what: str, value: object, most: int) -> str:
         raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}")
     # Not as an enumeration or another subclass, which drivers and format() write in their own ways.
     return str.__str__(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and _encodes(value)
 
 
 def _encodes(value: str) -> bool:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from idempotency._outbox.log_message import decode_message, unreadable_message
 from idempotency._outbox.message import Message
-from idempotency._outbox.payload import headers_from_text
+from idempotency._outbox.payload import readable_headers
+from idempotency.errors import EmitRefusedError
 from idempotency.outbox._ledger import Position
 from idempotency.outbox._pgoutput import Begin, Commit, Emitted, Insert, Relation, decode
 
@@ -75,7 +76,7 @@ class LogReader:
     def _emitted(self, position: Position, content: bytes) -> Logged:
         try:
             return Logged(position, None, decode_message(content, self._committed))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EmitRefusedError):
             message = unreadable_message(content, self._committed)
             return Logged(position, None, message, "it was not written by an outbox: emit() writes these messages")
 
@@ -83,13 +84,14 @@ class LogReader:
         seq, identity, aggregate_type, aggregate_id, kind, payload, headers, created, available = self._places(values)
         if available is not None:
             return []
+        own, refused = readable_headers(None if headers is None else headers.decode())
         message = Message(
             id=identity.decode(),
             aggregate_type=aggregate_type.decode(),
             aggregate_id=aggregate_id.decode(),
             type=kind.decode(),
             payload=None if payload is None else unhexlify(payload[2:]),
-            headers=headers_from_text(None if headers is None else headers.decode()),
+            headers=own,
             created=int(created) / 1000,
         )
-        return [Logged(position, int(seq), message)]
+        return [Logged(position, int(seq), message, refused)]

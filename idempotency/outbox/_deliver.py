@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import assert_never
 
-from idempotency._durations import milliseconds
+from idempotency._durations import DAY, milliseconds, seconds
 from idempotency.errors import ConfigurationError
 from idempotency.outbox._statements import Row, Settlement
 from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHook, emit_relay_event
@@ -31,6 +32,8 @@ _UNCOUNTED = 60.0
 
 MOST_REASON = 500
 """Characters of a reason that are stored."""
+
+_logger = logging.getLogger("idempotency")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +89,18 @@ class Delivery:
 
         ``lease_remaining``: for how many seconds the relay may go on. When there are none, the publisher is cancelled.
         """
+        readable = [row for row in rows if row.refused is None]
+        outcomes = iter(await self._publish(readable, lease_remaining) if readable else ())
+        return [next(outcomes) if row.refused is None else Refused(row.refused) for row in rows]
+
+    async def _publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
         try:
-            outcomes = list(await self._in_time(rows, lease_remaining))
-            if len(outcomes) != len(rows):
-                raise ConfigurationError(f"the publisher returned {len(outcomes)} outcomes for {len(rows)} messages")
+            return _checked(await self._in_time(rows, lease_remaining), len(rows))
         except Exception as error:
             detail = f": {error}" if isinstance(error, ConfigurationError) else ""
             reason = f"{type(error).__name__}{detail}"
             self.announce("unavailable", rows, reason)
             return [RetryLater(reason)] * len(rows)
-        return outcomes
 
     async def _in_time(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> Sequence[Outcome]:
         end = monotonic() + self._publisher.delivery_timeout + _SLACK
@@ -106,6 +111,9 @@ class Delivery:
                 if remaining <= 0:
                     raise TimeoutError
                 await asyncio.wait({publishing}, timeout=remaining)
+            if publishing.cancelled():
+                # A driver does that when it loses its connection. It must not look as if the relay were cancelled.
+                raise ConnectionAbortedError
             return publishing.result()
         finally:
             if not publishing.done():
@@ -125,7 +133,7 @@ class Delivery:
                 case Sent() | Duplicate():
                     judged.settlement.gone.append(row.seq)
                 case Refused(reason):
-                    judged.settlement.dead.setdefault(reason[:MOST_REASON], []).append(row.seq)
+                    judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
                 case RetryLater():
                     counts = not outcome.held and (self._confirmations > tried or outcome.after is not None)
                     self._retry(judged, row, outcome, counts, pauses)
@@ -143,16 +151,25 @@ class Delivery:
             judged.stalled |= not outcome.held
             return
         if attempts not in pauses:
-            pauses[attempts] = self._backoff(attempts)
+            pauses[attempts] = self._pause_after(attempts)
         pause = pauses[attempts]
         if pause is None and counts:
             reason = f"given up after {attempts} attempts: {outcome.reason}"
-            judged.settlement.dead.setdefault(reason[:MOST_REASON], []).append(row.seq)
+            judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
             return
-        delay = milliseconds(max(_UNCOUNTED if pause is None else pause, outcome.after or 0.0))
+        delay = milliseconds(max(_UNCOUNTED if pause is None else pause, _asked(outcome.after)))
         judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
         judged.blocking.append(row)
         self._tried[row.seq] = self._confirmations
+
+    def _pause_after(self, attempts: int) -> float | None:
+        try:
+            pause = self._backoff(attempts)
+            return None if pause is None else seconds("what backoff returns", pause)
+        except Exception:
+            # The outcomes of the whole batch are still to be written.
+            _logger.exception("the function backoff failed")
+            return _UNCOUNTED
 
     def forget(self) -> None:
         """Forget when messages were tried: they may be another relay's now."""
@@ -174,6 +191,28 @@ class Delivery:
             by_kind.setdefault(kind, ([], reason))[0].append(row)
         for kind, (concerned, reason) in by_kind.items():
             self.announce(kind, concerned, reason)
+
+
+def _checked(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """Return the outcomes of a publisher; ConfigurationError unless there are ``count`` of them."""
+    found = list(outcomes)
+    if len(found) != count:
+        raise ConfigurationError(f"the publisher returned {len(found)} outcomes for {count} messages")
+    for each in found:
+        if not isinstance(each, Outcome):
+            raise ConfigurationError(f"the publisher returned a {type(each).__name__}, which is no outcome")
+    return found
+
+
+def _stored(reason: str) -> str:
+    """Return a reason as every database can store it: without NUL, and as text in UTF-8."""
+    return reason[:MOST_REASON].replace("\0", "?").encode(errors="replace").decode()
+
+
+def _asked(after: float | None) -> float:
+    """Return for how many seconds a broker asks to wait."""
+    # Not a number is not more than 0. What is too long would be refused by the database, with the rest of the batch.
+    return min(after, DAY) if after is not None and after > 0 else 0.0
 
 
 def _kind_of(outcome: Outcome, dead: bool) -> RelayEventKind:

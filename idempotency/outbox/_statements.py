@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from idempotency._outbox.message import Message
-from idempotency._outbox.payload import headers_from_text
+from idempotency._outbox.payload import readable_headers
 from idempotency._outbox.table import BUCKETS, Tables
 from idempotency._sql.clock import NOW_MS
 
@@ -45,12 +45,16 @@ _WITHOUT = (0, 10, 100)
 
 
 class Row(NamedTuple):
-    """A row of the table of messages. ``waits_for_time``: it was scheduled, or is to be retried."""
+    """A row of the table of messages, or of the log of PostgreSQL.
+
+    ``waits_for_time``: it was scheduled, or is to be retried. ``refused``: why it cannot be published.
+    """
 
     seq: int
     bucket: int
     waits_for_time: bool
     message: Message
+    refused: str | None = None
 
     @property
     def attempts(self) -> int:
@@ -260,14 +264,15 @@ def _expanding(statement: str) -> TextClause:
 
 def _row(found: Any) -> Row:
     seq, bucket, available, attempts, created, identity, aggregate_type, aggregate_id, kind, payload, headers, _ = found
+    own, refused = readable_headers(headers)
     message = Message(
         id=identity,
         aggregate_type=aggregate_type,
         aggregate_id=aggregate_id,
         type=kind,
         payload=payload,
-        headers=headers_from_text(headers),
+        headers=own,
         created=created / 1000,
         attempt=attempts + 1,
     )
-    return Row(seq, bucket, available is not None, message)
+    return Row(seq, bucket, available is not None, message, refused)

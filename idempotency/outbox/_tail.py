@@ -183,22 +183,19 @@ class Tail:
             await self.scan(swept[1])
 
     async def _deliver_logged(self, logged: Sequence[Logged]) -> None:
-        rows = [Row(each.seq or next(self._numbers), 0, False, each.message) for each in logged]
-        refused = {row.seq: each.refused for row, each in zip(rows, logged, strict=True) if each.refused}
-        await self._deliver(rows, refused, logged[-1].position)
+        rows = [Row(each.seq or next(self._numbers), 0, False, each.message, each.refused) for each in logged]
+        await self._deliver(rows, logged[-1].position)
 
-    async def _deliver(
-        self, rows: Sequence[Row], refused: dict[int, str] | None = None, position: Position | None = None
-    ) -> None:
+    async def _deliver(self, rows: Sequence[Row], position: Position | None = None) -> None:
         """Publish rows of the log, but those whose key is served from the table: these go there."""
-        outcomes: dict[int, Outcome] = {seq: Refused(reason) for seq, reason in (refused or {}).items()}
         ready = [row for row in rows if row.message.key not in self._keys]
-        unsent = [row for row in ready if row.seq not in outcomes]
-        if unsent:
+        outcomes: Sequence[Outcome] = ()
+        if self._away:
             # In message mode, once the broker is away.
-            sent = [HELD] * len(unsent) if self._away else await self._publish(unsent)
-            outcomes.update({row.seq: outcome for row, outcome in zip(unsent, sent, strict=True)})
-        judged = self._delivery.judge(ready, [outcomes[row.seq] for row in ready])
+            outcomes = [HELD if row.refused is None else Refused(row.refused) for row in ready]
+        elif ready:
+            outcomes = await self._publish(ready)
+        judged = self._delivery.judge(ready, outcomes)
         untouched = {row.seq for row in judged.untouched}
         passed = [row for row in rows if row.seq in untouched or row.message.key in self._keys]
         await self._settle(judged, rows, passed, position)

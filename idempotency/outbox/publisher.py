@@ -24,8 +24,9 @@ class Duplicate:
 class RetryLater:
     """The message is not confirmed, and may be sent again.
 
-    ``after``: seconds that the broker asks to wait, None where it says nothing. ``reason``: what went wrong, without
-    the payload. ``held``: the message was not tried, because an earlier one of its key was not confirmed.
+    ``after``: seconds that the broker asks to wait, at most a day, None where it says nothing. ``reason``: what went
+    wrong, without the payload. ``held``: the message was not tried, because an earlier one of its key was not
+    confirmed.
     """
 
     reason: str
@@ -81,6 +82,10 @@ async def in_chains(batch: Sequence[Message], send: Callable[[Message], Awaitabl
         for position in positions:
             try:
                 outcomes[position] = await send(batch[position])
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                outcomes[position] = RetryLater("CancelledError")
             except Exception as error:
                 outcomes[position] = RetryLater(type(error).__name__)
             if isinstance(outcomes[position], RetryLater):
@@ -88,3 +93,9 @@ async def in_chains(batch: Sequence[Message], send: Callable[[Message], Awaitabl
 
     await asyncio.gather(*map(one_after_the_other, chains.values()))
     return outcomes
+
+
+def _is_cancelled() -> bool:
+    """Return whether the task that runs was cancelled, and not only something for which it waits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

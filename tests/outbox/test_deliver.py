@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 from idempotency.outbox import Duplicate, Message, Outcome, Refused, RetryLater, Sent
 from idempotency.outbox._deliver import Delivery, ExponentialBackoff, Judged
 from idempotency.outbox._statements import Row
 from idempotency.outbox.events import RelayEvent
+from idempotency.outbox.publisher import in_chains
 from tests.kit.relays import ScriptedPublisher
 
 HELD = RetryLater("an earlier one", held=True)
@@ -48,6 +52,27 @@ def test_a_message_waits_as_long_as_its_broker_asks() -> None:
     outcomes = [Sent(), RetryLater("busy", after=2), RetryLater("busy", after=90)]
     judged = delivery().judge([row(1), row(2), row(3)], outcomes)
     assert judged.settlement.retry == {(1, 10_000): [2], (1, 90_000): [3]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "milliseconds"),
+    [(math.inf, 86_400_000), (1e18, 86_400_000), (math.nan, 10_000), (-5.0, 10_000)],
+)
+def test_a_broker_that_asks_for_no_sensible_time_stops_nothing(asked: float, milliseconds: int) -> None:
+    judged = delivery().judge([row(1), row(2)], [Sent(), RetryLater("busy", after=asked)])
+    assert judged.settlement.retry == {(1, milliseconds): [2]}
+
+
+@pytest.mark.parametrize("returned", [math.inf, math.nan, "soon"])
+def test_a_backoff_that_fails_costs_the_others_of_its_batch_nothing(returned: Any) -> None:
+    under_test = Delivery(ScriptedPublisher(), lambda _: returned, lambda _: None, "relay")
+    judged = under_test.judge([row(1), row(2)], [Sent(), RetryLater("busy")])
+    assert judged.settlement.retry == {(1, 60_000): [2]}
+
+
+def test_every_reason_can_be_stored() -> None:
+    judged = delivery().judge([row(1), row(2, attempts=2)], [Refused("a\0b\ud800"), RetryLater("\0", after=1)])
+    assert judged.settlement.dead == {"a?b?": [1], "given up after 3 attempts: ?": [2]}
 
 
 def test_a_broker_that_is_away_exhausts_nothing() -> None:
@@ -94,6 +119,47 @@ async def test_a_wrong_number_of_outcomes_confirms_nothing() -> None:
 
     [first, second] = await delivery(Forgetful()).publish([row(1), row(2)], lambda: 9.0)
     assert first == second == RetryLater("ConfigurationError: the publisher returned 1 outcomes for 2 messages")
+
+
+@pytest.mark.parametrize("returned", [None, Sent, "sent"])
+async def test_what_is_no_outcome_confirms_nothing(returned: Any) -> None:
+    class Wrong(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            return [Sent(), returned]
+
+    [first, second] = await delivery(Wrong()).publish([row(1), row(2)], lambda: 9.0)
+    kind = type(returned).__name__
+    assert first == second == RetryLater(f"ConfigurationError: the publisher returned a {kind}, which is no outcome")
+
+
+async def test_a_driver_that_cancels_its_own_work_does_not_end_the_relay() -> None:
+    async def cancelled(message: Message) -> Outcome:
+        if message.aggregate_id == "1":
+            raise asyncio.CancelledError
+        return Sent()
+
+    class Cancelled(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            raise asyncio.CancelledError
+
+    rows = [row(1), row(2)]
+    assert await delivery(Cancelled()).publish(rows, lambda: 9.0) == [RetryLater("ConnectionAbortedError")] * 2
+    assert await in_chains([each.message for each in rows], cancelled) == [RetryLater("CancelledError"), Sent()]
+
+
+async def test_chains_end_when_their_batch_is_cancelled() -> None:
+    sending = asyncio.Event()
+
+    async def send(_: Message) -> Outcome:
+        sending.set()
+        await asyncio.sleep(60)
+        return Sent()
+
+    batch = asyncio.ensure_future(in_chains([row(1).message], send))
+    await sending.wait()
+    batch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await batch
 
 
 async def test_a_publisher_is_cancelled_when_the_lease_is_over() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency.outbox import Message, Outbox, Outcome, Refused, RetryLater, Sent
@@ -123,6 +125,35 @@ async def test_what_is_refused_is_dead_and_delays_nothing(shop: Shop) -> None:
     dead = await shop.rows("SELECT payload, reason FROM outbox_dead ORDER BY seq")
     assert dead == [(b"1", "too large"), (b"3", "given up after 2 attempts: not now")]
     assert sorted(shop.publisher.payloads) == ["2", "4", "5"]
+    assert await shop.remaining() == []
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_what_cannot_be_read_is_dead_and_stops_nothing(shop: Shop, away: bool) -> None:
+    """Rows and messages of the log may be written by hand, past emit()."""
+    shop.publisher.answer = lambda _: LATER if away else Sent()
+    await shop.emit("good", key="a")
+    async with shop.engine.begin() as connection:
+        if shop.outbox.mode == "message":
+            fields = {"aggregatetype": "order", "aggregateid": "1", "type": "T"}
+            wrong = {"id": "no uuid", **fields}, {"id": str(uuid4()), **fields, "type": ""}
+            for content in ("[" * 100_000, *map(json.dumps, wrong)):
+                emitted = text("SELECT pg_logical_emit_message(true, :prefix, CAST(:content AS text))")
+                await connection.execute(emitted, {"prefix": shop.outbox.prefix, "content": content})
+        else:
+            for headers in ("tenant=blue", "[1]", '{"n": 1}'):
+                by_hand = insert(shop.outbox.tables.messages).values(
+                    created_ms=1, id=str(uuid4()), aggregatetype="order", aggregateid="1", type="T", headers=headers,
+                    bucket=0, attempts=0,
+                )  # fmt: skip
+                await connection.execute(by_hand)
+    await shop.emit("good", key="b")
+    await shop.relay().drain()
+    shop.publisher.answer = lambda _: Sent()
+    await shop.relay().drain()
+
+    assert shop.publisher.payloads[-2:] == ['"good"', '"good"']
+    assert await shop.rows("SELECT count(*), count(DISTINCT reason) FROM outbox_dead") == [(3, 1)]
     assert await shop.remaining() == []
 
 

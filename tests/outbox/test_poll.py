@@ -6,9 +6,10 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from sqlalchemy import event, select, update
+from sqlalchemy import event, insert, select, update
 
 from idempotency.errors import ConfigurationError
 from idempotency.outbox import Message, Outbox, Outcome, Refused, RetryLater, Sent
@@ -97,6 +98,24 @@ async def test_a_poisoned_message_blocks_its_own_key_only(ledger: Ledger, outbox
     await relay.drain()
     assert publisher.batches == [[("1", "a1")], [("1", "a2"), ("1", "a3"), ("1", "a4")]]
     assert [message.attempt for message in publisher.confirmed if message.type == "a1"] == [3]
+
+
+@pytest.mark.stores(*DATABASES)
+async def test_what_cannot_be_read_is_dead_and_stops_nothing(ledger: Ledger, outbox: Outbox) -> None:
+    """Rows may be written by hand, past emit()."""
+    await emit(ledger.engine, outbox, (1, "good"))
+    by_hand = {"created_ms": 1, "aggregatetype": "order", "aggregateid": "1", "type": "T", "bucket": 0, "attempts": 0}
+    for headers in ("tenant=blue", "[1]", '{"n": 1}', '{"n": "\\ud800"}'):
+        async with ledger.engine.begin() as connection:
+            row = {**by_hand, "id": str(uuid4()), "headers": headers}
+            await connection.execute(insert(outbox.tables.messages).values(row))
+    await emit(ledger.engine, outbox, (1, "behind"))
+    publisher = ScriptedPublisher()
+    await relay_on(ledger.engine, outbox, publisher).drain()
+    assert publisher.types == ["good", "behind"]
+    async with ledger.engine.connect() as connection:
+        reasons = list(await connection.scalars(select(outbox.tables.dead.c.reason)))
+    assert reasons == ["its headers cannot be read: write an object of text in JSON, or NULL"] * 4
 
 
 @pytest.mark.stores(*DATABASES)
