@@ -36,6 +36,7 @@ PROBES = {
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",
     "adapters/*": "inspects objects of frameworks and brokers",
     "cli.py": "an exception of click has its own text",
+    "_outbox/*": "inspects errors of drivers",
     "outbox/*": "imports by name, and inspects clients of brokers",
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
