@@ -104,7 +104,12 @@ async def _send(place: _Place, connections: dict[Pool, Any]) -> None:
     """Send one notification by a connection that is made as those of the application's pool are made."""
     if place.pool not in connections:
         connections[place.pool] = await greenlet_spawn(_connect, place)
-    await greenlet_spawn(_execute, place, connections[place.pool])
+    connection, statement = connections[place.pool], f'NOTIFY "{place.channel}"'
+    if place.dialect.driver == "asyncpg":
+        # SQLAlchemy would prepare the statement, which takes longer than to execute it.
+        await connection.driver_connection.execute(statement)
+    else:
+        await greenlet_spawn(_execute, connection, statement)
 
 
 async def _close(connections: dict[Pool, Any]) -> None:
@@ -123,10 +128,10 @@ def _connect(place: _Place) -> Any:
     return connection
 
 
-def _execute(place: _Place, connection: Any) -> None:
+def _execute(connection: Any, statement: str) -> None:
     cursor = connection.cursor()
     try:
-        cursor.execute(f'NOTIFY "{place.channel}"')
+        cursor.execute(statement)
     finally:
         cursor.close()
 

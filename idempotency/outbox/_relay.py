@@ -75,7 +75,7 @@ class Relay:
 
         Raises :class:`~idempotency.errors.ConfigurationError` if the tables are missing.
         """
-        async with self._working():
+        async with self._working(waits=True):
             idle = self._poll[0]
             while not self._stopping.is_set():
                 found = await self._step()
@@ -90,7 +90,7 @@ class Relay:
 
         What other relays own is theirs. Raises :class:`~idempotency.errors.StoreError` where the database is away.
         """
-        async with self._working():
+        async with self._working(waits=False):
             return await self._drain()
 
     async def stop(self) -> None:
@@ -131,15 +131,14 @@ class Relay:
         self._wake.wake()
 
     @asynccontextmanager
-    async def _working(self) -> AsyncIterator[None]:
+    async def _working(self, waits: bool) -> AsyncIterator[None]:
         if self._stopped is not None:
             raise ConfigurationError("this relay is running already")
-        self._stopping = asyncio.Event()
         self._stopped = stopped = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         keeper: asyncio.Task[None] | None = None
         try:
-            await self._prepare()
+            await self._prepare(waits)
             keeper = self._loop.create_task(self._leases.keep(self._unavailable))
             async with self._wake.listening(self.outbox.notify):
                 yield
@@ -148,15 +147,17 @@ class Relay:
                 keeper.cancel()
                 await self._leave()
             await self._database.aclose()
-            self._stopped = None
+            self._stopped, self._stopping = None, asyncio.Event()
             stopped.set()
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, waits: bool) -> None:
         while not self._stopping.is_set():
             try:
                 await self._begin()
                 return
             except StoreError as error:
+                if not waits:
+                    raise
                 await self._unavailable(error)
                 await self._pause()
 

@@ -29,7 +29,7 @@ class Wake:
     @asynccontextmanager
     async def listening(self, notify: bool) -> AsyncIterator[None]:
         """Be woken in this block. ``notify``: also by processes that notify, where the database can do that."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._woken, self._asked = asyncio.get_running_loop(), asyncio.Event(), False
         listener = self._loop.create_task(self._listen()) if notify and can_listen(self._database.engine) else None
         try:
             with woken(self._table, self.wake):

@@ -13,11 +13,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from idempotency.outbox import Message, Outbox, Outcome, Sent
+from idempotency.outbox import Message, Outbox, Outcome, Refused, Sent
 from idempotency.outbox._poll import PollingRelay
+from idempotency.testing._instrument import instrument
+from idempotency.testing._points import arm, watch
 
 LEASE = 1.2
 BATCH = 50
+REFUSED = "-2"
+"""The type of a message that the broker refuses."""
 
 # Started once, with everything imported: a relay begins in milliseconds.
 _processes = multiprocessing.get_context("forkserver")
@@ -42,9 +46,10 @@ class FilePublisher:
 
     async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
         for message in batch:
-            os.write(self._file, f"{os.getpid()} {message.aggregate_id} {message.type}\n".encode())
+            if message.type != REFUSED:
+                os.write(self._file, f"{os.getpid()} {message.aggregate_id} {message.type}\n".encode())
             await asyncio.sleep(0)
-        return [Sent()] * len(batch)
+        return [Refused("not valid") if message.type == REFUSED else Sent() for message in batch]
 
     async def aclose(self) -> None:
         os.close(self._file)
@@ -62,6 +67,17 @@ async def _relay(url: str, table: str, path: Path) -> None:
     loop.add_signal_handler(signal.SIGTERM, lambda: stops.append(loop.create_task(running.stop())))
     stops: list[asyncio.Task[None]] = []
     await running.run()
+
+
+def drain_once(url: str, table: str, path: Path, label: str, labels: Path) -> None:
+    """Drain the table once, and be killed at ``label``; without one, write all labels into a file."""
+    instrument()
+    if label:
+        arm(label)
+    else:
+        file = labels.open("a", buffering=1)
+        watch(lambda passed: print(passed, file=file))
+    asyncio.run(PollingRelay(url, FilePublisher(path), outbox=Outbox(table, notify=False), lease=30).drain())
 
 
 class Relays:
@@ -86,6 +102,13 @@ class Relays:
         process.join(10)
         assert process.exitcode is not None
         self.running.remove(process)
+
+    def drain_in_process(self, label: str, labels: Path) -> int | None:
+        """Drain once in a process that is killed at ``label``, and return its exit code."""
+        process = _processes.Process(target=drain_once, args=(*self._given, label, labels), daemon=True)
+        process.start()
+        process.join(30)
+        return process.exitcode
 
     def arrivals(self) -> list[Arrival]:
         """Return what has arrived, in its order."""

@@ -134,10 +134,12 @@ async def test_what_is_committed_late_is_published_late(ledger: Ledger, outbox: 
         await late.commit()
     await published(21)
     assert (floor, publisher.types[-1]) == (0, "first")
-    for number in range(20):
-        await emit(ledger.engine, outbox, (number, "fast"))  # type: ignore[arg-type]
-        await published(22 + number)
+
+    async def floor_rises() -> bool:
+        await emit(ledger.engine, outbox, (1, "fast"))  # type: ignore[arg-type]
+        return horizon.floor > 21
+
+    # Since that one has ended, scans begin where the last ones ended; unless other transactions are open in the server.
+    await until(floor_rises, 60)
     await relay.stop()
     await running
-    # Since it has ended, scans begin where the last ones ended.
-    assert horizon.floor >= 35

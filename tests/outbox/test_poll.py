@@ -234,6 +234,14 @@ async def test_a_relay_that_is_stopped_finishes_its_batch_and_gives_back_its_buc
     assert publisher.types == ["first", "second"]
 
 
+@pytest.mark.stores("sqlite")
+async def test_a_relay_that_is_stopped_before_it_began_ends_at_once(ledger: Ledger, outbox: Outbox) -> None:
+    relay = relay_on(ledger.engine, outbox, ScriptedPublisher())
+    running = asyncio.create_task(relay.run())
+    await relay.stop()
+    await running
+
+
 async def owners(ledger: Ledger, outbox: Outbox) -> set[str]:
     async with ledger.engine.connect() as connection:
         return set(await connection.scalars(select(outbox.tables.lease.c.owner)))
