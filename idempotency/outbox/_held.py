@@ -17,16 +17,21 @@ from idempotency.outbox._database import RelayDatabase
 
 T = TypeVar("T")
 
+_GRACE = 1.0
+"""Seconds that a step may still take once the relay is to stop."""
+
 
 class HeldConnection:
-    """A connection in one transaction, which is rolled back at the end. ``timeout``: seconds for each step.
+    """A connection in one transaction, which is rolled back at the end.
 
-    Every failure is a StoreError, and nothing more can be done with the connection after one.
+    ``timeout``: seconds for each step. ``stopping``: once it is set, a step is abandoned a moment later. Every failure
+    is a StoreError, and nothing more can be done with the connection after one.
     """
 
-    def __init__(self, database: RelayDatabase, timeout: float) -> None:
+    def __init__(self, database: RelayDatabase, timeout: float, stopping: asyncio.Event) -> None:
         self._database = database
         self._timeout = timeout
+        self._stopping = stopping
         self._in_flight = InFlight()
         self._abandoned = Abandoned()
         self._connection: Connection | None = None
@@ -62,14 +67,19 @@ class HeldConnection:
 
     async def _step(self, step: Callable[[], T]) -> T:
         task = asyncio.get_running_loop().create_task(self._elsewhere(step))
+        stopped = asyncio.get_running_loop().create_task(self._stopping.wait())
         try:
-            await asyncio.wait({task}, timeout=self._timeout)
+            await asyncio.wait({task, stopped}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                await asyncio.wait({task}, timeout=_GRACE)
         except asyncio.CancelledError:
             self._abandon(task)
             raise
+        finally:
+            stopped.cancel()
         if not task.done():
             self._abandon(task)
-            raise StoreError(f"{self._database} gave no answer within {self._timeout:g} s")
+            raise StoreError(f"{self._database} has not answered in time")
         try:
             return task.result()
         except IdempotencyError:

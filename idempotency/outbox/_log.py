@@ -66,11 +66,7 @@ class LogRelay(Relay):
         self._leases = Leases(self._database, self._seconds)
         # A name of a slot and this prefix together may be longer than the column.
         self._lease = f"slot-{self._slot.name}"[:64]
-        self._tail = Tail(self._database, self._slot, self._delivery, batch, self._remaining)
-
-    def _stop(self) -> None:
-        self._tail.stop()
-        super()._stop()
+        self._tail = Tail(self._database, self._slot, self._delivery, batch, self._remaining, lambda: self._stopping)
 
     async def _begin(self) -> None:
         await super()._begin()
@@ -80,7 +76,7 @@ class LogRelay(Relay):
     async def _drain(self) -> int:
         before = self._tail.done
         if await self._own():
-            while await self._cycle():
+            while await self._cycle() and not self._tail.away:
                 pass
         return self._tail.done - before
 
@@ -99,8 +95,8 @@ class LogRelay(Relay):
             raise
         except StoreError as error:
             cause = error.__cause__
-            if isinstance(cause, DBAPIError) and is_busy(cause):
-                return False  # the server still works for a relay before this one
+            if self._stopping.is_set() or (isinstance(cause, DBAPIError) and is_busy(cause)):
+                return False  # it is to stop, or the server still works for a relay before this one
             await self._unavailable(error)
             # It begins anew: another relay may own the slot, and what was written is not known.
             await self._leave()
@@ -142,7 +138,7 @@ class LogRelay(Relay):
         if not usable:
             if state is not None:
                 await self._database.run(self._slot.drop)
-            async with HeldConnection(self._database, _CREATE_TIMEOUT) as held:
+            async with HeldConnection(self._database, _CREATE_TIMEOUT, self._stopping) as held:
                 await held.run(self._slot.create)
         if position is not None:
             self._delivery.announce("slot-lost", reason=f"the slot {self._slot.name} is made anew")

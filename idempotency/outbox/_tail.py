@@ -43,21 +43,31 @@ class SupersededError(StoreError):
     """The lease is over, or another relay has moved the position of the slot."""
 
 
-class BrokerAwayError(StoreError):
-    """The broker confirmed nothing while the table was scanned."""
+class ScanEndedError(StoreError):
+    """The table could not be scanned to its end: the broker confirms nothing, or the relay is to stop."""
 
 
 class Tail:
-    """The log after one slot. ``lease_remaining``: for how many seconds the slot is owned."""
+    """The log after one slot.
+
+    ``lease_remaining``: for how many seconds the slot is owned. ``stopping``: the event that says that the relay stops.
+    """
 
     def __init__(
-        self, database: RelayDatabase, slot: Slot, delivery: Delivery, batch: int, lease_remaining: Callable[[], float]
+        self,
+        database: RelayDatabase,
+        slot: Slot,
+        delivery: Delivery,
+        batch: int,
+        lease_remaining: Callable[[], float],
+        stopping: Callable[[], asyncio.Event],
     ) -> None:
         self._database = database
         self._slot = slot
         self._delivery = delivery
         self._batch = batch
         self._lease_remaining = lease_remaining
+        self._stopping = stopping
         self._ledger = Ledger(database.tables.position, slot.name)
         self._statements = LogStatements(database.tables)
         self._position = Position(0, 0)
@@ -68,7 +78,6 @@ class Tail:
         self._next_sweep = 0.0
         self._away = False
         self._table_away = False
-        self._stopping = False
         self._writing: asyncio.Future[None] | None = None
         self.done = 0
         """How many messages were published, or given up."""
@@ -78,10 +87,6 @@ class Tail:
         """Return whether the broker has confirmed nothing of what was tried last, from the table and from the log."""
         return self._away
 
-    def stop(self) -> None:
-        """End :meth:`read_log` after the slice in hand."""
-        self._stopping = True
-
     async def end(self) -> None:
         """Wait until what is being written is written, or has failed."""
         with suppress(StoreError):
@@ -90,12 +95,15 @@ class Tail:
     async def begin(self, position: Position) -> None:
         """Go on from a position, as its new owner."""
         self._position, self._advanced, self._asked = position, 0, _FEWEST
-        self._away = self._table_away = self._stopping = False
+        self._away = self._table_away = False
         self._delivery.forget()
         self._keys = await self._database.run(self._statements.keys_of_table)
 
     async def scan(self, highest: int | None = None) -> None:
-        """Publish the rows of the table up to ``highest``, by default to the highest one there is now."""
+        """Publish the rows of the table up to ``highest``, by default to the highest one there is now.
+
+        Raises :class:`ScanEndedError` if some of them are not even tried.
+        """
         self._keys = await self._database.run(self._statements.keys_of_table)
         seen = await self._database.run(self._statements.range_of_log)
         last = highest if highest is not None or seen is None else seen[1]
@@ -108,8 +116,8 @@ class Tail:
             if not rows:
                 break
             await self._deliver(rows)
-            if self._away:
-                raise BrokerAwayError("the broker confirms nothing: the rows of the table are not all published yet")
+            if self._away or self._stopping().is_set():
+                raise ScanEndedError("the rows of the table are not all published yet")
             after = rows[-1].seq
         await self._written()
 
@@ -135,7 +143,7 @@ class Tail:
         end = await self._database.run(end_of_log)
         reader = LogReader(*self._slot.source, self._position)
         began, changes = monotonic(), 0
-        async with HeldConnection(self._database, _PEEK_TIMEOUT) as held:
+        async with HeldConnection(self._database, _PEEK_TIMEOUT, self._stopping()) as held:
             await held.run(partial(self._slot.begin_peek, cursor=_CURSOR, most=self._asked))
             async with aclosing(_fetched_ahead(held)) as fetched:
                 async for data in fetched:
@@ -144,7 +152,7 @@ class Tail:
                     for first in range(0, len(logged), self._batch):
                         await self._deliver_logged(logged[first : first + self._batch])
                         # In message mode all of it goes into the table: the server may remove a log that is not read.
-                        if self._stopping or (self._away and not self._slot.messages):
+                        if self._stopping().is_set() or (self._away and not self._slot.messages):
                             await self._written()
                             return True
         await self._written()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -51,7 +52,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
 
 
 @pytest.mark.parametrize("mode", ["table", "message"])
-async def test_a_server_that_is_killed(server: PostgresServer, mode: str) -> None:
+async def test_a_server_that_is_killed(server: PostgresServer, mode: Any) -> None:
     """It has the old place of the slot, and sends again what was published: the ledger knows."""
     engine = create_async_engine(server.url)
     outbox, publisher = Outbox(f"killed_{mode}", mode=mode), Recorder()

@@ -356,3 +356,20 @@ async def test_other_drivers(log_engine: AsyncEngine, driver: str, asynchronous:
     engine.dispose() if not asynchronous else await engine.dispose()
 
     assert [message.payload for message in shop.publisher.messages] == [b"1", b"\x00\xff", None]
+
+
+async def test_a_relay_that_is_stopped_while_the_server_waits(log_engine: AsyncEngine) -> None:
+    """A slot is created when the transactions that write have ended; the relay does not wait for that to stop."""
+    shop = Shop(log_engine, "table")
+    relay = shop.relay()
+    async with log_engine.begin() as connection:
+        await shop.outbox.emit(connection, aggregate_type="order", aggregate_id=1, type="Placed", payload=1)
+        running = asyncio.create_task(relay.run())
+        while not await shop.rows("SELECT 1 FROM pg_replication_slots WHERE active"):
+            await asyncio.sleep(0.02)
+        async with asyncio.timeout(10):
+            await relay.stop()
+            await running
+    await relay.drain()
+
+    assert shop.publisher.payloads == ["1"]

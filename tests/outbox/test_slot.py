@@ -23,11 +23,13 @@ MANY = "SELECT pg_logical_emit_message(true, 'filler', repeat('x', 1000)), pg_sw
 
 async def execute(engine: AsyncEngine, *statements: str) -> Any:
     """Run statements, each by itself, and return the first value of the last one."""
+    value = None
     async with engine.connect() as connection:
         connection = await connection.execution_options(isolation_level="AUTOCOMMIT")
         for statement in statements:
             result = await connection.execute(text(statement))
-        return result.scalar() if result.returns_rows else None
+            value = result.scalar() if result.returns_rows else None
+    return value
 
 
 @asynccontextmanager
