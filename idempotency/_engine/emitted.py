@@ -19,7 +19,7 @@ _ENDED = (
 )
 
 
-class _Kept(NamedTuple):
+class _Pending(NamedTuple):
     """A row, and the savepoints that were open when it was emitted."""
 
     outbox: Outbox
@@ -30,10 +30,10 @@ class _Kept(NamedTuple):
 class Emitted:
     """What an operation has emitted. A rollback of its session, or of a savepoint, drops what was emitted in it."""
 
-    __slots__ = ("_ended", "_kept")
+    __slots__ = ("_ended", "_pending")
 
     def __init__(self) -> None:
-        self._kept: list[_Kept] = []
+        self._pending: list[_Pending] = []
         self._ended = False
 
     def add(self, message: Mapping[str, Any], session: Session) -> str:
@@ -47,7 +47,7 @@ class Emitted:
         outbox = values.pop("outbox") or _default()
         row = outbox.row(**values)
         session.info[ON_ROLLBACK] = self._roll_back
-        self._kept.append(_Kept(outbox, row, list(_savepoints(session))))
+        self._pending.append(_Pending(outbox, row, list(_savepoints(session))))
         return str(row["id"])
 
     def write(self, session: Session) -> None:
@@ -56,22 +56,22 @@ class Emitted:
         # refused.
         self._ended = True
         rows: dict[Outbox, list[Row]] = {}
-        for kept in self._kept:
-            rows.setdefault(kept.outbox, []).append(kept.row)
-        self._kept.clear()
+        for each in self._pending:
+            rows.setdefault(each.outbox, []).append(each.row)
+        self._pending.clear()
         for outbox, several in rows.items():
             outbox.write(session, several)
 
     def drop(self) -> None:
         """Drop the rows: the effect is undone."""
         self._ended = True
-        self._kept.clear()
+        self._pending.clear()
 
     def _roll_back(self, transaction: SessionTransaction) -> None:
         if transaction.parent is None:
-            self._kept.clear()
+            self._pending.clear()
         else:
-            self._kept = [kept for kept in self._kept if transaction not in kept.within]
+            self._pending = [each for each in self._pending if transaction not in each.within]
 
 
 def _savepoints(session: Session) -> Iterator[SessionTransaction]:
