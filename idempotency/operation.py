@@ -145,7 +145,8 @@ class Operation:
     ) -> str:
         """Emit a message, which commits with the effect and the record, and return its id.
 
-        It is written just before the commit, together with the operation's other messages. The arguments are those of
+        It is written just before the commit, together with the operation's other messages, unless the session or a
+        savepoint that is open now is rolled back. The arguments are those of
         :meth:`idempotency.outbox.Outbox.emit`; ``outbox`` is the :class:`~idempotency.outbox.Outbox` that has the
         table, default ``Outbox()``.
         Raises :class:`~idempotency.errors.TransactionError` where the adapter was given no ``session=``, and once the

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._outbox.emit import Outbox
 from idempotency._outbox.insert import Row
+from idempotency._sql.commit_guard import ON_ROLLBACK
 from idempotency.errors import TransactionError
 
 _ENDED = (
@@ -18,16 +19,24 @@ _ENDED = (
 )
 
 
-class Emitted:
-    """What an operation has emitted, by the outbox that it goes to. It is dropped with the effect."""
+class _Pending(NamedTuple):
+    """A row, and the savepoints that were open when it was emitted."""
 
-    __slots__ = ("_ended", "_rows")
+    outbox: Outbox
+    row: Row
+    within: list[SessionTransaction]
+
+
+class Emitted:
+    """What an operation has emitted. A rollback of its session, or of a savepoint, drops what was emitted in it."""
+
+    __slots__ = ("_ended", "_pending")
 
     def __init__(self) -> None:
-        self._rows: dict[Outbox, list[Row]] = {}
+        self._pending: list[_Pending] = []
         self._ended = False
 
-    def add(self, message: Mapping[str, Any]) -> str:
+    def add(self, message: Mapping[str, Any], session: Session) -> str:
         """Check a message and keep its row; return its id. ``message``: see :meth:`HasSession.emit`.
 
         Raises :class:`~idempotency.errors.TransactionError` once the rows are written or dropped.
@@ -37,7 +46,8 @@ class Emitted:
         values = dict(message)
         outbox = values.pop("outbox") or _default()
         row = outbox.row(**values)
-        self._rows.setdefault(outbox, []).append(row)
+        session.info[ON_ROLLBACK] = self._roll_back
+        self._pending.append(_Pending(outbox, row, list(_savepoints(session))))
         return str(row["id"])
 
     def write(self, session: Session) -> None:
@@ -45,14 +55,30 @@ class Emitted:
         # Before they are written: what a task of the operation still emits meanwhile would be neither written nor
         # refused.
         self._ended = True
-        for outbox, rows in self._rows.items():
-            outbox.write(session, rows)
-        self._rows.clear()
+        rows: dict[Outbox, list[Row]] = {}
+        for each in self._pending:
+            rows.setdefault(each.outbox, []).append(each.row)
+        self._pending.clear()
+        for outbox, several in rows.items():
+            outbox.write(session, several)
 
     def drop(self) -> None:
         """Drop the rows: the effect is undone."""
         self._ended = True
-        self._rows.clear()
+        self._pending.clear()
+
+    def _roll_back(self, transaction: SessionTransaction) -> None:
+        if transaction.parent is None:
+            self._pending.clear()
+        else:
+            self._pending = [each for each in self._pending if transaction not in each.within]
+
+
+def _savepoints(session: Session) -> Iterator[SessionTransaction]:
+    transaction = session.get_nested_transaction()
+    while transaction is not None:
+        yield transaction
+        transaction = transaction.parent
 
 
 @cache

@@ -105,8 +105,8 @@ class Transaction:
 
     def emit(self, message: Mapping[str, Any], /) -> str:
         """Keep a message until the commit, before which it is written; see :meth:`Operation.emit`."""
-        _ = self.session  # a message is an effect: without another one there is no transaction yet
-        return self._emitted.add(message)
+        # A message is an effect: without another one there is no transaction yet.
+        return self._emitted.add(message, self.session.sync_session)
 
     @property
     def _opened(self) -> AsyncSession:

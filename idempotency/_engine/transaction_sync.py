@@ -46,8 +46,8 @@ class SyncTransaction:
 
     def emit(self, message: Mapping[str, Any], /) -> str:
         """See :meth:`Transaction.emit`."""
-        _ = self.session  # a message is an effect: without another one there is no transaction yet
-        return self._emitted.add(message)
+        # A message is an effect: without another one there is no transaction yet.
+        return self._emitted.add(message, self.session)
 
     @property
     def _opened(self) -> Session:

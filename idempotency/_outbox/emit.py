@@ -214,7 +214,7 @@ def _explaining(connection: Connection, table: str) -> Iterator[None]:
         if lacks_table(error):
             raise describe_failure(error, connection.engine.url, table, OUTBOX) from error
         if refuses_data(error):
-            kind = type(getattr(error, "orig", None) or error).__name__
+            kind = type(error.orig if isinstance(error, DBAPIError) else error).__name__
             raise EmitRefusedError(
                 f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
                 " has characters that the database or the connection cannot encode"

@@ -17,6 +17,8 @@ from idempotency.errors import EmitRefusedError
 Row = dict[str, Any]
 """The values of a row's columns, but those that the database sets."""
 
+# Drivers whose executemany() makes one round trip. The others send a statement for each row.
+_SENDS_ALL_AT_ONCE = frozenset({"asyncpg", "psycopg", "psycopg_async", "pysqlite", "aiosqlite"})
 _MOST_ROWS = 100
 _MOST_BYTES = 1_000_000
 """Of one statement: MariaDB and MySQL close a connection that sends them more than ``max_allowed_packet``."""
@@ -35,18 +37,25 @@ class Inserts:
         self._known: dict[tuple[str, str | None, int], TextClause] = {}
 
     def write(self, connection: Connection, rows: Sequence[Row]) -> None:
-        """Write rows: one statement for up to 100 of them, or a megabyte. On SQLite, create the tables if they lack."""
+        """Write rows: one statement for up to 100 of them, or a megabyte. On SQLite, create missing tables."""
+        if len(rows) > 1 and connection.dialect.driver in _SENDS_ALL_AT_ONCE:
+            self._execute(connection, 1, [_values(connection, [row]) for row in rows])
+            return
         for part in _parts(rows):
-            statement, values = self._statement(connection, len(part)), _values(connection.dialect.name, part)
+            values = _values(connection, part)
             if connection.dialect.name in _MYSQL and _size(part[0]) > _MOST_BYTES:
                 _check_packet(connection, values)
-            try:
-                connection.execute(statement, values)
-            except DBAPIError as error:
-                if connection.dialect.name != "sqlite" or not lacks_table(error):
-                    raise
-                self._tables.create(connection)
-                connection.execute(statement, values)
+            self._execute(connection, len(part), values)
+
+    def _execute(self, connection: Connection, count: int, values: Any) -> None:
+        statement = self._statement(connection, count)
+        try:
+            connection.execute(statement, values)
+        except DBAPIError as error:
+            if connection.dialect.name != "sqlite" or not lacks_table(error):
+                raise
+            self._tables.create(connection)
+            connection.execute(statement, values)
 
     def _statement(self, connection: Connection, count: int) -> TextClause:
         name, schema = connection.dialect.name, connection.schema_for_object(self._tables.messages)
@@ -93,9 +102,9 @@ def _check_packet(connection: Connection, values: Row) -> None:
         )
 
 
-def _values(dialect: str, rows: Sequence[Row]) -> Row:
+def _values(connection: Connection, rows: Sequence[Row]) -> Row:
     values = {f"{column}{number}": row[column] for number, row in enumerate(rows) for column in _COLUMNS}
-    if dialect in _MYSQL:
+    if connection.dialect.name in _MYSQL:
         for number, row in enumerate(rows):
             payload = row["payload"]
             values[f"payload{number}"] = None if payload is None else b2a_base64(payload, newline=False).decode()

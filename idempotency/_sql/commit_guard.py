@@ -32,6 +32,9 @@ from idempotency.errors import ConfigurationError, TransactionError
 _FINISHED = "idempotency: its operation is settled"
 """A key of ``session.info``. While it is there, the session may begin no transaction."""
 
+ON_ROLLBACK = "idempotency: called at a rollback"
+"""A key of ``session.info``, whose value is called with each ``SessionTransaction`` that is rolled back."""
+
 _IN_USE = "idempotency: the connection in use"
 """A key of ``session.info``, whose value is an :class:`_InUse`."""
 
@@ -79,7 +82,7 @@ def install() -> None:
 def guard_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`unguard_commit`."""
     install()
-    for mark in (ENDED, _FINISHED, _IN_USE):
+    for mark in (ENDED, ON_ROLLBACK, _FINISHED, _IN_USE):
         session.info.pop(mark, None)
     session.info[GUARDED] = True
 
@@ -209,6 +212,9 @@ def _note_rollback(session: Session, transaction: SessionTransaction) -> None:
     # Only an explicit rollback comes here: a failed flush undoes as much by itself.
     if session.info.get(ENDED) is transaction:
         del session.info[ENDED]
+    called: Callable[[SessionTransaction], None] | None = session.info.get(ON_ROLLBACK)
+    if called is not None:
+        called(transaction)
 
 
 _LISTENERS: dict[str, Callable[..., None]] = {

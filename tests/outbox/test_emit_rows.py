@@ -85,7 +85,7 @@ def test_what_no_packet_takes_is_refused_although_the_limits_allow_it(sync_ledge
         wide.emit_sync(connection, **ORDER, payload=bytes(2_000_000))
 
 
-@pytest.mark.stores("sqlite")
+@pytest.mark.stores("postgres_psycopg2")
 def test_a_statement_has_a_limited_size(sync_ledger: Ledger, sync_outbox: Outbox) -> None:
     statements: list[str] = []
     event.listen(sync_ledger.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
