@@ -180,16 +180,20 @@ class Statements:
         self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
 
     def give_up(self, connection: Connection, reason: str, seqs: Sequence[int]) -> None:
-        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere."""
-        columns = list(self._messages.columns)
+        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere.
+
+        They get places of their own there. Those that they had may be taken: a table that was emptied by TRUNCATE
+        begins to count anew.
+        """
+        columns = [column for column in self._messages.columns if column.name != "seq"]
         names = [*(column.name for column in columns), "reason", "died_ms"]
         if self._dialect == "postgresql":
-            gone = delete(self._messages).where(self._among(seqs)).returning(*columns).cte("gone")
-            moved = select(*gone.c, bindparam("reason", reason), self._now)
-            connection.execute(insert(self._dead).from_select(names, moved))
+            gone = delete(self._messages).where(self._among(seqs)).returning(*self._messages.columns).cte("gone")
+            moved = select(*(gone.c[column.name] for column in columns), bindparam("reason", reason), self._now)
+            connection.execute(insert(self._dead).from_select(names, moved.order_by(gone.c.seq)))
         else:
             moved = select(*columns, bindparam("reason", reason), self._now).where(self._among(seqs))
-            connection.execute(insert(self._dead).from_select(names, moved))
+            connection.execute(insert(self._dead).from_select(names, moved.order_by(self._columns.seq)))
             self.delete(connection, seqs)
 
     def delete(self, connection: Connection, seqs: Sequence[int]) -> int | None:
