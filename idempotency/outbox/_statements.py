@@ -174,6 +174,10 @@ class Statements:
             steps.append(Step(partial(self.give_up, reason=reason, seqs=seqs), transaction=several))
         return steps
 
+    def number(self, connection: Connection) -> int:
+        """Return a number as in :attr:`Page.oldest_open`, of a transaction of its own."""
+        return int(connection.execute(select(func.txid_current())).scalar_one()) if self._dialect == "postgresql" else 0
+
     def retry(self, connection: Connection, attempts: int, delay: int, seqs: Sequence[int]) -> None:
         """Let rows wait for ``delay`` milliseconds."""
         change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
@@ -251,10 +255,13 @@ class Statements:
     def _in_buckets(self, statement: Any, buckets: frozenset[int]) -> Any:
         if len(buckets) == BUCKETS:
             return statement
+        bucket = self._columns.bucket
         if self._dialect == "postgresql":
-            numbers = bindparam("buckets", sorted(buckets), ARRAY(SmallInteger))
-            return statement.where(self._columns.bucket == any_(numbers))
-        return statement.where(self._columns.bucket.in_(sorted(buckets)))
+            within = bucket == any_(bindparam("buckets", sorted(buckets), ARRAY(SmallInteger)))
+        else:
+            within = bucket.in_(sorted(buckets))
+        # A row that was written by hand may have any number: it belongs to the owner of the first bucket.
+        return statement.where(within | ~bucket.between(0, BUCKETS - 1) if 0 in buckets else within)
 
     def _among(self, seqs: Sequence[int]) -> Any:
         if self._dialect == "postgresql":
