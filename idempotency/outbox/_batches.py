@@ -83,10 +83,18 @@ class Batches:
         due = await self._database.run(partial(self._statements.due, buckets=buckets, limit=self._most))
         retries, scheduled = await self._sort_out(blocked, due, size)
         batch = await self._scan(blocked, buckets, retries, scheduled, size)
+        if not batch.rows and batch.oldest_open is not None:
+            await self._pass_over(batch, batch.oldest_open)
         if full:
             now = monotonic()
             self._next_full_scan = now + max(_FULL_SCAN, (now - began) * _FULL_SCAN_SHARE)
         return batch
+
+    async def _pass_over(self, batch: Batch, oldest_open: int) -> None:
+        """Let the next scan begin after rows that all wait, also while nothing is published and deleted."""
+        self._horizon.done(batch.up_to, oldest_open)
+        if self._horizon.needs_number:
+            self._horizon.begun(await self._database.run(self._statements.number))
 
     async def _sort_out(self, blocked: Blocked, due: list[Row], size: int) -> tuple[list[Row], list[Row]]:
         """Return which of the due rows are retried now, and which are published for the first time."""

@@ -26,10 +26,15 @@ class Horizon:
         """Note a row that was read."""
         self._seen = max(self._seen, seq)
 
+    @property
+    def needs_number(self) -> bool:
+        """Return whether the floor cannot be raised further before :meth:`begun` is called."""
+        return self._mark is None and self._seen > self._complete
+
     def begun(self, number: int) -> None:
         """Note the number of a transaction that began after everything that was :meth:`seen`."""
         # One mark at a time: a later one would need later transactions to end.
-        if self._mark is None and self._seen > self._complete:
+        if self.needs_number:
             self._mark = (self._seen, number)
 
     def done(self, up_to: int | None, oldest_open: int) -> None:

@@ -174,22 +174,30 @@ class Statements:
             steps.append(Step(partial(self.give_up, reason=reason, seqs=seqs), transaction=several))
         return steps
 
+    def number(self, connection: Connection) -> int:
+        """Return a number as in :attr:`Page.oldest_open`, of a transaction of its own."""
+        return int(connection.execute(select(func.txid_current())).scalar_one()) if self._dialect == "postgresql" else 0
+
     def retry(self, connection: Connection, attempts: int, delay: int, seqs: Sequence[int]) -> None:
         """Let rows wait for ``delay`` milliseconds."""
         change = f"attempts = :attempts, available_ms = {NOW_MS[self._dialect]} + :delay"
         self._update(connection, change, seqs, {"attempts": attempts, "delay": delay})
 
     def give_up(self, connection: Connection, reason: str, seqs: Sequence[int]) -> None:
-        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere."""
-        columns = list(self._messages.columns)
+        """Move rows to the dead table: one statement on PostgreSQL, several ones elsewhere.
+
+        They get places of their own there. Those that they had may be taken: a table that was emptied by TRUNCATE
+        begins to count anew.
+        """
+        columns = [column for column in self._messages.columns if column.name != "seq"]
         names = [*(column.name for column in columns), "reason", "died_ms"]
         if self._dialect == "postgresql":
-            gone = delete(self._messages).where(self._among(seqs)).returning(*columns).cte("gone")
-            moved = select(*gone.c, bindparam("reason", reason), self._now)
-            connection.execute(insert(self._dead).from_select(names, moved))
+            gone = delete(self._messages).where(self._among(seqs)).returning(*self._messages.columns).cte("gone")
+            moved = select(*(gone.c[column.name] for column in columns), bindparam("reason", reason), self._now)
+            connection.execute(insert(self._dead).from_select(names, moved.order_by(gone.c.seq)))
         else:
             moved = select(*columns, bindparam("reason", reason), self._now).where(self._among(seqs))
-            connection.execute(insert(self._dead).from_select(names, moved))
+            connection.execute(insert(self._dead).from_select(names, moved.order_by(self._columns.seq)))
             self.delete(connection, seqs)
 
     def delete(self, connection: Connection, seqs: Sequence[int]) -> int | None:
@@ -247,10 +255,13 @@ class Statements:
     def _in_buckets(self, statement: Any, buckets: frozenset[int]) -> Any:
         if len(buckets) == BUCKETS:
             return statement
+        bucket = self._columns.bucket
         if self._dialect == "postgresql":
-            numbers = bindparam("buckets", sorted(buckets), ARRAY(SmallInteger))
-            return statement.where(self._columns.bucket == any_(numbers))
-        return statement.where(self._columns.bucket.in_(sorted(buckets)))
+            within = bucket == any_(bindparam("buckets", sorted(buckets), ARRAY(SmallInteger)))
+        else:
+            within = bucket.in_(sorted(buckets))
+        # A row that was written by hand may have any number: it belongs to the owner of the first bucket.
+        return statement.where(within | ~bucket.between(0, BUCKETS - 1) if 0 in buckets else within)
 
     def _among(self, seqs: Sequence[int]) -> Any:
         if self._dialect == "postgresql":

@@ -47,15 +47,15 @@ class Transactions(RuleBasedStateMachine):
             self.in_hand = found, end, min(self.open, default=self.next_number)
 
     @precondition(lambda self: self.in_hand is not None)
-    @rule(published=strategies.integers(0, 4))
-    def settle(self, published: int) -> None:
+    @rule(published=strategies.integers(0, 4), asked=strategies.booleans())
+    def settle(self, published: int, asked: bool) -> None:
         assert self.in_hand is not None
         found, end, oldest_open = self.in_hand
         self.in_hand = None
         remaining = found[published:]
         self.committed -= set(found[:published])
         self.horizon.done(remaining[0] - 1 if remaining else end, oldest_open)
-        if published:
+        if published or asked:
             self.horizon.begun(self.next_number)
             self.next_number += 1
 

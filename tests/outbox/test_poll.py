@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import event, insert, select, update
+from sqlalchemy import event, insert, select, text, update
 
 from idempotency.errors import ConfigurationError
 from idempotency.outbox import Message, Outbox, Outcome, Refused, RetryLater, Sent
@@ -116,6 +116,21 @@ async def test_what_cannot_be_read_is_dead_and_stops_nothing(ledger: Ledger, out
     async with ledger.engine.connect() as connection:
         reasons = list(await connection.scalars(select(outbox.tables.dead.c.reason)))
     assert reasons == ["its headers cannot be read: write an object of text in JSON, or NULL"] * 4
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_messages_die_also_after_their_table_was_emptied(ledger: Ledger, outbox: Outbox) -> None:
+    """The table then counts from 1 again, as it did for those that are dead already."""
+    relay = relay_on(ledger.engine, outbox, ScriptedPublisher(lambda _: Refused("it has 2 MB")))
+    restart = " RESTART IDENTITY" if ledger.engine.dialect.name == "postgresql" else ""
+    for kinds in (("a", "b"), ("c", "d", "e")):
+        await emit(ledger.engine, outbox, *((number, kind) for number, kind in enumerate(kinds)))
+        await relay.drain()
+        async with ledger.engine.begin() as connection:
+            await connection.execute(text(f"TRUNCATE TABLE {outbox.tables.messages.name}{restart}"))
+    dead = outbox.tables.dead.c
+    async with ledger.engine.connect() as connection:
+        assert list(await connection.scalars(select(dead.type).order_by(dead.seq))) == ["a", "b", "c", "d", "e"]
 
 
 @pytest.mark.stores(*DATABASES)
