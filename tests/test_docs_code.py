@@ -17,7 +17,8 @@ import httpx
 import pytest
 from celery._state import _TLS
 
-from idempotency.outbox import Message, Sent
+from idempotency.outbox import Message, Outcome, Publisher, Refused, Sent
+from idempotency.outbox.publishers import open_publisher
 from idempotency.webhooks import sign
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -43,6 +44,7 @@ MESSAGES = blocks("messages.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 TRANSACTIONS = blocks("transactions.md")
+OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
 SETUP = "Code for each framework"
 
@@ -313,6 +315,39 @@ async def test_the_gauges_of_an_outbox_are_read(run: Callable[..., dict[str, Any
         "outbox_relays": 0,
     }
     await names["operations"].aclose()
+
+
+def test_the_urls_of_brokers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each URL of the table names a publisher, which connects only when it publishes."""
+    monkeypatch.setenv("IDEMPOTENCY_WEBHOOK_SECRETS", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    table = (DOCS / "outbox.md").read_text().partition("\n## Publish\n")[2].partition("\n\nEvery message")[0]
+
+    made = [type(open_publisher(url)).__name__ for url in re.findall(r"`([a-z+]+://[^`]+)`", table)]
+
+    assert made == [
+        "AioPikaPublisher",
+        "NatsPublisher",
+        "AiokafkaPublisher",
+        "ConfluentPublisher",
+        "RedisPublisher",
+        "SQSPublisher",
+        "CeleryPublisher",
+        "WebhookPublisher",
+    ]
+
+
+async def test_the_code_of_a_publisher_publishes(run: Callable[..., dict[str, Any]]) -> None:
+    """The skeleton is a publisher for a relay, once its ``send`` answers."""
+    names = run(*OUTBOX["A publisher of your own"])
+
+    class Printing(names["MyPublisher"]):  # type: ignore[misc]
+        async def send(self, message: Message) -> Outcome:
+            return Sent() if message.wire_headers() == {"id": "1", "eventType": "T"} else Refused("headers")
+
+    message = Message(id="1", aggregate_type="order", aggregate_id="8", type="T", payload=b"{}")
+    publisher: Publisher = Printing()
+    assert list(await publisher.publish([message])) == [Sent()]
+    assert publisher.delivery_timeout == 15
 
 
 async def test_the_code_for_webhooks_receives_and_sends(run: Callable[..., dict[str, Any]]) -> None:

@@ -122,7 +122,7 @@ def create(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX) -> None:
 
 @outbox.command()
 def debezium(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX, mode: Mode = OutboxMode.TABLE) -> None:
-    """Print the configuration of Debezium, in place of a relay; needs no database."""
+    """Print the configuration of Debezium, in place of a relay; connects to nothing."""
     try:
         database, named = outbox_at(store, table, mode)
         from idempotency.outbox._debezium import connector_configuration

@@ -107,7 +107,8 @@ def name_of(what: str, value: object, most: int) -> str:
         value = str(value)
     if not isinstance(value, str) or not 0 < len(value) <= most or "\0" in value or not _encodes(value):
         shown = repr(value) if isinstance(value, str) and len(value) <= most else type(value).__name__
-        raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}")
+        remedy = ": flush the session first, if the database makes it" if value is None else ""
+        raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}{remedy}")
     # Not as an enumeration or another subclass, which drivers and format() write in their own ways.
     return str.__str__(value)
 

@@ -83,6 +83,7 @@ class Delivery:
         self._relay = relay
         self._confirmations = 0
         self._tried: dict[int, int] = {}
+        self._announced: set[int] = set()
 
     async def publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
         """Publish a batch, and return one outcome for each row; a publisher that fails has confirmed nothing.
@@ -100,6 +101,7 @@ class Delivery:
             detail = f": {error}" if isinstance(error, ConfigurationError) else ""
             reason = f"{type(error).__name__}{detail}"
             self.announce("unavailable", rows, reason)
+            self._announced.update(row.seq for row in rows)
             return [RetryLater(reason)] * len(rows)
 
     async def _in_time(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> Sequence[Outcome]:
@@ -174,6 +176,7 @@ class Delivery:
     def forget(self) -> None:
         """Forget when messages were tried: they may be another relay's now."""
         self._tried.clear()
+        self._announced.clear()
 
     def announce(self, kind: RelayEventKind, rows: Sequence[Row] = (), reason: str = "", count: int = 0) -> None:
         """Deliver an event about some rows, or about ``count`` buckets."""
@@ -184,9 +187,12 @@ class Delivery:
 
     def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
         dead = {seq for seqs in judged.settlement.dead.values() for seq in seqs}
+        # Such as a stream that does not exist: the attempt does not count, so that only this event tells of it.
+        stalled = {row.seq for row in judged.untouched} - self._announced
+        self._announced.difference_update(row.seq for row in rows)
         by_kind: dict[RelayEventKind, tuple[list[Row], str]] = {}
         for row, outcome in zip(rows, outcomes, strict=True):
-            kind = _kind_of(outcome, row.seq in dead)
+            kind = _kind_of(outcome, row.seq in dead, row.seq in stalled)
             reason = outcome.reason if isinstance(outcome, RetryLater | Refused) else ""
             by_kind.setdefault(kind, ([], reason))[0].append(row)
         for kind, (concerned, reason) in by_kind.items():
@@ -215,7 +221,7 @@ def _asked(after: float | None) -> float:
     return min(after, DAY) if after is not None and after > 0 else 0.0
 
 
-def _kind_of(outcome: Outcome, dead: bool) -> RelayEventKind:
+def _kind_of(outcome: Outcome, dead: bool, stalled: bool) -> RelayEventKind:
     match outcome:
         case Sent():
             return "published"
@@ -224,4 +230,4 @@ def _kind_of(outcome: Outcome, dead: bool) -> RelayEventKind:
         case Refused():
             return "refused"
         case RetryLater():
-            return "dead" if dead else "retry"
+            return "dead" if dead else "unavailable" if stalled and not outcome.held else "retry"

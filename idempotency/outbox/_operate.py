@@ -48,6 +48,8 @@ class OutboxOperations:
 
         ``key``: only those of a key, ``TYPE/ID`` as in :attr:`OutboxEntry.key`. ``payload``: read the payloads too.
         """
+        if key is not None and "/" not in key:
+            raise ConfigurationError(f"a key is TYPE/ID, such as order/7, not {key!r}")
         return await self._run(partial(read_entries, dead=dead, key=key, limit=limit, payload=payload))
 
     async def redrive(self, ids: Collection[str]) -> int:

@@ -36,7 +36,8 @@ def check_server(connection: Connection, slot: Slot, allow_unlimited_wal: bool) 
     if settings.most_retained == _UNLIMITED and not allow_unlimited_wal:
         raise ConfigurationError(
             "max_slot_wal_keep_size is -1, so that a relay that is stopped lets the log fill the disk of the server:"
-            " ALTER SYSTEM SET max_slot_wal_keep_size = '10GB' and reload, or give allow_unlimited_wal=True"
+            " ALTER SYSTEM SET max_slot_wal_keep_size = '10GB' and reload, or give allow_unlimited_wal=True,"
+            " on the command line --allow-unlimited-wal"
         )
 
 

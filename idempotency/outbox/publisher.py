@@ -47,7 +47,10 @@ HELD = RetryLater("an earlier message of its key is not confirmed", held=True)
 
 
 class Publisher(Protocol):
-    """Publish messages to one broker, with its own confirmation, and the id in its own place for identities."""
+    """Publish messages to one broker, with its own confirmation, and the id in its own place for identities.
+
+    :meth:`Message.wire_headers` returns the headers that go with a message.
+    """
 
     @property
     def delivery_timeout(self) -> float:
@@ -63,7 +66,7 @@ class Publisher(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Close what the publisher has opened itself."""
+        """Close what the publisher has opened itself. After it, :meth:`publish` raises RuntimeError."""
         ...
 
 

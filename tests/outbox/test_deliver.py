@@ -112,6 +112,31 @@ async def test_a_publisher_that_fails_has_confirmed_nothing() -> None:
     assert [(event.kind, event.count, event.reason) for event in events] == [("unavailable", 2, "OSError")]
 
 
+async def test_that_nothing_gets_through_is_announced_once() -> None:
+    """By the publisher that fails, or else by what it answers; what is held back is not at fault."""
+    rows = [row(1), row(2)]
+    missing, failing = list[RelayEvent](), list[RelayEvent]()
+    answering = ScriptedPublisher(lambda message: HELD if message.aggregate_id == "2" else RetryLater("no stream"))
+
+    class Broken(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
+            raise OSError
+
+    for publisher, events in ((answering, missing), (Broken(), failing)):
+        under_test = delivery(publisher, events)
+        for _ in range(2):
+            under_test.judge(rows, await under_test.publish(rows, lambda: 9.0))
+
+    assert [(event.kind, event.count, event.reason) for event in missing] == [
+        ("unavailable", 1, "no stream"),
+        ("retry", 1, "an earlier one"),
+    ] * 2
+    assert [(event.kind, event.count, event.reason) for event in failing] == [
+        ("unavailable", 2, "OSError"),
+        ("retry", 2, "OSError"),
+    ] * 2
+
+
 async def test_a_wrong_number_of_outcomes_confirms_nothing() -> None:
     class Forgetful(ScriptedPublisher):
         async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:

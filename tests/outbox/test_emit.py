@@ -259,7 +259,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"aggregate_type": ""}, "aggregate_type must be text of 1 to 255 characters"),
     ({"aggregate_type": "x" * 256}, "aggregate_type must be text"),
     ({"aggregate_id": "a\0b"}, "aggregate_id must be text"),
-    ({"aggregate_id": None}, "aggregate_id must be text.*not NoneType"),
+    ({"aggregate_id": None}, "aggregate_id must be text.*not NoneType: flush the session"),
     ({"aggregate_id": True}, "aggregate_id must be text.*not bool"),
     ({"aggregate_id": "\ud800"}, "aggregate_id must be text"),
     ({"type": 3.5}, "type must be text"),

@@ -103,6 +103,8 @@ async def test_messages_are_listed_with_their_states(box: Box) -> None:
     assert all(0 <= each.age < 60 for each in listed)
     of_key = await box.operations.messages(key="order/2", limit=1, payload=True)
     assert [(each.key, each.type, each.payload) for each in of_key] == [("order/2", "Placed", b"other key")]
+    with pytest.raises(ConfigurationError, match="TYPE/ID, such as order/7, not 'order'"):
+        await box.operations.messages(key="order")
     [dead] = await box.operations.messages(dead=True)
     assert (names[dead.id], dead.state, dead.attempts, dead.reason) == ("refused", "dead", 3, "too large")
 

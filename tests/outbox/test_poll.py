@@ -235,7 +235,7 @@ async def test_a_broker_that_is_away_loses_and_exhausts_nothing(
     await relay.stop()
     await running
     assert publisher.types == [str(number) for number in range(10)]
-    assert {event.kind for event in events} == {"retry", "published"}
+    assert {event.kind for event in events} == {"unavailable", "published"}
     assert await count(ledger.engine, outbox.tables.dead) == 0
 
 

@@ -218,7 +218,10 @@ class WebhookPublisher:
 
 def from_url(url: str, options: Mapping[str, Any], /) -> WebhookPublisher:
     """Make a publisher with the options of a URL's query, and the secrets of the environment."""
-    return WebhookPublisher(url, secrets=os.environ.get(SECRETS, "").split(), **options)
+    secrets = os.environ.get(SECRETS, "").split()
+    if not secrets:
+        raise ConfigurationError(f"{SECRETS} in the environment must have the secrets, with spaces between them")
+    return WebhookPublisher(url, secrets=secrets, **options)
 
 
 def _client(check: AddressCheck, connections: int) -> httpx.AsyncClient:

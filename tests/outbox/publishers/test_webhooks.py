@@ -660,7 +660,7 @@ async def test_publisher_by_url_has_its_secrets_from_the_environment(
     url: str, endpoints: Endpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command line is seen by others."""
-    with pytest.raises(ConfigurationError, match="secrets"):
+    with pytest.raises(ConfigurationError, match=f"^{SECRETS} in the environment"):
         open_publisher(f"{url}/")
     monkeypatch.setenv(SECRETS, f"{OTHER} {SECRET}")
 
