@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ async def test_who_keeps_the_database_from_cleaning_is_named_with_the_statement(
         [line] = [line for line in await said(ledger, outbox) if "cannot be cleaned away" in line]
 
     assert line.startswith("note ")
-    assert "has been open for 0 s" in line
+    assert re.search(r"has been open for \d s", line)
     assert line.endswith("; idle" if mysql else "; idle in transaction: SELECT ?, ? FROM T")
     monkeypatch.setattr(_cleaning, "LONG", 3600.0)
     assert not [line for line in await said(ledger, outbox) if "cannot be cleaned away" in line]
