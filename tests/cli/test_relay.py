@@ -90,7 +90,7 @@ def catches_or_ignores(pid: int, number: signal.Signals) -> bool:
         ((), "IDEMPOTENCY_PUBLISH"),
         (("--publish", "redis://:secret@localhost?nonsense=1"), "'nonsense' is no option"),
         (("--publish", "tests.kit.relay_functions:nothing"), "cannot be imported"),
-        (("--publish", PRINTED, "--lease", "30"), "lease must be longer than the publisher's delivery time-out"),
+        (("--publish", PRINTED, "--lease", "15"), "lease must be longer than the publisher's delivery time-out"),
         (("--publish", PRINTED, "--lease", "60", "--log"), "needs a PollingRelay"),
         (("--publish", PRINTED, "--slot", "orders"), "need --log"),
         (("--publish", PRINTED, "--mode", "message"), "need --log"),
