@@ -99,6 +99,7 @@ PUBLIC = {
         "RunningRelay",
         "Sent",
         "SlotLostError",
+        "in_chains",
         "outbox_sql",
         "outbox_table",
     ],

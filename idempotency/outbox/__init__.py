@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.message import Message
-from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
+from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent, in_chains
 
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
@@ -39,6 +39,7 @@ __all__ = [
     "RunningRelay",
     "Sent",
     "SlotLostError",
+    "in_chains",
     "outbox_sql",
     "outbox_table",
 ]

@@ -94,7 +94,13 @@ class Relay:
             return await self._drain()
 
     async def stop(self) -> None:
-        """End :meth:`run`: finish the batch in hand, give back what is owned, and return when that is done."""
+        """End :meth:`run`: finish the batch in hand, give back what is owned, and return when that is done.
+
+        Raises :class:`~idempotency.errors.ConfigurationError` in another event loop than that of :meth:`run`: there
+        :meth:`stop_sync` is to be called.
+        """
+        if self._stopped is not None and self._loop is not asyncio.get_running_loop():
+            raise ConfigurationError("this relay runs in another event loop: call stop_sync()")
         self._stop()
         if self._stopped is not None:
             await self._stopped.wait()
@@ -106,7 +112,9 @@ class Relay:
     def stop_sync(self, timeout: float | None = None) -> None:
         """See :meth:`stop`: for another thread than that of :meth:`run_sync`."""
         loop = self._loop
-        if loop is not None:
+        if loop is None:
+            self._stopping.set()  # it has not begun
+        else:
             with suppress(RuntimeError):  # it has ended
                 asyncio.run_coroutine_threadsafe(self.stop(), loop).result(timeout)
 

@@ -311,7 +311,21 @@ def test_a_thread_relays_for_a_synchronous_application(sync_ledger: Ledger, sync
     with sync_ledger.sessions.begin() as session:
         sync_outbox.emit_sync(session, aggregate_type="order", aggregate_id=1, type="Placed", payload={})
     assert published.wait(10)
+    with pytest.raises(ConfigurationError, match="another event loop: call stop_sync"):
+        asyncio.run(relay.stop())
     relay.stop_sync(10)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.stores("postgres")
+def test_a_relay_that_is_stopped_before_its_thread_begins_ends_at_once(
+    sync_ledger: Ledger, sync_outbox: Outbox
+) -> None:
+    relay = relay_on(sync_ledger.engine, sync_outbox, ScriptedPublisher())
+    relay.stop_sync()
+    thread = threading.Thread(target=relay.run_sync)
+    thread.start()
     thread.join(10)
     assert not thread.is_alive()
 

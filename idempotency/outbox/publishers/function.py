@@ -11,6 +11,7 @@ takes effect once: its id is the key. A dead letter of that consumer is refused.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from idempotency.errors import ConfigurationError
 from idempotency.outbox.publisher import Duplicate, Outcome, Refused, RetryLater, Sent, in_chains
 from idempotency.outbox.publishers._brokers import FUNCTION
 from idempotency.outbox.publishers._shared import NOT_TRIED
+
+_logger = logging.getLogger("idempotency")
 
 Function = Callable[[Message], Awaitable[object]] | AsyncHandler[..., Any]
 
@@ -66,18 +69,27 @@ class FunctionPublisher:
                 return NOT_TRIED
             async with asyncio.timeout_at(deadline):
                 if self._deliver is None:
-                    return _outcome_of(await self._function(message))
+                    return await self._call_function(message)
                 return _outcome_of_delivery(
                     await self._deliver(message, attempt=message.attempt, key=_id_of, body=message.payload)
                 )
+
+    async def _call_function(self, message: Message) -> Outcome:
+        try:
+            returned = await self._function(message)
+        except Exception as error:
+            return _failed(error)
+        return returned if isinstance(returned, Refused | RetryLater) else Sent()
 
 
 def _id_of(message: Message) -> str:
     return message.id
 
 
-def _outcome_of(returned: object) -> Outcome:
-    return returned if isinstance(returned, Refused | RetryLater) else Sent()
+def _failed(error: Exception) -> RetryLater:
+    # Nothing above logs it: the relay knows only the name of its class.
+    _logger.error("a function failed to handle a message of the outbox, which is tried again", exc_info=error)
+    return RetryLater(type(error).__name__)
 
 
 def _outcome_of_delivery(delivered: Delivered) -> Outcome:
@@ -90,6 +102,6 @@ def _outcome_of_delivery(delivered: Delivered) -> Outcome:
         case Retry(after, reason):
             return RetryLater(reason, after)
         case Failed(error):
-            return RetryLater(type(error).__name__)
+            return _failed(error)
         case DeadLetter(reason, _):
             return Refused(reason)

@@ -151,11 +151,16 @@ async def test_message_that_the_consumer_is_handling_is_tried_again() -> None:
     assert await first == [Sent()]
 
 
-async def test_error_of_a_function_is_named_without_its_text() -> None:
+async def test_error_of_a_function_is_named_without_its_text(caplog: pytest.LogCaptureFixture) -> None:
+    """Its traceback is in the log of the process, as that of a handler of messages."""
+
     async def handle(message: Message) -> None:
         raise ValueError(message.payload)
 
     assert await FunctionPublisher(handle).publish([new_message()]) == [RetryLater("ValueError")]
+    [record] = caplog.records
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ValueError
 
 
 def test_function_that_is_not_async_is_refused() -> None:
