@@ -96,6 +96,7 @@ class Tail:
 
     async def scan(self, highest: int | None = None) -> None:
         """Publish the rows of the table up to ``highest``, by default to the highest one there is now."""
+        self._away = False  # else nothing is tried, and the broker stays away for ever
         self._keys = await self._database.run(self._statements.keys_of_table)
         seen = await self._database.run(self._statements.range_of_log)
         last = highest if highest is not None or seen is None else seen[1]
