@@ -119,10 +119,16 @@ class LogRelay(Relay):
             return False
         if before.owner:
             self._delivery.announce("took-over", count=1)
-        state, position = await self._database.run(self._look)
-        if state is None or state.lost is not None or position is None:
-            position = await self._create(state, position)
-        await self._tail.begin(position)
+        try:
+            state, position = await self._database.run(self._look)
+            if state is None or state.lost is not None or position is None:
+                position = await self._create(state, position)
+            await self._tail.begin(position)
+        except StoreError:
+            # Its place in the log is not known: who owned the slot now would pass over messages.
+            await self._leave()
+            self._leases.drop()
+            raise
         return True
 
     def _look(self, connection: Connection) -> tuple[SlotState | None, Position | None]:

@@ -104,6 +104,7 @@ class Tail:
 
         Raises :class:`ScanEndedError` if some of them are not even tried.
         """
+        self._away = False  # else nothing is tried, and the broker stays away for ever
         self._keys = await self._database.run(self._statements.keys_of_table)
         seen = await self._database.run(self._statements.range_of_log)
         last = highest if highest is not None or seen is None else seen[1]

@@ -106,6 +106,16 @@ def run(quick: bool) -> bool:
     return wrong == 0
 
 
+def chosen(labels: list[str], everywhere: bool, quick: bool) -> list[str]:
+    """Return the labels at which a process is killed.
+
+    ``everywhere``: also before the relay publishes, where all brokers are the same. ``quick``: only after each step,
+    since the state in which the next one begins is the same.
+    """
+    some = labels if everywhere else labels[labels.index(PUBLISHING) :]
+    return [label for label in some if label.startswith("after ") or not quick]
+
+
 def prove(
     pool: Executor,
     place: Place,
@@ -115,11 +125,7 @@ def prove(
     everywhere: bool,
     quick: bool,
 ) -> tuple[int, Found]:
-    """Find the labels by a run in which nothing is killed, and kill at each of them.
-
-    ``everywhere``: also before the relay publishes, where all brokers are the same. ``quick``: only after each step,
-    since the state in which the next one begins is the same.
-    """
+    """Find the labels by a run in which nothing is killed, and kill at those that are :func:`chosen`."""
 
     def trial() -> Trial:
         name = f"prove_{os.getpid()}_{next(_numbers)}"
@@ -130,10 +136,7 @@ def prove(
     labels_file = Path(directory, "labels")
     found = pool.submit(try_label, trial(), None, str(labels_file)).result()
     labels: list[str] = json.loads(labels_file.read_text())
-    if not everywhere:
-        labels = labels[labels.index(PUBLISHING) :]
-    if quick:
-        labels = [label for label in labels if label.startswith("after ")]
+    labels = chosen(labels, everywhere, quick)
     trials = [pool.submit(try_label, trial(), label, str(labels_file)) for label in labels]
     for label, each in zip(labels, trials, strict=True):
         result = each.result()

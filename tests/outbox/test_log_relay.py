@@ -12,8 +12,10 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import create_engine, insert, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from idempotency.errors import StoreError
 from idempotency.outbox import Message, Outbox, Outcome, Refused, RetryLater, Sent
 from idempotency.outbox._log import LogRelay
 from idempotency.outbox._slot import SlotLostError
@@ -375,3 +377,34 @@ async def test_a_relay_that_is_stopped_while_the_server_waits(log_engine: AsyncE
     await relay.drain()
 
     assert shop.publisher.payloads == ["1"]
+
+
+@pytest.mark.parametrize("logical_server", ["18"], indirect=True)
+async def test_a_slot_that_was_busy_as_a_relay_took_it_over(
+    log_engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay begins anew: one that reads without its place in the log would pass over what comes next."""
+    shop = Shop(log_engine, "table")
+    await shop.relay().drain()
+    relay = shop.relay(lease=3.0)
+    begin, failures = relay._tail.begin, [StoreError("busy")]
+
+    async def begin_late(position: Any) -> None:
+        if failures:
+            raise failures.pop() from DBAPIError("", {}, Exception())
+        await begin(position)
+
+    async def published(*payloads: str) -> None:
+        async with asyncio.timeout(10):
+            while shop.publisher.payloads != list(payloads):
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("idempotency.outbox._log.is_busy", lambda _: True)
+    monkeypatch.setattr(relay._tail, "begin", begin_late)
+    running = asyncio.create_task(relay.run())
+    await shop.emit(1)
+    await published("1")
+    await shop.emit(2)
+    await published("1", "2")
+    await relay.stop()
+    await running
