@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL
@@ -154,7 +154,8 @@ class RelayDatabase:
                     # and a driver may need two messages for a statement.
                     pooler = self.dialect == "postgresql" and asked_once(connection)
                     if not transaction and not pooler:
-                        return work(connection.execution_options(isolation_level="AUTOCOMMIT"))
+                        with _autocommit(connection):
+                            return work(connection)
                     with connection.begin():
                         return work(connection)
             except (SQLAlchemyError, IdempotencyError):
@@ -163,6 +164,22 @@ class RelayDatabase:
                 # Interrupted at an unknown point: the server may still send an answer.
                 connection.invalidate(error)
                 raise
+
+
+@contextmanager
+def _autocommit(connection: Connection) -> Iterator[None]:
+    """Let each statement of the block be a transaction of its own.
+
+    With the option ``isolation_level`` it would end when the connection is given back to its pool. On one that was cut
+    off that fails, and the pool would count it as in use for ever.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    connection.dialect.set_isolation_level(driver, "AUTOCOMMIT")
+    try:
+        yield
+    finally:
+        if not connection.invalidated:
+            connection.dialect.reset_isolation_level(driver)
 
 
 def _open(source: URL | str, timeout: float) -> AsyncEngine | Engine:

@@ -34,20 +34,18 @@ class LogStatements(Statements):
 
         ``heads_only``: one row of each key, so that one key cannot fill the batch.
         """
-        row, head = self._table.c, self._table.alias("head")
+        row = self._table.c
         now = select(self._clock).scalar_subquery()
-        blocks = (head.c.attempts > 0) & (head.c.available_ms > now)
+        served = row.available_ms.is_not(None) & ((row.attempts > 0) | (row.available_ms <= now))
+        blocks = (row.attempts > 0) & (row.available_ms > now)
         if heads_only:
-            blocks = (head.c.attempts > 0) | (head.c.available_ms <= now)
-        waits = exists().where(
-            blocks,
-            head.c.available_ms.is_not(None),
-            head.c.aggregatetype == row.aggregatetype,
-            head.c.aggregateid == row.aggregateid,
-            head.c.seq < row.seq,
-        )
-        due = self._select().where(row.available_ms <= now, ~waits).order_by(row.seq).limit(limit)
-        return self._read(connection, due)
+            blocks = served
+        # By a window, which sorts the rows once: to look for a head of each row would compare them all with each other.
+        first = func.min(row.seq).filter(blocks).over(partition_by=(row.aggregatetype, row.aggregateid))
+        each = select(row.seq, row.available_ms, first.label("first")).where(served).subquery()
+        waits = each.c.first.is_not(None) & (each.c.first < each.c.seq)
+        due = select(each.c.seq).where(each.c.available_ms <= now, ~waits).order_by(each.c.seq).limit(limit)
+        return self._read(connection, self._select().where(row.seq.in_(due)).order_by(row.seq))
 
     def keys_of_table(self, connection: Connection) -> set[Key]:
         """Return the keys that are served from the table: those of its rows that are not just scheduled."""

@@ -298,6 +298,31 @@ async def test_one_large_transaction(shop: Shop) -> None:
     assert max(alive) < 8_000
 
 
+async def test_a_failure_in_a_backlog_delays_the_rest_for_a_moment(shop: Shop) -> None:
+    """What the log has passed meanwhile is served from the table, in order, and as fast."""
+    size, keys, failures = 5000, 64, [OSError()]
+    rows = [shop.outbox.row("order", number % keys, "Placed", number, None, None) for number in range(size)]
+    async with shop.engine.begin() as connection:
+        await connection.run_sync(shop.outbox.write, rows)
+
+    def answer(message: Message) -> Outcome:
+        if message.payload == b"1000" and failures:
+            raise failures.pop()
+        return Sent()
+
+    shop.publisher.answer = answer
+    relay = shop.relay(backoff=lambda _: 0.1)
+    running = asyncio.create_task(relay.run())
+    async with asyncio.timeout(20):
+        while len(set(shop.publisher.payloads)) < size:
+            await asyncio.sleep(0.02)
+    await relay.stop()
+    await running
+
+    first = [int(payload) for payload in dict.fromkeys(shop.publisher.payloads)]
+    assert all([n for n in first if n % keys == key] == list(range(key, size, keys)) for key in range(keys))
+
+
 async def test_a_relay_that_was_replaced_writes_nothing(shop: Shop) -> None:
     """It was paused beyond its lease while it published: the position of the other relay stays, and so do its rows."""
     other = Recorder()
