@@ -9,7 +9,10 @@ import pytest
 from sqlalchemy import select
 
 from idempotency import current, idempotent
+from idempotency._outbox.emit import bucket_of
+from idempotency._rules import Claim
 from idempotency.errors import TransactionError
+from idempotency.operation import Operation
 from idempotency.outbox import Outbox
 from idempotency.stores.memory import MemoryStore
 from tests.kit.ledger import Ledger
@@ -106,3 +109,13 @@ def test_what_is_emitted_after_the_end_in_a_thread_is_refused(sync_ledger: Ledge
     place()
     with pytest.raises(TransactionError, match="has ended"):
         operations[0].emit(**ORDER, type="Late", outbox=sync_outbox)
+
+
+def test_the_ids_and_buckets_of_released_versions_stay() -> None:
+    """They are stored, here and at consumers: an upgrade in the middle of a repetition changes neither."""
+    claim = Claim(scope="billing", key="order-7", fingerprint=b"f" * 32, lease=30.0, ttl=60.0)
+    operation = Operation(claim, attempt=1)
+    ids = [operation.next_message_id("order", "7", "Placed") for _ in range(2)]
+    assert ids == ["eb7d71a6-1890-53a7-b224-2e11051234d2", "c674f97c-87f8-5577-8d42-b2dc3b74ec93"]
+    keys = [("order", "7"), ("order", "ü"), ("Zahlung", "a/b")]
+    assert [bucket_of(*key) for key in keys] == [53, 48, 63]
