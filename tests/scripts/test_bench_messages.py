@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from tests.adapters.rigs.adapters import missing_broker
 from tests.adapters.rigs.rabbitmq import URL
 from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
 from tests.kit.servers import missing
 
 
@@ -23,8 +23,7 @@ def _rabbitmq() -> None:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a module of scripts/_bench by its name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS / "_bench"))
-    return importlib.import_module
+    return script_modules(monkeypatch, SCRIPTS / "_bench")
 
 
 async def test_every_way_handles_each_message_once_and_has_a_row(postgres_url: str, bench: Any) -> None:

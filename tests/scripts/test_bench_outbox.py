@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
 
 from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
 
 pytestmark = pytest.mark.processes
 
 
 async def test_a_relay_is_measured_beside_a_load(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It raises unless each message was published; samples and their publishes are of one clock."""
-    monkeypatch.syspath_prepend(str(SCRIPTS / "_bench"))
+    bench = script_modules(monkeypatch, SCRIPTS / "_bench")
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS.parent))
-    outbox, latency = importlib.import_module("outbox"), importlib.import_module("outbox_latency")
-    emitting = importlib.import_module("outbox_emitting")
+    outbox, latency, emitting = (bench(name) for name in ("outbox", "outbox_latency", "outbox_emitting"))
 
     async with outbox.opened(postgres_url, f"bench_outbox_{os.getpid()}") as (engine, box):
         rate = await outbox.relayed("poll", outbox.AtOnce(), engine, box, 2 * outbox.KEYS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from idempotency.testing import assert_once, crash_everywhere
 from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
 
 PROVE = SCRIPTS / "_prove"
 
@@ -18,8 +18,7 @@ PROVE = SCRIPTS / "_prove"
 @pytest.fixture(autouse=True)
 def prove(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module scripts/_prove/prove.py, whose scenarios can be imported."""
-    monkeypatch.syspath_prepend(str(PROVE))
-    return importlib.import_module("prove")
+    return script_modules(monkeypatch, PROVE)("prove")
 
 
 HANDLED = ("before INSERT prove_effect", "after INSERT prove_effect", "effect")

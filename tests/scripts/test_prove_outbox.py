@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
 
 pytestmark = pytest.mark.processes
 
@@ -16,9 +16,8 @@ pytestmark = pytest.mark.processes
 @pytest.fixture
 def prove(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a module of scripts/_prove by its name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS / "_prove"))
     monkeypatch.setenv("PYTHONPATH", "")
-    return importlib.import_module
+    return script_modules(monkeypatch, SCRIPTS / "_prove")
 
 
 def test_the_labels_of_a_relay_on_sqlite(
