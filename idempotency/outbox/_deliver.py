@@ -30,6 +30,9 @@ _SLACK = 0.5
 _UNCOUNTED = 60.0
 """Seconds until a message is tried again that has no attempt to lose, and whose last one did not count."""
 
+_MOST_TRIED = 100_000
+"""Messages of which it is known when they were tried last. An older attempt counts by what its batch confirms."""
+
 MOST_REASON = 500
 """Characters of a reason that are stored."""
 
@@ -163,6 +166,9 @@ class Delivery:
         judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
         judged.blocking.append(row)
         self._tried[row.seq] = self._confirmations
+        if len(self._tried) > _MOST_TRIED:
+            # The one that was tried first: others may have been deleted by hand, or be another relay's now.
+            del self._tried[next(iter(self._tried))]
 
     def _pause_after(self, attempts: int) -> float | None:
         try:
@@ -199,15 +205,27 @@ class Delivery:
             self.announce(kind, concerned, reason)
 
 
-def _checked(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """Return the outcomes of a publisher; ConfigurationError unless there are ``count`` of them."""
+def _checked(outcomes: Sequence[object], count: int) -> list[Outcome]:
+    """Return the outcomes of a publisher; ConfigurationError unless there are ``count`` of them.
+
+    What is no outcome confirms nothing: its message is to be retried.
+    """
     found = list(outcomes)
     if len(found) != count:
         raise ConfigurationError(f"the publisher returned {len(found)} outcomes for {count} messages")
-    for each in found:
-        if not isinstance(each, Outcome):
-            raise ConfigurationError(f"the publisher returned a {type(each).__name__}, which is no outcome")
-    return found
+    return [_outcome_in(each) for each in found]
+
+
+def _outcome_in(returned: object) -> Outcome:
+    match returned:
+        case Sent() | Duplicate() | Refused(str()) | RetryLater(str(), None | int() | float(), bool()):
+            return returned
+        case Refused() | RetryLater():
+            what = "with a field of another type than it has"
+        case _:
+            what = "which is no outcome"
+    # Only the name of the type: what is in it may be the payload.
+    return RetryLater(f"ConfigurationError: the publisher returned a {type(returned).__name__}, {what}")
 
 
 def _stored(reason: str) -> str:

@@ -99,6 +99,7 @@ class PollingRelay(Relay):
         if lapsed:
             self._delivery.announce("took-over", count=len(lapsed))
         if taken:
+            self._delivery.forget()
             self._batches.start_over()
         self._next_look = monotonic() + self._leases.seconds / _LOOKS
 
