@@ -59,8 +59,13 @@ class LogRelay(Relay):
         if self._database.dialect != "postgresql":
             raise ConfigurationError(f"LogRelay reads the log of PostgreSQL; {self._database} needs a PollingRelay")
         tables = self.outbox.tables
-        prefix = self.outbox.prefix if self.outbox.mode == "message" else None
-        self._slot = Slot(slot or slot_of(tables), publication or publication_of(tables), tables.messages, prefix)
+        self._slot = Slot(
+            slot or slot_of(tables),
+            publication or publication_of(tables),
+            tables.messages,
+            self.outbox.prefix,
+            messages=self.outbox.mode == "message",
+        )
         self._allow_unlimited_wal = allow_unlimited_wal
         self._ledger = Ledger(tables.position, self._slot.name)
         self._leases = Leases(self._database, self._seconds)

@@ -349,6 +349,8 @@ def test_options_are_checked(sqlite_url: str) -> None:
         PollingRelay(sqlite_url, ScriptedPublisher(), batch=0)
     with pytest.raises(ConfigurationError, match='ordering must be "key" or "none"'):
         PollingRelay(sqlite_url, ScriptedPublisher(), ordering="some")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="a PollingRelay reads the table, where mode='message' has no rows"):
+        PollingRelay(sqlite_url, ScriptedPublisher(), outbox=Outbox(mode="message"))
     with pytest.raises(ConfigurationError, match="SQLite in memory"):
         PollingRelay("sqlite+aiosqlite://", ScriptedPublisher())
 
