@@ -6,9 +6,10 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
 from typing import assert_never
 
@@ -70,6 +71,11 @@ class Judged:
     blocking: list[Row] = field(default_factory=list)
     untouched: list[Row] = field(default_factory=list)
     stalled: bool = False
+
+    @property
+    def dead(self) -> set[int]:
+        """Return which rows are given up, by ``seq``."""
+        return {seq for seqs in self.settlement.dead.values() for seq in seqs}
 
 
 class Delivery:
@@ -133,19 +139,33 @@ class Delivery:
         self._confirmations += any(isinstance(outcome, Sent | Duplicate) for outcome in outcomes)
         pauses: dict[int, float | None] = {}
         for row, outcome in zip(rows, outcomes, strict=True):
-            tried = self._tried.pop(row.seq, before)
             match outcome:
                 case Sent() | Duplicate():
                     judged.settlement.gone.append(row.seq)
                 case Refused(reason):
                     judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
                 case RetryLater():
+                    tried = self._tried.get(row.seq, before)
                     counts = not outcome.held and (self._confirmations > tried or outcome.after is not None)
                     self._retry(judged, row, outcome, counts, pauses)
                 case _:
                     assert_never(outcome)
+        self._remember(rows, outcomes, judged)
         self._announce_all(rows, outcomes, judged)
         return judged
+
+    def _remember(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
+        """Note when the messages were tried that are to be retried. Those that were held back were not tried."""
+        dead = judged.dead
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if isinstance(outcome, RetryLater) and outcome.held:
+                continue
+            self._tried.pop(row.seq, None)
+            if isinstance(outcome, RetryLater) and row.seq not in dead:
+                self._tried[row.seq] = self._confirmations
+        # Those that were tried first: others may have been deleted by hand, or be another relay's now.
+        for seq in list(islice(self._tried, max(0, len(self._tried) - _MOST_TRIED))):
+            del self._tried[seq]
 
     def _retry(
         self, judged: Judged, row: Row, outcome: RetryLater, counts: bool, pauses: dict[int, float | None]
@@ -165,10 +185,6 @@ class Delivery:
         delay = milliseconds(max(_UNCOUNTED if pause is None else pause, _asked(outcome.after)))
         judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
         judged.blocking.append(row)
-        self._tried[row.seq] = self._confirmations
-        if len(self._tried) > _MOST_TRIED:
-            # The one that was tried first: others may have been deleted by hand, or be another relay's now.
-            del self._tried[next(iter(self._tried))]
 
     def _pause_after(self, attempts: int) -> float | None:
         try:
@@ -178,6 +194,11 @@ class Delivery:
             # The outcomes of the whole batch are still to be written.
             _logger.exception("the function backoff failed")
             return _UNCOUNTED
+
+    def renumber(self, written: Mapping[int, int]) -> None:
+        """Note that messages of the log are rows now: their ``seq`` by the number that each had."""
+        for number in self._tried.keys() & written.keys():
+            self._tried[written[number]] = self._tried.pop(number)
 
     def forget(self) -> None:
         """Forget when messages were tried: they may be another relay's now."""
@@ -192,7 +213,7 @@ class Delivery:
         emit_relay_event(self._hook, event)
 
     def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
-        dead = {seq for seqs in judged.settlement.dead.values() for seq in seqs}
+        dead = judged.dead
         # Such as a stream that does not exist: the attempt does not count, so that only this event tells of it.
         stalled = {row.seq for row in judged.untouched} - self._announced
         self._announced.difference_update(row.seq for row in rows)

@@ -260,6 +260,7 @@ class Tail:
         if unwritten:
             written = await run(partial(statements.write_rows, rows=unwritten))
             settlement = renumbered(settlement, written)
+            self._delivery.renumber(written)
         for step in statements.steps(settlement):
             await run(step.work, transaction=step.transaction)
         waiting = [row.seq for row in passed if row.seq > 0]

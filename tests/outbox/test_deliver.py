@@ -95,6 +95,26 @@ def test_an_attempt_counts_if_another_message_got_through_since_the_last_one() -
     assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 2
 
 
+def test_a_first_attempt_while_nothing_got_through_is_the_one_before_the_next() -> None:
+    """Also of a message that is tried alone, such as a row that the log has passed, and that has a new number then."""
+    under_test = delivery()
+    under_test.judge([row(-1), row(2)], [RetryLater("no"), RetryLater("no")])
+    under_test.renumber({-1: 7})
+    assert seqs(under_test.judge([row(7)], [RetryLater("no")]).untouched) == [7]
+    under_test.judge([row(3)], [Sent()])
+    assert retried(under_test.judge([row(7)], [RetryLater("no")])) == 1
+    assert retried(under_test.judge([row(2)], [RetryLater("no")])) == 1
+
+
+def test_a_message_that_is_held_back_is_not_tried() -> None:
+    """So what was confirmed before it was held back counts, when it is tried again."""
+    under_test = delivery()
+    under_test.judge([row(1), row(2)], [RetryLater("no"), Sent()])
+    under_test.judge([row(3)], [Sent()])
+    assert retried(under_test.judge([row(1, attempts=1)], [HELD])) == 1
+    assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 2
+
+
 def test_when_messages_were_tried_is_known_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the one that was tried first it is forgotten: its next attempt does not count by what came between."""
     monkeypatch.setattr("idempotency.outbox._deliver._MOST_TRIED", 2)
