@@ -36,7 +36,9 @@ class LogRelay(Relay):
     all databases of a server share their names. ``allow_unlimited_wal``: run where the setting
     ``max_slot_wal_keep_size`` lets the log of a relay that is stopped fill the disk. The other options are those of
     :class:`PollingRelay`. Run no PollingRelay on the same table at the same time: each would publish all messages.
-    In message mode, ``run`` and ``drain`` raise :class:`SlotLostError` where messages are lost.
+    In message mode, ``run`` and ``drain`` raise :class:`SlotLostError` where messages are lost, and publish what the
+    table has too. Else they raise :class:`~idempotency.errors.ConfigurationError` for a message of this outbox in the
+    log: it would be passed over.
     """
 
     def __init__(
