@@ -25,7 +25,7 @@ from tests.kit.sql_store import until
 from tests.outbox.kit.logical import Recorder, slot_of
 
 KEYS = 5
-WAITS = 30.0
+WAITS = 60.0
 """Seconds between two looks of a relay. Its lease is longer than the test."""
 OPTIONS: dict[str, Any] = {"lease": 6 * HOUR, "poll": (WAITS, WAITS)}
 
@@ -102,7 +102,7 @@ async def until_true(condition: Callable[[], bool]) -> None:
     async def met() -> bool:
         return condition()
 
-    await until(met, 30)
+    await until(met, 60)
 
 
 def log_relay(hour: Hour, publisher: Any) -> LogRelay:
