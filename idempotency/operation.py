@@ -10,11 +10,22 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from idempotency._rules import Claim
 from idempotency.errors import TransactionError
 from idempotency.policy import Outcome
+
+
+class NewMessage(NamedTuple):
+    """A message as :meth:`Operation.emit` is given it."""
+
+    aggregate_type: str
+    aggregate_id: object
+    type: str
+    payload: object
+    headers: Mapping[str, str] | None
+    available_at: datetime | float | None
 
 
 class HasSession(Protocol):
@@ -25,11 +36,8 @@ class HasSession(Protocol):
         """Return the session; the first call makes it."""
         ...
 
-    def emit(self, message: Mapping[str, Any], /) -> str:
-        """Write a message with the record, and return its id.
-
-        ``message``: the arguments of :meth:`Operation.emit`, and the operation.
-        """
+    def emit(self, operation: Operation, message: NewMessage, outbox: Any, /) -> str:
+        """Write a message of the operation with the record, and return its id."""
         ...
 
 
@@ -158,18 +166,8 @@ class Operation:
                 "There is no transaction to emit in: give the middleware or decorator session=, a sessionmaker, so that"
                 " the message commits with the record; or call Outbox.emit(session, ...) in a transaction of your own."
             )
-        return self._transaction.emit(
-            {
-                "operation": self,
-                "outbox": outbox,
-                "aggregate_type": aggregate_type,
-                "aggregate_id": aggregate_id,
-                "type": type,
-                "payload": payload,
-                "headers": headers,
-                "available_at": available_at,
-            }
-        )
+        message = NewMessage(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        return self._transaction.emit(self, message, outbox)
 
     def next_message_id(self, *names: str) -> str:
         """Return the id of the next message that the operation emits under ``names``, none of which has a NUL in it.

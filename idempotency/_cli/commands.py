@@ -254,14 +254,7 @@ def doctor(
         of_outbox = await examine_outbox(store, outbox, publish, lease)
         return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
 
-    findings = _run(open_named, examine, store, table, prefix, key_file)
-    if as_json:
-        show.print_json([show.finding_as_json(finding) for finding in findings])
-    else:
-        for finding in findings:
-            typer.echo(f"{finding.level:<5}{finding.what}")
-    if any(finding.level == "fix" for finding in findings):
-        raise typer.Exit(1)
+    show.print_findings(_run(open_named, examine, store, table, prefix, key_file), as_json)
 
 
 @schema.command()

@@ -90,18 +90,20 @@ async def examine_outbox(url: str | None, table: str | None, publish: str | None
     """Examine an outbox, one that is not named only if it is there. ``publish``: where its relays publish."""
     if table is None and not is_sql(url):
         return []
-    delivery_timeout = None if publish is None else await _delivery_timeout(publish)
     async with operations_on(url, table or DEFAULT_OUTBOX, create=True) as operations:
         if table is None:
             with suppress(StoreError):
                 if not await operations.exists():
                     return []
-        return await operations.examine(lease=lease, delivery_timeout=delivery_timeout)
+        return await examine(operations, publish, lease)
 
 
-async def _delivery_timeout(publish: str) -> float:
+async def examine(operations: OutboxOperations, publish: str | None, lease: float) -> list[Finding]:
+    """Examine an outbox that is open. ``publish``: where its relays publish."""
+    if publish is None:
+        return await operations.examine()
     publisher = publisher_at(publish)
     try:
-        return publisher.delivery_timeout
+        return await operations.examine(lease=lease, delivery_timeout=publisher.delivery_timeout)
     finally:
         await publisher.aclose()

@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from idempotency._cli import show
-from idempotency._cli.open_outbox import outbox_at, run
-from idempotency._cli.options import DEFAULT_OUTBOX, AsJson, Mode, OutboxMode, OutboxTable, Url, confirmed, fail
+from idempotency._cli.open_outbox import examine, outbox_at, run
+from idempotency._cli.options import (
+    DEFAULT_LEASE,
+    DEFAULT_OUTBOX,
+    AsJson,
+    Lease,
+    Mode,
+    OutboxMode,
+    OutboxTable,
+    Publish,
+    Url,
+    confirmed,
+    fail,
+)
 from idempotency._cli.show_outbox import message_as_json, print_messages, print_stats, stats_as_json
 from idempotency.errors import ConfigurationError, IdempotencyError
 
@@ -50,6 +62,18 @@ def stats(store: Url = None, table: OutboxTable = DEFAULT_OUTBOX, as_json: AsJso
         show.print_json(stats_as_json(found))
     else:
         print_stats(found)
+
+
+@outbox.command()
+def doctor(
+    store: Url = None,
+    table: OutboxTable = DEFAULT_OUTBOX,
+    publish: Publish = None,
+    lease: Lease = DEFAULT_LEASE,
+    as_json: AsJson = False,
+) -> None:
+    """Examine the outbox and its server, without a table of records; exit code 1 when something must be fixed."""
+    show.print_findings(run(store, table, lambda operations: examine(operations, publish, lease)), as_json)
 
 
 @outbox.command()

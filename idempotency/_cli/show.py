@@ -44,9 +44,15 @@ def as_json(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> dict[st
     return {**shown, "deliveries": dict(deliveries)} if deliveries else shown
 
 
-def finding_as_json(finding: Finding) -> dict[str, Any]:
-    """Convert a finding to what JSON can hold."""
-    return asdict(finding)
+def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    """Print a line for each finding, or all in JSON; end the command with exit code 1 if something must be fixed."""
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.level:<5}{finding.what}")
+    if any(finding.level == "fix" for finding in findings):
+        raise typer.Exit(1)
 
 
 def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -12,6 +12,7 @@ from idempotency._outbox.emit import Outbox
 from idempotency._outbox.insert import Row
 from idempotency._sql.commit_guard import ON_ROLLBACK
 from idempotency.errors import TransactionError
+from idempotency.operation import NewMessage, Operation
 
 _ENDED = (
     "The operation has ended, and nothing would write this message: call Outbox.emit(session, ...) in a transaction of"
@@ -36,16 +37,15 @@ class Emitted:
         self._pending: list[_Pending] = []
         self._ended = False
 
-    def add(self, message: Mapping[str, Any], session: Session) -> str:
-        """Check a message and keep its row; return its id. ``message``: see :meth:`HasSession.emit`.
+    def add(self, operation: Operation, message: NewMessage, outbox: Outbox | None, session: Session) -> str:
+        """Check a message of the operation and keep its row; return its id.
 
         Raises :class:`~idempotency.errors.TransactionError` once the rows are written or dropped.
         """
         if self._ended:
             raise TransactionError(_ENDED)
-        values = dict(message)
-        outbox = values.pop("outbox") or _default()
-        row = outbox.row(**values)
+        outbox = outbox or _default()
+        row = outbox.row(*message, operation)
         session.info[ON_ROLLBACK] = self._roll_back
         self._pending.append(_Pending(outbox, row, list(_savepoints(session))))
         return str(row["id"])

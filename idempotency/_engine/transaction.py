@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 
 from idempotency._engine.emitted import Emitted
+from idempotency._outbox.emit import Outbox
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.commit_guard import (
     SESSION_ENDED,
@@ -30,6 +31,7 @@ from idempotency._sql.session_failures import failure_of
 from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check_sessionmaker, options_of
 from idempotency._synchronization import loop_time
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
+from idempotency.operation import NewMessage, Operation
 from idempotency.stores.base import Store
 from idempotency.stores.sql import SQLStore
 
@@ -103,10 +105,10 @@ class Transaction:
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
 
-    def emit(self, message: Mapping[str, Any], /) -> str:
+    def emit(self, operation: Operation, message: NewMessage, outbox: Outbox | None, /) -> str:
         """Keep a message until the commit, before which it is written; see :meth:`Operation.emit`."""
         # A message is an effect: without another one there is no transaction yet.
-        return self._emitted.add(message, self.session.sync_session)
+        return self._emitted.add(operation, message, outbox, self.session.sync_session)
 
     @property
     def _opened(self) -> AsyncSession:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._engine.emitted import Emitted
 from idempotency._engine.transaction import check_session_intact, naming_failures, write_and_commit
+from idempotency._outbox.emit import Outbox
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.commit_guard import cut_off_session, discard, give_back, guard_commit, roll_back
 from idempotency._sql.session_failures import failure_of
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError
+from idempotency.operation import NewMessage, Operation
 from idempotency.stores.sql import SQLStore
 
 T = TypeVar("T")
@@ -44,10 +46,10 @@ class SyncTransaction:
         """See :attr:`Transaction.session`."""
         return self._opened
 
-    def emit(self, message: Mapping[str, Any], /) -> str:
+    def emit(self, operation: Operation, message: NewMessage, outbox: Outbox | None, /) -> str:
         """See :meth:`Transaction.emit`."""
         # A message is an effect: without another one there is no transaction yet.
-        return self._emitted.add(message, self.session)
+        return self._emitted.add(operation, message, outbox, self.session)
 
     @property
     def _opened(self) -> Session:

@@ -12,7 +12,6 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
-    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -25,7 +24,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency._sql.clock import NOW_MS
-from idempotency._sql.tables import MYSQL_TABLE, create_tables, dialect_named, full_name, split_name
+from idempotency._sql.tables import LONG_BYTES, MYSQL, MYSQL_TABLE, create_tables, dialect_named, full_name, split_name
 
 DEFAULT_TABLE = "outbox"
 
@@ -34,8 +33,6 @@ BUCKETS = 64
 
 MOST_CHARACTERS = 255
 """Of the type of an aggregate, of its id, and of the type of a message."""
-
-_MYSQL = ("mysql", "mariadb")
 
 # A row lives for a moment. So the table is cleaned by the number of its dead rows, not by their share.
 _STORAGE = (
@@ -161,7 +158,7 @@ def _id_and_order() -> tuple[Column[Any], ...]:
         Column("created_ms", BigInteger, nullable=False),
         # A sequence, not the random id, is the order in which rows are stored.
         Column("seq", BigInteger().with_variant(Integer, "sqlite"), Identity(), primary_key=True),
-        Column("id", Uuid(as_uuid=False).with_variant(String(36), *_MYSQL, "sqlite"), nullable=False),
+        Column("id", Uuid(as_uuid=False).with_variant(String(36), *MYSQL, "sqlite"), nullable=False),
     )
 
 
@@ -171,8 +168,8 @@ def _message() -> tuple[Column[Any], ...]:
         Column("aggregatetype", String(MOST_CHARACTERS), nullable=False),
         Column("aggregateid", String(MOST_CHARACTERS), nullable=False),
         Column("type", String(MOST_CHARACTERS), nullable=False),
-        Column("payload", LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL)),
-        Column("headers", Text().with_variant(mysql.LONGTEXT(), *_MYSQL)),
+        Column("payload", LONG_BYTES),
+        Column("headers", Text().with_variant(mysql.LONGTEXT(), *MYSQL)),
     )
 
 

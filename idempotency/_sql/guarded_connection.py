@@ -19,6 +19,7 @@ from idempotency._sql.driver import in_transaction
 from idempotency._sql.failures import error_code
 from idempotency._sql.send import as_sqlalchemy_error, pooled, send
 from idempotency._sql.sqlite import begin, close_what_is_invalidated
+from idempotency._sql.tables import MYSQL
 from idempotency.errors import ConfigurationError, TransactionError
 
 GUARDED = "idempotency: guarded"
@@ -44,7 +45,6 @@ _ENDED_PAST_SESSION = (
 # The databases on which the guard begins the transaction itself. MariaDB is not among them: its drivers do not always
 # report that a transaction is open, and to begin another would commit it.
 _BEGUN_BY_GUARD = ("sqlite", "postgresql")
-_MYSQL = ("mysql", "mariadb")
 # Errors after which MySQL and MariaDB have rolled back the whole transaction: a deadlock, a record changed since the
 # snapshot, too many locks.
 _ROLLED_BACK = frozenset({1213, 1020, 1206})
@@ -142,7 +142,7 @@ class GuardedConnection(Connection):
         if self._beginning or not self._is_guarded:
             return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
         sql = getattr(statement, "string", statement)
-        mysql = dialect.name in _MYSQL
+        mysql = dialect.name in MYSQL
         ends = _find_transaction_end(sql, dialect.name)
         if ends is not None and ends["commit"]:
             raise TransactionError(_WOULD_COMMIT)
@@ -201,7 +201,7 @@ def guard_connection(connection: Connection, session: Session) -> None:
 
 def _find_transaction_end(sql: str, family: str) -> re.Match[str] | None:
     """Find what ends the transaction in ``sql``, which may be several statements in one text."""
-    pattern, quoted = (_ENDS_ON_MYSQL, _QUOTED_ON_MYSQL) if family in _MYSQL else (_ENDS, _QUOTED)
+    pattern, quoted = (_ENDS_ON_MYSQL, _QUOTED_ON_MYSQL) if family in MYSQL else (_ENDS, _QUOTED)
     first = pattern.match(sql)
     if first is not None or ";" not in sql or family == "sqlite":
         return first

@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Table, make_url, text
+from sqlalchemy import Connection, Dialect, LargeBinary, Table, make_url, text
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from idempotency.errors import ConfigurationError
 
+MYSQL = ("mysql", "mariadb")
+"""The names of the dialects of MariaDB and MySQL: that in the URL is the one that is used."""
+
 MYSQL_TABLE: Any = {
     f"{dialect}_{name}": value
-    for dialect in ("mysql", "mariadb")
+    for dialect in MYSQL
     for name, value in (("engine", "InnoDB"), ("charset", "utf8mb4"), ("collate", "utf8mb4_bin"))
 }
-"""Options of each ``Table``, by the name of the dialect, which is that in the URL."""
+"""Options of each ``Table``, by the name of the dialect."""
+
+LONG_BYTES: Any = LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL)
+"""The type of a column for bytes. Elsewhere they have no limit; on MariaDB and MySQL these are 4 GB, else 64 KB."""
 
 _DUPLICATE_INDEX = 1061
 _NAME = re.compile(r"(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,49})")
@@ -65,7 +72,7 @@ def create_tables(connection: Connection, *tables: Table) -> None:
         connection.execute(CreateTable(table, if_not_exists=True))
         for index in table.indexes:
             try:
-                connection.execute(CreateIndex(index, if_not_exists=name not in ("mysql", "mariadb")))
+                connection.execute(CreateIndex(index, if_not_exists=name not in MYSQL))
             except DBAPIError as error:
                 if _DUPLICATE_INDEX not in getattr(error.orig, "args", ()):
                     raise

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from idempotency._outbox.log_message import decode_message, unreadable_message
 from idempotency._outbox.message import Message
 from idempotency._outbox.payload import readable_headers
-from idempotency.errors import EmitRefusedError
+from idempotency.errors import ConfigurationError, EmitRefusedError
 from idempotency.outbox._ledger import Position
 from idempotency.outbox._pgoutput import Begin, Commit, Emitted, Insert, Relation, decode
 
@@ -32,13 +32,14 @@ class Logged(NamedTuple):
 class LogReader:
     """Read messages after a position, in the order of commits.
 
-    ``schema`` and ``table`` name the table whose rows are messages. In message mode, ``prefix`` is that of the messages
-    in the log, and rows are not read. Messages are counted within their transaction: that is their position.
+    ``schema`` and ``table`` name the table whose rows are messages. With ``messages``, rows are not read, but messages
+    in the log with ``prefix``. Messages are counted within their transaction: that is their position.
     """
 
-    def __init__(self, schema: str, table: str, prefix: str | None, after: Position) -> None:
+    def __init__(self, schema: str, table: str, prefix: str, messages: bool, after: Position) -> None:
         self._name = (schema, table)
         self._prefix = prefix
+        self._messages = messages
         self._after = after
         self._oid: int | None = None
         self._places: Callable[[list[bytes | None]], tuple[Any, ...]] = tuple
@@ -47,7 +48,10 @@ class LogReader:
         """Where the log goes on after the last transaction that was read to its end."""
 
     def read(self, messages: Iterable[bytes]) -> list[Logged]:
-        """Return the messages that are new. Rows that wait for their time are none of these."""
+        """Return the messages that are new. Rows that wait for their time are none of these.
+
+        Raises :class:`~idempotency.errors.ConfigurationError` for a message in the log where rows are read.
+        """
         found: list[Logged] = []
         for data in messages:
             match decode(data):
@@ -63,7 +67,7 @@ class LogReader:
                     position = self._next()
                     if position > self._after:
                         found.append(self._emitted(position, content))
-                case Relation(oid, schema, name, columns) if (schema, name) == self._name and self._prefix is None:
+                case Relation(oid, schema, name, columns) if (schema, name) == self._name and not self._messages:
                     self._oid, self._places = oid, itemgetter(*map(columns.index, _COLUMNS))
                 case _:
                     pass
@@ -74,6 +78,12 @@ class LogReader:
         return Position(self._lsn, self._count)
 
     def _emitted(self, position: Position, content: bytes) -> Logged:
+        if not self._messages:
+            raise ConfigurationError(
+                f"the log has messages of an Outbox(mode='message') named {self._prefix}, and this relay reads rows:"
+                " run it with mode='message', on the command line --mode message, which publishes both; or give one of"
+                " two outboxes another table"
+            )
         try:
             return Logged(position, None, decode_message(content, self._committed))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EmitRefusedError):

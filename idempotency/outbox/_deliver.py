@@ -6,9 +6,10 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
 from typing import assert_never
 
@@ -29,6 +30,9 @@ _SLACK = 0.5
 
 _UNCOUNTED = 60.0
 """Seconds until a message is tried again that has no attempt to lose, and whose last one did not count."""
+
+_MOST_TRIED = 100_000
+"""Messages of which it is known when they were tried last. An older attempt counts by what its batch confirms."""
 
 MOST_REASON = 500
 """Characters of a reason that are stored."""
@@ -67,6 +71,11 @@ class Judged:
     blocking: list[Row] = field(default_factory=list)
     untouched: list[Row] = field(default_factory=list)
     stalled: bool = False
+
+    @property
+    def dead(self) -> set[int]:
+        """Return which rows are given up, by ``seq``."""
+        return {seq for seqs in self.settlement.dead.values() for seq in seqs}
 
 
 class Delivery:
@@ -130,19 +139,33 @@ class Delivery:
         self._confirmations += any(isinstance(outcome, Sent | Duplicate) for outcome in outcomes)
         pauses: dict[int, float | None] = {}
         for row, outcome in zip(rows, outcomes, strict=True):
-            tried = self._tried.pop(row.seq, before)
             match outcome:
                 case Sent() | Duplicate():
                     judged.settlement.gone.append(row.seq)
                 case Refused(reason):
                     judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
                 case RetryLater():
+                    tried = self._tried.get(row.seq, before)
                     counts = not outcome.held and (self._confirmations > tried or outcome.after is not None)
                     self._retry(judged, row, outcome, counts, pauses)
                 case _:
                     assert_never(outcome)
+        self._remember(rows, outcomes, judged)
         self._announce_all(rows, outcomes, judged)
         return judged
+
+    def _remember(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
+        """Note when the messages were tried that are to be retried. Those that were held back were not tried."""
+        dead = judged.dead
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if isinstance(outcome, RetryLater) and outcome.held:
+                continue
+            self._tried.pop(row.seq, None)
+            if isinstance(outcome, RetryLater) and row.seq not in dead:
+                self._tried[row.seq] = self._confirmations
+        # Those that were tried first: others may have been deleted by hand, or be another relay's now.
+        for seq in list(islice(self._tried, max(0, len(self._tried) - _MOST_TRIED))):
+            del self._tried[seq]
 
     def _retry(
         self, judged: Judged, row: Row, outcome: RetryLater, counts: bool, pauses: dict[int, float | None]
@@ -162,7 +185,6 @@ class Delivery:
         delay = milliseconds(max(_UNCOUNTED if pause is None else pause, _asked(outcome.after)))
         judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
         judged.blocking.append(row)
-        self._tried[row.seq] = self._confirmations
 
     def _pause_after(self, attempts: int) -> float | None:
         try:
@@ -172,6 +194,11 @@ class Delivery:
             # The outcomes of the whole batch are still to be written.
             _logger.exception("the function backoff failed")
             return _UNCOUNTED
+
+    def renumber(self, written: Mapping[int, int]) -> None:
+        """Note that messages of the log are rows now: their ``seq`` by the number that each had."""
+        for number in self._tried.keys() & written.keys():
+            self._tried[written[number]] = self._tried.pop(number)
 
     def forget(self) -> None:
         """Forget when messages were tried: they may be another relay's now."""
@@ -186,7 +213,7 @@ class Delivery:
         emit_relay_event(self._hook, event)
 
     def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
-        dead = {seq for seqs in judged.settlement.dead.values() for seq in seqs}
+        dead = judged.dead
         # Such as a stream that does not exist: the attempt does not count, so that only this event tells of it.
         stalled = {row.seq for row in judged.untouched} - self._announced
         self._announced.difference_update(row.seq for row in rows)
@@ -199,15 +226,27 @@ class Delivery:
             self.announce(kind, concerned, reason)
 
 
-def _checked(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """Return the outcomes of a publisher; ConfigurationError unless there are ``count`` of them."""
+def _checked(outcomes: Sequence[object], count: int) -> list[Outcome]:
+    """Return the outcomes of a publisher; ConfigurationError unless there are ``count`` of them.
+
+    What is no outcome confirms nothing: its message is to be retried.
+    """
     found = list(outcomes)
     if len(found) != count:
         raise ConfigurationError(f"the publisher returned {len(found)} outcomes for {count} messages")
-    for each in found:
-        if not isinstance(each, Outcome):
-            raise ConfigurationError(f"the publisher returned a {type(each).__name__}, which is no outcome")
-    return found
+    return [_outcome_in(each) for each in found]
+
+
+def _outcome_in(returned: object) -> Outcome:
+    match returned:
+        case Sent() | Duplicate() | Refused(str()) | RetryLater(str(), None | int() | float(), bool()):
+            return returned
+        case Refused() | RetryLater():
+            what = "with a field of another type than it has"
+        case _:
+            what = "which is no outcome"
+    # Only the name of the type: what is in it may be the payload.
+    return RetryLater(f"ConfigurationError: the publisher returned a {type(returned).__name__}, {what}")
 
 
 def _stored(reason: str) -> str:

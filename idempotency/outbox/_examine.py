@@ -30,15 +30,15 @@ def examine(connection: Connection, tables: Tables) -> list[Finding]:
     missing = _examine_columns(connection, tables)
     if missing:
         return missing
-    by_dialect: dict[str, Callable[[Connection, Tables], list[Finding]]] = {
+    by_dialect: dict[str, Callable[[Connection, Tables, OutboxStats], list[Finding]]] = {
         "postgresql": _postgresql,
         "mysql": _mysql,
         "mariadb": _mysql,
         "sqlite": lambda *_: [],
     }
-    of_database = by_dialect[connection.dialect.name](connection, tables)
-    of_messages = _examine_stats(read_stats(connection, tables))
-    return [*_examine_index(connection, tables.messages), *of_database, *of_messages]
+    stats = read_stats(connection, tables)
+    of_database = by_dialect[connection.dialect.name](connection, tables, stats)
+    return [*_examine_index(connection, tables.messages), *of_database, *_examine_stats(stats)]
 
 
 def _examine_columns(connection: Connection, tables: Tables) -> list[Finding]:
@@ -87,11 +87,34 @@ def _examine_index(connection: Connection, table: Table) -> list[Finding]:
     return [Finding("ok", f"{name}: index on available_ms")]
 
 
-def _postgresql(connection: Connection, tables: Tables) -> list[Finding]:
+def _postgresql(connection: Connection, tables: Tables, stats: OutboxStats) -> list[Finding]:
     name = full_name(connection, tables.messages)
     slots = {slot_of(tables), *connection.execute(select(tables.position.c.slot)).scalars()}
-    of_slots = [finding for slot in sorted(slots) for finding in slot_findings(connection, slot)]
-    return [*_examine_storage(connection, name), *_examine_cleaning(connection, name), *of_slots]
+    of_slots = {slot: slot_findings(connection, slot) for slot in sorted(slots)}
+    return [
+        *_examine_storage(connection, name),
+        *_examine_cleaning(connection, name),
+        *(finding for findings in of_slots.values() for finding in findings),
+        *_examine_readers(stats, [slot for slot, findings in of_slots.items() if findings]),
+    ]
+
+
+def _examine_readers(stats: OutboxStats, slots: list[str]) -> list[Finding]:
+    """Look for a relay that polls the table beside one that reads the log, or beside the slot of one."""
+    if not any(relay.buckets for relay in stats.relays):
+        return []
+    if any(relay.slots for relay in stats.relays):
+        what = "a relay polls the table while another one reads the log, so that each publishes all messages: stop one"
+        return [Finding("fix", what)]
+    return [
+        Finding(
+            "note",
+            f"a relay polls the table, and none reads the slot {slot}: the log is retained for it, and messages of an"
+            " Outbox(mode='message') are not published: start idempotency relay --log in place of the relay, or drop"
+            " the slot",
+        )
+        for slot in slots
+    ]
 
 
 def _examine_storage(connection: Connection, name: str) -> list[Finding]:
@@ -123,7 +146,7 @@ def _examine_cleaning(connection: Connection, name: str) -> list[Finding]:
     return findings
 
 
-def _mysql(connection: Connection, tables: Tables) -> list[Finding]:
+def _mysql(connection: Connection, tables: Tables, _: OutboxStats) -> list[Finding]:
     table = tables.messages
     options = inspect(connection).get_table_options(table.name, connection.schema_for_object(table))
     findings = []

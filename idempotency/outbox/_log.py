@@ -36,7 +36,9 @@ class LogRelay(Relay):
     all databases of a server share their names. ``allow_unlimited_wal``: run where the setting
     ``max_slot_wal_keep_size`` lets the log of a relay that is stopped fill the disk. The other options are those of
     :class:`PollingRelay`. Run no PollingRelay on the same table at the same time: each would publish all messages.
-    In message mode, ``run`` and ``drain`` raise :class:`SlotLostError` where messages are lost.
+    In message mode, ``run`` and ``drain`` raise :class:`SlotLostError` where messages are lost, and publish what the
+    table has too. Else they raise :class:`~idempotency.errors.ConfigurationError` for a message of this outbox in the
+    log: it would be passed over.
     """
 
     def __init__(
@@ -59,8 +61,13 @@ class LogRelay(Relay):
         if self._database.dialect != "postgresql":
             raise ConfigurationError(f"LogRelay reads the log of PostgreSQL; {self._database} needs a PollingRelay")
         tables = self.outbox.tables
-        prefix = self.outbox.prefix if self.outbox.mode == "message" else None
-        self._slot = Slot(slot or slot_of(tables), publication or publication_of(tables), tables.messages, prefix)
+        self._slot = Slot(
+            slot or slot_of(tables),
+            publication or publication_of(tables),
+            tables.messages,
+            self.outbox.prefix,
+            messages=self.outbox.mode == "message",
+        )
         self._allow_unlimited_wal = allow_unlimited_wal
         self._ledger = Ledger(tables.position, self._slot.name)
         self._leases = Leases(self._database, self._seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import CTE, Connection, bindparam, delete, exists, func, insert, literal_column, select
+from sqlalchemy import CTE, Connection, bindparam, delete, exists, func, insert, literal_column, select, update
 
 from idempotency._outbox.emit import bucket_of
 from idempotency._outbox.payload import headers_as_text
@@ -61,6 +61,17 @@ class LogStatements(Statements):
         statement = select(func.min(row.seq), func.max(row.seq)).where(row.available_ms.is_(None))
         lowest, highest = connection.execute(statement).one()
         return None if lowest is None else (lowest, highest)
+
+    def rows_of_log(self, connection: Connection, limit: int) -> list[int]:
+        """Return the ``seq`` of the first rows that the log has to deliver."""
+        row = self._table.c
+        statement = select(row.seq).where(row.available_ms.is_(None)).order_by(row.seq).limit(limit)
+        return list(connection.execute(statement).scalars())
+
+    def serve_from_table(self, connection: Connection, seqs: Sequence[int]) -> int:
+        """Let those of the rows that the log has not delivered be served from the table; return how many there were."""
+        of_log = self._among(seqs), self._table.c.available_ms.is_(None)
+        return connection.execute(update(self._table).where(*of_log).values(available_ms=_PASSED)).rowcount
 
     def move_on(self, connection: Connection, moving: CTE, gone: Sequence[int]) -> bool:
         """Delete what the broker has, and write the position of the log, in one statement.

@@ -55,6 +55,8 @@ class PollingRelay(Relay):
         name: str | None = None,
     ) -> None:
         super().__init__(engine, publisher, outbox, lease, batch, poll, backoff, on_event, name)
+        if self.outbox.mode != "table":
+            raise ConfigurationError("a PollingRelay reads the table, where mode='message' has no rows: use LogRelay")
         if ordering not in ("key", "none"):
             raise ConfigurationError(f'ordering must be "key" or "none", not {ordering!r}')
         self._buckets = Buckets(self._database, self._seconds)
@@ -99,6 +101,7 @@ class PollingRelay(Relay):
         if lapsed:
             self._delivery.announce("took-over", count=len(lapsed))
         if taken:
+            self._delivery.forget()
             self._batches.start_over()
         self._next_look = monotonic() + self._leases.seconds / _LOOKS
 

@@ -16,8 +16,8 @@ from idempotency.errors import ConfigurationError, StoreError
 _SLOT_NAME = re.compile(r"[a-z0-9_]{1,63}")
 _PUBLICATION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
-ADVANCES, FAILS_OVER = 11, 17
-"""The versions of PostgreSQL since which a slot can be advanced, and can be there on a standby."""
+ADVANCES, HAS_MESSAGES, FAILS_OVER = 11, 14, 17
+"""The versions of PostgreSQL since which a slot can be advanced, has messages, and can be there on a standby."""
 
 _NOT_ALLOWED, _NO_SLOT_FREE = "42501", "53400"
 _UNDEFINED, _NOT_IN_STATE, _IN_USE = "42704", "55000", "55006"
@@ -86,24 +86,24 @@ def read_slot(connection: Connection, name: str) -> SlotState | None:
 
 
 class Slot:
-    """The slot of one relay. ``prefix``: it reads messages with this prefix; None: it reads the rows of ``table``."""
+    """The slot of one relay. It reads the rows of ``table``, or with ``messages`` those in the log with ``prefix``."""
 
-    def __init__(self, name: str, publication: str, table: Table, prefix: str | None) -> None:
+    def __init__(self, name: str, publication: str, table: Table, prefix: str, messages: bool) -> None:
         if not _SLOT_NAME.fullmatch(name):
             raise ConfigurationError(f"slot must be 1 to 63 small letters, digits and _, not {name!r}")
         if not _PUBLICATION_NAME.fullmatch(publication):
             raise ConfigurationError(f"publication must be an identifier of at most 63 characters, not {publication!r}")
         self.name = name
         self.publication = publication
-        self.messages = prefix is not None
+        self.messages = messages
         self._prefix = prefix
         self._table = table
         self._schema = ""
 
     @property
-    def source(self) -> tuple[str, str, str | None]:
-        """Return the schema and the name of the table, and the prefix of messages, as the log has them."""
-        return self._schema, self._table.name, self._prefix
+    def source(self) -> tuple[str, str, str, bool]:
+        """Return the schema and the name of the table, and the prefix of messages, and whether these are read."""
+        return self._schema, self._table.name, self._prefix, self.messages
 
     def read(self, connection: Connection) -> SlotState | None:
         """Return what the server says of the slot; None if there is none.
@@ -199,14 +199,15 @@ class Slot:
         connection.execute(
             text(
                 f"DECLARE {cursor} NO SCROLL CURSOR FOR SELECT data FROM pg_logical_slot_peek_binary_changes("
-                f"'{self.name}', NULL, {most}, {self._options()})"
+                f"'{self.name}', NULL, {most}, {self._options(connection)})"
             )
         )
 
-    def _options(self) -> str:
+    def _options(self, connection: Connection) -> str:
         # The names of publications are a list, in which a name may be quoted.
         options = f"""'proto_version', '1', 'publication_names', '"{self.publication}"'"""
-        return f"{options}, 'messages', 'true'" if self.messages else options
+        # Also where rows are read: a message of this outbox must not be passed over.
+        return f"{options}, 'messages', 'true'" if version_of(connection) >= HAS_MESSAGES else options
 
     def advance(self, connection: Connection, lsn: int) -> None:
         """Let the server forget the log up to ``lsn``, unless the slot is further already."""
@@ -219,7 +220,7 @@ class Slot:
             connection.execute(
                 text(
                     f"SELECT count(*) FROM pg_logical_slot_get_binary_changes('{self.name}', '{to}', NULL,"
-                    f" {self._options()})"
+                    f" {self._options(connection)})"
                 )
             )
 

@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from idempotency.errors import ConfigurationError
-from idempotency.outbox._slot import Slot, SlotState, read_slot, version_of
+from idempotency.outbox._slot import HAS_MESSAGES, Slot, SlotState, read_slot, version_of
 from idempotency.stores.base import Finding
 
-_OLDEST, _OLDEST_FOR_MESSAGES = 10, 14
+_OLDEST = 10
 _UNLIMITED = "-1"
 
 # Settings that a version does not have are NULL. The last one is in seconds, with a unit where it is not 0.
@@ -25,7 +25,7 @@ _SETTINGS = text(
 def check_server(connection: Connection, slot: Slot, allow_unlimited_wal: bool) -> None:
     """Raise ConfigurationError, which names the remedy, where the slot cannot or should not be read."""
     version = version_of(connection)
-    oldest = _OLDEST_FOR_MESSAGES if slot.messages else _OLDEST
+    oldest = HAS_MESSAGES if slot.messages else _OLDEST
     if version < oldest:
         mode = "mode='message'" if slot.messages else "LogRelay"
         raise ConfigurationError(f"{mode} needs PostgreSQL {oldest}, and this is {version}: use PollingRelay")

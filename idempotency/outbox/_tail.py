@@ -35,6 +35,11 @@ _PEEK_TIMEOUT = 600.0
 _SWEEP = 30.0
 """Seconds between two looks for rows that the log does not deliver."""
 
+_NOT_IN_LOG = "the slot or the publication was changed, and the log does not have these rows of the table"
+_ROWS_BESIDE_MESSAGES = (
+    "the table has rows of an Outbox() without mode='message', or that were redriven: they are published up to"
+    f" {_SWEEP:g} s late"
+)
 
 _LEASE_OVER = "the lease of the slot is over: the process was paused, or the database was away"
 
@@ -97,23 +102,25 @@ class Tail:
         self._position, self._advanced, self._asked = position, 0, _FEWEST
         self._away = self._table_away = False
         self._delivery.forget()
+        if self._slot.messages:
+            # Before the log is read: what is in the table is older.
+            await self._sweep(await self._rows_to_sweep())
         self._keys = await self._database.run(self._statements.keys_of_table)
 
-    async def scan(self, highest: int | None = None) -> None:
-        """Publish the rows of the table up to ``highest``, by default to the highest one there is now.
+    async def scan(self) -> None:
+        """Publish the rows of the table up to the highest one there is now.
 
         Raises :class:`ScanEndedError` if some of them are not even tried.
         """
         self._away = False  # else nothing is tried, and the broker stays away for ever
         self._keys = await self._database.run(self._statements.keys_of_table)
         seen = await self._database.run(self._statements.range_of_log)
-        last = highest if highest is not None or seen is None else seen[1]
         after = 0
         while seen is not None:
             page = await self._database.run(
                 partial(self._statements.scan, after=after, buckets=ALL_BUCKETS, without=(), limit=self._batch)
             )
-            rows = [row for row in page.rows if last is None or row.seq <= last]
+            rows = [row for row in page.rows if row.seq <= seen[1]]
             if not rows:
                 break
             await self._deliver(rows)
@@ -140,7 +147,7 @@ class Tail:
     async def read_log(self) -> bool:
         """Publish what was committed since the last time, as much as takes some seconds; return whether it moved on."""
         before = self._position
-        swept = await self._range_to_sweep()
+        seen = await self._rows_to_sweep() if monotonic() >= self._next_sweep else []
         end = await self._database.run(end_of_log)
         reader = LogReader(*self._slot.source, self._position)
         began, changes = monotonic(), 0
@@ -160,9 +167,8 @@ class Tail:
         complete = changes < self._asked
         self._adapt(complete, monotonic() - began)
         await self._advance(max(end, reader.end) if complete else reader.end)
-        if complete and swept is not None:
-            await self._sweep(swept)
-        return self._position > before
+        swept = complete and await self._sweep(seen)
+        return swept or self._position > before
 
     def _adapt(self, complete: bool, seconds: float) -> None:
         # A transaction is open meanwhile, which keeps the server from cleaning its tables.
@@ -176,20 +182,26 @@ class Tail:
             await self._database.run(partial(self._slot.advance, lsn=lsn))
             self._advanced = lsn
 
-    async def _range_to_sweep(self) -> tuple[int, int] | None:
-        if self._slot.messages or monotonic() < self._next_sweep:
-            return None
+    async def _rows_to_sweep(self) -> list[int]:
         self._next_sweep = monotonic() + _SWEEP
-        return await self._database.run(self._statements.range_of_log)
+        return await self._database.run(partial(self._statements.rows_of_log, limit=self._batch))
 
-    async def _sweep(self, swept: tuple[int, int]) -> None:
-        """Publish rows that were there before the log was read to its end, and are there still.
+    async def _sweep(self, seen: Sequence[int]) -> bool:
+        """Serve from the table the rows that were there before the log was read to its end, and are there still.
 
-        The log does not have them: the publication was changed, or the slot was dropped and created by hand.
+        The log does not have them. Return whether there were any.
         """
-        now = await self._database.run(self._statements.range_of_log)
-        if now is not None and now[0] <= swept[1]:
-            await self.scan(swept[1])
+        found = 0
+        while seen and (some := await self._database.run(partial(self._statements.serve_from_table, seqs=seen))):
+            found += some
+            # In message mode the log has none of them.
+            seen = await self._rows_to_sweep() if self._slot.messages else ()
+        if found:
+            reason = _ROWS_BESIDE_MESSAGES if self._slot.messages else _NOT_IN_LOG
+            self._delivery.announce("not-in-log", reason=reason, count=found)
+            self._keys = await self._database.run(self._statements.keys_of_table)
+            self._next_sweep = 0.0  # there may be more
+        return found > 0
 
     async def _deliver_logged(self, logged: Sequence[Logged]) -> None:
         rows = [Row(each.seq or next(self._numbers), 0, False, each.message, each.refused) for each in logged]
@@ -248,6 +260,7 @@ class Tail:
         if unwritten:
             written = await run(partial(statements.write_rows, rows=unwritten))
             settlement = renumbered(settlement, written)
+            self._delivery.renumber(written)
         for step in statements.steps(settlement):
             await run(step.work, transaction=step.transaction)
         waiting = [row.seq for row in passed if row.seq > 0]

@@ -17,9 +17,12 @@ RelayEventKind = Literal[
     "unavailable",  # the database or the broker fails as a whole: the relay waits, and goes on by itself
     "took-over",  # the relay has taken buckets of another one that ended without a word, or was paused
     "slot-lost",  # the slot of the log was gone or lost; the relay has made it anew, and scans the table
+    "not-in-log",  # rows of the table that the log does not have; the relay publishes them from the table
 ]
 
-_WARNINGS: frozenset[RelayEventKind] = frozenset({"refused", "dead", "unavailable", "took-over", "slot-lost"})
+_WARNINGS: frozenset[RelayEventKind] = frozenset(
+    {"refused", "dead", "unavailable", "took-over", "slot-lost", "not-in-log"}
+)
 
 _logger = logging.getLogger("idempotency")
 

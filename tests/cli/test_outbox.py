@@ -271,6 +271,21 @@ def test_doctor_examines_an_outbox_that_is_there(tmp_path: Path) -> None:
     refused(CliRunner().invoke(app, ["doctor", "--store", "redis://localhost", "--outbox", "outbox"]), "SQL database")
 
 
+@SERVERS
+def test_an_outbox_is_examined_where_there_is_no_table_of_records(place: Place) -> None:
+    """By a command of its own: in a service that only emits, nothing else is missing."""
+    empty = place.command("outbox", "doctor")
+    place.emit("one")
+    waiting = place.command("outbox", "doctor", "--json")
+    careless = place.command("outbox", "doctor", "--publish", "redis://localhost", "--lease", "10")
+
+    assert (empty.exit_code, "fix" in empty.stdout) == (0, False)
+    assert f"ok   {place.table}: index on available_ms\n" in empty.stdout
+    levels = {finding["what"].split(";")[0]: finding["level"] for finding in json.loads(waiting.stdout)}
+    assert (waiting.exit_code, levels["no relay runs"]) == (1, "fix")
+    assert "fix  the lease of 10 s is not longer than the delivery time-out of " in careless.stdout
+
+
 def test_the_configuration_of_debezium_needs_no_database() -> None:
     """It names the table, and has no password; on another database than PostgreSQL it is an error."""
     url = "postgresql+asyncpg://app:secret@db/orders"

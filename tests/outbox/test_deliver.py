@@ -95,6 +95,37 @@ def test_an_attempt_counts_if_another_message_got_through_since_the_last_one() -
     assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 2
 
 
+def test_a_first_attempt_while_nothing_got_through_is_the_one_before_the_next() -> None:
+    """Also of a message that is tried alone, such as a row that the log has passed, and that has a new number then."""
+    under_test = delivery()
+    under_test.judge([row(-1), row(2)], [RetryLater("no"), RetryLater("no")])
+    under_test.renumber({-1: 7})
+    assert seqs(under_test.judge([row(7)], [RetryLater("no")]).untouched) == [7]
+    under_test.judge([row(3)], [Sent()])
+    assert retried(under_test.judge([row(7)], [RetryLater("no")])) == 1
+    assert retried(under_test.judge([row(2)], [RetryLater("no")])) == 1
+
+
+def test_a_message_that_is_held_back_is_not_tried() -> None:
+    """So what was confirmed before it was held back counts, when it is tried again."""
+    under_test = delivery()
+    under_test.judge([row(1), row(2)], [RetryLater("no"), Sent()])
+    under_test.judge([row(3)], [Sent()])
+    assert retried(under_test.judge([row(1, attempts=1)], [HELD])) == 1
+    assert retried(under_test.judge([row(1, attempts=1)], [RetryLater("no")])) == 2
+
+
+def test_when_messages_were_tried_is_known_of_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one that was tried first it is forgotten: its next attempt does not count by what came between."""
+    monkeypatch.setattr("idempotency.outbox._deliver._MOST_TRIED", 2)
+    under_test = delivery()
+    failed: list[Outcome] = [RetryLater("no")]
+    for seq in (1, 2, 3):
+        assert retried(under_test.judge([row(seq, attempts=1)], failed)) == 1
+    under_test.judge([row(4)], [Sent()])
+    assert [retried(under_test.judge([row(seq, attempts=1)], failed)) for seq in (3, 2, 1)] == [2, 2, 1]
+
+
 def test_a_refusal_says_nothing_about_the_broker() -> None:
     judged = delivery().judge([row(1), row(2)], [Refused("not valid"), RetryLater("connection lost")])
     assert (judged.settlement.dead, seqs(judged.untouched), judged.stalled) == ({"not valid": [1]}, [2], True)
@@ -146,15 +177,49 @@ async def test_a_wrong_number_of_outcomes_confirms_nothing() -> None:
     assert first == second == RetryLater("ConfigurationError: the publisher returned 1 outcomes for 2 messages")
 
 
-@pytest.mark.parametrize("returned", [None, Sent, "sent"])
-async def test_what_is_no_outcome_confirms_nothing(returned: Any) -> None:
+WRONG: list[tuple[Any, str]] = [
+    (None, "NoneType, which is no outcome"),
+    (Sent, "type, which is no outcome"),
+    ("sent", "str, which is no outcome"),
+    (ValueError("secret"), "ValueError, which is no outcome"),
+    (Refused(None), "Refused, with a field of another type than it has"),  # type: ignore[arg-type]
+    (Refused(b"secret"), "Refused, with a field of another type than it has"),  # type: ignore[arg-type]
+    (RetryLater(ValueError()), "RetryLater, with a field of another type than it has"),  # type: ignore[arg-type]
+    (RetryLater("busy", after="soon"), "RetryLater, with a field of another type than it has"),  # type: ignore[arg-type]
+    (RetryLater("busy", held=None), "RetryLater, with a field of another type than it has"),  # type: ignore[arg-type]
+]
+"""What a publisher of one's own may return by mistake, and how it is described."""
+
+
+@pytest.mark.parametrize(("returned", "described"), WRONG)
+async def test_what_is_no_outcome_confirms_nothing_of_its_message(returned: Any, described: str) -> None:
+    """The message is retried, and given up after its attempts, as one that the broker does not take."""
+
     class Wrong(ScriptedPublisher):
         async def publish(self, batch: Sequence[Message]) -> Sequence[Outcome]:
             return [Sent(), returned]
 
-    [first, second] = await delivery(Wrong()).publish([row(1), row(2)], lambda: 9.0)
-    kind = type(returned).__name__
-    assert first == second == RetryLater(f"ConfigurationError: the publisher returned a {kind}, which is no outcome")
+    reason = f"ConfigurationError: the publisher returned a {described}"
+    rows, under_test = [row(1), row(2, attempts=1)], delivery(Wrong())
+    outcomes = await under_test.publish(rows, lambda: 9.0)
+    assert outcomes == [Sent(), RetryLater(reason)]
+    judged = under_test.judge(rows, outcomes)
+    assert (judged.settlement.gone, judged.settlement.retry) == ([1], {(2, 20_000): [2]})
+    judged = under_test.judge([row(1), row(2, attempts=2)], outcomes)
+    assert judged.settlement.dead == {f"given up after 3 attempts: {reason}": [2]}
+
+
+async def test_a_publisher_that_returns_no_outcomes_has_confirmed_nothing() -> None:
+    class Forgetful(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Any:
+            return None
+
+    class Raising(ScriptedPublisher):
+        async def publish(self, batch: Sequence[Message]) -> Any:
+            raise Refused("too large")  # type: ignore[misc]
+
+    for publisher in (Forgetful(), Raising()):
+        assert await delivery(publisher).publish([row(1)], lambda: 9.0) == [RetryLater("TypeError")]
 
 
 async def test_a_driver_that_cancels_its_own_work_does_not_end_the_relay() -> None:

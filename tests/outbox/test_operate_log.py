@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 
 import pytest
+from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency.outbox import Outbox
+from idempotency.outbox._log import LogRelay
 from idempotency.outbox._operate import OutboxOperations
+from tests.kit.box import FAR
 from tests.kit.relay_process import PRINTED, relaying
-from tests.outbox.kit.logical import emit_many, slot_of
+from tests.outbox.kit.logical import Recorder, emit_many, slot_of
 
 
 @pytest.mark.processes
@@ -33,3 +36,26 @@ async def test_the_command_reads_a_slot_that_doctor_examines(log_engine: AsyncEn
     assert (await operations.stats()).relays == ()
     lines = [finding.what for finding in await operations.examine() if finding.level == "ok"]
     assert [line for line in lines if line.startswith(f"slot {slot}: ")] != []
+
+
+@pytest.mark.parametrize("logical_server", ["installed"], indirect=True)
+async def test_a_relay_that_polls_beside_the_slot_of_another_one_is_found(log_engine: AsyncEngine) -> None:
+    """Nothing reads the slot, or one more relay does, which publishes all messages too."""
+    slot, outbox = slot_of(log_engine), Outbox()
+    operations = OutboxOperations(log_engine)
+
+    async def said(*leases: str) -> list[tuple[str, str]]:
+        async with log_engine.begin() as connection:
+            for name in leases:
+                lease = {"name": name, "owner": name, "until_ms": FAR * 1000}
+                await connection.execute(insert(outbox.tables.lease).values(lease))
+        lines = [(finding.level, finding.what.split(":")[0]) for finding in await operations.examine()]
+        return [line for line in lines if line[1].startswith("a relay polls")]
+
+    await LogRelay(log_engine, Recorder(), slot=slot).drain()
+    assert await said() == []
+    assert await said("bucket-01") == [
+        ("note", f"a relay polls the table, and none reads the slot {slot}"),
+    ]
+    both = "a relay polls the table while another one reads the log, so that each publishes all messages"
+    assert await said("slot-x") == [("fix", both)]

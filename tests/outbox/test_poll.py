@@ -239,6 +239,22 @@ async def test_a_broker_that_is_away_loses_and_exhausts_nothing(
     assert await count(ledger.engine, outbox.tables.dead) == 0
 
 
+@pytest.mark.stores("sqlite")
+async def test_attempts_of_another_relay_are_not_counted_twice(ledger: Ledger, outbox: Outbox) -> None:
+    """Nothing got through since the other one tried the message, only since this one did, before it lost the bucket."""
+    publisher = ScriptedPublisher(lambda message: RetryLater("boom") if message.type == "poison" else Sent())
+    relay = relay_on(ledger.engine, outbox, publisher)
+    await emit(ledger.engine, outbox, (1, "poison"), (2, "good"))
+    await relay.drain()
+    await emit(ledger.engine, outbox, (2, "good"))
+    await relay.drain()
+    for each in (relay_on(ledger.engine, outbox, publisher), relay):
+        await make_due(ledger, outbox)
+        await each.drain()
+    async with ledger.engine.connect() as connection:
+        assert await connection.scalar(select(outbox.tables.messages.c.attempts)) == 1
+
+
 @pytest.mark.stores(*DATABASES)
 async def test_a_relay_that_is_stopped_finishes_its_batch_and_gives_back_its_buckets(
     ledger: Ledger, outbox: Outbox
@@ -349,6 +365,8 @@ def test_options_are_checked(sqlite_url: str) -> None:
         PollingRelay(sqlite_url, ScriptedPublisher(), batch=0)
     with pytest.raises(ConfigurationError, match='ordering must be "key" or "none"'):
         PollingRelay(sqlite_url, ScriptedPublisher(), ordering="some")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="a PollingRelay reads the table, where mode='message' has no rows"):
+        PollingRelay(sqlite_url, ScriptedPublisher(), outbox=Outbox(mode="message"))
     with pytest.raises(ConfigurationError, match="SQLite in memory"):
         PollingRelay("sqlite+aiosqlite://", ScriptedPublisher())
 

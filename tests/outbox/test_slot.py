@@ -199,7 +199,7 @@ async def test_a_slot_moves_on_without_the_function_of_version_11(
     await emit_many(log_engine, Outbox(), 1)
     await relay.drain()
     monkeypatch.undo()
-    slot = Slot(slot_of(log_engine), "idempotency_outbox", Outbox().tables.messages, None)
+    slot = Slot(slot_of(log_engine), "idempotency_outbox", Outbox().tables.messages, "outbox", messages=False)
     async with log_engine.connect() as connection:
         await connection.run_sync(slot.begin_peek, "again", 100)
         again = (await connection.execute(text("FETCH ALL FROM again"))).all()

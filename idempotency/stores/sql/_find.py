@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
+from idempotency._sql.tables import MYSQL
 from idempotency.stores._operating import DIGITS
 from idempotency.stores._sealing import Sealing, shown
 from idempotency.stores.sql._database import Work
@@ -61,7 +62,7 @@ def _find_decrypted(
 
 def _between(table: Table, low: str, high: str, connection: Connection) -> ColumnElement[bool]:
     # As text, since the drivers of MySQL disagree on how to escape bytes.
-    read = func.unhex if connection.dialect.name in ("mysql", "mariadb") else bytes.fromhex
+    read = func.unhex if connection.dialect.name in MYSQL else bytes.fromhex
     return table.c.id.between(read(low), read(high))
 
 

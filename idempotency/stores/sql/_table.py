@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
-from idempotency._sql.tables import MYSQL_TABLE, dialect_named, split_name
+from idempotency._sql.tables import LONG_BYTES, MYSQL, MYSQL_TABLE, dialect_named, split_name
 from idempotency.errors import ConfigurationError
 
 DEFAULT_TABLE = "idempotency_record"
@@ -46,24 +46,24 @@ def records_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
 
 
 def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
-    unbounded = Text().with_variant(mysql.TEXT(), "mysql", "mariadb")
+    unbounded = Text().with_variant(mysql.TEXT(), *MYSQL)
     return Table(
         name,
         metadata,
-        Column("id", LargeBinary(32).with_variant(mysql.BINARY(32), "mysql", "mariadb"), primary_key=True),
+        Column("id", LargeBinary(32).with_variant(mysql.BINARY(32), *MYSQL), primary_key=True),
         Column("scope", unbounded, nullable=False),
         Column("key", unbounded, nullable=False),
         Column("version", SmallInteger, nullable=False),
         Column("state", SmallInteger, nullable=False),
         Column("token", String(64), nullable=False),
-        Column("fingerprint", LargeBinary(64).with_variant(mysql.VARBINARY(64), "mysql", "mariadb"), nullable=False),
+        Column("fingerprint", LargeBinary(64).with_variant(mysql.VARBINARY(64), *MYSQL), nullable=False),
         Column("attempt", Integer, nullable=False),
         Column("hold", Boolean, nullable=False),
         Column("watched", Boolean, nullable=False),
         Column("created_ms", BigInteger, nullable=False),
         Column("lease_until_ms", BigInteger, nullable=False),
         Column("expires_ms", BigInteger),
-        Column("result", LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")),
+        Column("result", LONG_BYTES),
         Index(f"{name}_expires", "expires_ms"),
         schema=schema,
         **MYSQL_TABLE,

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, TextClause
 
 from idempotency._sql.send import Sent, pooled, send
+from idempotency._sql.tables import MYSQL
 from idempotency.errors import ConfigurationError
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._values import as_bytes, as_flag, as_text, packed
@@ -23,7 +24,7 @@ _COUNTING = frozenset({"asyncpg", "psycopg", "psycopg2", "pg8000", "pysqlite", "
 # Whether a transaction had begun before this statement. If none had, the statement is a transaction by itself.
 _HAS_BEGUN = {
     "postgresql": "SELECT now() < statement_timestamp()",
-    **dict.fromkeys(("mysql", "mariadb"), "SELECT 1 - @@autocommit"),
+    **dict.fromkeys(MYSQL, "SELECT 1 - @@autocommit"),
 }
 
 
