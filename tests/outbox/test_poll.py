@@ -72,6 +72,29 @@ async def test_a_thousand_messages_take_few_statements(ledger: Ledger, outbox: O
     assert [len(batch) for batch in publisher.batches] == [500] * 6
 
 
+@pytest.mark.stores("sqlite")
+async def test_a_relay_with_nothing_to_do_waits_longer_each_time(
+    ledger: Ledger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = relay_on(ledger.engine, outbox, ScriptedPublisher(), poll=(0.1, 0.3))
+    waits: list[float] = []
+    woken = iter([False, False, False, True, False])
+
+    async def wait(_: object, seconds: float) -> bool:
+        waits.append(seconds)
+        if len(waits) == 5:
+            tasks.append(asyncio.create_task(relay.stop()))
+            await asyncio.sleep(0)
+        return next(woken)
+
+    tasks: list[asyncio.Task[None]] = []
+    monkeypatch.setattr("idempotency.outbox._wake.Wake.wait", wait)
+    await relay.run()
+    await tasks[0]
+    # After it was woken, it looks again soon: the commit may have been just about to be.
+    assert waits == [pytest.approx(seconds, rel=0.25) for seconds in (0.1, 0.2, 0.3, 0.3, 0.1)]
+
+
 @pytest.mark.stores(*DATABASES)
 async def test_a_poisoned_message_blocks_its_own_key_only(ledger: Ledger, outbox: Outbox) -> None:
     await emit(ledger.engine, outbox, (1, "a1"), (2, "b1"), (1, "a2"), (1, "a3"), (2, "b2"))
