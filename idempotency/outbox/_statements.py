@@ -154,7 +154,7 @@ class Statements:
         return Page([_row(each) for each in found], oldest_open)
 
     def _find(self, connection: Connection, part: Part, limit: int, with_due: bool) -> Sequence[Any]:
-        keys = sorted(part.without)[: _WITHOUT[-1]]
+        keys: list[Key] = sorted(part.without)[: _WITHOUT[-1]]
         size = next(size for size in _WITHOUT if size >= len(keys))
         shape = with_due, part.few, size > 0, len(part.buckets) == BUCKETS, 0 in part.buckets
         statement = self._made.get(shape)
@@ -166,28 +166,30 @@ class Statements:
 
     def _make(self, part: Part, with_due: bool) -> Any:
         columns = self._columns
-        scan = self._select().where(self._in_range(part.few), columns.available_ms.is_(None)).order_by(columns.seq)
-        if part.without:
-            keys = bindparam("without", expanding=True)
-            scan = scan.where(tuple_(columns.aggregatetype, columns.aggregateid).not_in(keys))
-        # The bound is computed once: a clock that is asked for each row could not be looked up in the index.
-        due = self._select().where(columns.available_ms <= select(self._now).scalar_subquery())
-        due = due.order_by(columns.available_ms, columns.seq)
         limit = bindparam("limit", type_=Integer)
-        due, scan = (self._in_buckets(each, part.buckets).limit(limit) for each in (due, scan))
+        after: ColumnElement[int] = bindparam("after", type_=BigInteger)
+        scan = self._select().where(self._in_range(after, part.few), columns.available_ms.is_(None))
+        if part.without:
+            without: Any = bindparam("without", expanding=True)
+            scan = scan.where(tuple_(columns.aggregatetype, columns.aggregateid).not_in(without))
+        scan = self._in_buckets(scan, part.buckets).order_by(columns.seq).limit(limit)
         if not with_due:
             return scan
-        # SQLite takes no brackets around the parts of a UNION.
-        return union_all(*(select(each.subquery()) if self._dialect == "sqlite" else each for each in (due, scan)))
+        # The bound is computed once: a clock that is asked for each row could not be looked up in the index.
+        due = self._select().where(columns.available_ms <= select(self._now).scalar_subquery())
+        due = self._in_buckets(due, part.buckets).order_by(columns.available_ms, columns.seq).limit(limit)
+        if self._dialect == "sqlite":
+            # It takes no brackets around the parts of a UNION.
+            due, scan = select(due.subquery()), select(scan.subquery())
+        return union_all(due, scan)
 
-    def _in_range(self, few: bool) -> ColumnElement[bool]:
-        after = bindparam("after", type_=BigInteger)
+    def _in_range(self, after: ColumnElement[int], few: bool) -> ColumnElement[bool]:
         if not few or self._dialect != "postgresql":
             return self._columns.seq > after
         # PostgreSQL may estimate that these few are most of the table, and then read it all, with the rows that are
         # deleted. Of a range whose bounds it does not know it expects a small part, and so uses the index.
-        low, high = (select(bound).scalar_subquery() for bound in (after + 1, literal(_HIGHEST, BigInteger)))
-        return self._columns.seq.between(low, high)
+        low = select(after + 1).scalar_subquery()
+        return self._columns.seq.between(low, select(literal(_HIGHEST, BigInteger)).scalar_subquery())
 
     def _read(self, connection: Connection, statement: Any) -> list[Row]:
         return [_row(each) for each in connection.execute(statement)]
