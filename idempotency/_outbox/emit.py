@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.insert import Inserts, Row
 from idempotency._outbox.limits import Limits
 from idempotency._outbox.log_message import write_messages
-from idempotency._outbox.message import Message, time_ordered_id
+from idempotency._outbox.message import time_ordered_id, wire_headers
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 from idempotency._sql.engines import level_of
@@ -31,6 +30,10 @@ NO_TRANSACTION = (
     " vanishes with what is written beside it."
 )
 _UNBOUND = "the session has no engine for the outbox: give it bind=, or emit on a connection of the effect's engine"
+_ANY_ID = 36 * "0"
+"""As long as every id."""
+
+_ASYNCHRONOUS, _SYNCHRONOUS = (AsyncSession, AsyncConnection), (Session, Connection)
 _AUTOCOMMIT = "the connection is in AUTOCOMMIT: a message has no transaction there with which it commits or vanishes"
 
 
@@ -131,38 +134,35 @@ class Outbox:
         operation: Operation | None = None,
     ) -> Row:
         """Return the row of a message; see :meth:`emit`. ``operation``: the one that emits it."""
-        message = Message(
-            id=time_ordered_id(),
-            aggregate_type=name_of("aggregate_type", aggregate_type, MOST_CHARACTERS),
-            aggregate_id=name_of("aggregate_id", aggregate_id, MOST_CHARACTERS),
-            type=name_of("type", type, MOST_CHARACTERS),
-            payload=encode_payload(payload),
-            headers=encode_headers(headers),
-        )
-        refusal = self.limits.refusal(message)
+        key_type = name_of("aggregate_type", aggregate_type, MOST_CHARACTERS)
+        key_id = name_of("aggregate_id", aggregate_id, MOST_CHARACTERS)
+        type = name_of("type", type, MOST_CHARACTERS)
+        body, own = encode_payload(payload), encode_headers(headers)
+        available = _milliseconds(available_at)
+        refusal = self.limits.refusal_of(key_id, body, wire_headers(_ANY_ID, type, own))
         if refusal is not None:
             raise EmitRefusedError(f"the message cannot be carried by its route: {refusal}")
-        names = message.aggregate_type, message.aggregate_id, message.type
         return {
-            "id": message.id if operation is None else operation.next_message_id(*names),
-            "aggregatetype": message.aggregate_type,
-            "aggregateid": message.aggregate_id,
-            "type": message.type,
-            "payload": message.payload,
-            "headers": headers_as_text(message.headers),
-            "bucket": bucket_of(message.aggregate_type, message.aggregate_id),
+            # An operation counts its ids: what is refused gets none.
+            "id": time_ordered_id() if operation is None else operation.next_message_id(key_type, key_id, type),
+            "aggregatetype": key_type,
+            "aggregateid": key_id,
+            "type": type,
+            "payload": body,
+            "headers": headers_as_text(own),
+            "bucket": bucket_of(key_type, key_id),
             "attempts": 0,
-            "available_ms": _milliseconds(available_at),
+            "available_ms": available,
         }
 
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""
         connection = _connection_of(session)
-        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT" or commits_by_itself(
-            connection
-        ):
+        level = level_of(connection.dialect, connection.get_execution_options())
+        if level == "AUTOCOMMIT" or commits_by_itself(connection):
             raise TransactionError(_AUTOCOMMIT)
-        with _explaining(connection, self.tables.messages.fullname):
+        table = self.tables.messages.fullname
+        try:
             if self.mode == "message":
                 now = [row for row in rows if row["available_ms"] is None]
                 if now:
@@ -170,7 +170,10 @@ class Outbox:
                 rows = [row for row in rows if row["available_ms"] is not None]
             if rows:
                 self._inserts.write(connection, rows)
-        emitted(session, connection, self.tables.messages.fullname, self.notify)
+        except (DBAPIError, UnicodeError) as error:
+            _explain(error, connection, table)
+            raise
+        emitted(session, connection, table, self.notify)
 
     async def create_schema(self, engine: AsyncEngine) -> None:
         """Create the tables where they are missing; safe in any number of processes at once."""
@@ -190,7 +193,7 @@ def bucket_of(aggregate_type: str, aggregate_id: str) -> int:
 
 def _asynchronous(session: Any) -> AsyncSession | AsyncConnection:
     own: Any = session() if isinstance(session, async_scoped_session) else session
-    if not isinstance(own, AsyncSession | AsyncConnection):
+    if not isinstance(own, _ASYNCHRONOUS):
         kind = type(own).__name__
         raise ConfigurationError(f"emit() takes an AsyncSession or AsyncConnection, not {kind}: is it emit_sync()?")
     return own
@@ -198,28 +201,24 @@ def _asynchronous(session: Any) -> AsyncSession | AsyncConnection:
 
 def _synchronous(session: Any) -> Session | Connection:
     own: Any = session() if isinstance(session, scoped_session) else session
-    if not isinstance(own, Session | Connection):
+    if not isinstance(own, _SYNCHRONOUS):
         kind = type(own).__name__
         raise ConfigurationError(f"emit_sync() takes a Session or Connection, not {kind}: is it await emit()?")
     return own
 
 
-@contextmanager
-def _explaining(connection: Connection, table: str) -> Iterator[None]:
-    try:
-        yield
-    except (DBAPIError, UnicodeError) as error:
-        if isinstance(error, DBAPIError):
-            error.hide_parameters = True  # an error is logged, and a payload must not be
-        if lacks_table(error):
-            raise describe_failure(error, connection.engine.url, table, OUTBOX) from error
-        if refuses_data(error):
-            kind = type(error.orig if isinstance(error, DBAPIError) else error).__name__
-            raise EmitRefusedError(
-                f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
-                " has characters that the database or the connection cannot encode"
-            ) from error
-        raise
+def _explain(error: DBAPIError | UnicodeError, connection: Connection, table: str) -> None:
+    """Raise what says better than ``error`` what has failed, if there is such."""
+    if isinstance(error, DBAPIError):
+        error.hide_parameters = True  # an error is logged, and a payload must not be
+    if lacks_table(error):
+        raise describe_failure(error, connection.engine.url, table, OUTBOX) from error
+    if refuses_data(error):
+        kind = type(error.orig if isinstance(error, DBAPIError) else error).__name__
+        raise EmitRefusedError(
+            f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
+            " has characters that the database or the connection cannot encode"
+        ) from error
 
 
 def _connection_of(session: Session | Connection) -> Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from idempotency._outbox.message import Message
@@ -23,23 +24,29 @@ class Limits:
 
     def refusal(self, message: Message) -> str | None:
         """Return why the route cannot carry the message; None if it can."""
-        headers = message.wire_headers()
-        if message.payload is None and not self.tombstones:
+        return self.refusal_of(message.aggregate_id, message.payload, message.wire_headers())
+
+    def refusal_of(self, aggregate_id: str, payload: bytes | None, headers: Mapping[str, str]) -> str | None:
+        """See :meth:`refusal`. ``headers``: those on the wire."""
+        if payload is None and not self.tombstones:
             return "it has no payload, which this broker cannot carry"
         if self.most_headers is not None and len(headers) > self.most_headers:
             return f"it has {len(headers)} headers with id and eventType; {self.most_headers} are allowed"
-        size = size_of(message, headers)
+        size = _size(aggregate_id, payload, headers)
         if size > self.most_bytes:
             return f"it has {size} bytes with its key and headers; {self.most_bytes} are allowed"
-        if self.text_only and not _is_text(message.payload or b""):
+        if self.text_only and not _is_text(payload or b""):
             return "its payload is not text in UTF-8, which this broker requires"
         return None
 
 
-def size_of(message: Message, headers: dict[str, str]) -> int:
+def size_of(message: Message, headers: Mapping[str, str]) -> int:
     """Return the bytes of a message on the wire: payload, key, names and values of headers."""
-    texts = (message.aggregate_id, *headers, *headers.values())
-    return len(message.payload or b"") + sum(len(text.encode()) for text in texts)
+    return _size(message.aggregate_id, message.payload, headers)
+
+
+def _size(aggregate_id: str, payload: bytes | None, headers: Mapping[str, str]) -> int:
+    return len(payload or b"") + len("".join((aggregate_id, *headers, *headers.values())).encode())
 
 
 def _is_text(payload: bytes) -> bool:

@@ -41,8 +41,13 @@ class Message:
 
     def wire_headers(self) -> dict[str, str]:
         """Return the headers that every broker is given: ``id`` and ``eventType``, then the row's own."""
-        own = {name: value for name, value in self.headers.items() if name not in (ID_HEADER, TYPE_HEADER)}
-        return {ID_HEADER: self.id, TYPE_HEADER: self.type, **own}
+        return wire_headers(self.id, self.type, self.headers)
+
+
+def wire_headers(identity: str, kind: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that every broker is given for a message of this id and type."""
+    own = {name: value for name, value in headers.items() if name not in (ID_HEADER, TYPE_HEADER)}
+    return {ID_HEADER: identity, TYPE_HEADER: kind, **own}
 
 
 def time_ordered_id() -> str:

@@ -1,8 +1,8 @@
 """Notify relays in other processes, on PostgreSQL: by one NOTIFY for many commits, never in a user's transaction.
 
 A transaction with a NOTIFY in it takes a lock at its commit that is one for the whole server: all such commits wait for
-each other. So one thread of the process sends at most one NOTIFY in a hundredth of a second, by a connection of its
-own, which does not come from the application's pool.
+each other. So one thread of the process sends at most one NOTIFY in a hundredth of a second, and fewer while many
+commits come. It has a connection of its own, which does not come from the application's pool.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from typing import Any, NamedTuple
 from sqlalchemy import Dialect, Engine, Pool
 from sqlalchemy.util import greenlet_spawn
 
-_PAUSE = 0.01
-"""Seconds between two notifications."""
+_PAUSE, _LONGEST_PAUSE = 0.01, 0.1
+"""Seconds between two notifications; the longest while many commits come."""
+
+_BUSY = 300.0
+"""Commits a second from which on a relay finds messages each time that it looks, and looks again at once.
+
+To notify it costs the process that emits: its threads take turns, so that each of its statements waits meanwhile.
+"""
 
 _AFTER_FAILURE = 1.0
 """Seconds after a failure in which nothing is sent. The relays poll."""
@@ -52,6 +58,7 @@ class Notifier:
         self._starting = threading.Lock()
         self._process = 0
         self._wanted: dict[_Place, None] = {}
+        self._asked = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._awake: asyncio.Event | None = None
 
@@ -61,6 +68,8 @@ class Notifier:
             self._start()
         # Not the engine: execution_options() makes another one each time.
         place = _Place(engine.pool, engine.dialect, channel_of(table))
+        # Threads may do this at once, and count too few.
+        self._asked += 1
         if place in self._wanted:
             return
         self._wanted[place] = None
@@ -82,20 +91,26 @@ class Notifier:
         self._awake = awake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         connections = _Connections()
+        pause = _PAUSE
         while True:
             awake.clear()
             if not self._wanted:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(connections.close_in):
                         await awake.wait()
-            pause = _PAUSE
+            pause, self._asked = pause_after(pause, self._asked), 0
+            failed = False
             for place in list(self._wanted):
                 # Before it is sent: a commit from here on asks again.
                 self._wanted.pop(place)
-                if not await connections.send(place):
-                    pause = _AFTER_FAILURE
+                failed |= not await connections.send(place)
             await connections.close_idle()
-            await asyncio.sleep(pause)
+            await asyncio.sleep(_AFTER_FAILURE if failed else pause)
+
+
+def pause_after(pause: float, commits: int) -> float:
+    """Return the next pause in seconds, after one in which so many commits have asked for a notification."""
+    return min(2 * pause, _LONGEST_PAUSE) if commits > _BUSY * pause else _PAUSE
 
 
 class _Opened(NamedTuple):

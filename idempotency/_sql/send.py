@@ -1,4 +1,4 @@
-"""Send one statement in a caller's transaction, by the driver's own cursor where SQLAlchemy would only add time."""
+"""Send one statement in a caller's transaction, in the driver's own syntax, with as little of SQLAlchemy as may be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine, PoolProxiedConnection
+from sqlalchemy import Connection, Dialect, Engine, PoolProxiedConnection, TextClause
 from sqlalchemy.exc import DBAPIError
 
 # Drivers for whose cursors SQLAlchemy does nothing of its own. For asyncpg it watches for changes of the schema; for a
@@ -19,6 +19,19 @@ class Sent(NamedTuple):
 
     row: Sequence[Any] | None
     rowcount: int
+
+
+class Compiled:
+    """A statement in the driver's own syntax."""
+
+    def __init__(self, statement: TextClause, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.sql = str(compiled)
+        self._order = compiled.positiontup if compiled.positional else None
+
+    def parameters(self, values: Mapping[str, Any]) -> Any:
+        """Return the parameters as the driver takes them: in its order, or by their names."""
+        return values if self._order is None else tuple(map(values.__getitem__, self._order))
 
 
 def send(

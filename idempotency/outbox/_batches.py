@@ -12,7 +12,7 @@ from idempotency.outbox._deliver import Judged
 from idempotency.outbox._horizon import Horizon
 from idempotency.outbox._leases import Leases
 from idempotency.outbox._order import Blocked
-from idempotency.outbox._statements import Page, Row, Statements
+from idempotency.outbox._statements import Page, Part, Row, Statements
 
 _FULL_SCAN = 10.0
 """Seconds after which the whole table is scanned: for rows that were inserted by hand, past ``Outbox.emit``."""
@@ -80,9 +80,11 @@ class Batches:
             self._blocked = Blocked(heads)
         blocked = self._blocked
         assert blocked is not None
-        due = await self._database.run(partial(self._statements.due, buckets=buckets, limit=self._most))
-        retries, scheduled = await self._sort_out(blocked, due, size)
-        batch = await self._scan(blocked, buckets, retries, scheduled, size)
+        floor = self._horizon.floor
+        part = Part(floor, buckets, blocked.keys[:_MOST_OMITTED], few=self._caught_up and floor > 0)
+        look = await self._database.run(partial(self._statements.look, part=part, limit=self._most))
+        retries, scheduled = await self._sort_out(blocked, look.due)
+        batch = await self._scan_on(blocked, part, look.page, retries, scheduled, size)
         if not batch.rows and batch.oldest_open is not None:
             await self._pass_over(batch, batch.oldest_open)
         if full:
@@ -96,7 +98,7 @@ class Batches:
         if self._horizon.needs_number:
             self._horizon.begun(await self._database.run(self._statements.number))
 
-    async def _sort_out(self, blocked: Blocked, due: list[Row], size: int) -> tuple[list[Row], list[Row]]:
+    async def _sort_out(self, blocked: Blocked, due: list[Row]) -> tuple[list[Row], list[Row]]:
         """Return which of the due rows are retried now, and which are published for the first time."""
         if not self._ordered:
             return [row for row in due if row.attempts], [row for row in due if not row.attempts]
@@ -114,22 +116,19 @@ class Batches:
         ready = [row for row in due if row.seq not in waiting_seqs]
         return [row for row in ready if row.attempts], [row for row in ready if not row.attempts]
 
-    async def _scan(
-        self, blocked: Blocked, buckets: frozenset[int], retries: list[Row], scheduled: list[Row], size: int
+    async def _scan_on(
+        self, blocked: Blocked, part: Part, first: Page, retries: list[Row], scheduled: list[Row], size: int
     ) -> Batch:
+        """Choose what is published now, of the ``first`` page or of the first one with a row that does not wait."""
         retried = {row.message.key for row in retries} if self._ordered else set()
-        after = self._horizon.floor
-        without = blocked.keys[:_MOST_OMITTED]
-        first: Page | None = None
-        scan = partial(self._statements.scan, buckets=buckets, without=without, limit=self._most)
+        page = first
         while True:
-            page: Page = await self._database.run(partial(scan, after=after, few=self._caught_up and after > 0))
-            first = first or page
             ready = [row for row in page.rows if not blocked.waits(row)]
             self._caught_up = complete = len(page.rows) < self._most
             if ready or complete:
                 break
-            after = page.rows[-1].seq
+            part = part._replace(after=page.rows[-1].seq, few=False)
+            page = await self._database.run(partial(self._statements.scan, part=part, limit=self._most))
         if page.rows:
             self._horizon.seen(page.rows[-1].seq)
         by_seq = {row.seq: row for row in (*scheduled, *ready)}

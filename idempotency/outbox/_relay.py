@@ -78,12 +78,12 @@ class Relay:
         async with self._working(waits=True):
             idle = self._poll[0]
             while not self._stopping.is_set():
-                found = await self._step()
-                idle = self._poll[0] if found else min(idle * 2, self._poll[1])
-                if not found and not self._stopping.is_set():
+                if await self._step():
+                    idle = self._poll[0]
+                elif not self._stopping.is_set():
                     wait = min(idle * random.uniform(0.75, 1.25), self._longest_wait())  # noqa: S311
-                    if await self._wake.wait(wait):
-                        idle = self._poll[0]
+                    woken = await self._wake.wait(wait)
+                    idle = self._poll[0] if woken else min(idle * 2, self._poll[1])
 
     async def drain(self) -> int:
         """Publish what is due, once, and return how many messages are done with: for tests, and for jobs of cron.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    Integer,
     SmallInteger,
     TextClause,
     any_,
@@ -23,6 +25,7 @@ from sqlalchemy import (
     select,
     text,
     tuple_,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -69,11 +72,30 @@ class Head(NamedTuple):
     key: Key
 
 
+class Part(NamedTuple):
+    """A part of the table: the rows after ``after`` in some buckets, without those of some keys.
+
+    ``few``: there should be few rows after ``after``.
+    """
+
+    after: int
+    buckets: frozenset[int]
+    without: Sequence[Key] = ()
+    few: bool = False
+
+
 class Page(NamedTuple):
     """What one scan has found. ``oldest_open``: the number of the oldest open transaction, where there are numbers."""
 
     rows: list[Row]
     oldest_open: int | None
+
+
+class Look(NamedTuple):
+    """What one look at the table has found. ``due``: rows that waited for a time, the longest due first."""
+
+    due: list[Row]
+    page: Page
 
 
 @dataclass(slots=True)
@@ -105,47 +127,69 @@ class Statements:
         self._dead = tables.dead
         self._columns = self._messages.c
         self._now: ColumnElement[Any] = literal_column(NOW_MS[dialect])
+        # SQLAlchemy takes longer to make a statement than the database takes to execute it.
+        self._made: dict[tuple[bool, ...], Any] = {}
+        self._delete_and_number = select(func.txid_current()).add_cte(
+            delete(self._messages).where(self._among([])).cte("gone")
+        )
 
-    def scan(
-        self,
-        connection: Connection,
-        after: int,
-        buckets: frozenset[int],
-        without: Collection[Key],
-        limit: int,
-        few: bool = False,
-    ) -> Page:
-        """Read rows that do not wait for a time, in order, from those after ``after``; omit some keys.
+    def look(self, connection: Connection, part: Part, limit: int) -> Look:
+        """Read in one statement what waits for a time that has come, and what :meth:`scan` reads.
 
-        ``few``: there should be few rows after ``after``.
+        ``limit``: of each of the two.
         """
-        columns = self._columns
-        in_range = columns.seq > after
-        if few and self._dialect == "postgresql":
-            # PostgreSQL may estimate that these few are most of the table, and then read it all, with the rows that are
-            # deleted. Of a range whose bounds it does not know it expects a small part, and so uses the index.
-            low, high = (select(literal(bound, BigInteger)).scalar_subquery() for bound in (after + 1, _HIGHEST))
-            in_range = columns.seq.between(low, high)
-        statement = self._select().where(in_range, columns.available_ms.is_(None))
-        statement = self._in_buckets(statement, buckets).order_by(columns.seq).limit(limit)
-        if without:
-            keys = sorted(without)[: _WITHOUT[-1]]
-            size = next(size for size in _WITHOUT if size >= len(keys))
-            keys += [keys[-1]] * (size - len(keys))
-            statement = statement.where(tuple_(columns.aggregatetype, columns.aggregateid).not_in(keys))
-        found = connection.execute(statement).all()
+        found = self._find(connection, part, limit, with_due=True)
+        # The order of a UNION ALL is not promised.
+        due = sorted((each for each in found if each.available_ms is not None), key=attrgetter("available_ms", "seq"))
+        others = sorted((each for each in found if each.available_ms is None), key=attrgetter("seq"))
+        return Look([_row(each) for each in due], self._page(others))
+
+    def scan(self, connection: Connection, part: Part, limit: int) -> Page:
+        """Read rows that do not wait for a time, in order."""
+        return self._page(self._find(connection, part, limit, with_due=False))
+
+    def _page(self, found: Sequence[Any]) -> Page:
         # On SQLite one transaction writes at a time, so that the rows of a snapshot are complete.
-        oldest_open = None if not found or self._dialect in _MYSQL else found[0][-1]
+        oldest_open = None if not found or self._dialect in _MYSQL else found[0].oldest_open
         return Page([_row(each) for each in found], oldest_open)
 
-    def due(self, connection: Connection, buckets: frozenset[int], limit: int) -> list[Row]:
-        """Read rows that wait for a time that has come, the longest due first."""
+    def _find(self, connection: Connection, part: Part, limit: int, with_due: bool) -> Sequence[Any]:
+        keys: list[Key] = sorted(part.without)[: _WITHOUT[-1]]
+        size = next(size for size in _WITHOUT if size >= len(keys))
+        shape = with_due, part.few, size > 0, len(part.buckets) == BUCKETS, 0 in part.buckets
+        statement = self._made.get(shape)
+        if statement is None:
+            statement = self._made[shape] = self._make(part, with_due)
+        keys += keys[-1:] * (size - len(keys))
+        values = {"after": part.after, "buckets": sorted(part.buckets), "without": keys, "limit": limit}
+        return connection.execute(statement, values).all()
+
+    def _make(self, part: Part, with_due: bool) -> Any:
         columns = self._columns
+        limit = bindparam("limit", type_=Integer)
+        after: ColumnElement[int] = bindparam("after", type_=BigInteger)
+        scan = self._select().where(self._in_range(after, part.few), columns.available_ms.is_(None))
+        if part.without:
+            without: Any = bindparam("without", expanding=True)
+            scan = scan.where(tuple_(columns.aggregatetype, columns.aggregateid).not_in(without))
+        scan = self._in_buckets(scan, part.buckets).order_by(columns.seq).limit(limit)
+        if not with_due:
+            return scan
         # The bound is computed once: a clock that is asked for each row could not be looked up in the index.
-        now = select(self._now).scalar_subquery()
-        statement = self._select().where(columns.available_ms <= now)
-        statement = self._in_buckets(statement, buckets).order_by(columns.available_ms, columns.seq).limit(limit)
-        return self._read(connection, statement)
+        due = self._select().where(columns.available_ms <= select(self._now).scalar_subquery())
+        due = self._in_buckets(due, part.buckets).order_by(columns.available_ms, columns.seq).limit(limit)
+        if self._dialect == "sqlite":
+            # It takes no brackets around the parts of a UNION.
+            due, scan = select(due.subquery()), select(scan.subquery())
+        return union_all(due, scan)
+
+    def _in_range(self, after: ColumnElement[int], few: bool) -> ColumnElement[bool]:
+        if not few or self._dialect != "postgresql":
+            return self._columns.seq > after
+        # PostgreSQL may estimate that these few are most of the table, and then read it all, with the rows that are
+        # deleted. Of a range whose bounds it does not know it expects a small part, and so uses the index.
+        low = select(after + 1).scalar_subquery()
+        return self._columns.seq.between(low, select(literal(_HIGHEST, BigInteger)).scalar_subquery())
 
     def _read(self, connection: Connection, statement: Any) -> list[Row]:
         return [_row(each) for each in connection.execute(statement)]
@@ -205,8 +249,7 @@ class Statements:
         columns = self._columns
         match self._dialect:
             case "postgresql":
-                gone = delete(self._messages).where(self._among(seqs)).cte("gone")
-                return int(connection.execute(select(func.txid_current()).add_cte(gone)).scalar_one())
+                return int(connection.execute(self._delete_and_number, {"seqs": seqs}).scalar_one())
             case "sqlite":
                 connection.execute(delete(self._messages).where(columns.seq.in_(seqs)))
                 return 0
@@ -249,17 +292,17 @@ class Statements:
             columns.type,
             columns.payload,
             columns.headers,
-            last,
+            last.label("oldest_open"),
         )
 
     def _in_buckets(self, statement: Any, buckets: frozenset[int]) -> Any:
         if len(buckets) == BUCKETS:
             return statement
-        bucket = self._columns.bucket
+        bucket, numbers = self._columns.bucket, sorted(buckets)
         if self._dialect == "postgresql":
-            within = bucket == any_(bindparam("buckets", sorted(buckets), ARRAY(SmallInteger)))
+            within = bucket == any_(bindparam("buckets", numbers, ARRAY(SmallInteger)))
         else:
-            within = bucket.in_(sorted(buckets))
+            within = bucket.in_(bindparam("buckets", numbers, expanding=True))
         # A row that was written by hand may have any number: it belongs to the owner of the first bucket.
         return statement.where(within | ~bucket.between(0, BUCKETS - 1) if 0 in buckets else within)
 

@@ -19,7 +19,7 @@ from idempotency.outbox._held import HeldConnection
 from idempotency.outbox._ledger import Ledger, Position
 from idempotency.outbox._log_statements import ALL_BUCKETS, LogStatements, renumbered
 from idempotency.outbox._slot import Slot, end_of_log
-from idempotency.outbox._statements import Key, Row, Settlement
+from idempotency.outbox._statements import Key, Part, Row, Settlement
 from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater
 
 _CURSOR = "idempotency_log"
@@ -118,7 +118,7 @@ class Tail:
         after = 0
         while seen is not None:
             page = await self._database.run(
-                partial(self._statements.scan, after=after, buckets=ALL_BUCKETS, without=(), limit=self._batch)
+                partial(self._statements.scan, part=Part(after, ALL_BUCKETS), limit=self._batch)
             )
             rows = [row for row in page.rows if row.seq <= seen[1]]
             if not rows:

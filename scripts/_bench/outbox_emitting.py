@@ -22,6 +22,9 @@ _BY_HAND = (
     " :aggregateid, :type, :payload, :headers, :bucket, :attempts, :available_ms)"
 )
 
+Write = Callable[[], Awaitable[object]]
+"""A function that commits one message."""
+
 
 @dataclass(frozen=True)
 class Emitting:
@@ -29,10 +32,13 @@ class Emitting:
 
     ours: float
     by_hand: float
+    peer: float = 0.0
 
 
-async def emitting(engine: AsyncEngine, outbox: Outbox, seconds: float, rounds: int) -> Emitting:
-    """Measure writers that emit, and ones that send the same INSERT, in turn."""
+async def emitting(
+    engine: AsyncEngine, outbox: Outbox, seconds: float, rounds: int, peer: Write | None = None
+) -> Emitting:
+    """Measure writers that emit, ones that send the same INSERT, and those of another library, in turn."""
     sessions = async_sessionmaker(engine)
     statement = text(_BY_HAND.format(outbox.tables.messages.name))
 
@@ -57,14 +63,17 @@ async def emitting(engine: AsyncEngine, outbox: Outbox, seconds: float, rounds: 
             await session.execute(statement, row)
             await session.commit()
 
-    counts = {ours: 0, by_hand: 0}
+    ways: dict[str, Write] = {"ours": ours, "by_hand": by_hand}
+    if peer is not None:
+        ways["peer"] = peer
+    counts = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
-        for way in counts:
-            counts[way] += await commits(way, seconds)
-    return Emitting(counts[ours] / rounds / seconds, counts[by_hand] / rounds / seconds)
+        for name, write in ways.items():
+            counts[name] += await commits(write, seconds)
+    return Emitting(**{name: count / rounds / seconds for name, count in counts.items()})
 
 
-async def commits(write: Callable[[], Awaitable[None]], seconds: float) -> int:
+async def commits(write: Write, seconds: float) -> int:
     """Count the commits of 16 writers."""
     until, count = perf_counter() + seconds, 0
 

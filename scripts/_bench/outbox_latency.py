@@ -23,6 +23,9 @@ from idempotency.outbox import Outbox, PollingRelay
 SAMPLES = 20
 """A second."""
 
+_SETTLING = 0.5
+"""Seconds after the first message, which is not counted: the relay may not have begun yet."""
+
 _PATIENCE = 60.0
 
 Emit = Callable[[AsyncSession, int], Awaitable[Any]]
@@ -45,7 +48,7 @@ async def in_process(url: str, engine: AsyncEngine, outbox: Outbox, rate: float,
     try:
         async with load(url, outbox.tables.messages.name, rate):
             committed = await emit_samples(engine, emit_by(outbox), samples)
-            await until(lambda: len(publisher.published) >= samples)
+            await until(lambda: committed.keys() <= publisher.published.keys())
     finally:
         await relay.stop()
         await running
@@ -59,7 +62,7 @@ async def across(url: str, engine: AsyncEngine, outbox: Outbox, rate: float, sam
         str(Path(__file__).with_name("outbox_child.py")),
         url,
         outbox.tables.messages.name,
-        str(samples),
+        str(1 + samples),
         stdout=asyncio.subprocess.PIPE,
         env=os.environ,
     )
@@ -87,13 +90,20 @@ async def emit_samples(engine: AsyncEngine, emit: Emit, samples: int) -> dict[An
     """Emit messages, each in a transaction of its own; return when each was committed."""
     sessions = async_sessionmaker(engine)
     committed: dict[Any, int] = {}
-    began = perf_counter()
-    for number in range(samples):
-        await asyncio.sleep(max(0.0, began + number / SAMPLES - perf_counter()))
+
+    async def commit(number: int) -> None:
         async with sessions() as session:
             name = await emit(session, number)
             await session.commit()
             committed[name] = perf_counter_ns()
+
+    await commit(samples)
+    await asyncio.sleep(_SETTLING)
+    committed.clear()
+    began = perf_counter()
+    for number in range(samples):
+        await asyncio.sleep(max(0.0, began + number / SAMPLES - perf_counter()))
+        await commit(number)
     return committed
 
 

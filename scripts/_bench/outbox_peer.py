@@ -8,7 +8,6 @@ from time import perf_counter, perf_counter_ns, process_time
 from typing import Any
 
 from outbox import BATCH, KEYS, Relayed
-from outbox_emitting import commits
 from outbox_latency import Latency, emit_samples, latency, until
 from outbox_load import QUEUE, load, peer_broker
 from sqlalchemy import MetaData
@@ -24,6 +23,7 @@ class Peer:
 
     def __init__(self, engine: AsyncEngine, place: str, workers: int) -> None:
         self._engine = engine
+        self._sessions = async_sessionmaker(engine)
         self._place = place
         self._metadata = MetaData()
         self.broker = peer_broker(engine, self._metadata, place)
@@ -76,20 +76,15 @@ class Peer:
         await self.broker.start()
         async with load(url, self._place, rate, peer=True):
             committed = await emit_samples(self._engine, self._emit_sample, samples)
-            await until(lambda: len(self.handled) >= samples)
+            await until(lambda: committed.keys() <= self.handled.keys())
         return latency(committed, self.handled)
 
     async def _emit_sample(self, session: AsyncSession, number: int) -> int:
         await self.emit(session, number)
         return number
 
-    async def commits(self, seconds: float) -> float:
-        """Return the commits a second of 16 writers that emit."""
-        sessions = async_sessionmaker(self._engine)
-
-        async def write() -> None:
-            async with sessions() as session:
-                await self.emit(session, 7)
-                await session.commit()
-
-        return await commits(write, seconds) / seconds
+    async def commit(self) -> None:
+        """Emit one message in a transaction of its own."""
+        async with self._sessions() as session:
+            await self.emit(session, 7)
+            await session.commit()

@@ -6,14 +6,15 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from idempotency._outbox import after_commit
-from idempotency._outbox.notify import NOTIFIER
+from idempotency._outbox.notify import NOTIFIER, Notifier, pause_after
 from idempotency.outbox import Outbox
 from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._wake import Wake
@@ -167,6 +168,30 @@ async def test_the_connections_that_notify_are_few_and_end(
     await until(lambda: sum(not is_closed(driver) for driver in drivers) <= 4)
     await until(lambda: all(map(is_closed, drivers)))
     assert len(drivers) == 6
+
+
+async def test_while_many_commits_come_it_is_notified_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float] = []
+
+    async def send(*_: object) -> bool:
+        sent.append(monotonic())
+        return True
+
+    monkeypatch.setattr("idempotency._outbox.notify._Connections.send", send)
+    engine, notifier = create_engine("postgresql+psycopg://"), Notifier()
+    while len(sent) < 5:
+        notifier.notify(engine, "orders")
+        await asyncio.sleep(0)
+    # After pauses of 10, 20, 40 and 80 ms.
+    assert sent[-1] - sent[0] >= 0.15
+
+
+@pytest.mark.parametrize(
+    ("pause", "commits", "following"),
+    [(0.01, 1, 0.01), (0.01, 4, 0.02), (0.08, 25, 0.1), (0.1, 31, 0.1), (0.1, 9, 0.01)],
+)
+def test_few_commits_are_notified_soon(pause: float, commits: int, following: float) -> None:
+    assert pause_after(pause, commits) == following
 
 
 def is_closed(driver: Any) -> bool:

@@ -7,14 +7,15 @@ that clock, and ``{r}`` is the prefix of the columns of a row that is already th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from sqlalchemy import Dialect, Table, TextClause, text
 
 from idempotency._rules import FORMAT, State
 from idempotency._sql.clock import NOW_MS
 from idempotency._sql.requirements import DATABASES
+from idempotency._sql.send import Compiled
 from idempotency.errors import ConfigurationError
 
 # A lease of 0 is over by every clock: also by one that is set back, and by MariaDB's, which stands still during a
@@ -266,19 +267,6 @@ def _cast(name: str) -> str:
         return f"CAST(:{name} AS {_TYPES[name]})"
     kind = f"{_TYPES[name.removesuffix('s')]}[]"
     return f"CAST(:{name} AS {kind})" if name == SENT_AS_ARRAY else f"CAST(CAST(:{name} AS text) AS {kind})"
-
-
-class Compiled:
-    """A statement in the driver's own syntax, which is sent past SQLAlchemy."""
-
-    def __init__(self, statement: TextClause, dialect: Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)
-        self.sql = str(compiled)
-        self._order = compiled.positiontup if compiled.positional else None
-
-    def parameters(self, values: Mapping[str, Any]) -> Any:
-        """Return the parameters as the driver takes them: in its order, or by their names."""
-        return values if self._order is None else [values[name] for name in self._order]
 
 
 class OneByOne(NamedTuple):

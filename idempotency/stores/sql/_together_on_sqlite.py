@@ -17,13 +17,12 @@ from sqlalchemy.util import greenlet_spawn
 from idempotency._rules import Claim, Record
 from idempotency._sql.bounded import InFlight
 from idempotency._sql.failures import describe_failure, refuses_data, waited_for_lock
-from idempotency._sql.send import as_sqlalchemy_error, pooled
+from idempotency._sql.send import Compiled, as_sqlalchemy_error, pooled
 from idempotency._sql.sqlite import in_its_thread, is_cut_off, writing
 from idempotency.errors import StoreError
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._database import Database
-from idempotency.stores.sql._statements import Compiled
 from idempotency.stores.sql._verbs import Found, Verbs, claim_values, read_record
 
 Values = dict[str, Any]
