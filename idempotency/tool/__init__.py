@@ -1,0 +1,19 @@
+"""Tools of agents that take effect once, however often the model, the framework or the network repeats a call."""
+
+from idempotency.tool._approval import approve, approve_sync, is_idempotent_tool
+from idempotency.tool._call import ToolCall, tool_call
+from idempotency.tool._decorator import idempotent_tool
+from idempotency.tool._explain import explain
+from idempotency.tool._unknown import NOT_DONE, NotDone
+
+__all__ = [
+    "NOT_DONE",
+    "NotDone",
+    "ToolCall",
+    "approve",
+    "approve_sync",
+    "explain",
+    "idempotent_tool",
+    "is_idempotent_tool",
+    "tool_call",
+]
