@@ -20,6 +20,10 @@ class ToolCall:
 
     ``replayed_at``: when the call began whose recorded result was returned, in UTC; None where the tool ran in this
     call. It is set before the tool returns.
+    ``by_attempt``: whether the call is identified by its attempt, so that another call by the model is another
+    operation.
+    ``interrupted``: whether the tool was called, and has not answered: it was cancelled, or a framework does not wait
+    for its thread any more. Its effect may have happened.
     """
 
     caller_key: str | None = None
@@ -28,6 +32,8 @@ class ToolCall:
     caller: str = ""
     is_interim: Callable[[object], bool] | None = None
     replayed_at: datetime | None = None
+    by_attempt: bool = False
+    interrupted: bool = False
     _tool: str = field(default="", repr=False)
 
     @property
@@ -98,6 +104,18 @@ def call_of(tool: str) -> ToolCall:
         return ToolCall()
     call._tool = tool
     return call
+
+
+@contextmanager
+def interrupted_until_answered(call: ToolCall) -> Iterator[None]:
+    """Note that a call is interrupted, until it returns or raises an error."""
+    call.interrupted = True
+    try:
+        yield
+    except Exception:
+        call.interrupted = False
+        raise
+    call.interrupted = False
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from idempotency._rules import Claim
 from idempotency.operation import current
 from idempotency.tool._answer import answer, is_unknown
 from idempotency.tool._approval import Approvals
-from idempotency.tool._call import ToolCall, call_of, inside_tool
+from idempotency.tool._call import ToolCall, call_of, inside_tool, interrupted_until_answered
 from idempotency.tool._identity import Identity
 from idempotency.tool._unknown import hold_if_unknown
 from idempotency.tool._verify import Verification
@@ -32,6 +32,10 @@ class Tool:
     async def call(self, args: Any, kwargs: Any) -> Any:
         """Run the tool once, or answer by its record. An outcome that is unknown is verified first, if it can be."""
         call = call_of(self.calls.scope)
+        with interrupted_until_answered(call):
+            return await self._answer(call, args, kwargs)
+
+    async def _answer(self, call: ToolCall, args: Any, kwargs: Any) -> Any:
         claim = self.identity.claim(call, args, kwargs)
         ended = await self.run(claim, self._work(call, claim, args, kwargs))
         if is_unknown(self.calls, claim, ended) and self.verification is not None:
