@@ -36,7 +36,7 @@ class LangChainRig(Rig):
         agent = create_agent(
             Model(responses=[*answers, AIMessage("done")]),
             [tool(self.function)],
-            middleware=[*self.middleware, IdempotentTools()],
+            middleware=[*self.middleware, IdempotentTools(caller=lambda _: self.caller)],
             checkpointer=checkpointer,
         )
         agent.step_timeout = self.timeout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from agents import Agent, RunConfig, Runner, RunState
@@ -23,7 +22,9 @@ class OpenAIAgentsRig(Rig):
 
     def tool(self, approval: bool) -> Any:
         """Make the tool."""
-        return idempotent_function_tool(needs_approval=approval, timeout=self.timeout)(self.function)
+        return idempotent_function_tool(caller=lambda _: self.caller, needs_approval=approval, timeout=self.timeout)(
+            self.function
+        )
 
     @property
     def _name(self) -> str:

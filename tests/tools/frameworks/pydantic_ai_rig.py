@@ -30,7 +30,9 @@ class PydanticAIRig(Rig):
             return ModelResponse(parts=next(answers, [TextPart("done")]))
 
         return Agent(
-            FunctionModel(model), tools=[Tool(self.function, timeout=self.timeout)], capabilities=[IdempotentTools()]
+            FunctionModel(model),
+            tools=[Tool(self.function, timeout=self.timeout)],
+            capabilities=[IdempotentTools(caller=lambda _: self.caller)],
         )
 
     def _call(self, call: Call) -> ToolCallPart:

@@ -35,14 +35,17 @@ class Answer:
 class Rig(ABC):
     """An agent with one tool, in one framework."""
 
-    def __init__(self, function: Callable[..., Any], *, timeout: float | None = None, directory: str = "") -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, timeout: float | None = None, caller: str = "", directory: str = ""
+    ) -> None:
         """Make the agent.
 
-        ``function``: what the tool calls. ``timeout``: the framework's own, in seconds. ``directory``: where the
-        framework keeps what a saved conversation needs.
+        ``function``: what the tool calls. ``timeout``: the framework's own, in seconds. ``caller``: who is
+        authenticated. ``directory``: where the framework keeps what a saved conversation needs.
         """
         self.function = function
         self.timeout = timeout
+        self.caller = caller
         self.directory = directory
 
     @abstractmethod
