@@ -17,15 +17,12 @@ from idempotency._engine.leased_sync import SyncLeased
 from idempotency._hooks import check_callable
 from idempotency._results.codec import results_of
 from idempotency._rules import Claim, State
-from idempotency.errors import ApprovalNeededError, ConfigurationError
+from idempotency.errors import ApprovalNeededError
 from idempotency.operation import current
 from idempotency.policy import Policy
 from idempotency.stores.base import Entry, Inspecting, Store, SyncInspecting, SyncStore, check_store, require
 from idempotency.tool._call import call_of
 from idempotency.tool._identity import Identity
-
-ATTRIBUTE = "_idempotent_tool"
-"""Where a decorated function has its :class:`Approvals`."""
 
 Needed = bool | Callable[..., bool]
 
@@ -91,33 +88,3 @@ class Approvals:
 
 def _approver(by: str) -> str:
     return by
-
-
-async def approve(tool: Callable[..., Any], arguments: Mapping[str, Any], *, by: str) -> None:
-    """Approve one call of a tool with exactly these arguments, as a person or a rule decided.
-
-    ``tool``: a function that :func:`idempotent_tool` decorated with ``approval=``. ``arguments``: by name, those that
-    were shown to the person who decided. ``by``: who decided; it is recorded.
-    The approval is for one call: that of the same identity. Where an adapter gives the identity, approve inside of a
-    ``tool_call`` with the same names. It can be used as long as ``Policy.ttl``.
-    Raises :class:`~idempotency.errors.ConfigurationError` for a function that is no such tool, and
-    :class:`~idempotency.errors.StoreError`.
-    """
-    await _approvals_of(tool).approve(arguments, by)
-
-
-def approve_sync(tool: Callable[..., Any], arguments: Mapping[str, Any], *, by: str) -> None:
-    """Approve a call without awaiting; see :func:`approve`."""
-    _approvals_of(tool).approve_sync(arguments, by)
-
-
-def _approvals_of(tool: object) -> Approvals:
-    approvals = getattr(tool, ATTRIBUTE, None)
-    if not isinstance(approvals, Approvals):
-        raise ConfigurationError(f"{tool!r} is no function that idempotent_tool decorated")
-    return approvals
-
-
-def is_idempotent_tool(function: object) -> bool:
-    """Return whether :func:`idempotent_tool` decorated a function, or a method of an object."""
-    return isinstance(getattr(function, ATTRIBUTE, None), Approvals)

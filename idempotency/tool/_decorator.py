@@ -12,7 +12,8 @@ from idempotency.errors import ConfigurationError
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy
 from idempotency.stores.base import Store, SyncStore
-from idempotency.tool._approval import ATTRIBUTE, Approvals, Needed
+from idempotency.tool._approval import Approvals, Needed
+from idempotency.tool._decorated import Decorated, mark
 from idempotency.tool._identity import Identity, Intent
 from idempotency.tool._run import Tool
 from idempotency.tool._run_sync import SyncTool
@@ -98,7 +99,7 @@ def idempotent_tool(
         identity = Identity(prepared.calls, signature, intent, ignore)
         approvals = Approvals(store, prepared.calls, identity, approval, prepared.asynchronous)
         wrapper: Any = _wrapper(function, store, prepared, identity, approvals, verify, session)
-        setattr(wrapper, ATTRIBUTE, approvals)
+        mark(wrapper, Decorated(approvals, intent is not None and (session is not None or policy.on_crash == "hold")))
         wrapper._made = prepared.made
         return cast(Callable[P, R], wrapper)
 
