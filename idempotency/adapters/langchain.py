@@ -30,7 +30,7 @@ from langgraph.prebuilt.tool_node import ToolCallRequest, ToolRuntime
 from langgraph.types import Command
 
 from idempotency.adapters._tools import attempt_of, noted
-from idempotency.errors import IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.tool import ToolCall, explain, tool_call
 
 Answer = ToolMessage | Command[Any]
@@ -53,6 +53,8 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
         with self._named(request) as call:
             try:
                 return _noted(call, handler(request))
+            except ConfigurationError:
+                raise
             except IdempotencyError as error:
                 return _failed(request, explain(error, call))
 
@@ -63,6 +65,8 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
         with self._named(request) as call:
             try:
                 return _noted(call, await handler(request))
+            except ConfigurationError:
+                raise
             except IdempotencyError as error:
                 return _failed(request, explain(error, call))
 

@@ -13,13 +13,15 @@ of its ``RunConfig``, which is the id of the conversation, or what ``run=`` retu
 
 At its ``timeout`` the SDK cancels a tool, and lets the model try again. Here the model hears that it may have been
 done. An approval of the SDK is for the arguments of one call; a state that is resumed twice after it runs the tool
-once. A replay is marked in results that are text.
+once. A replay is marked in results that are text. An error of the configuration is logged, and the model is asked to
+tell a person; the SDK would ask it to try again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_type_hints
@@ -33,6 +35,8 @@ from idempotency._signature import is_async, name_of
 from idempotency.adapters._tools import attempt_of, noted
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.tool import ToolCall, explain, explain_interruption, is_idempotent_tool, tool_call
+
+_logger = logging.getLogger("idempotency")
 
 Reader = Callable[[ToolContext[Any]], str | None]
 
@@ -86,7 +90,7 @@ class _Calls:
                     result = await function(*self._arguments(context, args), **kwargs)
                     return noted(call, result) if isinstance(result, str) else result
                 except IdempotencyError as error:
-                    return explain(error, call)
+                    return _words(error, call)
                 except asyncio.CancelledError:
                     if _is_cancelled():
                         raise
@@ -98,7 +102,7 @@ class _Calls:
                     result = function(*self._arguments(context, args), **kwargs)
                     return noted(call, result) if isinstance(result, str) else result
                 except IdempotencyError as error:
-                    return explain(error, call)
+                    return _words(error, call)
 
         return self._shaped(call_async if is_async(function) else call_sync)
 
@@ -133,6 +137,12 @@ class _Calls:
 
 
 _CONTEXT = inspect.Parameter("__tool_context", inspect.Parameter.POSITIONAL_ONLY, annotation=ToolContext[Any])
+
+
+def _words(error: IdempotencyError, call: ToolCall) -> str:
+    if isinstance(error, ConfigurationError):
+        _logger.error("a tool call failed", exc_info=error)
+    return explain(error, call)
 
 
 def _is_cancelled() -> bool:

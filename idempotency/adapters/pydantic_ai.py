@@ -26,7 +26,7 @@ from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.tools import ToolDefinition
 
 from idempotency.adapters._tools import attempt_of, noted
-from idempotency.errors import IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.tool import explain, explain_interruption, tool_call
 
 
@@ -60,6 +60,8 @@ class IdempotentTools(AbstractCapability[Any]):
             try:
                 result = await handler(args)
                 return noted(named, result) if isinstance(result, str) else result
+            except ConfigurationError:
+                raise
             except IdempotencyError as error:
                 raise ToolFailed(explain(error, named)) from error
             except Exception as error:

@@ -12,10 +12,8 @@ from typing import Any, ClassVar
 import pytest
 
 from idempotency import Policy, open_store
-from idempotency.stores.memory import MemoryStore
 from idempotency.tool import approve, idempotent_tool
 from tests.kit.paths import ROOT
-from tests.tools.frameworks.refunds import Refunds
 from tests.tools.frameworks.rig import Rig, refund_call
 
 INTENT = ("order_id", "amount")
@@ -28,14 +26,6 @@ class ToolLoopContract:
     """The tests of one framework; ``rig`` is its agent."""
 
     rig: ClassVar[type[Rig]]
-
-    @pytest.fixture
-    def store(self) -> MemoryStore:
-        return MemoryStore()
-
-    @pytest.fixture
-    def refunds(self, tmp_path: Path) -> Refunds:
-        return Refunds(tmp_path)
 
     @pytest.fixture
     def agent(self, tmp_path: Path) -> Callable[..., Rig]:

@@ -54,9 +54,9 @@ class LangChainRig(Rig):
         async with self._checkpoints() as saver:
             agent, config = self._agent([*turns], saver), _config(conversation)
             try:
-                return _answers(await agent.ainvoke(_ASK, config))
+                return answers_of(await agent.ainvoke(_ASK, config))
             except TimeoutError:  # of a step of the graph: the application resumes it
-                return _answers(await agent.ainvoke(None, config))
+                return answers_of(await agent.ainvoke(None, config))
 
     async def save(self, *calls: Call, conversation: str = CONVERSATION) -> str:
         async with self._checkpoints() as saver:
@@ -66,7 +66,7 @@ class LangChainRig(Rig):
 
     async def resume(self, saved: str) -> list[Answer]:
         async with self._checkpoints() as saver:
-            return _answers(await self._agent([], saver).ainvoke(None, json.loads(saved)))
+            return answers_of(await self._agent([], saver).ainvoke(None, json.loads(saved)))
 
 
 _ASK = {"messages": [("user", "Refund it.")]}
@@ -76,6 +76,7 @@ def _config(conversation: str) -> Any:
     return {"configurable": {"thread_id": conversation}}
 
 
-def _answers(state: Any) -> list[Answer]:
+def answers_of(state: Any) -> list[Answer]:
+    """Read what the model was answered in a run."""
     answers = [message for message in state["messages"] if isinstance(message, ToolMessage)]
     return [Answer(each.tool_call_id, each.text, each.status == "error") for each in answers]

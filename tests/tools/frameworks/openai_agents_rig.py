@@ -18,10 +18,9 @@ class OpenAIAgentsRig(Rig):
     def _agent(self, turns: list[list[Call]], *, approval: bool = False) -> Agent[Any]:
         steps = [[function_call(self._name, call.arguments, call_id=call.id) for call in calls] for calls in turns]
         model = ScriptedModel([*steps, [assistant_message("done")]])
-        return Agent(name="clerk", model=model, tools=[self.tool(approval)])
+        return Agent(name="clerk", model=model, tools=[self._tool(approval)])
 
-    def tool(self, approval: bool) -> Any:
-        """Make the tool."""
+    def _tool(self, approval: bool) -> Any:
         return idempotent_function_tool(caller=lambda _: self.caller, needs_approval=approval, timeout=self.timeout)(
             self.function
         )
@@ -32,7 +31,7 @@ class OpenAIAgentsRig(Rig):
 
     async def talk(self, *turns: list[Call], conversation: str = CONVERSATION) -> list[Answer]:
         result = await Runner.run(self._agent([*turns]), "Refund it.", run_config=_config(conversation))
-        return _answers(result)
+        return answers_of(result)
 
     async def save(self, *calls: Call, conversation: str = CONVERSATION) -> str:
         agent = self._agent([[*calls]], approval=True)
@@ -47,13 +46,14 @@ class OpenAIAgentsRig(Rig):
         state: RunState[Any, Any] = await RunState.from_string(agent, saved)
         conversation = state._context.context["run"]
         result = await Runner.run(agent, state, run_config=_config(conversation))
-        return _answers(result)
+        return answers_of(result)
 
 
 def _config(conversation: str) -> RunConfig:
     return RunConfig(group_id=conversation, tracing_disabled=True)
 
 
-def _answers(result: Any) -> list[Answer]:
+def answers_of(result: Any) -> list[Answer]:
+    """Read what the model was answered in a run."""
     outputs = [item for item in result.new_items if isinstance(item, ToolCallOutputItem)]
     return [Answer(item.raw_item["call_id"], item.raw_item["output"]) for item in outputs]

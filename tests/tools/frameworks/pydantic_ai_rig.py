@@ -40,7 +40,7 @@ class PydanticAIRig(Rig):
 
     async def talk(self, *turns: list[Call], conversation: str = CONVERSATION) -> list[Answer]:
         result = await self._agent([*turns]).run("Refund it.", conversation_id=conversation)
-        return _answers(result.all_messages())
+        return answers_of(result.all_messages())
 
     async def save(self, *calls: Call, conversation: str = CONVERSATION) -> str:
         async with self._agent([[*calls]]).iter("Refund it.", conversation_id=conversation) as run:
@@ -51,10 +51,11 @@ class PydanticAIRig(Rig):
 
     async def resume(self, saved: str) -> list[Answer]:
         result = await self._agent([]).run(message_history=ModelMessagesTypeAdapter.validate_json(saved))
-        return _answers(result.all_messages())
+        return answers_of(result.all_messages())
 
 
-def _answers(messages: list[ModelMessage]) -> list[Answer]:
+def answers_of(messages: list[ModelMessage]) -> list[Answer]:
+    """Read what the model was answered in a run."""
     parts = [part for message in messages if isinstance(message, ModelRequest) for part in message.parts]
     returned = [part for part in parts if isinstance(part, ToolReturnPart)]
     return [Answer(part.tool_call_id, part.model_response_str(), part.outcome != "success") for part in returned]
