@@ -11,15 +11,9 @@ from idempotency.errors import OutcomeUnknownError
 from idempotency.tool._call import ToolCall
 
 
-def is_unknown(calls: Calls, claim: Claim, ended: Ended) -> bool:
+def is_unknown(ended: Ended) -> bool:
     """Return whether it is not known if the effect has happened."""
-    match ended:
-        case Unknown():
-            calls.emit("unknown", claim)
-            return True
-        case Raised(_, outcome):
-            return outcome == "hold"
-    return False
+    return isinstance(ended, Unknown) or (isinstance(ended, Raised) and ended.outcome == "hold")
 
 
 def answer(calls: Calls, call: ToolCall, claim: Claim, ended: Ended) -> Any:

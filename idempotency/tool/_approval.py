@@ -53,18 +53,24 @@ class Approvals:
             self._judge(require(self._store, SyncInspecting, "approval=").inspect_sync(self._claim(claim).id))
 
     async def approve(self, arguments: Mapping[str, Any], by: str) -> None:
-        """Record an approval."""
+        """Record an approval, unless the call has had its effect: then it would wait for the next one."""
 
         async def work() -> str:
             return _approver(by)
 
-        claim = self._approved(arguments)
+        call = self._identity.claim(call_of(self.tool), (), dict(arguments))
+        if _is_done(await require(self._store, Inspecting, "approve").inspect(call.id)):
+            return
+        claim = self._claim(call)
         leased = Leased(check_store(self._store, Store), self._calls)
         self._calls.answer(claim, await leased.run(claim, work))
 
     def approve_sync(self, arguments: Mapping[str, Any], by: str) -> None:
         """See :meth:`approve`."""
-        claim = self._approved(arguments)
+        call = self._identity.claim(call_of(self.tool), (), dict(arguments))
+        if _is_done(require(self._store, SyncInspecting, "approve_sync").inspect_sync(call.id)):
+            return
+        claim = self._claim(call)
         leased = SyncLeased(check_store(self._store, SyncStore), self._calls)
         self._calls.answer(claim, leased.run(claim, lambda: _approver(by)))
 
@@ -72,18 +78,19 @@ class Approvals:
         return self._needed if isinstance(self._needed, bool) else bool(self._needed(*args, **kwargs))
 
     def _judge(self, entry: Entry | None) -> None:
-        if entry is not None and entry.state is State.DONE:
+        if _is_done(entry):
             return
         operation = current()
         if operation is not None:
             operation.release()  # whatever the policy says of errors, nothing has happened
         raise ApprovalNeededError(f"{self._calls.name} needs an approval of this call, with exactly these arguments")
 
-    def _approved(self, arguments: Mapping[str, Any]) -> Claim:
-        return self._claim(self._identity.claim(call_of(self.tool), (), dict(arguments)))
-
     def _claim(self, claim: Claim) -> Claim:
         return self._calls.claim(f"{claim.id.hex()} {claim.fingerprint.hex()}", None)
+
+
+def _is_done(entry: Entry | None) -> bool:
+    return entry is not None and entry.state is State.DONE
 
 
 def _approver(by: str) -> str:

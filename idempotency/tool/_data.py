@@ -77,4 +77,4 @@ def _by_type(value: Any) -> Any:
         return _plain(value.model_dump(mode="json"))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    raise NoDataError(f"a {type(value).__name__}")
+    raise NoDataError(f"a value of type {type(value).__name__}")

@@ -38,7 +38,7 @@ class SyncTool:
     def _answer(self, call: ToolCall, args: Any, kwargs: Any) -> Any:
         claim = self.identity.claim(call, args, kwargs)
         ended = self.run(claim, self._work(call, claim, args, kwargs))
-        if is_unknown(self.calls, claim, ended) and self.verification is not None:
+        if is_unknown(ended) and self.verification is not None:
             not_done = self.verification.is_not_done(claim, args, kwargs)
             if not_done and isinstance(ended, Raised):
                 raise ended.error

@@ -20,7 +20,7 @@ class NotDone(Enum):
 NOT_DONE: Final = NotDone.NOT_DONE
 """What ``verify=`` returns where the effect has not happened and cannot happen any more: the tool may run again."""
 
-_UNKNOWN = (TimeoutError, ConnectionError, OutcomeUnknownError)
+_UNKNOWN = (TimeoutError, ConnectionError, EOFError, OutcomeUnknownError)
 _NOTHING_SENT = (ConnectionRefusedError,)
 
 
@@ -53,5 +53,5 @@ def _chain(error: BaseException | None, seen: set[int]) -> Iterator[BaseExceptio
         for each in error.exceptions:
             yield from _chain(each, seen)
     yield from _chain(error.__cause__, seen)
-    if not error.__suppress_context__:
-        yield from _chain(error.__context__, seen)
+    # Also where it is suppressed, as httpcore does: that only shortens the traceback.
+    yield from _chain(error.__context__, seen)

@@ -49,8 +49,8 @@ def claim_of_verification(verifications: Calls, claim: Claim) -> Claim:
     return verifications.claim(claim.id.hex(), None)
 
 
-def is_not_done(ended: Ran | Raised | Known) -> bool:
-    """Return what a verification found out: whether the effect has not happened.
+def is_not_done(calls: Calls, claim: Claim, ended: Ran | Raised | Known) -> bool:
+    """Return what the verification of ``claim`` found out: whether the effect has not happened.
 
     Raises :class:`~idempotency.errors.OutcomeUnknownError` if it failed, and
     :class:`~idempotency.errors.InProgressError` if another one is running.
@@ -59,6 +59,7 @@ def is_not_done(ended: Ran | Raised | Known) -> bool:
         case Ran(value):
             return bool(value)
         case Raised(error, _):
+            calls.emit("unknown", claim, error=error)
             raise OutcomeUnknownError("The outcome is unknown, and verify= failed to find it out.") from error
         case verdict:
             raise refusal(verdict)  # type: ignore[arg-type]
@@ -124,4 +125,5 @@ class Verification:
             await self._store.resolve(claim.id, "done", result, ttl=self._calls.policy.ttl)
             return False
 
-        return is_not_done(await self._leased.run(claim_of_verification(self._verifications, claim), find_out))
+        ended = await self._leased.run(claim_of_verification(self._verifications, claim), find_out)
+        return is_not_done(self._calls, claim, ended)

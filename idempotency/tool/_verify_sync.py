@@ -45,4 +45,5 @@ class SyncVerification:
             self._store.resolve_sync(claim.id, "done", result, ttl=self._calls.policy.ttl)
             return False
 
-        return is_not_done(self._leased.run(claim_of_verification(self._verifications, claim), find_out))
+        ended = self._leased.run(claim_of_verification(self._verifications, claim), find_out)
+        return is_not_done(self._calls, claim, ended)
