@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import quote
 
 from idempotency.tool import ToolCall
@@ -12,6 +13,11 @@ def attempt_of(*ids: str) -> str:
     return "/".join(quote(each, safe="") for each in ids)
 
 
-def noted(call: ToolCall, text: str) -> str:
-    """Return the text of a result for the model, with the note that it is a recorded one, if it is."""
-    return f"{text}\n\n{call.note}" if call.note else text
+def noted(call: ToolCall, result: Any) -> Any:
+    """Return a result for the model, with the note that it is a recorded one, if it is one and is text."""
+    return with_note(call, result) if isinstance(result, str) and result is call.recorded else result
+
+
+def with_note(call: ToolCall, text: str) -> str:
+    """Return the text of a recorded result, with the note that says so."""
+    return f"{text}\n\n{call.note}"

@@ -29,9 +29,9 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.prebuilt.tool_node import ToolCallRequest, ToolRuntime
 from langgraph.types import Command
 
-from idempotency.adapters._tools import attempt_of, noted
+from idempotency.adapters._tools import attempt_of, with_note
 from idempotency.errors import ConfigurationError, IdempotencyError
-from idempotency.tool import ToolCall, explain, tool_call
+from idempotency.tool import ToolCall, explain, is_idempotent_tool, tool_call
 
 Answer = ToolMessage | Command[Any]
 
@@ -52,7 +52,7 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
         """Execute a tool under the name of its call."""
         with self._named(request) as call:
             try:
-                return _noted(call, handler(request))
+                return _noted(request, call, handler(request))
             except ConfigurationError:
                 raise
             except IdempotencyError as error:
@@ -64,7 +64,7 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
         """Execute a tool under the name of its call."""
         with self._named(request) as call:
             try:
-                return _noted(call, await handler(request))
+                return _noted(request, call, await handler(request))
             except ConfigurationError:
                 raise
             except IdempotencyError as error:
@@ -94,10 +94,16 @@ def _message_of(state: Any, call: str) -> str | None:
     return None
 
 
-def _noted(call: ToolCall, answer: Answer) -> Answer:
-    if call.note and isinstance(answer, ToolMessage) and isinstance(answer.content, str):
-        return answer.model_copy(update={"content": noted(call, answer.content)})
+def _noted(request: ToolCallRequest, call: ToolCall, answer: Answer) -> Answer:
+    recorded = call.replayed_at is not None and _is_idempotent(request.tool)
+    if recorded and isinstance(answer, ToolMessage) and isinstance(answer.content, str):
+        return answer.model_copy(update={"content": with_note(call, answer.content)})
     return answer
+
+
+def _is_idempotent(tool: object) -> bool:
+    """Return whether a tool is an idempotent one itself, and does not only call one."""
+    return any(is_idempotent_tool(getattr(tool, name, None)) for name in ("func", "coroutine", "_run", "_arun"))
 
 
 def _failed(request: ToolCallRequest, text: str) -> ToolMessage:

@@ -87,8 +87,7 @@ class _Calls:
         async def call_async(context: ToolContext[Any], /, *args: Any, **kwargs: Any) -> Any:
             with self._named(context) as call:
                 try:
-                    result = await function(*self._arguments(context, args), **kwargs)
-                    return noted(call, result) if isinstance(result, str) else result
+                    return noted(call, await function(*self._arguments(context, args), **kwargs))
                 except IdempotencyError as error:
                     return _words(error, call)
                 except asyncio.CancelledError:
@@ -99,8 +98,7 @@ class _Calls:
         def call_sync(context: ToolContext[Any], /, *args: Any, **kwargs: Any) -> Any:
             with self._named(context) as call:
                 try:
-                    result = function(*self._arguments(context, args), **kwargs)
-                    return noted(call, result) if isinstance(result, str) else result
+                    return noted(call, function(*self._arguments(context, args), **kwargs))
                 except IdempotencyError as error:
                     return _words(error, call)
 

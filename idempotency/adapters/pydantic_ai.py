@@ -58,8 +58,7 @@ class IdempotentTools(AbstractCapability[Any]):
         caller = self.caller(ctx) if self.caller is not None else None
         with tool_call(attempt=_attempt(ctx, call.tool_call_id), caller=caller or "") as named:
             try:
-                result = await handler(args)
-                return noted(named, result) if isinstance(result, str) else result
+                return noted(named, await handler(args))
             except ConfigurationError:
                 raise
             except IdempotencyError as error:

@@ -13,7 +13,7 @@ require("langchain", "langchain")
 
 from langchain.agents import create_agent  # noqa: E402
 from langchain.agents.middleware import HumanInTheLoopMiddleware, ToolRetryMiddleware  # noqa: E402
-from langchain.tools import ToolRuntime, tool  # noqa: E402
+from langchain.tools import BaseTool, ToolRuntime, tool  # noqa: E402
 from langchain_core.messages import AIMessage, AnyMessage  # noqa: E402
 from langgraph.checkpoint.memory import InMemorySaver  # noqa: E402
 from langgraph.func import entrypoint, task  # noqa: E402
@@ -26,7 +26,7 @@ from pydantic import BaseModel  # noqa: E402
 from idempotency.adapters.langchain import IdempotentTools  # noqa: E402
 from idempotency.errors import ConfigurationError  # noqa: E402
 from idempotency.tool import idempotent_tool, tool_call  # noqa: E402
-from tests.tools.frameworks.contract import DO_NOT_REPEAT, MAY_BE_DONE, REPLAYED, ToolLoopContract  # noqa: E402
+from tests.tools.frameworks.contract import DO_NOT_REPEAT, INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract  # noqa: E402
 from tests.tools.frameworks.langchain_rig import LangChainRig, Model, answers_of  # noqa: E402
 from tests.tools.frameworks.rig import Answer  # noqa: E402
 
@@ -242,3 +242,38 @@ async def test_a_task_of_langgraph_names_the_call_by_its_own_id(store, refunds) 
 
     assert await flow.ainvoke(None, THREAD) == "refund 1 of 5"
     assert await flow.ainvoke("order-7", THREAD) == "refund 2 of 5"
+
+
+async def test_a_tool_that_only_calls_an_idempotent_one_is_not_marked(store, refunds) -> None:
+    """It has done other things too."""
+    refund_once = refunds.tool(store, intent=INTENT)
+
+    async def refund(order_id: str, amount: int) -> str:
+        """Refund an order, and write to its customer."""
+        return await refund_once(order_id, amount)
+
+    agent = agent_of(refund)
+    await agent.ainvoke(ASK, THREAD)
+
+    (forked,) = await fork(agent)
+
+    assert forked.text == "refund 1 of 5"
+
+
+async def test_a_tool_that_is_a_class(store, refunds) -> None:
+    """Its method is decorated."""
+
+    class Refund(BaseTool):
+        name: str = "refund"
+        description: str = "Refund an order."
+
+        @idempotent_tool(store, ignore=("self",))
+        def _run(self, order_id: str, amount: int) -> str:
+            return refunds.make(order_id, amount)
+
+    agent = agent_of(Refund())
+    await agent.ainvoke(ASK, THREAD)
+
+    (forked,) = await fork(agent)
+
+    assert forked.text.startswith("refund 1 of 5\n\n" + REPLAYED)

@@ -184,3 +184,15 @@ async def test_an_error_of_the_code_fails_the_run(store) -> None:
 
     with pytest.raises(ConfigurationError, match="does not name"):
         await run(agent_of(refund))
+
+
+async def test_a_tool_that_only_calls_an_idempotent_one_is_not_marked(store, refunds) -> None:
+    """It has done other things too."""
+    refund_once = refunds.tool(store, intent=INTENT)
+
+    async def refund(order_id: str, amount: int) -> str:
+        return f"{await refund_once(order_id, amount)}, and wrote to its customer"
+
+    first, second = await run(agent_of(refund, calls=2))
+
+    assert first.text == second.text == "refund 1 of 5, and wrote to its customer"
