@@ -80,7 +80,7 @@ class _Calls:
         self._takes_context = function_schema(function, strict_json_schema=False).takes_context
         self._calls: WeakKeyDictionary[ToolContext[Any], ToolCall] = WeakKeyDictionary()
 
-    def wrapper(self) -> Callable[..., Any]:
+    def wrapper(self) -> Any:
         """Return the function that the SDK calls. It is given the context, whether or not the tool takes it."""
         function = self._function
 
