@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
 
@@ -40,15 +40,15 @@ class TestLangChain(ToolLoopContract):
     rig = LangChainRig
 
 
-def called(**arguments: Any) -> AIMessage:
+def called(message: str | None = None) -> AIMessage:
     """Make the message in which the model calls."""
-    args = {"order_id": "order-7", "amount": 5, **arguments}
-    return AIMessage("", tool_calls=[{"type": "tool_call", "name": "refund", "id": "call-1", "args": args}])
+    args = {"order_id": "order-7", "amount": 5}
+    return AIMessage("", id=message, tool_calls=[{"type": "tool_call", "name": "refund", "id": "call-1", "args": args}])
 
 
-def agent_of(function: Any, *middleware: Any) -> Any:
+def agent_of(function: Any, *middleware: Any, message: str | None = None) -> Any:
     """Make an agent that calls its tool once, and then ends each time."""
-    model = Model(responses=[called(), *[AIMessage("done")] * 3])
+    model = Model(responses=[called(message), *[AIMessage("done")] * 3])
     return create_agent(model, [function], middleware=[*middleware, IdempotentTools()], checkpointer=InMemorySaver())
 
 
@@ -141,15 +141,31 @@ async def test_a_retry_of_the_framework_does_not_repeat_what_may_have_been_done(
     assert refunds.made == ["order-7 5"]
 
 
+async def test_an_id_of_a_message_in_another_thread_is_another_call(store, refunds) -> None:
+    """Not every model gives its messages ids that are unique."""
+    for thread in ("one", "other"):
+        agent = agent_of(refunds.tool(store), message="message-1")
+        await agent.ainvoke(ASK, {"configurable": {"thread_id": thread}})
+
+    assert refunds.made == ["order-7 5", "order-7 5"]
+
+
 class Messages(BaseModel):
-    """The state of a graph of one's own."""
+    """A state in which each message has an id."""
 
     messages: Annotated[list[AnyMessage], add_messages]
 
 
-async def test_a_node_with_a_time_out_and_retries_refunds_once(store, refunds) -> None:
+class WithoutIds(TypedDict):
+    """A state in which the message of the model has none."""
+
+    messages: list[AnyMessage]
+
+
+@pytest.mark.parametrize("state_schema", [Messages, WithoutIds])
+async def test_a_node_with_a_time_out_and_retries_refunds_once(store, refunds, state_schema) -> None:
     """LangGraph cancels the node, and runs it again."""
-    graph = StateGraph(Messages)
+    graph = StateGraph(state_schema)
     retry = RetryPolicy(initial_interval=0, jitter=False)
     graph.add_node("tools", tool_node(refunds.tool(store, asyncio.Event().wait)), timeout=0.05, retry_policy=retry)
     graph.add_edge(START, "tools")

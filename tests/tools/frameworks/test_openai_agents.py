@@ -176,3 +176,35 @@ async def test_the_words_after_a_time_out_may_be_ones_own(store, refunds) -> Non
     first, _ = await run_twice(refund(refunds.tool(store, asyncio.Event().wait)))
 
     assert first.text == "Ask Ann."
+
+
+async def test_an_approval_may_depend_on_the_arguments(store, refunds) -> None:
+    """The SDK reads them of a function tool before it is called."""
+
+    async def is_large(context: Any, arguments: dict[str, Any], call: str) -> bool:
+        return arguments["amount"] > 5
+
+    tool = idempotent_function_tool(needs_approval=is_large)(refunds.tool(store))
+    calls = [
+        function_call("refund", {"order_id": "order-7", "amount": amount}, call_id=f"call-{amount}")
+        for amount in (5, 6)
+    ]
+    agent = Agent(name="clerk", model=ScriptedModel([calls]), tools=[tool])
+    result = await Runner.run(agent, "Refund it.", run_config=RunConfig(group_id="one", tracing_disabled=True))
+
+    assert [item.raw_item.call_id for item in result.interruptions] == ["call-6"]
+    assert refunds.made == ["order-7 5"]
+
+
+async def test_a_run_that_is_streamed(store, refunds) -> None:
+    """Its tools are called the same way."""
+    tool, answers = idempotent_function_tool()(refunds.tool(store)), []
+    for _ in range(2):
+        call = function_call("refund", {"order_id": "order-7", "amount": 5}, call_id="call-1")
+        agent = Agent(name="clerk", model=ScriptedModel([[call], [assistant_message("done")]]), tools=[tool])
+        result = Runner.run_streamed(agent, "Refund it.", run_config=RunConfig(group_id="one", tracing_disabled=True))
+        _ = [event async for event in result.stream_events()]
+        answers += answers_of(result)
+
+    assert REPLAYED in answers[1].text
+    assert refunds.made == ["order-7 5"]
