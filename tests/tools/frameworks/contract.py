@@ -169,6 +169,7 @@ class ToolLoopContract:
         assert approved.text == "refund 1 of 5"
         assert refunds.made == ["order-7 5"]
 
+    @pytest.mark.processes
     async def test_a_process_that_is_killed_and_another_that_goes_on_refund_once(
         self, tmp_path, refunds, agent
     ) -> None:

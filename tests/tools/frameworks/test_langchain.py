@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from typing import Annotated, Any, TypedDict
 
 import pytest
 
-from tests.tools.frameworks.installed import require
+from tests.kit.servers import missing
 
-require("langchain", "langchain")
+if find_spec("langchain") is None:
+    missing("langchain is not installed")
 
-from langchain.agents import create_agent  # noqa: E402
-from langchain.agents.middleware import HumanInTheLoopMiddleware, ToolRetryMiddleware  # noqa: E402
-from langchain.tools import BaseTool, ToolRuntime, tool  # noqa: E402
-from langchain_core.messages import AIMessage, AnyMessage  # noqa: E402
-from langgraph.checkpoint.memory import InMemorySaver  # noqa: E402
-from langgraph.func import entrypoint, task  # noqa: E402
-from langgraph.graph import START, StateGraph, add_messages  # noqa: E402
-from langgraph.prebuilt import ToolNode  # noqa: E402
-from langgraph.runtime import get_runtime  # noqa: E402
-from langgraph.types import Command, RetryPolicy, interrupt  # noqa: E402
-from pydantic import BaseModel  # noqa: E402
+from langchain.agents import create_agent
+from langchain.agents.middleware import HumanInTheLoopMiddleware, ToolRetryMiddleware
+from langchain.tools import BaseTool, ToolRuntime, tool
+from langchain_core.messages import AIMessage, AnyMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint, task
+from langgraph.graph import START, StateGraph, add_messages
+from langgraph.prebuilt import ToolNode
+from langgraph.runtime import get_runtime
+from langgraph.types import Command, RetryPolicy, interrupt
+from pydantic import BaseModel
 
-from idempotency.adapters.langchain import IdempotentTools  # noqa: E402
-from idempotency.errors import ConfigurationError  # noqa: E402
-from idempotency.tool import idempotent_tool, tool_call  # noqa: E402
-from tests.tools.frameworks.contract import DO_NOT_REPEAT, INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract  # noqa: E402
-from tests.tools.frameworks.langchain_rig import LangChainRig, Model, answers_of  # noqa: E402
-from tests.tools.frameworks.rig import Answer  # noqa: E402
+from idempotency.adapters.langchain import IdempotentTools
+from idempotency.errors import ConfigurationError
+from idempotency.tool import idempotent_tool, tool_call
+from tests.tools.frameworks.contract import DO_NOT_REPEAT, INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract
+from tests.tools.frameworks.langchain_rig import LangChainRig, Model, answers_of
+from tests.tools.frameworks.rig import Answer
 
 ASK = {"messages": [("user", "Refund it.")]}
 THREAD: Any = {"configurable": {"thread_id": "conversation"}}

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.tools.frameworks.installed import require
+from tests.kit.servers import missing
 
-require("agents", "openai-agents")
+if find_spec("agents") is None:
+    missing("openai-agents is not installed")
 
-from agents import Agent, RunConfig, RunContextWrapper, Runner, function_tool  # noqa: E402
-from agents.testing import ScriptedModel, assistant_message, function_call  # noqa: E402
+from agents import Agent, RunConfig, RunContextWrapper, Runner, function_tool
+from agents.testing import ScriptedModel, assistant_message, function_call
 
-from idempotency.adapters.openai_agents import idempotent_function_tool  # noqa: E402
-from idempotency.errors import ConfigurationError  # noqa: E402
-from idempotency.tool import idempotent_tool  # noqa: E402
-from tests.tools.frameworks.contract import DO_NOT_REPEAT, INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract  # noqa: E402
-from tests.tools.frameworks.openai_agents_rig import OpenAIAgentsRig, answers_of  # noqa: E402
-from tests.tools.frameworks.rig import Answer  # noqa: E402
+from idempotency.adapters.openai_agents import idempotent_function_tool
+from idempotency.errors import ConfigurationError
+from idempotency.tool import idempotent_tool
+from tests.tools.frameworks.contract import DO_NOT_REPEAT, INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract
+from tests.tools.frameworks.openai_agents_rig import OpenAIAgentsRig, answers_of
+from tests.tools.frameworks.rig import Answer
 
 
 class TestOpenAIAgents(ToolLoopContract):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.tools.frameworks.installed import require
+from tests.kit.servers import missing
 
-require("pydantic_ai", "pydantic-ai-slim")
+if find_spec("pydantic_ai") is None:
+    missing("pydantic-ai-slim is not installed")
 
-from pydantic_ai import (  # noqa: E402
+from pydantic_ai import (
     Agent,
     DeferredToolRequests,
     DeferredToolResults,
@@ -22,16 +24,16 @@ from pydantic_ai import (  # noqa: E402
     Tool,
     ToolApproved,
 )
-from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart  # noqa: E402
-from pydantic_ai.models.function import FunctionModel  # noqa: E402
+from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.models.function import FunctionModel
 
-from idempotency import Policy  # noqa: E402
-from idempotency.adapters.pydantic_ai import IdempotentTools  # noqa: E402
-from idempotency.errors import ConfigurationError  # noqa: E402
-from idempotency.tool import idempotent_tool  # noqa: E402
-from tests.tools.frameworks.contract import INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract  # noqa: E402
-from tests.tools.frameworks.pydantic_ai_rig import PydanticAIRig, answers_of  # noqa: E402
-from tests.tools.frameworks.rig import Answer, refund_call  # noqa: E402
+from idempotency import Policy
+from idempotency.adapters.pydantic_ai import IdempotentTools
+from idempotency.errors import ConfigurationError
+from idempotency.tool import idempotent_tool
+from tests.tools.frameworks.contract import INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract
+from tests.tools.frameworks.pydantic_ai_rig import PydanticAIRig, answers_of
+from tests.tools.frameworks.rig import Answer, refund_call
 
 
 class TestPydanticAI(ToolLoopContract):
