@@ -15,9 +15,4 @@ def attempt_of(*ids: str) -> str:
 
 def noted(call: ToolCall, result: Any) -> Any:
     """Return a result for the model, with the note that it is a recorded one, if it is one and is text."""
-    return with_note(call, result) if isinstance(result, str) and result is call.recorded else result
-
-
-def with_note(call: ToolCall, text: str) -> str:
-    """Return the text of a recorded result, with the note that says so."""
-    return f"{text}\n\n{call.note}"
+    return f"{result}\n\n{call.note}" if call.note and isinstance(result, str) else result

@@ -29,7 +29,7 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.prebuilt.tool_node import ToolCallRequest, ToolRuntime
 from langgraph.types import Command
 
-from idempotency.adapters._tools import attempt_of, with_note
+from idempotency.adapters._tools import attempt_of, noted
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.tool import ToolCall, explain, is_idempotent_tool, tool_call
 
@@ -50,9 +50,11 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
 
     def wrap_tool_call(self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Answer]) -> Answer:
         """Execute a tool under the name of its call."""
+        if not _is_idempotent(request.tool):
+            return handler(request)
         with self._named(request) as call:
             try:
-                return _noted(request, call, handler(request))
+                return _noted(call, handler(request))
             except ConfigurationError:
                 raise
             except IdempotencyError as error:
@@ -62,9 +64,11 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], Awaitable[Answer]]
     ) -> Answer:
         """Execute a tool under the name of its call."""
+        if not _is_idempotent(request.tool):
+            return await handler(request)
         with self._named(request) as call:
             try:
-                return _noted(request, call, await handler(request))
+                return _noted(call, await handler(request))
             except ConfigurationError:
                 raise
             except IdempotencyError as error:
@@ -94,10 +98,9 @@ def _message_of(state: Any, call: str) -> str | None:
     return None
 
 
-def _noted(request: ToolCallRequest, call: ToolCall, answer: Answer) -> Answer:
-    recorded = call.replayed_at is not None and _is_idempotent(request.tool)
-    if recorded and isinstance(answer, ToolMessage) and isinstance(answer.content, str):
-        return answer.model_copy(update={"content": with_note(call, answer.content)})
+def _noted(call: ToolCall, answer: Answer) -> Answer:
+    if isinstance(answer, ToolMessage):
+        return answer.model_copy(update={"content": noted(call, answer.content)})
     return answer
 
 

@@ -27,7 +27,7 @@ from pydantic_ai.tools import ToolDefinition
 
 from idempotency.adapters._tools import attempt_of, noted
 from idempotency.errors import ConfigurationError, IdempotencyError
-from idempotency.tool import explain, explain_interruption, tool_call
+from idempotency.tool import explain, explain_interruption, is_idempotent_tool, tool_call
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,8 @@ class IdempotentTools(AbstractCapability[Any]):
         handler: WrapToolExecuteHandler,
     ) -> Any:
         """Execute a tool under the name of its call."""
+        if not _is_idempotent(ctx, call.tool_name):
+            return await handler(args)
         caller = self.caller(ctx) if self.caller is not None else None
         with tool_call(attempt=_attempt(ctx, call.tool_call_id), caller=caller or "") as named:
             try:
@@ -75,3 +77,14 @@ def _attempt(ctx: RunContext[Any], call: str) -> str | None:
         if isinstance(message, ModelResponse) and any(part.tool_call_id == call for part in message.tool_calls):
             return attempt_of(message.run_id, call) if message.run_id else None
     return attempt_of(ctx.run_id, call) if ctx.run_id else None
+
+
+def _is_idempotent(ctx: RunContext[Any], name: str) -> bool:
+    """Return whether a tool is an idempotent one itself, and does not only call one."""
+    tools = ctx.tool_manager.tools if ctx.tool_manager is not None else None
+    tool: Any = (tools or {}).get(name)
+    while hasattr(tool, "source_tool"):  # of toolsets that are combined
+        tool = tool.source_tool
+    # What calls the function of a tool is a method of its schema.
+    schema = getattr(getattr(tool, "call_func", None), "__self__", None)
+    return is_idempotent_tool(getattr(schema, "function", None))

@@ -26,6 +26,6 @@ def answer(calls: Calls, call: ToolCall, claim: Claim, ended: Ended) -> Any:
             ) from error
         case Replay(_, age):
             value = calls.answer(claim, ended)
-            call.replayed_at, call.recorded = datetime.now(UTC) - timedelta(seconds=age), value
+            call.replayed_at = datetime.now(UTC) - timedelta(seconds=age)
             return value
     return calls.answer(claim, ended)

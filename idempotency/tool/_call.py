@@ -20,8 +20,6 @@ class ToolCall:
 
     ``replayed_at``: when the call began whose recorded result was returned, in UTC; None where the tool ran in this
     call. It is set before the tool returns.
-    ``recorded``: the recorded result, where ``replayed_at`` is set. It is another object than what a tool returns that
-    has only called the idempotent tool.
     ``by_attempt``: whether the call is identified by its attempt, so that another call by the model is another
     operation.
     ``interrupted``: whether the tool was called, and has not answered: it was cancelled, or a framework does not wait
@@ -34,7 +32,6 @@ class ToolCall:
     caller: str = ""
     is_interim: Callable[[object], bool] | None = None
     replayed_at: datetime | None = None
-    recorded: object = None
     by_attempt: bool = False
     interrupted: bool = False
     _tool: str = field(default="", repr=False)

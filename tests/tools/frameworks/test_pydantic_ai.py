@@ -26,10 +26,11 @@ from pydantic_ai import (
 )
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import FunctionModel
+from pydantic_ai.toolsets import CombinedToolset, FunctionToolset
 
 from idempotency import Policy
 from idempotency.adapters.pydantic_ai import IdempotentTools
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.tool import idempotent_tool
 from tests.tools.frameworks.contract import INTENT, MAY_BE_DONE, REPLAYED, ToolLoopContract
 from tests.tools.frameworks.pydantic_ai_rig import PydanticAIRig, answers_of
@@ -42,17 +43,17 @@ class TestPydanticAI(ToolLoopContract):
     rig = PydanticAIRig
 
 
-def agent_of(tool: Any, calls: int = 1, **options: Any) -> Agent[Any, Any]:
+def agent_of(*tools: Any, calls: int = 1, name: str = "refund", **options: Any) -> Agent[Any, Any]:
     """Make an agent that calls its tool so many times, and ends."""
 
     async def model(messages: list[ModelMessage], info: Any) -> ModelResponse:
         made = sum(bool(message.tool_calls) for message in messages if isinstance(message, ModelResponse))
         if made == calls:
             return ModelResponse(parts=[TextPart("done")])
-        call = ToolCallPart("refund", {"order_id": "order-7", "amount": 5}, tool_call_id=f"call-{made + 1}")
+        call = ToolCallPart(name, {"order_id": "order-7", "amount": 5}, tool_call_id=f"call-{made + 1}")
         return ModelResponse(parts=[call])
 
-    return Agent(FunctionModel(model), tools=[tool], capabilities=[IdempotentTools()], **options)
+    return Agent(FunctionModel(model), tools=tools, capabilities=[IdempotentTools()], **options)
 
 
 async def run(agent: Agent[Any, Any], **options: Any) -> list[Answer]:
@@ -188,13 +189,30 @@ async def test_an_error_of_the_code_fails_the_run(store) -> None:
         await run(agent_of(refund))
 
 
-async def test_a_tool_that_only_calls_an_idempotent_one_is_not_marked(store, refunds) -> None:
-    """It has done other things too."""
-    refund_once = refunds.tool(store, intent=INTENT)
+@pytest.mark.parametrize("intent", [INTENT, None])
+async def test_a_tool_that_only_calls_idempotent_ones_is_not_touched(store, refunds, intent) -> None:
+    """It has done other things too, and two calls in it are not one call of the model."""
+    refund_once = refunds.tool(store, intent=intent)
 
     async def refund(order_id: str, amount: int) -> str:
         return f"{await refund_once(order_id, amount)}, and wrote to its customer"
 
-    first, second = await run(agent_of(refund, calls=2))
+    agent = agent_of(refund, calls=2)
+    if intent is None:
+        with pytest.raises(KeyMissingError):
+            await run(agent)
+    else:
+        assert [answer.text for answer in await run(agent)] == ["refund 1 of 5, and wrote to its customer"] * 2
 
-    assert first.text == second.text == "refund 1 of 5, and wrote to its customer"
+
+async def test_a_tool_of_toolsets(store, refunds) -> None:
+    """Its name is another one than that of its function, and its set is one of several."""
+    shop = FunctionToolset([refunds.tool(store, intent=INTENT)])
+    agent = agent_of(
+        toolsets=[CombinedToolset([shop.renamed({"pay_back": "refund"}), FunctionToolset()])], name="pay_back"
+    )
+
+    (first,), (second,) = await run(agent), await run(agent)
+
+    assert first.text == "refund 1 of 5"
+    assert second.text.startswith("refund 1 of 5\n\n" + REPLAYED)
