@@ -14,7 +14,7 @@ are the same when the graph is resumed from it, or its node is retried. Under ``
 killed has no checkpoint of the message: the model calls anew, and only ``intent=`` knows that it is the same call.
 
 ``IdempotentTools`` is the last of the middleware: ``ToolRetryMiddleware`` outside of it repeats what failed before its
-effect, and gives up nothing that may have been done. Do not give the ``ToolNode`` ``handle_tool_errors=True``: it would
+effect, and nothing that may have been done. Do not give the ``ToolNode`` ``handle_tool_errors=True``: it would
 answer the errors of this library in its own words. A tool that calls ``interrupt()`` runs again when it is resumed.
 """
 

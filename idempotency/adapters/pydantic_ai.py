@@ -10,8 +10,9 @@ history, so they are the same when another run, in another process, goes on with
 
 At its ``timeout`` Pydantic AI cancels a tool, and lets the model try again. Here the model hears that it may have been
 done. An approval of Pydantic AI is for one call; a history that is resumed twice with it runs the tool once. A tool
-that raises ``ModelRetry``, ``ApprovalRequired`` or ``CallDeferred`` has had no effect: it runs when it is called again.
-A replay is marked in results that are text.
+that raises ``ModelRetry``, ``ApprovalRequired`` or ``CallDeferred`` has had no effect, unless a time-out is the cause:
+it runs when it is called again. A replay is marked in results that are text. A tool that runs in another process than
+the agent, as in an activity of Temporal, needs ``intent=``.
 """
 
 from __future__ import annotations

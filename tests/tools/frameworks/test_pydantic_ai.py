@@ -108,6 +108,20 @@ async def test_a_tool_that_asks_the_model_again_has_had_no_effect(store, refunds
     assert second.text == "refund 1 of 5"
 
 
+async def test_a_tool_that_asks_the_model_again_after_a_time_out_does_not_run_again(store, refunds) -> None:
+    """Its provider may have refunded."""
+
+    @idempotent_tool(store, intent=INTENT)
+    async def refund(order_id: str, amount: int) -> str:
+        refunds.make(order_id, amount)
+        raise ModelRetry("Try again.") from TimeoutError()
+
+    answers = await run(agent_of(refund, calls=2))
+
+    assert [MAY_BE_DONE in answer.text for answer in answers] == [True, True]
+    assert refunds.made == ["order-7 5"]
+
+
 async def test_a_tool_in_a_thread_that_the_framework_does_not_wait_for(store, refunds) -> None:
     """It goes on, and its result is recorded."""
     go_on = threading.Event()
