@@ -141,9 +141,10 @@ class Execute:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The operation is done: give its recorded result."""
+    """The operation is done: give its recorded result. It was first claimed ``age`` seconds ago."""
 
     result: bytes
+    age: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ def judge(claim: Claim, record: Record) -> Verdict:
         return Mismatch(record.fingerprint)
     match record.state:
         case State.DONE:
-            return Completed() if record.result is None else Replay(record.result)
+            return Completed() if record.result is None else Replay(record.result, record.age)
         case State.UNKNOWN:
             return Unknown()
         case State.RUNNING:

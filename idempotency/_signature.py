@@ -58,6 +58,13 @@ def signature_without_session(function: Callable[..., Any]) -> inspect.Signature
     return signature.replace(parameters=others)
 
 
+def signature_of(function: Callable[..., Any], session: Any) -> inspect.Signature:
+    """Return the signature that callers see, where the decorator was given ``session``, or None."""
+    if session is not None and takes_session(function):
+        return signature_without_session(function)
+    return inspect.signature(function)
+
+
 def bind_arguments(function: Callable[..., Any], session: Any) -> Callable[..., Callable[..., Any]]:
     """Return a function that binds the arguments of a call; the runner adds the session, where there is one."""
     passes_session = session is not None and takes_session(function)
@@ -93,5 +100,5 @@ def wrap_like(wrapper: Any, function: Callable[..., Any], session: Any) -> Any:
     """Give a wrapper the name and signature of the function, as callers and frameworks see it."""
     functools.update_wrapper(wrapper, function)
     if session is not None and takes_session(function):
-        wrapper.__signature__ = signature_without_session(function)
+        wrapper.__signature__ = signature_of(function, session)
     return wrapper

@@ -201,6 +201,15 @@ class EmitRefusedError(IdempotencyError, ValueError):
     title = "A message of this operation is refused"
 
 
+class ApprovalNeededError(IdempotencyError):
+    """A call of a tool needs an approval, and nobody has approved it with exactly these arguments; nothing ran."""
+
+    code = "approval-needed"
+    status = 403
+    title = "The call needs an approval"
+    safe_new_key = True
+
+
 class TransactionError(IdempotencyError):
     """The operation committed or closed the session that is committed with its record, or used it too late."""
 

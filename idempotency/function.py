@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from idempotency._engine.calls import Calls, Ended
-from idempotency._engine.modes import runner_of
-from idempotency._engine.names import DecoratedFunction, full_name_of, scope_is_taken
+from idempotency._engine.prepare import check_name, prepare
 from idempotency._engine.readers import check_readers, compared_by
 from idempotency._hooks import check_callable
-from idempotency._results.codec import Codec, results_of
+from idempotency._results.codec import Codec
 from idempotency._rules import Claim
-from idempotency._signature import bind_arguments, is_async, name_of, wrap_like
-from idempotency.errors import ConfigurationError
+from idempotency._signature import bind_arguments, wrap_like
 from idempotency.events import EventHook, log_event
 from idempotency.policy import Policy
 from idempotency.stores.base import Store, SyncStore
@@ -76,26 +74,21 @@ def idempotent(
     _check_arguments(key, name, fingerprint)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        scope = f"function:1:{full_name_of(function) if name is None else name}"
-        calls = Calls(
-            name=name or name_of(function),
-            scope=scope,
+        prepared = prepare(
+            function,
+            store,
+            kind="function",
+            name=name,
+            key=key,
             policy=policy,
-            results=results_of(function, codec),
+            codec=codec,
+            session=session,
+            lock_timeout=lock_timeout,
             on_event=on_event,
-            result_is_needed=True,
         )
-        asynchronous = is_async(function)
-        run = runner_of(asynchronous, store, calls, session, lock_timeout)
-        wrap = _wrap_async if asynchronous else _wrap_sync
-        made = DecoratedFunction(function, key)
-        if name is None and scope_is_taken(store, scope, made):
-            raise ConfigurationError(
-                f"another function of this store has the name {full_name_of(function)} too, so that they would share "
-                "their keys and results: give each a name= of its own"
-            )
-        wrapper: Any = wrap(function, run, _Claims(calls, key, fingerprint), session)
-        wrapper._made = made
+        wrap = _wrap_async if prepared.asynchronous else _wrap_sync
+        wrapper: Any = wrap(function, prepared.run, _Claims(prepared.calls, key, fingerprint), session)
+        wrapper._made = prepared.made
         return cast(Callable[P, R], wrapper)
 
     return decorate
@@ -103,8 +96,7 @@ def idempotent(
 
 def _check_arguments(key: Any, name: Any, fingerprint: Any) -> None:
     check_callable("key=", key)
-    if name is not None and (not isinstance(name, str) or not name):
-        raise ConfigurationError(f"name must be text, not {name!r}")
+    check_name(name)
     check_readers(key, fingerprint, body=False)
 
 

@@ -20,8 +20,8 @@ FILE = 400
 MODULES = {"_rules", "_durations", "_hooks", "_signature", "_synchronization"}
 ROOMS = {
     *("_brokers", "_cli", "_engine", "_http", "_messages", "_outbox", "_results", "_sql"),
-    *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing", "web"),
-    "webhooks",
+    *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing"),
+    *("tool", "web", "webhooks"),
 }
 
 # What hasattr() and getattr() may be used for, by file. A capability of a store is asked by type, in stores/base.py.
@@ -41,6 +41,7 @@ PROBES = {
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
     "stores/sql/*": "inspects objects of SQLAlchemy and of drivers",
+    "tool/*": "inspects functions and dataclasses",
     "testing/*": "imports by name, and looks at what a scenario of the user defines",
 }
 STORES = {"stores/base.py", "testing/_instrument.py"}

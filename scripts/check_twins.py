@@ -36,6 +36,8 @@ PAIRS = [
     (Half("stores/redis/_send.py", "_direct"), Half("stores/redis/_send_sync.py", "_direct_sync")),
     (Half("stores/redis/_send.py", "_through"), Half("stores/redis/_send_sync.py", "_through_sync")),
     (Half("function.py", "_wrap_async"), Half("function.py", "_wrap_sync")),
+    (Half("tool/_run.py", "Tool"), Half("tool/_run_sync.py", "SyncTool")),
+    (Half("tool/_verify.py", "Verification"), Half("tool/_verify_sync.py", "SyncVerification")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 

@@ -265,6 +265,16 @@ class SyncInspecting(Protocol):
         ...
 
 
+class SyncResolving(Protocol):
+    """See :class:`Resolving`."""
+
+    def resolve_sync(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`Resolving.resolve`."""
+        ...
+
+
 class SyncForgetting(Protocol):
     """See :class:`Forgetting`."""
 

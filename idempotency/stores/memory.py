@@ -186,6 +186,12 @@ class MemoryStore:
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
     ) -> bool:
         """See :meth:`~idempotency.stores.base.Resolving.resolve`."""
+        return self.resolve_sync(record, outcome, result, ttl=ttl)
+
+    def resolve_sync(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`resolve`."""
         with self._lock:
             now = self._clock()
             stored = self._live(record, now)
@@ -194,8 +200,7 @@ class MemoryStore:
             if outcome == "release":
                 self._forget(record)
             else:
-                stored.token = os.urandom(16).hex()
-                sealed = sealed_result(self._sealing, record, result)
+                stored.token, sealed = os.urandom(16).hex(), sealed_result(self._sealing, record, result)
                 self._end(record, stored, State.DONE, sealed, now + seconds("ttl", ttl))
         self._announce(record)
         return True

@@ -15,7 +15,7 @@ import uvicorn
 def served(app: Any, host: str = "127.0.0.1", port: int = 0, **config: Any) -> Iterator[str]:
     """Serve an application by uvicorn in a thread, and yield its URL."""
     with socket.create_server((host, port)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", **config))
+        server = uvicorn.Server(uvicorn.Config(app, **{"log_level": "error", "lifespan": "off", **config}))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -232,10 +232,18 @@ class RedisStore:
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
     ) -> bool:
         """See :meth:`idempotency.stores.base.Resolving.resolve`."""
+        return bool(await self._clients.run(self._resolution(record, outcome, result, ttl)))
+
+    def resolve_sync(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`resolve`."""
+        return bool(self._clients.run_sync(self._resolution(record, outcome, result, ttl)))
+
+    def _resolution(self, record: bytes, outcome: str, result: bytes | None, ttl: float) -> wire.Command:
         if outcome not in ("done", "release"):
             raise ConfigurationError(f"an outcome is 'done' or 'release', not {outcome!r}")
-        result = sealed_result(self._sealing, record, result)
-        return bool(await self._clients.run(wire.resolve(self._key_of(record), outcome, result, ttl)))
+        return wire.resolve(self._key_of(record), outcome, sealed_result(self._sealing, record, result), ttl)
 
     async def examine(self) -> list[Finding]:
         """See :meth:`idempotency.stores.base.Examining.examine`."""

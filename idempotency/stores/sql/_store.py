@@ -241,6 +241,13 @@ class SQLStore(InSessions):
         sealed = sealed_result(self._sealing, record, result)
         return await self._run(lambda verbs, connection: verbs.resolve(connection, record, outcome, sealed, ttl))
 
+    def resolve_sync(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`resolve`."""
+        sealed = sealed_result(self._sealing, record, result)
+        return self._run_sync(lambda verbs, connection: verbs.resolve(connection, record, outcome, sealed, ttl))
+
     async def forget(self, record: bytes, /) -> bool:
         """Forget a record, so that its operation runs again; False when there is none, or it is being run."""
         return await self._run(lambda verbs, connection: verbs.forget(connection, record))

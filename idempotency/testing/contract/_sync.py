@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pytest
 
@@ -21,12 +21,16 @@ from idempotency._rules import (
     Verdict,
     judge,
 )
-from idempotency.stores.base import SyncInspecting, SyncStore
+from idempotency.stores.base import SyncInspecting, SyncResolving, SyncStore
 from idempotency.testing.contract._claims import OTHER, PATIENCE, SHORT, new_claim, rival
 
 
 class InspectedSyncStore(SyncStore, SyncInspecting, Protocol):
     """A store that can be inspected, as a consumer with ``max_attempts`` does."""
+
+
+class ResolvedSyncStore(SyncStore, SyncResolving, Protocol):
+    """A store whose records can be resolved, as a tool with ``verify=`` does."""
 
 
 def verdict_sync(store: SyncStore, claim: Claim) -> Verdict:
@@ -44,7 +48,7 @@ def lapsed_sync(store: SyncStore, claim: Claim) -> None:
 
 
 class SyncStoreContract:
-    """Check a store for threads, its ``inspect_sync`` included. Give the fixture ``store``."""
+    """Check a store for threads, ``inspect_sync`` and ``resolve_sync`` included. Give the fixture ``store``."""
 
     def test_absent_is_owned_sync(self, store: SyncStore) -> None:
         """A claim of a new key owns it, and a repeated one still does."""
@@ -197,6 +201,29 @@ class SyncStoreContract:
         assert (entry.state, entry.result_size, entry.unresolved) == (State.DONE, 1234, False)
         assert entry.expires_in is not None
         assert 90 < entry.expires_in <= 100
+
+    @pytest.mark.parametrize(
+        ("outcome", "result", "expected"),
+        [
+            ("done", b"found out", Replay(b"found out")),
+            ("done", None, Completed()),
+            ("release", None, Execute(1)),
+        ],
+    )
+    def test_resolve_sync(
+        self, store: ResolvedSyncStore, outcome: Literal["done", "release"], result: bytes | None, expected: Verdict
+    ) -> None:
+        """An unknown record is resolved once; duplicates get what was found out, and the owner cannot write."""
+        claim = new_claim()
+        store.claim_sync(claim)
+        assert not store.resolve_sync(claim.id, outcome, result)
+        store.complete_sync(claim, None, State.UNKNOWN)
+
+        assert store.resolve_sync(claim.id, outcome, result)
+
+        assert not store.resolve_sync(claim.id, outcome, b"second")
+        assert not store.complete_sync(claim, b"superseded")
+        assert verdict_sync(store, rival(claim)) == expected
 
     def test_one_owner_of_many_threads(self, store: SyncStore) -> None:
         """Of fifty claims of a new key in eight threads one runs, and the others get the verdict that it runs."""
