@@ -10,18 +10,22 @@ import time
 from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from math import inf
-from typing import Literal
+from typing import Literal, TypeVar
 
 from idempotency._durations import seconds
 from idempotency._hooks import check_callable
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
+from idempotency._sagas.journal import Request
 from idempotency.errors import StoreError
 from idempotency.stores import _sealing
 from idempotency.stores._operating import id_digits
+from idempotency.stores._saga_memory import JournalInMemory
 from idempotency.stores._sealing import Sealing, sealed_result
 from idempotency.stores._watcher import Watcher
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
+
+R = TypeVar("R")
 
 _DROPPED_PER_CLAIM = 32
 
@@ -59,6 +63,7 @@ class MemoryStore:
         self._bytes = 0
         self._expiries: list[tuple[float, bytes]] = []
         self._watchers: dict[bytes, set[Watcher]] = {}
+        self._journal = JournalInMemory(clock)
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`; raises StoreError when the store is full."""
@@ -199,6 +204,14 @@ class MemoryStore:
                 self._end(record, stored, State.DONE, sealed, now + seconds("ttl", ttl))
         self._announce(record)
         return True
+
+    async def journal(self, request: Request[R], /) -> R:
+        """See :meth:`idempotency._sagas.journal.Journaling.journal`."""
+        return self._journal.answer(request)
+
+    def journal_sync(self, request: Request[R], /) -> R:
+        """See :meth:`journal`."""
+        return self._journal.answer(request)
 
     async def check(self) -> None:
         """Do nothing: the memory is there."""
