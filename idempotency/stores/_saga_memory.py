@@ -61,7 +61,7 @@ class JournalInMemory:
         with self._lock:
             return cast(R, self._answer(request, self._clock()))
 
-    def _answer(self, request: Request[Any], now: float) -> object:  # noqa: PLR0911
+    def _answer(self, request: Request[Any], now: float) -> object:
         match request:
             case Open():
                 return self._open(request, now)
