@@ -72,6 +72,10 @@ class Results:
             ) from error
 
 
+PLAIN_RESULTS = Results(_JSON, lambda value: dump(PLAIN.to_json(value)), lambda data: PLAIN.from_json(load(data)))
+"""How the results of a function without an annotation are recorded: plain JSON values."""
+
+
 def encode_failure(error: BaseException) -> bytes:
     """Encode that the operation failed for good: the name of the exception's class, and what of it is data."""
     try:

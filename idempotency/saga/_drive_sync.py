@@ -1,0 +1,113 @@
+"""Drive the programs of a saga in a thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, TypeVar
+
+from idempotency._engine.scheduler import Scheduler
+from idempotency.errors import ConfigurationError, StoreError
+from idempotency.operation import RUNNING as OPERATION
+from idempotency.operation import Operation
+from idempotency.saga._definition import Definition
+from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Program
+from idempotency.saga._run import RUNNING, Run
+
+T = TypeVar("T")
+
+HEARTBEATS = Scheduler()
+"""Renews the leases of the runs of this process."""
+
+
+def drive_sync(definition: Definition, program: Program[T]) -> T:
+    """Do what a program asks for, and return its value."""
+    send: Callable[[Any], Effect] = program.send
+    value: Any = None
+    while True:
+        try:
+            effect = send(value)
+        except StopIteration as returned:
+            found: T = returned.value
+            return found
+        try:
+            value, send = _perform(definition, effect), program.send
+        except BaseException as error:
+            value, send = error, program.throw
+
+
+def _perform(definition: Definition, effect: Effect) -> Any:
+    match effect:
+        case Ask(request):
+            return definition.store.journal_sync(request)
+        case Call():
+            return call_step_sync(effect.function, effect.operation)
+        case Join():
+            # It needs SQLAlchemy.
+            from idempotency.saga._join import join_sync
+
+            return join_sync(definition, effect, call_step_sync)
+        case Pause(seconds):
+            time.sleep(seconds)
+
+
+def call_step_sync(function: Callable[[], Any], operation: Operation) -> Any:
+    """Call the function of a step."""
+    # The function of a step is not a part of the saga: it has no steps of its own.
+    outside, token = RUNNING.set(None), OPERATION.set(operation)
+    try:
+        return function()
+    finally:
+        OPERATION.reset(token)
+        RUNNING.reset(outside)
+
+
+class _Renewal:
+    """The job that renews the lease of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._until = monotonic() + run.definition.lease
+        self.ended = False
+
+    def __call__(self) -> float | None:
+        """Renew, and return when to do it again."""
+        lease, sent = self._run.definition.lease, monotonic()
+        if sent >= self._until:
+            self._run.lost.set()
+            return None
+        try:
+            owned = self._run.definition.store.journal_sync(self._run.write_of(()))
+        except StoreError:
+            return monotonic() + min(lease / 10, 1.0)
+        if owned is None:
+            self._run.lost.set()
+            return None
+        self._until = sent + lease
+        return sent + lease / 3
+
+
+@contextmanager
+def renewed_sync(run: Run) -> Iterator[None]:
+    """Renew the lease of a run in this block."""
+    renewal = _Renewal(run)
+    HEARTBEATS.run_at(monotonic() + run.definition.lease / 3, renewal)
+    try:
+        yield
+    finally:
+        renewal.ended = True
+        HEARTBEATS.note_ended()
+
+
+def call_saga_sync(run: Run, arguments: dict[str, Any]) -> Any:
+    """Call the function of the saga."""
+    token = RUNNING.set(run)
+    try:
+        return run.definition.function(**arguments)
+    finally:
+        RUNNING.reset(token)
+        run.ended = True
+        if run.active:
+            raise ConfigurationError("the saga has returned while a step is under way in another thread: wait for it")
