@@ -202,10 +202,13 @@ class Amend(Request[bool]):
     """Change a saga by hand, and make it due at once; False, and nothing is written, if it has ended, or an owner runs.
 
     ``entries`` are written as by :class:`Write`; those with a name in ``without`` are deleted first. ``phase`` and
-    ``result``, if given, are those of the row from now on.
+    ``result``, if given, are those of the row from now on. With ``attempt``, only if nobody has run the saga since it
+    was looked at: ``Row.attempt`` and ``Row.token`` are still these.
     """
 
     id: bytes
+    attempt: int | None = None
+    token: str = ""
     entries: Sequence[Entry] = ()
     without: Sequence[str] = ()
     phase: Phase | None = None

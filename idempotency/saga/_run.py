@@ -62,6 +62,8 @@ class Run:
         self.phase = row.phase
         self.attempt = row.attempt
         self.wakes = row.wakes
+        # What the store said last: where it is not ``wakes``, something came from outside.
+        self.called = row.wakes
         self.input = row.input
         self.result = row.result
         self.lost = Lost()
@@ -185,8 +187,9 @@ class Run:
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
+        self.called = int(wakes)
         self.note(*entries)
-        return int(wakes)
+        return self.called
 
     def note(self, *entries: Entry) -> None:
         """Note what was written."""

@@ -16,6 +16,7 @@ from idempotency.errors import ConfigurationError, EmitRefusedError, RecordedFai
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, head_of, tail_of
 from idempotency.saga._undo import check_undo, reference
+from idempotency.saga._wait import look_again
 from idempotency.saga.errors import SagaLostError, SagaPendingError, StepFailedError
 from idempotency.saga.options import Kind, OnCrash, Retry
 
@@ -70,6 +71,8 @@ def perform(run: Run, step: Step) -> Program[Any]:
         return _results(step).decode(tail_of(known))
     if known is not None and known.progress is Progress.FAILED and not run.pivoted:
         raise _recorded(step, known)
+    if run.called != run.wakes:
+        yield from look_again(run)
     run.check()
     if step.undo is not None and run.pivoted:
         raise ConfigurationError(

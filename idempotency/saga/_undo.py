@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -83,23 +83,24 @@ def _resolve(definition: Definition, entry: Entry) -> Callable[..., Any]:
     return found
 
 
-def to_undo(run: Run) -> Iterator[Entry]:
+def to_undo(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Yield the steps that are to be undone: those whose outcome is unknown, then the others, latest first."""
-    steps = [entry for entry in run.entries.values() if entry.name.startswith("step:") and head_of(entry).get("undo")]
-    unknown = [entry for entry in steps if _is_unknown(entry)]
+    steps = [entry for entry in entries if entry.name.startswith("step:") and head_of(entry).get("undo")]
+    unknown = [entry for entry in steps if is_unknown(entry)]
     done = [entry for entry in steps if entry.progress is Progress.DONE]
-    yield from sorted(unknown, key=run.since)
+    yield from sorted(unknown, key=lambda entry: entry.began)
     yield from sorted(done, key=lambda entry: -entry.order)
 
 
-def _is_unknown(entry: Entry) -> bool:
+def is_unknown(entry: Entry) -> bool:
+    """Return whether the effect of a step may have happened."""
     begun = entry.progress is Progress.BEGUN
     return begun or (entry.progress is Progress.FAILED and bool(head_of(entry).get("unknown")))
 
 
 def undo_all(run: Run, failure: RecordedFailureError) -> Program[None]:
     """Undo every step; where an undo fails, it is tried again, and what was done before it waits."""
-    for step in to_undo(run):
+    for step in to_undo(run.entries.values()):
         name = f"undo:{step.name.removeprefix('step:')}"
         known = run.entries.get(name)
         if known is None or known.progress is Progress.BEGUN:

@@ -91,7 +91,7 @@ def look_again(run: Run) -> Program[None]:
     saga: Saga | None = yield Ask(Look(id=run.id))
     if saga is None or saga.row.token != run.token:
         raise run.lost_error()
-    run.wakes = saga.row.wakes
+    run.wakes = run.called = saga.row.wakes
     run.note(*(entry for entry in saga.entries if entry.name not in run.entries))
 
 

@@ -155,6 +155,9 @@ class JournalInMemory:
         saga = self._live(request.id, now)
         if saga is None or saga.phase.ended or (saga.owned and saga.due > now):
             return False
+        seen = (saga.attempt, saga.token if saga.owned else "")
+        if request.attempt is not None and seen != (request.attempt, request.token):
+            return False
         for name in request.without:
             saga.entries.pop(name, None)
         saga.owned, saga.token, saga.crashes = False, "", 0
