@@ -20,7 +20,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from idempotency._durations import milliseconds
 from idempotency._sagas.journal import (
@@ -61,9 +61,8 @@ _FIELDS = tuple(b"vnkptofiacwrzdlb"[at : at + 1] for at in range(16))
 _INDEXES = (b"due", b"open", b"stuck", b"ended", b"expiries")
 _FORMAT = b"%d" % FORMAT
 _FLAG = (b"0", b"1")
-_UNREADABLE, _ROW_ONLY, _WRITTEN = -1, 1, 2
-"""What a reply begins with; or 0, where nothing may be written, or nothing is there."""
-
+_UNREADABLE, _WHOLE = -1, 2
+"""What a reply begins with where a saga cannot be read, and where it has the entries too. Else it is 0 (no) or 1."""
 
 _NOTED = 60.0
 """Seconds for which a name that was noted is not noted again. It is noted again because a server can lose it."""
@@ -74,7 +73,7 @@ _MOST_ROWS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command of a request. ``durable``: it is to be on as many copies as the store's durability requires."""
+    """A command of a request. ``durable``: what it writes must be on as many copies as the store's durability says."""
 
     command: Command
     durable: bool = False
@@ -86,13 +85,20 @@ class Step:
 
 
 Answer = tuple[Any, StoreError | None]
-"""The reply to a step; and what to raise where something was written to too few copies."""
+"""The reply to a step; and the error that there are too few copies of what it has written, if it has."""
 
 Steps = Generator[Step, Answer, R]
 
 
+class _Read(NamedTuple):
+    """A row, and the time of the server's clock, in seconds, when it was read."""
+
+    now: float
+    row: Row
+
+
 class Sagas:
-    """The journal of one store, without its connections: each request is a row of steps."""
+    """The journal of one store, without its connections: each request is a sequence of steps."""
 
     def __init__(self, prefix: bytes, sealing: Sealing | None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._prefix = prefix
@@ -133,7 +139,7 @@ class Sagas:
 
     def _open(self, request: Open) -> Steps[Saga | None]:
         if request.input is not None:
-            yield from self._note(name_id(request.name))
+            yield from self._note(request.id[:8])
         command = self._command(
             _OPEN,
             request.id,
@@ -149,9 +155,12 @@ class Sagas:
         reply, missing = yield Step(command, durable=True)
         check(reply)
         saga = self._opened(request.id, reply) if reply[0] else None
-        if missing is not None:
-            if saga is not None and saga.row.token:
-                yield from self._give_up(saga.row)
+        if missing is None or saga is None:
+            return saga
+        if saga.row.token == request.token:
+            yield from self._give_up(saga.row)
+            raise missing
+        if not request.lease:
             raise missing
         return saga
 
@@ -212,7 +221,7 @@ class Sagas:
 
     def _opened(self, record: bytes, reply: Any) -> Saga:
         _, now, found = reply
-        fields = _fields(found) if reply[0] == _ROW_ONLY else dict(zip(found[::2], found[1::2], strict=True))
+        fields = dict(zip(found[::2], found[1::2], strict=True)) if reply[0] == _WHOLE else _fields(found)
         return opened_saga(self._sealing, Saga(_row(record, now, fields), tuple(_entries_of(now, fields))))
 
     def _command(self, script: Script, record: bytes, *arguments: bytes) -> Command:
@@ -230,10 +239,11 @@ class Sagas:
             due = (row for row in rows if row.due_in is not None and row.due_in <= 0)
             return readable(self._sealing, (row for row in due if not request.names or row.name in request.names))
 
-        found: list[Row] = []
+        found: list[_Read] = []
         for name in (yield from self._names(request.names)):
             found += yield from self._rows(name, b"due", read, request.limit)
-        return sorted(found, key=lambda row: row.due_in or 0.0)[: request.limit]
+        found.sort(key=lambda each: each.now + (each.row.due_in or 0.0))
+        return [each.row for each in found[: request.limit]]
 
     def _browse(self, request: Browse) -> Steps[list[Row]]:
         def read(rows: Iterable[Row]) -> Iterator[Row]:
@@ -241,18 +251,19 @@ class Sagas:
             return (shown(self._sealing, row) for row in named)
 
         indexes = [b"stuck"] if request.stuck else [b"open", b"ended"] if request.ended else [b"open"]
-        found: list[Row] = []
+        found: list[_Read] = []
         for name in (yield from self._names(() if request.name is None else (request.name,))):
             for index in indexes:
                 found += yield from self._rows(name, index, read, request.limit)
-        return sorted(found, key=lambda row: -row.age)[: request.limit]
+        found.sort(key=lambda each: each.now - each.row.age)
+        return [each.row for each in found[: request.limit]]
 
     def _rows(
         self, name: bytes, index: bytes, read: Callable[[Iterable[Row]], Iterator[Row]], limit: int
-    ) -> Steps[list[Row]]:
+    ) -> Steps[list[_Read]]:
         """Return the first rows of an index that ``read`` yields. Others do not hide them, however many they are."""
         space = self._space(name)
-        found: dict[bytes, Row] = {}
+        found: dict[bytes, _Read] = {}
         start = 0
         while len(found) < limit:
             count = min(limit - len(found), _MOST_ROWS)
@@ -262,7 +273,7 @@ class Sagas:
                 break
             keys = [space + each.hex().encode() for each in ids]
             (now, *rows), _ = yield Step((_ROWS, (b"%d" % (len(keys) + 1), *keys, space + index, *ids)))
-            found |= {row.id: row for row in read(_rows_of(ids, now, rows))}
+            found |= {row.id: _Read(now / 1000, row) for row in read(_rows_of(ids, now, rows))}
             start += sum(row is not None for row in rows)
             if len(ids) < count:
                 break
@@ -291,14 +302,9 @@ def _nothing() -> Steps[int]:
 def _written(step: Step) -> Steps[Any]:
     reply, missing = yield step
     check(reply)
-    if missing is not None:
+    if missing is not None and reply[0]:
         raise missing
     return reply
-
-
-def is_written(reply: Any) -> bool:
-    """Return whether a step has written, or finds what an earlier one like it has written."""
-    return bool(reply[0] == _WRITTEN)
 
 
 def check(reply: Any) -> None:

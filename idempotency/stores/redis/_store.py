@@ -309,7 +309,7 @@ class RedisStore:
         if self._durability is None or not step.durable:
             return await self._clients.run(step.command), None
         reply, copies = await self._run_durably(step.command, self._durability)
-        return reply, self._missing(reply, copies, self._durability)
+        return reply, None if self._durability.met(copies) else self._too_few(copies)
 
     def _answer_sync(self, step: _sagas.Step) -> _sagas.Answer:
         if step.largest > wire.SMALL:
@@ -317,10 +317,7 @@ class RedisStore:
         if self._durability is None or not step.durable:
             return self._clients.run_sync(step.command), None
         reply, copies = self._run_durably_sync(step.command, self._durability)
-        return reply, self._missing(reply, copies, self._durability)
-
-    def _missing(self, reply: Any, copies: Any, durability: Durability) -> StoreError | None:
-        return self._too_few(copies) if _sagas.is_written(reply) and not durability.met(copies) else None
+        return reply, None if self._durability.met(copies) else self._too_few(copies)
 
     # How commands are sent.
 

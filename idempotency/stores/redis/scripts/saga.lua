@@ -1,7 +1,6 @@
 -- How each script for one saga begins: it reads what decides. It replies {-1, version} for a saga that cannot be read.
 -- KEYS: saga; of its name: the due times, those that have not ended, the stuck, the ended, the times of expiry
 -- ARGV: format, id, what the script says
--- A script replies {0} where nothing may be written, or is there, and {2, ...} where it has written, or did before.
 local key, id = KEYS[1], ARGV[2]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
