@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from idempotency.saga import AsyncSaga, SagaOperations
+from idempotency.stores.sql import SQLStore
 from tests.saga.operate import trips
 
 
@@ -19,6 +20,15 @@ def did() -> dict[str, int]:
     for each in (trips.DID, trips.FAILING, trips.HANGING):
         each.clear()
     return trips.DID
+
+
+@pytest.fixture
+async def store(open_another: Callable[[], Awaitable[Any]]) -> Any:
+    """A fresh store of each kind, with the tables of sagas."""
+    store = await open_another()
+    if isinstance(store, SQLStore):
+        await store.create_saga_schema()
+    return store
 
 
 @pytest.fixture

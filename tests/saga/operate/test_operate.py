@@ -23,7 +23,8 @@ from idempotency.saga._facts import SagaDetail, SagaFact
 from idempotency.saga._view import SagaView
 from tests.saga.operate.trips import DID, FAILING, HANGING, trips
 
-pytestmark = pytest.mark.stores("memory")
+pytestmark = pytest.mark.stores("memory", "sqlite")
+EVERY = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
 
 Hang = Callable[..., Any]
 
@@ -145,6 +146,7 @@ async def test_undos_to_come_are_listed(book_trip: AsyncSaga[str], operations: S
     assert (found["undo:hotel"].state, found["undo:flight"].state) == ("failing", "waiting")
 
 
+@EVERY
 async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operations: SagaOperations) -> None:
     """Sizes always; inputs, results and values only where they are asked for."""
     with pytest.raises(SagaPendingError):
@@ -176,6 +178,7 @@ async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operatio
     assert await operations.inspect("book-trip", "8") is None
 
 
+@EVERY
 async def test_who_holds_a_resource(book_trip: AsyncSaga[str], operations: SagaOperations, hang: Hang) -> None:
     """The holder's key is shown where another saga could not have the resource, and nothing in the list."""
     await hang("flight", "7", "hold")
@@ -190,6 +193,7 @@ async def test_who_holds_a_resource(book_trip: AsyncSaga[str], operations: SagaO
     assert [view.key for view in await operations.sagas(ended=True)] == ["7", "8"]
 
 
+@EVERY
 async def test_sagas_are_listed_by_name_and_state(store: Any, operations: SagaOperations) -> None:
     """The oldest first; those that have ended only where they are asked for."""
     one, other = trips(store, "one"), trips(store, "other")
@@ -215,6 +219,7 @@ async def test_sagas_are_listed_by_name_and_state(store: Any, operations: SagaOp
     assert (recorded.reason, recorded.next, recorded.next_in) == ("it is recorded, and not begun", "run", 0)
 
 
+@EVERY
 async def test_a_saga_is_found_by_what_an_operator_has(store: Any, operations: SagaOperations) -> None:
     """By its name and key, its id or the digits of a log, or its key alone."""
     one, other = trips(store, "shop/one"), trips(store, "other")
@@ -276,6 +281,7 @@ async def test_a_held_step_is_resolved_as_not_done(
     assert DID["hotel"] == 2
 
 
+@EVERY
 async def test_a_step_that_did_not_happen_is_not_undone(
     book_trip: AsyncSaga[str], operations: SagaOperations, hang: Hang
 ) -> None:
@@ -364,6 +370,7 @@ async def test_what_may_not_be_resolved(book_trip: AsyncSaga[str], operations: S
         await operations.retry("book-trip", "9")
 
 
+@EVERY
 async def test_a_saga_that_was_run_meanwhile_is_not_changed(
     store: Any, book_trip: AsyncSaga[str], hang: Hang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -441,6 +448,7 @@ async def test_a_saga_that_waits_is_cancelled(
     assert DID["cancel flight to Rome"] == 1
 
 
+@EVERY
 async def test_a_saga_that_runs_is_cancelled_at_its_next_step(operations: SagaOperations, hang: Hang) -> None:
     """The step under way ends first. The run itself undoes the saga."""
     task = await hang("flight")
@@ -480,6 +488,7 @@ async def test_a_saga_is_retried_now(store: Any, book_trip: AsyncSaga[str], oper
     assert (await seen(operations)).state == "done"
 
 
+@EVERY
 async def test_what_doctor_says_of_sagas(book_trip: AsyncSaga[str], operations: SagaOperations, hang: Hang) -> None:
     await book_trip.start("Rome", key="8")
     assert [(each.level, each.what) for each in await operations.examine()] == [
