@@ -132,6 +132,7 @@ async def _renew(run: Run) -> None:
         if owned is None:
             run.lost.set()
             return
+        run.called = owned
         until, pause = sent + lease, lease / 3
 
 

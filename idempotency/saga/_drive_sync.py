@@ -94,6 +94,7 @@ class _Renewal:
         if owned is None:
             self._run.lost.set()
             return None
+        self._run.called = owned
         self._until = sent + lease
         return sent + lease / 3
 

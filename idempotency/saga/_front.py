@@ -143,7 +143,7 @@ def patched_sync(name: str) -> bool:
 async def _do(program: Callable[[Run], Program[T]]) -> T:
     run = _running()
     try:
-        with run.called():
+        with run.calling():
             _check_side(run, asynchronous=True)
             return await drive(run.definition, program(run))
     except Suspended as wait:
@@ -155,7 +155,7 @@ async def _do(program: Callable[[Run], Program[T]]) -> T:
 def _do_sync(program: Callable[[Run], Program[T]]) -> T:
     run = _running()
     try:
-        with run.called():
+        with run.calling():
             _check_side(run, asynchronous=False)
             return drive_sync(run.definition, program(run))
     except Suspended as wait:

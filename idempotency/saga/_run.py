@@ -87,6 +87,8 @@ class Run:
         self.attempt = row.attempt
         self.crashes = row.crashes
         self.wakes = row.wakes
+        # What the store said last: where it is not ``wakes``, something came from outside.
+        self.called = row.wakes
         self.input = row.input
         self.result = row.result
         self.asked = asked
@@ -173,7 +175,7 @@ class Run:
         return error
 
     @contextmanager
-    def called(self) -> Iterator[None]:
+    def calling(self) -> Iterator[None]:
         """Count a call of the saga's function that is under way, and note what ends the run."""
         if self.stopped is not None:
             raise self.stopped
@@ -250,8 +252,9 @@ class Run:
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
+        self.called = int(wakes)
         self.note(*entries)
-        return int(wakes)
+        return self.called
 
     def note(self, *entries: Entry) -> None:
         """Note what was written just now."""

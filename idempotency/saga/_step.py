@@ -25,7 +25,7 @@ from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
 from idempotency.saga._undo import check_undo, is_joined, reference
-from idempotency.saga._wait import SHORT, waiting_for
+from idempotency.saga._wait import SHORT, look_again, waiting_for
 from idempotency.saga.errors import SagaLostError, SagaPendingError, SagaStuckError, StepFailedError
 from idempotency.saga.options import Kind, OnCrash, Retry, backoff, check_exceptions, duration
 
@@ -140,6 +140,8 @@ def perform(run: Run, step: Step) -> Program[Any]:
         return step.results.decode(tail_of(known))
     if known is not None and known.progress is Progress.FAILED and run.is_final(known):
         raise _recorded(step, known)
+    if run.called != run.wakes:
+        yield from look_again(run)
     run.check()
     if step.undo is not None and run.pivoted:
         raise ConfigurationError(

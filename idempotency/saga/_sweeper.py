@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from idempotency._durations import positive
-from idempotency._sagas.journal import Due, Journaling, Row
+from idempotency._sagas.journal import Due, Row
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.saga._ask import Journal
 from idempotency.saga._saga import AsyncSaga, SyncSaga
-from idempotency.stores.base import supports
 
 _logger = logging.getLogger("idempotency")
 
@@ -46,7 +46,7 @@ class Sweeper:
                 raise ConfigurationError(f"the saga {saga.name} has another store: give each store its own Sweeper")
         if type(concurrency) is not int or concurrency < 1:
             raise ConfigurationError(f"concurrency must be a number of at least 1, not {concurrency!r}")
-        self._store = store
+        self._ask = Journal(store, "a Sweeper").ask
         self._poll = positive("poll", poll)
         self._concurrency = concurrency
         self._stopping = asyncio.Event()
@@ -114,10 +114,7 @@ class Sweeper:
 
     async def _due(self) -> list[Row]:
         """Return the sagas that are due, which this sweeper may run."""
-        request = Due(names=tuple(self._sagas), limit=2 * self._concurrency)
-        if supports(self._store, Journaling):
-            return await self._store.journal(request)
-        return await asyncio.to_thread(self._store.journal_sync, request)
+        return await self._ask(Due(names=tuple(self._sagas), limit=2 * self._concurrency))
 
     async def _resume(self, row: Row) -> None:
         saga = self._sagas[row.name]

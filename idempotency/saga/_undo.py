@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, get_type_hints
 
@@ -81,16 +81,16 @@ def _resolve(definition: Definition, entry: Entry) -> Callable[..., Any]:
     return found
 
 
-def to_undo(run: Run) -> list[Entry]:
+def to_undo(entries: Iterable[Entry]) -> list[Entry]:
     """Return the steps that are to be undone: those whose outcome is unknown, then the others, latest first."""
-    steps = _with_undo(run)
+    steps = _with_undo(entries)
     unknown = [entry for entry in steps if is_unknown(entry)]
     done = [entry for entry in steps if entry.progress is Progress.DONE]
-    return [*sorted(unknown, key=run.since), *sorted(done, key=lambda entry: -entry.order)]
+    return [*sorted(unknown, key=lambda entry: entry.began), *sorted(done, key=lambda entry: -entry.order)]
 
 
-def _with_undo(run: Run) -> list[Entry]:
-    return [entry for name, entry in run.entries.items() if name.startswith("step:") and head_of(entry).get("undo")]
+def _with_undo(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.name.startswith("step:") and head_of(entry).get("undo")]
 
 
 def _name(step: Entry) -> str:
@@ -99,9 +99,11 @@ def _name(step: Entry) -> str:
 
 def undo_all(run: Run, failure: RecordedFailureError) -> Program[None]:
     """Undo every step; where an undo fails, it is tried again, and what was done before it waits."""
-    steps = to_undo(run)
+    steps = to_undo(run.entries.values())
     # A step that failed has no effect: nothing is to be undone, which is recorded too.
-    without = [each for each in _with_undo(run) if each not in steps and _name(each) not in run.entries]
+    without = [
+        each for each in _with_undo(run.entries.values()) if each not in steps and _name(each) not in run.entries
+    ]
     if without:
         yield from run.write(*(_entry(_name(each), Progress.SKIPPED, 0, {"failed": True}) for each in without))
     for step in steps:

@@ -105,7 +105,7 @@ def look_again(run: Run) -> Program[None]:
     saga: Saga | None = yield Ask(Look(id=run.id))
     if saga is None or saga.row.token != run.token:
         raise run.lost_error()
-    run.wakes = saga.row.wakes
+    run.wakes = run.called = saga.row.wakes
     # Of another entry, this run may have written more since.
     run.read([entry for entry in saga.entries if entry.name not in run.entries], asked)
 
@@ -160,13 +160,13 @@ def hold_resource(run: Run, resource: str) -> Program[None]:
         run.check()
         holder = yield from _take(resource, head_of(known)["token"], by)
         held = holder == by
-        head = head_of(known) if held else {"by": holder}
+        head = head_of(known) if held else {"holder": holder}
         progress = Progress.DONE if held else Progress.FAILED
         known = Entry(name=name, progress=progress, order=run.next_order(), body=body(head))
         yield from run.write(known)
     if known.progress is Progress.FAILED:
         error = HeldError(f"Another saga holds the resource {resource!r}.")
-        saga, key = head_of(known)["by"]
+        saga, key = head_of(known)["holder"]
         error.by = (saga, key)
         raise error
 
