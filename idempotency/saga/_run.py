@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from time import monotonic
@@ -16,6 +16,7 @@ from idempotency._results.by_annotation import dump
 from idempotency._rules import Claim
 from idempotency._sagas.journal import MOST_CHARACTERS, Entry, Phase, Progress, Saga, Write
 from idempotency.errors import ConfigurationError, StoreError, UnreadableError
+from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Lost, Operation
 from idempotency.saga._effects import Ask, Program
 from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError, StepFailedError
@@ -44,6 +45,19 @@ def running() -> Run:
     if run is None:
         raise ConfigurationError(_OUTSIDE)
     return run
+
+
+@contextmanager
+def within(run: Run | None, operation: Operation) -> Iterator[None]:
+    """Let a saga, and an operation, be the running ones; None: no saga, as in the function of a step."""
+    tokens = OPERATION.set(operation), RUNNING.set(run)
+    try:
+        yield
+    finally:
+        # A coroutine that is closed ends in another context.
+        with suppress(ValueError):
+            OPERATION.reset(tokens[0])
+            RUNNING.reset(tokens[1])
 
 
 class Suspended(BaseException):
@@ -184,7 +198,8 @@ class Run:
         try:
             yield
         except FAULTS as error:
-            self.stopped = self.stopped or error
+            if not self.ended:
+                self.stopped = self.stopped or error
             raise
         except StepFailedError as error:
             self.failures.append(error)
