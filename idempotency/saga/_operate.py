@@ -178,7 +178,7 @@ class SagaOperations:
         size = browse.limit
         while True:
             rows = await self._ask(replace(browse, limit=size))
-            # Resources that are held are kept as sagas too.
+            # Resources that are held are recorded as sagas too.
             found = [row for row in rows if row.name != HELD and accept(row)]
             if len(found) >= browse.limit or len(rows) < size or size >= _EVERY:
                 return found[: browse.limit]

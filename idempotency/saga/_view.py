@@ -131,7 +131,7 @@ def error_in(data: bytes | None) -> str:
 
 
 def reason_of(row: Row) -> dict[str, Any]:
-    """Return why the saga was left last, as data."""
+    """Return what the saga waits for, or why it is stuck, as data."""
     found: dict[str, Any] = load(row.reason) if row.reason else {}
     return found
 
