@@ -38,6 +38,7 @@ from idempotency.stores import AnyStore
 from idempotency.stores._sealing import cannot_be_shown, needs_key
 from idempotency.stores.base import (
     Count,
+    CreatingSagaSchema,
     CreatingSchema,
     Entry,
     Examining,
@@ -60,6 +61,7 @@ app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
 app.command()(relay)
 
+Sagas = Annotated[bool, typer.Option("--sagas", help="SQL: also the tables of sagas, NAME_saga and NAME_saga_entry.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 
 
@@ -266,11 +268,14 @@ def doctor(
 
 
 @schema.command()
-def create(store: Url = None, table: Table = None) -> None:
+def create(store: Url = None, table: Table = None, sagas: Sagas = False) -> None:
     """Create the table and its index where they are missing."""
 
     async def make(opened: AnyStore) -> str:
         await require(opened, CreatingSchema, "schema create").create_schema()
+        if sagas and supports(opened, CreatingSagaSchema):
+            await opened.create_saga_schema()
+            typer.echo(f"{opened.saga_schema} are there")
         if not supports(opened, NamingSchema):
             return "the schema is there"
         return f"{opened.schema} is there" if opened.schema else f"{_name_of(opened)} needs no schema"
@@ -282,14 +287,17 @@ def create(store: Url = None, table: Table = None) -> None:
 def sql(
     dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
     table: Table = None,
+    sagas: Sagas = False,
 ) -> None:
     """Print the statements that create the table; needs no store."""
     try:
-        from idempotency.stores.sql import schema_sql
+        from idempotency.stores.sql import saga_schema_sql, schema_sql
     except ImportError:
         fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
     try:
         typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
+        if sagas:
+            typer.echo(saga_schema_sql(dialect, table or "idempotency_record"), nl=False)
     except IdempotencyError as error:
         fail(str(error))
 

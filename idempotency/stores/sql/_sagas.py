@@ -216,13 +216,13 @@ def _answer_to(request: Write | Leave | Wake | Amend, found: Changed) -> int | b
     state = found.state
     if found.changed:
         return int(state.wakes) if isinstance(request, Write) else True
-    there = state is not None and not state.expired
-    if there and state.version > FORMAT:
+    nothing = None if isinstance(request, Write) else False
+    if state is None or state.expired:
+        return nothing
+    if state.version > FORMAT:
         raise newer(int(state.version))
-    if isinstance(request, Leave):
-        # It has left before, and its answer was lost.
-        return there and as_flag(state.ours) and not as_flag(state.owned)
-    return None if isinstance(request, Write) else False
+    # Whether a Leave was answered before, and the answer was lost.
+    return as_flag(state.ours) and not as_flag(state.owned) if isinstance(request, Leave) else nothing
 
 
 def _size(request: Request[Any]) -> int:

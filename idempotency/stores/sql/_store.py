@@ -288,6 +288,12 @@ class SQLStore(InSessions):
         """Create the tables of sagas and their indexes where they are missing; safe in any number of processes."""
         await self._run(lambda _, connection: self._sagas.create(connection), transaction=True)
 
+    @property
+    def saga_schema(self) -> str:
+        """Return what :meth:`create_saga_schema` creates."""
+        tables = self._sagas.tables.located(self._schema)
+        return f"tables {tables.sagas.fullname} and {tables.entries.fullname}"
+
     def create_saga_schema_sync(self) -> None:
         """See :meth:`create_saga_schema`."""
         self._run_sync(lambda _, connection: self._sagas.create(connection), transaction=True)
