@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +11,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from idempotency._engine.scheduler import Scheduler
+from idempotency._signature import close_unused
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
-from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Program
+from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
 from idempotency.saga._run import RUNNING, Run
 
 T = TypeVar("T")
@@ -49,6 +52,8 @@ def _perform(definition: Definition, effect: Effect) -> Any:
             from idempotency.saga._join import join_sync
 
             return join_sync(definition, effect, call_step_sync)
+        case Play(run, arguments):
+            return call_saga_sync(run, arguments)
         case Pause(seconds):
             time.sleep(seconds)
 
@@ -58,7 +63,11 @@ def call_step_sync(function: Callable[[], Any], operation: Operation) -> Any:
     # The function of a step is not a part of the saga: it has no steps of its own.
     outside, token = RUNNING.set(None), OPERATION.set(operation)
     try:
-        return function()
+        value = function()
+        if inspect.isawaitable(value):
+            close_unused(value)
+            raise ConfigurationError("a function of a step is awaited, and the saga is not: make the saga async")
+        return value
     finally:
         OPERATION.reset(token)
         RUNNING.reset(outside)
@@ -69,7 +78,7 @@ class _Renewal:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._until = monotonic() + run.definition.lease
+        self._until = run.asked + run.definition.lease
         self.ended = False
 
     def __call__(self) -> float | None:
@@ -102,13 +111,26 @@ def renewed_sync(run: Run) -> Iterator[None]:
         HEARTBEATS.note_ended()
 
 
-def call_saga_sync(run: Run, arguments: dict[str, Any]) -> Any:
-    """Call the function of the saga."""
-    token = RUNNING.set(run)
+def call_saga_sync(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
+    """Call the function of the saga; return its value and its error, once no step of it is under way."""
+    # The keys that are derived in the function are the same whoever runs it.
+    inside, token = OPERATION.set(run.operation("", run.attempt)), RUNNING.set(run)
+    value, error = None, None
     try:
-        return run.definition.function(**arguments)
+        value = run.definition.function(**arguments)
+    except BaseException as raised:
+        error = raised
     finally:
         RUNNING.reset(token)
+        OPERATION.reset(inside)
         run.ended = True
-        if run.active:
-            raise ConfigurationError("the saga has returned while a step is under way in another thread: wait for it")
+    at_rest_sync(run)
+    return value, error
+
+
+def at_rest_sync(run: Run) -> None:
+    """Wait until no call of the saga's function is under way."""
+    while run.active:
+        idle = threading.Event()
+        run.when_idle(idle.set)
+        idle.wait()

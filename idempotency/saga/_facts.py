@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from idempotency._sagas.journal import Entry, Phase, Progress, Saga
-from idempotency.saga._run import head_of, tail_of
-from idempotency.saga._undo import is_unknown, to_undo
+from idempotency.saga._run import head_of, is_unknown, tail_of
+from idempotency.saga._undo import to_undo
 from idempotency.saga._view import SagaView, error_in, is_run, plain, reason_of
 
 FactKind = Literal["step", "undo", "sleep", "wait", "signal", "patch", "hold", "cancel"]

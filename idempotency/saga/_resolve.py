@@ -7,8 +7,7 @@ from typing import Any, Literal
 from idempotency._results.codec import PLAIN_RESULTS
 from idempotency._sagas.journal import Amend, Entry, Phase, Progress, Saga
 from idempotency.errors import ConfigurationError
-from idempotency.saga._run import body, head_of
-from idempotency.saga._undo import is_unknown
+from idempotency.saga._run import body, head_of, is_unknown
 from idempotency.saga.errors import SagaError
 
 Resolution = Literal["done", "not-done"]
