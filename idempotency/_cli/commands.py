@@ -31,6 +31,7 @@ from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._cli.relay import relay
+from idempotency._cli.saga import examine_sagas
 from idempotency._cli.saga import saga as saga_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
@@ -250,12 +251,13 @@ def doctor(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store, its server and its outbox; exit code 1 when something must be fixed."""
+    """Examine the store, its server, its outbox and its sagas; exit code 1 when something must be fixed."""
 
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
         of_outbox = await examine_outbox(store, outbox, publish, lease)
-        return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
+        of_sagas = await examine_sagas(opened)
+        return [*of_store, *(finding for finding in (*of_outbox, *of_sagas) if finding not in of_store)]
 
     findings = run_on_store(open_named, examine, store, table, prefix, key_file)
     if as_json:

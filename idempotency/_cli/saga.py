@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -14,9 +15,12 @@ from idempotency._cli import show
 from idempotency._cli.lookup import MANY, open_named, run_on_store
 from idempotency._cli.options import AsJson, KeyFile, Prefix, Table, Url, confirmed, fail
 from idempotency._cli.show_saga import print_saga, print_sagas, saga_as_json
-from idempotency.errors import ConfigurationError
+from idempotency._sagas.journal import Journaling
+from idempotency.errors import ConfigurationError, StoreError
 from idempotency.saga import SagaDetail, SagaOperations, SagaView
 from idempotency.saga._view import SagaState
+from idempotency.stores import AnyStore
+from idempotency.stores.base import CreatingSagaSchema, Finding, supports
 
 T = TypeVar("T")
 
@@ -195,6 +199,17 @@ def signal(
             raise ConfigurationError(f"{_name(one)} has a signal {name} already: nothing was changed")
 
     typer.echo(f"{_name(_change(named, give, store, table, prefix, key_file))} has the signal {show.printable(name)}")
+
+
+async def examine_sagas(opened: AnyStore) -> list[Finding]:
+    """Examine the sagas of a store that keeps some."""
+    keeps_sagas = supports(opened, Journaling)
+    if not keeps_sagas:
+        return []
+    with suppress(StoreError):  # doctor has said so already
+        if supports(opened, CreatingSagaSchema) and not await opened.has_saga_schema():
+            return []
+    return await SagaOperations(opened).examine()
 
 
 def _run(work: Callable[[SagaOperations], Awaitable[T]], *names: str | None) -> T:

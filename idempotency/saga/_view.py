@@ -169,7 +169,8 @@ def _last_step(row: Row, entries: Iterable[Entry]) -> str:
 
 
 def _error(row: Row, entries: Iterable[Entry]) -> str:
-    error = str(reason_of(row).get("error", ""))
+    reason = reason_of(row)
+    error = str(reason.get("error") or reason.get("verify") or "")
     if error and error != StepFailedError.__name__:
         return error
     if row.phase in (Phase.UNDOING, Phase.UNDONE):

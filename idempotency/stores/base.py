@@ -248,6 +248,10 @@ class CreatingSagaSchema(Protocol):
         """Create what sagas need, where it is missing. Safe in any number of processes at once."""
         ...
 
+    async def has_saga_schema(self) -> bool:
+        """Return whether there is something of what sagas need."""
+        ...
+
     @property
     def saga_schema(self) -> str:
         """Return what is created, as ``tables idempotency_record_saga and idempotency_record_saga_entry``."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +300,41 @@ def test_a_file_without_sagas_is_not_taken_for_an_empty_one(tmp_path: Path) -> N
 
     refused(CliRunner().invoke(app, ["saga", "list", "--store", url]), "no table idempotency_record_saga", "--sagas")
     refused(CliRunner().invoke(app, ["saga", "list"], env={"IDEMPOTENCY_STORE": ""}), "IDEMPOTENCY_STORE")
+
+
+@STORES
+def test_doctor_examines_sagas_that_are_there(place: Place) -> None:
+    """Where there are none, it says nothing of them; their tables are examined where they are there."""
+    names = [text for name, value in place.target.options.items() for text in (f"--{name}", value)]
+
+    def doctor() -> Result:
+        return CliRunner().invoke(app, ["doctor", "--store", place.target.url, *names])
+
+    tables = place.target.name + "_saga and " + place.target.name + "_saga_entry"
+    assert (f"ok   tables {tables}: the indexes\n" in doctor().stdout) is (place.target.kind != "redis")
+    assert "sagas:" not in doctor().stdout
+    place.saga("Rome")
+    assert "ok   sagas: none is stuck, and none is late\n" in doctor().stdout
+
+    place.stick(name="other")
+
+    assert "note sagas that are stuck: 1; idempotency saga list --state stuck\n" in doctor().stdout
+
+
+def test_doctor_says_what_is_missing_of_sagas(tmp_path: Path) -> None:
+    """Without tables of sagas there is nothing to say."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'orders.db'}"
+    doctor = ["doctor", "--store", url]
+    CliRunner().invoke(app, ["schema", "create", "--store", url])
+    assert "saga" not in CliRunner().invoke(app, doctor).stdout
+
+    CliRunner().invoke(app, ["schema", "create", "--sagas", "--store", url])
+    with closing(sqlite3.connect(tmp_path / "orders.db")) as database:
+        database.execute("DROP TABLE idempotency_record_saga_entry")
+        database.execute("DROP INDEX idempotency_record_saga_due")
+
+    result = CliRunner().invoke(app, doctor)
+    remedy = "idempotency schema create --sagas"
+    assert f"fix  there is no table idempotency_record_saga_entry: {remedy}\n" in result.stdout
+    assert f"fix  idempotency_record_saga has no index on due_ms: {remedy}\n" in result.stdout
+    assert result.exit_code == 1

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Dialect, MetaData
+from sqlalchemy import Connection, Dialect, MetaData, inspect
 from sqlalchemy.exc import DBAPIError
 
 from idempotency._durations import milliseconds
@@ -92,6 +92,11 @@ class SagaVerbs:
     def create(self, connection: Connection) -> None:
         """Create the tables and their indexes where they are missing."""
         create_tables(connection, *self.tables)
+
+    def exists(self, connection: Connection) -> bool:
+        """Return whether one of the tables is there."""
+        here = self.tables.located(connection.schema_for_object(self.tables.sagas))
+        return any(inspect(connection).has_table(each.name, each.schema) for each in here)
 
     def _make(self, dialect: Dialect, schema: str | None) -> OnPostgreSQL | Elsewhere:
         kind = OnPostgreSQL if dialect.name == "postgresql" else Elsewhere

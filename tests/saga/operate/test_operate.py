@@ -499,6 +499,7 @@ async def test_a_saga_is_retried_now(store: Any, book_trip: AsyncSaga[str], oper
 
 @EVERY
 async def test_what_doctor_says_of_sagas(book_trip: AsyncSaga[str], operations: SagaOperations, hang: Hang) -> None:
+    assert await operations.examine() == []
     await book_trip.start("Rome", key="8")
     assert [(each.level, each.what) for each in await operations.examine()] == [
         ("ok", "sagas: none is stuck, and none is late")
