@@ -156,8 +156,13 @@ class SagaOperations:
         return found.body == given.body
 
     async def examine(self) -> list[Finding]:
-        """Return what an operator should know of the sagas: those that are stuck, and those that nobody runs."""
+        """Return what an operator should know of the sagas: which are stuck, and which nobody runs.
+
+        Empty where there are none.
+        """
         try:
+            if not await self._ask(Browse(ended=True, limit=1)):
+                return []
             stuck = await self._ask(Browse(stuck=True, limit=_COUNTED))
             due = await self._ask(Due(limit=1))
         except StoreError as error:
@@ -178,7 +183,7 @@ class SagaOperations:
         size = browse.limit
         while True:
             rows = await self._ask(replace(browse, limit=size))
-            # Resources that are held are kept as sagas too.
+            # Resources that are held are recorded as sagas too.
             found = [row for row in rows if row.name != HELD and accept(row)]
             if len(found) >= browse.limit or len(rows) < size or size >= _EVERY:
                 return found[: browse.limit]

@@ -131,7 +131,7 @@ def error_in(data: bytes | None) -> str:
 
 
 def reason_of(row: Row) -> dict[str, Any]:
-    """Return why the saga was left last, as data."""
+    """Return what the saga waits for, or why it is stuck, as data."""
     found: dict[str, Any] = load(row.reason) if row.reason else {}
     return found
 
@@ -169,7 +169,8 @@ def _last_step(row: Row, entries: Iterable[Entry]) -> str:
 
 
 def _error(row: Row, entries: Iterable[Entry]) -> str:
-    error = str(reason_of(row).get("error", ""))
+    reason = reason_of(row)
+    error = str(reason.get("error") or reason.get("verify") or "")
     if error and error != StepFailedError.__name__:
         return error
     if row.phase in (Phase.UNDOING, Phase.UNDONE):

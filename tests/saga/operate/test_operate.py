@@ -197,9 +197,18 @@ async def test_who_holds_a_resource(book_trip: AsyncSaga[str], operations: SagaO
 async def test_sagas_are_listed_by_name_and_state(store: Any, operations: SagaOperations) -> None:
     """The oldest first; those that have ended only where they are asked for."""
     one, other = trips(store, "one"), trips(store, "other")
+
+    async def is_older(name: str, key: str) -> None:
+        # The clocks of the stores count milliseconds.
+        while (found := await operations.inspect(name, key)) is None or found.age < 0.002:
+            await asyncio.sleep(0.001)
+
     await one("Rome", key="1")
+    await is_older("one", "1")
     await one.start("Rome", key="2")
+    await is_older("one", "2")
     await other.start("Rome", key="3")
+    await is_older("other", "3")
     FAILING.add("charge")
     with pytest.raises(SagaFailedError):
         await other("Rome", key="4")
@@ -490,6 +499,7 @@ async def test_a_saga_is_retried_now(store: Any, book_trip: AsyncSaga[str], oper
 
 @EVERY
 async def test_what_doctor_says_of_sagas(book_trip: AsyncSaga[str], operations: SagaOperations, hang: Hang) -> None:
+    assert await operations.examine() == []
     await book_trip.start("Rome", key="8")
     assert [(each.level, each.what) for each in await operations.examine()] == [
         ("ok", "sagas: none is stuck, and none is late")
