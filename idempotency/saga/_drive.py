@@ -116,7 +116,7 @@ async def _renew(run: Run) -> None:
         await asyncio.sleep(min(pause, max(0.0, until - monotonic())))
         sent = monotonic()
         if sent >= until:
-            run.lost.set()
+            run.lose()
             return
         try:
             async with asyncio.timeout(until - sent):
@@ -125,7 +125,7 @@ async def _renew(run: Run) -> None:
             pause = min(lease / 10, 1.0)
             continue
         if owned is None:
-            run.lost.set()
+            run.lose()
             return
         run.called = owned
         until, pause = sent + lease, lease / 3

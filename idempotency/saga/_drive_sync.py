@@ -80,14 +80,14 @@ class _Renewal:
         """Renew, and return when to do it again."""
         lease, sent = self._run.definition.lease, monotonic()
         if sent >= self._until:
-            self._run.lost.set()
+            self._run.lose()
             return None
         try:
             owned = self._run.definition.store.journal_sync(self._run.write_of(()))
         except StoreError:
             return monotonic() + min(lease / 10, 1.0)
         if owned is None:
-            self._run.lost.set()
+            self._run.lose()
             return None
         self._run.called = owned
         self._until = sent + lease

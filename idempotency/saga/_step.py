@@ -277,9 +277,11 @@ class Doing:
         if self.unknown and step.kind == "pivot":
             # Neither undone nor passed: first it has to be known whether it is done.
             reason = {"step": self._name.removeprefix("step:"), "error": type(error).__name__}
+            run.emit("step-failed", step=reason["step"], attempt=self.attempt, error=error)
             raise Suspended(backoff(run.attempt, 1.0, 300.0), reason) from error
         failed = self._entry(Progress.FAILED, encode_failure(error), run.next_order())
         yield from run.write(failed)
+        run.emit("step-failed", step=self._name.removeprefix("step:"), attempt=self.attempt, error=error)
         raise _recorded(step, failed) from error
 
 
