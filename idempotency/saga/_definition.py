@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from idempotency._results.codec import Results
-from idempotency.events import EventHook
 from idempotency.saga._input import Input
+from idempotency.saga.events import SagaHook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Definition:
     deadline: float | None
     attempts: int
     undos: dict[str, Callable[..., Any]]
-    on_event: EventHook
+    on_event: SagaHook
 
     @property
     def names(self) -> dict[str, Any]:

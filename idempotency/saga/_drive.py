@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 from idempotency._sagas.journal import Request
 from idempotency.errors import StoreError
-from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
-from idempotency.saga._run import RUNNING, Run
+from idempotency.saga._run import Run, within
 
 T = TypeVar("T")
 
@@ -94,14 +93,10 @@ async def _ask(definition: Definition, request: Request[Any]) -> Any:
 async def call_step(function: Callable[[], Any], operation: Operation, timeout: float | None) -> Any:
     """Call the function of a step."""
     # The function of a step is not a part of the saga: it has no steps of its own.
-    outside, token = RUNNING.set(None), OPERATION.set(operation)
-    try:
+    with within(None, operation):
         async with asyncio.timeout(timeout):
             value = function()
             return await value if inspect.isawaitable(value) else value
-    finally:
-        OPERATION.reset(token)
-        RUNNING.reset(outside)
 
 
 @asynccontextmanager
@@ -121,7 +116,7 @@ async def _renew(run: Run) -> None:
         await asyncio.sleep(min(pause, max(0.0, until - monotonic())))
         sent = monotonic()
         if sent >= until:
-            run.lost.set()
+            run.lose()
             return
         try:
             async with asyncio.timeout(until - sent):
@@ -130,7 +125,7 @@ async def _renew(run: Run) -> None:
             pause = min(lease / 10, 1.0)
             continue
         if owned is None:
-            run.lost.set()
+            run.lose()
             return
         run.called = owned
         until, pause = sent + lease, lease / 3
@@ -138,19 +133,16 @@ async def _renew(run: Run) -> None:
 
 async def call_saga(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
     """Call the function of the saga; return its value and its error, once no step of it is under way."""
-    # The keys that are derived in the function are the same whoever runs it.
-    inside, token = OPERATION.set(run.operation("", run.attempt)), RUNNING.set(run)
     value, error = None, None
     try:
-        value = await run.definition.function(**arguments)
+        # The keys that are derived in the function are the same whoever runs it.
+        with within(run, run.operation("", run.attempt)):
+            value = await run.definition.function(**arguments)
     except GeneratorExit:  # async only: the coroutine is closed, and cannot wait
         raise
     except BaseException as raised:
         error = raised
-    finally:
-        RUNNING.reset(token)
-        OPERATION.reset(inside)
-        run.ended = True
+    run.ended = True
     await at_rest(run)
     return value, error
 

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from idempotency._engine.scheduler import Scheduler
 from idempotency._signature import close_unused
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
-from idempotency.saga._run import RUNNING, Run
+from idempotency.saga._run import Run, within
 
 T = TypeVar("T")
 
@@ -61,16 +60,12 @@ def _perform(definition: Definition, effect: Effect) -> Any:
 def call_step_sync(function: Callable[[], Any], operation: Operation) -> Any:
     """Call the function of a step."""
     # The function of a step is not a part of the saga: it has no steps of its own.
-    outside, token = RUNNING.set(None), OPERATION.set(operation)
-    try:
+    with within(None, operation):
         value = function()
         if inspect.isawaitable(value):
             close_unused(value)
             raise ConfigurationError("a function of a step is awaited, and the saga is not: make the saga async")
         return value
-    finally:
-        OPERATION.reset(token)
-        RUNNING.reset(outside)
 
 
 class _Renewal:
@@ -85,14 +80,14 @@ class _Renewal:
         """Renew, and return when to do it again."""
         lease, sent = self._run.definition.lease, monotonic()
         if sent >= self._until:
-            self._run.lost.set()
+            self._run.lose()
             return None
         try:
             owned = self._run.definition.store.journal_sync(self._run.write_of(()))
         except StoreError:
             return monotonic() + min(lease / 10, 1.0)
         if owned is None:
-            self._run.lost.set()
+            self._run.lose()
             return None
         self._run.called = owned
         self._until = sent + lease
@@ -113,17 +108,14 @@ def renewed_sync(run: Run) -> Iterator[None]:
 
 def call_saga_sync(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
     """Call the function of the saga; return its value and its error, once no step of it is under way."""
-    # The keys that are derived in the function are the same whoever runs it.
-    inside, token = OPERATION.set(run.operation("", run.attempt)), RUNNING.set(run)
     value, error = None, None
     try:
-        value = run.definition.function(**arguments)
+        # The keys that are derived in the function are the same whoever runs it.
+        with within(run, run.operation("", run.attempt)):
+            value = run.definition.function(**arguments)
     except BaseException as raised:
         error = raised
-    finally:
-        RUNNING.reset(token)
-        OPERATION.reset(inside)
-        run.ended = True
+    run.ended = True
     at_rest_sync(run)
     return value, error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from idempotency.errors import ConfigurationError
 from idempotency.saga._drive import drive, others_at_rest
@@ -20,9 +20,10 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
+@overload
 async def step(
     name: str,
-    function: Callable[..., Awaitable[R] | R],
+    function: Callable[..., Awaitable[R]],
     /,
     *args: Any,
     undo: Callable[..., Any] | None = None,
@@ -33,7 +34,36 @@ async def step(
     kind: Kind | None = None,
     unknown: tuple[type[BaseException], ...] = UNKNOWN,
     **kwargs: Any,
-) -> R:
+) -> R: ...
+@overload
+async def step(
+    name: str,
+    function: Callable[..., R],
+    /,
+    *args: Any,
+    undo: Callable[..., Any] | None = None,
+    retry: Retry | int | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "rerun",
+    verify: Callable[..., Any] | None = None,
+    kind: Kind | None = None,
+    unknown: tuple[type[BaseException], ...] = UNKNOWN,
+    **kwargs: Any,
+) -> R: ...
+async def step(
+    name: str,
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    undo: Callable[..., Any] | None = None,
+    retry: Retry | int | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "rerun",
+    verify: Callable[..., Any] | None = None,
+    kind: Kind | None = None,
+    unknown: tuple[type[BaseException], ...] = UNKNOWN,
+    **kwargs: Any,
+) -> Any:
     """Do a step of a saga once: a later run is given its recorded result, or the recorded failure.
 
     ``name`` names the step; the second one of a name is another step. ``function`` is called with the arguments that
@@ -62,8 +92,7 @@ async def step(
         kind=kind,
         unknown=unknown,
     )
-    found: R = await _do(lambda run: perform(run, options.step(run, name, function, args, kwargs)))
-    return found
+    return await _do(lambda run: perform(run, options.step(run, name, function, args, kwargs)))
 
 
 def step_sync(

@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from time import monotonic
@@ -16,9 +16,11 @@ from idempotency._results.by_annotation import dump
 from idempotency._rules import Claim
 from idempotency._sagas.journal import MOST_CHARACTERS, Entry, Phase, Progress, Saga, Write
 from idempotency.errors import ConfigurationError, StoreError, UnreadableError
+from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Lost, Operation
 from idempotency.saga._effects import Ask, Program
 from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError, StepFailedError
+from idempotency.saga.events import SagaEvent, SagaEventKind, emit_saga_event
 
 if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
@@ -44,6 +46,19 @@ def running() -> Run:
     if run is None:
         raise ConfigurationError(_OUTSIDE)
     return run
+
+
+@contextmanager
+def within(run: Run | None, operation: Operation) -> Iterator[None]:
+    """Let a saga, and an operation, be the running ones; None: no saga, as in the function of a step."""
+    tokens = OPERATION.set(operation), RUNNING.set(run)
+    try:
+        yield
+    finally:
+        # A coroutine that is closed ends in another context.
+        with suppress(ValueError):
+            OPERATION.reset(tokens[0])
+            RUNNING.reset(tokens[1])
 
 
 class Suspended(BaseException):
@@ -166,9 +181,29 @@ class Run:
             if remaining is not None and remaining <= 0:
                 raise DeadlineError("The deadline of the saga is over.")
 
+    def emit(
+        self, kind: SagaEventKind, *, step: str = "", attempt: int = 0, error: object = None, reason: str = ""
+    ) -> None:
+        """Deliver an event. ``attempt``: that of the step, default the run's. ``error``: an exception, or its name."""
+        event = SagaEvent(
+            kind=kind,
+            saga=self.definition.name,
+            record=self.id.hex()[:12],
+            attempt=attempt or self.attempt,
+            step=step,
+            error=error if isinstance(error, str) else "" if error is None else type(error).__name__,
+            reason=reason,
+        )
+        emit_saga_event(self.definition.on_event, event)
+
+    def lose(self) -> None:
+        """Note that the lease is lost."""
+        if self.owned and self.lost.set():
+            self.emit("lease-lost")
+
     def lost_error(self) -> SagaLostError:
         """Return the error of an owner that is not it any more."""
-        self.lost.set()
+        self.lose()
         self.owned = False
         error = SagaLostError(f"Another process has taken over the saga {self.definition.name}.")
         error.name, error.key = self.definition.name, self.key
@@ -184,7 +219,8 @@ class Run:
         try:
             yield
         except FAULTS as error:
-            self.stopped = self.stopped or error
+            if not self.ended:
+                self.stopped = self.stopped or error
             raise
         except StepFailedError as error:
             self.failures.append(error)

@@ -25,7 +25,6 @@ from idempotency._sagas.journal import (
 )
 from idempotency._signature import is_async, name_of
 from idempotency.errors import ConfigurationError, KeyInvalidError, KeyMissingError, KeyReusedError
-from idempotency.events import EventHook, log_event
 from idempotency.operation import current
 from idempotency.saga._definition import Definition
 from idempotency.saga._drive import drive, renewed
@@ -34,6 +33,7 @@ from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
 from idempotency.saga._wait import signal_entry
 from idempotency.saga.errors import SagaError
+from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
 
@@ -222,7 +222,7 @@ def saga(
     ttl: float | timedelta = 7 * 86400.0,
     attempts: int = 20,
     undos: Mapping[str, Callable[..., Any]] | None = None,
-    on_event: EventHook = log_event,
+    on_event: SagaHook = log_saga_event,
 ) -> _Decorate:
     """Make a function a saga: its steps are recorded, and after a crash another process goes on where it was.
 
@@ -235,6 +235,7 @@ def saga(
     ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
     ``undos``: undo functions by the name of a step that the code has not any more.
+    ``on_event``: given each :class:`~idempotency.saga.SagaEvent`; default, one line in the log.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """

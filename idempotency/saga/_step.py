@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from idempotency._outbox.payload import encode_payload
+from idempotency._results.by_annotation import load
 from idempotency._results.codec import PLAIN_RESULTS, Results, encode_failure, results_of
 from idempotency._results.failures import name_of_failure
 from idempotency._sagas.journal import Entry, Progress, Write
@@ -275,9 +277,11 @@ class Doing:
         if self.unknown and step.kind == "pivot":
             # Neither undone nor passed: first it has to be known whether it is done.
             reason = {"step": self._name.removeprefix("step:"), "error": type(error).__name__}
+            run.emit("step-failed", step=reason["step"], attempt=self.attempt, error=error)
             raise Suspended(backoff(run.attempt, 1.0, 300.0), reason) from error
         failed = self._entry(Progress.FAILED, encode_failure(error), run.next_order())
         yield from run.write(failed)
+        run.emit("step-failed", step=self._name.removeprefix("step:"), attempt=self.attempt, error=error)
         raise _recorded(step, failed) from error
 
 
@@ -300,12 +304,14 @@ def _head(run: Run, step: Step, digest: str) -> dict[str, Any]:
 
 def _digest(step: Step) -> str:
     try:
-        data = encode_payload([list(step.args), dict(sorted(step.kwargs.items()))])
+        data = encode_payload([list(step.args), step.kwargs]) or b""
     except EmitRefusedError as error:
         raise ConfigurationError(
             f"the arguments of the step {step.name!r} cannot be recorded: pass what names the things, such as ids"
         ) from error
-    return hashlib.sha256(data or b"").hexdigest()[:32]
+    # The order of keywords and of the members of a dict does not matter.
+    ordered = json.dumps(load(data), sort_keys=True)
+    return hashlib.sha256(ordered.encode()).hexdigest()[:32]
 
 
 def _results(function: Callable[..., Any]) -> Results:

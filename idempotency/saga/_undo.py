@@ -122,6 +122,7 @@ def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> 
             return
         reason = {"undo": name.removeprefix("undo:"), "error": type(error).__name__, "attempt": attempt}
         yield from run.write(_entry(name, Progress.BEGUN, attempt, reason))
+        run.emit("undo-failed", step=name.removeprefix("undo:"), attempt=attempt, error=error)
         pause = backoff(attempt, 0.05, 300.0)
         if attempt >= _QUICK:
             raise Suspended(pause, reason) from error
