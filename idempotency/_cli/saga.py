@@ -203,10 +203,11 @@ def signal(
 
 async def examine_sagas(opened: AnyStore) -> list[Finding]:
     """Examine the sagas of a store that keeps some."""
-    return await SagaOperations(opened).examine() if await _keeps_sagas(opened) else []
+    return await SagaOperations(opened).examine() if await keeps_sagas(opened) else []
 
 
-async def _keeps_sagas(opened: object) -> bool:
+async def keeps_sagas(opened: object) -> bool:
+    """Return whether a store can keep sagas, and has the tables for them where it needs some."""
     if not supports(opened, Journaling):
         return False
     with suppress(StoreError):  # then examine() says so
