@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -31,10 +31,11 @@ from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._cli.relay import relay
-from idempotency._cli.saga import examine_sagas
+from idempotency._cli.saga import examine_sagas, keeps_sagas
 from idempotency._cli.saga import saga as saga_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.saga import SagaOperations
 from idempotency.stores import AnyStore
 from idempotency.stores._sealing import cannot_be_shown, needs_key
 from idempotency.stores.base import (
@@ -222,22 +223,18 @@ def purge(
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Delete every expired record, with pauses between the batches; on Redis there is nothing to do."""
+    """Delete every expired record and saga, with pauses between the batches; on Redis there is nothing to do."""
 
-    async def empty(opened: AnyStore) -> int:
-        purging, total = require(opened, Purging, "purge"), 0
+    async def empty(opened: AnyStore) -> tuple[int, int]:
+        records, sagas = require(opened, Purging, "purge"), SagaOperations(opened)
         with _progress() as advance:
-            started = monotonic()
-            while gone := await purging.purge(batch):
-                total += gone
-                advance(gone)
-                # While a batch is deleted, live claims wait for the processor or the disk, or on SQLite for the lock.
-                await asyncio.sleep(_PAUSE * (monotonic() - started))
-                started = monotonic()
-        return total
+            gone = await _purge_all(records.purge, batch, advance)
+            return gone, await _purge_all(sagas.purge, batch, advance) if await keeps_sagas(opened) else 0
 
-    total = run_on_store(open_named, empty, store, table, prefix)
+    total, of_sagas = run_on_store(open_named, empty, store, table, prefix)
     typer.echo(f"purged {total} record{'' if total == 1 else 's'}")
+    if of_sagas:
+        typer.echo(f"purged {of_sagas} saga{'' if of_sagas == 1 else 's'}")
 
 
 @app.command()
@@ -331,6 +328,17 @@ def _response(status: int, headers: list[str], body: Path | None) -> bytes:
             fail(f"a header is 'Name: value', in printable ASCII, not {header!r}")
         pairs.append((name.strip().encode(), value.strip().encode()))
     return encode_response(status, pairs, body.read_bytes() if body else b"")
+
+
+async def _purge_all(purge: Callable[[int], Awaitable[int]], batch: int, advance: Callable[[int], object]) -> int:
+    total, started = 0, monotonic()
+    while gone := await purge(batch):
+        total += gone
+        advance(gone)
+        # While a batch is deleted, live claims wait for the processor or the disk, or on SQLite for the lock.
+        await asyncio.sleep(_PAUSE * (monotonic() - started))
+        started = monotonic()
+    return total
 
 
 @contextmanager

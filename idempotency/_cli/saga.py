@@ -203,13 +203,16 @@ def signal(
 
 async def examine_sagas(opened: AnyStore) -> list[Finding]:
     """Examine the sagas of a store that keeps some."""
-    keeps_sagas = supports(opened, Journaling)
-    if not keeps_sagas:
-        return []
-    with suppress(StoreError):  # doctor has said so already
-        if supports(opened, CreatingSagaSchema) and not await opened.has_saga_schema():
-            return []
-    return await SagaOperations(opened).examine()
+    return await SagaOperations(opened).examine() if await keeps_sagas(opened) else []
+
+
+async def keeps_sagas(opened: object) -> bool:
+    """Return whether a store can keep sagas, and has the tables for them where it needs some."""
+    if not supports(opened, Journaling):
+        return False
+    with suppress(StoreError):  # then examine() says so
+        return await opened.has_saga_schema() if supports(opened, CreatingSagaSchema) else True
+    return True
 
 
 def _run(work: Callable[[SagaOperations], Awaitable[T]], *names: str | None) -> T:

@@ -15,6 +15,7 @@ from idempotency._sagas.journal import (
     Entry,
     Look,
     Progress,
+    Purge,
     Put,
     Row,
     Saga,
@@ -154,6 +155,10 @@ class SagaOperations:
         if found is None:
             raise refused(saga, "has ended")
         return found.body == given.body
+
+    async def purge(self, batch: int = 1000) -> int:
+        """Delete up to ``batch`` sagas that have expired, and return how many; 0 where the server does so itself."""
+        return await self._ask(Purge(batch=batch))
 
     async def examine(self) -> list[Finding]:
         """Return what an operator should know of the sagas: which are stuck, and which nobody runs.

@@ -279,6 +279,24 @@ def test_a_saga_is_retried(place: Place) -> None:
     assert place.inspected()["state"] == "done"
 
 
+@pytest.mark.stores("sqlite", "postgres")
+def test_purge_deletes_expired_sagas_too(place: Place) -> None:
+    """Where there are any, it says so."""
+    names = [text for name, value in place.target.options.items() for text in (f"--{name}", value)]
+    purge = ["purge", "--store", place.target.url, *names]
+    for key in ("1", "2", "3"):
+        place.do(lambda store, key=key: trips.trips(store, ttl=0.001)("Rome", key=key))  # type: ignore[misc]
+    place.saga("Rome", "sleep", key="4")
+    while place.command("list", "--state", "done").stdout:
+        pass
+
+    result = CliRunner().invoke(app, [*purge, "--batch", "2"])
+
+    assert result.stdout == "purged 0 records\npurged 3 sagas\n"
+    assert CliRunner().invoke(app, purge).stdout == "purged 0 records\n"
+    assert place.command("list", "--ended").stdout.count("\n") == 1
+
+
 @pytest.mark.stores("sqlite")
 def test_on_a_terminal_sagas_are_a_table(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The id is cut to what the next command takes."""
