@@ -38,6 +38,13 @@ PAIRS = [
     (Half("function.py", "_wrap_async"), Half("function.py", "_wrap_sync")),
     (Half("tool/_run.py", "Tool"), Half("tool/_run_sync.py", "SyncTool")),
     (Half("tool/_verify.py", "Verification"), Half("tool/_verify_sync.py", "SyncVerification")),
+    (Half("saga/_saga.py", "AsyncSaga"), Half("saga/_saga.py", "SyncSaga")),
+    (Half("saga/_drive.py", "drive"), Half("saga/_drive_sync.py", "drive_sync")),
+    (Half("saga/_drive.py", "_perform"), Half("saga/_drive_sync.py", "_perform")),
+    (Half("saga/_drive.py", "call_saga"), Half("saga/_drive_sync.py", "call_saga_sync")),
+    (Half("saga/_front.py", "_do"), Half("saga/_front.py", "_do_sync")),
+    (Half("saga/_join.py", "join"), Half("saga/_join.py", "join_sync")),
+    (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 

@@ -32,6 +32,7 @@ from idempotency._sql.sessions import Sessionmaker, check_isolation_level, check
 from idempotency._synchronization import loop_time
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 from idempotency.operation import NewMessage, Operation
+from idempotency.stores._joining import Ending
 from idempotency.stores.base import Store
 from idempotency.stores.sql import SQLStore
 
@@ -79,7 +80,7 @@ class Transaction:
         "settled",
     )
 
-    def __init__(self, store: SQLStore, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
+    def __init__(self, store: Ending, sessions: async_sessionmaker[AsyncSession], claim: Claim) -> None:
         self._store = store
         self._sessions = sessions
         self._claim = claim
@@ -299,7 +300,7 @@ def naming_failures(session: Session) -> Iterator[None]:
 
 
 def write_and_commit(
-    store: SQLStore, session: Session, claim: Claim, result: bytes | None, state: State, emitted: Emitted
+    store: Ending, session: Session, claim: Claim, result: bytes | None, state: State, emitted: Emitted
 ) -> tuple[bool, StoreRefusedError | None]:
     """Write what was ``emitted``, record the end in ``session`` and commit it.
 

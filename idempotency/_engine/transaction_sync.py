@@ -18,7 +18,7 @@ from idempotency._sql.commit_guard import cut_off_session, discard, give_back, g
 from idempotency._sql.session_failures import failure_of
 from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError
 from idempotency.operation import NewMessage, Operation
-from idempotency.stores.sql import SQLStore
+from idempotency.stores._joining import Ending
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 class SyncTransaction:
     """A session that is committed once, here, together with the record; see :class:`Transaction`."""
 
-    def __init__(self, store: SQLStore, sessions: sessionmaker[Session], claim: Claim) -> None:
+    def __init__(self, store: Ending, sessions: sessionmaker[Session], claim: Claim) -> None:
         self._store = store
         self._sessions = sessions
         self._claim = claim

@@ -42,6 +42,10 @@ class Results:
     _encode: Callable[[Any], bytes]
     _decode: Callable[[bytes], Any]
 
+    def reads(self, other: Results) -> bool:
+        """Return whether what ``other`` records is of the kind that this reads."""
+        return self._kind == other._kind
+
     def encode(self, value: Any) -> bytes:
         """Encode a result. Any exception of the codec passes through: the value cannot be recorded."""
         return _VERSION + self._kind + self._encode(value)
@@ -70,6 +74,10 @@ class Results:
                 "the recorded result is not what this function returns: its annotation has changed, or another "
                 "function uses the same key, which name= tells apart"
             ) from error
+
+
+PLAIN_RESULTS = Results(_JSON, lambda value: dump(PLAIN.to_json(value)), lambda data: PLAIN.from_json(load(data)))
+"""How the results of a function without an annotation are recorded: plain JSON values."""
 
 
 def encode_failure(error: BaseException) -> bytes:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from idempotency._synchronization import LocalLock
 
 
-class Joining(Protocol):
-    """A store that can claim and complete in a transaction of the caller, so that effect and record commit as one."""
+class Ending(Protocol):
+    """What a transaction of the library needs to commit an effect together with what is recorded of it."""
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Claim in the transaction of ``session``; commit nothing.
@@ -29,6 +29,31 @@ class Joining(Protocol):
         """See :meth:`claim_in`."""
         ...
 
+    def complete_in_sync(
+        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
+    ) -> bool:
+        """Record the end in the transaction of ``session``; commit nothing. False for a superseded owner."""
+        ...
+
+    @property
+    def timeout(self) -> float:
+        """Return how long a verb may take, in seconds."""
+        ...
+
+    @property
+    def abandoned(self) -> Abandoned:
+        """Return the statements of this store whose callers stopped waiting for them."""
+        ...
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """Return what cuts off statements in threads when their time is over."""
+        ...
+
+
+class Joining(Ending, Protocol):
+    """A store that can claim and complete in a transaction of the caller, so that effect and record commit as one."""
+
     async def look_in(self, session: AsyncSession, claim: Claim) -> Record | None:
         """Return what is committed under a key that is not free for ``claim``, if it can be read without a wait."""
         ...
@@ -40,13 +65,7 @@ class Joining(Protocol):
     async def complete_in(
         self, session: AsyncSession, claim: Claim, result: bytes | None, /, state: State = State.DONE
     ) -> bool:
-        """Record the end in the transaction of ``session``; commit nothing. False for a superseded owner."""
-        ...
-
-    def complete_in_sync(
-        self, session: Session, claim: Claim, result: bytes | None, /, state: State = State.DONE
-    ) -> bool:
-        """See :meth:`complete_in`."""
+        """See :meth:`complete_in_sync`."""
         ...
 
     def check_shared(self, engine: object) -> None:
@@ -54,21 +73,6 @@ class Joining(Protocol):
         ...
 
     @property
-    def timeout(self) -> float:
-        """Return how long a verb may take, in seconds."""
-        ...
-
-    @property
     def local_lock(self) -> LocalLock | None:
         """Return the lock that joined transactions take first, if the database has one writer at a time; else None."""
-        ...
-
-    @property
-    def abandoned(self) -> Abandoned:
-        """Return the statements of this store whose callers stopped waiting for them."""
-        ...
-
-    @property
-    def watchdog(self) -> Watchdog:
-        """Return what cuts off statements in threads when their time is over."""
         ...

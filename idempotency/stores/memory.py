@@ -18,6 +18,7 @@ from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores import _sealing
 from idempotency.stores._operating import id_digits
+from idempotency.stores._saga_memory import JournalInMemory
 from idempotency.stores._sealing import Sealing, sealed_result
 from idempotency.stores._watcher import Watcher
 from idempotency.stores.base import Changed, Entry, Finding
@@ -26,7 +27,7 @@ from idempotency.stores.encryption import Encryption
 _DROPPED_PER_CLAIM = 32
 
 
-class MemoryStore:
+class MemoryStore(JournalInMemory):
     """Store records in this process. Threads and event loops can share one store, each with verbs of its own.
 
     ``max_records``: how many records there may be. Default 100000. ``max_bytes``: how many bytes of keys and results
@@ -54,6 +55,7 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._sealing = _sealing.sealing_of(encryption, digest_names)
+        super().__init__(clock, self._sealing)
         self._lock = threading.Lock()
         self._records: dict[bytes, _Stored] = {}
         self._bytes = 0
