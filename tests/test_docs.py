@@ -21,6 +21,7 @@ from tests.kit.paths import ROOT
         "docs/pgbouncer.md",
         "docs/profiles.md",
         "docs/tools.md",
+        "docs/sagas.md",
         "docs/transactions.md",
         "docs/webhooks.md",
     ],

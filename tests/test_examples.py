@@ -64,3 +64,29 @@ def test_dual_write() -> None:
     lost, phantom = zip(*(line.split()[-2:] for line in run.stdout.splitlines()[1:]), strict=True)
     assert [number != "0" for number in lost] == [True, False, False]
     assert [number != "0" for number in phantom] == [False, True, False]
+
+
+BOOKS = (
+    "Books(orders={1: 'confirmed', 2: 'rejected', 3: 'rejected', 4: 'rejected', 5: 'confirmed'},"
+    " left=8, reserved=2, used=2)"
+)
+
+
+@pytest.mark.parametrize("style", ["orchestrated", "choreographed"])
+def test_orders_of_three_services(style: str) -> None:
+    """In both styles each service refuses in turn, and the books balance."""
+    assert run(f"order_{style}.py")[-1] == f"{BOOKS}, balance: True"
+
+
+def test_backstop() -> None:
+    """Messages that the broker has lost are told again, and each order is delivered once."""
+    *orders, summary = run("backstop.py")
+
+    assert orders == [f"order {number}: told {2 if number in (2, 5) else 1} times" for number in range(1, 7)]
+    assert summary == "6 orders, 2 messages lost, 6 deliveries"
+
+
+def run(example: str) -> list[str]:
+    """Run an example, and return the lines that it prints."""
+    command = [sys.executable, EXAMPLES / example]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()

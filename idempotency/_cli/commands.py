@@ -256,7 +256,7 @@ def doctor(
         of_sagas = await examine_sagas(opened)
         return [*of_store, *(finding for finding in (*of_outbox, *of_sagas) if finding not in of_store)]
 
-    show.print_findings(_run(open_named, examine, store, table, prefix, key_file), as_json)
+    show.print_findings(run_on_store(open_named, examine, store, table, prefix, key_file), as_json)
 
 
 @schema.command()
