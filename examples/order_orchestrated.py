@@ -37,7 +37,8 @@ async def call(service: services.Service, work: Any, order: Order) -> None:
     async def once(order: Order, session: AsyncSession) -> None:
         await work(session, order)
 
-    await once(order)
+    with_session: Any = once  # the decorator gives it its session
+    await with_session(order)
 
 
 async def reserve(order: Order) -> None:

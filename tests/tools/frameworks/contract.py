@@ -151,7 +151,8 @@ class ToolLoopContract:
 
     async def test_a_tool_that_the_framework_cuts_off_is_verified(self, store, refunds, agent) -> None:
         """The next call finds the refund."""
-        clerk = agent(refunds.tool(store, _never, intent=INTENT, verify=refunds.find), timeout=0.05)
+        # Long enough for the second call, which has to find the refund.
+        clerk = agent(refunds.tool(store, _never, intent=INTENT, verify=refunds.find), timeout=0.5)
 
         _, second = await clerk.talk([refund_call("call-1")], [refund_call("call-2")])
 
