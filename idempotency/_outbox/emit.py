@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.insert import Inserts, Row
-from idempotency._outbox.limits import Limits
+from idempotency._outbox.limits import Limits, refusal_of
 from idempotency._outbox.log_message import write_messages
 from idempotency._outbox.message import time_ordered_id, wire_headers
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
@@ -138,7 +138,7 @@ class Outbox:
         type = name_of("type", type, MOST_CHARACTERS)
         body, own = encode_payload(payload), encode_headers(headers)
         available = _milliseconds(available_at)
-        refusal = self.limits.refusal_of(key_id, body, wire_headers(_ANY_ID, type, own))
+        refusal = refusal_of(self.limits, key_id, body, wire_headers(_ANY_ID, type, own))
         if refusal is not None:
             raise EmitRefusedError(f"the message cannot be carried by its route: {refusal}")
         return {

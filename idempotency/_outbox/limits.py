@@ -24,20 +24,21 @@ class Limits:
 
     def refusal(self, message: Message) -> str | None:
         """Return why the route cannot carry the message; None if it can."""
-        return self.refusal_of(message.aggregate_id, message.payload, message.wire_headers())
+        return refusal_of(self, message.aggregate_id, message.payload, message.wire_headers())
 
-    def refusal_of(self, aggregate_id: str, payload: bytes | None, headers: Mapping[str, str]) -> str | None:
-        """See :meth:`refusal`. ``headers``: those on the wire."""
-        if payload is None and not self.tombstones:
-            return "it has no payload, which this broker cannot carry"
-        if self.most_headers is not None and len(headers) > self.most_headers:
-            return f"it has {len(headers)} headers with id and eventType; {self.most_headers} are allowed"
-        size = _size(aggregate_id, payload, headers)
-        if size > self.most_bytes:
-            return f"it has {size} bytes with its key and headers; {self.most_bytes} are allowed"
-        if self.text_only and not _is_text(payload or b""):
-            return "its payload is not text in UTF-8, which this broker requires"
-        return None
+
+def refusal_of(limits: Limits, aggregate_id: str, payload: bytes | None, headers: Mapping[str, str]) -> str | None:
+    """See :meth:`Limits.refusal`, for a message that is not made yet. ``headers``: those on the wire."""
+    if payload is None and not limits.tombstones:
+        return "it has no payload, which this broker cannot carry"
+    if limits.most_headers is not None and len(headers) > limits.most_headers:
+        return f"it has {len(headers)} headers with id and eventType; {limits.most_headers} are allowed"
+    size = _size(aggregate_id, payload, headers)
+    if size > limits.most_bytes:
+        return f"it has {size} bytes with its key and headers; {limits.most_bytes} are allowed"
+    if limits.text_only and not _is_text(payload or b""):
+        return "its payload is not text in UTF-8, which this broker requires"
+    return None
 
 
 def size_of(message: Message, headers: Mapping[str, str]) -> int:
