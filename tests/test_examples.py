@@ -86,6 +86,15 @@ def test_backstop() -> None:
     assert summary == "6 orders, 2 messages lost, 6 deliveries"
 
 
+def test_book_trip_agent() -> None:
+    """Killed in each gap and started again, the agent has booked twice and refunded both."""
+    title, *killed = run("book_trip_agent.py")
+
+    assert title.split() == ["killed", "booked", "and", "refunded"]
+    assert len(killed) == 13
+    assert {line[22:] for line in killed} == {" flight, hotel"}
+
+
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]
