@@ -26,6 +26,7 @@ from typing import Any, cast
 
 from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import AIMessage, ToolMessage
+from langgraph.errors import GraphBubbleUp
 from langgraph.prebuilt.tool_node import ToolCallRequest, ToolRuntime
 from langgraph.types import Command
 
@@ -77,8 +78,13 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
     @contextmanager
     def _named(self, request: ToolCallRequest) -> Iterator[ToolCall]:
         caller = self._caller(request.runtime) if self._caller is not None else None
-        with tool_call(attempt=_attempt(request), caller=caller or "") as call:
+        with tool_call(attempt=_attempt(request), caller=caller or "", is_interim=_is_interim) as call:
             yield call
+
+
+def _is_interim(ended: object) -> bool:
+    """Return whether a tool has interrupted the graph, which calls it again when it is resumed."""
+    return isinstance(ended, GraphBubbleUp)
 
 
 def _attempt(request: ToolCallRequest) -> str | None:

@@ -10,9 +10,9 @@ history, so they are the same when another run, in another process, goes on with
 
 At its ``timeout`` Pydantic AI cancels a tool, and lets the model try again. Here the model hears that it may have been
 done. An approval of Pydantic AI is for one call; a history that is resumed twice with it runs the tool once. A tool
-that raises ``ModelRetry``, ``ApprovalRequired`` or ``CallDeferred`` has had no effect, unless a time-out is the cause:
-it runs when it is called again. A replay is marked in results that are text. A tool that runs in another process than
-the agent, as in an activity of Temporal, needs ``intent=``.
+that raises ``ApprovalRequired`` or ``CallDeferred`` runs again when it is called again; so does one that raises
+``ModelRetry``, unless a time-out is the cause. A replay is marked in results that are text. A tool that runs in another
+process than the agent, as in an activity of Temporal, needs ``intent=``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic_ai import RunContext, ToolFailed
+from pydantic_ai import ApprovalRequired, CallDeferred, RunContext, ToolFailed
 from pydantic_ai.capabilities import AbstractCapability, CapabilityOrdering, ValidatedToolArgs, WrapToolExecuteHandler
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_ai.tools import ToolDefinition
@@ -59,7 +59,8 @@ class IdempotentTools(AbstractCapability[Any]):
         if not _is_idempotent(ctx, call.tool_name):
             return await handler(args)
         caller = self.caller(ctx) if self.caller is not None else None
-        with tool_call(attempt=_attempt(ctx, call.tool_call_id), caller=caller or "") as named:
+        attempt = _attempt(ctx, call.tool_call_id)
+        with tool_call(attempt=attempt, caller=caller or "", is_interim=_is_interim) as named:
             try:
                 return noted(named, await handler(args))
             except ConfigurationError:
@@ -70,6 +71,10 @@ class IdempotentTools(AbstractCapability[Any]):
                 if named.interrupted:
                     raise ToolFailed(explain_interruption(named)) from error
                 raise
+
+
+def _is_interim(ended: object) -> bool:
+    return isinstance(ended, ApprovalRequired | CallDeferred)
 
 
 def _attempt(ctx: RunContext[Any], call: str) -> str | None:

@@ -13,7 +13,7 @@ from idempotency.tool._answer import answer, is_unknown
 from idempotency.tool._approval import Approvals
 from idempotency.tool._call import ToolCall, call_of, inside_tool, interrupted_until_answered
 from idempotency.tool._identity import Identity
-from idempotency.tool._unknown import hold_if_unknown
+from idempotency.tool._unknown import hold_if_unknown, release_if_interim
 from idempotency.tool._verify_sync import SyncVerification
 
 
@@ -56,11 +56,10 @@ class SyncTool:
                 with inside_tool():
                     value = bound(*session)
             except Exception as error:
-                if operation is not None and not self.joined:
+                if not release_if_interim(operation, call, error) and operation is not None and not self.joined:
                     hold_if_unknown(operation, self.calls.policy, error)
                 raise
-            if operation is not None and call.is_interim is not None and call.is_interim(value):
-                operation.release()
+            release_if_interim(operation, call, value)
             return value
 
         return work

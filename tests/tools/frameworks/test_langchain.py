@@ -25,6 +25,7 @@ from langgraph.runtime import get_runtime
 from langgraph.types import Command, RetryPolicy, interrupt
 from pydantic import BaseModel
 
+from idempotency import Policy
 from idempotency.adapters.langchain import IdempotentTools
 from idempotency.errors import ConfigurationError, KeyMissingError
 from idempotency.tool import idempotent_tool, tool_call
@@ -194,9 +195,9 @@ async def test_an_approval_that_is_resumed_twice_refunds_once(store, refunds) ->
 
 
 async def test_a_tool_that_interrupts_runs_again_when_it_is_resumed(store, refunds) -> None:
-    """It asks before its effect, so nothing is recorded until then."""
+    """It asks before its effect, so nothing is recorded until then, also where a failure leaves the outcome unknown."""
 
-    @idempotent_tool(store)
+    @idempotent_tool(store, policy=Policy(on_crash="hold", outcomes={Exception: "hold"}))
     async def refund(order_id: str, amount: int) -> str:
         """Refund an order."""
         return refunds.make(order_id, interrupt("How much?"))

@@ -17,6 +17,7 @@ if find_spec("pydantic_ai") is None:
 
 from pydantic_ai import (
     Agent,
+    ApprovalRequired,
     DeferredToolRequests,
     DeferredToolResults,
     ModelRetry,
@@ -74,6 +75,24 @@ async def test_an_approval_that_is_resumed_twice_refunds_once(store, refunds) ->
     (again,) = answers_of(result.all_messages())
     assert REPLAYED in again.text
     assert refunds.made == ["order-7 5"]
+
+
+async def test_a_tool_that_asks_for_an_approval_itself_runs_when_it_has_it(store, refunds) -> None:
+    """It asks before its effect, so nothing is recorded until then, also where a failure leaves the outcome unknown."""
+
+    @idempotent_tool(store, ignore=("ctx",), policy=Policy(on_crash="hold", outcomes={Exception: "hold"}))
+    async def refund(ctx: RunContext[None], order_id: str, amount: int) -> str:
+        if not ctx.tool_call_approved:
+            raise ApprovalRequired
+        return refunds.make(order_id, amount)
+
+    agent = agent_of(refund, output_type=[str, DeferredToolRequests])
+    asked = await agent.run("Refund it.")
+    approved = DeferredToolResults(approvals={"call-1": True})
+
+    result = await agent.run(message_history=asked.all_messages(), deferred_tool_results=approved)
+
+    assert [answer.text for answer in answers_of(result.all_messages())] == ["refund 1 of 5"]
 
 
 async def test_an_approval_with_other_arguments_is_refused(store, refunds) -> None:
