@@ -3,84 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from idempotency._sagas.journal import (
-    Amend,
-    Entry,
-    Leave,
-    Look,
-    Open,
-    Phase,
-    Progress,
-    Put,
-    Request,
-    Saga,
-    Write,
-    saga_id,
-)
+from idempotency._sagas.journal import Amend, Open, Phase, Put, Request, Write
 from idempotency.stores.sql import SQLStore
+from tests.kit.saga_requests import ID, entry, leave, looked_at, opening, owned, write
 from tests.kit.server_side import ServerSide
 from tests.kit.sql_store import DRIVERS, until
 
-ID = saga_id("trip", "7")
 ON_EACH = pytest.mark.parametrize("driver", list(DRIVERS))
 ON_SERVERS = pytest.mark.parametrize("driver", ["postgres", "psycopg", "mariadb"])
 
 
-@pytest.fixture
-async def store(engine: AsyncEngine, table: str) -> AsyncIterator[SQLStore]:
-    store = SQLStore(engine, table=table, timeout=20)
-    await store.create_saga_schema()
-    yield store
-    await store.aclose()
-    async with engine.begin() as connection:
-        for name in ("saga", "saga_entry"):
-            await connection.execute(text(f"DROP TABLE {table}_{name}"))
-
-
-def opening(token: str = "", lease: float = 30.0, **changes: Any) -> Open:
-    fields: dict[str, Any] = {"input": b"input", "fingerprint": b"f", **changes}
-    return Open(id=ID, name="trip", key="7", token=token or os.urandom(16).hex(), lease=lease, **fields)
-
-
-def entry(name: str, body: bytes = b"") -> Entry:
-    return Entry(name=name, progress=Progress.DONE, order=1, body=body)
-
-
-async def owned(store: SQLStore, request: Open) -> Saga:
-    saga = await store.journal(request)
-    assert saga is not None
-    assert saga.row.token == request.token
-    return saga
-
-
-async def lapsed(store: SQLStore) -> Open:
+async def lapsed(saga_store: SQLStore) -> Open:
     """Open the saga, and let the lease be over."""
-    await owned(store, request := opening(lease=0.001))
+    await owned(saga_store, request := opening(lease=0.001))
 
     async def is_over() -> bool:
-        saga = await store.journal(Look(id=ID))
-        return saga is not None and (saga.row.due_in or 0) < 0
+        return ((await looked_at(saga_store)).row.due_in or 0) < 0
 
     await until(is_over)
     return request
 
 
 @asynccontextmanager
-async def uncommitted(store: SQLStore, engine: AsyncEngine, *requests: Request[Any]) -> AsyncIterator[list[Any]]:
+async def uncommitted(saga_store: SQLStore, engine: AsyncEngine, *requests: Request[Any]) -> AsyncIterator[list[Any]]:
     """Answer requests in a transaction, which is committed after the block."""
 
     def answer(connection: Connection) -> list[Any]:
-        return [store._sagas.answer(connection, request, None) for request in requests]
+        return [saga_store._sagas.answer(connection, request, None) for request in requests]
 
     async with engine.begin() as connection:
         yield await connection.run_sync(answer)
@@ -97,92 +55,85 @@ async def waits(url: str) -> None:
 
 
 @ON_EACH
-async def test_of_eight_that_open_at_once_one_owns(store: SQLStore) -> None:
+async def test_of_eight_that_open_at_once_one_owns(saga_store: SQLStore) -> None:
     """A new saga, and one whose owner has vanished, has one owner; the others see whose it is."""
     for attempt in (1, 2):
-        found = await asyncio.gather(*(store.journal(opening(f"{attempt}{number}")) for number in range(8)))
+        found = await asyncio.gather(*(saga_store.journal(opening(f"{attempt}{number}")) for number in range(8)))
 
         rows = [saga.row for saga in found if saga is not None]
         assert len(rows) == 8
         (winner,) = {row.token for row in rows}
         assert {(row.attempt, row.crashes) for row in rows} == {(attempt, attempt - 1)}
-        assert await store.journal(Write(id=ID, token=winner, lease=0.001)) == 0
+        assert await saga_store.journal(Write(id=ID, token=winner, lease=0.001)) == 0
         await asyncio.sleep(0.01)
 
 
 @ON_EACH
-async def test_of_eight_that_put_at_once_one_writes(store: SQLStore) -> None:
+async def test_of_eight_that_put_at_once_one_writes(saga_store: SQLStore) -> None:
     """The first entry of a name remains, and is counted once; of other names, each is counted."""
-    await owned(store, opening())
+    await owned(saga_store, opening())
 
-    answers = await asyncio.gather(*(store.journal(Put(id=ID, entry=entry("go", b"%d" % n))) for n in range(8)))
-    await asyncio.gather(*(store.journal(Put(id=ID, entry=entry(f"go-{n}"))) for n in range(8)))
+    answers = await asyncio.gather(*(saga_store.journal(Put(id=ID, entry=entry("go", b"%d" % n))) for n in range(8)))
+    await asyncio.gather(*(saga_store.journal(Put(id=ID, entry=entry(f"go-{n}"))) for n in range(8)))
 
     bodies = Counter(None if each is None else each.body for each in answers)
-    saga = await store.journal(Look(id=ID))
-    assert saga is not None
+    saga = await looked_at(saga_store)
     assert bodies == {next(each.body for each in saga.entries if each.name == "go"): 8}
     assert saga.row.wakes == 9
     assert len(saga.entries) == 9
 
 
 @ON_EACH
-async def test_of_eight_that_record_an_expired_saga_one_does(store: SQLStore) -> None:
+async def test_of_eight_that_record_an_expired_saga_one_does(saga_store: SQLStore) -> None:
     """A saga in the place of one that has expired has none of its entries, and one owner."""
-    await owned(store, first := opening())
-    ended = Leave(id=ID, token=first.token, phase=Phase.DONE, due=None, wakes=0, result=b"r", entries=[entry("old")])
-    assert await store.journal(ended)
+    await owned(saga_store, first := opening())
+    assert await saga_store.journal(leave(first, entry("old"), phase=Phase.DONE, result=b"r"))
 
-    found = await asyncio.gather(*(store.journal(opening()) for _ in range(8)))
+    found = await asyncio.gather(*(saga_store.journal(opening()) for _ in range(8)))
 
     assert len({saga.row.token for saga in found if saga is not None}) == 1
-    saga = await store.journal(Look(id=ID))
-    assert saga is not None
+    saga = await looked_at(saga_store)
     assert (saga.row.attempt, saga.row.result, saga.entries) == (1, None, ())
 
 
 @ON_EACH
-async def test_an_owner_that_writes_and_renews_at_once_is_not_refused(store: SQLStore) -> None:
+async def test_an_owner_that_writes_and_renews_at_once_is_not_refused(saga_store: SQLStore) -> None:
     """Steps that end at the same time, and renewals of the lease, are all written."""
-    await owned(store, request := opening())
-    writes = [Write(id=ID, token=request.token, lease=30.0, entries=[entry(f"step-{n}")]) for n in range(8)]
+    await owned(saga_store, request := opening())
+    writes = [write(request, entry(f"step-{n}")) for n in range(8)]
 
-    answers = await asyncio.gather(*map(store.journal, [*writes, *[Write(id=ID, token=request.token, lease=30.0)] * 8]))
+    answers = await asyncio.gather(*map(saga_store.journal, [*writes, *[write(request)] * 8]))
 
-    saga = await store.journal(Look(id=ID))
+    saga = await looked_at(saga_store)
     assert answers == [0] * 16
-    assert saga is not None
     assert {each.name for each in saga.entries} == {f"step-{n}" for n in range(8)}
 
 
 @ON_SERVERS
 async def test_an_owner_loses_to_the_takeover_for_which_it_waits(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """What an owner writes while another one takes over is not written once that is committed."""
-    first = await lapsed(store)
-    async with uncommitted(store, engine, second := opening()) as (saga,):
+    first = await lapsed(saga_store)
+    async with uncommitted(saga_store, engine, second := opening()) as (saga,):
         assert saga.row.token == second.token
-        writing = asyncio.create_task(store.journal(Write(id=ID, token=first.token, lease=30, entries=[entry("x")])))
+        writing = asyncio.create_task(saga_store.journal(write(first, entry("step"))))
         await waits(url)
 
     assert await writing is None
-    assert await store.journal(Write(id=ID, token=second.token, lease=30.0)) == 0
-    found = await store.journal(Look(id=ID))
-    assert found is not None
-    assert found.entries == ()
+    assert await saga_store.journal(write(second)) == 0
+    assert (await looked_at(saga_store)).entries == ()
 
 
 @ON_SERVERS
 async def test_the_next_owner_sees_what_the_last_one_has_written(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """An Open that waits for the commit of a Leave returns the entries of the Leave."""
-    first = await lapsed(store)
-    leave = Leave(id=ID, token=first.token, phase=Phase.FORWARD, due=0.0, wakes=0, entries=[entry("step", b"done")])
-    async with uncommitted(store, engine, leave) as answers:
+    first = await lapsed(saga_store)
+    async with uncommitted(saga_store, engine, leave(first, entry("step", b"done"), due=0.0)) as answers:
         assert answers == [True]
-        opened = asyncio.create_task(owned(store, opening()))
+        opened = asyncio.create_task(owned(saga_store, opening()))
         await waits(url)
 
     saga = await opened
@@ -192,12 +143,12 @@ async def test_the_next_owner_sees_what_the_last_one_has_written(
 
 @ON_SERVERS
 async def test_the_next_owner_sees_a_signal_for_whose_commit_it_waits(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """An Open that waits for the commit of a Put returns its entry."""
-    await lapsed(store)
-    async with uncommitted(store, engine, Put(id=ID, entry=entry("go"))):
-        opened = asyncio.create_task(owned(store, opening()))
+    await lapsed(saga_store)
+    async with uncommitted(saga_store, engine, Put(id=ID, entry=entry("go"))):
+        opened = asyncio.create_task(owned(saga_store, opening()))
         await waits(url)
 
     assert [each.name for each in (await opened).entries] == ["go"]
@@ -205,30 +156,28 @@ async def test_the_next_owner_sees_a_signal_for_whose_commit_it_waits(
 
 @ON_SERVERS
 async def test_an_amendment_deletes_what_is_committed_while_it_waits(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """An entry to be deleted is deleted, also if it is written by the Leave for which the Amend waits."""
-    first = await lapsed(store)
-    leave = Leave(id=ID, token=first.token, phase=Phase.FORWARD, due=None, wakes=0, entries=[entry("a"), entry("b")])
-    async with uncommitted(store, engine, leave):
-        amending = asyncio.create_task(store.journal(Amend(id=ID, without=["a"], entries=[entry("c")])))
+    first = await lapsed(saga_store)
+    async with uncommitted(saga_store, engine, leave(first, entry("a"), entry("b"))):
+        amending = asyncio.create_task(saga_store.journal(Amend(id=ID, without=["a"], entries=[entry("c")])))
         await waits(url)
 
     assert await amending
-    saga = await store.journal(Look(id=ID))
-    assert saga is not None
+    saga = await looked_at(saga_store)
     assert {each.name for each in saga.entries} == {"b", "c"}
 
 
 @ON_SERVERS
 async def test_a_leave_that_is_repeated_while_it_is_committed_is_answered_alike(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """A client that repeats a Leave before the first one is committed is told that it has succeeded."""
-    await owned(store, request := opening())
-    leave = Leave(id=ID, token=request.token, phase=Phase.FORWARD, due=None, wakes=0)
-    async with uncommitted(store, engine, leave):
-        repeated = asyncio.create_task(store.journal(leave))
+    await owned(saga_store, owner := opening())
+    request = leave(owner)
+    async with uncommitted(saga_store, engine, request):
+        repeated = asyncio.create_task(saga_store.journal(request))
         await waits(url)
 
     assert await repeated
@@ -236,16 +185,14 @@ async def test_a_leave_that_is_repeated_while_it_is_committed_is_answered_alike(
 
 @ON_SERVERS
 async def test_a_signal_after_the_end_for_which_it_waits_is_refused(
-    store: SQLStore, engine: AsyncEngine, url: str
+    saga_store: SQLStore, engine: AsyncEngine, url: str
 ) -> None:
     """A Put that waits for the commit of the end of the saga writes nothing."""
-    await owned(store, request := opening())
-    end = Leave(id=ID, token=request.token, phase=Phase.DONE, due=None, wakes=0, result=b"r", ttl=60.0)
-    async with uncommitted(store, engine, end):
-        putting = asyncio.create_task(store.journal(Put(id=ID, entry=entry("go"))))
+    await owned(saga_store, request := opening())
+    async with uncommitted(saga_store, engine, leave(request, phase=Phase.DONE, result=b"r", ttl=60.0)):
+        putting = asyncio.create_task(saga_store.journal(Put(id=ID, entry=entry("go"))))
         await waits(url)
 
     assert await putting is None
-    saga = await store.journal(Look(id=ID))
-    assert saga is not None
+    saga = await looked_at(saga_store)
     assert (saga.row.wakes, saga.entries) == (0, ())
