@@ -133,7 +133,14 @@ PUBLIC = {
     ],
     "idempotency.stores.memory": ["MemoryStore"],
     "idempotency.stores.redis": ["Durability", "RedisStore"],
-    "idempotency.stores.sql": ["SQLStore", "SagaTables", "records_table", "saga_schema_sql", "saga_tables", "schema_sql"],
+    "idempotency.stores.sql": [
+        "SQLStore",
+        "SagaTables",
+        "records_table",
+        "saga_schema_sql",
+        "saga_tables",
+        "schema_sql",
+    ],
     "idempotency.testing": [
         "FaultyStore",
         "JournalContract",

@@ -90,7 +90,8 @@ async def test_missing_tables_say_what_to_call(url: str, engine: AsyncEngine, ta
     """Without its tables a request names the call, and the command, that create them."""
     store = SQLStore.from_url(url, table=table)
 
-    for request in (opening(), Look(id=ID), Due()):
+    requests: list[Any] = [opening(), Look(id=ID), Due()]
+    for request in requests:
         with pytest.raises(StoreError, match=f"no table {table}_saga: run `.*--sagas`, call SQLStore.create_saga_sch"):
             await store.journal(request)
     async with AsyncSession(engine) as session:
@@ -104,7 +105,8 @@ async def test_missing_tables_say_what_to_call(url: str, engine: AsyncEngine, ta
 async def test_sqlite_creates_its_tables(url: str, table: str, options: dict[str, Any]) -> None:
     """On SQLite the first request creates them, whatever it is."""
     engine = create_async_engine(url, **options)
-    for number, request in enumerate((opening(), Look(id=ID), write(opening()))):
+    requests: list[Any] = [opening(), Look(id=ID), write(opening())]
+    for number, request in enumerate(requests):
         store = SQLStore(engine, table=f"{table}_{number}")
         await store.journal(request)
         await owned(store, owner := opening(key="other"))
