@@ -1,6 +1,6 @@
 """What the statements of the journal of sagas have in common, and those that are the same in each database.
 
-In the templates ``{now}`` is the clock of the database in milliseconds, and ``{at}`` what it was as the statement began:
+In the templates ``{now}`` is the clock of the database in ms, and ``{at}`` what it was when the statement began,
 the same wherever it is used. Durations are parameters, in milliseconds too.
 ``r`` is the row of a saga, and ``e`` one of its entries. A request locks the row first, and changes entries then.
 """
