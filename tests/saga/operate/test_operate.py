@@ -413,7 +413,8 @@ async def test_a_stuck_saga_is_compensated(
 
     await operations.compensate("book-trip", "7")
 
-    assert (await seen(operations)).state == "undoing"
+    view = await seen(operations)
+    assert (view.state, view.step, view.reason, view.next, view.next_in) == ("undoing", "", "it is due", "undo", 0)
     with pytest.raises(SagaError, match="is being undone already"):
         await operations.compensate("book-trip", "7")
     assert await Sweeper(store, [book_trip]).sweep() == 1
