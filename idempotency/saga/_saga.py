@@ -26,7 +26,7 @@ from idempotency._sagas.journal import (
 from idempotency._signature import is_async, name_of
 from idempotency.errors import ConfigurationError, KeyInvalidError, KeyMissingError, KeyReusedError
 from idempotency.operation import current
-from idempotency.saga._definition import Definition
+from idempotency.saga._definition import Defined, Definition
 from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
@@ -44,19 +44,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class AsyncSaga(Generic[R]):
+class AsyncSaga(Defined, Generic[R]):
     """A saga whose function is awaited; :func:`saga` makes it."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition = definition
-
-    @property
-    def name(self) -> str:
-        """Return the name under which its sagas are recorded."""
-        return self._definition.name
-
-    def __repr__(self) -> str:
-        return f"<saga {self.name}>"
 
     async def __call__(self, *args: Any, key: str | None = None, **kwargs: Any) -> R:
         """Run the saga of ``key``, go on with it, or return its result. The arguments must be those of the first call.
@@ -109,19 +98,8 @@ class AsyncSaga(Generic[R]):
             return await drive(definition, live(run))
 
 
-class SyncSaga(Generic[R]):
+class SyncSaga(Defined, Generic[R]):
     """A saga whose function is not awaited; :func:`saga` makes it. See :class:`AsyncSaga`."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition = definition
-
-    @property
-    def name(self) -> str:
-        """Return the name under which its sagas are recorded."""
-        return self._definition.name
-
-    def __repr__(self) -> str:
-        return f"<saga {self.name}>"
 
     def __call__(self, *args: Any, key: str | None = None, **kwargs: Any) -> R:
         """See :meth:`AsyncSaga.__call__`."""

@@ -23,7 +23,7 @@ from idempotency.errors import (
     StoreError,
     UnreadableError,
 )
-from idempotency.saga._definition import Definition
+from idempotency.saga._definition import Definition, definition_of
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
 from idempotency.saga._undo import check_undo, is_joined, reference
@@ -109,12 +109,6 @@ def check_function(definition: Definition, what: str, function: Any) -> None:
         raise ConfigurationError(f"{name_of(function)} is a coroutine function, and the saga is not: make it async")
     if child is not None and child.asynchronous is not definition.asynchronous:
         raise ConfigurationError(f"the saga {child.name} is not awaited, and {definition.name} is: make it async")
-
-
-def definition_of(function: object) -> Definition | None:
-    """Return the definition of a saga; None for another function."""
-    definition: Definition | None = getattr(function, "_definition", None)
-    return definition
 
 
 def kind_of(kind: Kind | None, undo: object) -> Kind:
