@@ -42,7 +42,8 @@ class Call:
 class Join:
     """Call a function of the user with a session, and commit its effect with what ``write`` makes of its value.
 
-    ``lost`` makes the error of an owner that is not it any more.
+    ``called`` is given ``Row.wakes`` as the write answers it. ``lost`` makes the error of an owner that is not it any
+    more.
     """
 
     function: Callable[[Any], Any]
@@ -50,6 +51,7 @@ class Join:
     attempt: int
     name: str
     write: Callable[[Any], Write]
+    called: Callable[[int], object]
     lost: Callable[[], Exception]
     timeout: float | None = None
 

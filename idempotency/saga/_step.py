@@ -223,6 +223,7 @@ class Doing:
             attempt=self.attempt,
             name=run.operation(self._name, self.attempt).name,
             write=write,
+            called=run.note_called,
             lost=run.lost_error,
             timeout=step.timeout,
         )

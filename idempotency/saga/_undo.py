@@ -167,6 +167,7 @@ def _call(
         attempt=done.attempt,
         name=operation.name,
         write=lambda _: run.write_of([done], progress=True),
+        called=run.note_called,
         lost=run.lost_error,
     )
 
