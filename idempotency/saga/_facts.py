@@ -9,7 +9,7 @@ from typing import Any, Literal
 from idempotency._sagas.journal import Entry, Phase, Progress, Saga
 from idempotency.saga._run import head_of, is_unknown, tail_of
 from idempotency.saga._undo import to_undo
-from idempotency.saga._view import SagaView, error_in, is_run, plain, reason_of
+from idempotency.saga._view import SagaView, error_in, is_run, plain
 
 FactKind = Literal["step", "undo", "sleep", "wait", "signal", "patch", "hold", "cancel"]
 
@@ -121,7 +121,7 @@ class Facts:
             return "failing"
         if is_run(self._saga.row):
             return "running"
-        return "waiting" if "child" in reason_of(self._saga.row) else "unknown"
+        return "waiting" if "child" in head_of(entry) else "unknown"
 
     def _notes(self, entry: Entry) -> Iterator[str]:
         head = head_of(entry)
@@ -129,6 +129,8 @@ class Facts:
             yield head["kind"]
         if head.get("undo"):
             yield f"undo {head['undo']}"
+        if "child" in head:
+            yield f"saga {'/'.join(head['child'])}"
         if "seconds" in head:
             yield f"{max(0.0, head['seconds'] - entry.began):.0f} s remaining"
         if _kind(entry) == "hold" and self._holders.get(_name(entry)):

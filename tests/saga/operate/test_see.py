@@ -14,6 +14,8 @@ from idempotency.saga import (
     SagaOperations,
     SagaPendingError,
     Sweeper,
+    saga,
+    step,
 )
 from tests.saga.operate.states import Hang, detail, facts, make_stuck, make_undoing, seen, states
 from tests.saga.operate.trips import FAILING, trips
@@ -127,6 +129,27 @@ async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operatio
     assert (shown.input, shown.result) == ({"to": "Rome", "plan": "approve"}, "flight to Rome, hotel in Rome")
     assert [fact.value for fact in shown.facts] == ["flight to Rome", None, "yes", "hotel in Rome", 50, None]
     assert await operations.inspect("book-trip", "8") is None
+
+
+async def test_a_child_is_named(store: Any, operations: SagaOperations) -> None:
+    """By what the commands take, while the saga waits for it and afterwards."""
+    child = trips(store, "child")
+
+    @saga(store, name="parent")
+    async def parent() -> str:
+        return await step("trip", child, "Rome", "sleep")
+
+    with pytest.raises(SagaPendingError):
+        await parent(key="7")
+
+    found = await operations.inspect("parent", "7")
+    assert found is not None
+    assert (found.step, found.reason) == ("trip", "its child child has not ended: it sleeps: cool")
+    [fact] = found.facts
+    assert (fact.name, fact.state) == ("trip", "waiting")
+    kind, named = fact.note.split(", saga ")
+    [shown] = await operations.find(named)
+    assert (kind, shown.name, shown.state) == ("retriable", "child", "waiting")
 
 
 @EVERY
