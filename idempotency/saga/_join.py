@@ -108,7 +108,11 @@ class StepRecords:
         if result is None:
             raise StoreRefusedError("the database refuses the result of the step, which a later run needs")
         self._write = self._write or self._join.write(self.value)
-        return self._store.journal_in_sync(session, self._write) is not None
+        wakes: int | None = self._store.journal_in_sync(session, self._write)
+        if wakes is None:
+            return False
+        self._join.called(wakes)
+        return True
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Return whether the entry is committed, once a commit that goes on has ended."""

@@ -222,6 +222,7 @@ class Doing:
             claim=run.claim(self._name),
             operation=lambda transaction: run.operation(self._name, self.attempt, transaction),
             write=write,
+            called=run.note_called,
             lost=run.lost_error,
             timeout=step.timeout,
         )

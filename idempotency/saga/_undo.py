@@ -165,6 +165,7 @@ def _call(
         claim=run.claim(done.name),
         operation=lambda transaction: run.operation(done.name, done.attempt, transaction),
         write=lambda _: run.write_of([done], progress=True),
+        called=run.note_called,
         lost=run.lost_error,
     )
 

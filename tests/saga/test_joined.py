@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+import sqlalchemy
+from sqlalchemy import select
 
 from idempotency import current
+from idempotency._sagas.journal import Open, Write
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox import Outbox
 from idempotency.saga import (
     SagaFailedError,
     SagaLostError,
+    SagaPendingError,
     saga,
     step,
     step_sync,
 )
-from tests.kit.ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger
+from tests.kit.ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger
 from tests.kit.sagas import FAULTS, KilledError, do, meet, meet_sync, states, take_back
+from tests.kit.servers import with_port
+from tests.kit.targets import Target
+from tests.kit.tcp_proxy import Proxy
 
 JOINED = pytest.mark.stores(*JOINED_KINDS)
 
@@ -106,50 +113,34 @@ async def test_an_undo_commits_with_its_entry(joined: Ledger, done: list[Any]) -
     assert await states(shop) == {"step:pay": "DONE", "step:mail": "FAILED", "undo:pay": "DONE"}
 
 
-@JOINED
+# SQLite has one writer at a time: the transaction of the first one would keep the second from the saga.
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
 async def test_an_owner_that_was_overtaken_commits_nothing(joined: Ledger, done: list[Any]) -> None:
-    shop = shopping(joined, lease=0.2)
+    shop, owners, journal = shopping(joined, lease=0.2), list[str](), joined.store.journal
 
-    async def overtaken() -> None:
-        async with asyncio.timeout(20):
-            while True:
-                try:
-                    found = await shop(key="7")
-                except Exception:
-                    await asyncio.sleep(0.02)
-                else:
-                    assert found == "book paid"
-                    return
+    async def without_renewals(request: Any) -> Any:
+        if isinstance(request, Open):
+            owners.append(request.token)
+        if isinstance(request, Write) and request.token == owners[0] and not request.entries:
+            raise StoreError("away")
+        return await journal(request)
 
-    async def cannot_renew() -> None:
+    async def until_lost() -> None:
         operation = current()
         assert operation is not None
         await operation.lost
 
-    # The first one waits in its transaction; its lease is not renewed, since the store is away for it alone.
-    slow = shopping(joined, lease=0.2)
-    journal = joined.store.journal
-    owner: list[str] = []
-
-    async def without_renewals(request: Any) -> Any:
-        if type(request).__name__ == "Open":
-            owner.append(request.token)
-        if type(request).__name__ == "Write" and request.token == owner[0] and not request.entries:
-            raise StoreError("away")
-        return await journal(request)
-
     joined.store.journal = without_renewals  # type: ignore[method-assign]
-    FAULTS["book"] = [cannot_renew, None]
-    if joined.engine.dialect.name == "sqlite":  # one writer at a time: the first transaction would block the second
-        FAULTS["book"] = []
-        await overtaken()
-        assert await joined.effects() == ["book"]
-        return
-    first = asyncio.create_task(slow(key="7"))
-    while not owner:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.25)
-    await overtaken()
+    FAULTS["book"] = [until_lost]
+    first = asyncio.create_task(shop(key="7"))
+    async with asyncio.timeout(20):
+        while not owners or FAULTS["book"]:
+            await asyncio.sleep(0.01)
+        while True:
+            with suppress(SagaPendingError):
+                assert await shop(key="7") == "book paid"
+                break
+            await asyncio.sleep(0.02)
     with pytest.raises(SagaLostError):
         await first
     assert await joined.effects() == ["book"]
@@ -196,27 +187,25 @@ async def test_a_message_of_a_step_goes_to_the_outbox_with_the_effect(joined: Le
     assert await joined.effects() == ["book"]
 
 
-@JOINED
-async def test_a_commit_whose_answer_is_lost_is_found(joined: Ledger, done: list[Any]) -> None:
-    shop = shopping(joined)
-    lost: list[bool] = []
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_commit_whose_answer_is_lost_is_found(target: Target, done: list[Any]) -> None:
+    """The entry is read again, and the step goes on with the result that is committed."""
+    with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
+        async with open_ledger(target, with_port(target.url, proxy.port)) as ledger:
+            await ledger.store.create_saga_schema()
+            LEDGERS[:] = [ledger]
+            lose: list[int] = []
 
-    def lose(connection: Any) -> None:
-        if not lost and [cursor for cursor in COMMITTING if cursor]:
-            lost.append(True)
-            connection.connection.dbapi_connection  # noqa: B018
-            raise ConnectionResetError("the answer was lost")
+            @sqlalchemy.event.listens_for(ledger.sync_engine, "commit")
+            def cut(_: Any) -> None:
+                if lose:
+                    proxy.lose_replies(lose.pop())
 
-    COMMITTING: list[bool] = []
-    event.listen(joined.sync_engine, "commit", lose)
-    FAULTS["book"] = [lambda: COMMITTING.append(True)]
-    try:
-        await shop(key="7")
-    except Exception:
-        event.remove(joined.sync_engine, "commit", lose)
-        await asyncio.sleep(1.1)
-        assert await shop(key="7") == "book paid"
-    assert await joined.effects() == ["book"]
+            FAULTS["book"] = [lambda: lose.append(1)]
+            assert await shopping(ledger)(key="7") == "book paid"
+            assert not lose
+            assert not FAULTS["book"]
+            assert await ledger.effects() == ["book"]
 
 
 @JOINED
