@@ -38,7 +38,7 @@ async def join(
 async def _join_once(definition: Definition, step: Join, call: Any) -> Any:
     records = StepRecords(definition.store, step)
     transaction = Transaction(records, definition.sessions, step.claim)
-    operation = Operation(step.claim, step.attempt, transaction, step.name)
+    operation = step.operation(transaction)
     try:
         try:
             value = await call(lambda: step.function(transaction.session), operation, step.timeout)
@@ -69,7 +69,7 @@ def join_sync(definition: Definition, step: Join, call: Callable[[Callable[[], A
 def _join_once_sync(definition: Definition, step: Join, call: Any) -> Any:
     records = StepRecords(definition.store, step)
     transaction = SyncTransaction(records, definition.sessions, step.claim)
-    operation = Operation(step.claim, step.attempt, transaction, step.name)
+    operation = step.operation(transaction)
     try:
         try:
             value = call(lambda: step.function(transaction.session), operation)

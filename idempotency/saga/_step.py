@@ -220,8 +220,7 @@ class Doing:
         join = Join(
             function=lambda session: step.function(*step.args, **step.kwargs, session=session),
             claim=run.claim(self._name),
-            attempt=self.attempt,
-            name=run.operation(self._name, self.attempt).name,
+            operation=lambda transaction: run.operation(self._name, self.attempt, transaction),
             write=write,
             called=run.note_called,
             lost=run.lost_error,
