@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,8 +75,9 @@ class Facts:
 
     def all(self) -> tuple[SagaFact, ...]:
         """Return the facts in the order in which they began."""
-        facts = [*map(self._fact, self._saga.entries), *self._undos_to_come()]
-        return tuple(sorted(facts, key=lambda fact: -fact.began))
+        # The clocks of the stores count milliseconds: of two in one, the first is what has ended first.
+        entries = sorted(self._saga.entries, key=lambda entry: (-entry.began, entry.order or sys.maxsize))
+        return (*map(self._fact, entries), *self._undos_to_come())
 
     def _fact(self, entry: Entry) -> SagaFact:
         kind, head, tail = _kind(entry), head_of(entry), tail_of(entry)
