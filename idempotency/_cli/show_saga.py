@@ -69,12 +69,13 @@ def _columns(saga: SagaView) -> dict[str, str]:
 
 
 def _fact_columns(fact: SagaFact, values: bool) -> dict[str, str]:
+    to_come = fact.kind == "undo" and fact.state == "waiting"
     columns = {
         "id": show.printable(f"{fact.kind}:{fact.name}" if fact.name else fact.kind),
         "state": fact.state,
         "attempts": str(fact.attempts),
-        "began": f"{show.duration(fact.began)} ago" if fact.attempts else "not",
-        "changed": f"{show.duration(fact.changed)} ago" if fact.attempts else "not",
+        "began": "not" if to_come else f"{show.duration(fact.began)} ago",
+        "changed": "not" if to_come else f"{show.duration(fact.changed)} ago",
         "error": fact.error or "none",
         "result": _size(fact.size),
         "note": show.printable(fact.note) or "none",

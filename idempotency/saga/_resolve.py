@@ -33,7 +33,7 @@ def resolving(saga: Saga, step: str, outcome: Resolution, result: object, by: st
     _check_open(saga, step, known)
     if outcome == "not-done":
         # An undo of it that was begun is none any more.
-        return _amend(saga, without=(known.name, f"undo:{step.removeprefix('step:')}"))
+        return _amend(saga, without=(known.name, f"undo:{known.name.removeprefix('step:')}"))
     head = {name: value for name, value in head_of(known).items() if name != "unknown"}
     try:
         data = PLAIN_RESULTS.encode(result)
@@ -41,7 +41,11 @@ def resolving(saga: Saga, step: str, outcome: Resolution, result: object, by: st
         raise ConfigurationError(
             f"the result of a step is JSON, as its function's annotation writes it: {error}"
         ) from error
-    return _amend(saga, _done(saga, known.name, known.attempt, body({**head, "resolved": by}, data)))
+    # An undo that was skipped, since the step had failed, is to be done.
+    undo = f"undo:{known.name.removeprefix('step:')}"
+    skipped = [each.name for each in saga.entries if each.name == undo and each.progress is Progress.SKIPPED]
+    done = _done(saga, known.name, known.attempt, body({**head, "resolved": by}, data))
+    return _amend(saga, done, without=skipped)
 
 
 def failing(saga: Saga, failure: bytes) -> Amend:

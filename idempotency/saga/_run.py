@@ -288,9 +288,13 @@ class Run:
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
-        self.called = int(wakes)
+        self.note_called(wakes)
         self.note(*entries)
         return self.called
+
+    def note_called(self, wakes: int) -> None:
+        """Note ``Row.wakes`` as the store has answered it."""
+        self.called = int(wakes)
 
     def note(self, *entries: Entry) -> None:
         """Note what was written just now."""

@@ -158,15 +158,14 @@ def _try(
 def _call(
     run: Run, step: Entry, done: Entry, undo: Callable[..., Any], arguments: dict[str, Any], joined: bool
 ) -> Call | Join:
-    operation = run.operation(done.name, done.attempt)
     if not joined:
-        return Call(function=lambda: undo(**arguments), operation=operation)
+        return Call(function=lambda: undo(**arguments), operation=run.operation(done.name, done.attempt))
     return Join(
         function=lambda session: undo(**arguments, session=session),
         claim=run.claim(done.name),
-        attempt=done.attempt,
-        name=operation.name,
+        operation=lambda transaction: run.operation(done.name, done.attempt, transaction),
         write=lambda _: run.write_of([done], progress=True),
+        called=run.note_called,
         lost=run.lost_error,
     )
 
