@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,7 +75,9 @@ class Facts:
 
     def all(self) -> tuple[SagaFact, ...]:
         """Return the facts in the order in which they began."""
-        facts = [*map(self._fact, self._saga.entries), *self._undos_to_come()]
+        # Of those that began in one millisecond, the one that ended first was first.
+        entries = sorted(self._saga.entries, key=lambda entry: entry.order or sys.maxsize)
+        facts = [*map(self._fact, entries), *self._undos_to_come()]
         return tuple(sorted(facts, key=lambda fact: -fact.began))
 
     def _fact(self, entry: Entry) -> SagaFact:
