@@ -15,9 +15,9 @@ from time import monotonic
 import outbox_relays
 from outbox_brokers import Broker, Delivered, FileBroker, Redis
 from outbox_consumer import COLUMNS, Found, compare, effects_of
-from outbox_processes import fork_server
 from outbox_relays import Relays
 from outbox_writers import AWAY, Writer, orders_table, writers
+from processes import fork_server
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 

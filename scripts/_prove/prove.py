@@ -17,6 +17,7 @@ from typing import Any
 import broker_contract
 import outbox
 import outbox_chaos
+import saga
 import scenarios
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -182,6 +183,7 @@ def main() -> int:
         action="store_true",
         help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
     )
+    parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
     chaos = parser.add_argument_group("of --outbox")
     chaos.add_argument(
         "--long",
@@ -193,6 +195,8 @@ def main() -> int:
     chaos.add_argument("--keys", type=int, default=1000, help="over how many keys; default: 1,000")
     options = parser.parse_args()
     try:
+        if options.saga:
+            return 0 if saga.run(options.quick) else 1
         if options.outbox and options.long:
             return 0 if outbox_chaos.run(outbox_chaos.Amount(options.rows, options.keys, options.seconds)) else 1
         if options.outbox:
