@@ -135,12 +135,14 @@ PUBLIC = {
     "idempotency.stores.sql": ["SQLStore", "records_table", "schema_sql"],
     "idempotency.testing": [
         "FaultyStore",
+        "JournalContract",
         "ManualClock",
         "PublisherContract",
         "Received",
         "Report",
         "Scenario",
         "StoreContract",
+        "SyncJournalContract",
         "SyncStoreContract",
         "assert_once",
         "crash_everywhere",
@@ -150,6 +152,7 @@ PUBLIC = {
     "idempotency.testing.contract": ["StoreContract", "SyncStoreContract"],
     "idempotency.testing.crash": ["Report", "Scenario", "assert_once", "crash_everywhere", "crash_point"],
     "idempotency.testing.faulty": ["FaultyStore"],
+    "idempotency.testing.journal": ["JournalContract", "SyncJournalContract"],
     "idempotency.testing.plugin": ["assert_once"],
     "idempotency.testing.publishers": ["PATIENCE", "Fault", "PublisherContract", "Receive", "Received", "new_message"],
     "idempotency.webhooks": [

@@ -20,9 +20,8 @@ from idempotency._outbox.log_message import write_messages
 from idempotency._outbox.message import Message, time_ordered_id
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, tables_named
-from idempotency._sql.engines import level_of
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table, refuses_data
-from idempotency._sql.guarded_connection import commits_by_itself
+from idempotency._sql.sessions import is_autocommit
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
 from idempotency.operation import Operation, current
 
@@ -158,9 +157,7 @@ class Outbox:
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""
         connection = _connection_of(session)
-        if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT" or commits_by_itself(
-            connection
-        ):
+        if is_autocommit(connection):
             raise TransactionError(_AUTOCOMMIT)
         with _explaining(connection, self.tables.messages.fullname):
             if self.mode == "message":

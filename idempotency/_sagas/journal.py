@@ -4,11 +4,16 @@ A saga is a row and its entries. The row says who runs the saga, from when on an
 entry is a step, an undo, a timer, a signal or another fact, under a name that is unique in its saga. What a body or a
 reason means is decided by :mod:`idempotency.saga`: to a store they are bytes.
 
-A request is one round trip and atomic. Every write of an owner is fenced by its token. Any request may be repeated, as
-a client does when the answer was lost, with the same effect. All times are judged by the clock of the store.
+A request is one round trip and atomic; those for many sagas may be several, and then each row is as it was at some time
+meanwhile. Every write of an owner is fenced by its token. Any request may be repeated, as a client does when the answer
+was lost, with the same effect. All times are judged by the clock of the store.
 
 ``Row.due_in`` is the one clock of a saga: while it is owned, the rest of its lease; while it waits, the rest of its
 wait. Once it is over, anyone may open the saga. None is never: it has ended, or it is stuck until an operator acts.
+
+A saga that cannot be read is of a newer format, is damaged, or is encrypted with a key that the store does not have. A
+request that needs what cannot be read raises :class:`~idempotency.errors.UnreadableError`, and a saga of a newer format
+is not written. :class:`Due` passes over what cannot be read, and :class:`Browse` shows what can be read of it.
 """
 
 from __future__ import annotations
@@ -75,10 +80,11 @@ class Row:
     """A saga as it is in the store.
 
     ``token`` is the owner's, empty while nobody runs it. ``attempt`` counts the runs, from 1 (0: only recorded).
-    ``crashes`` counts the runs that ended without a word, since an entry was last written with ``progress``. ``wakes``
-    counts what came from outside: signals, and requests of operators. ``reason`` says what it waits for, or why it is
-    stuck. ``result`` is the outcome of one that has ended, or the failure of one that is being undone. ``deadline_in``
-    is the rest of the time it was given; None for ever. ``age`` counts from its first record. Seconds.
+    ``crashes`` counts the runs that ended without a word, since one last wrote with ``progress`` or ended by
+    :class:`Leave`. ``wakes`` counts what came from outside: signals, and requests of operators. ``reason`` says what it
+    waits for, or why it is stuck. ``result`` is the outcome of one that has ended, or the failure of one that is being
+    undone. ``deadline_in`` is the rest of the time it was given; None for ever. ``age`` counts from its first record.
+    Seconds.
     """
 
     id: bytes
@@ -101,7 +107,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Saga:
-    """A row and its entries."""
+    """A row and its entries, in any order."""
 
     row: Row
     entries: tuple[Entry, ...] = ()
@@ -120,9 +126,11 @@ class Open(Request[Saga | None]):
     A saga that is absent, or has expired, is recorded, if there is an ``input``; without, the answer is None. One that
     is there is owned if it has not ended, and is due or has this token already; with an ``input``, only if its
     ``fingerprint`` is the same. Its phase, fingerprint, input, deadline and entries stay as they are.
+    ``id``: that of :func:`saga_id`.
     ``attempt`` counts each new owner, ``crashes`` each one that took over from a token. Entries are returned if the
     saga was there, and is owned now.
-    ``lease``: seconds; 0 only records a saga that is absent: it has no token and is due at once.
+    ``lease``: seconds, which begin anew where the saga has this token already; 0 only records a saga that is absent: it
+    has no token and is due at once.
     ``deadline``: seconds from its first record, None for ever. A saga that has not ended does not expire.
     """
 
@@ -143,7 +151,7 @@ class Write(Request[int | None]):
     The answer is ``Row.wakes``; None, and nothing is written, if ``token`` is not the owner's any more. A lease that is
     over does not matter as long as nobody took over. Without entries it only renews.
     ``progress``: something is done that no later run repeats, so that ``crashes`` begins anew. ``phase`` and
-    ``result``, if given, are those of the row from now on.
+    ``result``, if given, are those of the row from now on; a phase that has ended is written by :class:`Leave` only.
     """
 
     id: bytes
@@ -159,9 +167,10 @@ class Write(Request[int | None]):
 class Leave(Request[bool]):
     """Stop owning a saga; False, and nothing is written, if ``token`` is not the owner's any more.
 
-    Repeated after it succeeded, it answers True. ``due``: seconds until anyone may open it, None for never. If
-    ``Row.wakes`` is not ``wakes`` any more, and ``phase`` has not ended, it is due at once. ``reason``: what it waits
-    for. An ended saga expires after ``ttl`` seconds. ``result`` None leaves the result as it is.
+    Repeated after it succeeded, it answers True until the saga is owned again, is amended, or expires. ``due``: seconds
+    until anyone may open it, None for never. If ``Row.wakes`` is not ``wakes`` any more, and ``phase`` has not ended,
+    it is due at once. ``reason``: what it waits for. An ended saga expires after ``ttl`` seconds. ``result`` None
+    leaves the result as it is.
     """
 
     id: bytes
@@ -179,8 +188,8 @@ class Leave(Request[bool]):
 class Put(Request[Entry | None]):
     """Write an entry from outside, unless there is one of its name: return the one that is there now.
 
-    The first one counts ``wakes``, and makes a saga due at once that nobody owns. None if there is no such saga, or it
-    has ended.
+    The first one counts ``wakes``, and makes a saga due at once that nobody owns; one that is due already stays due
+    since the same time. None if there is no such saga, or it has ended.
     """
 
     id: bytes
@@ -189,9 +198,10 @@ class Put(Request[Entry | None]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wake(Request[bool]):
-    """Make a saga due at once that nobody owns, forget its crashes, and count ``wakes``; False where it has ended.
+    """Make a saga due at once that nobody owns, forget its crashes, and count ``wakes``.
 
-    One whose owner runs counts ``wakes`` only.
+    One whose owner runs counts ``wakes`` only, and one that is due already stays due since the same time. False if
+    there is no such saga, or it has ended.
     """
 
     id: bytes
@@ -199,10 +209,12 @@ class Wake(Request[bool]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Amend(Request[bool]):
-    """Change a saga by hand, and make it due at once; False, and nothing is written, if it has ended, or an owner runs.
+    """Change a saga by hand, and make it due at once, as :class:`Wake` does.
 
-    ``entries`` are written as by :class:`Write`; those with a name in ``without`` are deleted first. ``phase`` and
-    ``result``, if given, are those of the row from now on.
+    An owner whose lease is over does not own it any more.
+    ``entries`` are written as by :class:`Write`; those with a name in ``without`` are deleted first. ``phase``, which
+    cannot be one that has ended, and ``result``, if given, are those of the row from now on. False, and nothing is
+    written, if there is no such saga, it has ended, or an owner runs.
     """
 
     id: bytes
@@ -245,7 +257,10 @@ class Browse(Request[list[Row]]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Purge(Request[int]):
-    """Delete up to ``batch`` sagas that have expired, with their entries, and return how many."""
+    """Delete up to ``batch`` sagas that have expired, with their entries, and return how many.
+
+    That is 0 where the server itself deletes what has expired.
+    """
 
     batch: int = 1000
 
@@ -278,6 +293,11 @@ class JoinedJournaling(Protocol):
         ...
 
 
+def name_id(name: str) -> bytes:
+    """Return the 8 bytes with which the ids of all sagas of a name begin: a store can put them in one place."""
+    return record_id("saga:1", name)[:8]
+
+
 def saga_id(name: str, key: str) -> bytes:
-    """Return the 32 bytes under which the saga of this name and key is kept."""
-    return record_id(f"saga:1:{name}", key)
+    """Return the 32 bytes under which the saga of this name and key is stored."""
+    return name_id(name) + record_id(f"saga:1:{name}", key)[:24]

@@ -11,7 +11,7 @@ from sqlalchemy.orm import sessionmaker
 
 from idempotency._sql.commit_guard import TWO_PHASES, install
 from idempotency._sql.engines import level_of
-from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF
+from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF, commits_by_itself
 from idempotency.errors import ConfigurationError
 
 Sessionmaker = sessionmaker[Any] | async_sessionmaker[Any]
@@ -65,6 +65,12 @@ def check_same_database(records: URL, bind: object) -> None:
     options = bind.get_execution_options() if isinstance(bind, Engine | AsyncEngine) else {}
     if options.get("isolation_level") == "AUTOCOMMIT":
         raise ConfigurationError(COMMITS_BY_ITSELF)
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """Return whether each statement on a connection is committed by itself, as far as is known on the client."""
+    level = level_of(connection.dialect, connection.get_execution_options())
+    return level == "AUTOCOMMIT" or bool(commits_by_itself(connection))
 
 
 def options_of(sessions: Sessionmaker) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import inf
 from typing import Any, TypeVar, cast
 
@@ -25,13 +27,17 @@ from idempotency._sagas.journal import (
     Wake,
     Write,
 )
+from idempotency.stores._saga_sealing import opened_entry, opened_saga, readable, sealed, shown
+from idempotency.stores._sealing import Sealing
 
 R = TypeVar("R")
+
+_DROPPED_PER_OPEN = 32
 
 
 @dataclass(slots=True)
 class _Stored:
-    """A saga; its times are those of the clock. ``owned``: its token is an owner's, and not of one that has left."""
+    """A saga; its times are those of the clock. ``owned``: its token is that of a run that has not ended."""
 
     request: Open
     created: float
@@ -51,15 +57,33 @@ class _Stored:
 class JournalInMemory:
     """The journal of a :class:`~idempotency.stores.memory.MemoryStore`, for any number of threads."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], sealing: Sealing | None) -> None:
+        self._sagas = _Sagas(clock, sealing)
+
+    async def journal(self, request: Request[R], /) -> R:
+        """See :meth:`idempotency._sagas.journal.Journaling.journal`."""
+        return self._sagas.answer(request)
+
+    def journal_sync(self, request: Request[R], /) -> R:
+        """See :meth:`journal`."""
+        return self._sagas.answer(request)
+
+
+class _Sagas:
+    """Every saga of a store, and when it answers what."""
+
+    def __init__(self, clock: Callable[[], float], sealing: Sealing | None) -> None:
         self._clock = clock
+        self._sealing = sealing
         self._lock = threading.Lock()
         self._sagas: dict[bytes, _Stored] = {}
+        self._expiries: list[tuple[float, bytes]] = []
 
     def answer(self, request: Request[R]) -> R:
         """Answer a request."""
+        written = sealed(self._sealing, request)
         with self._lock:
-            return cast(R, self._answer(request, self._clock()))
+            return cast(R, self._answer(written, self._clock()))
 
     def _answer(self, request: Request[Any], now: float) -> object:
         match request:
@@ -77,13 +101,13 @@ class JournalInMemory:
                 return self._amend(request, now)
             case Look():
                 saga = self._live(request.id, now)
-                return None if saga is None else Saga(_row(saga, now), _entries(saga, now))
+                return None if saga is None else self._whole(saga, now)
             case Due():
                 return self._due(request, now)
             case Browse():
                 return self._browse(request, now)
             case Purge():
-                return self._purge(request, now)
+                return self._drop_expired(now, request.batch)
             case _:
                 raise AssertionError(request)
 
@@ -92,20 +116,21 @@ class JournalInMemory:
         if saga is None:
             if request.input is None:
                 return None
+            self._drop_expired(now, _DROPPED_PER_OPEN)
             saga = self._sagas[request.id] = _Stored(request, now, now + request.lease)
             if request.lease:
                 saga.token, saga.owned, saga.attempt = request.token, True, 1
-            return Saga(_row(saga, now))
+            return opened_saga(self._sealing, Saga(_row(saga, now)))
         same = request.input is None or request.fingerprint == saga.request.fingerprint
         again = saga.owned and saga.token == request.token
         if not request.lease or saga.phase.ended or not same or not (again or saga.due <= now):
-            return Saga(_row(saga, now))
+            return opened_saga(self._sealing, Saga(_row(saga, now)))
         if not again:
             saga.attempt += 1
             saga.crashes += saga.owned
             saga.token, saga.owned = request.token, True
-            saga.due = now + request.lease
-        return Saga(_row(saga, now), _entries(saga, now))
+        saga.due = now + request.lease
+        return self._whole(saga, now)
 
     def _write(self, request: Write, now: float) -> int | None:
         saga = self._live(request.id, now)
@@ -127,6 +152,7 @@ class JournalInMemory:
             _change(saga, request.phase, request.result, request.entries, now)
             if request.phase.ended:
                 saga.due, saga.expires = inf, now + request.ttl
+                heapq.heappush(self._expiries, (saga.expires, request.id))
             elif saga.wakes != request.wakes:
                 saga.due = now
             else:
@@ -140,7 +166,7 @@ class JournalInMemory:
         if request.entry.name not in saga.entries:
             _record(saga, (request.entry,), now)
             _call(saga, now)
-        return _read(saga.entries[request.entry.name], now)
+        return opened_entry(self._sealing, request.id, _read(saga.entries[request.entry.name], now))
 
     def _wake(self, request: Wake, now: float) -> bool:
         saga = self._live(request.id, now)
@@ -168,7 +194,8 @@ class JournalInMemory:
             for saga in self._all(now)
             if saga.due <= now and (not request.names or saga.request.name in request.names)
         ]
-        return [_row(saga, now) for saga in sorted(found, key=lambda each: each.due)[: request.limit]]
+        rows = (_row(saga, now) for saga in sorted(found, key=lambda each: each.due))
+        return list(islice(readable(self._sealing, rows), request.limit))
 
     def _browse(self, request: Browse, now: float) -> list[Row]:
         found = [
@@ -178,13 +205,21 @@ class JournalInMemory:
             and (request.ended or not saga.phase.ended)
             and (not request.stuck or (saga.due == inf and not saga.phase.ended))
         ]
-        return [_row(saga, now) for saga in sorted(found, key=lambda each: each.created)[: request.limit]]
+        oldest = heapq.nsmallest(request.limit, found, key=lambda each: each.created)
+        return [shown(self._sealing, _row(saga, now)) for saga in oldest]
 
-    def _purge(self, request: Purge, now: float) -> int:
-        over = [record for record, saga in self._sagas.items() if saga.expires <= now][: request.batch]
-        for record in over:
-            del self._sagas[record]
-        return len(over)
+    def _drop_expired(self, now: float, limit: int) -> int:
+        dropped = 0
+        while dropped < limit and self._expiries and self._expiries[0][0] <= now:
+            expires, record = heapq.heappop(self._expiries)
+            saga = self._sagas.get(record)
+            if saga is not None and saga.expires == expires:
+                del self._sagas[record]
+                dropped += 1
+        return dropped
+
+    def _whole(self, saga: _Stored, now: float) -> Saga:
+        return opened_saga(self._sealing, Saga(_row(saga, now), _entries(saga, now)))
 
     def _all(self, now: float) -> list[_Stored]:
         return [saga for saga in self._sagas.values() if saga.expires > now]
@@ -209,7 +244,7 @@ def _record(saga: _Stored, entries: Iterable[Entry], now: float) -> None:
 def _call(saga: _Stored, now: float) -> None:
     saga.wakes += 1
     if not saga.owned:
-        saga.due = now
+        saga.due = min(saga.due, now)
 
 
 def _read(stored: tuple[Entry, float, float], now: float) -> Entry:

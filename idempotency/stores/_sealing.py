@@ -39,16 +39,16 @@ class Sealing:
     ``encryption`` decrypts; ``writer`` is the same if it encrypts too, else None.
     """
 
-    __slots__ = ("_digest_names", "encryption", "writer")
+    __slots__ = ("digest_names", "encryption", "writer")
 
     def __init__(self, encryption: Encryption | None, digest_names: bool) -> None:
         self.encryption = encryption
         self.writer = encryption if encryption is not None and encryption.writes else None
-        self._digest_names = digest_names
+        self.digest_names = digest_names
 
     def names(self, claim: Claim) -> tuple[bytes, bytes]:
         """Return the scope and the key of a claim as its record holds them."""
-        if self._digest_names:
+        if self.digest_names:
             whole = _bytes(claim.scope)
             return _surface(whole) + self._digest("scope", whole), self._digest("key", _bytes(claim.key))
         scope, key = _bytes(shortened(claim.scope)), _bytes(shortened(claim.key))
@@ -75,24 +75,32 @@ def sealing_of(encryption: Encryption | None, digest_names: bool) -> Sealing | N
 
 def sealed_result(sealing: Sealing | None, record: bytes, result: bytes | None) -> bytes | None:
     """Return a result as the record of this id holds it."""
-    if sealing is None or result is None or sealing.writer is None:
-        return result
-    return sealing.writer.encrypt(record, "result", bytes(result))
+    return None if result is None else sealed_field(sealing, record, "result", result)
+
+
+def sealed_field(sealing: Sealing | None, record: bytes, field: str, value: bytes) -> bytes:
+    """Return the value of a field as the record, or saga, of this id holds it."""
+    if sealing is None or sealing.writer is None:
+        return value
+    return sealing.writer.encrypt(record, field, bytes(value))
 
 
 def opened_result(sealing: Sealing | None, record: bytes, stored: bytes | None) -> bytes | None:
-    """Return a result as it was given to :func:`sealed_result`, or recorded without encryption.
+    """Return a result as it was given to :func:`sealed_result`; see :func:`opened_field`."""
+    return None if stored is None else opened_field(sealing, record, "result", stored)
+
+
+def opened_field(sealing: Sealing | None, record: bytes, field: str, stored: bytes) -> bytes:
+    """Return the value of a field as it was given to :func:`sealed_field`, or recorded without encryption.
 
     Raises :class:`~idempotency.errors.UnreadableError` for one that cannot be decrypted.
     """
-    if stored is None:
-        return None
     encryption = None if sealing is None else sealing.encryption
     if encryption is None:
         if stored.startswith(MAGIC):
             raise UnreadableError("it is encrypted, and the store has no encryption=")
         return stored
-    return encryption.decrypt(record, "result", stored) if encryption.is_envelope(stored) else stored
+    return encryption.decrypt(record, field, stored) if encryption.is_envelope(stored) else stored
 
 
 def shown(sealing: Sealing | None, record: bytes, scope: bytes, key: bytes) -> tuple[str, str]:

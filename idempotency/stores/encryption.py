@@ -32,9 +32,6 @@ from idempotency.errors import ConfigurationError, UnreadableError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-Field = Literal["names", "result"]
-"""What of a record is encrypted: scope and key together, and the result."""
-
 Name = Literal["scope", "key"]
 """What is digested, each alone."""
 
@@ -135,8 +132,8 @@ class Encryption:
         """Return the ids of the keys, in hex, the one that writes first. An id says nothing about its key."""
         return tuple(each.hex() for each in self._keys)
 
-    def encrypt(self, record: bytes, field: Field, value: bytes) -> bytes:
-        """Return the envelope of a value; ``record`` is the id of the record that it belongs to."""
+    def encrypt(self, record: bytes, field: str, value: bytes) -> bytes:
+        """Return the envelope of a value; ``record`` is the id of the record, or saga, whose ``field`` it is."""
         if next(self._messages) % _MESSAGES == 0:
             self._writing = self._with_new_salt()
         head, cipher = self._writing
@@ -147,7 +144,7 @@ class Encryption:
         id_and_salt = next(iter(self._keys)) + os.urandom(12)
         return MAGIC + id_and_salt, self._cipher_of(id_and_salt)
 
-    def decrypt(self, record: bytes, field: Field, envelope: bytes) -> bytes:
+    def decrypt(self, record: bytes, field: str, envelope: bytes) -> bytes:
         """Return the value in an envelope.
 
         Raises :class:`~idempotency.errors.UnreadableError` if its key was not given, or if it was changed or moved.

@@ -10,12 +10,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from math import inf
-from typing import Literal, TypeVar
+from typing import Literal
 
 from idempotency._durations import seconds
 from idempotency._hooks import check_callable
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
-from idempotency._sagas.journal import Request
 from idempotency.errors import StoreError
 from idempotency.stores import _sealing
 from idempotency.stores._operating import id_digits
@@ -25,12 +24,10 @@ from idempotency.stores._watcher import Watcher
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 
-R = TypeVar("R")
-
 _DROPPED_PER_CLAIM = 32
 
 
-class MemoryStore:
+class MemoryStore(JournalInMemory):
     """Store records in this process. Threads and event loops can share one store, each with verbs of its own.
 
     ``max_records``: how many records there may be. Default 100000. ``max_bytes``: how many bytes of keys and results
@@ -58,12 +55,12 @@ class MemoryStore:
         self._max_bytes = max_bytes
         self._clock = clock
         self._sealing = _sealing.sealing_of(encryption, digest_names)
+        super().__init__(clock, self._sealing)
         self._lock = threading.Lock()
         self._records: dict[bytes, _Stored] = {}
         self._bytes = 0
         self._expiries: list[tuple[float, bytes]] = []
         self._watchers: dict[bytes, set[Watcher]] = {}
-        self._journal = JournalInMemory(clock)
 
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`; raises StoreError when the store is full."""
@@ -204,14 +201,6 @@ class MemoryStore:
                 self._end(record, stored, State.DONE, sealed, now + seconds("ttl", ttl))
         self._announce(record)
         return True
-
-    async def journal(self, request: Request[R], /) -> R:
-        """See :meth:`idempotency._sagas.journal.Journaling.journal`."""
-        return self._journal.answer(request)
-
-    def journal_sync(self, request: Request[R], /) -> R:
-        """See :meth:`journal`."""
-        return self._journal.answer(request)
 
     async def check(self) -> None:
         """Do nothing: the memory is there."""

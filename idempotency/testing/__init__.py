@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from idempotency.testing.contract import StoreContract, SyncStoreContract
     from idempotency.testing.crash import Report, Scenario, assert_once, crash_everywhere
     from idempotency.testing.faulty import FaultyStore
+    from idempotency.testing.journal import JournalContract, SyncJournalContract
     from idempotency.testing.publishers import PublisherContract, Received
 
 __all__ = [
     "FaultyStore",
+    "JournalContract",
     "ManualClock",
     "PublisherContract",
     "Received",
     "Report",
     "Scenario",
     "StoreContract",
+    "SyncJournalContract",
     "SyncStoreContract",
     "assert_once",
     "crash_everywhere",
@@ -31,17 +34,19 @@ __all__ = [
 
 _LAZY = {
     "FaultyStore": "faulty",
+    "JournalContract": "journal",
     "PublisherContract": "publishers",
     "Received": "publishers",
     "Report": "crash",
     "Scenario": "crash",
     "StoreContract": "contract",
+    "SyncJournalContract": "journal",
     "SyncStoreContract": "contract",
     "assert_once": "crash",
     "crash_everywhere": "crash",
 }
 
-_CONTRACTS = {"contract", "publishers"}
+_CONTRACTS = {"contract", "journal", "publishers"}
 
 
 def __getattr__(name: str) -> object:

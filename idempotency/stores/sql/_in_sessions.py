@@ -13,18 +13,23 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from idempotency._rules import Claim, Record, State
+from idempotency._sagas.journal import Write
 from idempotency._sql.bounded import InFlight, Watchdog
 from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
 from idempotency._sql.session_failures import connecting
-from idempotency.errors import StoreError
+from idempotency._sql.sessions import is_autocommit
+from idempotency.errors import StoreError, TransactionError
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._sealing import Sealing, sealed_result
 from idempotency.stores.sql._joined import JoinedVerbs
+from idempotency.stores.sql._sagas import SagaVerbs
 from idempotency.stores.sql._table import check_same_schema, schema_by
 
 _CLAIMED_IN = "idempotency: the schema of the claim"
 """A key of ``session.info``: the schema in which this session itself has claimed. Else the store's engine has."""
+
+_AUTOCOMMIT = "the session is in AUTOCOMMIT: it has no transaction in which a step commits together with its effect"
 
 _CUT_OFF_WAIT = 0.25
 """Seconds within which a driver notices that its connection is cut off."""
@@ -39,6 +44,7 @@ class InSessions:
     _sealing: Sealing | None
     _clock_guard: ClockGuard
     _joined: JoinedVerbs | None
+    _sagas: SagaVerbs
 
     @property
     def _schema(self) -> str | None:
@@ -111,6 +117,25 @@ class InSessions:
         check_same_schema(self._table, session.info.get(_CLAIMED_IN, self._schema), here)
         with replacing(connection):
             return self._joined_verbs(session).complete(connection, claim, sealed, state)
+
+    async def journal_in(self, session: AsyncSession, request: Write, /) -> int | None:
+        """Write entries of a saga in the transaction of ``session``, on this store's database; commit nothing.
+
+        The row of the saga is locked until that transaction ends: others that write it wait, also to renew its lease.
+        Raises :class:`~idempotency.errors.TransactionError` where each statement is committed by itself.
+        """
+        return await session.run_sync(self.journal_in_sync, request)
+
+    def journal_in_sync(self, session: Session, request: Write, /) -> int | None:
+        """See :meth:`journal_in`."""
+        joined = self._joined_verbs(session)
+        with joined.describing_failures():
+            connection = session.connection()
+            if is_autocommit(connection):
+                raise TransactionError(_AUTOCOMMIT)
+            check_same_schema(self._table, self._schema, connection.schema_for_object(self._table))
+            with replacing(connection):
+                return self._sagas.answer_in(connection, request, self._sealing)
 
     def _joined_verbs(self, session: Session) -> JoinedVerbs:
         if self._joined is None:

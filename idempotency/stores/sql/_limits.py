@@ -20,14 +20,19 @@ _PACKET = "idempotency: max_allowed_packet"
 
 def check_size(connection: Connection, result: bytes | None) -> None:
     """Raise StoreRefusedError for a result that the server of ``connection`` does not take, before anything is sent."""
-    if result is None or len(result) <= _SMALL:
+    check_bytes(connection, 0 if result is None else len(result), "the result")
+
+
+def check_bytes(connection: Connection, size: int, what: str) -> None:
+    """Raise StoreRefusedError for so many bytes in one statement, as :func:`check_size` does; ``what`` they are."""
+    if size <= _SMALL:
         return
     largest = _LARGEST.get(connection.dialect.name)
     if largest is None:
         # It is sent as base64.
         largest = (_packet(connection) - _REST) // 4 * 3
-    if len(result) > largest:
-        raise StoreRefusedError(f"the result of {len(result)} bytes is larger than the database takes ({largest})")
+    if size > largest:
+        raise StoreRefusedError(f"{what} of {size} bytes is larger than the database takes ({largest})")
 
 
 def _packet(connection: Connection) -> int:

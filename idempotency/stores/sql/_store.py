@@ -14,8 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
+from idempotency._sagas.journal import Request
 from idempotency._sql.bounded import Abandoned, Watchdog
 from idempotency._sql.commit_guard import install
+from idempotency._sql.driver import lock_wait_limit
 from idempotency._sql.engines import check_backend, check_side, read_url
 from idempotency._sql.pooler import check_pooler, read_pooler
 from idempotency._sql.sessions import check_same_database
@@ -35,6 +37,7 @@ from idempotency.stores.sql._forks import drop_in_children
 from idempotency.stores.sql._in_sessions import InSessions
 from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
+from idempotency.stores.sql._sagas import SagaVerbs
 from idempotency.stores.sql._table import (
     DEFAULT_TABLE,
     located,
@@ -43,6 +46,7 @@ from idempotency.stores.sql._table import (
 )
 from idempotency.stores.sql._verbs import Verbs
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -137,6 +141,7 @@ class SQLStore(InSessions):
         self._threads: Threads | None = None
         self._opening = threading.Lock()
         self._joined: JoinedVerbs | None = None
+        self._sagas = SagaVerbs(table, lock_wait_limit(timeout))
         self._clock_guard = ClockGuard()
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
@@ -264,6 +269,28 @@ class SQLStore(InSessions):
     def create_schema_sync(self) -> None:
         """See :meth:`create_schema`."""
         self._run_sync(self._create, transaction=True)
+
+    async def journal(self, request: Request[R], /) -> R:
+        """Answer a request about sagas. On SQLite their tables are created at the first use.
+
+        Elsewhere they are created by :meth:`create_saga_schema` or by migrations (:func:`saga_tables`).
+        """
+        return await self._run(self._answering(request))
+
+    def journal_sync(self, request: Request[R], /) -> R:
+        """See :meth:`journal`."""
+        return self._run_sync(self._answering(request))
+
+    def _answering(self, request: Request[R]) -> Work[R]:
+        return lambda _, connection: self._sagas.answer(connection, request, self._sealing)
+
+    async def create_saga_schema(self) -> None:
+        """Create the tables of sagas and their indexes where they are missing; safe in any number of processes."""
+        await self._run(lambda _, connection: self._sagas.create(connection), transaction=True)
+
+    def create_saga_schema_sync(self) -> None:
+        """See :meth:`create_saga_schema`."""
+        self._run_sync(lambda _, connection: self._sagas.create(connection), transaction=True)
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`; with ``key`` alone, it reads the whole table."""

@@ -72,9 +72,14 @@ def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
 
 def located(table: Table, schema: str | None) -> Table:
     """Return the table in ``schema``, where SQLAlchemy's option ``schema_translate_map`` may have moved it."""
+    check_schema(table, schema)
+    return table if schema == table.schema else _described(MetaData(), schema, table.name)
+
+
+def check_schema(table: Table, schema: str | None) -> None:
+    """Raise ConfigurationError for a schema whose name cannot be written in a statement."""
     if schema is not None and _NOT_IN_TEXT.search(schema):
         raise ConfigurationError(f"the schema of the table {table.name} has a : or % or backslash in its name")
-    return table if schema == table.schema else _described(MetaData(), schema, table.name)
 
 
 def schema_by(options: Mapping[str, Any], table: Table) -> str | None:

@@ -17,8 +17,12 @@ _ESCAPED = re.compile(r"\\(\\|0|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 def storable(value: str) -> str:
-    """Return a scope or key in ASCII: a text column may have any character set, and none can store NUL."""
-    value = shortened(value)
+    """Return a scope or key in ASCII, shortened."""
+    return in_ascii(shortened(value))
+
+
+def in_ascii(value: str) -> str:
+    """Return a text in ASCII: a text column may have any character set, and none can store NUL."""
     if "\\" not in value and "\0" not in value and value.isascii():
         return value
     escaped = value.replace("\\", "\\\\").replace("\0", "\\0")
@@ -26,7 +30,7 @@ def storable(value: str) -> str:
 
 
 def stored(value: Any) -> str:
-    """Read what :func:`storable` wrote."""
+    """Read what :func:`storable` or :func:`in_ascii` returned."""
     return _ESCAPED.sub(_unescaped, as_text(value))
 
 

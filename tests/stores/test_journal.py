@@ -1,0 +1,47 @@
+"""The contract of the journal, on every store that keeps sagas."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from idempotency.stores.encryption import Encryption
+from idempotency.stores.memory import MemoryStore
+from idempotency.testing import JournalContract, ManualClock, SyncJournalContract
+
+
+class OnMemory:
+    """A store in memory whose clock is moved."""
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        return ManualClock(1000.0)
+
+    @pytest.fixture
+    def store(self, clock: ManualClock) -> MemoryStore:
+        return MemoryStore(clock=clock)
+
+    @pytest.fixture
+    def advance(self, clock: ManualClock) -> Callable[[float], Awaitable[None]]:
+        async def advance(seconds: float) -> None:
+            clock.advance(seconds)
+
+        return advance
+
+
+class TestMemory(OnMemory, JournalContract):
+    """Memory keeps what the journal promises."""
+
+
+class TestMemorySync(OnMemory, SyncJournalContract):
+    """So do its blocking verbs."""
+
+
+class TestEncryptedMemory(OnMemory, JournalContract):
+    """So it does with encryption."""
+
+    @pytest.fixture
+    def store(self, clock: ManualClock) -> Any:
+        return MemoryStore(clock=clock, encryption=Encryption(Encryption.new_key()))
