@@ -21,3 +21,10 @@ async def make_newer(target: Target, record: bytes) -> None:
             statement = text(f"UPDATE {target.name} SET version = 2 WHERE id = :id")
             assert connection.execute(statement, {"id": record}).rowcount == 1
         engine.dispose()
+
+
+async def make_newer_saga(target: Target, record: bytes) -> None:
+    """Set the version of the saga ``record`` to 2."""
+    assert target.is_redis
+    async with redis_client(target) as client:
+        assert await client.hset(f"{target.name}:1:{{saga:{record[:8].hex()}}}:{record.hex()}", "v", "2") == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from idempotency.testing import StoreContract, SyncStoreContract
+from idempotency.testing import JournalContract, StoreContract, SyncStoreContract
 from tests.kit.paths import ROOT
 from tests.kit.targets import KINDS, SYNC_DRIVERS
 
@@ -33,9 +33,9 @@ _UNMEASURED_FILES = (
     "test_examples.py",
     "test_packaging.py",
 )
-_CONTRACT = "stores/test_contract.py"
+_CONTRACT = ("stores/test_contract.py", "stores/test_journal.py")
 # Their parts take as long as other files, and share nothing.
-_BY_STORE = (_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
+_BY_STORE = (*_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
 _KINDS = {*KINDS, *SYNC_DRIVERS}
 # As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
@@ -49,8 +49,8 @@ def is_measured(item: pytest.Item) -> bool:
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
         return False
     kind = _parameters(item).get("store_kind")
-    if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract):
-        return path.as_posix() == _CONTRACT and kind in _CONTRACT_KINDS
+    if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract | JournalContract):
+        return path.as_posix() in _CONTRACT and kind in _CONTRACT_KINDS
     return kind not in _SECOND_DRIVERS
 
 

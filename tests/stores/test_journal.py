@@ -10,6 +10,8 @@ import pytest
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import JournalContract, ManualClock, SyncJournalContract
+from tests.kit.newer import make_newer_saga
+from tests.kit.targets import Target
 
 
 class OnMemory:
@@ -45,3 +47,29 @@ class TestEncryptedMemory(OnMemory, JournalContract):
     @pytest.fixture
     def store(self, clock: ManualClock) -> Any:
         return MemoryStore(clock=clock, encryption=Encryption(Encryption.new_key()))
+
+
+@pytest.mark.stores("fakeredis", "redis", "redis62")
+class TestContract(JournalContract):
+    """Each server keeps what the journal promises."""
+
+    @pytest.fixture
+    async def another(self, store: Any, open_another: Callable[[], Awaitable[Any]]) -> Any:
+        return await open_another()
+
+    @pytest.fixture
+    def make_newer(self, target: Target) -> Callable[[bytes], Awaitable[None]]:
+        return lambda record: make_newer_saga(target, record)
+
+
+@pytest.mark.stores("fakeredis", "redis", "redis62")
+class TestSyncContract(SyncJournalContract):
+    """So do the blocking verbs."""
+
+    @pytest.fixture
+    def store(self, sync_store: Any) -> Any:
+        return sync_store
+
+    @pytest.fixture
+    def make_newer(self, target: Target) -> Callable[[bytes], Awaitable[None]]:
+        return lambda record: make_newer_saga(target, record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import redis
 import redis.asyncio as aioredis
@@ -12,13 +12,14 @@ from redis.asyncio import cluster as aiocluster
 
 from idempotency._durations import DAY, positive
 from idempotency._rules import Claim, Record, State
+from idempotency._sagas.journal import Request
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
 from idempotency.stores._sealing import findings_in, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
-from idempotency.stores.redis import _examine, _find
+from idempotency.stores.redis import _examine, _find, _sagas
 from idempotency.stores.redis import _wire as wire
 from idempotency.stores.redis._clients import Clients
 from idempotency.stores.redis._open import AsyncClient, SyncClient, read_url
@@ -26,6 +27,8 @@ from idempotency.stores.redis._per_loop import Threads
 from idempotency.stores.redis._send import send_and_wait
 from idempotency.stores.redis._send_sync import send_and_wait_sync
 from idempotency.stores.redis._wire import Command, Durability
+
+R = TypeVar("R")
 
 
 class RedisStore:
@@ -110,6 +113,7 @@ class RedisStore:
             )
         self._prefix = f"{prefix}:1:".encode()
         self._durability = durability
+        self._sagas = _sagas.Sagas(self._prefix, self._sealing)
         self._largest_result: int | None = None
         self._clock_guard = ClockGuard()
         return timeout
@@ -142,7 +146,7 @@ class RedisStore:
         """See :meth:`idempotency.stores.base.Store.complete`."""
         result = sealed_result(self._sealing, claim.id, result)
         if result is not None and len(result) > wire.SMALL:
-            wire.check_size(result, await self._largest())
+            wire.check_size("result", len(result), await self._largest())
         command = wire.complete(self._key_of(claim.id), claim, result, state)
         if self._durability is None:
             return bool(await self._clients.run(command))
@@ -192,7 +196,7 @@ class RedisStore:
         """See :meth:`idempotency.stores.base.Store.complete`."""
         result = sealed_result(self._sealing, claim.id, result)
         if result is not None and len(result) > wire.SMALL:
-            wire.check_size(result, self._largest_sync())
+            wire.check_size("result", len(result), self._largest_sync())
         command = wire.complete(self._key_of(claim.id), claim, result, state)
         if self._durability is None:
             return bool(self._clients.run_sync(command))
@@ -264,6 +268,56 @@ class RedisStore:
     async def purge(self, batch: int = 1000) -> int:
         """Return 0: the server expires records itself."""
         return 0
+
+    # Sagas.
+
+    async def journal(self, request: Request[R], /) -> R:
+        """See :meth:`idempotency._sagas.journal.Journaling.journal`."""
+        steps = self._sagas.steps(request)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = await self._answer(step)
+                except StoreError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as end:
+            found: R = end.value
+            return found
+
+    def journal_sync(self, request: Request[R], /) -> R:
+        """See :meth:`journal`."""
+        steps = self._sagas.steps(request)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = self._answer_sync(step)
+                except StoreError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as end:
+            found: R = end.value
+            return found
+
+    async def _answer(self, step: _sagas.Step) -> _sagas.Answer:
+        if step.largest > wire.SMALL:
+            wire.check_size("largest value", step.largest, await self._largest())
+        if self._durability is None or not step.durable:
+            return await self._clients.run(step.command), None
+        reply, copies = await self._run_durably(step.command, self._durability)
+        return reply, None if self._durability.met(copies) else self._too_few(copies)
+
+    def _answer_sync(self, step: _sagas.Step) -> _sagas.Answer:
+        if step.largest > wire.SMALL:
+            wire.check_size("largest value", step.largest, self._largest_sync())
+        if self._durability is None or not step.durable:
+            return self._clients.run_sync(step.command), None
+        reply, copies = self._run_durably_sync(step.command, self._durability)
+        return reply, None if self._durability.met(copies) else self._too_few(copies)
 
     # How commands are sent.
 

@@ -34,12 +34,16 @@ ASK_BULK = ("CONFIG GET", "proto-max-bulk-len")
 
 
 class Script:
-    """A Lua script and the digest a server remembers it by; and how a packed command of each begins."""
+    """A Lua script and the digest a server remembers it by; and how a packed command of each begins.
+
+    ``names``: the files of which it is made, in their order.
+    """
 
     __slots__ = ("by_digest", "by_text", "sha", "text")
 
-    def __init__(self, name: str) -> None:
-        self.text = files("idempotency.stores.redis").joinpath("scripts", f"{name}.lua").read_bytes()
+    def __init__(self, *names: str) -> None:
+        folder = files("idempotency.stores.redis").joinpath("scripts")
+        self.text = b"".join(folder.joinpath(f"{name}.lua").read_bytes() for name in names)
         self.sha = hashlib.sha1(self.text, usedforsecurity=False).hexdigest().encode()
         self.by_digest = b"\r\n$7\r\nEVALSHA\r\n$40\r\n%b" % self.sha
         self.by_text = b"\r\n$4\r\nEVAL\r\n$%d\r\n%b" % (len(self.text), self.text)
@@ -183,10 +187,10 @@ def bulk(reply: Any) -> int:
     return next((int(size) for size in values if isinstance(size, bytes | str)), _BULK)
 
 
-def check_size(result: bytes, largest: int) -> None:
-    """Raise StoreRefusedError for a result so large that the server would close the connection."""
-    if len(result) > largest:
-        raise StoreRefusedError(f"the result of {len(result)} bytes is larger than Redis takes ({largest})")
+def check_size(what: str, size: int, largest: int) -> None:
+    """Raise StoreRefusedError for a value of so many bytes that the server would close the connection."""
+    if size > largest:
+        raise StoreRefusedError(f"the {what} of {size} bytes is larger than Redis takes ({largest})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
