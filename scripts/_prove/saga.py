@@ -75,7 +75,7 @@ def run(quick: bool) -> bool:
                 if quick and name not in QUICK:
                     continue
                 since = time.monotonic()
-                count, found = prove(pool, place, plan, directory)
+                count, found = prove(pool, place, plan, directory, quick)
                 killed += count
                 wrong += not found.ok
                 line = f"{name:<14} {place.name:<22} {count:>6}  {found.cells}"
@@ -85,12 +85,20 @@ def run(quick: bool) -> bool:
     return wrong == 0
 
 
-def chosen(labels: list[str], plan: Plan) -> list[str]:
-    """Return the labels at which a process is killed: of a saga that fails, those from its failure on."""
-    return labels[labels.index(FAILING) :] if plan.fails else labels
+def chosen(labels: list[str], plan: Plan, quick: bool) -> list[str]:
+    """Return the labels at which a process is killed: of a saga that fails or waits, those that success has not.
+
+    ``quick``: only after each statement, since the state in which the next one begins is the same.
+    """
+    if plan.fails:
+        labels = labels[labels.index(FAILING) :]
+    elif plan.waits:
+        after = "effect #5" if plan.waits == "child" else "effect #3"
+        labels = labels[labels.index("effect #2") : labels.index(after)]
+    return [label for label in labels if not quick or "before " not in label]
 
 
-def prove(pool: Executor, place: Place, plan: dict[str, Any], directory: str) -> tuple[int, Found]:
+def prove(pool: Executor, place: Place, plan: dict[str, Any], directory: str, quick: bool) -> tuple[int, Found]:
     """Find the labels by a run in which nothing is killed, and kill at those that are :func:`chosen`."""
 
     def trial() -> tuple[Place, Plan]:
@@ -103,7 +111,7 @@ def prove(pool: Executor, place: Place, plan: dict[str, Any], directory: str) ->
     found = pool.submit(try_label, *trial(), None, 0, str(labels_file)).result()
     if not found.ok:
         return 0, found
-    labels = chosen(json.loads(labels_file.read_text()), trial()[1])
+    labels = chosen(json.loads(labels_file.read_text()), trial()[1], quick)
     trials = [
         pool.submit(try_label, *trial(), label, 1 + number % AGAIN, str(labels_file))
         for number, label in enumerate(labels)
