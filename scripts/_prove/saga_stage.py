@@ -97,7 +97,8 @@ class Stage:
             await self.trip(plan, key=plan.key)
         while not await self._ended(plan):
             if plan.waits == "signal":
-                await self.trip.signal(plan.key, "approved", True)
+                with suppress(SagaError):  # it may have ended meanwhile
+                    await self.trip.signal(plan.key, "approved", True)
             await self.sweeper.sweep()
             await asyncio.sleep(0.02)
 
