@@ -42,6 +42,10 @@ class Results:
     _encode: Callable[[Any], bytes]
     _decode: Callable[[bytes], Any]
 
+    def reads(self, other: Results) -> bool:
+        """Return whether what ``other`` records is of the kind that this reads."""
+        return self._kind == other._kind
+
     def encode(self, value: Any) -> bytes:
         """Encode a result. Any exception of the codec passes through: the value cannot be recorded."""
         return _VERSION + self._kind + self._encode(value)

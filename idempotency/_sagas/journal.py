@@ -214,10 +214,13 @@ class Amend(Request[bool]):
     An owner whose lease is over does not own it any more.
     ``entries`` are written as by :class:`Write`; those with a name in ``without`` are deleted first. ``phase``, which
     cannot be one that has ended, and ``result``, if given, are those of the row from now on. False, and nothing is
-    written, if there is no such saga, it has ended, or an owner runs.
+    written, if there is no such saga, it has ended, or an owner runs; with ``attempt`` also if the saga was run since
+    it was looked at, so that ``Row.attempt`` and ``Row.token`` are not ``attempt`` and ``token`` any more.
     """
 
     id: bytes
+    attempt: int | None = None
+    token: str = ""
     entries: Sequence[Entry] = ()
     without: Sequence[str] = ()
     phase: Phase | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from idempotency.saga._facts import SagaDetail, SagaFact
 from idempotency.saga._front import (
     hold,
     hold_sync,
@@ -14,9 +15,11 @@ from idempotency.saga._front import (
     wait_for,
     wait_for_sync,
 )
+from idempotency.saga._operate import SagaOperations
 from idempotency.saga._saga import AsyncSaga, SyncSaga, saga
 from idempotency.saga._step import NOT_DONE
 from idempotency.saga._sweeper import Sweeper
+from idempotency.saga._view import SagaView
 from idempotency.saga.errors import (
     CancelledByOperatorError,
     DeadlineError,
@@ -29,6 +32,7 @@ from idempotency.saga.errors import (
     SignalTimeoutError,
     StepFailedError,
 )
+from idempotency.saga.events import SagaEvent
 from idempotency.saga.options import Retry
 
 __all__ = [
@@ -38,11 +42,16 @@ __all__ = [
     "DeadlineError",
     "HeldError",
     "Retry",
+    "SagaDetail",
     "SagaError",
+    "SagaEvent",
+    "SagaFact",
     "SagaFailedError",
     "SagaLostError",
+    "SagaOperations",
     "SagaPendingError",
     "SagaStuckError",
+    "SagaView",
     "SignalTimeoutError",
     "StepFailedError",
     "Sweeper",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,3 +33,9 @@ class Definition:
     attempts: int
     undos: dict[str, Callable[..., Any]]
     on_event: EventHook
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Return the names of the module of the saga's function, in which undo functions are found."""
+        found: dict[str, Any] = inspect.unwrap(self.function).__globals__
+        return found

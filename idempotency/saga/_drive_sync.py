@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +11,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from idempotency._engine.scheduler import Scheduler
+from idempotency._signature import close_unused
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
-from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Program
-from idempotency.saga._run import RUNNING, Run
+from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
+from idempotency.saga._run import Run, within
 
 T = TypeVar("T")
 
@@ -49,6 +51,8 @@ def _perform(definition: Definition, effect: Effect) -> Any:
             from idempotency.saga._join import join_sync
 
             return join_sync(definition, effect, call_step_sync)
+        case Play(run, arguments):
+            return call_saga_sync(run, arguments)
         case Pause(seconds):
             time.sleep(seconds)
 
@@ -56,12 +60,12 @@ def _perform(definition: Definition, effect: Effect) -> Any:
 def call_step_sync(function: Callable[[], Any], operation: Operation) -> Any:
     """Call the function of a step."""
     # The function of a step is not a part of the saga: it has no steps of its own.
-    outside, token = RUNNING.set(None), OPERATION.set(operation)
-    try:
-        return function()
-    finally:
-        OPERATION.reset(token)
-        RUNNING.reset(outside)
+    with within(None, operation):
+        value = function()
+        if inspect.isawaitable(value):
+            close_unused(value)
+            raise ConfigurationError("a function of a step is awaited, and the saga is not: make the saga async")
+        return value
 
 
 class _Renewal:
@@ -69,7 +73,7 @@ class _Renewal:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._until = monotonic() + run.definition.lease
+        self._until = run.asked + run.definition.lease
         self.ended = False
 
     def __call__(self) -> float | None:
@@ -85,6 +89,7 @@ class _Renewal:
         if owned is None:
             self._run.lost.set()
             return None
+        self._run.called = owned
         self._until = sent + lease
         return sent + lease / 3
 
@@ -101,13 +106,23 @@ def renewed_sync(run: Run) -> Iterator[None]:
         HEARTBEATS.note_ended()
 
 
-def call_saga_sync(run: Run, arguments: dict[str, Any]) -> Any:
-    """Call the function of the saga."""
-    token = RUNNING.set(run)
+def call_saga_sync(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
+    """Call the function of the saga; return its value and its error, once no step of it is under way."""
+    value, error = None, None
     try:
-        return run.definition.function(**arguments)
-    finally:
-        RUNNING.reset(token)
-        run.ended = True
-        if run.active:
-            raise ConfigurationError("the saga has returned while a step is under way in another thread: wait for it")
+        # The keys that are derived in the function are the same whoever runs it.
+        with within(run, run.operation("", run.attempt)):
+            value = run.definition.function(**arguments)
+    except BaseException as raised:
+        error = raised
+    run.ended = True
+    at_rest_sync(run)
+    return value, error
+
+
+def at_rest_sync(run: Run) -> None:
+    """Wait until no call of the saga's function is under way."""
+    while run.active:
+        idle = threading.Event()
+        run.when_idle(idle.set)
+        idle.wait()

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from idempotency._rules import Claim
 from idempotency._sagas.journal import Request, Write
 from idempotency.operation import Operation
+
+if TYPE_CHECKING:
+    from idempotency.saga._run import Run
 
 T = TypeVar("T")
 
@@ -58,7 +61,15 @@ class Pause:
     seconds: float
 
 
-Effect = Ask | Call | Join | Pause
+@dataclass(frozen=True, slots=True)
+class Play:
+    """Call the function of the saga itself; its value and its error are sent back, one of them None."""
+
+    run: Run
+    arguments: dict[str, Any]
+
+
+Effect = Ask | Call | Join | Pause | Play
 
 Program = Generator[Effect, Any, T]
 """A program of effects, which returns a T."""

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from idempotency.errors import ConfigurationError
-from idempotency.saga._drive import drive
-from idempotency.saga._drive_sync import drive_sync
+from idempotency.saga._drive import drive, others_at_rest
+from idempotency.saga._drive_sync import at_rest_sync, drive_sync
 from idempotency.saga._effects import Program
-from idempotency.saga._run import Run, running
-from idempotency.saga._step import check_step, perform
+from idempotency.saga._run import Run, Suspended
+from idempotency.saga._run import running as _running
+from idempotency.saga._step import Options, perform
 from idempotency.saga._wait import await_signal, hold_resource, is_patched, sleep_until
-from idempotency.saga.options import UNKNOWN, Kind, OnCrash, Retry, duration
+from idempotency.saga.options import UNKNOWN, Kind, OnCrash, Retry
 
 R = TypeVar("R")
 T = TypeVar("T")
 
 
+@overload
 async def step(
     name: str,
-    function: Callable[..., Awaitable[R] | R],
+    function: Callable[..., Awaitable[R]],
     /,
     *args: Any,
     undo: Callable[..., Any] | None = None,
@@ -32,7 +34,36 @@ async def step(
     kind: Kind | None = None,
     unknown: tuple[type[BaseException], ...] = UNKNOWN,
     **kwargs: Any,
-) -> R:
+) -> R: ...
+@overload
+async def step(
+    name: str,
+    function: Callable[..., R],
+    /,
+    *args: Any,
+    undo: Callable[..., Any] | None = None,
+    retry: Retry | int | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "rerun",
+    verify: Callable[..., Any] | None = None,
+    kind: Kind | None = None,
+    unknown: tuple[type[BaseException], ...] = UNKNOWN,
+    **kwargs: Any,
+) -> R: ...
+async def step(
+    name: str,
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    undo: Callable[..., Any] | None = None,
+    retry: Retry | int | None = None,
+    timeout: float | timedelta | None = None,
+    on_crash: OnCrash = "rerun",
+    verify: Callable[..., Any] | None = None,
+    kind: Kind | None = None,
+    unknown: tuple[type[BaseException], ...] = UNKNOWN,
+    **kwargs: Any,
+) -> Any:
     """Do a step of a saga once: a later run is given its recorded result, or the recorded failure.
 
     ``name`` names the step; the second one of a name is another step. ``function`` is called with the arguments that
@@ -52,23 +83,16 @@ async def step(
     Raises :class:`~idempotency.saga.StepFailedError` where the function failed, and
     :class:`~idempotency.errors.ConfigurationError` for what cannot work, such as other arguments than in the first run.
     """
-    run = _running(asynchronous=True)
-    made = check_step(
-        run,
-        name,
-        function,
-        args,
-        kwargs,
+    options = Options(
         undo=undo,
         retry=retry,
-        timeout=duration("timeout", timeout),
+        timeout=timeout,
         on_crash=on_crash,
         verify=verify,
         kind=kind,
         unknown=unknown,
     )
-    found: R = await drive(run.definition, perform(run, made))
-    return found
+    return await _do(lambda run: perform(run, options.step(run, name, function, args, kwargs)))
 
 
 def step_sync(
@@ -85,13 +109,7 @@ def step_sync(
     **kwargs: Any,
 ) -> R:
     """See :func:`step`; of a saga that is not awaited. It has no ``timeout``: a thread cannot be stopped."""
-    run = _running(asynchronous=False)
-    made = check_step(
-        run,
-        name,
-        function,
-        args,
-        kwargs,
+    options = Options(
         undo=undo,
         retry=retry,
         timeout=None,
@@ -100,18 +118,18 @@ def step_sync(
         kind=kind,
         unknown=unknown,
     )
-    found: R = drive_sync(run.definition, perform(run, made))
+    found: R = _do_sync(lambda run: perform(run, options.step(run, name, function, args, kwargs)))
     return found
 
 
 async def sleep(name: str, seconds: float | timedelta) -> None:
     """Wait until ``seconds`` after the saga came here first. Above a second, the process does not wait itself."""
-    await _do(lambda run: sleep_until(run, name, duration("seconds", seconds) or 0.0))
+    await _do(lambda run: sleep_until(run, name, seconds))
 
 
 def sleep_sync(name: str, seconds: float | timedelta) -> None:
     """See :func:`sleep`."""
-    _do_sync(lambda run: sleep_until(run, name, duration("seconds", seconds) or 0.0))
+    _do_sync(lambda run: sleep_until(run, name, seconds))
 
 
 async def wait_for(name: str, timeout: float | timedelta | None = None, *, about: object = None) -> Any:
@@ -120,12 +138,12 @@ async def wait_for(name: str, timeout: float | timedelta | None = None, *, about
     ``timeout``: seconds from when the saga came here first; then :class:`~idempotency.saga.SignalTimeoutError` is
     raised. ``about``: what is asked, such as the order to approve: a signal must be about the same.
     """
-    return await _do(lambda run: await_signal(run, name, duration("timeout", timeout), about))
+    return await _do(lambda run: await_signal(run, name, timeout, about))
 
 
 def wait_for_sync(name: str, timeout: float | timedelta | None = None, *, about: object = None) -> Any:
     """See :func:`wait_for`."""
-    return _do_sync(lambda run: await_signal(run, name, duration("timeout", timeout), about))
+    return _do_sync(lambda run: await_signal(run, name, timeout, about))
 
 
 async def hold(resource: str) -> None:
@@ -152,18 +170,30 @@ def patched_sync(name: str) -> bool:
 
 
 async def _do(program: Callable[[Run], Program[T]]) -> T:
-    run = _running(asynchronous=True)
-    return await drive(run.definition, program(run))
+    run = _running()
+    try:
+        with run.calling():
+            _check_side(run, asynchronous=True)
+            return await drive(run.definition, program(run))
+    except Suspended as wait:
+        await others_at_rest(run)
+        run.stopped = run.stopped or wait
+        raise
 
 
 def _do_sync(program: Callable[[Run], Program[T]]) -> T:
-    run = _running(asynchronous=False)
-    return drive_sync(run.definition, program(run))
+    run = _running()
+    try:
+        with run.calling():
+            _check_side(run, asynchronous=False)
+            return drive_sync(run.definition, program(run))
+    except Suspended as wait:
+        at_rest_sync(run)
+        run.stopped = run.stopped or wait
+        raise
 
 
-def _running(asynchronous: bool) -> Run:
-    run = running()
+def _check_side(run: Run, asynchronous: bool) -> None:
     if run.definition.asynchronous is not asynchronous:
         how = "await step(...), sleep(...)" if run.definition.asynchronous else "step_sync(...), sleep_sync(...)"
         raise ConfigurationError(f"the saga {run.definition.name} needs {how}")
-    return run

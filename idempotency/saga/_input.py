@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_type_hints
+from contextlib import suppress
+from typing import Any, get_args, get_type_hints
 
 from idempotency._results.by_annotation import PLAIN, Shape, dump, load, shape_of
 from idempotency._results.codec import Results, results_of
@@ -28,6 +30,16 @@ class Input:
             )
         self._signature = signature.replace(parameters=own)
         self._shapes = _shapes(function, [each.name for each in own], self.name)
+        self._defaults = self._encoded_defaults()
+
+    def _encoded_defaults(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, parameter in self._signature.parameters.items():
+            # One that cannot be encoded is refused when a call relies on it.
+            with suppress(TypeError, ValueError):
+                if parameter.default is not inspect.Parameter.empty:
+                    found[name] = load(dump(self._shapes[name].to_json(parameter.default)))
+        return found
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
         """Return the arguments of a call; TypeError where they do not fit, ConfigurationError for other values."""
@@ -44,10 +56,18 @@ class Input:
                 ) from error
         return dump(found)
 
+    def fingerprint(self, data: bytes) -> bytes:
+        """Return the digest of encoded arguments, without those that are the defaults of now.
+
+        So a call is the same one after a parameter with a default was added.
+        """
+        found = {name: value for name, value in load(data).items() if self._defaults.get(name, ...) != value}
+        return hashlib.sha256(b"saga:1:%b" % dump(dict(sorted(found.items())))).digest()
+
     def decode(self, data: bytes) -> dict[str, Any]:
         """Return the arguments that were recorded, by name; UnreadableError where this code cannot read them.
 
-        Arguments that the function has not any more are left out; new ones must have defaults.
+        Arguments that the function has not any more are omitted; new ones must have defaults.
         """
         try:
             found = load(data)
@@ -66,6 +86,8 @@ def results_named(annotation: Any) -> Results:
 
     def probe() -> None: ...
 
+    if set(get_args(annotation)) == {bytes, type(None)}:
+        annotation = bytes
     probe.__annotations__ = {} if annotation is inspect.Parameter.empty else {"return": annotation}
     return results_of(probe)
 

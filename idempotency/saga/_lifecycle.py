@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
+from idempotency._durations import LONGEST
 from idempotency._results.by_annotation import dump, load
 from idempotency._results.codec import encode_failure
-from idempotency._sagas.journal import Leave, Open, Phase, Row, Saga
+from idempotency._sagas.journal import Leave, Look, Open, Phase, Row, Saga
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
     KeyReusedError,
     StoreError,
+    StoreRefusedError,
     UnreadableError,
 )
 from idempotency.saga._definition import Definition
-from idempotency.saga._effects import Ask, Program
+from idempotency.saga._effects import Ask, Play, Program
 from idempotency.saga._run import Run, Suspended
 from idempotency.saga._step import failure_in
 from idempotency.saga._undo import undo_all
-from idempotency.saga._wait import let_go
+from idempotency.saga._wait import let_go, waiting_for
 from idempotency.saga.errors import (
     SagaError,
     SagaFailedError,
@@ -38,25 +40,86 @@ def begin(definition: Definition, request: Open) -> Program[Run | Row]:
     opened: Saga | None = yield Ask(request)
     if opened is None:
         raise SagaError(f"There is no saga {definition.name} of this key.")
-    row = opened.row
-    if request.input is not None and row.fingerprint != request.fingerprint:
+    if request.input is not None and opened.row.fingerprint != request.fingerprint:
         raise KeyReusedError("The key was used for a saga with other arguments.")
-    if row.token != request.token:
-        return row
-    run = Run(definition, opened, request.token, asked)
-    if row.crashes >= definition.attempts:
-        reason = {"stuck": f"{row.crashes} runs ended without a word"}
-        yield from _leave(run, Suspended(None, reason))
-    return run
+    if opened.row.token != request.token:
+        return opened.row
+    return Run(definition, opened, request.token, asked)
 
 
-def arguments(definition: Definition, run: Run, data: bytes) -> Program[dict[str, Any]]:
-    """Return the recorded arguments of the saga; one that this code cannot read is stuck."""
+def live(run: Run) -> Program[Any]:
+    """Go on with a saga that is owned: to its end, or until it waits."""
     try:
-        return definition.input.decode(data)
-    except UnreadableError as error:
-        yield from _leave(run, Suspended(None, {"stuck": str(error)}))
+        if run.crashes >= run.definition.attempts:
+            yield from _leave(run, Suspended(None, {"stuck": f"{run.crashes} runs ended without a word"}))
+        if run.phase is not Phase.UNDOING:
+            value, error = yield Play(run, (yield from _arguments(run)))
+            if (yield from _finish(run, value, error)):
+                return value
+        yield from _undo(run)
+    except GeneratorExit:
         raise
+    except BaseException as error:
+        yield from _give_up(run, error)
+        raise
+
+
+def _arguments(run: Run) -> Program[dict[str, Any]]:
+    try:
+        return run.definition.input.decode(run.input)
+    except UnreadableError as error:
+        yield from _leave(run, Suspended(None, {"stuck": str(error)}), error)
+        raise
+
+
+def _finish(run: Run, value: Any, error: BaseException | None) -> Program[bool]:
+    """End a saga whose function has returned or raised; False where it is to be undone now."""
+    ended_by = what_ended(run, error)
+    if ended_by is None:
+        yield from _succeed(run, value)
+        return True
+    match ended_by:
+        case Suspended():
+            yield from _leave(run, earliest(run.waits))
+        case ConfigurationError() | UnreadableError() | StoreRefusedError():
+            yield from _leave(run, Suspended(None, {"stuck": str(ended_by)}), ended_by)
+        case SagaLostError() | StoreError():
+            raise ended_by
+        case SagaPendingError() | SagaStuckError() as child:
+            yield from _leave(run, waiting_for(child), child)
+        case Exception() if run.forward_only:
+            reason = {"error": type(ended_by).__name__, "forward": True}
+            yield from _leave(run, Suspended(backoff(run.attempt, 1.0, 300.0), reason), error)
+        case Exception():
+            yield from _fail(run, ended_by, error)
+        case _:
+            raise ended_by
+    return False
+
+
+def what_ended(run: Run, error: BaseException | None) -> BaseException | None:
+    """Return what ended a run whose function raised ``error``, or returned; None where the saga has succeeded.
+
+    A function cannot stop what ended its run in the middle, such as a wait: it may only fail before it.
+    """
+    if error is not None and not isinstance(error, Exception | Suspended | BaseExceptionGroup):
+        return error  # it was cancelled, or the process ends
+    errors = _single(error)
+    if isinstance(run.stopped, Suspended):
+        failures = [each for each in errors if any(each is failure for failure in run.failures)]
+        return failures[0] if failures else run.stopped
+    return run.stopped or next(iter(errors), None)
+
+
+def _single(error: BaseException | None) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [each for part in error.exceptions for each in _single(part)]
+    return [] if error is None else [error]
+
+
+def earliest(waits: list[Suspended]) -> Suspended:
+    """Return the wait that is over first."""
+    return min(waits, key=lambda wait: LONGEST if wait.due is None else wait.due)
 
 
 def request_of(
@@ -69,7 +132,7 @@ def request_of(
         key=key,
         token=token,
         lease=definition.lease if lease is None else lease,
-        fingerprint=hashlib.sha256(b"saga:1:%b" % (data or b"")).digest(),
+        fingerprint=b"" if data is None else definition.input.fingerprint(data),
         input=data,
         deadline=definition.deadline,
     )
@@ -85,62 +148,45 @@ def answer(definition: Definition, row: Row) -> Any:
         case _ if row.due_in is None:
             raise stuck(definition, row.key, reason_in(row.reason))
         case _:
-            raise pending(definition, row.key, max(row.due_in, 0.0), reason_in(row.reason) or "it runs")
+            reason = "it runs" if row.token else reason_in(row.reason) or "it is due"
+            raise pending(definition, row.key, max(row.due_in, 0.0), reason)
 
 
-def finish(run: Run, value: Any) -> Program[Any]:
-    """End a saga whose function has returned."""
+def _succeed(run: Run, value: Any) -> Program[None]:
     definition = run.definition
     try:
         result = definition.results.encode(value)
     except Exception as error:
-        yield from _leave(run, Suspended(None, {"stuck": f"its result cannot be recorded: {error}"}))
+        reason = f"its result cannot be recorded: {error}. Return what another process can read, and annotate it"
+        yield from _leave(run, Suspended(None, {"stuck": reason}), error)
         raise
-    yield from let_go(run)
     yield from _end(run, Phase.DONE, result)
-    return value
 
 
-def interrupted(run: Run, error: BaseException) -> Program[Any]:
-    """End or leave a saga whose function was ended by ``error``; raise what its caller is told."""
-    match error:
-        case SagaLostError():
-            raise error
-        case Suspended():
-            yield from _leave(run, error)
-        case StoreError():
-            raise error
-        case ConfigurationError() | UnreadableError():
-            yield from _leave(run, Suspended(None, {"stuck": str(error)}), error)
-        case Exception() if run.pivoted:
-            reason = {"error": type(error).__name__, "forward": True}
-            yield from _leave(run, Suspended(backoff(run.attempt, 1.0, 300.0), reason), error)
-        case Exception():
-            yield from fail(run, error)
-        case _:
-            yield Ask(_leaving(run, Phase.FORWARD, 0.0, {}))
-            raise error
+def _fail(run: Run, failure: Exception, cause: BaseException | None) -> Program[None]:
+    """Begin to undo a saga before its pivot."""
+    result = encode_failure(failure)
+    yield from run.write(phase=Phase.UNDOING, result=result)
+    run.phase, run.result, run.cause = Phase.UNDOING, result, cause
+    # A step that was cancelled may have committed all the same.
+    asked = monotonic()
+    saga: Saga | None = yield Ask(Look(id=run.id))
+    if saga is None or saga.row.token != run.token:
+        raise run.lost_error()
+    run.read(saga.entries, asked)
 
 
-def fail(run: Run, error: Exception) -> Program[None]:
-    """Undo a saga before its pivot."""
-    failure = encode_failure(error)
-    yield from run.write(phase=Phase.UNDOING, result=failure)
-    run.phase = Phase.UNDOING
-    yield from undo(run, failure, error)
-
-
-def undo(run: Run, failure: bytes, cause: Exception | None = None) -> Program[None]:
+def _undo(run: Run) -> Program[None]:
     """Undo what the saga has done, and end it; raise SagaFailedError."""
+    result = run.result or b""
     try:
-        yield from undo_all(run, failure_in(failure))
+        yield from undo_all(run, failure_in(result))
     except Suspended as waiting:
-        yield from _leave(run, waiting, cause)
-    except ConfigurationError as error:
+        yield from _leave(run, waiting, run.cause)
+    except (ConfigurationError, StoreRefusedError) as error:
         yield from _leave(run, Suspended(None, {"stuck": str(error)}), error)
-    yield from let_go(run)
-    yield from _end(run, Phase.UNDONE, failure)
-    raise _failed(run.definition, run.key, failure) from cause
+    yield from _end(run, Phase.UNDONE, result)
+    raise _failed(run.definition, run.key, result) from run.cause
 
 
 def _end(run: Run, phase: Phase, result: bytes) -> Program[None]:
@@ -149,15 +195,18 @@ def _end(run: Run, phase: Phase, result: bytes) -> Program[None]:
     )
     if not (yield Ask(leave)):
         raise run.lost_error()
+    run.owned = False
+    yield from let_go(run)
 
 
 def _leave(run: Run, waiting: Suspended, cause: BaseException | None = None) -> Program[None]:
-    """Leave a saga that waits or is stuck, and raise what its caller is told."""
+    """Leave a saga that waits or is stuck, and raise what its caller is given."""
     due = waiting.due
     if due is not None and run.phase is Phase.FORWARD and run.remaining is not None:
         due = max(0.0, min(due, run.remaining))
-    if not (yield Ask(_leaving(run, run.phase, due, waiting.reason))):
+    if not (yield Ask(_leaving(run, due, waiting.reason))):
         raise run.lost_error()
+    run.owned = False
     reason = reason_in(dump(waiting.reason))
     if due is not None:
         raise pending(run.definition, run.key, due, reason) from cause
@@ -166,9 +215,19 @@ def _leave(run: Run, waiting: Suspended, cause: BaseException | None = None) -> 
     raise stuck(run.definition, run.key, reason) from cause
 
 
-def _leaving(run: Run, phase: Phase, due: float | None, reason: dict[str, Any]) -> Leave:
+def _give_up(run: Run, error: BaseException) -> Program[None]:
+    """Let others go on with a saga whose run was interrupted."""
+    if not run.owned or run.lost or run.active:
+        return
+    failed = isinstance(error, Exception)
+    due = backoff(run.attempt, 1.0, 300.0) if failed else 0.0
+    with suppress(StoreError):
+        yield Ask(_leaving(run, due, {"error": type(error).__name__} if failed else {}))
+
+
+def _leaving(run: Run, due: float | None, reason: dict[str, Any]) -> Leave:
     return Leave(
-        id=run.id, token=run.token, phase=phase, due=due, wakes=run.wakes, reason=dump(reason) if reason else b""
+        id=run.id, token=run.token, phase=run.phase, due=due, wakes=run.wakes, reason=dump(reason) if reason else b""
     )
 
 
@@ -184,12 +243,18 @@ def reason_in(reason: bytes) -> str:
             return f"its child {name} has not ended: {waits}"
         case {"undo": name, "error": error, "attempt": attempt}:
             return f"the undo of {name} failed {attempt} times, last with {error}; it is tried again"
+        case {"step": name, "verify": error}:
+            return f"whether the step {name} is done cannot be found out: {error}; it is asked again"
+        case {"step": name, "error": error}:
+            return f"the outcome of the step {name} is unknown: {error}; it is tried again"
         case {"step": name, "unknown": True}:
             return f"the outcome of the step {name} is unknown"
         case {"error": error, "forward": True}:
             return f"after the pivot it failed with {error}; it is tried again"
         case {"stuck": why}:
             return str(why)
+        case {"error": error}:
+            return f"it was interrupted by {error}; it is tried again"
         case _:
             return ""
 

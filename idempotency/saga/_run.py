@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from idempotency._results.by_annotation import dump
 from idempotency._rules import Claim
 from idempotency._sagas.journal import MOST_CHARACTERS, Entry, Phase, Progress, Saga, Write
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, StoreError, UnreadableError
+from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Lost, Operation
 from idempotency.saga._effects import Ask, Program
-from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError
+from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError, StepFailedError
 
 if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
 
 CANCEL = "cancel"
 """The entry by which an operator cancels a saga."""
+
+PLACES = ("step", "sleep", "wait", "hold", "patch")
+"""The kinds of entries that the saga's function comes to, one after the other."""
+
+LONGEST_NAME = MOST_CHARACTERS - 40
+"""Characters that a name may have, so that its kind and its number are stored too."""
 
 _OUTSIDE = (
     "There is no running saga here: call this in a function that @saga decorates, and not in the function of a step"
@@ -38,6 +47,19 @@ def running() -> Run:
     return run
 
 
+@contextmanager
+def within(run: Run | None, operation: Operation) -> Iterator[None]:
+    """Let a saga, and an operation, be the running ones; None: no saga, as in the function of a step."""
+    tokens = OPERATION.set(operation), RUNNING.set(run)
+    try:
+        yield
+    finally:
+        # A coroutine that is closed ends in another context.
+        with suppress(ValueError):
+            OPERATION.reset(tokens[0])
+            RUNNING.reset(tokens[1])
+
+
 class Suspended(BaseException):
     """The saga has to wait. It ends this run, and no handler of errors in the saga may stop it.
 
@@ -50,8 +72,24 @@ class Suspended(BaseException):
         self.reason = reason
 
 
+FAULTS = (
+    SagaLostError,
+    StoreError,
+    ConfigurationError,
+    UnreadableError,
+    DeadlineError,
+    CancelledByOperatorError,
+)
+"""What ends a run when a call of the saga's function raises it, also if the function goes on."""
+
+
 class Run:
-    """A saga that this process owns."""
+    """A saga that this process owns.
+
+    ``ended``: its function has returned, or raised. ``owned``: until the saga ends, waits, or is lost.
+    ``stopped``: what ended the run in the middle of its function: the function cannot stop it. ``waits``: what the saga
+    waits for. ``failures``: those of steps that its function was given.
+    """
 
     def __init__(self, definition: Definition, saga: Saga, token: str, asked: float) -> None:
         row = saga.row
@@ -61,53 +99,73 @@ class Run:
         self.token = token
         self.phase = row.phase
         self.attempt = row.attempt
+        self.crashes = row.crashes
         self.wakes = row.wakes
+        # What the store said last: where it is not ``wakes``, something came from outside.
+        self.called = row.wakes
         self.input = row.input
         self.result = row.result
+        self.asked = asked
         self.lost = Lost()
-        self.entries = {entry.name: entry for entry in saga.entries}
         self.ended = False
+        self.owned = True
         self.active = 0
-        self.on_idle: Callable[[], None] | None = None
-        self.unvisited = {name for name in self.entries if name.startswith("step:")}
-        self._opened = asked
+        self.stopped: BaseException | None = None
+        self.waits: list[Suspended] = []
+        self.failures: list[StepFailedError] = []
+        self.cause: BaseException | None = None
+        self.entries: dict[str, Entry] = {}
+        self._pivots: dict[str, Entry] = {}
+        self._lock = threading.RLock()
+        self._idle: list[Callable[[], object]] = []
         self._deadline = None if row.deadline_in is None else asked + row.deadline_in
-        self._order = max((entry.order for entry in saga.entries), default=0)
+        self._order = 0
         self._counts: Counter[str] = Counter()
+        self.read(saga.entries, asked)
+        self.unvisited = {name for name in self.entries if name.partition(":")[0] in PLACES}
 
     @property
     def pivoted(self) -> bool:
         """Return whether the pivot is done: nothing is undone any more."""
-        return any(
-            entry.progress is Progress.DONE and head_of(entry).get("kind") == "pivot" for entry in self.entries.values()
-        )
+        return any(entry.progress is Progress.DONE for entry in self._pivots.values())
+
+    @property
+    def forward_only(self) -> bool:
+        """Return whether the pivot is done, or may be done: until its outcome is known, nothing may be undone."""
+        return any(entry.progress is Progress.DONE or is_unknown(entry) for entry in self._pivots.values())
+
+    def is_final(self, failed: Entry) -> bool:
+        """Return whether a failed step is not done again: only one that failed after the pivot is."""
+        orders = [entry.order for entry in self._pivots.values() if entry.progress is Progress.DONE]
+        return not orders or failed.order < min(orders)
 
     def next_name(self, kind: str, name: object) -> str:
         """Return the name of the next entry of a kind: the second of one name is ``name#2``.
 
         Raises :class:`~idempotency.errors.ConfigurationError` for a name that cannot be stored.
         """
-        if not isinstance(name, str) or not name or "#" in name or "\0" in name or len(name) > MOST_CHARACTERS - 40:
-            raise ConfigurationError(
-                f"a name in a saga is text of 1 to {MOST_CHARACTERS - 40} characters without # and NUL, not {name!r}"
-            )
-        found = f"{kind}:{name}"
-        self._counts[found] += 1
-        return found if self._counts[found] == 1 else f"{found}#{self._counts[found]}"
+        found = f"{kind}:{checked_name(name)}"
+        with self._lock:
+            self._counts[found] += 1
+            count = self._counts[found]
+            found = found if count == 1 else f"{found}#{count}"
+            self.unvisited.discard(found)
+            return found
 
     def next_order(self) -> int:
         """Return the next number of what has ended."""
-        self._order += 1
-        return self._order
+        with self._lock:
+            self._order += 1
+            return self._order
 
     def since(self, entry: Entry) -> float:
-        """Return the seconds since the first write of an entry."""
-        return entry.began + monotonic() - self._opened
+        """Return the seconds since the first write of an entry of this run."""
+        return entry.began + monotonic() - self.asked
 
     @property
     def remaining(self) -> float | None:
         """Return the seconds until the deadline; None where there is none, or it does not matter any more."""
-        return None if self._deadline is None or self.pivoted else self._deadline - monotonic()
+        return None if self._deadline is None or self.forward_only else self._deadline - monotonic()
 
     def check(self) -> None:
         """Raise what ends the saga instead of its next step."""
@@ -115,7 +173,7 @@ class Run:
             raise self.lost_error()
         if self.ended:
             raise ConfigurationError("the saga has ended: await each of its steps in the function")
-        if not self.pivoted:
+        if not self.forward_only:
             if CANCEL in self.entries:
                 raise CancelledByOperatorError("An operator has cancelled the saga.")
             remaining = self.remaining
@@ -125,24 +183,48 @@ class Run:
     def lost_error(self) -> SagaLostError:
         """Return the error of an owner that is not it any more."""
         self.lost.set()
+        self.owned = False
         error = SagaLostError(f"Another process has taken over the saga {self.definition.name}.")
         error.name, error.key = self.definition.name, self.key
         return error
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Count a step that is under way: only when there is none, the saga ends or is undone."""
-        self.active += 1
+    def calling(self) -> Iterator[None]:
+        """Count a call of the saga's function that is under way, and note what ends the run."""
+        if self.stopped is not None:
+            raise self.stopped
+        with self._lock:
+            self.active += 1
         try:
             yield
+        except FAULTS as error:
+            if not self.ended:
+                self.stopped = self.stopped or error
+            raise
+        except StepFailedError as error:
+            self.failures.append(error)
+            raise
+        except Suspended as wait:
+            self.waits.append(wait)
+            raise
         finally:
-            self.active -= 1
-            if not self.active and self.on_idle is not None:
-                self.on_idle()
+            with self._lock:
+                self.active -= 1
+                idle, self._idle = ([], self._idle) if self.active else (self._idle, [])
+            for each in idle:
+                each()
+
+    def when_idle(self, call: Callable[[], object]) -> None:
+        """Call once no call of the saga's function is under way."""
+        with self._lock:
+            if self.active:
+                self._idle.append(call)
+                return
+        call()
 
     def operation(self, name: str, attempt: int, transaction: Any = None) -> Operation:
         """Return the operation of an entry: keys that are derived from it are the same at each attempt."""
-        found = Operation(self.claim(name), attempt, transaction, f"{self.definition.name} {name}")
+        found = Operation(self.claim(name), attempt, transaction, f"{self.definition.name} {name}".rstrip())
         found.lost = self.lost
         return found
 
@@ -185,13 +267,44 @@ class Run:
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
+        self.called = int(wakes)
         self.note(*entries)
-        return int(wakes)
+        return self.called
 
     def note(self, *entries: Entry) -> None:
-        """Note what was written."""
+        """Note what was written just now."""
         for entry in entries:
-            self.entries[entry.name] = entry
+            with self._lock:
+                known = self.entries.get(entry.name)
+                began = self.asked - monotonic() if known is None else known.began
+                self._set(replace(entry, began=began))
+
+    def read(self, entries: Iterable[Entry], asked: float) -> None:
+        """Note what was read in answer to a request that was sent at ``asked``."""
+        with self._lock:
+            for entry in entries:
+                self._set(replace(entry, began=entry.began + self.asked - asked))
+                self._order = max(self._order, entry.order)
+
+    def _set(self, entry: Entry) -> None:
+        self.entries[entry.name] = entry
+        if entry.name.startswith("step:") and head_of(entry).get("kind") == "pivot":
+            self._pivots[entry.name] = entry
+
+
+def checked_name(name: object) -> str:
+    """Return a name; :class:`~idempotency.errors.ConfigurationError` for one that cannot be stored."""
+    if not isinstance(name, str) or not name or "#" in name or "\0" in name or len(name) > LONGEST_NAME:
+        raise ConfigurationError(
+            f"a name in a saga is text of 1 to {LONGEST_NAME} characters without # and NUL, not {name!r}"
+        )
+    return name
+
+
+def is_unknown(step: Entry) -> bool:
+    """Return whether the effect of a step may have happened, and may not have."""
+    begun = step.progress is Progress.BEGUN
+    return begun or (step.progress is Progress.FAILED and bool(head_of(step).get("unknown")))
 
 
 def body(head: dict[str, Any], tail: bytes = b"") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from datetime import timedelta
@@ -16,7 +17,6 @@ from idempotency._sagas.journal import (
     Journaling,
     Look,
     Open,
-    Phase,
     Put,
     Row,
     Saga,
@@ -24,14 +24,14 @@ from idempotency._sagas.journal import (
     saga_id,
 )
 from idempotency._signature import is_async, name_of
-from idempotency.errors import ConfigurationError, KeyMissingError, KeyReusedError
+from idempotency.errors import ConfigurationError, KeyInvalidError, KeyMissingError, KeyReusedError
 from idempotency.events import EventHook, log_event
 from idempotency.operation import current
 from idempotency.saga._definition import Definition
-from idempotency.saga._drive import call_saga, drive, renewed
-from idempotency.saga._drive_sync import call_saga_sync, drive_sync, renewed_sync
+from idempotency.saga._drive import drive, renewed
+from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
-from idempotency.saga._lifecycle import answer, arguments, begin, finish, interrupted, request_of, undo
+from idempotency.saga._lifecycle import answer, begin, live, request_of
 from idempotency.saga._wait import signal_entry
 from idempotency.saga.errors import SagaError
 from idempotency.saga.options import duration
@@ -106,15 +106,7 @@ class AsyncSaga(Generic[R]):
         if isinstance(run, Row):
             return answer(definition, run)
         async with renewed(run):
-            if run.phase is Phase.UNDOING:
-                return await drive(definition, undo(run, run.result or b""))
-            try:
-                values = await drive(definition, arguments(definition, run, run.input))
-                run.check()
-                value = await call_saga(run, values)
-            except BaseException as error:
-                return await drive(definition, interrupted(run, error))
-            return await drive(definition, finish(run, value))
+            return await drive(definition, live(run))
 
 
 class SyncSaga(Generic[R]):
@@ -167,15 +159,7 @@ class SyncSaga(Generic[R]):
         if isinstance(run, Row):
             return answer(definition, run)
         with renewed_sync(run):
-            if run.phase is Phase.UNDOING:
-                return drive_sync(definition, undo(run, run.result or b""))
-            try:
-                values = drive_sync(definition, arguments(definition, run, run.input))
-                run.check()
-                value = call_saga_sync(run, values)
-            except BaseException as error:
-                return drive_sync(definition, interrupted(run, error))
-            return drive_sync(definition, finish(run, value))
+            return drive_sync(definition, live(run))
 
 
 def _encoded(definition: Definition, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
@@ -185,9 +169,13 @@ def _encoded(definition: Definition, args: tuple[Any, ...], kwargs: Mapping[str,
 def _key(definition: Definition, key: str | None) -> str:
     if key is None and (operation := current()) is not None:
         return operation.derive(f"saga:{definition.name}")
-    if not isinstance(key, str) or not key:
+    if key is None:
         raise KeyMissingError(
             f"the saga {definition.name} was called without key=, outside of an operation: a key is never invented"
+        )
+    if not isinstance(key, str) or not key or "\0" in key:
+        raise KeyInvalidError(
+            f"the key of a saga is text without NUL, of 1 character or more, not {type(key).__name__}"
         )
     return key
 
@@ -244,7 +232,7 @@ def saga(
     ``name``: under which its sagas are recorded. ``session``: a sessionmaker on the database of ``store``, an SQLStore:
     a step whose function takes the keyword ``session`` commits with its entry, in one transaction.
     ``deadline``: seconds from its first call, after which it fails and is undone; default None, never.
-    ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it is kept after its end,
+    ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
     ``undos``: undo functions by the name of a step that the code has not any more.
 
@@ -253,6 +241,7 @@ def saga(
 
     def make(function: Callable[..., Any]) -> Any:
         asynchronous = is_async(function)
+        _check_function(function)
         if not isinstance(name, str) or not 0 < len(name) <= MOST_CHARACTERS or "\0" in name:
             raise ConfigurationError(f"name must be text of 1 to {MOST_CHARACTERS} characters, not {name!r}")
         if type(attempts) is not int or attempts < 1:
@@ -276,6 +265,13 @@ def saga(
         return AsyncSaga[Any](definition) if asynchronous else SyncSaga[Any](definition)
 
     return _Decorate(make)
+
+
+def _check_function(function: Callable[..., Any]) -> None:
+    if not inspect.isfunction(inspect.unwrap(function)):
+        raise ConfigurationError(f"@saga decorates a function, not {function!r}: its module has the undo functions")
+    if "key" in inspect.signature(function).parameters:
+        raise ConfigurationError(f"{name_of(function)} has a parameter key, which names the saga: give it another name")
 
 
 def _checked_sessions(store: object, session: Any, asynchronous: bool) -> Any:

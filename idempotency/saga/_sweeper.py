@@ -12,6 +12,7 @@ from typing import Any
 from idempotency._durations import positive
 from idempotency._sagas.journal import Due, Row
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.saga._ask import Journal
 from idempotency.saga._saga import AsyncSaga, SyncSaga
 
 _logger = logging.getLogger("idempotency")
@@ -45,26 +46,32 @@ class Sweeper:
                 raise ConfigurationError(f"the saga {saga.name} has another store: give each store its own Sweeper")
         if type(concurrency) is not int or concurrency < 1:
             raise ConfigurationError(f"concurrency must be a number of at least 1, not {concurrency!r}")
-        self._store = store
+        self._ask = Journal(store, "a Sweeper").ask
         self._poll = positive("poll", poll)
         self._concurrency = concurrency
         self._stopping = asyncio.Event()
         self._running: dict[bytes, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Sweep until :meth:`stop`, also while the store is away."""
+        """Sweep until :meth:`stop`, also while the store is away. Cancelled, it cancels the sagas that it runs."""
         pause = self._poll
-        while not self._stopping.is_set():
-            try:
-                more = await self._look()
-            except StoreError as error:
-                _logger.warning("the sweeper cannot reach the store: %s", error)
-                pause, more = min(2 * pause, _LONGEST_PAUSE), False
-            else:
-                pause = self._poll
-            if not more:
-                await self._wait(pause * random.uniform(0.5, 1.0))  # noqa: S311
-        await asyncio.gather(*self._running.values())
+        try:
+            while not self._stopping.is_set():
+                try:
+                    more = await self._look()
+                except StoreError as error:
+                    _logger.warning("the sweeper cannot reach the store: %s", error)
+                    pause, more = min(2 * pause, _LONGEST_PAUSE), False
+                else:
+                    pause = self._poll
+                if not more:
+                    await self._wait(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            await self._at_rest()
+        except BaseException:
+            for task in self._running.values():
+                task.cancel()
+            await self._at_rest()
+            raise
 
     async def stop(self) -> None:
         """Begin no more sagas. :meth:`run` returns when those that run have ended, or wait."""
@@ -72,36 +79,42 @@ class Sweeper:
 
     async def sweep(self) -> int:
         """Run what is due now, and return how many sagas were run."""
-        count = 0
-        while rows := await self._due():
-            count += len(rows)
-            await asyncio.gather(*(self._resume(row) for row in rows))
-        return count
+        tried: set[tuple[bytes, int]] = set()
+        while rows := [row for row in await self._due() if (row.id, row.attempt) not in tried]:
+            for row in rows[: self._concurrency]:
+                tried.add((row.id, row.attempt))
+                self._begin(row)
+            await self._at_rest()
+        return len(tried)
+
+    async def _at_rest(self) -> None:
+        while self._running:
+            await asyncio.wait(self._running.values())
 
     async def _look(self) -> bool:
+        """Begin what is due; return whether there may be more."""
         free = self._concurrency - len(self._running)
         if not free:
             await asyncio.wait(self._running.values(), return_when=asyncio.FIRST_COMPLETED)
             return True
-        rows = [row for row in await self._due() if row.id not in self._running][:free]
-        for row in rows:
-            task = asyncio.get_running_loop().create_task(self._resume(row))
-            self._running[row.id] = task
-            task.add_done_callback(partial(self._ended, row.id))
-        return len(rows) == free
+        rows = [row for row in await self._due() if row.id not in self._running]
+        for row in rows[:free]:
+            self._begin(row)
+        return len(rows) > free
 
-    def _ended(self, record: bytes, _: object) -> None:
-        self._running.pop(record, None)
+    def _begin(self, row: Row) -> None:
+        task = asyncio.get_running_loop().create_task(self._resume(row))
+        self._running[row.id] = task
+        task.add_done_callback(partial(self._ended, row))
+
+    def _ended(self, row: Row, task: asyncio.Task[None]) -> None:
+        del self._running[row.id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("the saga %s record=%s ended badly", row.name, row.id.hex()[:12], exc_info=error)
 
     async def _due(self) -> list[Row]:
-        names = tuple(self._sagas)
-        found: list[Row] = await self._ask(Due(names=names, limit=2 * self._concurrency))
-        return found
-
-    async def _ask(self, request: Any) -> Any:
-        if hasattr(self._store, "journal"):
-            return await self._store.journal(request)
-        return await asyncio.to_thread(self._store.journal_sync, request)
+        """Return the sagas that are due, which this sweeper may run."""
+        return await self._ask(Due(names=tuple(self._sagas), limit=2 * self._concurrency))
 
     async def _resume(self, row: Row) -> None:
         saga = self._sagas[row.name]
@@ -112,8 +125,6 @@ class Sweeper:
                 await asyncio.to_thread(saga._run, row.id, row.key, None)
         except IdempotencyError as error:
             _logger.debug("the saga %s record=%s: %s", row.name, row.id.hex()[:12], type(error).__name__)
-        except Exception:
-            _logger.exception("the saga %s record=%s cannot be run", row.name, row.id.hex()[:12])
 
     async def _wait(self, seconds: float) -> None:
         try:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, get_type_hints
 
 from idempotency._results.codec import Results
 from idempotency._sagas.journal import Entry, Progress
-from idempotency._signature import is_async, name_of, takes_session
-from idempotency.errors import ConfigurationError, IdempotencyError, RecordedFailureError, UnreadableError
+from idempotency._signature import is_async, name_of, needs_session, takes_session
+from idempotency.errors import ConfigurationError, RecordedFailureError
 from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._input import Input, results_named
-from idempotency.saga._run import Run, Suspended, body, head_of, tail_of
+from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
 from idempotency.saga.options import backoff
 
 _GIVEN = ("result", "failure", "session")
@@ -44,14 +44,16 @@ def reference(definition: Definition, undo: Callable[..., Any]) -> str:
 
     Raises :class:`~idempotency.errors.ConfigurationError`, with the remedy, for a function without such a name.
     """
-    space = definition.function.__globals__
     name = getattr(undo, "__name__", "")
+    if definition.names.get(name) == undo:
+        return str(name)
     owner = getattr(undo, "__self__", None)
-    candidates = [name]
-    candidates += [f"{each}.{name}" for each, value in space.items() if value is owner or value is _module(undo)]
-    for candidate in candidates:
-        if _found(space, candidate) == undo:
-            return candidate
+    module = sys.modules.get(getattr(undo, "__module__", None) or "")
+    for each, value in list(definition.names.items()):
+        if value is undo:
+            return each
+        if (value is owner or value is module) and getattr(value, name, None) == undo:
+            return f"{each}.{name}"
     raise ConfigurationError(
         f"the undo {name_of(undo)} has no name in the module of the saga {definition.name}, so that another process"
         " could not find it after a crash: define it, or import it, at the top of that module; it cannot be a lambda or"
@@ -59,19 +61,15 @@ def reference(definition: Definition, undo: Callable[..., Any]) -> str:
     )
 
 
-def _module(function: Callable[..., Any]) -> ModuleType | None:
-    return sys.modules.get(getattr(function, "__module__", None) or "")
-
-
-def _found(space: dict[str, Any], path: str) -> Any:
+def _found(names: dict[str, Any], path: str) -> Any:
     first, _, rest = path.partition(".")
-    found = space.get(first)
+    found = names.get(first)
     return getattr(found, rest, None) if rest else found
 
 
 def _resolve(definition: Definition, entry: Entry) -> Callable[..., Any]:
     step, path = entry.name.removeprefix("step:"), str(head_of(entry)["undo"])
-    undo = definition.undos.get(step.partition("#")[0]) or _found(definition.function.__globals__, path)
+    undo = definition.undos.get(step.partition("#")[0]) or _found(definition.names, path)
     # What is stored only names a function of the application, and never one of Python itself.
     package = (getattr(undo, "__module__", None) or "builtins").partition(".")[0]
     if not callable(undo) or package in sys.stdlib_module_names - {"__main__"}:
@@ -83,49 +81,51 @@ def _resolve(definition: Definition, entry: Entry) -> Callable[..., Any]:
     return found
 
 
-def to_undo(run: Run) -> Iterator[Entry]:
-    """Yield the steps that are to be undone: those whose outcome is unknown, then the others, latest first."""
-    steps = [entry for entry in run.entries.values() if entry.name.startswith("step:") and head_of(entry).get("undo")]
-    unknown = [entry for entry in steps if _is_unknown(entry)]
+def to_undo(entries: Iterable[Entry]) -> list[Entry]:
+    """Return the steps that are to be undone: those whose outcome is unknown, then the others, latest first."""
+    steps = _with_undo(entries)
+    unknown = [entry for entry in steps if is_unknown(entry)]
     done = [entry for entry in steps if entry.progress is Progress.DONE]
-    yield from sorted(unknown, key=run.since)
-    yield from sorted(done, key=lambda entry: -entry.order)
+    return [*sorted(unknown, key=lambda entry: entry.began), *sorted(done, key=lambda entry: -entry.order)]
 
 
-def _is_unknown(entry: Entry) -> bool:
-    begun = entry.progress is Progress.BEGUN
-    return begun or (entry.progress is Progress.FAILED and bool(head_of(entry).get("unknown")))
+def _with_undo(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.name.startswith("step:") and head_of(entry).get("undo")]
+
+
+def _name(step: Entry) -> str:
+    return f"undo:{step.name.removeprefix('step:')}"
 
 
 def undo_all(run: Run, failure: RecordedFailureError) -> Program[None]:
     """Undo every step; where an undo fails, it is tried again, and what was done before it waits."""
-    for step in to_undo(run):
-        name = f"undo:{step.name.removeprefix('step:')}"
-        known = run.entries.get(name)
+    steps = to_undo(run.entries.values())
+    # A step that failed has no effect: nothing is to be undone, which is recorded too.
+    without = [
+        each for each in _with_undo(run.entries.values()) if each not in steps and _name(each) not in run.entries
+    ]
+    if without:
+        yield from run.write(*(_entry(_name(each), Progress.SKIPPED, 0, {"failed": True}) for each in without))
+    for step in steps:
+        known = run.entries.get(_name(step))
         if known is None or known.progress is Progress.BEGUN:
-            yield from _undo(run, step, name, known.attempt if known else 0, failure)
+            yield from _undo(run, step, known.attempt if known else 0, failure)
 
 
-def _undo(run: Run, step: Entry, name: str, attempt: int, failure: RecordedFailureError) -> Program[None]:
-    undo = _resolve(run.definition, step)
-    for attempt in range(attempt + 1, sys.maxsize):  # noqa: B020
+def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> Program[None]:
+    undo, name = _resolve(run.definition, step), _name(step)
+    for attempt in itertools.count(before + 1):
         if run.lost:
             raise run.lost_error()
-        try:
-            yield from _try(run, step, name, attempt, undo, failure)
-        except ConfigurationError:
-            raise
-        except (UnreadableError, Exception) as error:
-            if run.lost or (isinstance(error, IdempotencyError) and error.retryable):
-                raise
-            reason = {"undo": name.removeprefix("undo:"), "error": type(error).__name__, "attempt": attempt}
-            yield from run.write(_entry(name, Progress.BEGUN, attempt, reason))
-            pause = backoff(attempt, 0.05, 300.0)
-            if attempt >= _QUICK:
-                raise Suspended(pause, reason) from error
-            yield Pause(pause)
-        else:
+        error = yield from _try(run, step, attempt, undo, failure)
+        if error is None:
             return
+        reason = {"undo": name.removeprefix("undo:"), "error": type(error).__name__, "attempt": attempt}
+        yield from run.write(_entry(name, Progress.BEGUN, attempt, reason))
+        pause = backoff(attempt, 0.05, 300.0)
+        if attempt >= _QUICK:
+            raise Suspended(pause, reason) from error
+        yield Pause(pause)
 
 
 def _entry(name: str, progress: Progress, attempt: int, head: dict[str, Any], order: int = 0) -> Entry:
@@ -133,31 +133,46 @@ def _entry(name: str, progress: Progress, attempt: int, head: dict[str, Any], or
 
 
 def _try(
-    run: Run, step: Entry, name: str, attempt: int, undo: Callable[..., Any], failure: RecordedFailureError
-) -> Program[None]:
-    arguments = _arguments(step, undo, failure)
-    operation = run.operation(name, attempt)
-    if run.definition.sessions is not None and takes_session(undo):
-        done = _entry(name, Progress.DONE, attempt, {}, run.next_order())
-        yield Join(
-            function=lambda session: undo(**arguments, session=session),
-            claim=run.claim(name),
-            attempt=attempt,
-            name=operation.name,
-            write=lambda _: run.write_of([done], progress=True),
-            lost=run.lost_error,
-        )
+    run: Run, step: Entry, attempt: int, undo: Callable[..., Any], failure: RecordedFailureError
+) -> Program[Exception | None]:
+    """Call an undo once, and return its error."""
+    name = _name(step)
+    joined = is_joined(run.definition, undo)
+    if not joined:
+        yield from run.write(_entry(name, Progress.BEGUN, attempt, {}))
+    done = _entry(name, Progress.DONE, attempt, {}, run.next_order())
+    try:
+        yield _call(run, step, done, undo, _arguments(step, undo, failure), joined)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        return error
+    if joined:
         run.note(done)
-        return
-    yield from run.write(_entry(name, Progress.BEGUN, attempt, {}))
-    yield Call(function=lambda: undo(**arguments), operation=operation)
-    yield from run.write(_entry(name, Progress.DONE, attempt, {}, run.next_order()), progress=True)
+    else:
+        yield from run.write(done, progress=True)
+    return None
+
+
+def _call(
+    run: Run, step: Entry, done: Entry, undo: Callable[..., Any], arguments: dict[str, Any], joined: bool
+) -> Call | Join:
+    operation = run.operation(done.name, done.attempt)
+    if not joined:
+        return Call(function=lambda: undo(**arguments), operation=operation)
+    return Join(
+        function=lambda session: undo(**arguments, session=session),
+        claim=run.claim(done.name),
+        attempt=done.attempt,
+        name=operation.name,
+        write=lambda _: run.write_of([done], progress=True),
+        lost=run.lost_error,
+    )
 
 
 def _arguments(step: Entry, undo: Callable[..., Any], failure: RecordedFailureError) -> dict[str, Any]:
     parameters = inspect.signature(undo).parameters
-    head = head_of(step)
-    found = undo_input(undo).decode(head["input"].encode())
+    found = undo_input(undo).decode(head_of(step)["input"].encode())
     if "failure" in parameters:
         found["failure"] = failure
     if "result" in parameters:
@@ -166,10 +181,33 @@ def _arguments(step: Entry, undo: Callable[..., Any], failure: RecordedFailureEr
     return found
 
 
-def check_undo(definition: Definition, undo: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def is_joined(definition: Definition, function: Callable[..., Any]) -> bool:
+    """Return whether a function commits with its entry; ConfigurationError where there is no session for it."""
+    if definition.sessions is not None:
+        return takes_session(function)
+    try:
+        needs = needs_session(function)
+    except ValueError:  # a function that is not written in Python may have no signature
+        return False
+    if needs:
+        raise ConfigurationError(
+            f"{name_of(function)} takes a session, and the saga {definition.name} has none: give @saga session="
+        )
+    return False
+
+
+def check_undo(
+    definition: Definition, undo: Callable[..., Any], results: Results, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
     """Return the arguments of an undo as JSON; ConfigurationError for an undo that could not run after a crash."""
     if is_async(undo) and not definition.asynchronous:
         raise ConfigurationError(f"the undo {name_of(undo)} is a coroutine function, and the saga is not")
+    is_joined(definition, undo)
+    if "result" in inspect.signature(undo).parameters and not _undo_result(undo).reads(results):
+        raise ConfigurationError(
+            f"the undo {name_of(undo)} cannot read the result of its step: annotate result= with what the step returns,"
+            " or None"
+        )
     try:
         return undo_input(undo).encode(args, kwargs).decode()
     except TypeError as error:

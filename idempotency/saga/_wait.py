@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
-from idempotency._durations import DAY, LONGEST
+from idempotency._durations import DAY, LONGEST, seconds
 from idempotency._outbox.payload import encode_payload
 from idempotency._results.by_annotation import PLAIN, dump, load
 from idempotency._sagas.journal import Entry, Leave, Look, Open, Phase, Progress, Put, Saga, saga_id
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError
 from idempotency.saga._effects import Ask, Pause, Program
-from idempotency.saga._run import Run, Suspended, body, head_of
-from idempotency.saga.errors import HeldError, SignalTimeoutError
+from idempotency.saga._run import Run, Suspended, body, checked_name, head_of
+from idempotency.saga.errors import HeldError, SagaPendingError, SagaStuckError, SignalTimeoutError
 
 SHORT = 1.0
-"""Seconds that are waited in the process. For longer waits the saga is left, and somebody goes on with it."""
+"""Seconds that are waited in the process. For a longer wait the run ends, and another one goes on after it."""
+
+_LOOK = 60.0
+"""Seconds until somebody looks again whether a child has ended, at most."""
 
 HELD = "saga:held"
 """The name under which resources are held: each is a saga of its own, owned by the one that holds it."""
 
 
-def sleep_until(run: Run, name: str, seconds: float) -> Program[None]:
-    """Wait until ``seconds`` after the saga came here first."""
+def sleep_until(run: Run, name: str, duration: float | timedelta) -> Program[None]:
+    """Wait until ``duration`` seconds after the saga came here first."""
+    length = seconds("seconds", duration)
     entry_name = run.next_name("sleep", name)
     known = run.entries.get(entry_name)
     if known is not None and known.progress is Progress.DONE:
         return
     run.check()
     if known is None:
-        yield from run.write(Entry(name=entry_name, progress=Progress.BEGUN, body=body({"seconds": seconds})))
-        remaining = seconds
+        yield from run.write(Entry(name=entry_name, progress=Progress.BEGUN, body=body({"seconds": length})))
+        remaining = length
     else:
         remaining = float(head_of(known)["seconds"]) - run.since(known)
     if remaining > SHORT:
@@ -40,28 +48,33 @@ def sleep_until(run: Run, name: str, seconds: float) -> Program[None]:
     yield from run.write(Entry(name=entry_name, progress=Progress.DONE, order=run.next_order(), body=body({})))
 
 
-def await_signal(run: Run, name: str, timeout: float | None, about: object) -> Program[Any]:
+def await_signal(run: Run, name: str, timeout: float | timedelta | None, about: object) -> Program[Any]:
     """Return the value of the first signal of a name; SignalTimeoutError where none came in time."""
+    limit = None if timeout is None else seconds("timeout", timeout)
     entry_name = run.next_name("wait", name)
     signal = f"signal:{entry_name.removeprefix('wait:')}"
     digest = digest_of(about)
     known = run.entries.get(entry_name)
     if known is None:
         run.check()
-        known = Entry(name=entry_name, progress=Progress.BEGUN, body=body({"about": digest, "timeout": timeout}))
-        wakes = yield from run.write(known)
+        wakes = yield from run.write(
+            Entry(name=entry_name, progress=Progress.BEGUN, body=body({"about": digest, "timeout": limit}))
+        )
         if wakes != run.wakes:
             yield from look_again(run)
     elif head_of(known)["about"] != digest:
-        raise ConfigurationError(f"the saga waits for {name!r} about something else: about= must not change")
+        raise ConfigurationError(
+            f"the saga waits for {name!r} about something else: about= must be the same at each run"
+        )
     found = run.entries.get(signal)
     if found is None:
-        found = yield from _still_waiting(run, name, signal, known, timeout)
+        found = yield from _still_waiting(run, name, signal, run.entries[entry_name])
     return _value_of(name, found, digest)
 
 
-def _still_waiting(run: Run, name: str, signal: str, wait: Entry, timeout: float | None) -> Program[Entry]:
+def _still_waiting(run: Run, name: str, signal: str, wait: Entry) -> Program[Entry]:
     run.check()
+    timeout = head_of(wait)["timeout"]
     remaining = None if timeout is None else timeout - run.since(wait)
     if remaining is None or remaining > 0:
         raise Suspended(DAY if remaining is None else remaining, {"signal": name})
@@ -88,22 +101,36 @@ def _value_of(name: str, entry: Entry, digest: str) -> Any:
 
 def look_again(run: Run) -> Program[None]:
     """Read what came from outside since the run began."""
+    asked = monotonic()
     saga: Saga | None = yield Ask(Look(id=run.id))
     if saga is None or saga.row.token != run.token:
         raise run.lost_error()
-    run.wakes = saga.row.wakes
-    run.note(*(entry for entry in saga.entries if entry.name not in run.entries))
+    run.wakes = run.called = saga.row.wakes
+    # Of another entry, this run may have written more since.
+    run.read([entry for entry in saga.entries if entry.name not in run.entries], asked)
 
 
 def signal_entry(name: str, value: object, by: str, about: object) -> Entry:
-    """Return the entry of a signal."""
-    head = {"value": PLAIN.to_json(value), "by": by, "about": digest_of(about)}
-    return Entry(name=f"signal:{name}", progress=Progress.DONE, body=body(head))
+    """Return the entry of a signal; ConfigurationError for a name or a value that cannot be recorded."""
+    first, mark, number = name.partition("#") if isinstance(name, str) else (name, "", "")
+    checked_name(first)
+    if mark and not number.isdecimal():
+        raise ConfigurationError(f"the second wait for a name is {first}#2, and so on: {name!r} is none")
+    try:
+        head = {"value": PLAIN.to_json(value), "by": by, "about": digest_of(about)}
+        return Entry(name=f"signal:{name}", progress=Progress.DONE, body=body(head))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the value of the signal {name!r} cannot be recorded: give plain JSON") from error
 
 
 def digest_of(about: object) -> str:
     """Return the digest of what is asked or approved; empty for nothing."""
-    return "" if about is None else hashlib.sha256(encode_payload(about) or b"").hexdigest()
+    if about is None:
+        return ""
+    try:
+        return hashlib.sha256(encode_payload(about) or b"").hexdigest()
+    except EmitRefusedError as error:
+        raise ConfigurationError("about= cannot be written as JSON: give what names the thing, such as ids") from error
 
 
 def is_patched(run: Run, name: str) -> Program[bool]:
@@ -112,7 +139,7 @@ def is_patched(run: Run, name: str) -> Program[bool]:
     known = run.entries.get(entry_name)
     if known is None:
         run.check()
-        # A step that is recorded and not called yet comes later: an older code came past this place before.
+        # What is recorded and not reached yet comes later: an older code came past this place before.
         old = bool(run.unvisited)
         known = Entry(name=entry_name, progress=Progress.SKIPPED if old else Progress.DONE, body=body({}))
         yield from run.write(known)
@@ -121,41 +148,63 @@ def is_patched(run: Run, name: str) -> Program[bool]:
 
 def hold_resource(run: Run, resource: str) -> Program[None]:
     """Hold a resource until the saga ends; HeldError where another saga holds it."""
-    entry_name = f"hold:{resource}"
-    if entry_name in run.entries:
-        return
-    run.check()
-    if not isinstance(resource, str) or not 0 < len(resource) <= 200:
-        raise ConfigurationError(f"a resource is text of 1 to 200 characters, not {resource!r}")
-    # Noted first: what is held by nobody who knows it would be held for ever.
-    yield from run.write(Entry(name=entry_name, progress=Progress.BEGUN, body=body({})))
-    by = dump([run.definition.name, run.key])
-    lease = LONGEST / 100 if run.remaining is None else max(run.remaining, 1.0)
+    name = run.next_name("hold", resource)
+    by = [run.definition.name, run.key]
+    known = run.entries.get(name)
+    if known is None:
+        run.check()
+        # Noted first: what is held by nobody who knows it would be held for ever.
+        known = Entry(name=name, progress=Progress.BEGUN, body=body({"token": os.urandom(16).hex()}))
+        yield from run.write(known)
+    if known.progress is Progress.BEGUN:
+        run.check()
+        holder = yield from _take(resource, head_of(known)["token"], by)
+        held = holder == by
+        head = head_of(known) if held else {"holder": holder}
+        progress = Progress.DONE if held else Progress.FAILED
+        known = Entry(name=name, progress=progress, order=run.next_order(), body=body(head))
+        yield from run.write(known)
+    if known.progress is Progress.FAILED:
+        error = HeldError(f"Another saga holds the resource {resource!r}.")
+        saga, key = head_of(known)["holder"]
+        error.by = (saga, key)
+        raise error
+
+
+def _take(resource: str, token: str, by: list[str]) -> Program[list[str]]:
+    """Take a resource that nobody holds; return who holds it now."""
     request = Open(
-        id=saga_id(HELD, resource),
-        name=HELD,
-        key=resource,
-        token=_holder(run),
-        lease=lease,
-        fingerprint=hashlib.sha256(by).digest(),
-        input=by,
+        id=saga_id(HELD, resource), name=HELD, key=resource, token=token, lease=LONGEST / 100, input=dump(by)
     )
     held: Saga = yield Ask(request)
-    if held.row.token == request.token:
-        return
-    error = HeldError(f"Another saga holds the resource {resource!r}.")
-    name, key = load(held.row.input)
-    error.by = (name, key)
-    raise error
+    holder: list[str] = load(held.row.input)
+    if held.row.token == token or holder == by:
+        return holder
+    saga: Saga | None = yield Ask(Look(id=saga_id(*holder)))
+    if saga is not None and not saga.row.phase.ended:
+        return holder
+    # The holder has ended, and was interrupted before it let go.
+    yield Ask(_letting_go(resource, held.row.token))
+    held = yield Ask(request)
+    found: list[str] = load(held.row.input)
+    return found
 
 
 def let_go(run: Run) -> Program[None]:
-    """Let go of every resource that the saga holds."""
-    for name in [name for name in run.entries if name.startswith("hold:")]:
-        resource = name.removeprefix("hold:")
-        leave = Leave(id=saga_id(HELD, resource), token=_holder(run), phase=Phase.DONE, due=None, wakes=0)
-        yield Ask(leave)
+    """Let go of every resource that the saga holds, where the store can be reached."""
+    for entry in [entry for name, entry in run.entries.items() if name.startswith("hold:")]:
+        if entry.progress is not Progress.FAILED:
+            resource = entry.name.removeprefix("hold:").partition("#")[0]
+            # Where this fails, the next saga that wants the resource sees that its holder has ended.
+            with suppress(StoreError):
+                yield Ask(_letting_go(resource, head_of(entry)["token"]))
 
 
-def _holder(run: Run) -> str:
-    return run.id.hex()[:32]
+def _letting_go(resource: str, token: str) -> Leave:
+    return Leave(id=saga_id(HELD, resource), token=token, phase=Phase.DONE, due=None, wakes=0)
+
+
+def waiting_for(child: SagaPendingError | SagaStuckError) -> Suspended:
+    """Return the wait for a child that has not ended."""
+    due = min(child.retry_after, _LOOK) if isinstance(child, SagaPendingError) else _LOOK
+    return Suspended(due, {"child": child.name, "waits": child.reason})

@@ -1,4 +1,4 @@
-"""What a step is told besides its function."""
+"""What a step is given besides its function."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ class Retry:
     def __post_init__(self) -> None:
         if type(self.attempts) is not int or self.attempts < 1:
             raise ConfigurationError(f"attempts must be a number of at least 1, not {self.attempts!r}")
-        if not isinstance(self.on, tuple) or not all(isinstance(each, type) for each in self.on):
-            raise ConfigurationError("on must be a tuple of exception classes")
-        for name in ("first", "most"):
-            if seconds(name, getattr(self, name), DAY) < 0:
+        check_exceptions("on", self.on)
+        for name, value in (("first", self.first), ("most", self.most)):
+            if seconds(name, value, DAY) < 0:
                 raise ConfigurationError(f"{name} must not be negative")
 
     def pause(self, attempt: int) -> float:
@@ -47,7 +46,12 @@ class Retry:
         return backoff(attempt, self.first, self.most)
 
 
-ONCE = Retry(1)
+def check_exceptions(name: str, value: object) -> None:
+    """Raise ConfigurationError for what is no tuple of exception classes."""
+    if not isinstance(value, tuple) or not all(
+        isinstance(each, type) and issubclass(each, BaseException) for each in value
+    ):
+        raise ConfigurationError(f"{name} must be a tuple of exception classes, not {value!r}")
 
 
 def backoff(attempt: int, first: float, most: float) -> float:

@@ -181,6 +181,8 @@ class _Sagas:
         saga = self._live(request.id, now)
         if saga is None or saga.phase.ended or (saga.owned and saga.due > now):
             return False
+        if request.attempt is not None and not _is_as_seen(saga, request.attempt, request.token):
+            return False
         for name in request.without:
             saga.entries.pop(name, None)
         saga.owned, saga.token, saga.crashes = False, "", 0
@@ -239,6 +241,11 @@ def _record(saga: _Stored, entries: Iterable[Entry], now: float) -> None:
     for entry in entries:
         began = saga.entries[entry.name][1] if entry.name in saga.entries else now
         saga.entries[entry.name] = entry, began, now
+
+
+def _is_as_seen(saga: _Stored, attempt: int, token: str) -> bool:
+    # Where an amendment is repeated, since its answer was lost, it has emptied the token itself.
+    return saga.attempt == attempt and (not saga.token or (saga.token if saga.owned else "") == token)
 
 
 def _call(saga: _Stored, now: float) -> None:

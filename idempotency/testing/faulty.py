@@ -7,9 +7,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from inspect import isawaitable
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 from idempotency._rules import Claim, Record, State
+from idempotency._sagas.journal import Journaling, Request, SyncJournaling
 from idempotency.errors import StoreError
 from idempotency.stores.base import (
     Changed,
@@ -25,10 +26,18 @@ from idempotency.stores.base import (
 )
 from idempotency.stores.memory import MemoryStore
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 Fault = Literal["fail", "lost", "refuse"] | Callable[[], object] | None
-Verb = Literal["claim", "renew", "complete", "release"]
+Verb = Literal[
+    "claim", "renew", "complete", "release",
+    "open", "write", "leave", "put", "wake", "amend", "look", "due", "browse", "purge",
+]  # fmt: skip
+"""A verb of a store, or the name of a request to its journal of sagas."""
+
+_REFUSALS: dict[Verb, object] = {"write": None, "leave": False, "put": None, "wake": False, "amend": False}
+"""What the journal answers to a request that it does not apply."""
 
 
 class FaultyStore:
@@ -52,8 +61,8 @@ class FaultyStore:
         A callable is called before the verb is applied, and for asyncio what it returns is awaited: ``Event().wait``
         makes a store that answers late.
         """
-        if verb == "claim" and "refuse" in faults:
-            raise ValueError("a claim is not refused: it returns the record that is there")
+        if "refuse" in faults and verb not in ("renew", "complete", "release", *_REFUSALS):
+            raise ValueError(f"a {verb} is not refused: it returns what is there")
         self._faults[verb].extend(faults)
         return self
 
@@ -133,6 +142,22 @@ class FaultyStore:
         self._fail_if_down()
         return require(self.inner, SyncForgetting, "FaultyStore.forget_sync").forget_sync(record)
 
+    async def journal(self, request: Request[R], /) -> R:
+        """Answer a request to the journal of sagas, with the faults that were ordered for its name."""
+        verb = _verb_of(request)
+        fault = await self._next_awaited(verb)
+        if fault == "refuse":
+            return cast(R, _REFUSALS[verb])
+        return _answer(fault, await require(self.inner, Journaling, "FaultyStore.journal").journal(request))
+
+    def journal_sync(self, request: Request[R], /) -> R:
+        """See :meth:`journal`."""
+        verb = _verb_of(request)
+        fault = self._next_called(verb)
+        if fault == "refuse":
+            return cast(R, _REFUSALS[verb])
+        return _answer(fault, require(self.inner, SyncJournaling, "FaultyStore.journal_sync").journal_sync(request))
+
     @property
     def _awaited(self) -> Store:
         return require(self.inner, Store, "a verb that is awaited")
@@ -165,6 +190,10 @@ class FaultyStore:
         if self.down or fault == "fail":
             raise StoreError("not applied, as ordered")
         return fault
+
+
+def _verb_of(request: object) -> Verb:
+    return cast(Verb, type(request).__name__.lower())
 
 
 def _answer(fault: Fault, answer: T) -> T:

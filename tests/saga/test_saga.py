@@ -106,13 +106,13 @@ async def test_what_was_done_is_undone_in_reverse_order(book_trip: Any, did: lis
     for _ in range(2):
         with pytest.raises(SagaFailedError) as failed:
             await book_trip(trip, key="7")
-        assert failed.value.failure.type == "idempotency.saga.errors.StepFailedError"
+        assert failed.value.failure.type == "ValueError"
 
     assert did == [
         ("flight", "Rome"),
         ("hotel", "Rome"),
         ("cancel hotel", "hotel"),
-        ("cancel flight", "Rome", "flight to Rome", "idempotency.saga.errors.StepFailedError"),
+        ("cancel flight", "Rome", "flight to Rome", "ValueError"),
     ]
     saga = await book_trip.look("7")
     assert saga.row.phase is Phase.UNDONE

@@ -201,7 +201,8 @@ class Sagas:
     def _amend(self, request: Amend) -> Command:
         changes = _changes(request.phase, request.result, request.entries)
         names = (b"%d" % len(request.without), *map(_text, request.without))
-        return self._command(_AMEND, request.id, *changes, *names)
+        seen = b"" if request.attempt is None else b"%d" % request.attempt
+        return self._command(_AMEND, request.id, *changes, *names, seen, request.token.encode())
 
     def _put(self, request: Put) -> Steps[Entry | None]:
         step = Step(self._command(_PUT, request.id, *_entries([request.entry])), durable=True)

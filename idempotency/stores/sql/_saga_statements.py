@@ -23,6 +23,10 @@ SANE = f"r.version <= {FORMAT}"
 EXPIRED = "COALESCE(r.expires_ms <= {now}, FALSE)"
 ENDED = f"r.phase IN ({', '.join(f'{phase:d}' for phase in Phase if phase.ended)})"
 GOES_ON = f"r.id = :id AND {SANE} AND NOT {EXPIRED} AND NOT {ENDED}"
+# Where an amendment is repeated, since its answer was lost, it has emptied the token itself.
+_AS_SEEN = (
+    "(:seen IS NULL OR (r.attempt = :seen AND (r.token = '' OR CASE WHEN r.owned THEN r.token ELSE '' END = :token)))"
+)
 _IDLE = "(NOT r.owned OR r.due_ms <= {now})"
 _OWNS = f"r.id = :id AND r.token = :token AND r.owned AND {SANE}"
 _MINE = "(r.owned AND r.token = :token)"
@@ -94,7 +98,7 @@ WAKE = Update(f"crashes = CASE WHEN {_IDLE} THEN 0 ELSE r.crashes END, {CALLED}"
 AMEND = Update(
     "owned = FALSE, token = '', crashes = 0, wakes = r.wakes + 1,"
     f" due_ms = CASE WHEN r.due_ms <= {{now}} THEN r.due_ms ELSE {{now}} END, {_CHANGED}",
-    f"{GOES_ON} AND {_IDLE}",
+    f"{GOES_ON} AND {_IDLE} AND {_AS_SEEN}",
 )
 STATE = f"r.version, r.owned, r.token = :token AS ours, {EXPIRED} AS expired"
 """What is to be known of a saga that could not be changed."""
@@ -115,7 +119,7 @@ _TYPES = {
     **dict.fromkeys(("name", "without", "key", "token"), "text"),
     **dict.fromkeys(("owns", "records", "anew", "ended", "every", "stuck"), "boolean"),
     **dict.fromkeys(("lease", "deadline", "due", "ttl", "limit", "after"), "bigint"),
-    **dict.fromkeys(("wakes", "ord", "attempt"), "integer"),
+    **dict.fromkeys(("wakes", "ord", "attempt", "seen"), "integer"),
     **dict.fromkeys(("phase", "progress"), "smallint"),
 }
 _PACKED = re.compile(r":((?:id|name|without|body)\d*|fingerprint|input|reason|result)\b")

@@ -195,6 +195,7 @@ def _change(request: Write | Leave | Wake | Amend) -> Change:
     values |= {"phase": None if request.phase is None else int(request.phase), "result": request.result}
     match request:
         case Amend():
+            values |= {"seen": request.attempt, "token": request.token}
             return Change(AMEND, values, entries, list(dict.fromkeys(request.without)))
         case Write():
             values |= {"token": request.token, "lease": milliseconds(request.lease), "anew": request.progress}

@@ -109,6 +109,36 @@ class AmendContract(Contract):
         assert await journal.entries(request) == {"step": done()}
         assert (await journal.owned(rival(request))).phase is Phase.UNDOING
 
+    async def test_a_saga_that_waits_is_changed_as_it_was_seen(self, journal: Journal) -> None:
+        """With the attempt that was seen it is changed, also if repeated; once it was run again, it is not."""
+        request = opening()
+        await journal.owned(request)
+        await journal(leave(request))
+        amendment = Amend(id=request.id, attempt=1, entries=[done("one")])
+
+        assert await journal(amendment)
+        assert await journal(amendment)
+        second = rival(request)
+        await journal.owned(second)
+        await journal(leave(second))
+
+        assert not await journal(amendment)
+        assert not await journal(Amend(id=request.id, attempt=1, token=request.token, entries=[done("one")]))
+        assert await journal(Amend(id=request.id, attempt=2, entries=[done("two")]))
+        assert await journal.entries(request) == {"one": done("one"), "two": done("two")}
+
+    async def test_an_owner_that_returned_meanwhile_prevents_it(self, journal: Journal) -> None:
+        """An owner that seemed to have vanished, and has ended its run since, has not done so unseen."""
+        vanished, returned = await journal.lapsed(), await journal.lapsed()
+        await journal(write(returned, begun()))
+        await journal(leave(returned))
+
+        for request, changed in ((vanished, True), (returned, False)):
+            amendment = Amend(id=request.id, attempt=1, token=request.token, result=b"by hand")
+            assert [await journal(amendment), await journal(amendment)] == [changed, changed]
+
+        assert (await journal.row(returned)).result is None
+
     async def test_absent_or_ended_is_not_changed(self, journal: Journal) -> None:
         """A saga that is not there, or has ended, is not changed."""
         absent, ended = opening(), opening()

@@ -1,0 +1,88 @@
+"""What happened to a saga: one event per outcome, delivered to a hook.
+
+An event never contains the key of a saga, its arguments or a result.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from idempotency._hooks import discard_coroutine
+
+SagaEventKind = Literal[
+    "done",  # the saga has ended, and its result is recorded
+    "undoing",  # the saga has failed: what it has done is undone from now on
+    "undone",  # what a failed saga had done is undone
+    "waiting",  # the saga waits for a time, a signal or a child
+    "retry",  # after its pivot the saga failed: it goes on later, and is not undone
+    "stuck",  # the saga does not go on by itself: an operator decides
+    "step-failed",  # a step has failed for good, or its outcome is unknown; its failure is recorded
+    "undo-failed",  # an undo has failed, and is tried again
+    "took-over",  # this run goes on where another one ended without a word
+    "lease-lost",  # another process has taken the saga over from this run, which is still under way
+    "unavailable",  # the store failed: this run ends, and another one goes on later
+]
+
+_WARNINGS: frozenset[SagaEventKind] = frozenset(
+    {"undoing", "retry", "stuck", "undo-failed", "took-over", "lease-lost", "unavailable"}
+)
+
+_logger = logging.getLogger("idempotency")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaEvent:
+    """One outcome. ``record`` is the first 12 hex digits of the saga's id, as the commands take it.
+
+    ``attempt`` counts the runs of the saga, or for ``step-failed`` and ``undo-failed`` the attempts of the ``step``,
+    from 1. ``error`` is the class name of the failure, if any. ``reason``: what the saga waits for, or why it is stuck.
+    """
+
+    kind: SagaEventKind
+    saga: str
+    record: str
+    attempt: int = 0
+    step: str = ""
+    error: str = ""
+    reason: str = ""
+
+
+class SagaHook(Protocol):
+    """Receive every event of a saga, in the event loop or thread that runs it: it must not block.
+
+    It is not awaited: a coroutine function is refused. What it raises is logged.
+    """
+
+    def __call__(self, event: SagaEvent, /) -> None: ...
+
+
+def log_saga_event(event: SagaEvent, /) -> None:
+    """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
+    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    if _logger.isEnabledFor(level):
+        _logger.log(
+            level,
+            "%s %s record=%s attempt=%d%s%s%s",
+            event.kind,
+            _in_one_line(event.saga),
+            event.record,
+            event.attempt,
+            f" step={_in_one_line(event.step)}" if event.step else "",
+            f" error={event.error}" if event.error else "",
+            f": {_in_one_line(event.reason)}" if event.reason else "",
+        )
+
+
+def emit_saga_event(hook: SagaHook, event: SagaEvent) -> None:
+    """Deliver one event. A hook that fails does not stop the saga."""
+    try:
+        returned: object = hook(event)  # type: ignore[func-returns-value]
+        discard_coroutine("on_event", hook, returned)
+    except Exception:
+        _logger.exception("the event hook failed")
+
+
+def _in_one_line(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
