@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import os
+import random
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 
 from redis import asyncio as aioredis
-from sqlalchemy import Column, Integer, MetaData, String, Table, func, select
+from sqlalchemy import Column, Double, Integer, MetaData, String, Table, func, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 
 from idempotency._sagas.journal import Phase
@@ -18,7 +22,10 @@ from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import crash_point
 
+T = TypeVar("T")
+
 LEASE = 0.6
+CONCURRENCY = 40
 STEPS = ("flight", "hotel", "car", "insurance", "mail")
 WAIT = 1.1
 """Seconds of the timer: longer than what a process waits itself."""
@@ -32,6 +39,7 @@ class Plan:
     """What happens in a saga. ``fails``: the number of the step that fails, from 1; 0: none.
 
     ``undo_fails``: how often each undo fails before it succeeds. ``waits``: for a timer, a signal, or a child saga.
+    ``takes``: the most seconds that a step takes.
     """
 
     key: str
@@ -39,6 +47,7 @@ class Plan:
     fails: int = 0
     undo_fails: int = 0
     waits: str = ""
+    takes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,15 +58,34 @@ class Place:
     url: str
     ledger: str
     joined: bool
+    lease: float = LEASE
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A row of the ledger: an effect (1), its undo (-1), or a failed undo (0).
+
+    ``owner``: the process. ``began`` and ``ended``: seconds by the clock of the machine, which all processes share.
+    """
+
+    step: str
+    amount: int
+    owner: int
+    began: float
+    ended: float
 
 
 def ledger_of(name: str) -> Table:
-    """Describe the ledger: each effect is a row of 1, each undo one of -1, each failed undo one of 0."""
+    """Describe the ledger: a row for each :class:`Noted`."""
     columns = Column("id", Integer, primary_key=True), Column("saga", String(80)), Column("step", String(40))
-    return Table(name, MetaData(), *columns, Column("amount", Integer))
+    times = Column("began", Double), Column("ended", Double)
+    return Table(name, MetaData(), *columns, Column("amount", Integer), Column("owner", Integer), *times)
 
 
 LEDGER = ledger_of("prove_ledger")
+
+AWAY = (SQLAlchemyError, OSError, TimeoutError)
+"""What a client of the ledger raises whose server was killed."""
 
 
 class FailedOnPurposeError(Exception):
@@ -68,7 +96,7 @@ class Stage:
     """One process: its engines, its store, its sagas."""
 
     def __init__(self, place: Place) -> None:
-        self.ledger = create_async_engine(place.ledger)
+        self.ledger = create_async_engine(place.ledger, pool_pre_ping=True)
         self.store: Any
         self.engine = None if place.url.startswith("redis") else create_async_engine(place.url)
         if self.engine is None:
@@ -76,10 +104,10 @@ class Stage:
         else:
             self.store = SQLStore(self.engine, table="prove_record")
         sessions = async_sessionmaker(self.engine) if place.joined else None
-        options: Any = {"session": sessions, "lease": LEASE, "on_event": _quiet}
+        options: Any = {"session": sessions, "lease": place.lease, "on_event": _quiet}
         self.inner = saga(self.store, name="inner", **options)(inner)
         self.trip = saga(self.store, name="trip", **options)(trip)
-        self.sweeper = Sweeper(self.store, [self.trip, self.inner], poll=0.05)
+        self.sweeper = Sweeper(self.store, [self.trip, self.inner], poll=0.05, concurrency=CONCURRENCY)
         global _here
         _here = self
 
@@ -106,15 +134,13 @@ class Stage:
         found = await self.trip.look(plan.key)
         return found is not None and found.row.phase.ended
 
-    async def found(self, plan: Plan) -> tuple[Phase | None, Counter[str], Counter[str]]:
-        """Return how the saga has ended, how often each step was done, and how often it was undone."""
+    async def found(self, plan: Plan) -> tuple[Phase | None, list[Noted]]:
+        """Return how the saga has ended, and what the ledger has of it."""
         recorded = await self.trip.look(plan.key)
-        phase = recorded.row.phase if recorded is not None else None
-        query = select(LEDGER.c.step, LEDGER.c.amount).where(LEDGER.c.saga == plan.key)
+        columns = LEDGER.c.step, LEDGER.c.amount, LEDGER.c.owner, LEDGER.c.began, LEDGER.c.ended
         async with self.ledger.connect() as connection:
-            rows = [(str(name), int(amount)) for name, amount in await connection.execute(query)]
-        done = Counter(name for name, amount in rows if amount == 1)
-        return phase, done, Counter(name for name, amount in rows if amount == -1)
+            rows = await connection.execute(select(*columns).where(LEDGER.c.saga == plan.key))
+        return recorded.row.phase if recorded is not None else None, [Noted(*row) for row in rows]
 
     async def close(self) -> None:
         """Close the connections."""
@@ -165,7 +191,9 @@ async def inner(plan: Plan) -> int:
 
 async def act_joined(plan: Plan, name: str, fails: bool, session: AsyncSession) -> str:
     """Have an effect in the transaction of the step."""
-    await session.execute(LEDGER.insert().values(saga=plan.key, step=name, amount=1))
+    began = monotonic()
+    await asyncio.sleep(random.uniform(0.0, plan.takes))
+    await session.execute(_note(plan, name, 1, began))
     crash_point("effect")
     _fail(fails)
     return name
@@ -173,11 +201,28 @@ async def act_joined(plan: Plan, name: str, fails: bool, session: AsyncSession) 
 
 async def act_leased(plan: Plan, name: str, fails: bool) -> str:
     """Have an effect elsewhere."""
+    began = monotonic()
+    await asyncio.sleep(random.uniform(0.0, plan.takes))
     _fail(fails)
-    async with _here.ledger.begin() as connection:
-        await connection.execute(LEDGER.insert().values(saga=plan.key, step=name, amount=1))
+    await _in_ledger(lambda connection: connection.execute(_note(plan, name, 1, began)))
     crash_point("effect")
     return name
+
+
+def _note(plan: Plan, name: str, amount: int, began: float) -> Any:
+    return LEDGER.insert().values(
+        saga=plan.key, step=name, amount=amount, owner=os.getpid(), began=began, ended=monotonic()
+    )
+
+
+async def _in_ledger(write: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Write in a transaction of the ledger, also if its server comes back later only."""
+    while True:
+        try:
+            async with _here.ledger.begin() as connection:
+                return await write(connection)
+        except AWAY:
+            await asyncio.sleep(0.1)
 
 
 def _fail(fails: bool) -> None:
@@ -188,17 +233,22 @@ def _fail(fails: bool) -> None:
 
 async def undo_joined(plan: Plan, name: str, fails: bool, session: AsyncSession) -> None:
     """Take an effect back in the transaction of the undo."""
+    began = monotonic()
     await _fail_undo(plan, name)
-    await session.execute(LEDGER.insert().values(saga=plan.key, step=name, amount=-1))
+    await session.execute(_note(plan, name, -1, began))
     crash_point("undone")
 
 
 async def undo_leased(plan: Plan, name: str, fails: bool) -> None:
     """Take an effect back elsewhere, as often as it is there: it may be there twice, or not at all."""
+    began = monotonic()
     await _fail_undo(plan, name)
-    async with _here.ledger.begin() as connection:
+
+    async def undo(connection: AsyncConnection) -> None:
         for _ in range(await _total(connection, plan, name)):
-            await connection.execute(LEDGER.insert().values(saga=plan.key, step=name, amount=-1))
+            await connection.execute(_note(plan, name, -1, began))
+
+    await _in_ledger(undo)
     crash_point("undone")
 
 
@@ -210,11 +260,14 @@ async def _total(connection: AsyncConnection, plan: Plan, name: str) -> int:
 async def _fail_undo(plan: Plan, name: str) -> None:
     if not plan.undo_fails:
         return
-    tried = select(func.count()).where(LEDGER.c.saga == plan.key, LEDGER.c.step == f"try {name}")
-    async with _here.ledger.begin() as connection:
-        count = int(await connection.scalar(tried) or 0)
-        if count < plan.undo_fails:
-            await connection.execute(LEDGER.insert().values(saga=plan.key, step=f"try {name}", amount=0))
-    if count < plan.undo_fails:
+
+    async def count(connection: AsyncConnection) -> int:
+        tried = select(func.count()).where(LEDGER.c.saga == plan.key, LEDGER.c.step == f"try {name}")
+        found = int(await connection.scalar(tried) or 0)
+        if found < plan.undo_fails:
+            await connection.execute(_note(plan, f"try {name}", 0, monotonic()))
+        return found
+
+    if await _in_ledger(count) < plan.undo_fails:
         crash_point("undo fails")
         raise FailedOnPurposeError

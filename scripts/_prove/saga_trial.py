@@ -8,11 +8,11 @@ import os
 import signal
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 from processes import run
-from saga_stage import STEPS, Place, Plan, Stage
+from saga_stage import STEPS, Noted, Place, Plan, Stage
 
 from idempotency._sagas.journal import Phase
 from idempotency.testing._instrument import instrument
@@ -21,16 +21,18 @@ from idempotency.testing._points import arm, watch
 
 @dataclass(frozen=True)
 class Found:
-    """What is wrong at the end; nothing is where all are zero. ``repeated``: leased effects that were there twice.
+    """What is wrong at the end; nothing is where all are zero but ``repeated``: leased effects that were there twice.
 
     ``lost``: an effect that is not there, of a saga that is done. ``doubled``: one that is there twice, and must not.
-    ``left``: one that is not undone, of a saga that has failed. ``stuck``: the saga has not ended.
+    ``left``: one that is not undone, of a saga that has failed. ``stuck``: the saga has not ended. ``overlapped``: one
+    that a process has had while another one had the one before it, of steps that are joined.
     """
 
     lost: int = 0
     doubled: int = 0
     left: int = 0
     stuck: int = 0
+    overlapped: int = 0
     repeated: int = 0
 
     def __add__(self, other: Found) -> Found:
@@ -101,15 +103,17 @@ async def _run(place: Place, plan: Plan) -> None:
 
 async def _compare(place: Place, plan: Plan) -> Found:
     stage = Stage(place)
-    phase, done, undone = await stage.found(plan)
+    phase, noted = await stage.found(plan)
     await stage.close()
-    return compare(plan, phase, done, undone)
+    return compare(plan, phase, noted)
 
 
-def compare(plan: Plan, phase: Phase | None, done: Counter[str], undone: Counter[str]) -> Found:
+def compare(plan: Plan, phase: Phase | None, noted: list[Noted]) -> Found:
     """Compare what the ledger has with what the plan says."""
     if phase is not (Phase.UNDONE if plan.fails else Phase.DONE):
         return Found(stuck=1)
+    done = Counter(each.step for each in noted if each.amount == 1)
+    undone = Counter(each.step for each in noted if each.amount == -1)
     names = STEPS[: plan.fails - 1] if plan.fails else STEPS
     inner = ("inner one", "inner two") if plan.waits == "child" else ()
     expected = {*names, *inner}
@@ -119,5 +123,11 @@ def compare(plan: Plan, phase: Phase | None, done: Counter[str], undone: Counter
         lost=sum(done[name] == 0 for name in expected),
         doubled=(twice if plan.joined else 0) + sum(balance < 0 for balance in balances),
         left=sum(balance > 0 for balance in balances) if plan.fails else sum(undone.values()),
+        overlapped=_overlapping(noted) if plan.joined else 0,
         repeated=0 if plan.joined else twice,
     )
+
+
+def _overlapping(noted: list[Noted]) -> int:
+    ordered = sorted((each for each in noted if each.amount), key=lambda each: each.began)
+    return sum(first.owner != second.owner and first.ended > second.began for first, second in pairwise(ordered))
