@@ -19,7 +19,7 @@ FILE = 400
 
 MODULES = {"_rules", "_durations", "_hooks", "_signature", "_synchronization"}
 ROOMS = {
-    *("_brokers", "_cli", "_engine", "_http", "_messages", "_outbox", "_results", "_sql"),
+    *("_brokers", "_cli", "_engine", "_http", "_messages", "_outbox", "_results", "_sagas", "_sql"),
     *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing", "web"),
     "webhooks",
 }
@@ -38,6 +38,7 @@ PROBES = {
     "cli.py": "an exception of click has its own text",
     "_outbox/*": "inspects errors of drivers",
     "outbox/*": "imports by name, and inspects clients of brokers",
+    "saga/_undo.py": "inspects functions, and finds them in modules",
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
     "stores/sql/*": "inspects objects of SQLAlchemy and of drivers",

@@ -36,6 +36,13 @@ PAIRS = [
     (Half("stores/redis/_send.py", "_direct"), Half("stores/redis/_send_sync.py", "_direct_sync")),
     (Half("stores/redis/_send.py", "_through"), Half("stores/redis/_send_sync.py", "_through_sync")),
     (Half("function.py", "_wrap_async"), Half("function.py", "_wrap_sync")),
+    (Half("saga/_saga.py", "AsyncSaga"), Half("saga/_saga.py", "SyncSaga")),
+    (Half("saga/_drive.py", "drive"), Half("saga/_drive_sync.py", "drive_sync")),
+    (Half("saga/_drive.py", "_perform"), Half("saga/_drive_sync.py", "_perform")),
+    (Half("saga/_drive.py", "call_saga"), Half("saga/_drive_sync.py", "call_saga_sync")),
+    (Half("saga/_front.py", "_do"), Half("saga/_front.py", "_do_sync")),
+    (Half("saga/_join.py", "join"), Half("saga/_join.py", "join_sync")),
+    (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 

@@ -317,6 +317,22 @@ async def test_the_gauges_of_an_outbox_are_read(run: Callable[..., dict[str, Any
     await names["operations"].aclose()
 
 
+async def test_the_code_for_the_status_of_a_saga_answers_202(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer names the URL, where the saga is pending too."""
+    monkeypatch.setenv("STATUS_SECRET", "a secret of thirty-two characters")
+    names = run(*OPERATIONS["The status of a long saga"])
+
+    transport = httpx.ASGITransport(names["app"])
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        first = await client.post("/orders")
+        second = await client.get(first.headers["location"])
+
+    assert [(each.status_code, each.json()) for each in (first, second)] == [(202, {"status": "pending"})] * 2
+    await names["store"].aclose()
+
+
 def test_the_urls_of_brokers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each URL of the table names a publisher, which connects only when it publishes."""
     monkeypatch.setenv("IDEMPOTENCY_WEBHOOK_SECRETS", "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")

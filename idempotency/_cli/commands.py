@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -25,17 +25,22 @@ from idempotency._cli.lookup import (
     holds_what_cannot_be_shown,
     one,
     open_named,
+    run_on_store,
 )
 from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._cli.relay import relay
+from idempotency._cli.saga import examine_sagas, keeps_sagas
+from idempotency._cli.saga import saga as saga_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.saga import SagaOperations
 from idempotency.stores import AnyStore
 from idempotency.stores._sealing import cannot_be_shown, needs_key
 from idempotency.stores.base import (
     Count,
+    CreatingSagaSchema,
     CreatingSchema,
     Entry,
     Examining,
@@ -48,8 +53,6 @@ from idempotency.stores.base import (
     supports,
 )
 
-T = TypeVar("T")
-
 _PAUSE = 4
 """The pause of ``purge`` after a batch, in times of what the batch took: it works for a fifth of the time."""
 
@@ -57,8 +60,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
+app.add_typer(saga_commands, name="saga")
 app.command()(relay)
 
+Sagas = Annotated[bool, typer.Option("--sagas", help="SQL: also the tables of sagas, NAME_saga and NAME_saga_entry.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 
 
@@ -111,7 +116,7 @@ def inspect(
 
     if (key is None) == (record is None) or (record is not None and scope is not None):
         fail("give a KEY, with or without --scope, or --id")
-    entries = _run(open_named, look, store, table, prefix, key_file)
+    entries = run_on_store(open_named, look, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(*shown) for shown in entries])
     elif len(entries) == 1:
@@ -135,7 +140,7 @@ def list_(
     async def unresolved(opened: AnyStore) -> list[Entry]:
         return await require(opened, Resolving, "list").unresolved(limit)
 
-    entries = _run(open_named, unresolved, store, table, prefix, key_file)
+    entries = run_on_store(open_named, unresolved, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
@@ -179,7 +184,7 @@ def resolve(
     if status is not None and outcome is Outcome.RELEASE:
         fail("--status is for done: a released key has no response")
     result = None if status is None else _response(status, header or [], body_file)
-    resolved = _run(open_named, resolve_one, store, table, prefix, key_file)
+    resolved = run_on_store(open_named, resolve_one, store, table, prefix, key_file)
     words = "released: the next request runs" if outcome is Outcome.RELEASE else "done"
     typer.echo(f"{resolved.id.hex()} {words}")
 
@@ -208,7 +213,7 @@ def forget(
         await _forget_counts(opened, entry)
         return entry
 
-    typer.echo(f"{_run(open_named, drop, store, table, prefix, key_file).id.hex()} forgotten")
+    typer.echo(f"{run_on_store(open_named, drop, store, table, prefix, key_file).id.hex()} forgotten")
 
 
 @app.command()
@@ -218,22 +223,18 @@ def purge(
     table: Table = None,
     prefix: Prefix = None,
 ) -> None:
-    """Delete every expired record, with pauses between the batches; on Redis there is nothing to do."""
+    """Delete every expired record and saga, with pauses between the batches; on Redis there is nothing to do."""
 
-    async def empty(opened: AnyStore) -> int:
-        purging, total = require(opened, Purging, "purge"), 0
+    async def empty(opened: AnyStore) -> tuple[int, int]:
+        records, sagas = require(opened, Purging, "purge"), SagaOperations(opened)
         with _progress() as advance:
-            started = monotonic()
-            while gone := await purging.purge(batch):
-                total += gone
-                advance(gone)
-                # While a batch is deleted, live claims wait for the processor or the disk, or on SQLite for the lock.
-                await asyncio.sleep(_PAUSE * (monotonic() - started))
-                started = monotonic()
-        return total
+            gone = await _purge_all(records.purge, batch, advance)
+            return gone, await _purge_all(sagas.purge, batch, advance) if await keeps_sagas(opened) else 0
 
-    total = _run(open_named, empty, store, table, prefix)
+    total, of_sagas = run_on_store(open_named, empty, store, table, prefix)
     typer.echo(f"purged {total} record{'' if total == 1 else 's'}")
+    if of_sagas:
+        typer.echo(f"purged {of_sagas} saga{'' if of_sagas == 1 else 's'}")
 
 
 @app.command()
@@ -247,14 +248,15 @@ def doctor(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store, its server and its outbox; exit code 1 when something must be fixed."""
+    """Examine the store, its server, its outbox and its sagas; exit code 1 when something must be fixed."""
 
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
         of_outbox = await examine_outbox(store, outbox, publish, lease)
-        return [*of_store, *(finding for finding in of_outbox if finding not in of_store)]
+        of_sagas = await examine_sagas(opened)
+        return [*of_store, *(finding for finding in (*of_outbox, *of_sagas) if finding not in of_store)]
 
-    findings = _run(open_named, examine, store, table, prefix, key_file)
+    findings = run_on_store(open_named, examine, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.finding_as_json(finding) for finding in findings])
     else:
@@ -265,48 +267,36 @@ def doctor(
 
 
 @schema.command()
-def create(store: Url = None, table: Table = None) -> None:
+def create(store: Url = None, table: Table = None, sagas: Sagas = False) -> None:
     """Create the table and its index where they are missing."""
 
     async def make(opened: AnyStore) -> str:
         await require(opened, CreatingSchema, "schema create").create_schema()
+        if sagas and supports(opened, CreatingSagaSchema):
+            await opened.create_saga_schema()
+            typer.echo(f"{opened.saga_schema} are there")
         if not supports(opened, NamingSchema):
             return "the schema is there"
         return f"{opened.schema} is there" if opened.schema else f"{_name_of(opened)} needs no schema"
 
-    typer.echo(_run(lambda *names: open_named(*names, create=True), make, store, table, None))
+    typer.echo(run_on_store(lambda *names: open_named(*names, create=True), make, store, table, None))
 
 
 @schema.command()
 def sql(
     dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
     table: Table = None,
+    sagas: Sagas = False,
 ) -> None:
     """Print the statements that create the table; needs no store."""
     try:
-        from idempotency.stores.sql import schema_sql
+        from idempotency.stores.sql import saga_schema_sql, schema_sql
     except ImportError:
         fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
     try:
         typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
-    except IdempotencyError as error:
-        fail(str(error))
-
-
-def _run(
-    opening: Callable[..., AnyStore],
-    work: Callable[[AnyStore], Awaitable[T]],
-    *names: str | None,
-) -> T:
-    async def with_store() -> T:
-        opened = opening(*names)
-        try:
-            return await work(opened)
-        finally:
-            await opened.aclose()
-
-    try:
-        return asyncio.run(with_store())
+        if sagas:
+            typer.echo(saga_schema_sql(dialect, table or "idempotency_record"), nl=False)
     except IdempotencyError as error:
         fail(str(error))
 
@@ -338,6 +328,17 @@ def _response(status: int, headers: list[str], body: Path | None) -> bytes:
             fail(f"a header is 'Name: value', in printable ASCII, not {header!r}")
         pairs.append((name.strip().encode(), value.strip().encode()))
     return encode_response(status, pairs, body.read_bytes() if body else b"")
+
+
+async def _purge_all(purge: Callable[[int], Awaitable[int]], batch: int, advance: Callable[[int], object]) -> int:
+    total, started = 0, monotonic()
+    while gone := await purge(batch):
+        total += gone
+        advance(gone)
+        # While a batch is deleted, live claims wait for the processor or the disk, or on SQLite for the lock.
+        await asyncio.sleep(_PAUSE * (monotonic() - started))
+        started = monotonic()
+    return total
 
 
 @contextmanager

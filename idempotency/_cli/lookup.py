@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
+from idempotency._cli.options import fail
 from idempotency._rules import record_id
-from idempotency.errors import ConfigurationError, UnreadableError
+from idempotency.errors import ConfigurationError, IdempotencyError, UnreadableError
 from idempotency.stores import AnyStore, open_store
 from idempotency.stores._counts import COUNTS, Count, count_of, count_scope
 from idempotency.stores._operating import DIGITS
 from idempotency.stores._sealing import LOOKED_AT, cannot_be_shown
 from idempotency.stores.base import Entry, Forgetting, Inspecting, Searching, require
 from idempotency.stores.encryption import Encryption
+
+T = TypeVar("T")
 
 TIMEOUT = 30.0
 """Seconds a verb may take: an operator waits longer than a request does."""
@@ -27,9 +33,15 @@ MANY = 20
 
 
 def open_named(
-    url: str | None, table: str | None, prefix: str | None, key_file: str | None = None, *, create: bool = False
+    url: str | None,
+    table: str | None,
+    prefix: str | None,
+    key_file: str | None = None,
+    *,
+    create: bool = False,
+    sagas: bool = False,
 ) -> AnyStore:
-    """Open the store. With ``create``, a missing SQLite file is no error.
+    """Open the store. With ``create``, a missing SQLite file is no error. ``sagas``: it is opened for its sagas.
 
     ``key_file``: the file with the keys that decrypt its records, see
     :meth:`~idempotency.stores.encryption.Encryption.from_file`.
@@ -52,8 +64,25 @@ def open_named(
     if url.startswith("sqlite") and not create:
         from idempotency.stores.sql._table import DEFAULT_TABLE
 
-        check_sqlite(url, table or DEFAULT_TABLE, "idempotency schema create")
+        name, command = table or DEFAULT_TABLE, "idempotency schema create"
+        check_sqlite(url, *((f"{name}_saga", f"{command} --sagas") if sagas else (name, command)))
     return store
+
+
+def run_on_store(opening: Callable[..., AnyStore], work: Callable[[AnyStore], Awaitable[T]], *names: str | None) -> T:
+    """Open a store by these names, await ``work``, and close it. Every error ends the command with one line."""
+
+    async def with_store() -> T:
+        opened = opening(*names)
+        try:
+            return await work(opened)
+        finally:
+            await opened.aclose()
+
+    try:
+        return asyncio.run(with_store())
+    except IdempotencyError as error:
+        fail(str(error))
 
 
 def check_sqlite(url: str, table: str, command: str) -> None:

@@ -17,6 +17,7 @@ from idempotency.saga._front import (
 )
 from idempotency.saga._operate import SagaOperations
 from idempotency.saga._saga import AsyncSaga, SyncSaga, saga
+from idempotency.saga._status import Answer, SagaStatus
 from idempotency.saga._step import NOT_DONE
 from idempotency.saga._sweeper import Sweeper
 from idempotency.saga._view import SagaView
@@ -37,6 +38,7 @@ from idempotency.saga.options import Retry
 
 __all__ = [
     "NOT_DONE",
+    "Answer",
     "AsyncSaga",
     "CancelledByOperatorError",
     "DeadlineError",
@@ -50,6 +52,7 @@ __all__ = [
     "SagaLostError",
     "SagaOperations",
     "SagaPendingError",
+    "SagaStatus",
     "SagaStuckError",
     "SagaView",
     "SignalTimeoutError",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from idempotency._results.codec import Results
-from idempotency.events import EventHook
 from idempotency.saga._input import Input
+from idempotency.saga.events import SagaHook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,30 @@ class Definition:
     deadline: float | None
     attempts: int
     undos: dict[str, Callable[..., Any]]
-    on_event: EventHook
+    on_event: SagaHook
 
     @property
     def names(self) -> dict[str, Any]:
         """Return the names of the module of the saga's function, in which undo functions are found."""
         found: dict[str, Any] = inspect.unwrap(self.function).__globals__
         return found
+
+
+class Defined:
+    """A saga that can be called, of either side."""
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition = definition
+
+    @property
+    def name(self) -> str:
+        """Return the name under which its sagas are recorded."""
+        return self._definition.name
+
+    def __repr__(self) -> str:
+        return f"<saga {self.name}>"
+
+
+def definition_of(function: object) -> Definition | None:
+    """Return the definition of a saga; None for another function."""
+    return function._definition if isinstance(function, Defined) else None

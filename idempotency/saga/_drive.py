@@ -48,8 +48,9 @@ async def drive(definition: Definition, program: Program[T]) -> T:
 async def _perform(definition: Definition, effect: Effect) -> Any:
     match effect:
         case Ask(request):
-            return await _ask(definition, request)
+            return await _ask(definition, request)  # async only: a caller may be cancelled meanwhile
         case Call():
+            # async only: a thread cannot be stopped.
             return await call_step(effect.function, effect.operation, effect.timeout)
         case Join():
             # It needs SQLAlchemy.
@@ -59,7 +60,7 @@ async def _perform(definition: Definition, effect: Effect) -> Any:
         case Play(run, arguments):
             return await call_saga(run, arguments)
         case Pause(seconds):
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(seconds)  # async only: a task waits
 
 
 class _AnsweredError(Exception):
@@ -116,7 +117,7 @@ async def _renew(run: Run) -> None:
         await asyncio.sleep(min(pause, max(0.0, until - monotonic())))
         sent = monotonic()
         if sent >= until:
-            run.lost.set()
+            run.lose()
             return
         try:
             async with asyncio.timeout(until - sent):
@@ -125,7 +126,7 @@ async def _renew(run: Run) -> None:
             pause = min(lease / 10, 1.0)
             continue
         if owned is None:
-            run.lost.set()
+            run.lose()
             return
         run.called = owned
         until, pause = sent + lease, lease / 3
@@ -135,7 +136,7 @@ async def call_saga(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseExcep
     """Call the function of the saga; return its value and its error, once no step of it is under way."""
     value, error = None, None
     try:
-        # The keys that are derived in the function are the same whoever runs it.
+        # The keys that are derived in the function are the same in each run.
         with within(run, run.operation("", run.attempt)):
             value = await run.definition.function(**arguments)
     except GeneratorExit:  # async only: the coroutine is closed, and cannot wait

@@ -43,9 +43,9 @@ def drive_sync(definition: Definition, program: Program[T]) -> T:
 def _perform(definition: Definition, effect: Effect) -> Any:
     match effect:
         case Ask(request):
-            return definition.store.journal_sync(request)
+            return definition.store.journal_sync(request)  # sync only: see the other half
         case Call():
-            return call_step_sync(effect.function, effect.operation)
+            return call_step_sync(effect.function, effect.operation)  # sync only: it has no time limit
         case Join():
             # It needs SQLAlchemy.
             from idempotency.saga._join import join_sync
@@ -54,7 +54,7 @@ def _perform(definition: Definition, effect: Effect) -> Any:
         case Play(run, arguments):
             return call_saga_sync(run, arguments)
         case Pause(seconds):
-            time.sleep(seconds)
+            time.sleep(seconds)  # sync only: a thread waits
 
 
 def call_step_sync(function: Callable[[], Any], operation: Operation) -> Any:
@@ -80,14 +80,14 @@ class _Renewal:
         """Renew, and return when to do it again."""
         lease, sent = self._run.definition.lease, monotonic()
         if sent >= self._until:
-            self._run.lost.set()
+            self._run.lose()
             return None
         try:
             owned = self._run.definition.store.journal_sync(self._run.write_of(()))
         except StoreError:
             return monotonic() + min(lease / 10, 1.0)
         if owned is None:
-            self._run.lost.set()
+            self._run.lose()
             return None
         self._run.called = owned
         self._until = sent + lease
@@ -110,7 +110,7 @@ def call_saga_sync(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseExcept
     """Call the function of the saga; return its value and its error, once no step of it is under way."""
     value, error = None, None
     try:
-        # The keys that are derived in the function are the same whoever runs it.
+        # The keys that are derived in the function are the same in each run.
         with within(run, run.operation("", run.attempt)):
             value = run.definition.function(**arguments)
     except BaseException as raised:

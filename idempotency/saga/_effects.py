@@ -42,14 +42,15 @@ class Call:
 class Join:
     """Call a function of the user with a session, and commit its effect with what ``write`` makes of its value.
 
-    ``lost`` makes the error of an owner that is not it any more.
+    ``operation`` makes the running operation, given its transaction. ``called`` is given ``Row.wakes`` as the write
+    answers it. ``lost`` makes the error of an owner that is not it any more.
     """
 
     function: Callable[[Any], Any]
     claim: Claim
-    attempt: int
-    name: str
+    operation: Callable[[Any], Operation]
     write: Callable[[Any], Write]
+    called: Callable[[int], object]
     lost: Callable[[], Exception]
     timeout: float | None = None
 

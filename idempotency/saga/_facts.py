@@ -22,6 +22,7 @@ FactState = Literal[
     "done",
     "timed-out",  # no signal came in time
     "old",  # of a patch: the saga goes on by the old code
+    "skipped",  # an undo of a step that failed: nothing is to be undone
     "held",  # of a resource: this saga holds it
     "busy",  # of a resource: another saga holds it
 ]
@@ -105,6 +106,8 @@ class Facts:
                 return "timed-out"
             case "patch", Progress.SKIPPED:
                 return "old"
+            case "undo", Progress.SKIPPED:
+                return "skipped"
             case "sleep", Progress.BEGUN:
                 return "waiting"
             case _, Progress.FAILED:

@@ -38,7 +38,7 @@ async def join(
 async def _join_once(definition: Definition, step: Join, call: Any) -> Any:
     records = StepRecords(definition.store, step)
     transaction = Transaction(records, definition.sessions, step.claim)
-    operation = Operation(step.claim, step.attempt, transaction, step.name)
+    operation = step.operation(transaction)
     try:
         try:
             value = await call(lambda: step.function(transaction.session), operation, step.timeout)
@@ -69,7 +69,7 @@ def join_sync(definition: Definition, step: Join, call: Callable[[Callable[[], A
 def _join_once_sync(definition: Definition, step: Join, call: Any) -> Any:
     records = StepRecords(definition.store, step)
     transaction = SyncTransaction(records, definition.sessions, step.claim)
-    operation = Operation(step.claim, step.attempt, transaction, step.name)
+    operation = step.operation(transaction)
     try:
         try:
             value = call(lambda: step.function(transaction.session), operation)
@@ -108,7 +108,11 @@ class StepRecords:
         if result is None:
             raise StoreRefusedError("the database refuses the result of the step, which a later run needs")
         self._write = self._write or self._join.write(self.value)
-        return self._store.journal_in_sync(session, self._write) is not None
+        wakes: int | None = self._store.journal_in_sync(session, self._write)
+        if wakes is None:
+            return False
+        self._join.called(wakes)
+        return True
 
     async def claim_in(self, session: AsyncSession, claim: Claim, *, wait: float) -> Record | None:
         """Return whether the entry is committed, once a commit that goes on has ended."""

@@ -31,6 +31,7 @@ from idempotency.saga.errors import (
     SagaPendingError,
     SagaStuckError,
 )
+from idempotency.saga.events import SagaEventKind
 from idempotency.saga.options import backoff
 
 
@@ -49,6 +50,8 @@ def begin(definition: Definition, request: Open) -> Program[Run | Row]:
 
 def live(run: Run) -> Program[Any]:
     """Go on with a saga that is owned: to its end, or until it waits."""
+    if run.crashes:
+        run.emit("took-over")
     try:
         if run.crashes >= run.definition.attempts:
             yield from _leave(run, Suspended(None, {"stuck": f"{run.crashes} runs ended without a word"}))
@@ -168,6 +171,7 @@ def _fail(run: Run, failure: Exception, cause: BaseException | None) -> Program[
     result = encode_failure(failure)
     yield from run.write(phase=Phase.UNDOING, result=result)
     run.phase, run.result, run.cause = Phase.UNDOING, result, cause
+    run.emit("undoing", error=failure_in(result).type)
     # A step that was cancelled may have committed all the same.
     asked = monotonic()
     saga: Saga | None = yield Ask(Look(id=run.id))
@@ -196,6 +200,7 @@ def _end(run: Run, phase: Phase, result: bytes) -> Program[None]:
     if not (yield Ask(leave)):
         raise run.lost_error()
     run.owned = False
+    run.emit("done" if phase is Phase.DONE else "undone")
     yield from let_go(run)
 
 
@@ -208,6 +213,8 @@ def _leave(run: Run, waiting: Suspended, cause: BaseException | None = None) -> 
         raise run.lost_error()
     run.owned = False
     reason = reason_in(dump(waiting.reason))
+    if "undo" not in waiting.reason:  # that an undo has failed was an event already
+        run.emit(_kind_of(waiting), error=waiting.reason.get("error"), reason=reason)
     if due is not None:
         raise pending(run.definition, run.key, due, reason) from cause
     if isinstance(cause, IdempotencyError):
@@ -215,11 +222,19 @@ def _leave(run: Run, waiting: Suspended, cause: BaseException | None = None) -> 
     raise stuck(run.definition, run.key, reason) from cause
 
 
+def _kind_of(waiting: Suspended) -> SagaEventKind:
+    if waiting.due is None:
+        return "stuck"
+    return "waiting" if waiting.reason.keys() & {"sleep", "signal", "child"} else "retry"
+
+
 def _give_up(run: Run, error: BaseException) -> Program[None]:
     """Let others go on with a saga whose run was interrupted."""
     if not run.owned or run.lost or run.active:
         return
     failed = isinstance(error, Exception)
+    if isinstance(error, StoreError):
+        run.emit("unavailable", error=error, reason=str(error))
     due = backoff(run.attempt, 1.0, 300.0) if failed else 0.0
     with suppress(StoreError):
         yield Ask(_leaving(run, due, {"error": type(error).__name__} if failed else {}))

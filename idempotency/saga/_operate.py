@@ -15,6 +15,7 @@ from idempotency._sagas.journal import (
     Entry,
     Look,
     Progress,
+    Purge,
     Put,
     Row,
     Saga,
@@ -155,9 +156,18 @@ class SagaOperations:
             raise refused(saga, "has ended")
         return found.body == given.body
 
+    async def purge(self, batch: int = 1000) -> int:
+        """Delete up to ``batch`` sagas that have expired, and return how many; 0 where the server does so itself."""
+        return await self._ask(Purge(batch=batch))
+
     async def examine(self) -> list[Finding]:
-        """Return what an operator should know of the sagas: those that are stuck, and those that nobody runs."""
+        """Return what an operator should know of the sagas: which are stuck, and which nobody runs.
+
+        Empty where there are none.
+        """
         try:
+            if not await self._ask(Browse(ended=True, limit=1)):
+                return []
             stuck = await self._ask(Browse(stuck=True, limit=_COUNTED))
             due = await self._ask(Due(limit=1))
         except StoreError as error:
@@ -178,7 +188,7 @@ class SagaOperations:
         size = browse.limit
         while True:
             rows = await self._ask(replace(browse, limit=size))
-            # Resources that are held are kept as sagas too.
+            # Resources that are held are recorded as sagas too.
             found = [row for row in rows if row.name != HELD and accept(row)]
             if len(found) >= browse.limit or len(rows) < size or size >= _EVERY:
                 return found[: browse.limit]

@@ -33,7 +33,7 @@ def resolving(saga: Saga, step: str, outcome: Resolution, result: object, by: st
     _check_open(saga, step, known)
     if outcome == "not-done":
         # An undo of it that was begun is none any more.
-        return _amend(saga, without=(known.name, f"undo:{step.removeprefix('step:')}"))
+        return _amend(saga, without=(known.name, f"undo:{known.name.removeprefix('step:')}"))
     head = {name: value for name, value in head_of(known).items() if name != "unknown"}
     try:
         data = PLAIN_RESULTS.encode(result)
@@ -41,7 +41,11 @@ def resolving(saga: Saga, step: str, outcome: Resolution, result: object, by: st
         raise ConfigurationError(
             f"the result of a step is JSON, as its function's annotation writes it: {error}"
         ) from error
-    return _amend(saga, _done(saga, known.name, known.attempt, body({**head, "resolved": by}, data)))
+    # An undo that was skipped, since the step had failed, is to be done.
+    undo = f"undo:{known.name.removeprefix('step:')}"
+    skipped = [each.name for each in saga.entries if each.name == undo and each.progress is Progress.SKIPPED]
+    done = _done(saga, known.name, known.attempt, body({**head, "resolved": by}, data))
+    return _amend(saga, done, without=skipped)
 
 
 def failing(saga: Saga, failure: bytes) -> Amend:
@@ -76,14 +80,15 @@ def _step(saga: Saga, step: str) -> Entry:
 def _check_open(saga: Saga, step: str, known: Entry) -> None:
     if known.progress is Progress.DONE and "resolved" not in head_of(known):
         raise refused(saga, f"has done the step {step}, and knows its result")
-    # Before the pivot, the function goes on by what it was given: each run must be given the same.
-    if known.progress is Progress.FAILED and saga.row.phase is Phase.FORWARD and not pivoted(saga):
+    # The function went on by a failure that is final: each run must be given the same.
+    if known.progress is Progress.FAILED and saga.row.phase is Phase.FORWARD and _is_final(saga, known):
         raise refused(saga, f"knows that the step {step} failed, and goes on by that: compensate undoes it")
 
 
-def pivoted(saga: Saga) -> bool:
-    """Return whether the pivot is done."""
-    return any(entry.progress is Progress.DONE and head_of(entry).get("kind") == "pivot" for entry in saga.entries)
+def _is_final(saga: Saga, failed: Entry) -> bool:
+    pivots = [entry for entry in saga.entries if head_of(entry).get("kind") == "pivot"]
+    done = [entry.order for entry in pivots if entry.progress is Progress.DONE]
+    return not (failed in pivots and is_unknown(failed)) and (not done or failed.order < min(done))
 
 
 def _undo_done(saga: Saga, name: str, outcome: Resolution, result: object, by: str) -> Amend:

@@ -20,6 +20,7 @@ from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Lost, Operation
 from idempotency.saga._effects import Ask, Program
 from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError, StepFailedError
+from idempotency.saga.events import SagaEvent, SagaEventKind, emit_saga_event
 
 if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
@@ -180,9 +181,29 @@ class Run:
             if remaining is not None and remaining <= 0:
                 raise DeadlineError("The deadline of the saga is over.")
 
+    def emit(
+        self, kind: SagaEventKind, *, step: str = "", attempt: int = 0, error: object = None, reason: str = ""
+    ) -> None:
+        """Deliver an event. ``attempt``: that of the step, default the run's. ``error``: an exception, or its name."""
+        event = SagaEvent(
+            kind=kind,
+            saga=self.definition.name,
+            record=self.id.hex()[:12],
+            attempt=attempt or self.attempt,
+            step=step,
+            error=error if isinstance(error, str) else "" if error is None else type(error).__name__,
+            reason=reason,
+        )
+        emit_saga_event(self.definition.on_event, event)
+
+    def lose(self) -> None:
+        """Note that the lease is lost."""
+        if self.owned and self.lost.set():
+            self.emit("lease-lost")
+
     def lost_error(self) -> SagaLostError:
         """Return the error of an owner that is not it any more."""
-        self.lost.set()
+        self.lose()
         self.owned = False
         error = SagaLostError(f"Another process has taken over the saga {self.definition.name}.")
         error.name, error.key = self.definition.name, self.key
@@ -267,9 +288,13 @@ class Run:
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
-        self.called = int(wakes)
+        self.note_called(wakes)
         self.note(*entries)
         return self.called
+
+    def note_called(self, wakes: int) -> None:
+        """Note ``Row.wakes`` as the store has answered it."""
+        self.called = int(wakes)
 
     def note(self, *entries: Entry) -> None:
         """Note what was written just now."""

@@ -25,15 +25,15 @@ from idempotency._sagas.journal import (
 )
 from idempotency._signature import is_async, name_of
 from idempotency.errors import ConfigurationError, KeyInvalidError, KeyMissingError, KeyReusedError
-from idempotency.events import EventHook, log_event
 from idempotency.operation import current
-from idempotency.saga._definition import Definition
+from idempotency.saga._definition import Defined, Definition
 from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
 from idempotency.saga._wait import signal_entry
 from idempotency.saga.errors import SagaError
+from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
 
@@ -44,19 +44,8 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class AsyncSaga(Generic[R]):
+class AsyncSaga(Defined, Generic[R]):
     """A saga whose function is awaited; :func:`saga` makes it."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition = definition
-
-    @property
-    def name(self) -> str:
-        """Return the name under which its sagas are recorded."""
-        return self._definition.name
-
-    def __repr__(self) -> str:
-        return f"<saga {self.name}>"
 
     async def __call__(self, *args: Any, key: str | None = None, **kwargs: Any) -> R:
         """Run the saga of ``key``, go on with it, or return its result. The arguments must be those of the first call.
@@ -109,19 +98,8 @@ class AsyncSaga(Generic[R]):
             return await drive(definition, live(run))
 
 
-class SyncSaga(Generic[R]):
+class SyncSaga(Defined, Generic[R]):
     """A saga whose function is not awaited; :func:`saga` makes it. See :class:`AsyncSaga`."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition = definition
-
-    @property
-    def name(self) -> str:
-        """Return the name under which its sagas are recorded."""
-        return self._definition.name
-
-    def __repr__(self) -> str:
-        return f"<saga {self.name}>"
 
     def __call__(self, *args: Any, key: str | None = None, **kwargs: Any) -> R:
         """See :meth:`AsyncSaga.__call__`."""
@@ -222,7 +200,7 @@ def saga(
     ttl: float | timedelta = 7 * 86400.0,
     attempts: int = 20,
     undos: Mapping[str, Callable[..., Any]] | None = None,
-    on_event: EventHook = log_event,
+    on_event: SagaHook = log_saga_event,
 ) -> _Decorate:
     """Make a function a saga: its steps are recorded, and after a crash another process goes on where it was.
 
@@ -235,6 +213,7 @@ def saga(
     ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
     ``undos``: undo functions by the name of a step that the code has not any more.
+    ``on_event``: given each :class:`~idempotency.saga.SagaEvent`; default, one line in the log.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """

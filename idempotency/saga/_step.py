@@ -23,7 +23,7 @@ from idempotency.errors import (
     StoreError,
     UnreadableError,
 )
-from idempotency.saga._definition import Definition
+from idempotency.saga._definition import Definition, definition_of
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
 from idempotency.saga._undo import check_undo, is_joined, reference
@@ -109,12 +109,6 @@ def check_function(definition: Definition, what: str, function: Any) -> None:
         raise ConfigurationError(f"{name_of(function)} is a coroutine function, and the saga is not: make it async")
     if child is not None and child.asynchronous is not definition.asynchronous:
         raise ConfigurationError(f"the saga {child.name} is not awaited, and {definition.name} is: make it async")
-
-
-def definition_of(function: object) -> Definition | None:
-    """Return the definition of a saga; None for another function."""
-    definition: Definition | None = getattr(function, "_definition", None)
-    return definition
 
 
 def kind_of(kind: Kind | None, undo: object) -> Kind:
@@ -226,9 +220,9 @@ class Doing:
         join = Join(
             function=lambda session: step.function(*step.args, **step.kwargs, session=session),
             claim=run.claim(self._name),
-            attempt=self.attempt,
-            name=run.operation(self._name, self.attempt).name,
+            operation=lambda transaction: run.operation(self._name, self.attempt, transaction),
             write=write,
+            called=run.note_called,
             lost=run.lost_error,
             timeout=step.timeout,
         )
@@ -277,9 +271,11 @@ class Doing:
         if self.unknown and step.kind == "pivot":
             # Neither undone nor passed: first it has to be known whether it is done.
             reason = {"step": self._name.removeprefix("step:"), "error": type(error).__name__}
+            run.emit("step-failed", step=reason["step"], attempt=self.attempt, error=error)
             raise Suspended(backoff(run.attempt, 1.0, 300.0), reason) from error
         failed = self._entry(Progress.FAILED, encode_failure(error), run.next_order())
         yield from run.write(failed)
+        run.emit("step-failed", step=self._name.removeprefix("step:"), attempt=self.attempt, error=error)
         raise _recorded(step, failed) from error
 
 

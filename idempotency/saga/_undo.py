@@ -122,6 +122,7 @@ def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> 
             return
         reason = {"undo": name.removeprefix("undo:"), "error": type(error).__name__, "attempt": attempt}
         yield from run.write(_entry(name, Progress.BEGUN, attempt, reason))
+        run.emit("undo-failed", step=name.removeprefix("undo:"), attempt=attempt, error=error)
         pause = backoff(attempt, 0.05, 300.0)
         if attempt >= _QUICK:
             raise Suspended(pause, reason) from error
@@ -157,15 +158,14 @@ def _try(
 def _call(
     run: Run, step: Entry, done: Entry, undo: Callable[..., Any], arguments: dict[str, Any], joined: bool
 ) -> Call | Join:
-    operation = run.operation(done.name, done.attempt)
     if not joined:
-        return Call(function=lambda: undo(**arguments), operation=operation)
+        return Call(function=lambda: undo(**arguments), operation=run.operation(done.name, done.attempt))
     return Join(
         function=lambda session: undo(**arguments, session=session),
         claim=run.claim(done.name),
-        attempt=done.attempt,
-        name=operation.name,
+        operation=lambda transaction: run.operation(done.name, done.attempt, transaction),
         write=lambda _: run.write_of([done], progress=True),
+        called=run.note_called,
         lost=run.lost_error,
     )
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from idempotency._results.by_annotation import load
+from idempotency._results.by_annotation import dump, load
 from idempotency._results.codec import PLAIN_RESULTS
 from idempotency._sagas.journal import FORMAT, Entry, Phase, Progress, Row
 from idempotency.errors import RecordedFailureError, UnreadableError
@@ -21,6 +21,9 @@ SagaState = Literal["running", "waiting", "stuck", "undoing", "done", "undone"]
 ``running``: an owner runs it. ``waiting``: for what its reason says, or for a sweeper. ``stuck``: for an operator.
 ``undoing``: it has failed, and is being undone. ``done`` and ``undone``: it has ended.
 """
+
+_OF_FUNCTION = frozenset({"sleep", "signal", "child", "step", "forward"})
+"""What is in reasons for which the saga's function waits."""
 
 _OWNER = 12
 """How many digits of an owner's token are shown."""
@@ -131,9 +134,10 @@ def error_in(data: bytes | None) -> str:
 
 
 def reason_of(row: Row) -> dict[str, Any]:
-    """Return why the saga was left last, as data."""
+    """Return what the saga waits for, or why it is stuck, as data."""
     found: dict[str, Any] = load(row.reason) if row.reason else {}
-    return found
+    # One that an operator has failed has the reason of before.
+    return {} if row.phase is Phase.UNDOING and not _OF_FUNCTION.isdisjoint(found) else found
 
 
 def _in_words(row: Row) -> str:
@@ -145,7 +149,7 @@ def _in_words(row: Row) -> str:
         return "it runs" if is_run(row) else "its owner ended without a word"
     if not row.attempt:
         return "it is recorded, and not begun"
-    return reason_in(row.reason) or "it is due"
+    return reason_in(dump(reason_of(row))) or "it is due"
 
 
 def _next(row: Row) -> tuple[str, float | None]:
@@ -157,9 +161,10 @@ def _next(row: Row) -> tuple[str, float | None]:
 
 
 def _last_step(row: Row, entries: Iterable[Entry]) -> str:
-    """Return the step that was begun last, or that fails after the pivot."""
+    """Return the step that was begun last, or that fails after the pivot; while the saga is undone, the undo."""
     open_ = (Progress.BEGUN, Progress.FAILED) if reason_of(row).get("forward") else (Progress.BEGUN,)
-    found = {entry.name: entry for entry in entries}
+    undoing = row.phase is Phase.UNDOING
+    found = {entry.name: entry for entry in entries if entry.name.startswith("undo:") or not undoing}
     # What is held, and a wait whose signal was given, stay as they were begun.
     over = {name for name in found if name.startswith("hold:")}
     over |= {f"wait:{name.removeprefix('signal:')}" for name in found if name.startswith("signal:")}
@@ -169,7 +174,8 @@ def _last_step(row: Row, entries: Iterable[Entry]) -> str:
 
 
 def _error(row: Row, entries: Iterable[Entry]) -> str:
-    error = str(reason_of(row).get("error", ""))
+    reason = reason_of(row)
+    error = str(reason.get("error") or reason.get("verify") or "")
     if error and error != StepFailedError.__name__:
         return error
     if row.phase in (Phase.UNDOING, Phase.UNDONE):

@@ -241,6 +241,23 @@ class NamingSchema(Protocol):
         ...
 
 
+class CreatingSagaSchema(Protocol):
+    """Create what sagas need besides, where that is a schema of their own."""
+
+    async def create_saga_schema(self) -> None:
+        """Create what sagas need, where it is missing. Safe in any number of processes at once."""
+        ...
+
+    async def has_saga_schema(self) -> bool:
+        """Return whether there is something of what sagas need."""
+        ...
+
+    @property
+    def saga_schema(self) -> str:
+        """Return what is created, as ``tables idempotency_record_saga and idempotency_record_saga_entry``."""
+        ...
+
+
 class Purging(Protocol):
     """Delete what is expired."""
 

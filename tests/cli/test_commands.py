@@ -341,6 +341,20 @@ def test_schema_create_is_what_doctor_asks_for(store_target: Target) -> None:
     assert f"ok   table {store_target.name}: primary key and index\n" in after.stdout
 
 
+@SQL_STORES
+def test_schema_create_makes_the_tables_of_sagas_if_asked(store_target: Target) -> None:
+    """They are named, and made beside the table of records, twice without harm."""
+    table = store_target.name
+    for _ in range(2):
+        made = command(store_target, "schema", "create", "--sagas").stdout
+        assert made == f"tables {table}_saga and {table}_saga_entry are there\ntable {table} is there\n"
+
+    engine = sqlalchemy.create_engine(store_target.sync_url)
+    found = {name for name in sqlalchemy.inspect(engine).get_table_names() if name.startswith(table)}
+    engine.dispose()
+    assert found == {table, f"{table}_saga", f"{table}_saga_entry"}
+
+
 def test_a_mistyped_sqlite_file_is_not_created(tmp_path: Path) -> None:
     """A file or table that is not there is an error, and still not there afterwards."""
     file = tmp_path / "orders.db"
@@ -364,6 +378,10 @@ def test_schema_sql_needs_no_store() -> None:
     assert "BLOB" in CliRunner().invoke(app, ["schema", "sql", "--dialect", "sqlite"]).stdout
     assert "CREATE TABLE tenant.keys" in CliRunner().invoke(app, ["schema", "sql", "--table", "tenant.keys"]).stdout
     refused(CliRunner().invoke(app, ["schema", "sql", "--dialect", "oracle7"]), "dialect must be")
+    assert "_saga" not in result.stdout
+    with_sagas = CliRunner().invoke(app, ["schema", "sql", "--table", "keys", "--sagas"]).stdout
+    assert with_sagas.startswith(result.stdout)
+    assert "CREATE TABLE keys_saga_entry (" in with_sagas
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from idempotency._rules import Claim
+from idempotency._sagas.journal import Open
 from tests.kit.redis_servers import RedisProcess
 
 
@@ -15,6 +16,11 @@ def new_claim(key: str = "k", **options: object) -> Claim:
 
 def name_of(claim: Claim) -> str:
     return f"idempotency:1:{claim.id.hex()}"
+
+
+def saga_key(request: Open, index: str = "") -> str:
+    """Return under which key a saga is, or an index of its name."""
+    return f"idempotency:1:{{saga:{request.id[:8].hex()}}}:{index or request.id.hex()}"
 
 
 def empty(server: RedisProcess) -> None:

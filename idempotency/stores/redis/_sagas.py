@@ -64,6 +64,9 @@ _FLAG = (b"0", b"1")
 _UNREADABLE, _WHOLE = -1, 2
 """What a reply begins with where a saga cannot be read, and where it has the entries too. Else it is 0 (no) or 1."""
 
+_IS_DAMAGED = "the saga is damaged"
+_NONSENSE = (KeyError, ValueError)
+
 _NOTED = 60.0
 """Seconds for which a name that was noted is not noted again. It is noted again because a server can lose it."""
 
@@ -210,7 +213,9 @@ class Sagas:
         if not reply[0]:
             return None
         _, now, head, body = reply
-        return opened_entry(self._sealing, request.id, _entry(now, request.entry.name, head, body))
+        with _damaged():
+            entry = _entry(now, request.entry.name, head, body)
+        return opened_entry(self._sealing, request.id, entry)
 
     def _look(self, request: Look) -> Steps[Saga | None]:
         reply = yield from _written(Step(self._command(_LOOK, request.id)))
@@ -223,7 +228,9 @@ class Sagas:
     def _opened(self, record: bytes, reply: Any) -> Saga:
         _, now, found = reply
         fields = dict(zip(found[::2], found[1::2], strict=True)) if reply[0] == _WHOLE else _fields(found)
-        return opened_saga(self._sealing, Saga(_row(record, now, fields), tuple(_entries_of(now, fields))))
+        with _damaged():
+            saga = Saga(_row(record, now, fields), tuple(_entries_of(now, fields)))
+        return opened_saga(self._sealing, saga)
 
     def _command(self, script: Script, record: bytes, *arguments: bytes) -> Command:
         space = self._space(record[:8])
@@ -311,7 +318,16 @@ def _written(step: Step) -> Steps[Any]:
 def check(reply: Any) -> None:
     """Raise UnreadableError for the reply to a step for a saga that cannot be read."""
     if reply[0] == _UNREADABLE:
-        raise newer(reply[1]) if reply[1] else UnreadableError("the saga is damaged")
+        raise newer(reply[1]) if reply[1] else UnreadableError(_IS_DAMAGED)
+
+
+@contextlib.contextmanager
+def _damaged() -> Iterator[None]:
+    """Raise UnreadableError where what is read makes no sense."""
+    try:
+        yield
+    except _NONSENSE as error:
+        raise UnreadableError(_IS_DAMAGED) from error
 
 
 def _changes(phase: Phase | None, result: bytes | None, entries: Sequence[Entry]) -> tuple[bytes, ...]:
@@ -335,33 +351,29 @@ def _rows_of(ids: Sequence[bytes], now: int, rows: Sequence[Sequence[bytes | Non
     """Yield the rows that make sense."""
     for record, row in zip(ids, rows, strict=True):
         if row:
-            with contextlib.suppress(UnreadableError):
+            with contextlib.suppress(*_NONSENSE):
                 yield _row(record, now, _fields(row))
 
 
 def _row(record: bytes, now: int, fields: dict[bytes, bytes]) -> Row:
-    try:
-        created = int(fields[b"b"])
-        return Row(
-            id=record,
-            name=fields[b"n"].decode("utf-8", "surrogatepass"),
-            key=fields[b"k"].decode("utf-8", "surrogatepass"),
-            phase=Phase(int(fields[b"p"])),
-            token=fields[b"t"].decode() if fields[b"o"] == b"1" else "",
-            fingerprint=fields[b"f"],
-            input=fields[b"i"],
-            attempt=int(fields[b"a"]),
-            crashes=int(fields[b"c"]),
-            wakes=int(fields[b"w"]),
-            reason=fields[b"r"],
-            result=fields.get(b"z"),
-            due_in=(int(fields[b"d"]) - now) / 1000 if b"d" in fields else None,
-            deadline_in=(int(fields[b"l"]) - now) / 1000 if b"l" in fields else None,
-            age=(now - created) / 1000,
-            version=int(fields[b"v"]),
-        )
-    except (KeyError, ValueError) as error:
-        raise UnreadableError("the saga is damaged") from error
+    return Row(
+        id=record,
+        name=fields[b"n"].decode("utf-8", "surrogatepass"),
+        key=fields[b"k"].decode("utf-8", "surrogatepass"),
+        phase=Phase(int(fields[b"p"])),
+        token=fields[b"t"].decode() if fields[b"o"] == b"1" else "",
+        fingerprint=fields[b"f"],
+        input=fields[b"i"],
+        attempt=int(fields[b"a"]),
+        crashes=int(fields[b"c"]),
+        wakes=int(fields[b"w"]),
+        reason=fields[b"r"],
+        result=fields.get(b"z"),
+        due_in=(int(fields[b"d"]) - now) / 1000 if b"d" in fields else None,
+        deadline_in=(int(fields[b"l"]) - now) / 1000 if b"l" in fields else None,
+        age=(now - int(fields[b"b"])) / 1000,
+        version=int(fields[b"v"]),
+    )
 
 
 def _entries_of(now: int, fields: dict[bytes, bytes]) -> Iterator[Entry]:
@@ -370,7 +382,9 @@ def _entries_of(now: int, fields: dict[bytes, bytes]) -> Iterator[Entry]:
             yield _entry(now, field[1:].decode("utf-8", "surrogatepass"), head, fields[b"x" + field[1:]])
 
 
-def _entry(now: int, name: str, head: bytes, body: bytes) -> Entry:
+def _entry(now: int, name: str, head: bytes, body: bytes | None) -> Entry:
+    if body is None:
+        raise ValueError(name)
     progress, order, attempt, began, changed = map(int, head.split())
     return Entry(
         name=name,

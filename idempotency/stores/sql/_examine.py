@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Table, inspect
 from idempotency._sql.pooler import is_behind_pooler
 from idempotency.stores._operating import version_of
 from idempotency.stores.base import Finding
+from idempotency.stores.sql._saga_table import SagaTables
 from idempotency.stores.sql._table import located
 
 _OLDEST_SQLITE = (3, 35)
@@ -26,6 +27,27 @@ def examine(connection: Connection, table: Table) -> list[Finding]:
     return [*by_dialect[connection.dialect.name](connection), *_examine_table(connection, here)]
 
 
+def examine_sagas(connection: Connection, tables: SagaTables) -> list[Finding]:
+    """Examine the tables of sagas, if one of them is there."""
+    here = tables.located(connection.schema_for_object(tables.sagas))
+    inspector = inspect(connection)
+    missing = [each.fullname for each in here if not inspector.has_table(each.name, each.schema)]
+    if len(missing) == len(here):
+        return []
+    create = "idempotency schema create --sagas"
+    findings = [Finding("fix", f"there is no table {name}: {create}") for name in missing]
+    for table in here:
+        findings += [] if table.fullname in missing else _examine_engine(connection, table)
+    if here.sagas.fullname not in missing:
+        indexed = {index["column_names"][0] for index in inspector.get_indexes(here.sagas.name, here.sagas.schema)}
+        findings += [
+            Finding("fix", f"{here.sagas.fullname} has no index on {column}: {create}")
+            for column in ("due_ms", "expires_ms")
+            if column not in indexed
+        ]
+    return findings or [Finding("ok", f"tables {here.sagas.fullname} and {here.entries.fullname}: the indexes")]
+
+
 def _examine_table(connection: Connection, table: Table) -> list[Finding]:
     inspector = inspect(connection)
     name, place = table.fullname, (table.name, table.schema)
@@ -34,9 +56,15 @@ def _examine_table(connection: Connection, table: Table) -> list[Finding]:
         findings.append(Finding("fix", f"the primary key of {name} is not (id): two owners can hold one key"))
     if not any(index["column_names"][:1] == ["expires_ms"] for index in inspector.get_indexes(*place)):
         findings.append(Finding("fix", f"{name} has no index on expires_ms, which purge needs: schema create"))
-    if inspector.get_table_options(*place).get(f"{connection.dialect.name}_engine", "InnoDB") != "InnoDB":
-        findings.append(Finding("fix", f"{name} is not an InnoDB table: it has no transactions"))
+    findings += _examine_engine(connection, table)
     return findings or [Finding("ok", f"table {name}: primary key and index")]
+
+
+def _examine_engine(connection: Connection, table: Table) -> list[Finding]:
+    options = inspect(connection).get_table_options(table.name, table.schema)
+    if options.get(f"{connection.dialect.name}_engine", "InnoDB") == "InnoDB":
+        return []
+    return [Finding("fix", f"{table.fullname} is not an InnoDB table: it has no transactions")]
 
 
 def _postgresql(connection: Connection) -> list[Finding]:

@@ -67,7 +67,7 @@ def _indexes(table: Table) -> list[Index]:
 
 def _described(metadata: MetaData, schema: str | None, name: str) -> SagaTables:
     # No foreign key: SQLite enforces none unless it is asked to on each connection, and elsewhere each entry would
-    # cost a look at its saga. Whoever deletes a saga has locked its row, and deletes its entries in one transaction.
+    # cost a look at its saga. A saga is deleted with its entries by one transaction, which has locked its row.
     return SagaTables(_sagas(metadata, schema, name), _entries(metadata, schema, f"{name}_entry"))
 
 

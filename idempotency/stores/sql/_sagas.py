@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, Dialect, MetaData
+from sqlalchemy import Connection, Dialect, MetaData, inspect
 from sqlalchemy.exc import DBAPIError
 
 from idempotency._durations import milliseconds
@@ -92,6 +92,11 @@ class SagaVerbs:
     def create(self, connection: Connection) -> None:
         """Create the tables and their indexes where they are missing."""
         create_tables(connection, *self.tables)
+
+    def exists(self, connection: Connection) -> bool:
+        """Return whether one of the tables is there."""
+        here = self.tables.located(connection.schema_for_object(self.tables.sagas))
+        return any(inspect(connection).has_table(each.name, each.schema) for each in here)
 
     def _make(self, dialect: Dialect, schema: str | None) -> OnPostgreSQL | Elsewhere:
         kind = OnPostgreSQL if dialect.name == "postgresql" else Elsewhere
@@ -216,13 +221,13 @@ def _answer_to(request: Write | Leave | Wake | Amend, found: Changed) -> int | b
     state = found.state
     if found.changed:
         return int(state.wakes) if isinstance(request, Write) else True
-    there = state is not None and not state.expired
-    if there and state.version > FORMAT:
+    nothing = None if isinstance(request, Write) else False
+    if state is None or state.expired:
+        return nothing
+    if state.version > FORMAT:
         raise newer(int(state.version))
-    if isinstance(request, Leave):
-        # It has left before, and its answer was lost.
-        return there and as_flag(state.ours) and not as_flag(state.owned)
-    return None if isinstance(request, Write) else False
+    # Whether a Leave was answered before, and the answer was lost.
+    return as_flag(state.ours) and not as_flag(state.owned) if isinstance(request, Leave) else nothing
 
 
 def _size(request: Request[Any]) -> int:

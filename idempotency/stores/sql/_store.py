@@ -31,7 +31,7 @@ from idempotency.stores._sealing import Sealing, findings_in, forms_of_key, seal
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql._database import Settings, Work
-from idempotency.stores.sql._examine import examine
+from idempotency.stores.sql._examine import examine, examine_sagas
 from idempotency.stores.sql._find import ids
 from idempotency.stores.sql._forks import drop_in_children
 from idempotency.stores.sql._in_sessions import InSessions
@@ -288,6 +288,16 @@ class SQLStore(InSessions):
         """Create the tables of sagas and their indexes where they are missing; safe in any number of processes."""
         await self._run(lambda _, connection: self._sagas.create(connection), transaction=True)
 
+    async def has_saga_schema(self) -> bool:
+        """Return whether one of the tables of sagas is there."""
+        return await self._run(lambda _, connection: self._sagas.exists(connection))
+
+    @property
+    def saga_schema(self) -> str:
+        """Return what :meth:`create_saga_schema` creates."""
+        tables = self._sagas.tables.located(self._schema)
+        return f"tables {tables.sagas.fullname} and {tables.entries.fullname}"
+
     def create_saga_schema_sync(self) -> None:
         """See :meth:`create_saga_schema`."""
         self._run_sync(lambda _, connection: self._sagas.create(connection), transaction=True)
@@ -304,7 +314,8 @@ class SQLStore(InSessions):
 
     async def _examine(self) -> list[Finding]:
         of_server = await self._run(lambda _, connection: examine(connection, self._table))
-        return [*of_server, *await findings_in(self._sealing, self.find)]
+        of_sagas = await self._run(lambda _, connection: examine_sagas(connection, self._sagas.tables))
+        return [*of_server, *of_sagas, *await findings_in(self._sealing, self.find)]
 
     @property
     def schema(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -15,7 +16,7 @@ from tests.saga.operate import trips
 
 
 @pytest.fixture(autouse=True)
-def did() -> dict[str, int]:
+def did() -> Counter[str]:
     """How often each function was called in this test."""
     for each in (trips.DID, trips.FAILING, trips.HANGING):
         each.clear()

@@ -7,14 +7,17 @@ import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import redis
 from redis.asyncio.cluster import RedisCluster
 
 from idempotency._rules import State
+from idempotency._sagas.journal import Amend, Browse, Due, Look, Put, Request, Wake
 from idempotency.errors import StoreError
 from idempotency.stores.redis import Durability, RedisStore
+from idempotency.testing.journal._journal import begun, by_name, done, ending, leave, opening, rival, write
 from tests.kit.redis_servers import RedisProcess, embedded, require
 from tests.kit.redis_store import name_of, new_claim, sent_to
 
@@ -76,6 +79,47 @@ async def test_cluster_client_in_a_new_loop(cluster_url: str) -> None:
         assert (await store.claim(new_claim(token="t"))).token == "t"
         await store.aclose()
         assert await client.ping()
+
+
+async def test_sagas_in_a_cluster(cluster_url: str) -> None:
+    """Sagas of several names, which are on several servers, are used by both kinds of clients."""
+    store = RedisStore.from_url(cluster_url, prefix="sagas")
+    requests = [opening(f"trip {number}") for number in range(12)]
+    for request in requests:
+        saga = await store.journal(request)
+        assert saga is not None
+        assert saga.row.token == request.token
+        assert store.journal_sync(write(request, done())) == 0
+        assert store.journal_sync(leave(request, due=None))
+        assert store.journal_sync(Put(id=request.id, entry=done("signal"))) is not None
+        assert await store.journal(Wake(id=request.id))
+        assert await store.journal(Amend(id=request.id, without=["step"]))
+
+    assert {row.id for row in await store.journal(Due())} == {request.id for request in requests}
+    assert {row.name for row in store.journal_sync(Browse(limit=5))} == {request.name for request in requests[:5]}
+    names = [request.name for request in requests[2:5]]
+    assert [row.name for row in store.journal_sync(Due(names=names))] == names
+    owner = rival(requests[0])
+    found = await store.journal(owner)
+    assert set(by_name(found)) == {"signal"}
+    assert store.journal_sync(ending(owner, wakes=3))
+    await store.aclose()
+
+
+async def test_durable_sagas_in_a_cluster(cluster_url: str) -> None:
+    """In a cluster too a write is refused for which there are too few copies."""
+    store = RedisStore.from_url(cluster_url, prefix="durable", durability=Durability(timeout=0.05))
+    request = opening("trip")
+
+    with pytest.raises(StoreError, match="too few copies"):
+        await store.journal(request)
+    with pytest.raises(StoreError, match="too few copies"):
+        store.journal_sync(opening("trip", "recorded", lease=0.0))
+
+    saga = await store.journal(Look(id=request.id))
+    assert saga is not None
+    assert saga.row.token == ""
+    await store.aclose()
 
 
 @contextlib.contextmanager
@@ -154,6 +198,52 @@ async def test_durability_waits_for_the_replica() -> None:
         assert await store.inspect(new_claim("other").id) is None
         assert (await store.claim(new_claim())).result == b"result"
         await store.aclose()
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+async def test_durable_sagas_wait_for_the_replica(awaited: bool) -> None:
+    """With a replica what is written of a saga counts; with a frozen one it is an error, and an owner gives up."""
+    with RedisProcess("--repl-diskless-sync-delay", "0") as primary, replica_of(primary) as replica:
+        store = RedisStore.from_url(primary.url, durability=Durability(replicas=1, timeout=0.2))
+        lasting = RedisStore.from_url(primary.url)
+
+        async def ask(request: Request[Any]) -> Any:
+            return await store.journal(request) if awaited else await asyncio.to_thread(store.journal_sync, request)
+
+        first, second, running = (opening("trip", key) for key in ("1", "2", "running"))
+        for request in (first, write(first), Look(id=first.id), running):
+            await ask(request)  # now the server has the scripts
+        with sent_to(primary) as names:
+            for request in (second, write(second, done()), write(second), Look(id=second.id)):
+                await ask(request)
+        assert names == ["EVALSHA", "WAIT", "EVALSHA", "WAIT", "EVALSHA", "EVALSHA"]
+        replica.freeze()
+
+        third, fourth = opening("trip", "3"), opening("trip", "4", lease=0.0)
+        written = (
+            write(first, begun()),
+            leave(first, reason=b"why"),
+            ending(second),
+            Put(id=first.id, entry=done("signal")),
+            Wake(id=first.id),
+            Amend(id=first.id),
+            third,
+            fourth,
+        )
+        for request in written:
+            with pytest.raises(StoreError, match="too few copies"):
+                await ask(request)
+
+        # What writes nothing needs no copy: others, and who is not the owner.
+        assert await ask(write(rival(first), done())) is None
+        assert (await ask(rival(running))).row.token == running.token
+        found = await lasting.journal(Look(id=third.id))
+        assert found is not None
+        assert (found.row.token, found.row.crashes) == ("", 0)
+        assert found.row.due_in is not None
+        assert found.row.due_in <= 0
+        await store.aclose()
+        await lasting.aclose()
 
 
 async def test_durable_claims_find_connections_after_many_heartbeats(server: RedisProcess) -> None:

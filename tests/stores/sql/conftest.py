@@ -52,6 +52,17 @@ async def store(engine: AsyncEngine, table: str) -> AsyncIterator[SQLStore]:
 
 
 @pytest.fixture
+async def saga_store(engine: AsyncEngine, table: str) -> AsyncIterator[SQLStore]:
+    store = SQLStore(engine, table=table, timeout=20)
+    await store.create_saga_schema()
+    yield store
+    await store.aclose()
+    async with engine.begin() as connection:
+        for name in (f"{table}_saga", f"{table}_saga_entry"):
+            await connection.execute(text(f"DROP TABLE {name}"))
+
+
+@pytest.fixture
 async def proxy(url: str) -> AsyncIterator[Proxy]:
     parsed = make_url(url)
     with Proxy(parsed.port or {"postgresql": 5432, "mysql": 3306}[parsed.get_backend_name()]) as proxy:

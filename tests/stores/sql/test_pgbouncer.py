@@ -19,10 +19,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency import ConfigurationError, IdempotencyMiddleware, Policy, drain, idempotent
 from idempotency._rules import Execute, InProgress, Replay, judge
+from idempotency._sagas.journal import Due
 from idempotency.errors import StoreError
 from idempotency.stores import open_store
 from idempotency.stores.sql import SQLStore
 from tests.kit.asgi_calls import Reply, call, respond
+from tests.kit.saga_requests import entry, leave, looked_at, opening, owned, write
 from tests.kit.servers import PgBouncerServer, Proxy, with_driver, with_port
 from tests.kit.sql_store import new_claim, until
 
@@ -447,3 +449,28 @@ async def test_doctor_sees_the_pooler(shop: Shop, postgres_url: str) -> None:
     await direct.dispose()
 
     assert noted == [["note"], []]
+
+
+@ASYNC
+async def test_sagas_by_any_connection(shop: Shop) -> None:
+    """Each request, and a step in the transaction of its effect, is one transaction: none fails or is lost."""
+    await shop.stores[0].create_saga_schema()
+    keys = KEYS[:40]
+
+    async def run(store: SQLStore, engine: AsyncEngine, key: str) -> None:
+        await owned(store, owner := opening(key=key))
+        await store.journal(write(owner, entry("begun")))
+        async with AsyncSession(engine) as session:
+            await session.execute(shop.insert(key))
+            await store.journal_in(session, write(owner, entry("step")))
+            await session.commit()
+        assert await store.journal(leave(owner, due=0.0))
+
+    sides = list(zip(shop.stores, shop.engines, strict=True))
+    await asyncio.gather(*(run(*sides[number % 4], key) for number, key in enumerate(keys)))
+
+    due = await shop.stores[1].journal(Due(names=["trip"]))
+    sagas = [await looked_at(shop.stores[2], row.id) for row in due]
+    assert Counter(saga.row.key for saga in sagas) == await shop.effects() == Counter(keys)
+    assert all({each.name for each in saga.entries} == {"begun", "step"} for saga in sagas)
+    assert shop.errors == []
