@@ -8,9 +8,10 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+from idempotency._sagas.journal import Due, Look, Request, Write
 from idempotency.testing._points import crash_point, step
 from idempotency.testing.faulty import FaultyStore
 
@@ -41,6 +42,9 @@ def instrument() -> None:
         for verb in (*_VERBS, *_VERBS_SYNC):
             if inspect.isfunction(found := vars(store).get(verb)):
                 setattr(store, verb, _around(verb, found))
+        for verb in ("journal", "journal_sync"):
+            if inspect.isfunction(found := vars(store).get(verb)):
+                setattr(store, verb, _around_requests(found))
     with suppress(ImportError):
         _instrument_sqlalchemy()
         _instrument_relays()
@@ -83,6 +87,26 @@ def _around(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         with step(name, silent=silent):
             return function(*args, **kwargs)
+
+    return awaited if inspect.iscoroutinefunction(function) else called
+
+
+def _around_requests(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Put points around the requests to the journal of sagas that write something, and not only renew."""
+
+    def point(request: Request[Any]) -> AbstractContextManager[None]:
+        renews = isinstance(request, Write) and not request.entries and request.phase is None
+        return step(type(request).__name__.lower(), silent=renews or isinstance(request, Look | Due))
+
+    @functools.wraps(function)
+    async def awaited(self: object, request: Request[Any], /) -> Any:
+        with point(request):
+            return await function(self, request)
+
+    @functools.wraps(function)
+    def called(self: object, request: Request[Any], /) -> Any:
+        with point(request):
+            return function(self, request)
 
     return awaited if inspect.iscoroutinefunction(function) else called
 

@@ -24,6 +24,8 @@ import overhead
 import purge_load
 import record_size
 import report
+import saga
+import saga_report
 import table_size
 import throughput
 from http_child import MeasureError
@@ -43,6 +45,7 @@ _ALONE = {
     "encryption": "what encryption adds to a replay",
     "messages": "a consumer of a local RabbitMQ, with effects in PostgreSQL",
     "outbox": "the outbox on PostgreSQL: relays, latency, and what emitting costs",
+    "saga": "sagas on PostgreSQL: workflows of five steps",
     "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
 }
 
@@ -85,10 +88,23 @@ async def _http(urls: Sequence[str], plan: http_run.Plan) -> None:
         print(http_report.http_table(results), flush=True)
 
 
-async def _outbox(urls: Sequence[str], quick: bool) -> None:
+def _postgresql(urls: Sequence[str], option: str) -> str:
     url = next((url for url in urls if url.startswith("postgresql+asyncpg")), None)
     if url is None:
-        raise ConfigurationError("--outbox needs a PostgreSQL, by postgresql+asyncpg://")
+        raise ConfigurationError(f"--{option} needs a PostgreSQL, by postgresql+asyncpg://")
+    return url
+
+
+async def _saga(urls: Sequence[str], quick: bool) -> None:
+    url = _postgresql(urls, "saga")
+    print(f"{report.NOISE}\n{saga_report.HEAD}", flush=True)
+    amount = saga.Amount(3, 10) if quick else saga.Amount(7, 50)
+    async for costs in saga.measure(url, f"idempotency_bench_{os.getpid()}", amount):
+        print(saga_report.saga_rows(costs), flush=True)
+
+
+async def _outbox(urls: Sequence[str], quick: bool) -> None:
+    url = _postgresql(urls, "outbox")
     print(f"{report.NOISE}\n{outbox_report.HEAD}", flush=True)
     brokers = _reachable([(urlsplit(broker).port or 0, broker) for broker in outbox.BROKERS])
     async for row in outbox_report.rows(url, brokers, f"idempotency_bench_{os.getpid()}", quick):
@@ -190,9 +206,10 @@ def _plan(options: argparse.Namespace) -> http_run.Plan:
 
 def _urls(only: str | None, directory: str) -> list[str]:
     servers = _reachable((*_SERVERS, _MARIADB) if only == "calls" else _SERVERS)
+    served = ("http", "messages", "outbox", "saga")
     # In memory there is no round trip to compare encryption to.
-    memory = [] if only in ("encryption", "http", "messages", "outbox") else ["memory://"]
-    sqlite = [] if only in ("http", "messages", "outbox") else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
+    memory = [] if only in ("encryption", *served) else ["memory://"]
+    sqlite = [] if only in served else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
     return [*memory, *sqlite, *servers]
 
 
@@ -206,6 +223,8 @@ def main() -> int:
                 asyncio.run(_http(urls, _plan(options)))
             elif options.only == "outbox":
                 asyncio.run(_outbox(urls, options.quick))
+            elif options.only == "saga":
+                asyncio.run(_saga(urls, options.quick))
             else:
                 largest: int = options.largest or (10**5 if options.quick else 10**6)
                 asyncio.run(_run(urls, quick=options.quick, only=options.only, largest=largest))

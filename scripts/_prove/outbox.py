@@ -17,8 +17,8 @@ from pathlib import Path
 import outbox_trial
 from outbox_brokers import NATS, Broker, FileBroker, RabbitMQ, Redis
 from outbox_consumer import COLUMNS, Found
-from outbox_processes import fork_server
 from outbox_trial import PUBLISHING, Trial, try_label
+from processes import fork_server
 
 from tests.kit import servers
 from tests.outbox.kit.logical import start_logical

@@ -13,11 +13,11 @@ from multiprocessing.context import ForkServerContext
 from time import monotonic
 
 import outbox_relays
+from disturbed import Disturbed
 from outbox_brokers import Broker, Delivered, FileBroker, Redis
 from outbox_consumer import COLUMNS, Found, compare, effects_of
-from outbox_processes import fork_server
-from outbox_relays import Relays
 from outbox_writers import AWAY, Writer, orders_table, writers
+from processes import fork_server
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -110,7 +110,8 @@ async def _run(staged: Stage, processes: ForkServerContext, amount: Amount) -> t
     async with engine.begin() as connection:
         await connection.run_sync(orders.create)
     await staged.broker.prepare()
-    relays = Relays(processes, (staged.database.url, _NAME, staged.by_log, staged.broker))
+    given = staged.database.url, _NAME, staged.by_log, staged.broker
+    relays = Disturbed(processes, outbox_relays.relay, given, outbox_relays.PAUSE)
     relays.start(RELAYS)
     try:
         group = writers(engine, staged.outbox, orders, amount.keys, amount.rows, amount.seconds)
@@ -125,17 +126,17 @@ async def _run(staged: Stage, processes: ForkServerContext, amount: Amount) -> t
     return relays.counted, found
 
 
-async def _disturb(staged: Stage, relays: Relays, group: list[Writer], seconds: float) -> None:
+async def _disturb(staged: Stage, relays: Disturbed, group: list[Writer], seconds: float) -> None:
     writing = [asyncio.create_task(writer.write()) for writer in group]
     end = monotonic() + seconds
     while monotonic() < end or not all(each.done() for each in writing):
         await asyncio.sleep(random.uniform(0.5, 1.5) * EVERY)
         match random.randrange(RARELY):
             case 0:
-                await _restart(staged.database)
+                await restart(staged.database)
                 relays.counted["database"] += 1
             case 1 if staged.broker_server is not None:
-                await _restart(staged.broker_server)
+                await restart(staged.broker_server)
                 relays.counted["broker"] += 1
             case 2 if staged.drops_slot:
                 await relays.kill_all()
@@ -147,7 +148,7 @@ async def _disturb(staged: Stage, relays: Relays, group: list[Writer], seconds: 
     relays.resume_all()
 
 
-async def _restart(server: Server) -> None:
+async def restart(server: Server) -> None:
     """Kill a server as a crash does, and start it again."""
     await asyncio.to_thread(server.kill)
     await asyncio.sleep(random.uniform(0, 1))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outbox_brokers import Broker, Delivered
 from outbox_consumer import Found, compare, effects_of, quiet, table_of
+from processes import PATIENCE, run
 from sqlalchemy import Table, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -29,15 +28,11 @@ NUMBERS = 2
 TIMEOUT = 10.0
 """Seconds after which a message is given up."""
 
-PATIENCE = 40.0
 PUBLISHING = "before publish"
 """The label up to which a broker is asked for nothing."""
 
 _NAME = "outbox"
 """The name of the tables in labels: each trial has its own."""
-
-# What runs a trial is of the server of forks, and has no threads: so it can be forked with everything imported.
-_PROCESSES = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -169,17 +164,6 @@ async def consume(trial: Trial) -> Found:
         emitted = {Delivered(*row) for row in await connection.execute(select(trial.order))}
     await engine.dispose()
     return compare(deliveries, emitted, effects)
-
-
-def run(work: Callable[..., None], *args: object) -> int | None:
-    """Run a function in a process of its own; return how it ended, None if it did not."""
-    process = _PROCESSES.Process(target=work, args=args)
-    process.start()
-    process.join(PATIENCE)
-    ended = process.exitcode
-    process.kill()
-    process.join()
-    return ended
 
 
 def try_label(trial: Trial, label: str | None, labels: str) -> Found:

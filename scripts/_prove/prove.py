@@ -17,6 +17,8 @@ from typing import Any
 import broker_contract
 import outbox
 import outbox_chaos
+import saga
+import saga_chaos
 import scenarios
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -182,17 +184,23 @@ def main() -> int:
         action="store_true",
         help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
     )
-    chaos = parser.add_argument_group("of --outbox")
+    parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
+    chaos = parser.add_argument_group("of --outbox and --saga")
     chaos.add_argument(
         "--long",
         action="store_true",
-        help="kill, pause and restart relays, databases and brokers at random while messages are emitted",
+        help="kill, pause and restart relays or sweepers, databases and brokers at random while there is work",
     )
     chaos.add_argument("--seconds", type=float, default=120.0, help="for how long; default: 120")
-    chaos.add_argument("--rows", type=int, default=100_000, help="how many messages; default: 100,000")
-    chaos.add_argument("--keys", type=int, default=1000, help="over how many keys; default: 1,000")
+    chaos.add_argument("--rows", type=int, default=100_000, help="--outbox: how many messages; default: 100,000")
+    chaos.add_argument("--keys", type=int, default=1000, help="--outbox: over how many keys; default: 1,000")
+    chaos.add_argument("--sagas", type=int, default=200, help="--saga: how many are under way at a time; default: 200")
     options = parser.parse_args()
     try:
+        if options.saga and options.long:
+            return 0 if saga_chaos.run(saga_chaos.Amount(options.sagas, options.seconds)) else 1
+        if options.saga:
+            return 0 if saga.run(options.quick) else 1
         if options.outbox and options.long:
             return 0 if outbox_chaos.run(outbox_chaos.Amount(options.rows, options.keys, options.seconds)) else 1
         if options.outbox:
