@@ -285,14 +285,21 @@ class SyncJournaling(Protocol):
 
 
 class JoinedJournaling(Protocol):
-    """A store whose entries can be written in the transaction of an effect."""
+    """A store whose sagas can be recorded, and their entries written, in the transaction of an effect."""
 
-    async def journal_in(self, session: Any, request: Write, /) -> int | None:
-        """Answer a write in the transaction of an ``AsyncSession``: it commits or vanishes with the effect."""
+    async def journal_in(self, session: Any, request: Write | Open, /) -> Any:
+        """Answer a request in the transaction of an ``AsyncSession``: it commits or vanishes with the effect.
+
+        ``Open`` only records a saga here: its ``lease`` is 0.
+        """
         ...
 
-    def journal_in_sync(self, session: Any, request: Write, /) -> int | None:
+    def journal_in_sync(self, session: Any, request: Write | Open, /) -> Any:
         """See :meth:`journal_in`; of a ``Session``."""
+        ...
+
+    def check_shared(self, engine: object) -> None:
+        """Raise ConfigurationError unless sessions on ``engine`` reach the database of the sagas."""
         ...
 
 

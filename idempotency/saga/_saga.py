@@ -14,6 +14,7 @@ from idempotency._results.codec import results_of
 from idempotency._sagas.journal import (
     MOST_CHARACTERS,
     Entry,
+    JoinedJournaling,
     Journaling,
     Look,
     Open,
@@ -61,12 +62,22 @@ class AsyncSaga(Defined, Generic[R]):
         key = _key(self._definition, key)
         return cast(R, await self._run(saga_id(self.name, key), key, data))
 
-    async def start(self, *args: Any, key: str | None = None, **kwargs: Any) -> str:
-        """Record the saga of ``key``, unless it is there, and return the key. A :class:`Sweeper` runs it."""
+    async def start(
+        self, *args: Any, key: str | None = None, session: AsyncSession | None = None, **kwargs: Any
+    ) -> str:
+        """Record the saga of ``key``, unless it is there, and return the key. A :class:`Sweeper` runs it.
+
+        ``session``: on the database of the store, an SQLStore. The saga is recorded in its transaction, and vanishes
+        with it.
+        """
         data = _encoded(self._definition, args, kwargs)
         key = _key(self._definition, key)
         request = request_of(self._definition, saga_id(self.name, key), key, "", data, lease=0)
-        _check_same(await self._definition.store.journal(request), request)
+        store = self._definition.store
+        if session is None:
+            _check_same(await store.journal(request), request)
+        else:
+            _check_same(await _joined(store, session).journal_in(session, request), request)
         return key
 
     async def resume(self, key: str) -> R:
@@ -107,12 +118,16 @@ class SyncSaga(Defined, Generic[R]):
         key = _key(self._definition, key)
         return cast(R, self._run(saga_id(self.name, key), key, data))
 
-    def start(self, *args: Any, key: str | None = None, **kwargs: Any) -> str:
+    def start(self, *args: Any, key: str | None = None, session: Session | None = None, **kwargs: Any) -> str:
         """See :meth:`AsyncSaga.start`."""
         data = _encoded(self._definition, args, kwargs)
         key = _key(self._definition, key)
         request = request_of(self._definition, saga_id(self.name, key), key, "", data, lease=0)
-        _check_same(self._definition.store.journal_sync(request), request)
+        store = self._definition.store
+        if session is None:
+            _check_same(store.journal_sync(request), request)
+        else:
+            _check_same(_joined(store, session).journal_in_sync(session, request), request)
         return key
 
     def resume(self, key: str) -> R:
@@ -156,6 +171,13 @@ def _key(definition: Definition, key: str | None) -> str:
             f"the key of a saga is text without NUL, of 1 character or more, not {type(key).__name__}"
         )
     return key
+
+
+def _joined(store: object, session: Any) -> JoinedJournaling:
+    """Return the store as one that records sagas in the transaction of ``session``."""
+    joined = require(store, JoinedJournaling, "start(session=...)")
+    joined.check_shared(getattr(session, "bind", None))
+    return joined
 
 
 def _token() -> str:
@@ -249,8 +271,12 @@ def saga(
 def _check_function(function: Callable[..., Any]) -> None:
     if not inspect.isfunction(inspect.unwrap(function)):
         raise ConfigurationError(f"@saga decorates a function, not {function!r}: its module has the undo functions")
-    if "key" in inspect.signature(function).parameters:
-        raise ConfigurationError(f"{name_of(function)} has a parameter key, which names the saga: give it another name")
+    for reserved in ("key", "session"):
+        if reserved in inspect.signature(function).parameters:
+            raise ConfigurationError(
+                f"{name_of(function)} has a parameter {reserved}, which the call of the saga itself takes: give it"
+                " another name. A session is given to the functions of its steps"
+            )
 
 
 def _checked_sessions(store: object, session: Any, asynchronous: bool) -> Any:

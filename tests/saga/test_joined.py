@@ -22,6 +22,7 @@ from idempotency.saga import (
     step,
     step_sync,
 )
+from idempotency.stores.memory import MemoryStore
 from tests.kit.ledger import JOINED_KINDS, SYNC_JOINED_KINDS, Ledger, open_ledger
 from tests.kit.sagas import FAULTS, KilledError, do, meet, meet_sync, states, take_back
 from tests.kit.servers import with_port
@@ -272,3 +273,30 @@ def test_in_threads_too(sync_ledger: Ledger, done: list[Any]) -> None:
     with pytest.raises(SagaFailedError):
         shop(True, key="8")
     assert sync_ledger.effects_sync() == ["book", "book", "refund of book paid"]
+
+
+@JOINED
+async def test_a_saga_is_recorded_in_the_transaction_of_its_cause(joined: Ledger, done: list[Any]) -> None:
+    """The saga and the order that needs it commit together, or neither is there."""
+    shop = shopping(joined)
+
+    async with joined.sessions() as session:
+        await session.execute(joined.insert("order 7"))
+        await shop.start(key="7", session=session)
+        await session.rollback()
+    assert await shop.look("7") is None
+
+    async with joined.sessions() as session, session.begin():
+        await session.execute(joined.insert("order 7"))
+        assert await shop.start(key="7", session=session) == "7"
+        assert await shop.start(key="7", session=session) == "7"
+    assert await shop.resume("7") == "book paid"
+    assert await joined.effects() == ["book", "order 7"]
+
+
+async def test_only_a_database_records_a_saga_in_a_transaction(done: list[Any]) -> None:
+    @saga(MemoryStore(), name="shop")
+    async def shop() -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"start\(session=...\) needs the capability JoinedJournaling"):
+        await shop.start(key="7", session=object())

@@ -132,7 +132,7 @@ def refused() -> Any:
         (of_options, "takes options: its arguments are recorded by name"),
         (of_place, "takes trip: its arguments are recorded by name"),
         (of_thing, "Thing"),
-        (of_key, "has a parameter key, which names the saga: give it another name"),
+        (of_key, "has a parameter key, which the call of the saga itself takes: give it another name"),
         (generator, "is a generator"),
         (SagaError, "decorates a function"),
     ]

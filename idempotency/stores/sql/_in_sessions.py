@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from idempotency._rules import Claim, Record, State
-from idempotency._sagas.journal import Write
+from idempotency._sagas.journal import Open, Write
 from idempotency._sql.bounded import InFlight, Watchdog
 from idempotency._sql.failures import replacing
 from idempotency._sql.send import pooled
@@ -118,15 +118,15 @@ class InSessions:
         with replacing(connection):
             return self._joined_verbs(session).complete(connection, claim, sealed, state)
 
-    async def journal_in(self, session: AsyncSession, request: Write, /) -> int | None:
-        """Write entries of a saga in the transaction of ``session``, on this store's database; commit nothing.
+    async def journal_in(self, session: AsyncSession, request: Write | Open, /) -> Any:
+        """Write entries of a saga, or record one, in the transaction of ``session``, on this store's database.
 
         The row of the saga is locked until that transaction ends: others that write it wait, also to renew its lease.
         Raises :class:`~idempotency.errors.TransactionError` where each statement is committed by itself.
         """
         return await session.run_sync(self.journal_in_sync, request)
 
-    def journal_in_sync(self, session: Session, request: Write, /) -> int | None:
+    def journal_in_sync(self, session: Session, request: Write | Open, /) -> Any:
         """See :meth:`journal_in`."""
         joined = self._joined_verbs(session)
         with joined.describing_failures():

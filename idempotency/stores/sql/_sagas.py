@@ -83,11 +83,11 @@ class SagaVerbs:
             with self._of(connection).writing(connection):
                 return cast(R, self._answer_or_create(connection, stored, sealing))
 
-    def answer_in(self, connection: Connection, request: Write, sealing: Sealing | None) -> int | None:
-        """Answer a write in the transaction of the caller."""
-        stored = sealed(sealing, request)
+    def answer_in(self, connection: Connection, request: Write | Open, sealing: Sealing | None) -> object:
+        """Answer a request in the transaction of the caller."""
+        stored: Request[Any] = sealed(sealing, request)
         with self._describing(connection), self._waiting(connection, stored):
-            return cast(int | None, self._answer_or_create(connection, stored, sealing))
+            return self._answer_or_create(connection, stored, sealing)
 
     def create(self, connection: Connection) -> None:
         """Create the tables and their indexes where they are missing."""
