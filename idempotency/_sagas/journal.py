@@ -303,6 +303,23 @@ class JoinedJournaling(Protocol):
         ...
 
 
+class CreatingSagaSchema(Protocol):
+    """Create what sagas need besides, where that is a schema of their own."""
+
+    async def create_saga_schema(self) -> None:
+        """Create what sagas need, where it is missing. Safe in any number of processes at once."""
+        ...
+
+    async def has_saga_schema(self) -> bool:
+        """Return whether there is something of what sagas need."""
+        ...
+
+    @property
+    def saga_schema(self) -> str:
+        """Return what is created, as ``tables idempotency_record_saga and idempotency_record_saga_entry``."""
+        ...
+
+
 def name_id(name: str) -> bytes:
     """Return the 8 bytes with which the ids of all sagas of a name begin: a store can put them in one place."""
     return record_id("saga:1", name)[:8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from idempotency._engine.verifying import NOT_DONE
 from idempotency.saga._facts import SagaDetail, SagaFact
 from idempotency.saga._front import (
     hold,
@@ -18,7 +19,6 @@ from idempotency.saga._front import (
 from idempotency.saga._operate import SagaOperations
 from idempotency.saga._saga import AsyncSaga, SyncSaga, saga
 from idempotency.saga._status import Answer, SagaStatus
-from idempotency.saga._step import NOT_DONE
 from idempotency.saga._sweeper import Sweeper
 from idempotency.saga._view import SagaView
 from idempotency.saga.errors import (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from idempotency._engine.verifying import NOT_DONE
 from idempotency._outbox.payload import encode_payload
 from idempotency._results.by_annotation import load
 from idempotency._results.codec import PLAIN_RESULTS, Results, encode_failure, results_of
@@ -30,13 +31,6 @@ from idempotency.saga._undo import check_undo, is_joined, reference
 from idempotency.saga._wait import SHORT, look_again, waiting_for
 from idempotency.saga.errors import SagaLostError, SagaPendingError, SagaStuckError, StepFailedError
 from idempotency.saga.options import Kind, OnCrash, Retry, backoff, check_exceptions, duration
-
-
-class NotDone:
-    """What ``verify=`` returns where the effect of a step is known not to have happened."""
-
-
-NOT_DONE = NotDone()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

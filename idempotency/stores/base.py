@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeGuard, TypeVar
 
 from idempotency._rules import Claim, Record, State
+from idempotency._sagas.journal import CreatingSagaSchema as CreatingSagaSchema
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
 from idempotency.stores._counts import Count as Count
@@ -238,23 +239,6 @@ class NamingSchema(Protocol):
     @property
     def schema(self) -> str:
         """Return what is created, as ``table idempotency_record``; empty where the records need nothing."""
-        ...
-
-
-class CreatingSagaSchema(Protocol):
-    """Create what sagas need besides, where that is a schema of their own."""
-
-    async def create_saga_schema(self) -> None:
-        """Create what sagas need, where it is missing. Safe in any number of processes at once."""
-        ...
-
-    async def has_saga_schema(self) -> bool:
-        """Return whether there is something of what sagas need."""
-        ...
-
-    @property
-    def saga_schema(self) -> str:
-        """Return what is created, as ``tables idempotency_record_saga and idempotency_record_saga_entry``."""
         ...
 
 

@@ -214,8 +214,7 @@ class MemoryStore(JournalInMemory):
         """See :meth:`~idempotency.stores.base.Examining.examine`."""
         with self._lock:
             self._drop_expired(self._clock(), len(self._records))
-            records, size = len(self._records), self._bytes
-            full = self._is_full()
+            records, size, full = len(self._records), self._bytes, self._is_full()
         use = f"{records} of at most {self._max_records} records, {size} of at most {self._max_bytes} bytes"
         return [
             Finding("note", "the records are in the memory of this process: its restart forgets every key"),
@@ -369,8 +368,7 @@ class _Stored:
     @property
     def size(self) -> int:
         """Bytes that grow with what users send, counting text as one byte a character."""
-        scope, key = self.names
-        return len(scope) + len(key) + len(self.fingerprint) + len(self.result or b"")
+        return sum(map(len, (*self.names, self.fingerprint, self.result or b"")))
 
     def record(self, now: float) -> Record:
         return Record(

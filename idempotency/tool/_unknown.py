@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
-from typing import Final
 
 from idempotency.errors import OutcomeUnknownError
 from idempotency.operation import Operation
 from idempotency.policy import Policy
 from idempotency.tool._call import ToolCall
-
-
-class NotDone(Enum):
-    """The type of :data:`NOT_DONE`."""
-
-    NOT_DONE = "not done"
-
-
-NOT_DONE: Final = NotDone.NOT_DONE
-"""What ``verify=`` returns where the effect has not happened and cannot happen any more: the tool may run again."""
 
 _UNKNOWN = (TimeoutError, ConnectionError, EOFError, OutcomeUnknownError)
 _NOTHING_SENT = (ConnectionRefusedError,)

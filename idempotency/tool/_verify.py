@@ -10,6 +10,7 @@ from typing import Any
 
 from idempotency._engine.calls import Calls, Raised, Ran, refusal
 from idempotency._engine.leased import Leased
+from idempotency._engine.verifying import NOT_DONE
 from idempotency._hooks import is_coroutine_function
 from idempotency._rules import Claim, Known
 from idempotency.errors import ConfigurationError, OutcomeUnknownError
@@ -17,7 +18,6 @@ from idempotency.events import Event
 from idempotency.operation import RUNNING, Operation, current
 from idempotency.policy import Policy
 from idempotency.stores.base import Resolving, Store, check_store, require
-from idempotency.tool._unknown import NOT_DONE
 
 
 def check_takes_arguments(verify: Callable[..., Any], signature: inspect.Signature) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from idempotency._engine.calls import Calls
 from idempotency._engine.leased_sync import SyncLeased
+from idempotency._engine.verifying import NOT_DONE
 from idempotency._hooks import check_callable
 from idempotency._rules import Claim
 from idempotency.stores.base import SyncResolving, SyncStore, check_store, require
-from idempotency.tool._unknown import NOT_DONE
 from idempotency.tool._verify import (
     as_operation_of,
     calls_of_verification,
