@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from idempotency.errors import KeyInvalidError
+from idempotency.operation import Operation
 
 _LONGEST = 255
 """Characters that a key of a caller may have, as in HTTP."""
@@ -65,8 +66,9 @@ def tool_call(
     ``occurrence``: which repeat of the same call is meant. Another value is another operation, so that the tool runs
     once more. Default None: no repeat is meant.
     ``caller``: the authenticated caller. Callers do not see each other's results. Default ``""``: all are one caller.
-    ``is_interim``: a function that is given what the tool returns, and says whether it only asks for more input. Such a
-    result is not recorded, and the next call under the same identity runs the tool.
+    ``is_interim``: a function that is given what the tool returns, and says whether that is no outcome: it asks for
+    more input, or reports a failure. Such a result is not recorded, and the next call under the same identity runs the
+    tool; unless the tool has declared by ``current().hold()`` that its effect has happened.
 
     It gives a :class:`ToolCall`, which says afterwards whether the result is a recorded one.
     Raises :class:`~idempotency.errors.KeyInvalidError` for an empty or too long key or attempt: without that, the tool
@@ -98,6 +100,13 @@ def call_of(tool: str) -> ToolCall:
         return ToolCall()
     call._tool = tool
     return call
+
+
+def release_if_interim(operation: Operation, call: ToolCall, value: object) -> None:
+    """Release the key of a tool that returned what is no outcome."""
+    may_run_again = operation.outcome_after("release") == "release"
+    if call.is_interim is not None and call.is_interim(value) and may_run_again:
+        operation.release()
 
 
 @contextmanager

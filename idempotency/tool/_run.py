@@ -11,7 +11,7 @@ from idempotency._rules import Claim
 from idempotency.operation import current
 from idempotency.tool._answer import answer, is_unknown
 from idempotency.tool._approval import Approvals
-from idempotency.tool._call import ToolCall, call_of, inside_tool
+from idempotency.tool._call import ToolCall, call_of, inside_tool, release_if_interim
 from idempotency.tool._identity import Identity
 from idempotency.tool._unknown import hold_if_unknown
 from idempotency.tool._verify import Verification
@@ -55,8 +55,8 @@ class Tool:
                 if operation is not None and not self.joined:
                     hold_if_unknown(operation, self.calls.policy, error)
                 raise
-            if operation is not None and call.is_interim is not None and call.is_interim(value):
-                operation.release()
+            if operation is not None:
+                release_if_interim(operation, call, value)
             return value
 
         return work
