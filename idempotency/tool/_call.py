@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from idempotency.errors import KeyInvalidError
-from idempotency.operation import Operation
 
 _LONGEST = 255
 """Characters that a key of a caller may have, as in HTTP."""
@@ -21,6 +20,10 @@ class ToolCall:
 
     ``replayed_at``: when the call began whose recorded result was returned, in UTC; None where the tool ran in this
     call. It is set before the tool returns.
+    ``by_attempt``: whether the call is identified by its attempt, so that another call by the model is another
+    operation.
+    ``interrupted``: whether the tool was called, and has not answered: it was cancelled, or a framework does not wait
+    for its thread any more. Its effect may have happened.
     """
 
     caller_key: str | None = None
@@ -29,6 +32,8 @@ class ToolCall:
     caller: str = ""
     is_interim: Callable[[object], bool] | None = None
     replayed_at: datetime | None = None
+    by_attempt: bool = False
+    interrupted: bool = False
     _tool: str = field(default="", repr=False)
 
     @property
@@ -66,9 +71,10 @@ def tool_call(
     ``occurrence``: which repeat of the same call is meant. Another value is another operation, so that the tool runs
     once more. Default None: no repeat is meant.
     ``caller``: the authenticated caller. Callers do not see each other's results. Default ``""``: all are one caller.
-    ``is_interim``: a function that is given what the tool returns, and says whether that is no outcome: it asks for
-    more input, or reports a failure. Such a result is not recorded, and the next call under the same identity runs the
-    tool; unless the tool has declared by ``current().hold()`` that its effect has happened.
+    ``is_interim``: a function that is given what the tool returns or raises, and says whether that is no outcome: it
+    asks for more input, or reports a failure. It is not recorded, whatever the policy says of errors, and the next call
+    under the same identity runs the tool; unless the tool has declared by ``current().hold()`` that its effect has
+    happened.
 
     It gives a :class:`ToolCall`, which says afterwards whether the result is a recorded one.
     Raises :class:`~idempotency.errors.KeyInvalidError` for an empty or too long key or attempt: without that, the tool
@@ -102,11 +108,16 @@ def call_of(tool: str) -> ToolCall:
     return call
 
 
-def release_if_interim(operation: Operation, call: ToolCall, value: object) -> None:
-    """Release the key of a tool that returned what is no outcome."""
-    may_run_again = operation.outcome_after("release") == "release"
-    if call.is_interim is not None and call.is_interim(value) and may_run_again:
-        operation.release()
+@contextmanager
+def interrupted_until_answered(call: ToolCall) -> Iterator[None]:
+    """Note that a call is interrupted, until it returns or raises an error."""
+    call.interrupted = True
+    try:
+        yield
+    except Exception:
+        call.interrupted = False
+        raise
+    call.interrupted = False
 
 
 @contextmanager

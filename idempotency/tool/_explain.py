@@ -16,6 +16,7 @@ from idempotency.errors import (
     StoreRefusedError,
     UnreadableError,
 )
+from idempotency.tool._call import ToolCall
 
 _OTHERWISE = "This call cannot be protected from a repeat. Do not call again; report it to a person."
 
@@ -60,11 +61,28 @@ _WORDS: tuple[tuple[type[IdempotencyError], str], ...] = (
 )
 
 
-def explain(error: IdempotencyError) -> str:
+_INTERRUPTED = (
+    "This call was cut off, and the action may have been done. To find out, call again with exactly the same arguments."
+)
+_SAME_ID = (
+    "Nothing was done now: another call with other arguments had the same id before, and may have been done. Do not "
+    "call again; ask a person."
+)
+
+
+def explain(error: IdempotencyError, call: ToolCall | None = None) -> str:
     """Return words for the model: what an error says about the effect, and what to do now.
 
     They hold no keys and no values of arguments. An adapter gives them as the error of the tool.
+    ``call``: what :func:`tool_call` gave. A call that is identified by its attempt cannot be made again by the model:
+    its next call would be another operation, so that the words do not ask for it. Default None: it can.
     """
+    if call is not None and call.by_attempt:
+        match error:
+            case InProgressError() | StoreError():
+                error = OutcomeUnknownError()
+            case KeyReusedError():
+                return _SAME_ID
     match error:
         case InProgressError():
             return (
@@ -78,3 +96,8 @@ def explain(error: IdempotencyError) -> str:
                 "again with these arguments."
             )
     return next((words for kind, words in _WORDS if isinstance(error, kind)), _OTHERWISE)
+
+
+def explain_interruption(call: ToolCall) -> str:
+    """Return words for the model: the framework stopped waiting for a call, and its effect may have happened."""
+    return explain(OutcomeUnknownError(), call) if call.by_attempt else _INTERRUPTED

@@ -48,6 +48,7 @@ class Identity:
         if meant is not None:
             return {"intent": meant}
         if call.attempt is not None:
+            call.by_attempt = True
             return {"attempt": call.attempt}
         raise KeyMissingError(
             f"{self._calls.name} was called, and nothing says which call it is: name the arguments that say what is "

@@ -11,9 +11,9 @@ from idempotency._rules import Claim
 from idempotency.operation import current
 from idempotency.tool._answer import answer, is_unknown
 from idempotency.tool._approval import Approvals
-from idempotency.tool._call import ToolCall, call_of, inside_tool, release_if_interim
+from idempotency.tool._call import ToolCall, call_of, inside_tool, interrupted_until_answered
 from idempotency.tool._identity import Identity
-from idempotency.tool._unknown import hold_if_unknown
+from idempotency.tool._unknown import hold_if_unknown, release_if_interim
 from idempotency.tool._verify_sync import SyncVerification
 
 
@@ -32,6 +32,10 @@ class SyncTool:
     def call(self, args: Any, kwargs: Any) -> Any:
         """See :meth:`Tool.call`."""
         call = call_of(self.calls.scope)
+        with interrupted_until_answered(call):
+            return self._answer(call, args, kwargs)
+
+    def _answer(self, call: ToolCall, args: Any, kwargs: Any) -> Any:
         claim = self.identity.claim(call, args, kwargs)
         ended = self.run(claim, self._work(call, claim, args, kwargs))
         if is_unknown(ended) and self.verification is not None:
@@ -52,11 +56,10 @@ class SyncTool:
                 with inside_tool():
                     value = bound(*session)
             except Exception as error:
-                if operation is not None and not self.joined:
+                if not release_if_interim(operation, call, error) and operation is not None and not self.joined:
                     hold_if_unknown(operation, self.calls.policy, error)
                 raise
-            if operation is not None:
-                release_if_interim(operation, call, value)
+            release_if_interim(operation, call, value)
             return value
 
         return work

@@ -9,6 +9,7 @@ from typing import Final
 from idempotency.errors import OutcomeUnknownError
 from idempotency.operation import Operation
 from idempotency.policy import Policy
+from idempotency.tool._call import ToolCall
 
 
 class NotDone(Enum):
@@ -34,6 +35,17 @@ def hold_if_unknown(operation: Operation, policy: Policy, error: Exception) -> N
     declared = operation.outcome_after("hold") != "hold"
     if policy.on_crash == "hold" and not decided and not declared and _leaves_unknown(error):
         operation.hold()
+
+
+def release_if_interim(operation: Operation | None, call: ToolCall, ended: object) -> bool:
+    """Release the key of a call whose result, or error, is no outcome; return whether it is none.
+
+    A tool that has declared that its effect has happened is not released.
+    """
+    is_interim = call.is_interim is not None and call.is_interim(ended)
+    if is_interim and operation is not None and operation.outcome_after("release") == "release":
+        operation.release()
+    return is_interim
 
 
 def _leaves_unknown(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from tests.kit.servers import missing
 from tests.test_docs_code import blocks
 
 PAGE = blocks("tools.md")
+FRAMEWORKS = {"MCP", "OpenAI Agents SDK", "LangChain and LangGraph", "Pydantic AI"}
 
 
 class Provider:
@@ -38,7 +39,7 @@ class Provider:
 
 @pytest.fixture
 async def page(tmp_path: Path) -> Any:
-    """Run all blocks but those of MCP in one module, with SQLite as the store."""
+    """Run all blocks but those of frameworks in one module, with SQLite as the store."""
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}")
     metadata = MetaData()
     cancelled = Table("cancelled", metadata, Column("order_id", Text))
@@ -53,7 +54,7 @@ async def page(tmp_path: Path) -> Any:
         "Cancelled": cancelled,
     }
     for heading, codes in PAGE.items():
-        for code in codes if heading != "MCP" else []:
+        for code in codes if heading not in FRAMEWORKS else []:
             run(code, names, store)
     yield names
     await store.aclose()
