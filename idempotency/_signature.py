@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 from idempotency._hooks import is_coroutine_function
 from idempotency.errors import ConfigurationError
@@ -52,10 +53,30 @@ def needs_session(function: Callable[..., Any]) -> bool:
 
 
 def signature_without_session(function: Callable[..., Any]) -> inspect.Signature:
-    """Return the signature that callers see: frameworks pass the arguments that they find in it."""
+    """Return the signature that callers see: frameworks pass the arguments that they find in it.
+
+    Annotations that are texts are evaluated, as far as they can be: a framework would look their names up in the module
+    of the decorator. That of the session often cannot, because it is imported for type checkers only.
+    """
     signature = inspect.signature(function)
-    others = [parameter for name, parameter in signature.parameters.items() if name != "session"]
-    return signature.replace(parameters=others)
+    known = getattr(inspect.unwrap(function), "__globals__", {})
+    others = [
+        parameter.replace(annotation=_evaluated(parameter.annotation, known))
+        for name, parameter in signature.parameters.items()
+        if name != "session"
+    ]
+    return signature.replace(parameters=others, return_annotation=_evaluated(signature.return_annotation, known))
+
+
+def _evaluated(annotation: Any, known: dict[str, Any]) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    only = SimpleNamespace(__annotations__={"it": annotation})
+    try:
+        found = get_type_hints(only, known, include_extras=True)["it"]
+    except Exception:
+        return annotation
+    return None if found is type(None) else found
 
 
 def signature_of(function: Callable[..., Any], session: Any) -> inspect.Signature:

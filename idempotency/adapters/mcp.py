@@ -123,7 +123,8 @@ def _without_key(meta: Mapping[str, Any]) -> Any:
 
 
 def _is_interim(value: object) -> bool:
-    return isinstance(value, InputRequiredResult)
+    """Return whether a tool asks for input, or failed: a result that is an error stands for an exception."""
+    return isinstance(value, InputRequiredResult) or (isinstance(value, CallToolResult) and value.is_error)
 
 
 def _marked(result: HandlerResult, call: ToolCall) -> HandlerResult:

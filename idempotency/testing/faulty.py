@@ -17,9 +17,11 @@ from idempotency.stores.base import (
     Entry,
     Forgetting,
     Inspecting,
+    Resolving,
     Store,
     SyncForgetting,
     SyncInspecting,
+    SyncResolving,
     SyncStore,
     check_store,
     require,
@@ -131,6 +133,26 @@ class FaultyStore:
         """See :meth:`inspect`."""
         self._fail_if_down()
         return require(self.inner, SyncInspecting, "FaultyStore.inspect_sync").inspect_sync(record)
+
+    async def resolve(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`~idempotency.stores.base.Resolving.resolve`; fails only while ``down``."""
+        self._fail_if_down()
+        return await require(self.inner, Resolving, "FaultyStore.resolve").resolve(record, outcome, result, ttl=ttl)
+
+    def resolve_sync(
+        self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
+    ) -> bool:
+        """See :meth:`resolve`."""
+        self._fail_if_down()
+        inner = require(self.inner, SyncResolving, "FaultyStore.resolve_sync")
+        return inner.resolve_sync(record, outcome, result, ttl=ttl)
+
+    async def unresolved(self, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Resolving.unresolved`; fails only while ``down``."""
+        self._fail_if_down()
+        return await require(self.inner, Resolving, "FaultyStore.unresolved").unresolved(limit)
 
     async def forget(self, record: bytes, /) -> bool:
         """See :meth:`~idempotency.stores.base.Forgetting.forget`; fails only while ``down``."""

@@ -71,9 +71,10 @@ def tool_call(
     ``occurrence``: which repeat of the same call is meant. Another value is another operation, so that the tool runs
     once more. Default None: no repeat is meant.
     ``caller``: the authenticated caller. Callers do not see each other's results. Default ``""``: all are one caller.
-    ``is_interim``: a function that is given what the tool returns or raises, and says whether it only asks for more
-    input. Such a result is not recorded, whatever the policy says of errors, and the next call under the same identity
-    runs the tool.
+    ``is_interim``: a function that is given what the tool returns or raises, and says whether that is no outcome: it
+    asks for more input, or reports a failure. It is not recorded, whatever the policy says of errors, and the next call
+    under the same identity runs the tool; unless the tool has declared by ``current().hold()`` that its effect has
+    happened.
 
     It gives a :class:`ToolCall`, which says afterwards whether the result is a recorded one.
     Raises :class:`~idempotency.errors.KeyInvalidError` for an empty or too long key or attempt: without that, the tool

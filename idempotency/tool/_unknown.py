@@ -26,9 +26,12 @@ def hold_if_unknown(operation: Operation, policy: Policy, error: Exception) -> N
 
 
 def release_if_interim(operation: Operation | None, call: ToolCall, ended: object) -> bool:
-    """Release the key of a call whose result, or error, only asks for more input; return whether it does."""
+    """Release the key of a call whose result, or error, is no outcome; return whether it is none.
+
+    A tool that has declared that its effect has happened is not released.
+    """
     is_interim = call.is_interim is not None and call.is_interim(ended)
-    if is_interim and operation is not None:
+    if is_interim and operation is not None and operation.outcome_after("release") == "release":
         operation.release()
     return is_interim
 

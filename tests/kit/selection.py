@@ -32,6 +32,7 @@ _UNMEASURED_FILES = (
     "stores/test_races.py",
     "test_examples.py",
     "test_packaging.py",
+    "tools/test_crashes.py",
 )
 _CONTRACT = ("stores/test_contract.py", "stores/test_journal.py")
 # Their parts take as long as other files, and share nothing.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import httpx2
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
-from mcp.server.mcpserver import Context, MCPServer
-from mcp_types import CallToolResult, ElicitRequest, ElicitRequestFormParams, InputRequiredResult
+from mcp.server.mcpserver import Context, Elicit, MCPServer, Resolve
+from mcp_types import CallToolResult, ElicitRequest, ElicitRequestFormParams, InputRequiredResult, TextContent
+from pydantic import BaseModel
 
 from idempotency.adapters.mcp import IdempotentTools
 from idempotency.tool import idempotent_tool
@@ -26,6 +27,16 @@ WORDS = {
     "malformed": "the idempotency key of this call is malformed",
     "nameless": "the call has no idempotency key",
 }
+
+
+class Sure(BaseModel):
+    """The answer of a person."""
+
+    sure: bool
+
+
+async def ask(order_id: str) -> Elicit[Sure]:
+    return Elicit(f"Delete {order_id}?", Sure)
 
 
 class Shop:
@@ -68,6 +79,14 @@ class Shop:
             if ctx.input_responses is None:
                 return confirmation(account)
             return await self.pay(f"close {account}")
+
+        @self.tools.tool()
+        @idempotent_tool(store, name="delete", intent=("order_id",))
+        async def delete(order_id: str, answer: Annotated[Sure, Resolve(ask)]) -> CallToolResult:
+            if not answer.sure:
+                return CallToolResult(content=[TextContent(type="text", text="ask again")], is_error=True)
+            text = await self.pay(f"delete {order_id}")
+            return CallToolResult(content=[TextContent(type="text", text=text)])
 
     async def pay(self, what: str) -> str:
         self.refunds.append(what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,7 +14,11 @@ from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, crash_everywhere
 from idempotency.tool import idempotent_tool
 from tests.kit.asgi_servers import until
+from tests.kit.ledger import Ledger
 from tests.kit.servers import missing
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 if find_spec("mcp") is None:
     missing("the SDK of MCP is not installed")
@@ -26,7 +30,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import MCPServer
 from mcp.shared.exceptions import MCPError
 from mcp_types import ElicitResult, ToolAnnotations
-from pydantic import AnyHttpUrl
+from pydantic import AnyHttpUrl, BaseModel
 
 from idempotency.adapters.mcp import KEY, REPLAYED_AT, IdempotentTools
 from tests.tools.mcp_shop import WORDS, Shop, VerifiedOverMcp, over_http, text_of
@@ -34,6 +38,12 @@ from tests.tools.mcp_shop import WORDS, Shop, VerifiedOverMcp, over_http, text_o
 REFUND = {"order_id": "7", "amount": 5}
 CHARGE = {"order_id": "7"}
 MODES = ["2026-07-28", "legacy"]
+
+
+class Refunded(BaseModel):
+    """What a tool returns, as its module names it."""
+
+    refunded: int
 
 
 @pytest.fixture
@@ -329,6 +339,46 @@ async def test_rounds_of_one_call_are_one_operation(shop: Shop) -> None:
     assert shop.refunds == ["close a"]
 
 
+async def test_a_question_of_the_sdk_is_part_of_its_call(shop: Shop) -> None:
+    """A person says no, which is a result that is an error; then yes. The yes is done once."""
+    answers = [False, True, True]
+
+    async def answer(_: Any, params: Any) -> ElicitResult:
+        return ElicitResult(action="accept", content={"sure": answers.pop(0)})
+
+    found = []
+    for _ in range(3):
+        async with Client(shop.server, elicitation_callback=answer) as client:
+            found.append(await client.call_tool("delete", {"order_id": "7"}))
+
+    assert [text_of(each)[0] for each in found] == ["ask again", "done delete 7", "done delete 7"]
+    assert [each.is_error for each in found] == [True, False, False]
+    assert shop.refunds == ["delete 7"]
+
+
+@pytest.mark.stores("sqlite")
+async def test_a_joined_tool_is_served(ledger: Ledger) -> None:
+    """The model does not see the session; the annotations are those of the function."""
+    tools = IdempotentTools()
+
+    @tools.tool()
+    @idempotent_tool(ledger.store, intent=("order_id",), session=ledger.sessions)
+    async def refund(order_id: str, amount: int, session: AsyncSession) -> Refunded:
+        await session.execute(ledger.insert(f"{order_id} {amount}"))
+        return Refunded(refunded=amount)
+
+    async with Client(MCPServer("shop", extensions=[tools])) as client:
+        listed = (await client.list_tools()).tools[0]
+        found = [await client.call_tool("refund", REFUND) for _ in range(2)]
+
+    assert {name: each["type"] for name, each in listed.input_schema["properties"].items()} == {
+        "order_id": "string",
+        "amount": "integer",
+    }
+    assert [each.structured_content for each in found] == [{"refunded": 5}] * 2
+    assert await ledger.effects() == ["7 5"]
+
+
 # Who calls, and what is announced.
 
 
@@ -369,7 +419,7 @@ async def test_what_is_idempotent_is_announced(shop: Shop) -> None:
         tools = {each.name: each for each in (await client.list_tools()).tools}
 
     hints = {name: each.annotations and each.annotations.idempotent_hint for name, each in tools.items()}
-    assert hints == {"refund": True, "charge": False, "cancel": True, "close": False}
+    assert hints == {"refund": True, "charge": False, "cancel": True, "close": False, "delete": True}
     assert tools["refund"].description == "Refund an order."
     assert set(tools["charge"].input_schema["properties"]) == {"order_id", "meta"}
 

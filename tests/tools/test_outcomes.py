@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from idempotency import Policy, current
+from idempotency import Policy, current, drain
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -27,6 +27,8 @@ from idempotency.testing import FaultyStore, ManualClock
 from idempotency.tool import NOT_DONE, idempotent_tool, tool_call
 
 everywhere = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
+
+VERBS = ("claim", "renew", "complete", "release", "watch", "aclose")
 
 FAILURES: list[Callable[[], Exception]] = [
     TimeoutError,
@@ -495,6 +497,64 @@ async def test_an_interim_result_is_not_recorded() -> None:
 
     assert found == [("which account?", True), ("refunded", True), ("refunded", False)]
     assert rounds == [1, 1]
+
+
+async def test_an_interim_result_after_the_effect_is_recorded() -> None:
+    """The tool has declared that its effect has happened, so that it is not run again."""
+    rounds: list[int] = []
+
+    @idempotent_tool(MemoryStore(), intent=("order_id",))
+    async def refund(order_id: str) -> str:
+        rounds.append(1)
+        operation = current()
+        assert operation is not None
+        operation.hold()
+        return "failed"
+
+    for _ in range(2):
+        with tool_call(is_interim=lambda value: True):
+            assert await refund("7") == "failed"
+
+    assert rounds == [1]
+
+
+async def test_a_store_that_fails_in_a_verification_leaves_the_outcome_unknown() -> None:
+    """And the next call verifies again."""
+    provider = Provider()
+    store = FaultyStore()
+
+    async def verify(order_id: str) -> Any:
+        store.down = provider.asked == 0
+        return provider.find(order_id)
+
+    @idempotent_tool(store, intent=("order_id",), verify=verify, policy=Policy(on_crash="hold", lease=1))
+    async def refund(order_id: str) -> str:
+        provider.failure = TimeoutError()
+        return provider.refund(order_id)
+
+    with pytest.raises(OutcomeUnknownError):
+        await refund("7")
+    store.down = False
+    await drain()
+
+    assert await refund("7") == "refund 7"
+    assert provider.refunds == ["7"]
+
+
+async def test_a_store_that_cannot_resolve_is_refused() -> None:
+    class Own:
+        """A store of somebody's own, which has the verbs only."""
+
+        claim, renew, complete, release, watch, aclose = (getattr(MemoryStore, name) for name in VERBS)
+
+    async def verify(order_id: str) -> Any: ...
+
+    own: Any = Own()
+    with pytest.raises(ConfigurationError, match="verify= needs the capability Resolving, which Own does not have"):
+
+        @idempotent_tool(own, intent=("order_id",), verify=verify)
+        async def refund(order_id: str) -> str:
+            return "done"
 
 
 def test_a_thread_that_the_framework_gave_up_records_its_result() -> None:
