@@ -176,7 +176,7 @@ def _key(definition: Definition, key: str | None) -> str:
 def _joined(store: object, session: Any) -> JoinedJournaling:
     """Return the store as one that records sagas in the transaction of ``session``."""
     joined = require(store, JoinedJournaling, "start(session=...)")
-    joined.check_shared(getattr(session, "bind", None))
+    joined.check_shared(session.bind)
     return joined
 
 

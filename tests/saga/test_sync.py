@@ -145,11 +145,11 @@ def test_a_slow_process_is_overtaken_in_a_step(faulty: FaultyStore, clock: Manua
 def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done: list[Any]) -> None:
     renewed, go_on = threading.Event(), threading.Event()
 
-    @saga(faulty, name="s", lease=0.03)
+    @saga(faulty, name="s", lease=0.9)
     def slow() -> str:
         return step_sync("a", do_sync, "a")
 
-    faulty.order("write", None, None, None, renewed.set)
+    faulty.order("write", None, None, renewed.set)
     FAULTS["a"] = [lambda: go_on.wait(10)]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(slow, key="7")
