@@ -62,13 +62,17 @@ class IdempotentTools(Extension):
         """
         self._caller = caller
         self._tools: dict[str, ToolBinding] = {}
+        self._served = False
 
     def tool(self, *, annotations: ToolAnnotations | None = None, **options: Any) -> Callable[[F], F]:
         """Add a tool, which ``idempotent_tool`` has decorated. The options are those of ``MCPServer.tool``.
 
         ``idempotentHint`` is announced as it is, unless ``annotations`` have it.
-        Raises :class:`~idempotency.errors.ConfigurationError` for a function that is not decorated.
+        Raises :class:`~idempotency.errors.ConfigurationError` for a function that is not decorated, and once a server
+        was made with the extension: it would not serve the tool.
         """
+        if self._served:
+            raise ConfigurationError("a tool must be added before MCPServer(extensions=[...]) is made")
 
         def add(function: F) -> F:
             if not is_idempotent_tool(function):
@@ -84,6 +88,7 @@ class IdempotentTools(Extension):
 
     def tools(self) -> Sequence[ToolBinding]:
         """See :class:`mcp.server.extension.Extension`."""
+        self._served = True
         return list(self._tools.values())
 
     def settings(self) -> dict[str, Any]:

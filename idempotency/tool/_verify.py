@@ -70,15 +70,19 @@ def as_operation_of(calls: Calls, claim: Claim) -> Iterator[None]:
     """Let ``verify=`` run as the operation that it verifies, so that it derives the same keys as the tool.
 
     The operation of the verification itself is released at its end: the next one asks again.
+    Raises :class:`~idempotency.errors.OutcomeUnknownError` at the end if its lease is lost: another verification may
+    have freed the call meanwhile.
     """
     verification = current()
-    if verification is not None:
-        verification.release()
+    assert verification is not None  # it runs under a lease
+    verification.release()
     token = RUNNING.set(Operation(claim, 1, name=calls.name))
     try:
         yield
     finally:
         RUNNING.reset(token)
+    if verification.lost:
+        raise OutcomeUnknownError("The verification lost its lease, so that what it found may not be true any more.")
 
 
 def _no_event(event: Event) -> None: ...

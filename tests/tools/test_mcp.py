@@ -474,3 +474,8 @@ def test_a_function_that_is_not_decorated_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="decorate it with idempotent_tool first"):
         IdempotentTools().tool()(refund)
+
+
+def test_a_tool_that_no_server_would_serve_is_refused(shop: Shop) -> None:
+    with pytest.raises(ConfigurationError, match="before MCPServer"):
+        shop.tools.tool()

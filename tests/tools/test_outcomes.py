@@ -25,6 +25,7 @@ from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, ManualClock
 from idempotency.tool import NOT_DONE, idempotent_tool, tool_call
+from tests.kit.asgi_servers import until
 
 everywhere = pytest.mark.stores("memory", "redis", "sqlite", "postgres", "mariadb")
 
@@ -420,6 +421,32 @@ async def test_one_verification_runs_at_a_time() -> None:
 
     assert await refund("7") == "done"
     assert runs == ["7", "7"]
+
+
+async def test_a_verification_that_lost_its_lease_changes_nothing() -> None:
+    """Another one may have freed the call meanwhile, and it may have run again."""
+    store = FaultyStore().order("renew", "refuse")
+    runs: list[str] = []
+    answers: list[Any] = [NOT_DONE, "done"]
+
+    async def verify(order_id: str) -> Any:
+        if len(answers) == 2:
+            await until(lambda: "renew" in store.calls, "the renewal of its lease")
+            for _ in range(5):
+                await asyncio.sleep(0)  # its task reads the answer
+        return answers.pop(0)
+
+    @idempotent_tool(store, intent=("order_id",), verify=verify, policy=Policy(on_crash="hold", lease=0.3))
+    async def refund(order_id: str) -> str:
+        runs.append(order_id)
+        raise TimeoutError
+
+    with pytest.raises(OutcomeUnknownError) as unknown:
+        await refund("7")
+
+    assert "lost its lease" in str(unknown.value.__cause__)
+    assert await refund("7") == "done"
+    assert runs == ["7"]
 
 
 async def test_a_verification_of_other_arguments_is_refused() -> None:
