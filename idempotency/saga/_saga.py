@@ -13,11 +13,9 @@ from idempotency._hooks import check_callable
 from idempotency._results.codec import results_of
 from idempotency._sagas.journal import (
     MOST_CHARACTERS,
-    Entry,
     Journaling,
     Look,
     Open,
-    Put,
     Row,
     Saga,
     SyncJournaling,
@@ -31,8 +29,7 @@ from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
-from idempotency.saga._wait import signal_entry
-from idempotency.saga.errors import SagaError
+from idempotency.saga._wait import give_signal
 from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
@@ -76,12 +73,12 @@ class AsyncSaga(Defined, Generic[R]):
     async def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """Give the saga of ``key`` a signal, also before it waits for it; False if it had one of this name.
 
+        ``name``: that of the wait; of the second wait for a name it is ``name#2``. ``value``: JSON.
         ``about``: what is approved, which must be equal to what the saga asks about. ``by``: who gave it, for the
-        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, or it has ended.
+        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, it has ended, or it waits for
+        this about something else.
         """
-        entry = signal_entry(name, value, by, about)
-        found: Entry | None = await self._definition.store.journal(Put(id=saga_id(self.name, key), entry=entry))
-        return _is_first(self._definition, entry, found)
+        return await drive(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
     async def look(self, key: str) -> Saga | None:
         """Return what is recorded of the saga of ``key``; None where there is none."""
@@ -121,9 +118,7 @@ class SyncSaga(Defined, Generic[R]):
 
     def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """See :meth:`AsyncSaga.signal`."""
-        entry = signal_entry(name, value, by, about)
-        found: Entry | None = self._definition.store.journal_sync(Put(id=saga_id(self.name, key), entry=entry))
-        return _is_first(self._definition, entry, found)
+        return drive_sync(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
     def look(self, key: str) -> Saga | None:
         """See :meth:`AsyncSaga.look`."""
@@ -165,12 +160,6 @@ def _token() -> str:
 def _check_same(saga: Saga | None, request: Open) -> None:
     if saga is not None and saga.row.fingerprint != request.fingerprint:
         raise KeyReusedError("The key was used for a saga with other arguments.")
-
-
-def _is_first(definition: Definition, given: Entry, found: Entry | None) -> bool:
-    if found is None:
-        raise SagaError(f"There is no saga {definition.name} of this key that has not ended.")
-    return found.body == given.body
 
 
 class _Decorate:
