@@ -194,14 +194,17 @@ def saga(
     """Make a function a saga: its steps are recorded, and after a crash another process goes on where it was.
 
     The function must reach the same steps with the same arguments when it is run again; everything else that has an
-    effect, or is read from outside, belongs in a step. Its arguments are recorded as JSON by their annotations.
+    effect, or is read from outside, belongs in a step. It waits for nothing but its steps, :func:`sleep` and the like.
+    Its arguments are recorded as JSON by their annotations.
+    Where the function fails, what it has done is undone, unless its pivot is done. It cannot catch what ends its run in
+    the middle: a wait, a failure of the store, a deadline, or a fault in its code.
 
     ``name``: under which its sagas are recorded. ``session``: a sessionmaker on the database of ``store``, an SQLStore:
     a step whose function takes the keyword ``session`` commits with its entry, in one transaction.
     ``deadline``: seconds from its first call, after which it fails and is undone; default None, never.
     ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
-    ``undos``: undo functions by the name of a step that the code has not any more.
+    ``undos``: undo functions by the names of steps, in the place of those that are recorded.
     ``on_event``: given each :class:`~idempotency.saga.SagaEvent`; default, one line in the log.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
