@@ -350,6 +350,15 @@ def failure_in(data: bytes) -> RecordedFailureError:
     raise AssertionError
 
 
+def as_data(error: Exception) -> Exception:
+    """Return an exception whose attributes are JSON: the failure of a step has some that are not."""
+    if not isinstance(error, StepFailedError):
+        return error
+    found = StepFailedError(str(error))
+    vars(found).update(vars(error), arguments=list(error.arguments), attributes=dict(error.attributes))
+    return found
+
+
 def _of_step(failure: RecordedFailureError) -> StepFailedError:
     found = failure.attributes
     error = StepFailedError(failure.message)

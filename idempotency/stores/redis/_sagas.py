@@ -131,7 +131,7 @@ class Sagas:
 
     def _open(self, request: Open) -> Steps[Saga | None]:
         if request.input is not None:
-            yield from self._note(request.id[:8])
+            yield from self._note(request.id[-8:])
         command = self._command(
             _OPEN,
             request.id,
@@ -215,7 +215,7 @@ class Sagas:
         return opened_saga(self._sealing, values.saga(record, reply))
 
     def _command(self, script: Script, record: bytes, *arguments: bytes) -> Command:
-        space = self._space(record[:8])
+        space = self._space(record[-8:])
         keys = (space + record.hex().encode(), *(space + index for index in _INDEXES))
         return script, (b"%d" % len(keys), *keys, _FORMAT, record, *arguments)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import fakeredis
 import pytest
 
 from idempotency._sagas.journal import saga_id
+from idempotency.errors import ConfigurationError
 from idempotency.saga import (
     AsyncSaga,
     SagaFailedError,
@@ -17,6 +19,9 @@ from idempotency.saga import (
     saga,
     step,
 )
+from idempotency.stores.memory import MemoryStore
+from idempotency.stores.redis import RedisStore
+from idempotency.testing import ManualClock
 from tests.saga.operate.states import Hang, detail, facts, make_stuck, make_undoing, seen, states
 from tests.saga.operate.trips import FAILING, trips
 
@@ -236,3 +241,27 @@ async def test_what_doctor_says_of_sagas(book_trip: AsyncSaga[str], operations: 
 
     [finding] = await operations.examine()
     assert (finding.level, finding.what) == ("note", "sagas that are stuck: 1; idempotency saga list --state stuck")
+
+
+async def test_a_saga_that_nobody_runs_is_to_be_fixed() -> None:
+    """It has been due for more than a minute."""
+    clock = ManualClock(1000.0)
+    store = MemoryStore(clock=clock)
+    await trips(store).start("Rome", key="7")
+
+    clock.advance(61)
+
+    [finding] = await SagaOperations(store).examine()
+    assert (finding.level, finding.what) == (
+        "fix",
+        "the saga book-trip has been due for 61 s: no sweeper runs it, or too few do",
+    )
+
+
+async def test_a_store_for_threads_is_asked_in_a_thread() -> None:
+    """Where its client blocks, and its verbs cannot be awaited."""
+    store = RedisStore(sync_client=fakeredis.FakeRedis())
+
+    assert await SagaOperations(store).sagas() == []
+    with pytest.raises(ConfigurationError, match="operating sagas needs the capability"):
+        SagaOperations(object())  # type: ignore[arg-type]
