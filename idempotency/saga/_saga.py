@@ -259,7 +259,7 @@ def _checked_sessions(store: object, session: Any, asynchronous: bool) -> Any:
     from sqlalchemy.ext.asyncio import async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
-    from idempotency._engine.transaction import check_sessions
+    from idempotency._engine.transaction import check_completing_sessions
 
-    check_sessions(store, session, async_sessionmaker if asynchronous else sessionmaker)
+    check_completing_sessions(store, session, async_sessionmaker if asynchronous else sessionmaker)
     return session
