@@ -12,9 +12,7 @@ from idempotency._sagas.journal import (
     Amend,
     Browse,
     Due,
-    Entry,
     Look,
-    Progress,
     Purge,
     Put,
     Row,
@@ -26,7 +24,7 @@ from idempotency.errors import StoreError, UnreadableError
 from idempotency.saga._ask import Journal
 from idempotency.saga._facts import Facts, SagaDetail
 from idempotency.saga._resolve import Resolution, check_undoable, failing, refused, resolving
-from idempotency.saga._run import CANCEL, body, head_of
+from idempotency.saga._run import cancelled_by, head_of
 from idempotency.saga._view import SagaState, SagaView, is_run, plain, state_of, step_in, view_of
 from idempotency.saga._wait import HELD, digest_of, signal_entry
 from idempotency.saga.errors import CancelledByOperatorError, SagaError
@@ -135,8 +133,7 @@ class SagaOperations:
         """
         saga = await self._going_on(name, key)
         check_undoable(saga)
-        entry = Entry(name=CANCEL, progress=Progress.DONE, body=body({"by": by}))
-        if await self._ask(Put(id=saga.row.id, entry=entry)) is None:
+        if await self._ask(Put(id=saga.row.id, entry=cancelled_by(by))) is None:
             raise refused(saga, "has ended")
 
     async def signal(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
 
 CANCEL = "cancel"
-"""The entry by which an operator cancels a saga."""
+"""The entry by which an operator, or the saga whose step it is, cancels a saga."""
 
 PLACES = ("step", "sleep", "wait", "hold", "patch")
 """The kinds of entries that the saga's function comes to, one after the other."""
@@ -322,6 +322,11 @@ class Run:
         self.entries[entry.name] = entry
         if entry.name.startswith("step:") and head_of(entry).get("kind") == "pivot":
             self._pivots[entry.name] = entry
+
+
+def cancelled_by(by: str) -> Entry:
+    """Return the entry that cancels a saga."""
+    return Entry(name=CANCEL, progress=Progress.DONE, body=body({"by": by}))
 
 
 def checked_name(name: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
@@ -31,8 +32,9 @@ from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
+from idempotency.saga._run import cancelled_by
 from idempotency.saga._wait import signal_entry
-from idempotency.saga.errors import SagaError
+from idempotency.saga.errors import SagaError, SagaFailedError
 from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
@@ -88,6 +90,17 @@ class AsyncSaga(Defined, Generic[R]):
         found: Saga | None = await self._definition.store.journal(Look(id=saga_id(self.name, key)))
         return found
 
+    async def abandon(self, key: str, by: str) -> Saga | None:
+        """Cancel the saga of ``key``, let it end, and return it; None where there is none. It raises as a call does.
+
+        It is called where ``by`` is undone, the saga of which it is a step.
+        """
+        record = saga_id(self.name, key)
+        if await self._definition.store.journal(Put(id=record, entry=cancelled_by(by))) is not None:
+            with suppress(SagaFailedError):
+                await self._run(record, key, None)
+        return await self.look(key)
+
     async def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition
         request = request_of(definition, record, key, _token(), data)
@@ -129,6 +142,14 @@ class SyncSaga(Defined, Generic[R]):
         """See :meth:`AsyncSaga.look`."""
         found: Saga | None = self._definition.store.journal_sync(Look(id=saga_id(self.name, key)))
         return found
+
+    def abandon(self, key: str, by: str) -> Saga | None:
+        """See :meth:`AsyncSaga.abandon`."""
+        record = saga_id(self.name, key)
+        if self._definition.store.journal_sync(Put(id=record, entry=cancelled_by(by))) is not None:
+            with suppress(SagaFailedError):
+                self._run(record, key, None)
+        return self.look(key)
 
     def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition

@@ -280,8 +280,9 @@ async def test_sessions_are_refused_that_could_not_commit_once_the_lease_was_ren
     joined: Ledger, level: str
 ) -> None:
     """Each run of a step that takes longer than a third of the lease would be rolled back."""
-    by_engine = async_sessionmaker(joined.engine.execution_options(isolation_level=level))  # type: ignore[call-overload]
-    for sessions in (by_engine, async_sessionmaker(joined.engine, execution_options={"isolation_level": level})):
+    engine: Any = joined.engine
+    by_engine = async_sessionmaker(engine.execution_options(isolation_level=level))
+    for sessions in (by_engine, async_sessionmaker(engine, execution_options={"isolation_level": level})):
         with pytest.raises(ConfigurationError, match="sessions|commit"):
             saga(joined.store, name="s", session=sessions)(do)
 
