@@ -331,11 +331,21 @@ def cancelled_by(by: str) -> Entry:
 
 def checked_name(name: object) -> str:
     """Return a name; :class:`~idempotency.errors.ConfigurationError` for one that cannot be stored."""
-    if not isinstance(name, str) or not name or "#" in name or "\0" in name or len(name) > LONGEST_NAME:
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= LONGEST_NAME
+        or {"#", "\0"} & set(name)
+        or not is_unicode(name)
+    ):
         raise ConfigurationError(
             f"a name in a saga is text of 1 to {LONGEST_NAME} characters without # and NUL, not {name!r}"
         )
     return name
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which SQL databases do not store."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_unknown(step: Entry) -> bool:

@@ -32,8 +32,9 @@ from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
-from idempotency.saga._run import cancelled_by
-from idempotency.saga._wait import signal_entry
+from idempotency.saga._resolve import check_about
+from idempotency.saga._run import cancelled_by, is_unicode
+from idempotency.saga._wait import HELD, signal_entry
 from idempotency.saga.errors import SagaError, SagaFailedError
 from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
@@ -79,9 +80,11 @@ class AsyncSaga(Defined, Generic[R]):
         """Give the saga of ``key`` a signal, also before it waits for it; False if it had one of this name.
 
         ``about``: what is approved, which must be equal to what the saga asks about. ``by``: who gave it, for the
-        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, or it has ended.
+        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, it has ended, or it waits for
+        the signal about something else.
         """
         entry = signal_entry(name, value, by, about)
+        check_about(await self.look(key), name, about)
         found: Entry | None = await self._definition.store.journal(Put(id=saga_id(self.name, key), entry=entry))
         return _is_first(self._definition, entry, found)
 
@@ -135,6 +138,7 @@ class SyncSaga(Defined, Generic[R]):
     def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """See :meth:`AsyncSaga.signal`."""
         entry = signal_entry(name, value, by, about)
+        check_about(self.look(key), name, about)
         found: Entry | None = self._definition.store.journal_sync(Put(id=saga_id(self.name, key), entry=entry))
         return _is_first(self._definition, entry, found)
 
@@ -242,8 +246,7 @@ def saga(
     def make(function: Callable[..., Any]) -> Any:
         asynchronous = is_async(function)
         _check_function(function)
-        if not isinstance(name, str) or not 0 < len(name) <= MOST_CHARACTERS or "\0" in name:
-            raise ConfigurationError(f"name must be text of 1 to {MOST_CHARACTERS} characters, not {name!r}")
+        _check_name(name)
         if type(attempts) is not int or attempts < 1:
             raise ConfigurationError(f"attempts must be a number of at least 1, not {attempts!r}")
         check_callable("on_event", on_event)
@@ -265,6 +268,13 @@ def saga(
         return AsyncSaga[Any](definition) if asynchronous else SyncSaga[Any](definition)
 
     return _Decorate(make)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= MOST_CHARACTERS or "\0" in name or not is_unicode(name):
+        raise ConfigurationError(f"name must be text of 1 to {MOST_CHARACTERS} characters, not {name!r}")
+    if name == HELD:
+        raise ConfigurationError(f"name must be another one than {HELD!r}, under which resources are held")
 
 
 def _check_function(function: Callable[..., Any]) -> None:

@@ -114,7 +114,7 @@ def signal_entry(name: str, value: object, by: str, about: object) -> Entry:
     """Return the entry of a signal; ConfigurationError for a name or a value that cannot be recorded."""
     first, mark, number = name.partition("#") if isinstance(name, str) else (name, "", "")
     checked_name(first)
-    if mark and not number.isdecimal():
+    if mark and not (number.isascii() and number.isdecimal() and number == str(int(number)) and int(number) > 1):
         raise ConfigurationError(f"the second wait for a name is {first}#2, and so on: {name!r} is none")
     try:
         head = {"value": PLAIN.to_json(value), "by": by, "about": digest_of(about)}

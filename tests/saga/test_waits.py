@@ -224,12 +224,27 @@ async def test_an_approval_is_of_just_what_is_asked(faulty: FaultyStore, done: l
     assert done.count("b") == 1
 
 
+async def test_an_approval_of_something_else_is_refused_where_the_saga_waits(
+    faulty: FaultyStore, done: list[Any]
+) -> None:
+    """As from a page that shows an old price. The first signal counts, and the saga could not go on by this one."""
+    waiting = approved(faulty, about={"order": 7, "price": 50})
+    with pytest.raises(SagaPendingError):
+        await waiting(key="7")
+    for about in ({"order": 7, "price": 40}, None):
+        with pytest.raises(SagaError, match="waits for the signal approval about something else: nothing was changed"):
+            await waiting.signal("7", "approval", "yes", about=about)
+    assert await waiting.signal("7", "approval", "yes", about={"order": 7, "price": 50})
+    assert await waiting(key="7") == "yes"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (("7", "approval", object()), "the value of the signal 'approval' cannot be recorded: give plain JSON"),
         (("7", ""), "a name in a saga is text"),
-        (("7", "approval#x"), "the second wait for a name is approval#2"),
+        (("7", "a\ud800"), "a name in a saga is text"),
+        *((("7", f"approval#{odd}"), "the second wait for a name is") for odd in ("x", "1", "02", "\uff12")),
     ],
 )
 async def test_a_signal_that_cannot_be_recorded_is_refused(faulty: FaultyStore, arguments: Any, text: str) -> None:
