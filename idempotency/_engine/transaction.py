@@ -41,11 +41,17 @@ T = TypeVar("T")
 
 def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
     """Return what makes one transaction per operation; ConfigurationError if store and sessions do not fit together."""
-    shared = check_sessions(store, sessions, async_sessionmaker)
+    shared = check_completing_sessions(store, sessions, async_sessionmaker)
+    return lambda claim: Transaction(shared, sessions, claim)
+
+
+def check_completing_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
+    """Return the store as :func:`check_sessions` does, for sessions that commit what was begun before them."""
+    shared = check_sessions(store, sessions, kind)
     check_isolation_level(sessions)
     if sessions.kw.get("bind") is not None:
         shared.check_same_table(options_of(sessions))
-    return lambda claim: Transaction(shared, sessions, claim)
+    return shared
 
 
 def check_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:

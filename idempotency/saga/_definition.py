@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from idempotency._results.codec import Results
 from idempotency.saga._input import Input
@@ -46,6 +47,7 @@ class Defined:
 
     def __init__(self, definition: Definition) -> None:
         self._definition = definition
+        _DEFINED[definition.name, id(definition.store)] = _DEFINED[definition.name, None] = self
 
     @property
     def name(self) -> str:
@@ -59,3 +61,12 @@ class Defined:
 def definition_of(function: object) -> Definition | None:
     """Return the definition of a saga; None for another function."""
     return function._definition if isinstance(function, Defined) else None
+
+
+_DEFINED: WeakValueDictionary[tuple[str, int | None], Defined] = WeakValueDictionary()
+"""The sagas of this process by name and store, and by name alone the one that was declared last."""
+
+
+def saga_named(name: str, store: object) -> Defined | None:
+    """Return the saga of a name, of this store if there is one; None if this process has none."""
+    return _DEFINED.get((name, id(store))) or _DEFINED.get((name, None))

@@ -49,7 +49,7 @@ class Input:
         for name, value in bound.arguments.items():
             try:
                 found[name] = self._shapes[name].to_json(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ConfigurationError(
                     f"the argument {name} of {self.name} cannot be recorded: {error}. Pass what names the thing, such"
                     " as its id, and annotate the argument with its type"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -242,7 +243,7 @@ def _kind_of(waiting: Suspended) -> SagaEventKind:
 def _give_up(run: Run, error: BaseException) -> Program[None]:
     """Let others go on with a saga whose run was interrupted."""
     # One that is closed can send nothing.
-    if not run.owned or run.lost or run.active or isinstance(error, GeneratorExit):
+    if not run.owned or run.lost or run.active or isinstance(error, GeneratorExit) or _is_its_own(error):
         return
     failed = isinstance(error, Exception)
     if isinstance(error, StoreError):
@@ -250,6 +251,16 @@ def _give_up(run: Run, error: BaseException) -> Program[None]:
     due = backoff(run.attempt, 1.0, 300.0) if failed else 0.0
     with suppress(StoreError):
         yield Ask(_leaving(run, due, {"error": type(error).__name__} if failed else {}))
+
+
+def _is_its_own(error: BaseException) -> bool:
+    """Return whether a function of the saga has ended its run: each run would end so. It counts as a crash."""
+    if isinstance(error, asyncio.CancelledError):
+        # What it awaited was cancelled, and not the task in which it runs.
+        with suppress(RuntimeError):
+            task = asyncio.current_task()
+            return task is None or not task.cancelling()
+    return isinstance(error, SystemExit | asyncio.CancelledError)
 
 
 def _leaving(run: Run, due: float | None, reason: dict[str, Any]) -> Leave:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
 
 CANCEL = "cancel"
-"""The entry by which an operator cancels a saga."""
+"""The entry by which an operator, or the saga whose step it is, cancels a saga."""
 
 PLACES = ("step", "sleep", "wait", "hold", "patch")
 """The kinds of entries that the saga's function comes to, one after the other."""
@@ -324,13 +324,28 @@ class Run:
             self._pivots[entry.name] = entry
 
 
+def cancelled_by(by: str) -> Entry:
+    """Return the entry that cancels a saga."""
+    return Entry(name=CANCEL, progress=Progress.DONE, body=body({"by": by}))
+
+
 def checked_name(name: object) -> str:
     """Return a name; :class:`~idempotency.errors.ConfigurationError` for one that cannot be stored."""
-    if not isinstance(name, str) or not name or "#" in name or "\0" in name or len(name) > LONGEST_NAME:
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= LONGEST_NAME
+        or {"#", "\0"} & set(name)
+        or not is_unicode(name)
+    ):
         raise ConfigurationError(
             f"a name in a saga is text of 1 to {LONGEST_NAME} characters without # and NUL, not {name!r}"
         )
     return name
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which SQL databases do not store."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_unknown(step: Entry) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
@@ -17,6 +18,7 @@ from idempotency._sagas.journal import (
     Journaling,
     Look,
     Open,
+    Put,
     Row,
     Saga,
     SyncJournaling,
@@ -30,7 +32,9 @@ from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
-from idempotency.saga._wait import give_signal
+from idempotency.saga._run import cancelled_by, is_unicode
+from idempotency.saga._wait import HELD, give_signal
+from idempotency.saga.errors import SagaFailedError
 from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
@@ -96,6 +100,17 @@ class AsyncSaga(Defined, Generic[R]):
         found: Saga | None = await self._definition.store.journal(Look(id=saga_id(self.name, key)))
         return found
 
+    async def abandon(self, key: str, by: str) -> Saga | None:
+        """Cancel the saga of ``key``, let it end, and return it; None where there is none. It raises as a call does.
+
+        It is called where ``by`` is undone, the saga of which it is a step.
+        """
+        record = saga_id(self.name, key)
+        if await self._definition.store.journal(Put(id=record, entry=cancelled_by(by))) is not None:
+            with suppress(SagaFailedError):
+                await self._run(record, key, None)
+        return await self.look(key)
+
     async def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition
         request = request_of(definition, record, key, _token(), data)
@@ -139,6 +154,14 @@ class SyncSaga(Defined, Generic[R]):
         """See :meth:`AsyncSaga.look`."""
         found: Saga | None = self._definition.store.journal_sync(Look(id=saga_id(self.name, key)))
         return found
+
+    def abandon(self, key: str, by: str) -> Saga | None:
+        """See :meth:`AsyncSaga.abandon`."""
+        record = saga_id(self.name, key)
+        if self._definition.store.journal_sync(Put(id=record, entry=cancelled_by(by))) is not None:
+            with suppress(SagaFailedError):
+                self._run(record, key, None)
+        return self.look(key)
 
     def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition
@@ -235,8 +258,7 @@ def saga(
     def make(function: Callable[..., Any]) -> Any:
         asynchronous = is_async(function)
         _check_function(function)
-        if not isinstance(name, str) or not 0 < len(name) <= MOST_CHARACTERS or "\0" in name:
-            raise ConfigurationError(f"name must be text of 1 to {MOST_CHARACTERS} characters, not {name!r}")
+        _check_name(name)
         if type(attempts) is not int or attempts < 1:
             raise ConfigurationError(f"attempts must be a number of at least 1, not {attempts!r}")
         check_callable("on_event", on_event)
@@ -260,6 +282,13 @@ def saga(
     return _Decorate(make)
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not 0 < len(name) <= MOST_CHARACTERS or "\0" in name or not is_unicode(name):
+        raise ConfigurationError(f"name must be text of 1 to {MOST_CHARACTERS} characters, not {name!r}")
+    if name == HELD:
+        raise ConfigurationError(f"name must be another one than {HELD!r}, under which resources are held")
+
+
 def _check_function(function: Callable[..., Any]) -> None:
     if not inspect.isfunction(inspect.unwrap(function)):
         raise ConfigurationError(f"@saga decorates a function, not {function!r}: its module has the undo functions")
@@ -277,7 +306,7 @@ def _checked_sessions(store: object, session: Any, asynchronous: bool) -> Any:
     from sqlalchemy.ext.asyncio import async_sessionmaker
     from sqlalchemy.orm import sessionmaker
 
-    from idempotency._engine.transaction import check_sessions
+    from idempotency._engine.transaction import check_completing_sessions
 
-    check_sessions(store, session, async_sessionmaker if asynchronous else sessionmaker)
+    check_completing_sessions(store, session, async_sessionmaker if asynchronous else sessionmaker)
     return session

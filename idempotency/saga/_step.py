@@ -28,7 +28,7 @@ from idempotency.saga._definition import Definition, definition_of
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
 from idempotency.saga._undo import check_undo, is_joined, reference
-from idempotency.saga._wait import SHORT, look_again, waiting_for
+from idempotency.saga._wait import look_again, waiting_for
 from idempotency.saga.errors import SagaLostError, SagaPendingError, SagaStuckError, StepFailedError
 from idempotency.saga.options import Kind, OnCrash, Retry, backoff, check_exceptions, duration
 
@@ -253,10 +253,8 @@ class Doing:
         match error:
             case ConfigurationError() | StoreError():
                 raise error
-            case SagaPendingError() | SagaStuckError():
+            case SagaPendingError() | SagaStuckError() | SagaLostError():
                 raise waiting_for(error) from error
-            case SagaLostError():
-                raise Suspended(SHORT, {"child": error.name, "waits": "another process runs it"}) from error
         self.unknown = self.unknown or (isinstance(error, step.unknown) and not step.joined)
         if isinstance(error, step.retry.on) and tries < step.retry.attempts:
             yield Pause(step.retry.pause(tries))

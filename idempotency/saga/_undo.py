@@ -6,17 +6,20 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 from idempotency._results.codec import Results
-from idempotency._sagas.journal import Entry, Progress
+from idempotency._sagas.journal import Entry, Phase, Progress
 from idempotency._signature import is_async, name_of, needs_session, takes_session
 from idempotency.errors import ConfigurationError, RecordedFailureError
-from idempotency.saga._definition import Definition
+from idempotency.saga._definition import Definition, saga_named
 from idempotency.saga._effects import Call, Join, Pause, Program
 from idempotency.saga._input import Input, results_named
 from idempotency.saga._run import Run, Suspended, body, head_of, is_unknown, tail_of
+from idempotency.saga._wait import waiting_for
+from idempotency.saga.errors import SagaLostError, SagaPendingError, SagaStuckError
 from idempotency.saga.options import backoff
 
 _GIVEN = ("result", "failure", "session")
@@ -99,6 +102,8 @@ def _name(step: Entry) -> str:
 
 def undo_all(run: Run, failure: RecordedFailureError) -> Program[None]:
     """Undo every step; where an undo fails, it is tried again, and what was done before it waits."""
+    for child in [each for each in run.entries.values() if "child" in head_of(each) and is_unknown(each)]:
+        yield from _abandon(run, child)
     steps = to_undo(run.entries.values())
     # A step that failed has no effect: nothing is to be undone, which is recorded too.
     without = [
@@ -110,6 +115,24 @@ def undo_all(run: Run, failure: RecordedFailureError) -> Program[None]:
         known = run.entries.get(_name(step))
         if known is None or known.progress is Progress.BEGUN:
             yield from _undo(run, step, known.attempt if known else 0, failure)
+
+
+def _abandon(run: Run, step: Entry) -> Program[None]:
+    """Cancel a child that may go on, and note how it ended; wait where it has not."""
+    name, (saga, key) = step.name.removeprefix("step:"), head_of(step)["child"]
+    child: Any = saga_named(saga, run.definition.store)
+    if child is None:
+        raise ConfigurationError(f"the step {name!r} is the saga {saga}, which this process does not have: import it")
+    by = f"{run.definition.name}: it is undone"
+    try:
+        ended = yield Call(function=lambda: child.abandon(key, by), operation=run.operation(step.name, step.attempt))
+    except (SagaPendingError, SagaStuckError, SagaLostError) as error:
+        wait = waiting_for(error)
+        raise Suspended(wait.due, {"undo": name, **wait.reason}) from error
+    head = {each: value for each, value in head_of(step).items() if each != "unknown"}
+    result = ended.row.result if ended is not None and ended.row.phase is Phase.DONE else None
+    progress, tail = (Progress.FAILED, tail_of(step)) if result is None else (Progress.DONE, result)
+    yield from run.write(replace(step, progress=progress, order=run.next_order(), body=body(head, tail)))
 
 
 def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> Program[None]:

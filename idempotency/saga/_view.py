@@ -137,7 +137,8 @@ def reason_of(row: Row) -> dict[str, Any]:
     """Return what the saga waits for, or why it is stuck, as data."""
     found: dict[str, Any] = load(row.reason) if row.reason else {}
     # One that an operator has failed has the reason of before.
-    return {} if row.phase is Phase.UNDOING and not _OF_FUNCTION.isdisjoint(found) else found
+    before = "undo" not in found and not _OF_FUNCTION.isdisjoint(found)
+    return {} if row.phase is Phase.UNDOING and before else found
 
 
 def _in_words(row: Row) -> str:

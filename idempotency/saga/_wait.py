@@ -16,7 +16,14 @@ from idempotency._sagas.journal import Entry, Leave, Look, Open, Phase, Progress
 from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError
 from idempotency.saga._effects import Ask, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, checked_name, head_of
-from idempotency.saga.errors import HeldError, SagaError, SagaPendingError, SagaStuckError, SignalTimeoutError
+from idempotency.saga.errors import (
+    HeldError,
+    SagaError,
+    SagaLostError,
+    SagaPendingError,
+    SagaStuckError,
+    SignalTimeoutError,
+)
 
 SHORT = 1.0
 """Seconds that are waited in the process. For a longer wait the run ends, and another one goes on after it."""
@@ -128,7 +135,7 @@ def signal_entry(name: str, value: object, by: str, about: object) -> Entry:
     """Return the entry of a signal; ConfigurationError for a name or a value that cannot be recorded."""
     first, mark, number = name.partition("#") if isinstance(name, str) else (name, "", "")
     checked_name(first)
-    if mark and not number.isdecimal():
+    if mark and not (number.isascii() and number.isdecimal() and number == str(int(number)) and int(number) > 1):
         raise ConfigurationError(f"the second wait for a name is {first}#2, and so on: {name!r} is none")
     try:
         head = {"value": PLAIN.to_json(value), "by": by, "about": digest_of(about)}
@@ -218,7 +225,9 @@ def _letting_go(resource: str, token: str) -> Leave:
     return Leave(id=saga_id(HELD, resource), token=token, phase=Phase.DONE, due=None, wakes=0)
 
 
-def waiting_for(child: SagaPendingError | SagaStuckError) -> Suspended:
+def waiting_for(child: SagaPendingError | SagaStuckError | SagaLostError) -> Suspended:
     """Return the wait for a child that has not ended."""
+    if isinstance(child, SagaLostError):
+        return Suspended(SHORT, {"child": child.name, "waits": "another process runs it"})
     due = min(child.retry_after, _LOOK) if isinstance(child, SagaPendingError) else _LOOK
     return Suspended(due, {"child": child.name, "waits": child.reason})

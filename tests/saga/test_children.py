@@ -6,27 +6,28 @@ from typing import Any
 
 import pytest
 
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, StoreError
 from idempotency.saga import (
     SagaFailedError,
     SagaOperations,
     SagaPendingError,
     StepFailedError,
+    _definition,
     saga,
     step,
     wait_for,
 )
 from idempotency.testing import FaultyStore, ManualClock
-from tests.kit.sagas import FAULTS, KilledError, Process, do, states, take_back
+from tests.kit.sagas import DID, FAULTS, KilledError, Process, do, states, take_back
 
 
-def family(faulty: FaultyStore) -> tuple[Any, Any]:
+def family(faulty: FaultyStore, **options: Any) -> tuple[Any, Any]:
     @saga(faulty, name="child")
     async def child(what: str) -> str:
         await step("c", do, what, undo=take_back)
         return f"child: {await wait_for('approval')}"
 
-    @saga(faulty, name="parent")
+    @saga(faulty, name="parent", **options)
     async def parent() -> str:
         await step("a", do, "a", undo=take_back)
         result = await step("child", child, "c")
@@ -118,6 +119,98 @@ async def test_a_child_that_another_process_took_over_lets_the_parent_wait(
     await child.signal(await key_of_child(faulty), "approval", 1)
     clock.advance(61)
     assert await parent(key="7") == "child: 1"
+
+
+async def test_a_child_that_waits_is_cancelled_and_undone_where_its_parent_is(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    """Else it would go on by itself, long after its parent has ended."""
+    parent, child = family(faulty, deadline=60)
+    with pytest.raises(SagaPendingError):
+        await parent(key="7")
+    clock.advance(60)
+    FAULTS["undo c"] = [OSError()] * 3
+    with pytest.raises(SagaPendingError, match="its child child has not ended: the undo of c failed 3 times"):
+        await parent(key="7")
+    [view] = await SagaOperations(faulty).sagas(name="parent")
+    assert (view.state, view.step) == ("undoing", "undo:child")
+    assert view.reason.startswith("its child child has not ended")
+    clock.advance(61)
+    with pytest.raises(SagaFailedError, match="DeadlineError"):
+        await parent(key="7")
+    with pytest.raises(SagaFailedError, match="CancelledByOperatorError"):
+        await child.resume(await key_of_child(faulty))
+    assert done == ["a", "c", "undo c", "undo c", "undo c", "undo c", "undo a"]
+    assert await states(parent) == {"step:a": "DONE", "step:child": "FAILED", "undo:a": "DONE"}
+
+
+async def cancel_booking(what: str, *, result: str | None) -> None:
+    DID.append(("cancel", what, result))
+
+
+@pytest.mark.parametrize("fault", ["fail", "lost"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("verb", ["open", "put", "write", "leave", "look"])
+async def test_a_child_that_is_done_when_its_parent_is_undone_is_undone_by_its_result(
+    faulty: FaultyStore, process: Process, done: list[Any], verb: Any, at: int, fault: Any
+) -> None:
+    """It is past its pivot, and so goes forward; the parent, which did not hear of that, waits for its end."""
+
+    @saga(faulty, name="child")
+    async def child(what: str) -> str:
+        await step("c", do, what, kind="pivot")
+        return await step("d", do, "d")
+
+    @saga(faulty, name="parent", deadline=3600)
+    async def parent() -> str:
+        return await step("child", child, "c", undo=cancel_booking)
+
+    FAULTS["d"] = [process.kill]
+    with pytest.raises(KilledError):
+        await parent(key="7")
+    process.begin_again(3600)
+    faulty.order(verb, *[None] * at, fault)
+    for _ in range(3):
+        with pytest.raises((SagaFailedError, SagaPendingError, StoreError)):
+            await parent(key="7")
+        process.clock.advance(301)
+    with pytest.raises(SagaFailedError):
+        await parent(key="7")
+    assert done.count("c") == 1
+    assert set(done) == {"c", "d", ("cancel", "c", "d done")}
+
+
+async def test_a_child_that_was_never_recorded_is_not_undone(
+    faulty: FaultyStore, process: Process, done: list[Any]
+) -> None:
+    @saga(faulty, name="child")
+    async def child(what: str) -> str:
+        return await step("c", do, what)
+
+    @saga(faulty, name="parent", deadline=3600)
+    async def parent() -> str:
+        return await step("child", child, "c", undo=cancel_booking)
+
+    faulty.order("open", None, "fail")
+    with pytest.raises(StoreError):
+        await parent(key="7")
+    process.clock.advance(3600)
+    with pytest.raises(SagaFailedError):
+        await parent(key="7")
+    assert done == []
+
+
+async def test_a_child_that_this_process_does_not_have(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    parent, child = family(faulty, deadline=60)
+    with pytest.raises(SagaPendingError):
+        await parent(key="7")
+    clock.advance(60)
+    vars(_definition)["_DEFINED"].clear()
+    with pytest.raises(ConfigurationError, match="the step 'child' is the saga child, which this process does not"):
+        await parent(key="7")
+    assert child.name == "child"
 
 
 async def test_a_saga_that_is_called_in_the_function_of_another_one_has_a_key_of_its_own(

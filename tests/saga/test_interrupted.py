@@ -35,16 +35,35 @@ def two_steps(faulty: FaultyStore) -> Any:
     return two_steps
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, SystemExit])
-async def test_an_interrupted_run_is_gone_on_with_at_once(
-    faulty: FaultyStore, done: list[Any], error: type[BaseException]
-) -> None:
+async def test_an_interrupted_run_is_gone_on_with_at_once(faulty: FaultyStore, done: list[Any]) -> None:
     book = two_steps(faulty)
-    FAULTS["b"] = [error()]
-    with pytest.raises(error):
+    FAULTS["b"] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
         await book(key="7")
     assert await book(key="7") == "b done"
     assert done == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+async def test_a_step_that_ends_its_process_counts_as_a_crash(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any], error: type[BaseException]
+) -> None:
+    """As by sys.exit(), or by waiting for a task that was cancelled: every process would end so, for ever."""
+
+    @saga(faulty, name="s", attempts=2)
+    async def once() -> None:
+        await step("a", do, "a")
+
+    FAULTS["a"] = [error() for _ in range(10)]
+    for _ in range(2):
+        with pytest.raises(error):
+            await once(key="7")
+        with pytest.raises(SagaPendingError, match="it runs"):
+            await once(key="7")
+        clock.advance(31)
+    with pytest.raises(SagaStuckError, match="2 runs ended without a word"):
+        await once(key="7")
+    assert done == ["a", "a"]
 
 
 async def test_a_cancelled_caller(faulty: FaultyStore, done: list[Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from idempotency import current
 from idempotency._sagas.journal import Open, Write
@@ -272,6 +273,19 @@ async def test_a_pivot_that_is_cancelled_while_it_commits_is_seen(joined: Ledger
 async def test_sessions_of_another_database_are_refused(joined: Ledger) -> None:
     with pytest.raises(ConfigurationError):
         saga(joined.store, name="s", session=object())(do)  # type: ignore[call-overload]
+
+
+@pytest.mark.stores("postgres", "mariadb")
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
+async def test_sessions_are_refused_that_could_not_commit_once_the_lease_was_renewed(
+    joined: Ledger, level: str
+) -> None:
+    """Each run of a step that takes longer than a third of the lease would be rolled back."""
+    engine: Any = joined.engine
+    by_engine = async_sessionmaker(engine.execution_options(isolation_level=level))
+    for sessions in (by_engine, async_sessionmaker(engine, execution_options={"isolation_level": level})):
+        with pytest.raises(ConfigurationError, match="sessions|commit"):
+            saga(joined.store, name="s", session=sessions)(do)
 
 
 def pay_sync(what: str, *, session: Any) -> str:

@@ -151,6 +151,8 @@ def test_a_function_that_cannot_be_a_saga_is_refused_when_it_is_decorated(faulty
         ({"name": ""}, "name must be text of 1 to 255 characters"),
         ({"name": "a\0b"}, "name must be text of 1 to 255 characters"),
         ({"name": "a" * 256}, "name must be text of 1 to 255 characters"),
+        ({"name": "a\ud800"}, "name must be text of 1 to 255 characters"),
+        ({"name": "saga:held"}, "name must be another one than 'saga:held', under which resources are held"),
         ({"attempts": 0}, "attempts must be a number of at least 1"),
         ({"lease": 0}, "lease must be positive"),
         ({"ttl": -1}, "ttl must be positive"),

@@ -333,6 +333,7 @@ any_step: Any = step  # also with what its types refuse
         (lambda: any_step("a", None), "a step needs a function, not None"),
         (lambda: any_step("", do, "x"), "text of 1 to 215 characters without #"),
         (lambda: any_step("a#2", do, "x"), "text of 1 to 215 characters without #"),
+        (lambda: any_step("a\udfff", do, "x"), "text of 1 to 215 characters without #"),
         (lambda: any_step("a" * 216, do, "x"), "text of 1 to 215 characters without #"),
         (lambda: any_step("a", do, "x", retry=0), "attempts must be a number of at least 1"),
         (lambda: any_step("a", do, "x", timeout=0), "timeout must be positive"),

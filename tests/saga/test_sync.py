@@ -262,6 +262,27 @@ def test_a_child(faulty: FaultyStore, clock: ManualClock, done: list[Any]) -> No
     assert done == ["c"]
 
 
+def test_a_child_that_waits_is_cancelled_where_its_parent_is_undone(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    @saga(faulty, name="child")
+    def child(what: str) -> str:
+        step_sync("c", do_sync, what, undo=take_back_sync)
+        sleep_sync("night", 30)
+        return step_sync("d", do_sync, "d")
+
+    @saga(faulty, name="parent", deadline=20)
+    def parent() -> str:
+        return step_sync("child", child, "c")
+
+    with pytest.raises(SagaPendingError):
+        parent(key="7")
+    clock.advance(20)
+    with pytest.raises(SagaFailedError):
+        parent(key="7")
+    assert done == ["c", "undo c"]
+
+
 def verify_sync(what: str) -> Any:
     return NOT_DONE
 

@@ -242,7 +242,8 @@ async def test_an_approval_of_something_else_is_refused_while_the_saga_waits(
     [
         (("7", "approval", object()), "the value of the signal 'approval' cannot be recorded: give plain JSON"),
         (("7", ""), "a name in a saga is text"),
-        (("7", "approval#x"), "the second wait for a name is approval#2"),
+        (("7", "a\ud800"), "a name in a saga is text"),
+        *((("7", f"approval#{odd}"), "the second wait for a name is") for odd in ("x", "1", "02", "\uff12")),
     ],
 )
 async def test_a_signal_that_cannot_be_recorded_is_refused(faulty: FaultyStore, arguments: Any, text: str) -> None:
