@@ -78,7 +78,7 @@ class IdempotentTools(AgentMiddleware[Any, Any, Any]):
     @contextmanager
     def _named(self, request: ToolCallRequest) -> Iterator[ToolCall]:
         caller = self._caller(request.runtime) if self._caller is not None else None
-        with tool_call(attempt=_attempt(request), caller=caller or "", is_interim=_is_interim) as call:
+        with tool_call(attempt=_attempt(request), caller=caller, is_interim=_is_interim) as call:
             yield call
 
 

@@ -102,7 +102,7 @@ class IdempotentTools(Extension):
         if params.name not in self._tools:
             return await call_next(ctx)
         try:
-            named = tool_call(caller_key=_key(params, ctx), caller=self._caller(ctx) or "", is_interim=_is_interim)
+            named = tool_call(caller_key=_key(params, ctx), caller=self._caller(ctx), is_interim=_is_interim)
             with named as call:
                 return _marked(await call_next(ctx), call)
         except KeyInvalidError as error:

@@ -114,7 +114,7 @@ class _Calls:
         run = self._run(context)
         attempt = attempt_of(run, context.tool_call_id) if run else None
         caller = self._caller(context) if self._caller is not None else None
-        with tool_call(attempt=attempt, caller=caller or "") as call:
+        with tool_call(attempt=attempt, caller=caller) as call:
             self._calls[context] = call
             yield call
 

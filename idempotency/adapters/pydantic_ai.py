@@ -60,7 +60,7 @@ class IdempotentTools(AbstractCapability[Any]):
             return await handler(args)
         caller = self.caller(ctx) if self.caller is not None else None
         attempt = _attempt(ctx, call.tool_call_id)
-        with tool_call(attempt=attempt, caller=caller or "", is_interim=_is_interim) as named:
+        with tool_call(attempt=attempt, caller=caller, is_interim=_is_interim) as named:
             try:
                 return noted(named, await handler(args))
             except ConfigurationError:

@@ -8,7 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from idempotency.errors import KeyInvalidError
+from idempotency._signature import close_unused
+from idempotency.errors import ConfigurationError, KeyInvalidError
 
 _LONGEST = 255
 """Characters that a key of a caller may have, as in HTTP."""
@@ -57,7 +58,7 @@ def tool_call(
     caller_key: str | None = None,
     attempt: str | None = None,
     occurrence: str | int | None = None,
-    caller: str = "",
+    caller: str | None = None,
     is_interim: Callable[[object], bool] | None = None,
 ) -> Iterator[ToolCall]:
     """Name the call of an idempotent tool that is made inside of the ``with``; for adapters, and for applications.
@@ -70,7 +71,7 @@ def tool_call(
     ``"run-7/call-1"``. It must be the same when the run is resumed.
     ``occurrence``: which repeat of the same call is meant. Another value is another operation, so that the tool runs
     once more. Default None: no repeat is meant.
-    ``caller``: the authenticated caller. Callers do not see each other's results. Default ``""``: all are one caller.
+    ``caller``: the authenticated caller. Callers do not see each other's results. Default None: all are one caller.
     ``is_interim``: a function that is given what the tool returns or raises, and says whether that is no outcome: it
     asks for more input, or reports a failure. It is not recorded, whatever the policy says of errors, and the next call
     under the same identity runs the tool; unless the tool has declared by ``current().hold()`` that its effect has
@@ -78,18 +79,22 @@ def tool_call(
 
     It gives a :class:`ToolCall`, which says afterwards whether the result is a recorded one.
     Raises :class:`~idempotency.errors.KeyInvalidError` for an empty or too long key or attempt: without that, the tool
-    would be called under an identity that was not meant.
+    would be called under an identity that was not meant. Raises :class:`~idempotency.errors.ConfigurationError` for a
+    caller that is not text, such as a number or a coroutine: 7 and ``"7"`` would not be one caller.
     """
     for name, text in (("caller_key", caller_key), ("attempt", attempt)):
         if text is not None and (not isinstance(text, str) or not text):
             raise KeyInvalidError(f"{name} must be text and not empty")
     if caller_key is not None and len(caller_key) > _LONGEST:
         raise KeyInvalidError(f"caller_key must have at most {_LONGEST} characters")
+    if caller is not None and not isinstance(caller, str):
+        close_unused(caller)
+        raise ConfigurationError(f"caller must be text, not {type(caller).__name__}")
     call = ToolCall(
         caller_key=caller_key,
         attempt=attempt,
         occurrence=None if occurrence is None else str(occurrence),
-        caller=caller,
+        caller=caller or "",
         is_interim=is_interim,
     )
     token = _CALL.set(call)

@@ -14,6 +14,9 @@ from typing import Any
 
 from idempotency._results.compare import is_pydantic
 
+_MOST_DIGITS = 4300
+"""Of a number: as many as Python converts from and to text."""
+
 
 class NoDataError(TypeError):
     """A value is not data, so that calls cannot be compared by it."""
@@ -26,7 +29,7 @@ def canonical_text(value: Any) -> str:
     """
     try:
         return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise NoDataError(str(error)) from error
 
 
@@ -52,7 +55,13 @@ def _plain(value: Any) -> Any:
 def _number(value: Decimal) -> int | str:
     if not value.is_finite():
         raise NoDataError("a Decimal that is no number")
-    return int(value) if value == value.to_integral_value() else format(value.normalize(), "f")
+    if not value:
+        return 0  # whatever its exponent
+    # Before it is written out: an exponent of a few digits makes a text of gigabytes.
+    if value.adjusted() >= _MOST_DIGITS or value.as_tuple().exponent < -_MOST_DIGITS:  # type: ignore[operator]
+        raise NoDataError(f"a Decimal of more than {_MOST_DIGITS} digits")
+    # Not normalize(), which rounds to the precision of the thread.
+    return int(value) if value == value.to_integral_value() else format(value, "f").rstrip("0")
 
 
 def _member(name: object) -> str:

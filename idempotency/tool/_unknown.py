@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from http.client import BadStatusLine, IncompleteRead
+from ssl import SSLEOFError, SSLZeroReturnError
 
 from idempotency.errors import OutcomeUnknownError
 from idempotency.operation import Operation
 from idempotency.policy import Policy
 from idempotency.tool._call import ToolCall
 
-_UNKNOWN = (TimeoutError, ConnectionError, EOFError, OutcomeUnknownError)
+_UNKNOWN = (
+    TimeoutError,
+    ConnectionError,
+    EOFError,
+    SSLEOFError,
+    SSLZeroReturnError,
+    IncompleteRead,
+    BadStatusLine,
+    OutcomeUnknownError,
+)
 _NOTHING_SENT = (ConnectionRefusedError,)
+
+_LOST_CONNECTIONS = frozenset(
+    {
+        ("httpcore", "RemoteProtocolError"),
+        ("httpcore2", "RemoteProtocolError"),
+        ("httpx", "RemoteProtocolError"),
+        ("httpx2", "RemoteProtocolError"),
+        ("aiohttp", "ServerDisconnectedError"),
+        ("aiohttp", "ClientPayloadError"),
+        ("aiohttp", "BadStatusLine"),
+        ("anyio", "BrokenResourceError"),
+        ("anyio", "EndOfStream"),
+        ("asyncpg", "ConnectionDoesNotExistError"),
+    }
+)
+"""Errors of clients, by package and name, that have no other error as their cause: the server has closed the connection
+before its answer was complete."""
+
+_OF_GATEWAYS = (502, 504)
+"""HTTP statuses of a gateway whose own call timed out, or lost its connection."""
 
 
 def hold_if_unknown(operation: Operation, policy: Policy, error: Exception) -> None:
@@ -39,9 +70,27 @@ def release_if_interim(operation: Operation | None, call: ToolCall, ended: objec
 def _leaves_unknown(error: BaseException) -> bool:
     """Return whether a time-out or a lost connection is the error, or its cause.
 
-    The errors of HTTP clients and drivers have it as their cause. A connection that was refused has carried nothing.
+    Most errors of HTTP clients and drivers have it as their cause; others are known by their names. A gateway says it
+    by its status. A connection that was refused has carried nothing.
     """
-    return any(isinstance(each, _UNKNOWN) and not isinstance(each, _NOTHING_SENT) for each in _chain(error, set()))
+    return any(_is_lost(each) for each in _chain(error, set()))
+
+
+def _is_lost(error: BaseException) -> bool:
+    if isinstance(error, _UNKNOWN):
+        return not isinstance(error, _NOTHING_SENT)
+    if getattr(error, "connection_invalidated", False) is True:  # as SQLAlchemy says it for each driver
+        return True
+    if _status_of(error) in _OF_GATEWAYS:
+        return True
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return not names.isdisjoint(_LOST_CONNECTIONS)
+
+
+def _status_of(error: BaseException) -> object:
+    """Return the HTTP status in the error of a client, if it has one."""
+    answer = getattr(error, "response", error)
+    return next((getattr(answer, name) for name in ("status_code", "status", "code") if hasattr(answer, name)), None)
 
 
 def _chain(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:

@@ -350,6 +350,22 @@ def test_a_key_that_is_none_is_refused(named: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("caller", [0, 7, b"7", ("a", 7)])
+def test_a_caller_that_is_no_text_is_refused(caller: Any) -> None:
+    """The user 0 would be taken for no caller, and get the results of all who have none."""
+    match = f"caller must be text, not {type(caller).__name__}"
+    with pytest.raises(ConfigurationError, match=match), tool_call(caller=caller):
+        pass
+
+
+def test_a_function_for_the_caller_that_is_not_awaited_is_refused() -> None:
+    async def caller() -> str: ...
+
+    unused: Any = caller()
+    with pytest.raises(ConfigurationError, match="caller must be text, not coroutine"), tool_call(caller=unused):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -383,6 +399,10 @@ async def test_an_intent_that_returns_no_text_is_refused(effects: list[str]) -> 
         (True, "true"),
         (Decimal("5.00"), "5"),
         (Decimal("5.10"), '"5.1"'),
+        (Decimal("-0.50"), '"-0.5"'),
+        (Decimal("0E+999999999"), "0"),
+        (Decimal("1E+3"), "1000"),
+        (Decimal("1.00000000000000000000000000000010"), '"1.0000000000000000000000000000001"'),
         ((1, [2]), "[1,[2]]"),
         ({"b", "a"}, '["a","b"]'),
         (Currency.EURO, '"EUR"'),
@@ -402,7 +422,31 @@ def test_equal_arguments_have_one_text(value: object, text: str) -> None:
     assert canonical_text(value) == text
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), {1: 2}, Decimal("NaN"), float("inf"), [object()], Order])
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        float("nan"),
+        {1: 2},
+        Decimal("NaN"),
+        float("inf"),
+        [object()],
+        Order,
+        # What a model may have made up. To write them out would take gigabytes.
+        Decimal("1E+999999999"),
+        Decimal("1E-999999999"),
+        pytest.param(10**5000, id="5000 digits"),
+        pytest.param(_nested(100_000), id="nested"),
+        datetime(9999, 12, 31, 23, tzinfo=timezone(-timedelta(hours=5))),
+    ],
+)
 def test_what_is_no_data_has_no_text(value: object) -> None:
     with pytest.raises(NoDataError):
         canonical_text(value)

@@ -28,8 +28,9 @@ from mcp.client.client import Client
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.shared.exceptions import MCPError
-from mcp_types import ElicitResult, ToolAnnotations
+from mcp_types import CallToolResult, ElicitResult, TextContent, ToolAnnotations
 from pydantic import AnyHttpUrl, BaseModel
 
 from idempotency.adapters.mcp import KEY, REPLAYED_AT, IdempotentTools
@@ -380,6 +381,25 @@ async def test_a_joined_tool_is_served(ledger: Ledger) -> None:
 
 
 # Who calls, and what is announced.
+
+
+async def test_an_error_is_recorded_if_it_is_returned_and_not_if_it_is_raised() -> None:
+    """One that is returned may come after the effect, such as a time-out that the tool has caught."""
+    tools, runs = IdempotentTools(), list[str]()
+
+    @tools.tool()
+    @idempotent_tool(MemoryStore(), intent=("order_id",))
+    async def refund(order_id: str) -> CallToolResult:
+        runs.append(order_id)
+        if order_id == "raised":
+            raise ToolError("the provider is busy")
+        return CallToolResult(content=[TextContent(type="text", text="no answer in time")], is_error=True)
+
+    async with Client(MCPServer("shop", extensions=[tools])) as client:
+        answers = [await client.call_tool("refund", {"order_id": order}) for order in 2 * ("returned", "raised")]
+
+    assert [answer.is_error for answer in answers] == [True] * 4
+    assert runs == ["returned", "raised", "raised"]
 
 
 async def test_callers_do_not_see_each_others_calls() -> None:

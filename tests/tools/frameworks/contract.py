@@ -6,12 +6,14 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from idempotency import Policy, open_store
+from idempotency.errors import ConfigurationError
 from idempotency.tool import approve, idempotent_tool
 from tests.kit.paths import ROOT
 from tests.tools.frameworks.rig import Rig, refund_call
@@ -128,6 +130,15 @@ class ToolLoopContract:
         (bob,) = await agent(refund, caller="bob").talk([refund_call("call-1")], conversation="other")
 
         assert bob.text == "refund 2 of 5"
+
+    async def test_a_caller_that_is_no_text_runs_nothing(self, store, refunds, agent) -> None:
+        """The user 0 is not taken for no caller."""
+        refund = refunds.tool(store, intent=INTENT)
+
+        with suppress(ConfigurationError):
+            await agent(refund, caller=0).talk([refund_call("call-1")])
+
+        assert refunds.made == []
 
     async def test_a_tool_that_the_framework_cuts_off_is_not_done_again(self, store, refunds, agent) -> None:
         """Its time is over after the refund. No later call refunds, whatever the framework says."""
