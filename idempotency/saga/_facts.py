@@ -11,6 +11,7 @@ from idempotency._sagas.journal import Entry, Phase, Progress, Saga
 from idempotency.saga._run import head_of, is_unknown, tail_of
 from idempotency.saga._undo import to_undo
 from idempotency.saga._view import SagaView, error_in, is_run, plain
+from idempotency.saga._wait import ABOUT, signal_of
 
 FactKind = Literal["step", "undo", "sleep", "wait", "signal", "patch", "hold", "cancel"]
 
@@ -71,7 +72,7 @@ class Facts:
         self._saga = saga
         self._holders = holders
         self._show = show
-        self._signals = {each.name.removeprefix("signal:"): each for each in saga.entries if _kind(each) == "signal"}
+        self._signals = {each.name: each for each in saga.entries if _kind(each) == "signal"}
 
     def all(self) -> tuple[SagaFact, ...]:
         """Return the facts in the order in which they began."""
@@ -99,7 +100,7 @@ class Facts:
     def _state(self, entry: Entry) -> FactState:
         match _kind(entry), entry.progress:
             case "wait", _:
-                signal = self._signals.get(_name(entry))
+                signal = self._signals.get(signal_of(_name(entry), head_of(entry)["about"]))
                 return "waiting" if signal is None else self._state(signal)
             case "hold", _:
                 holder = self._holders.get(_name(entry))
@@ -158,4 +159,4 @@ def _kind(entry: Entry) -> Any:
 
 
 def _name(entry: Entry) -> str:
-    return entry.name.partition(":")[2]
+    return entry.name.partition(":")[2].partition(ABOUT)[0]

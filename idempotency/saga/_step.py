@@ -127,7 +127,7 @@ def perform(run: Run, step: Step) -> Program[Any]:
             " same values at each run"
         )
     if known is not None and known.progress is Progress.DONE:
-        return step.results.decode(tail_of(known))
+        return _result(step, known)
     if known is not None and known.progress is Progress.FAILED and run.is_final(known):
         raise _recorded(step, known)
     if run.called != run.wakes:
@@ -318,12 +318,25 @@ def _results(function: Callable[..., Any]) -> Results:
         return PLAIN_RESULTS
 
 
+def _result(step: Step, entry: Entry) -> Any:
+    try:
+        return step.results.decode(tail_of(entry))
+    except UnreadableError as error:
+        raise ConfigurationError(
+            f"the recorded result of the step {step.name!r} is not what its function returns: its annotation has"
+            " changed, or the result that an operator gave does not fit. Put the code right, or resolve the step as"
+            " done with another --result"
+        ) from error
+
+
 def _recorded(step: Step, entry: Entry) -> StepFailedError:
     """Return the error of a failed step, as each run raises it."""
-    error = StepFailedError(f"The step {step.name!r} failed; the failure is recorded and not tried again.")
+    failure = failure_in(tail_of(entry))
+    error = StepFailedError(
+        f"The step {step.name!r} failed with {failure.type}; the failure is recorded and not tried again."
+    )
     error.step = step.name
     error.unknown = bool(head_of(entry).get("unknown"))
-    failure = failure_in(tail_of(entry))
     error.type, error.message = failure.type, failure.message
     error.arguments, error.attributes = failure.arguments, failure.attributes
     return error

@@ -12,7 +12,8 @@ from idempotency._results.codec import PLAIN_RESULTS
 from idempotency._sagas.journal import FORMAT, Entry, Phase, Progress, Row
 from idempotency.errors import RecordedFailureError, UnreadableError
 from idempotency.saga._lifecycle import reason_in
-from idempotency.saga._run import tail_of
+from idempotency.saga._run import head_of, tail_of
+from idempotency.saga._wait import signal_of
 from idempotency.saga.errors import StepFailedError
 
 SagaState = Literal["running", "waiting", "stuck", "undoing", "done", "undone"]
@@ -168,7 +169,8 @@ def _last_step(row: Row, entries: Iterable[Entry]) -> str:
     found = {entry.name: entry for entry in entries if entry.name.startswith("undo:") or not undoing}
     # What is held, and a wait whose signal was given, stay as they were begun.
     over = {name for name in found if name.startswith("hold:")}
-    over |= {f"wait:{name.removeprefix('signal:')}" for name in found if name.startswith("signal:")}
+    waits = {name: head_of(entry)["about"] for name, entry in found.items() if name.startswith("wait:")}
+    over |= {name for name, about in waits.items() if signal_of(name.removeprefix("wait:"), about) in found}
     steps = [entry for name, entry in found.items() if entry.progress in open_ and name not in over]
     last = min(steps, key=lambda entry: entry.changed, default=None)
     return "" if last is None else last.name.removeprefix("step:")

@@ -55,12 +55,16 @@ def sleep_until(run: Run, name: str, duration: float | timedelta) -> Program[Non
     yield from run.write(Entry(name=entry_name, progress=Progress.DONE, order=run.next_order(), body=body({})))
 
 
+ABOUT = "#~"
+"""What is between the name of a signal and the digest of what it is about. No name has a #, but before a number."""
+
+
 def await_signal(run: Run, name: str, timeout: float | timedelta | None, about: object) -> Program[Any]:
     """Return the value of the first signal of a name; SignalTimeoutError where none came in time."""
     limit = None if timeout is None else seconds("timeout", timeout)
     entry_name = run.next_name("wait", name)
-    signal = f"signal:{entry_name.removeprefix('wait:')}"
     digest = digest_of(about)
+    signal = signal_of(entry_name.removeprefix("wait:"), digest)
     known = run.entries.get(entry_name)
     if known is None:
         run.check()
@@ -76,7 +80,10 @@ def await_signal(run: Run, name: str, timeout: float | timedelta | None, about: 
     found = run.entries.get(signal)
     if found is None:
         found = yield from _still_waiting(run, name, signal, run.entries[entry_name])
-    return _value_of(name, found, digest)
+    head = head_of(found)
+    if head.get("timeout"):
+        raise SignalTimeoutError(f"No signal {name!r} came in time.")
+    return head["value"]
 
 
 def _still_waiting(run: Run, name: str, signal: str, wait: Entry) -> Program[Entry]:
@@ -93,17 +100,6 @@ def _still_waiting(run: Run, name: str, signal: str, wait: Entry) -> Program[Ent
     run.wakes += found.progress is Progress.SKIPPED
     run.note(found)
     return found
-
-
-def _value_of(name: str, entry: Entry, digest: str) -> Any:
-    head = head_of(entry)
-    if head.get("timeout"):
-        raise SignalTimeoutError(f"No signal {name!r} came in time.")
-    if head["about"] != digest:
-        raise ConfigurationError(
-            f"the signal {name!r} was given for something else than what the saga asks about: nothing was approved"
-        )
-    return head["value"]
 
 
 def look_again(run: Run) -> Program[None]:
@@ -131,6 +127,14 @@ def give_signal(record: bytes, name: str, value: object, by: str, about: object)
     return found.body == given.body
 
 
+def signal_of(name: str, digest: str) -> str:
+    """Return the name of the entry of a signal: one for each thing that it is about.
+
+    So what was given about something else, before anyone asked, is no answer, and takes the place of none.
+    """
+    return f"signal:{name}{ABOUT}{digest[:16]}" if digest else f"signal:{name}"
+
+
 def signal_entry(name: str, value: object, by: str, about: object) -> Entry:
     """Return the entry of a signal; ConfigurationError for a name or a value that cannot be recorded."""
     first, mark, number = name.partition("#") if isinstance(name, str) else (name, "", "")
@@ -139,7 +143,7 @@ def signal_entry(name: str, value: object, by: str, about: object) -> Entry:
         raise ConfigurationError(f"the second wait for a name is {first}#2, and so on: {name!r} is none")
     try:
         head = {"value": PLAIN.to_json(value), "by": by, "about": digest_of(about)}
-        return Entry(name=f"signal:{name}", progress=Progress.DONE, body=body(head))
+        return Entry(name=signal_of(name, head["about"]), progress=Progress.DONE, body=body(head))
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the value of the signal {name!r} cannot be recorded: give plain JSON") from error
 

@@ -259,7 +259,7 @@ async def test_the_function_of_a_step_changes_what_it_returns(
         return await step("last", do, "last")
 
     await begin(old)
-    with pytest.raises(Exception, match="the recorded result is not what this function returns"):
+    with pytest.raises(Exception, match="the recorded result of the step 'a' is not what its function returns"):
         await new(key="7")
     with pytest.raises(SagaStuckError):
         await new(key="7")

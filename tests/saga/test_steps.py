@@ -63,7 +63,8 @@ async def test_a_step_that_fails_too_often_has_failed_in_every_run(
     for each in caught:
         assert (each.type, each.message, each.arguments) == ("ValueError", "3", ("3",))
         assert (each.step, each.unknown) == ("a", False)
-    assert str(first) == str(second) == "The step 'a' failed; the failure is recorded and not tried again."
+    told = "The step 'a' failed with ValueError; the failure is recorded and not tried again."
+    assert str(first) == str(second) == told
 
 
 async def test_only_some_exceptions_are_repeated(faulty: FaultyStore, done: list[Any]) -> None:

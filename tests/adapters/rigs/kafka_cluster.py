@@ -115,7 +115,7 @@ class Topic:
 
     def high(self) -> list[int]:
         """Return the high-water mark of each partition."""
-        return [self._consumer.get_watermark_offsets(each, timeout=10)[1] for each in self._partitions]
+        return [self._consumer.get_watermark_offsets(each, timeout=60)[1] for each in self._partitions]
 
     def committed(self) -> list[int]:
         """Return the group's committed offset in each partition, 0 where there is none."""

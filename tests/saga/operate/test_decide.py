@@ -50,7 +50,7 @@ async def test_a_wrong_result_can_be_put_right(
     """A result that the function could not have returned makes the saga stuck again, and is resolved anew."""
     await make_stuck(book_trip, hang)
     await operations.resolve("book-trip", "7", "hotel", "done", 5)
-    with pytest.raises(Exception, match="not what this function returns"):
+    with pytest.raises(Exception, match="not what its function returns"):
         await book_trip("Rome", key="7")
     assert (await seen(operations)).state == "stuck"
 
