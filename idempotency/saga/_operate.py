@@ -23,10 +23,10 @@ from idempotency._sagas.journal import (
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.saga._ask import Journal
 from idempotency.saga._facts import Facts, SagaDetail
-from idempotency.saga._resolve import Resolution, check_about, check_undoable, failing, refused, resolving
-from idempotency.saga._run import cancelled_by
+from idempotency.saga._resolve import Resolution, check_undoable, failing, refused, resolving
+from idempotency.saga._run import cancelled_by, head_of
 from idempotency.saga._view import SagaState, SagaView, is_run, plain, state_of, step_in, view_of
-from idempotency.saga._wait import HELD, signal_entry
+from idempotency.saga._wait import HELD, digest_of, signal_entry
 from idempotency.saga.errors import CancelledByOperatorError, SagaError
 from idempotency.stores.base import Finding, Store, SyncStore
 
@@ -144,7 +144,9 @@ class SagaOperations:
         Refused if the saga waits for it about something else than ``about``.
         """
         saga = await self._going_on(name, key)
-        check_about(saga, signal, about)
+        for entry in saga.entries:
+            if entry.name == f"wait:{signal}" and head_of(entry)["about"] != digest_of(about):
+                raise refused(saga, f"waits for the signal {signal} about something else")
         given = signal_entry(signal, value, by, about)
         found = await self._ask(Put(id=saga.row.id, entry=given))
         if found is None:

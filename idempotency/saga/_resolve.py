@@ -8,7 +8,6 @@ from idempotency._results.codec import PLAIN_RESULTS
 from idempotency._sagas.journal import Amend, Entry, Phase, Progress, Saga
 from idempotency.errors import ConfigurationError
 from idempotency.saga._run import body, head_of, is_unknown
-from idempotency.saga._wait import digest_of
 from idempotency.saga.errors import SagaError
 
 Resolution = Literal["done", "not-done"]
@@ -20,13 +19,6 @@ def refused(saga: Saga, why: str) -> SagaError:
     error = SagaError(f"The saga {saga.row.name} {why}: nothing was changed.")
     error.name, error.key = saga.row.name, saga.row.key
     return error
-
-
-def check_about(saga: Saga | None, signal: str, about: object) -> None:
-    """Raise SagaError for a signal about something else than what the saga waits for: it would count, as the first."""
-    waits = () if saga is None else [entry for entry in saga.entries if entry.name == f"wait:{signal}"]
-    if saga is not None and any(head_of(wait)["about"] != digest_of(about) for wait in waits):
-        raise refused(saga, f"waits for the signal {signal} about something else")
 
 
 def resolving(saga: Saga, step: str, outcome: Resolution, result: object, by: str) -> Amend:

@@ -100,7 +100,7 @@ class AsyncSaga(Defined, Generic[R]):
         found: Saga | None = await self._definition.store.journal(Look(id=saga_id(self.name, key)))
         return found
 
-    async def abandon(self, key: str, by: str) -> Saga | None:
+    async def _abandon(self, key: str, by: str) -> Saga | None:
         """Cancel the saga of ``key``, let it end, and return it; None where there is none. It raises as a call does.
 
         It is called where ``by`` is undone, the saga of which it is a step.
@@ -155,8 +155,8 @@ class SyncSaga(Defined, Generic[R]):
         found: Saga | None = self._definition.store.journal_sync(Look(id=saga_id(self.name, key)))
         return found
 
-    def abandon(self, key: str, by: str) -> Saga | None:
-        """See :meth:`AsyncSaga.abandon`."""
+    def _abandon(self, key: str, by: str) -> Saga | None:
+        """See :meth:`AsyncSaga._abandon`."""
         record = saga_id(self.name, key)
         if self._definition.store.journal_sync(Put(id=record, entry=cancelled_by(by))) is not None:
             with suppress(SagaFailedError):

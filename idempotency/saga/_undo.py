@@ -125,7 +125,7 @@ def _abandon(run: Run, step: Entry) -> Program[None]:
         raise ConfigurationError(f"the step {name!r} is the saga {saga}, which this process does not have: import it")
     by = f"{run.definition.name}: it is undone"
     try:
-        ended = yield Call(function=lambda: child.abandon(key, by), operation=run.operation(step.name, step.attempt))
+        ended = yield Call(function=lambda: child._abandon(key, by), operation=run.operation(step.name, step.attempt))
     except (SagaPendingError, SagaStuckError, SagaLostError) as error:
         wait = waiting_for(error)
         raise Suspended(wait.due, {"undo": name, **wait.reason}) from error
