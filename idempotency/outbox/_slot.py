@@ -230,6 +230,16 @@ def end_of_log(connection: Connection) -> int:
     return int(connection.execute(text("SELECT pg_current_wal_flush_lsn() - '0/0'")).scalar_one())
 
 
+def write_log_to_disk(connection: Connection) -> None:
+    """Write the log to disk, in the open transaction, up to everything that is visible now.
+
+    With ``synchronous_commit=off`` a row is visible for some time before a slot can deliver it.
+    """
+    connection.execute(text("SET LOCAL synchronous_commit = local"))
+    # A transaction that writes nothing waits for no disk.
+    connection.execute(text("SELECT pg_logical_emit_message(true, 'idempotency:flush', '')"))
+
+
 def version_of(connection: Connection) -> int:
     """Return the version of the server."""
     version = connection.dialect.server_version_info

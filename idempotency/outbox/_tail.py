@@ -18,7 +18,7 @@ from idempotency.outbox._deliver import Delivery, Judged
 from idempotency.outbox._held import HeldConnection
 from idempotency.outbox._ledger import Ledger, Position
 from idempotency.outbox._log_statements import ALL_BUCKETS, LogStatements, renumbered
-from idempotency.outbox._slot import Slot, end_of_log
+from idempotency.outbox._slot import Slot, end_of_log, write_log_to_disk
 from idempotency.outbox._statements import Key, Part, Row, Settlement
 from idempotency.outbox.publisher import HELD, Outcome, Refused, RetryLater
 
@@ -184,7 +184,11 @@ class Tail:
 
     async def _rows_to_sweep(self) -> list[int]:
         self._next_sweep = monotonic() + _SWEEP
-        return await self._database.run(partial(self._statements.rows_of_log, limit=self._batch))
+        rows = await self._database.run(partial(self._statements.rows_of_log, limit=self._batch))
+        if rows and not self._slot.messages:
+            # So that the log, as it is read next, has them.
+            await self._database.run(write_log_to_disk, transaction=True)
+        return rows
 
     async def _sweep(self, seen: Sequence[int]) -> bool:
         """Serve from the table the rows that were there before the log was read to its end, and are there still.

@@ -49,6 +49,15 @@ def claim_of_verification(verifications: Calls, claim: Claim) -> Claim:
     return verifications.claim(claim.id.hex(), None)
 
 
+def check_is_owned(owned: bool) -> None:
+    """Raise an error if the lease of a verification is another one's.
+
+    A process may be paused for longer than its lease. What it found out may be about a run before the last one.
+    """
+    if not owned:
+        raise OutcomeUnknownError("Another verification of the call began before this one ended.")
+
+
 def is_not_done(calls: Calls, claim: Claim, ended: Ran | Raised | Known) -> bool:
     """Return what the verification of ``claim`` found out: whether the effect has not happened.
 
@@ -113,15 +122,18 @@ class Verification:
         self._store = require(store, Resolving, "verify=")
         self._calls = calls
         self._verifications = calls_of_verification(calls)
-        self._leased = Leased(check_store(store, Store), self._verifications)
+        self._claims = check_store(store, Store)
+        self._leased = Leased(self._claims, self._verifications)
         self._verify = verify
 
     async def is_not_done(self, claim: Claim, args: Any, kwargs: Any) -> bool:
         """Find out whether the effect has happened, and resolve the record of ``claim`` by that."""
+        own = claim_of_verification(self._verifications, claim)
 
         async def find_out() -> bool:
             with as_operation_of(self._calls, claim):
                 found = await self._verify(*args, **kwargs)
+            check_is_owned(await self._claims.renew(own))
             if found is NOT_DONE:
                 await self._store.resolve(claim.id, "release")
                 return True
@@ -129,5 +141,5 @@ class Verification:
             await self._store.resolve(claim.id, "done", result, ttl=self._calls.policy.ttl)
             return False
 
-        ended = await self._leased.run(claim_of_verification(self._verifications, claim), find_out)
+        ended = await self._leased.run(own, find_out)
         return is_not_done(self._calls, claim, ended)

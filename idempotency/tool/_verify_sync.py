@@ -14,6 +14,7 @@ from idempotency.stores.base import SyncResolving, SyncStore, check_store, requi
 from idempotency.tool._verify import (
     as_operation_of,
     calls_of_verification,
+    check_is_owned,
     claim_of_verification,
     is_not_done,
     result_of_verification,
@@ -29,15 +30,18 @@ class SyncVerification:
         self._store = require(store, SyncResolving, "verify=")
         self._calls = calls
         self._verifications = calls_of_verification(calls)
-        self._leased = SyncLeased(check_store(store, SyncStore), self._verifications)
+        self._claims = check_store(store, SyncStore)
+        self._leased = SyncLeased(self._claims, self._verifications)
         self._verify = verify
 
     def is_not_done(self, claim: Claim, args: Any, kwargs: Any) -> bool:
         """See :meth:`Verification.is_not_done`."""
+        own = claim_of_verification(self._verifications, claim)
 
         def find_out() -> bool:
             with as_operation_of(self._calls, claim):
                 found = self._verify(*args, **kwargs)
+            check_is_owned(self._claims.renew_sync(own))
             if found is NOT_DONE:
                 self._store.resolve_sync(claim.id, "release")
                 return True
@@ -45,5 +49,5 @@ class SyncVerification:
             self._store.resolve_sync(claim.id, "done", result, ttl=self._calls.policy.ttl)
             return False
 
-        ended = self._leased.run(claim_of_verification(self._verifications, claim), find_out)
+        ended = self._leased.run(own, find_out)
         return is_not_done(self._calls, claim, ended)

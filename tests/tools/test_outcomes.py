@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from idempotency import Policy, current, drain
+from idempotency._rules import State
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -447,6 +448,73 @@ async def test_a_verification_that_lost_its_lease_changes_nothing() -> None:
     assert "lost its lease" in str(unknown.value.__cause__)
     assert await refund("7") == "done"
     assert runs == ["7"]
+
+
+async def test_a_verification_that_was_overtaken_frees_nothing() -> None:
+    """Its process was paused for longer than its lease. Another one freed the call meanwhile, which has run again."""
+    clock, started, finish = ManualClock(), asyncio.Event(), asyncio.Event()
+    runs: list[str] = []
+    verifications: list[str] = []
+
+    async def verify(order_id: str) -> Any:
+        verifications.append(order_id)
+        if len(verifications) == 1:
+            started.set()
+            await finish.wait()
+        return NOT_DONE
+
+    policy = Policy(on_crash="hold", lease=30)
+
+    store = MemoryStore(clock=clock)
+
+    @idempotent_tool(store, intent=("order_id",), verify=verify, policy=policy)
+    async def refund(order_id: str) -> str:
+        runs.append(order_id)
+        raise TimeoutError
+
+    paused = asyncio.create_task(refund("7"))
+    await started.wait()
+    clock.advance(31)
+    with pytest.raises(OutcomeUnknownError):
+        await refund("7")  # the verification frees it, it runs, and its outcome is unknown
+    finish.set()
+
+    with pytest.raises(OutcomeUnknownError):
+        await paused
+    assert runs == ["7", "7"]
+    assert [entry.state for entry in await store.unresolved()] == [State.UNKNOWN]
+
+
+def test_a_verification_that_was_overtaken_frees_nothing_in_threads() -> None:
+    clock = ManualClock()
+    store = MemoryStore(clock=clock)
+    runs: list[str] = []
+    verifications: list[str] = []
+
+    def verify(order_id: str) -> Any:
+        verifications.append(order_id)
+        if len(verifications) == 1:
+            clock.advance(31)
+            other = threading.Thread(target=call_again)
+            other.start()
+            other.join()
+        return NOT_DONE
+
+    def call_again() -> None:
+        with pytest.raises(OutcomeUnknownError):
+            refund("7")
+
+    policy = Policy(on_crash="hold", lease=30)
+
+    @idempotent_tool(store, intent=("order_id",), verify=verify, policy=policy)
+    def refund(order_id: str) -> str:
+        runs.append(order_id)
+        raise TimeoutError
+
+    call_again()
+
+    assert runs == ["7", "7"]
+    assert [entry.state for entry in asyncio.run(store.unresolved())] == [State.UNKNOWN]
 
 
 async def test_a_verification_of_other_arguments_is_refused() -> None:
