@@ -297,10 +297,10 @@ class JoinedJournaling(Protocol):
 
 
 def name_id(name: str) -> bytes:
-    """Return the 8 bytes with which the ids of all sagas of a name begin: a store can put them in one place."""
+    """Return the 8 bytes with which the ids of all sagas of a name end: a store can put them in one place."""
     return record_id("saga:1", name)[:8]
 
 
 def saga_id(name: str, key: str) -> bytes:
-    """Return the 32 bytes under which the saga of this name and key is stored."""
-    return name_id(name) + record_id(f"saga:1:{name}", key)[:24]
+    """Return the 32 bytes under which the saga of this name and key is stored; the first ones tell it from others."""
+    return record_id(f"saga:1:{name}", key)[:24] + name_id(name)

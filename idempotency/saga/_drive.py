@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from idempotency._sagas.journal import Request
-from idempotency.errors import StoreError
+from idempotency.errors import StoreError, UnreadableError
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
@@ -34,6 +34,10 @@ async def drive(definition: Definition, program: Program[T]) -> T:
                 raise cancelled from None
             found: T = returned.value
             return found
+        except BaseException as error:  # async only: see _ask
+            if cancelled is not None:
+                raise cancelled from error
+            raise
         if cancelled is not None:  # async only: see _ask
             value, send, cancelled = cancelled, program.throw, None
             continue
@@ -122,7 +126,7 @@ async def _renew(run: Run) -> None:
         try:
             async with asyncio.timeout(until - sent):
                 owned = await run.definition.store.journal(run.write_of(()))
-        except (StoreError, TimeoutError):
+        except (StoreError, UnreadableError, TimeoutError):
             pause = min(lease / 10, 1.0)
             continue
         if owned is None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from idempotency._engine.scheduler import Scheduler
 from idempotency._signature import close_unused
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError, StoreError, UnreadableError
 from idempotency.operation import Operation
 from idempotency.saga._definition import Definition
 from idempotency.saga._effects import Ask, Call, Effect, Join, Pause, Play, Program
@@ -84,7 +84,7 @@ class _Renewal:
             return None
         try:
             owned = self._run.definition.store.journal_sync(self._run.write_of(()))
-        except StoreError:
+        except (StoreError, UnreadableError):
             return monotonic() + min(lease / 10, 1.0)
         if owned is None:
             self._run.lose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from idempotency._sagas.journal import Entry, Phase, Progress, Saga
 from idempotency.saga._run import head_of, is_unknown, tail_of
 from idempotency.saga._undo import to_undo
-from idempotency.saga._view import SagaView, error_in, is_run, plain, reason_of
+from idempotency.saga._view import SagaView, error_in, is_run, plain
 
 FactKind = Literal["step", "undo", "sleep", "wait", "signal", "patch", "hold", "cancel"]
 
@@ -74,8 +75,9 @@ class Facts:
 
     def all(self) -> tuple[SagaFact, ...]:
         """Return the facts in the order in which they began."""
-        facts = [*map(self._fact, self._saga.entries), *self._undos_to_come()]
-        return tuple(sorted(facts, key=lambda fact: -fact.began))
+        # The clocks of the stores count milliseconds: of two in one, the first is what has ended first.
+        entries = sorted(self._saga.entries, key=lambda entry: (-entry.began, entry.order or sys.maxsize))
+        return (*map(self._fact, entries), *self._undos_to_come())
 
     def _fact(self, entry: Entry) -> SagaFact:
         kind, head, tail = _kind(entry), head_of(entry), tail_of(entry)
@@ -121,7 +123,7 @@ class Facts:
             return "failing"
         if is_run(self._saga.row):
             return "running"
-        return "waiting" if "child" in reason_of(self._saga.row) else "unknown"
+        return "waiting" if "child" in head_of(entry) else "unknown"
 
     def _notes(self, entry: Entry) -> Iterator[str]:
         head = head_of(entry)
@@ -129,6 +131,8 @@ class Facts:
             yield head["kind"]
         if head.get("undo"):
             yield f"undo {head['undo']}"
+        if "child" in head:
+            yield f"saga {'/'.join(head['child'])}"
         if "seconds" in head:
             yield f"{max(0.0, head['seconds'] - entry.began):.0f} s remaining"
         if _kind(entry) == "hold" and self._holders.get(_name(entry)):

@@ -32,13 +32,13 @@ class Input:
         self._shapes = _shapes(function, [each.name for each in own], self.name)
         self._defaults = self._encoded_defaults()
 
-    def _encoded_defaults(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _encoded_defaults(self) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
         for name, parameter in self._signature.parameters.items():
             # One that cannot be encoded is refused when a call relies on it.
             with suppress(TypeError, ValueError):
                 if parameter.default is not inspect.Parameter.empty:
-                    found[name] = load(dump(self._shapes[name].to_json(parameter.default)))
+                    found[name] = dump(self._shapes[name].to_json(parameter.default))
         return found
 
     def encode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
@@ -61,7 +61,7 @@ class Input:
 
         So a call is the same one after a parameter with a default was added.
         """
-        found = {name: value for name, value in load(data).items() if self._defaults.get(name, ...) != value}
+        found = {name: value for name, value in load(data).items() if self._defaults.get(name) != dump(value)}
         return hashlib.sha256(b"saga:1:%b" % dump(dict(sorted(found.items())))).digest()
 
     def decode(self, data: bytes) -> dict[str, Any]:

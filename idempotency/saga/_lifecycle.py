@@ -19,9 +19,9 @@ from idempotency.errors import (
     UnreadableError,
 )
 from idempotency.saga._definition import Definition
-from idempotency.saga._effects import Ask, Play, Program
+from idempotency.saga._effects import Ask, Pause, Play, Program
 from idempotency.saga._run import Run, Suspended
-from idempotency.saga._step import failure_in
+from idempotency.saga._step import as_data, failure_in
 from idempotency.saga._undo import undo_all
 from idempotency.saga._wait import let_go, waiting_for
 from idempotency.saga.errors import (
@@ -45,7 +45,13 @@ def begin(definition: Definition, request: Open) -> Program[Run | Row]:
         raise KeyReusedError("The key was used for a saga with other arguments.")
     if opened.row.token != request.token:
         return opened.row
-    return Run(definition, opened, request.token, asked)
+    run = Run(definition, opened, request.token, asked)
+    try:
+        yield Pause(0.0)  # where the caller was cancelled meanwhile, that is raised here
+    except BaseException as error:
+        yield from _give_up(run, error)
+        raise
+    return run
 
 
 def live(run: Run) -> Program[Any]:
@@ -60,8 +66,6 @@ def live(run: Run) -> Program[Any]:
             if (yield from _finish(run, value, error)):
                 return value
         yield from _undo(run)
-    except GeneratorExit:
-        raise
     except BaseException as error:
         yield from _give_up(run, error)
         raise
@@ -90,7 +94,7 @@ def _finish(run: Run, value: Any, error: BaseException | None) -> Program[bool]:
             raise ended_by
         case SagaPendingError() | SagaStuckError() as child:
             yield from _leave(run, waiting_for(child), child)
-        case Exception() if run.forward_only:
+        case Exception() if (yield from _goes_forward(run)):
             reason = {"error": type(ended_by).__name__, "forward": True}
             yield from _leave(run, Suspended(backoff(run.attempt, 1.0, 300.0), reason), error)
         case Exception():
@@ -98,6 +102,19 @@ def _finish(run: Run, value: Any, error: BaseException | None) -> Program[bool]:
         case _:
             raise ended_by
     return False
+
+
+def _goes_forward(run: Run) -> Program[bool]:
+    """Return whether nothing may be undone any more."""
+    if run.unsure:
+        # A step that was cancelled may commit all the same. This write waits for its transaction.
+        yield from run.write()
+        asked = monotonic()
+        saga: Saga | None = yield Ask(Look(id=run.id))
+        if saga is None or saga.row.token != run.token:
+            raise run.lost_error()
+        run.read(saga.entries, asked)
+    return run.forward_only
 
 
 def what_ended(run: Run, error: BaseException | None) -> BaseException | None:
@@ -168,16 +185,10 @@ def _succeed(run: Run, value: Any) -> Program[None]:
 
 def _fail(run: Run, failure: Exception, cause: BaseException | None) -> Program[None]:
     """Begin to undo a saga before its pivot."""
-    result = encode_failure(failure)
+    result = encode_failure(as_data(failure))
     yield from run.write(phase=Phase.UNDOING, result=result)
     run.phase, run.result, run.cause = Phase.UNDOING, result, cause
     run.emit("undoing", error=failure_in(result).type)
-    # A step that was cancelled may have committed all the same.
-    asked = monotonic()
-    saga: Saga | None = yield Ask(Look(id=run.id))
-    if saga is None or saga.row.token != run.token:
-        raise run.lost_error()
-    run.read(saga.entries, asked)
 
 
 def _undo(run: Run) -> Program[None]:
@@ -230,7 +241,8 @@ def _kind_of(waiting: Suspended) -> SagaEventKind:
 
 def _give_up(run: Run, error: BaseException) -> Program[None]:
     """Let others go on with a saga whose run was interrupted."""
-    if not run.owned or run.lost or run.active:
+    # One that is closed can send nothing.
+    if not run.owned or run.lost or run.active or isinstance(error, GeneratorExit):
         return
     failed = isinstance(error, Exception)
     if isinstance(error, StoreError):

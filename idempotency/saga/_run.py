@@ -89,7 +89,8 @@ class Run:
 
     ``ended``: its function has returned, or raised. ``owned``: until the saga ends, waits, or is lost.
     ``stopped``: what ended the run in the middle of its function: the function cannot stop it. ``waits``: what the saga
-    waits for. ``failures``: those of steps that its function was given.
+    waits for. ``failures``: those of steps that its function was given. ``unsure``: a call was cancelled, and what it
+    was about to write may be in the store.
     """
 
     def __init__(self, definition: Definition, saga: Saga, token: str, asked: float) -> None:
@@ -110,6 +111,7 @@ class Run:
         self.lost = Lost()
         self.ended = False
         self.owned = True
+        self.unsure = False
         self.active = 0
         self.stopped: BaseException | None = None
         self.waits: list[Suspended] = []
@@ -128,16 +130,16 @@ class Run:
     @property
     def pivoted(self) -> bool:
         """Return whether the pivot is done: nothing is undone any more."""
-        return any(entry.progress is Progress.DONE for entry in self._pivots.values())
+        return any(entry.progress is Progress.DONE for entry in list(self._pivots.values()))
 
     @property
     def forward_only(self) -> bool:
         """Return whether the pivot is done, or may be done: until its outcome is known, nothing may be undone."""
-        return any(entry.progress is Progress.DONE or is_unknown(entry) for entry in self._pivots.values())
+        return any(entry.progress is Progress.DONE or is_unknown(entry) for entry in list(self._pivots.values()))
 
     def is_final(self, failed: Entry) -> bool:
         """Return whether a failed step is not done again: only one that failed after the pivot is."""
-        orders = [entry.order for entry in self._pivots.values() if entry.progress is Progress.DONE]
+        orders = [entry.order for entry in list(self._pivots.values()) if entry.progress is Progress.DONE]
         return not orders or failed.order < min(orders)
 
     def next_name(self, kind: str, name: object) -> str:
@@ -227,6 +229,11 @@ class Run:
             raise
         except Suspended as wait:
             self.waits.append(wait)
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            self.unsure = True
             raise
         finally:
             with self._lock:

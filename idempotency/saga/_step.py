@@ -144,7 +144,7 @@ def perform(run: Run, step: Step) -> Program[Any]:
             f"the step {step.name!r} has undo=, and the pivot is done: nothing is undone after it. Move the step before"
             ' the pivot, or omit undo= (kind="retriable")'
         )
-    doing = Doing(run, step, name, _head(run, step, digest))
+    doing = Doing(run, step, name, _head(run, step, name, digest))
     if known is not None:
         doing.attempt, doing.unknown = known.attempt, is_unknown(known)
         if known.progress is Progress.BEGUN and doing.unknown and step.on_crash == "hold" and step.verify is None:
@@ -201,7 +201,7 @@ class Doing:
             return (yield from self._try_joined())
         yield from run.write(self._entry(Progress.BEGUN))
         operation = run.operation(self._name, self.attempt)
-        keywords = step.kwargs if step.child is None else {**step.kwargs, "key": operation.derive("child")}
+        keywords = step.kwargs if step.child is None else {**step.kwargs, "key": _key_of_child(run, self._name)}
         call = Call(function=lambda: step.function(*step.args, **keywords), operation=operation, timeout=step.timeout)
         try:
             value = yield call
@@ -287,13 +287,19 @@ class _AttemptError(Exception):
         self.error = error
 
 
-def _head(run: Run, step: Step, digest: str) -> dict[str, Any]:
+def _head(run: Run, step: Step, name: str, digest: str) -> dict[str, Any]:
     """Return what the entry says of the step."""
-    head = {"args": digest, "kind": step.kind}
+    head: dict[str, Any] = {"args": digest, "kind": step.kind}
     if step.undo is not None:
         head["undo"] = reference(run.definition, step.undo)
         head["input"] = check_undo(run.definition, step.undo, step.results, step.args, step.kwargs)
+    if step.child is not None:
+        head["child"] = [step.child.name, _key_of_child(run, name)]
     return head
+
+
+def _key_of_child(run: Run, name: str) -> str:
+    return run.operation(name, 1).derive("child")
 
 
 def _digest(step: Step) -> str:
@@ -342,6 +348,15 @@ def failure_in(data: bytes) -> RecordedFailureError:
         unreadable.type = name_of_failure(error)
         return unreadable
     raise AssertionError
+
+
+def as_data(error: Exception) -> Exception:
+    """Return an exception whose attributes are JSON: the failure of a step has some that are not."""
+    if not isinstance(error, StepFailedError):
+        return error
+    found = StepFailedError(str(error))
+    vars(found).update(vars(error), arguments=list(error.arguments), attributes=dict(error.attributes))
+    return found
 
 
 def _of_step(failure: RecordedFailureError) -> StepFailedError:

@@ -78,11 +78,11 @@ class Sweeper:
         self._stopping.set()
 
     async def sweep(self) -> int:
-        """Run what is due now, and return how many sagas were run."""
-        tried: set[tuple[bytes, int]] = set()
-        while rows := [row for row in await self._due() if (row.id, row.attempt) not in tried]:
+        """Run what is due now, each saga once, and return how many were run."""
+        tried: set[bytes] = set()
+        while rows := [row for row in await self._due(len(tried)) if row.id not in tried]:
             for row in rows[: self._concurrency]:
-                tried.add((row.id, row.attempt))
+                tried.add(row.id)
                 self._begin(row)
             await self._at_rest()
         return len(tried)
@@ -112,9 +112,8 @@ class Sweeper:
         if not task.cancelled() and (error := task.exception()) is not None:
             _logger.error("the saga %s record=%s ended badly", row.name, row.id.hex()[:12], exc_info=error)
 
-    async def _due(self) -> list[Row]:
-        """Return the sagas that are due, which this sweeper may run."""
-        return await self._ask(Due(names=tuple(self._sagas), limit=2 * self._concurrency))
+    async def _due(self, more: int = 0) -> list[Row]:
+        return await self._ask(Due(names=tuple(self._sagas), limit=2 * self._concurrency + more))
 
     async def _resume(self, row: Row) -> None:
         saga = self._sagas[row.name]

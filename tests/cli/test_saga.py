@@ -209,10 +209,12 @@ def test_a_stuck_saga_is_resolved(place: Place) -> None:
 def test_what_cannot_be_resolved(place: Place) -> None:
     place.stick()
 
-    refused(place.command("resolve", "trip-8", "hotel", "done"), "there is no saga trip-8")
+    refused(place.command("resolve", "trip-9", "hotel", "done"), "there is no saga trip-9")
     refused(place.command("resolve", "trip-7", "flight", "done"), "knows its result")
     refused(place.command("resolve", "trip-7", "hotel", "done", "--result", "by phone"), "--result is JSON")
     refused(place.command("resolve", "trip-7", "hotel", "not-done", "--result", "5"), "has no result")
+    place.saga("Rome", "sleep", key="trip-8")
+    assert place.command("retry", saga_id("book-trip", "trip-8").hex()[:12]).stdout.startswith("book-trip/trip-8 ")
     place.stick(name="other")
     refused(place.command("retry", "trip-7"), "several sagas have the key trip-7", "book-trip/trip-7, other/trip-7")
     assert place.command("inspect", "trip-7").stdout.count("\n") == 2

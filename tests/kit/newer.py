@@ -27,4 +27,4 @@ async def make_newer_saga(target: Target, record: bytes) -> None:
     """Set the version of the saga ``record`` to 2."""
     assert target.is_redis
     async with redis_client(target) as client:
-        assert await client.hset(f"{target.name}:1:{{saga:{record[:8].hex()}}}:{record.hex()}", "v", "2") == 0
+        assert await client.hset(f"{target.name}:1:{{saga:{record[-8:].hex()}}}:{record.hex()}", "v", "2") == 0

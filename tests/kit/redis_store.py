@@ -20,7 +20,7 @@ def name_of(claim: Claim) -> str:
 
 def saga_key(request: Open, index: str = "") -> str:
     """Return under which key a saga is, or an index of its name."""
-    return f"idempotency:1:{{saga:{request.id[:8].hex()}}}:{index or request.id.hex()}"
+    return f"idempotency:1:{{saga:{request.id[-8:].hex()}}}:{index or request.id.hex()}"
 
 
 def empty(server: RedisProcess) -> None:

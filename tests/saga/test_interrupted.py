@@ -61,10 +61,8 @@ async def test_a_cancelled_caller(faulty: FaultyStore, done: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("turns", range(40))
-async def test_a_caller_is_cancelled_anywhere(
-    faulty: FaultyStore, clock: ManualClock, done: list[Any], turns: int
-) -> None:
-    """What a step has done is recorded, though its caller does not wait for the record any more."""
+async def test_a_caller_is_cancelled_anywhere(faulty: FaultyStore, done: list[Any], turns: int) -> None:
+    """The next one goes on at once, and what a step has done is recorded, though its caller does not wait for that."""
     book = two_steps(faulty)
     running = asyncio.create_task(book(key="7"))
     for _ in range(turns):
@@ -72,13 +70,12 @@ async def test_a_caller_is_cancelled_anywhere(
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
-    clock.advance(31)
     assert await book(key="7") == "b done"
     assert done == ["a", "b"]
 
 
 @pytest.mark.parametrize("turns", range(60))
-async def test_undo_is_cancelled_anywhere(faulty: FaultyStore, clock: ManualClock, done: list[Any], turns: int) -> None:
+async def test_undo_is_cancelled_anywhere(faulty: FaultyStore, done: list[Any], turns: int) -> None:
     book = two_steps(faulty)
     FAULTS["b"] = [ValueError("no")]
     running = asyncio.create_task(book(key="7"))
@@ -87,14 +84,10 @@ async def test_undo_is_cancelled_anywhere(faulty: FaultyStore, clock: ManualCloc
     running.cancel()
     with pytest.raises((asyncio.CancelledError, SagaFailedError)):
         await running
-    clock.advance(31)
-    try:
+    with pytest.raises(SagaFailedError, match="ValueError"):
         await book(key="7")
-        assert done == ["a", "b", "b"][: len(done)]
-        assert done.count("a") == 1
-    except SagaFailedError:
-        # If it was begun, it may be done.
-        assert [each for each in done if each != "undo b, which may not be done"] == ["a", "b", "undo a"]
+    # If it was begun, it may be done.
+    assert [each for each in done if each != "undo b, which may not be done"] == ["a", "b", "undo a"]
 
 
 def test_a_closed_run_writes_nothing_and_waits_for_nothing(
@@ -139,7 +132,7 @@ async def test_the_store_fails_at_each_request(
     assert [each for each in done if done.count(each) > 1] == ([repeated] * 2 if repeated else [])
 
 
-UNDOING = ["open", "write", "write", "write", "write", "write", "look", "write", "write", "write", "leave"]
+UNDOING = ["open", "write", "write", "write", "write", "write", "write", "write", "write", "leave"]
 
 
 @pytest.mark.parametrize("fault", ["fail", "lost"])
@@ -159,7 +152,7 @@ async def test_the_store_fails_at_each_request_of_an_undo(
     assert failed.value.failure.type == "ValueError"
     assert done[:2] == ["a", "b"]
     assert set(done[2:]) == {"undo a"}
-    assert len(done) == (4 if (at, fault) == (9, "fail") else 3)
+    assert len(done) == (4 if (at, fault) == (8, "fail") else 3)
 
 
 async def test_after_a_failure_of_the_store_the_saga_waits_a_little(faulty: FaultyStore, done: list[Any]) -> None:
@@ -325,10 +318,9 @@ async def test_a_function_that_catches_exceptions_cannot_hide_a_fault(
     assert done == ["c", "undo c"]
 
 
-async def test_a_step_that_was_cancelled_while_it_committed_is_undone_by_its_result(
+async def test_a_step_that_is_cancelled_while_it_is_recorded_is_undone_by_its_result(
     faulty: FaultyStore, done: list[Any]
 ) -> None:
-    """What is undone is read from the store, and not from what this run has seen."""
     recorded = asyncio.Event()
 
     @saga(faulty, name="s")

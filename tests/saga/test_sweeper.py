@@ -207,14 +207,15 @@ async def test_a_signal_makes_the_sweeper_go_on(faulty: FaultyStore) -> None:
     assert await waiting(key="7") == "yes"
 
 
-async def test_a_signal_that_came_while_a_saga_was_given_up_is_seen_in_the_same_sweep(faulty: FaultyStore) -> None:
+async def test_a_signal_that_came_while_a_run_ended_is_not_missed(faulty: FaultyStore) -> None:
     @saga(faulty, name="s")
     async def waiting() -> str:
         return str(await wait_for("approval"))
 
     await waiting.start(key="7")
     faulty.order("leave", lambda: waiting.signal("7", "approval", "yes"))
-    assert await Sweeper(faulty, [waiting]).sweep() == 2
+    for _ in range(2):
+        assert await Sweeper(faulty, [waiting]).sweep() == 1
     assert await waiting(key="7") == "yes"
 
 

@@ -48,6 +48,7 @@ async def test_what_is_done_is_undone_in_reverse_order(faulty: FaultyStore, done
         failure = failed.value.failure
         assert isinstance(failure, StepFailedError)
         assert (failure.step, failure.type, failure.message) == ("c", "ValueError", "no")
+        assert (failure.arguments, failure.unknown) == (("no",), False)
         assert (failed.value.name, failed.value.key) == ("s", "7")
 
     assert done == ["a", "b", "plain", "c", "undo b", "undo a"]

@@ -9,7 +9,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from idempotency._sagas.journal import Amend, Browse, Due, Leave, Look, Open, Phase, Put, Row, Wake
+from idempotency._sagas.journal import Amend, Browse, Due, Leave, Look, Open, Phase, Put, Request, Row, Wake
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.memory import MemoryStore
@@ -147,7 +147,8 @@ async def test_without_the_key(open_store: OpenStore, keys: tuple[bytes, ...], w
     await store.journal(readable)
 
     assert [row.key for row in await store.journal(Due(names=["trip"], limit=1))] == ["readable"]
-    for asked in (rival(request), Look(id=request.id), Put(id=request.id, entry=done("signal"))):
+    readers: list[Request[Any]] = [rival(request), Look(id=request.id), Put(id=request.id, entry=done("signal"))]
+    for asked in readers:
         with pytest.raises(UnreadableError, match=why):
             await store.journal(asked)
     rows = await store.journal(Browse(name="trip"))

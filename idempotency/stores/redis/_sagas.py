@@ -22,7 +22,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
-from idempotency._durations import milliseconds
 from idempotency._sagas.journal import (
     FORMAT,
     Amend,
@@ -32,8 +31,6 @@ from idempotency._sagas.journal import (
     Leave,
     Look,
     Open,
-    Phase,
-    Progress,
     Purge,
     Put,
     Request,
@@ -43,9 +40,10 @@ from idempotency._sagas.journal import (
     Write,
     name_id,
 )
-from idempotency.errors import StoreError, UnreadableError
-from idempotency.stores._saga_sealing import newer, opened_entry, opened_saga, readable, sealed, shown
+from idempotency.errors import StoreError
+from idempotency.stores._saga_sealing import opened_entry, opened_saga, readable, sealed, shown
 from idempotency.stores._sealing import Sealing
+from idempotency.stores.redis import _saga_values as values
 from idempotency.stores.redis._wire import Command, Script
 
 R = TypeVar("R")
@@ -55,17 +53,8 @@ _OPEN, _WRITE, _LEAVE, _PUT, _WAKE, _AMEND, _LOOK = (
 )
 _ROWS, _PAGE, _NAMES = Script("saga_fields", "saga_rows"), Script("saga_page"), Script("saga_names")
 
-_FIELDS = tuple(b"vnkptofiacwrzdlb"[at : at + 1] for at in range(16))
-"""The fields of a row, in the order in which saga_fields.lua has them."""
-
 _INDEXES = (b"due", b"open", b"stuck", b"ended", b"expiries")
 _FORMAT = b"%d" % FORMAT
-_FLAG = (b"0", b"1")
-_UNREADABLE, _WHOLE = -1, 2
-"""What a reply begins with where a saga cannot be read, and where it has the entries too. Else it is 0 (no) or 1."""
-
-_IS_DAMAGED = "the saga is damaged"
-_NONSENSE = (KeyError, ValueError)
 
 _NOTED = 60.0
 """Seconds for which a name that was noted is not noted again. It is noted again because a server can lose it."""
@@ -142,21 +131,21 @@ class Sagas:
 
     def _open(self, request: Open) -> Steps[Saga | None]:
         if request.input is not None:
-            yield from self._note(request.id[:8])
+            yield from self._note(request.id[-8:])
         command = self._command(
             _OPEN,
             request.id,
             request.token.encode(),
-            _duration(request.lease),
+            values.duration(request.lease),
             request.fingerprint,
-            _FLAG[request.input is not None],
+            values.FLAG[request.input is not None],
             request.input or b"",
-            _text(request.name),
-            _text(request.key),
-            b"" if request.deadline is None else _duration(request.deadline),
+            values.text(request.name),
+            values.text(request.key),
+            b"" if request.deadline is None else values.duration(request.deadline),
         )
         reply, missing = yield Step(command, durable=True)
-        check(reply)
+        values.check(reply)
         saga = self._opened(request.id, reply) if reply[0] else None
         if missing is None or saga is None:
             return saga
@@ -179,9 +168,9 @@ class Sagas:
             _WRITE,
             request.id,
             request.token.encode(),
-            _duration(request.lease),
-            _FLAG[request.progress],
-            *_changes(request.phase, request.result, request.entries),
+            values.duration(request.lease),
+            values.FLAG[request.progress],
+            *values.changes(request.phase, request.result, request.entries),
         )
         reply = yield from _written(Step(command, durable=not renews_only))
         return int(reply[1]) if reply[0] else None
@@ -194,28 +183,25 @@ class Sagas:
             _LEAVE,
             request.id,
             request.token.encode(),
-            b"" if request.due is None else _duration(request.due),
+            b"" if request.due is None else values.duration(request.due),
             b"%d" % request.wakes,
             request.reason,
-            _duration(request.ttl),
-            *_changes(request.phase, request.result, request.entries),
+            values.duration(request.ttl),
+            *values.changes(request.phase, request.result, request.entries),
         )
 
     def _amend(self, request: Amend) -> Command:
-        changes = _changes(request.phase, request.result, request.entries)
-        names = (b"%d" % len(request.without), *map(_text, request.without))
+        changes = values.changes(request.phase, request.result, request.entries)
+        names = (b"%d" % len(request.without), *map(values.text, request.without))
         seen = b"" if request.attempt is None else b"%d" % request.attempt
         return self._command(_AMEND, request.id, *changes, *names, seen, request.token.encode())
 
     def _put(self, request: Put) -> Steps[Entry | None]:
-        step = Step(self._command(_PUT, request.id, *_entries([request.entry])), durable=True)
+        step = Step(self._command(_PUT, request.id, *values.entries([request.entry])), durable=True)
         reply = yield from _written(step)
         if not reply[0]:
             return None
-        _, now, head, body = reply
-        with _damaged():
-            entry = _entry(now, request.entry.name, head, body)
-        return opened_entry(self._sealing, request.id, entry)
+        return opened_entry(self._sealing, request.id, values.entry(request.entry.name, reply))
 
     def _look(self, request: Look) -> Steps[Saga | None]:
         reply = yield from _written(Step(self._command(_LOOK, request.id)))
@@ -226,14 +212,10 @@ class Sagas:
         return bool(reply[0])
 
     def _opened(self, record: bytes, reply: Any) -> Saga:
-        _, now, found = reply
-        fields = dict(zip(found[::2], found[1::2], strict=True)) if reply[0] == _WHOLE else _fields(found)
-        with _damaged():
-            saga = Saga(_row(record, now, fields), tuple(_entries_of(now, fields)))
-        return opened_saga(self._sealing, saga)
+        return opened_saga(self._sealing, values.saga(record, reply))
 
     def _command(self, script: Script, record: bytes, *arguments: bytes) -> Command:
-        space = self._space(record[:8])
+        space = self._space(record[-8:])
         keys = (space + record.hex().encode(), *(space + index for index in _INDEXES))
         return script, (b"%d" % len(keys), *keys, _FORMAT, record, *arguments)
 
@@ -275,13 +257,13 @@ class Sagas:
         start = 0
         while len(found) < limit:
             count = min(limit - len(found), _MOST_ROWS)
-            page = (_FLAG[index == b"due"], b"%d" % start, b"%d" % count)
+            page = (values.FLAG[index == b"due"], b"%d" % start, b"%d" % count)
             ids, _ = yield Step((_PAGE, (b"1", space + index, *page)))
             if not ids:
                 break
             keys = [space + each.hex().encode() for each in ids]
             (now, *rows), _ = yield Step((_ROWS, (b"%d" % (len(keys) + 1), *keys, space + index, *ids)))
-            found |= {row.id: _Read(now / 1000, row) for row in read(_rows_of(ids, now, rows))}
+            found |= {row.id: _Read(now / 1000, row) for row in read(values.rows(ids, now, rows))}
             start += sum(row is not None for row in rows)
             if len(ids) < count:
                 break
@@ -309,97 +291,7 @@ def _nothing() -> Steps[int]:
 
 def _written(step: Step) -> Steps[Any]:
     reply, missing = yield step
-    check(reply)
+    values.check(reply)
     if missing is not None and reply[0]:
         raise missing
     return reply
-
-
-def check(reply: Any) -> None:
-    """Raise UnreadableError for the reply to a step for a saga that cannot be read."""
-    if reply[0] == _UNREADABLE:
-        raise newer(reply[1]) if reply[1] else UnreadableError(_IS_DAMAGED)
-
-
-@contextlib.contextmanager
-def _damaged() -> Iterator[None]:
-    """Raise UnreadableError where what is read makes no sense."""
-    try:
-        yield
-    except _NONSENSE as error:
-        raise UnreadableError(_IS_DAMAGED) from error
-
-
-def _changes(phase: Phase | None, result: bytes | None, entries: Sequence[Entry]) -> tuple[bytes, ...]:
-    stored = b"" if phase is None else b"%d" % phase
-    return stored, _FLAG[result is not None], result or b"", *_entries(entries)
-
-
-def _entries(entries: Sequence[Entry]) -> Iterator[bytes]:
-    yield b"%d" % len(entries)
-    for entry in entries:
-        yield _text(entry.name)
-        yield b"%d %d %d" % (entry.progress, entry.order, entry.attempt)
-        yield entry.body
-
-
-def _fields(row: Sequence[bytes | None]) -> dict[bytes, bytes]:
-    return {field: value for field, value in zip(_FIELDS, row, strict=True) if value is not None}
-
-
-def _rows_of(ids: Sequence[bytes], now: int, rows: Sequence[Sequence[bytes | None] | None]) -> Iterator[Row]:
-    """Yield the rows that make sense."""
-    for record, row in zip(ids, rows, strict=True):
-        if row:
-            with contextlib.suppress(*_NONSENSE):
-                yield _row(record, now, _fields(row))
-
-
-def _row(record: bytes, now: int, fields: dict[bytes, bytes]) -> Row:
-    return Row(
-        id=record,
-        name=fields[b"n"].decode("utf-8", "surrogatepass"),
-        key=fields[b"k"].decode("utf-8", "surrogatepass"),
-        phase=Phase(int(fields[b"p"])),
-        token=fields[b"t"].decode() if fields[b"o"] == b"1" else "",
-        fingerprint=fields[b"f"],
-        input=fields[b"i"],
-        attempt=int(fields[b"a"]),
-        crashes=int(fields[b"c"]),
-        wakes=int(fields[b"w"]),
-        reason=fields[b"r"],
-        result=fields.get(b"z"),
-        due_in=(int(fields[b"d"]) - now) / 1000 if b"d" in fields else None,
-        deadline_in=(int(fields[b"l"]) - now) / 1000 if b"l" in fields else None,
-        age=(now - int(fields[b"b"])) / 1000,
-        version=int(fields[b"v"]),
-    )
-
-
-def _entries_of(now: int, fields: dict[bytes, bytes]) -> Iterator[Entry]:
-    for field, head in fields.items():
-        if field.startswith(b"e"):
-            yield _entry(now, field[1:].decode("utf-8", "surrogatepass"), head, fields[b"x" + field[1:]])
-
-
-def _entry(now: int, name: str, head: bytes, body: bytes | None) -> Entry:
-    if body is None:
-        raise ValueError(name)
-    progress, order, attempt, began, changed = map(int, head.split())
-    return Entry(
-        name=name,
-        progress=Progress(progress),
-        order=order,
-        attempt=attempt,
-        body=body,
-        began=(now - began) / 1000,
-        changed=(now - changed) / 1000,
-    )
-
-
-def _text(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _duration(seconds: float) -> bytes:
-    return b"%d" % milliseconds(seconds)

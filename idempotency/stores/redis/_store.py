@@ -45,6 +45,8 @@ class RedisStore:
     ``encryption``: an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys; default None.
     ``digest_names``: whether scopes and keys are stored as digests only. Default False.
 
+    In a cluster the sagas of one name, and their indexes, are on one server; those of another name may be on another.
+
     Run the server with ``maxmemory-policy noeviction`` (or ``volatile-ttl`` and enough memory): an evicted record is a
     forgotten key, and its operation can run again. A user with restricted rights needs ``+eval +evalsha`` and the
     commands of the scripts on ``~{prefix}:*``, and ``&{prefix}:*`` for waiting duplicates.

@@ -36,7 +36,7 @@ from idempotency.stores.sql._saga_statements import (
 )
 from idempotency.stores.sql._saga_table import SagaTables
 
-_ROW = "(:id, :name#, :progress#, :ord#, :attempt#, :body#, {now}, {now})"
+_ROW = "(:id, :name#, :progress#, :ord#, :attempt#, :body#, {at}, {at})"
 _PURGED_AT_ONCE = 100
 
 _LOCK = "UPDATE {sagas} AS r SET wakes = r.wakes WHERE r.id = :id"
@@ -48,7 +48,7 @@ _DELETE_ENTRIES = "DELETE FROM {entries} WHERE saga_id = :id"
 _CALL = f"UPDATE {{sagas}} AS r SET {CALLED} WHERE r.id = :id"
 _PUT = f"""
 SELECT r.version, {EXPIRED} AS expired, {GOES_ON} AS goes_on, e.name, e.progress, e.ord, e.attempt, e.body,
-    {{now}} - e.changed_ms AS changed, {{now}} - e.began_ms AS began
+    {{at}} - e.changed_ms AS changed, {{at}} - e.began_ms AS began
 FROM {{sagas}} AS r LEFT JOIN {{entries}} AS e ON e.saga_id = r.id AND e.name = :name0 WHERE r.id = :id"""
 
 _PURGED = ", ".join(f":id{number}" for number in range(_PURGED_AT_ONCE))

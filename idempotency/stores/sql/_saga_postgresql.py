@@ -77,12 +77,12 @@ WHERE NOT seen.expired AND seen.free AND NOT EXISTS (SELECT FROM taken)"""
 
 # An entry that is both deleted and written is written only, and begins anew: no statement changes a row twice.
 _WITHOUT = """, without AS (
-    DELETE FROM {entries} AS e USING changed
-    WHERE e.saga_id = changed.id AND e.name IN ({without}) AND COALESCE(e.name NOT IN ({names}), TRUE)
+    DELETE FROM {entries} AS e WHERE e.saga_id = :id AND EXISTS (SELECT FROM changed)
+        AND e.name IN ({without}) AND COALESCE(e.name NOT IN ({names}), TRUE)
 )"""
 _WRITTEN = f""", written AS (
     INSERT INTO {{entries}} AS e ({ENTRY_COLUMNS})
-    SELECT changed.id, new.*, {{now}}, {{now}} FROM changed, (VALUES {{rows}}) AS new
+    SELECT changed.id, new.*, {{at}}, {{at}} FROM changed, (VALUES {{rows}}) AS new
     ON CONFLICT (saga_id, name) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in CHANGING)},
         began_ms = CASE WHEN e.name IN ({{without}}) THEN excluded.began_ms ELSE e.began_ms END
 )"""
@@ -97,16 +97,17 @@ WITH {_BOUND}, there AS MATERIALIZED (
     WHERE bound.applied IS NOT NULL AND {GOES_ON} AND NOT EXISTS (SELECT FROM there) FOR NO KEY UPDATE OF r
 ), put AS (
     INSERT INTO {{entries}} ({ENTRY_COLUMNS})
-    SELECT locked.id, new.*, {{now}}, {{now}} FROM locked, (VALUES {{rows}}) AS new
+    SELECT locked.id, new.*, {{at}}, {{at}} FROM locked, (VALUES {{rows}}) AS new
     ON CONFLICT (saga_id, name) DO NOTHING RETURNING {ENTRY_COLUMNS}
 ), called AS (
-    UPDATE {{sagas}} AS r SET {CALLED} FROM put WHERE r.id = put.saga_id
+    UPDATE {{sagas}} AS r SET {CALLED} WHERE r.id = :id AND EXISTS (SELECT FROM put)
 )
 SELECT r.version, {EXPIRED} AS expired, {GOES_ON} AS goes_on, e.name, e.progress, e.ord, e.attempt, e.body,
-    {{now}} - e.changed_ms AS changed, {{now}} - e.began_ms AS began
+    {{at}} - e.changed_ms AS changed, {{at}} - e.began_ms AS began
 FROM {{sagas}} AS r LEFT JOIN (SELECT * FROM put UNION ALL SELECT * FROM there) AS e ON TRUE WHERE r.id = :id"""
 
-# A row that is locked is purged by another process, or recorded anew.
+# Arrays, because subqueries may be planned as joins that read the whole tables. A row that is locked is purged by
+# another process, or recorded anew.
 _PURGE = """
 WITH gone AS (
     DELETE FROM {sagas} WHERE id = ANY(ARRAY(
@@ -114,7 +115,7 @@ WITH gone AS (
         FOR UPDATE SKIP LOCKED
     )) RETURNING id
 ), without AS (
-    DELETE FROM {entries} AS e USING gone WHERE e.saga_id = gone.id
+    DELETE FROM {entries} WHERE saga_id = ANY(ARRAY(SELECT id FROM gone))
 )
 SELECT count(*) FROM gone"""
 

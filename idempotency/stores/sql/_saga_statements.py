@@ -1,6 +1,7 @@
 """What the statements of the journal of sagas have in common, and those that are the same in each database.
 
-In the templates ``{now}`` is the database's clock in milliseconds, and durations are parameters, in milliseconds too.
+In the templates ``{now}`` is the clock of the database in ms, and ``{at}`` what it was when the statement began,
+the same wherever it is used. Durations are parameters, in milliseconds too.
 ``r`` is the row of a saga, and ``e`` one of its entries. A request locks the row first, and changes entries then.
 """
 
@@ -47,7 +48,7 @@ _ROW = (
 )
 _ENTRY = (
     "e.saga_id, e.name, NULL, NULL, e.progress, NULL, NULL, e.body, e.attempt, e.ord, NULL, NULL, NULL,"
-    " {now} - e.changed_ms, NULL, {now} - e.began_ms"
+    " {at} - e.changed_ms, NULL, {at} - e.began_ms"
 )
 NOTHING = ", ".join(["NULL"] * 16)
 SAGAS = f"SELECT 'saga' AS kind, {_ROW} FROM"
@@ -157,6 +158,7 @@ class SagaStatements:
         self._words = {
             **words,
             "now": NOW_MS[self.family],
+            "at": NOW_MS[self.family].replace("clock_timestamp", "statement_timestamp"),
             "key": quote.quote("key"),
             "sagas": quote.format_table(tables.sagas),
             "entries": quote.format_table(tables.entries),

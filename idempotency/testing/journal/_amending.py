@@ -98,7 +98,7 @@ class AmendContract(Contract):
         assert (await journal.owned(rival(request))).crashes == 0
         assert await journal.entries(request) == {"step": done()}
 
-    async def test_repeated(self, journal: Journal) -> None:
+    async def test_amend_repeated(self, journal: Journal) -> None:
         """An amendment whose answer was lost may be sent again."""
         request = opening(lease=0.0)
         await journal(request)

@@ -6,6 +6,7 @@ import pytest
 
 from idempotency._sagas.journal import Amend, Look, Phase, Put, Wake
 from idempotency.testing.journal._journal import (
+    LEASE,
     SHORT,
     Contract,
     Journal,
@@ -145,26 +146,26 @@ class LeaveContract(Contract):
         assert await journal(ending(request))
         assert (await journal.row(request)).phase is Phase.DONE
 
-    async def test_repeated(self, journal: Journal) -> None:
+    async def test_leave_repeated(self, journal: Journal) -> None:
         """Repeated after it succeeded it answers True and changes nothing: not what came from outside since then."""
         waiting, ended = opening(), opening()
         await journal.owned(waiting)
         await journal.owned(ended)
         first, last = leave(waiting, done()), ending(ended, done())
 
-        assert await journal(first)
-        assert await journal(first)
-        assert await journal(last)
-        assert await journal(last)
-        await journal(Put(id=waiting.id, entry=done("signal")))
-        assert await journal(first)
+        assert [await journal(request) for request in (first, last)] == [True, True]
+        await journal.pause(SHORT)
+        assert [await journal(request) for request in (first, last)] == [True, True]
 
         row = await journal.row(waiting)
         assert row.due_in is not None
-        assert row.due_in <= 0
+        assert row.due_in <= LEASE - SHORT
         assert (await journal.row(ended)).phase is Phase.DONE
+        await journal(Put(id=waiting.id, entry=done("signal")))
+        assert await journal(first)
+        await journal.owned(rival(waiting))
 
-    async def test_superseded_owner_writes_nothing(self, journal: Journal, other_journal: Journal) -> None:
+    async def test_superseded_owner_cannot_leave(self, journal: Journal, other_journal: Journal) -> None:
         """An owner that another one took over from cannot end the run of its successor, nor undo how that ended."""
         superseded = await journal.lapsed()
         owner = rival(superseded)

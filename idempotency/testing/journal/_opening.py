@@ -9,6 +9,7 @@ import pytest
 from idempotency._sagas.journal import FORMAT, Look, Phase, Row, Saga
 from idempotency.testing.journal._journal import (
     BYTES,
+    LEASE,
     NAMES,
     OTHER,
     SHORT,
@@ -151,15 +152,16 @@ class OpenContract(Contract):
     async def test_owner_opens_again(self, journal: Journal) -> None:
         """An owner whose answer was lost gets it again, with the entries. It is no new run; the lease begins anew."""
         request = await journal.lapsed()
-        await journal(write(request, done(), lease=SHORT))
-        await journal.over(request)
-        again = rival(request, token=request.token)
+        for lease in (LEASE, SHORT):
+            await journal(write(request, done(), lease=lease))
+            if lease == SHORT:
+                await journal.over(request)
 
-        saga = await journal(again)
+            saga = await journal(rival(request, token=request.token))
 
-        assert saga is not None
-        assert (saga.row.token, saga.row.attempt, saga.row.crashes) == (request.token, 1, 0)
-        assert by_name(saga) == {"step": done()}
+            assert saga is not None
+            assert (saga.row.token, saga.row.attempt, saga.row.crashes) == (request.token, 1, 0)
+            assert by_name(saga) == {"step": done()}
         row = await journal.row(request)
         assert row.due_in is not None
         assert row.due_in > SHORT

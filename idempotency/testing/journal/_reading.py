@@ -90,6 +90,19 @@ class ReadContract(Contract):
         assert {(row.name, row.input, row.phase) for row in rows} == {(name, b"input", Phase.FORWARD)}
         assert [row.key for row in await journal(Due(names=[name], limit=2))] == ["recorded", "free"]
 
+    async def test_due_for_longest_first(self, journal: Journal) -> None:
+        """The order is that of the times from when on they are due, and not that of their first records."""
+        name = new_name()
+        requests = {key: opening(name, key) for key in ("first", "second", "third")}
+        for request in requests.values():
+            await journal.owned(request)
+        for key in ("third", "first", "second"):
+            await journal(leave(requests[key], due=0.0))
+            await journal.pause(0.02)
+
+        assert [row.key for row in await journal(Due(names=[name]))] == ["third", "first", "second"]
+        assert [row.key for row in await journal(Due(names=[name], limit=1))] == ["third"]
+
     async def test_a_wait_that_is_over_is_due(self, journal: Journal) -> None:
         """A saga is due once its wait is over, before those that are due for less long."""
         name = new_name()
@@ -197,8 +210,9 @@ class ReadContract(Contract):
             await journal.owned(request)
             await journal(ending(request, ttl=SHORT))
             await journal.expired(request)
-        await journal(rival(anew, lease=0.0))
 
+        assert await journal(Browse(name=name, ended=True)) == []
+        await journal(rival(anew, lease=0.0))
         assert [row.key for row in await journal(Browse(name=name, ended=True))] == ["anew"]
         assert [row.key for row in await journal(Due(names=[name]))] == ["anew"]
 

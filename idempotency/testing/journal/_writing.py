@@ -154,7 +154,7 @@ class WriteContract(Contract):
         assert (before, after) == (1, 0)
         assert (await journal.owned(rival(request))).crashes == 1
 
-    async def test_repeated(self, journal: Journal) -> None:
+    async def test_write_repeated(self, journal: Journal) -> None:
         """A write whose answer was lost may be sent again."""
         request = opening()
         await journal.owned(request)

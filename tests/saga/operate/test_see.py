@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import fakeredis
 import pytest
 
 from idempotency._sagas.journal import saga_id
+from idempotency.errors import ConfigurationError
 from idempotency.saga import (
     AsyncSaga,
     SagaFailedError,
     SagaOperations,
     SagaPendingError,
     Sweeper,
+    saga,
+    step,
 )
+from idempotency.stores.memory import MemoryStore
+from idempotency.stores.redis import RedisStore
+from idempotency.testing import ManualClock
 from tests.saga.operate.states import Hang, detail, facts, make_stuck, make_undoing, seen, states
 from tests.saga.operate.trips import FAILING, trips
 
@@ -110,14 +117,15 @@ async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operatio
     found = await detail(operations)
 
     assert found.state == "done"
-    assert [(fact.kind, fact.name, fact.state) for fact in found.facts] == [
-        ("step", "flight", "done"),
-        ("wait", "approve", "done"),
-        ("signal", "approve", "done"),
-        ("step", "hotel", "done"),
-        ("step", "charge", "done"),
-        ("step", "mail", "done"),
-    ]
+    assert [fact.name for fact in found.facts if fact.kind == "step"] == ["flight", "hotel", "charge", "mail"]
+    assert states(found) == {
+        "step:flight": "done",
+        "wait:approve": "done",
+        "signal:approve": "done",
+        "step:hotel": "done",
+        "step:charge": "done",
+        "step:mail": "done",
+    }
     assert facts(found)["step:flight"].note == "compensatable, undo cancel_flight"
     assert facts(found)["step:charge"].note == "pivot"
     assert facts(found)["signal:approve"].note == "by anna"
@@ -125,8 +133,31 @@ async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operatio
     assert (found.input_size, found.result_size) == (len('{"to":"Rome","plan":"approve"}'), 33)
     shown = await detail(operations, show=True)
     assert (shown.input, shown.result) == ({"to": "Rome", "plan": "approve"}, "flight to Rome, hotel in Rome")
-    assert [fact.value for fact in shown.facts] == ["flight to Rome", None, "yes", "hotel in Rome", 50, None]
+    values = [fact.value for fact in shown.facts if fact.kind == "step"]
+    assert values == ["flight to Rome", "hotel in Rome", 50, None]
+    assert facts(shown)["signal:approve"].value == "yes"
     assert await operations.inspect("book-trip", "8") is None
+
+
+async def test_a_child_is_named(store: Any, operations: SagaOperations) -> None:
+    """By what the commands take, while the saga waits for it and afterwards."""
+    child = trips(store, "child")
+
+    @saga(store, name="parent")
+    async def parent() -> str:
+        return await step("trip", child, "Rome", "sleep")
+
+    with pytest.raises(SagaPendingError):
+        await parent(key="7")
+
+    found = await operations.inspect("parent", "7")
+    assert found is not None
+    assert (found.step, found.reason) == ("trip", "its child child has not ended: it sleeps: cool")
+    [fact] = found.facts
+    assert (fact.name, fact.state) == ("trip", "waiting")
+    kind, named = fact.note.split(", saga ")
+    [shown] = await operations.find(named)
+    assert (kind, shown.name, shown.state) == ("retriable", "child", "waiting")
 
 
 @EVERY
@@ -210,3 +241,27 @@ async def test_what_doctor_says_of_sagas(book_trip: AsyncSaga[str], operations: 
 
     [finding] = await operations.examine()
     assert (finding.level, finding.what) == ("note", "sagas that are stuck: 1; idempotency saga list --state stuck")
+
+
+async def test_a_saga_that_nobody_runs_is_to_be_fixed() -> None:
+    """It has been due for more than a minute."""
+    clock = ManualClock(1000.0)
+    store = MemoryStore(clock=clock)
+    await trips(store).start("Rome", key="7")
+
+    clock.advance(61)
+
+    [finding] = await SagaOperations(store).examine()
+    assert (finding.level, finding.what) == (
+        "fix",
+        "the saga book-trip has been due for 61 s: no sweeper runs it, or too few do",
+    )
+
+
+async def test_a_store_for_threads_is_asked_in_a_thread() -> None:
+    """Where its client blocks, and its verbs cannot be awaited."""
+    store = RedisStore(sync_client=fakeredis.FakeRedis())
+
+    assert await SagaOperations(store).sagas() == []
+    with pytest.raises(ConfigurationError, match="operating sagas needs the capability"):
+        SagaOperations(object())  # type: ignore[arg-type]

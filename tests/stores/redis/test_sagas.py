@@ -158,27 +158,60 @@ async def test_ended_expires_by_redis(store: RedisStore, server: RedisProcess) -
 
 async def test_indexes_forget_what_has_expired(store: RedisStore, server: RedisProcess) -> None:
     """What has expired is removed from the indexes by the next end of a saga, or when it is looked for."""
-    gone, last, seen = (opening("trip", key) for key in ("gone", "last", "seen"))
-    for request in (gone, last, seen):
+    first, gone, last, seen = (opening("trip", key) for key in ("first", "gone", "last", "seen"))
+    for request in (first, gone, last, seen):
         await store.journal(request)
+    await store.journal(ending(first, ttl=60.0))
     await store.journal(ending(gone, ttl=0.02))
     await _expired(store, gone)
     with server.client() as client:
         await store.journal(ending(last, ttl=60.0))
-        assert client.zrange(saga_key(last, "ended"), 0, -1) == client.zrange(saga_key(last, "expiries"), 0, -1)
-        assert client.zrange(saga_key(last, "ended"), 0, -1) == [last.id]
+        for index in ("ended", "expiries"):
+            assert set(client.zrange(saga_key(last, index), 0, -1)) == {first.id, last.id}
         await store.journal(ending(seen, ttl=0.02))
         await _expired(store, seen)
 
-        assert [row.id for row in await store.journal(Browse(name="trip", ended=True))] == [last.id]
+        rows = await store.journal(Browse(name="trip", ended=True))
 
-        assert client.zrange(saga_key(last, "ended"), 0, -1) == [last.id]
+        assert {row.id for row in rows} == {first.id, last.id}
+        assert set(client.zrange(saga_key(last, "ended"), 0, -1)) == {first.id, last.id}
 
 
 async def _expired(store: RedisStore, request: Open) -> None:
     async with asyncio.timeout(10):
         while await store.journal(Look(id=request.id)) is not None:
             await asyncio.sleep(0.005)
+
+
+async def test_recorded_anew_is_in_the_indexes_once(store: RedisStore, server: RedisProcess) -> None:
+    """A saga that is recorded again after it has expired is not in the indexes of what has ended any more."""
+    request = opening("trip")
+    await store.journal(request)
+    await store.journal(ending(request, ttl=0.02))
+    await _expired(store, request)
+    with server.client() as client:
+        # It is there still where others have ended too.
+        client.zadd(saga_key(request, "ended"), {request.id: 1})
+        client.zadd(saga_key(request, "expiries"), {request.id: 1})
+
+        await store.journal(rival(request))
+
+        assert client.exists(saga_key(request, "ended"), saga_key(request, "expiries")) == 0
+
+
+async def test_stuck_and_due_are_in_one_index(store: RedisStore, server: RedisProcess) -> None:
+    """A saga that is never due is not in the index of due times, and one that is due is not in that of the stuck."""
+    request = opening("trip")
+    await store.journal(request)
+    with server.client() as client:
+        indexes = [saga_key(request, index) for index in ("due", "stuck")]
+        found = [[client.zcard(index) for index in indexes]]
+        await store.journal(leave(request, due=None))
+        found.append([client.zcard(index) for index in indexes])
+        await store.journal(Wake(id=request.id))
+        found.append([client.zcard(index) for index in indexes])
+
+    assert found == [[1, 0], [0, 1], [1, 0]]
 
 
 async def test_deleted_sagas_hide_no_others(store: RedisStore, server: RedisProcess) -> None:
@@ -252,7 +285,8 @@ async def test_a_damaged_entry_is_unreadable(store: RedisStore, server: RedisPro
         else:
             client.hset(saga_key(request), field, "9 0 1 5 5")
 
-    for asked in (Look(id=request.id), Put(id=request.id, entry=done())):
+    readers: list[Request[Any]] = [Look(id=request.id), Put(id=request.id, entry=done())]
+    for asked in readers:
         with pytest.raises(UnreadableError, match="damaged"):
             await store.journal(asked)
 

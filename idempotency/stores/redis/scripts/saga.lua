@@ -30,7 +30,8 @@ if there then
 end
 local ended = there and phase > 2
 
--- Set the time from when on anyone may own the saga; nil: never.
+-- Set the time from when on anyone may own the saga; nil: never. It begins with what needs no memory: a server whose
+-- memory is full refuses a write only to a script that has written nothing.
 local function schedule(at)
   due = at
   if at then

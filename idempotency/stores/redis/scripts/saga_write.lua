@@ -2,8 +2,6 @@
 -- ARGV: format, id, token, lease (ms), whether there is progress, phase or '', whether there is a result, result, entries
 -- Reply: {0} where the token is not the owner's, or {1, wakes}.
 if not there or not owned or token ~= ARGV[3] then return {0} end
--- First what needs no memory: a server whose memory is full refuses a write only to a script that has written nothing.
-redis.call('PERSIST', key)
 schedule(now + ARGV[4])
 if ARGV[5] == '1' then redis.call('HSET', key, 'c', '0') end
 change(6)
