@@ -34,5 +34,7 @@ def test_the_ratio_is_to_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     saga, report = bench("saga"), bench("saga_report")
     ours, peer = saga.Cost("joined", 16, 150.0, 7, 7, 5000.0), saga.Cost("DBOS", 16, 60.0, 23, 12, 14000.0)
 
-    assert report.saga_rows([ours, peer]).splitlines()[0].split()[:4] == ["joined", "16", "150", "2.50"]
+    first, second = report.saga_rows([ours, peer]).splitlines()
+    assert first.split() == ["joined", "16", "150", "2.50", ">=", "2.00", "7.0", "7.0", "5000", "us", "0.36"]
+    assert second.split() == ["DBOS", "16", "60", "23.0", "12.0", "14000", "us"]
     assert report.saga_rows([ours]).split() == ["joined", "16", "150", "7.0", "7.0", "5000", "us"]
