@@ -107,12 +107,12 @@ PUBLIC = {
     "idempotency.policy": ["Outcome", "Policy"],
     "idempotency.saga": [
         "NOT_DONE",
-        "Answer",
         "AsyncSaga",
         "CancelledByOperatorError",
         "DeadlineError",
         "HeldError",
         "Retry",
+        "SagaAnswer",
         "SagaDetail",
         "SagaError",
         "SagaEvent",

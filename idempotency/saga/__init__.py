@@ -17,7 +17,7 @@ from idempotency.saga._front import (
 )
 from idempotency.saga._operate import SagaOperations
 from idempotency.saga._saga import AsyncSaga, SyncSaga, saga
-from idempotency.saga._status import Answer, SagaStatus
+from idempotency.saga._status import SagaAnswer, SagaStatus
 from idempotency.saga._step import NOT_DONE
 from idempotency.saga._sweeper import Sweeper
 from idempotency.saga._view import SagaView
@@ -38,12 +38,12 @@ from idempotency.saga.options import Retry
 
 __all__ = [
     "NOT_DONE",
-    "Answer",
     "AsyncSaga",
     "CancelledByOperatorError",
     "DeadlineError",
     "HeldError",
     "Retry",
+    "SagaAnswer",
     "SagaDetail",
     "SagaError",
     "SagaEvent",

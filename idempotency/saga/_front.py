@@ -74,11 +74,14 @@ async def step(
     ``session`` if it takes them, until it succeeds.
     ``retry``: how often a step that fails is repeated, default once in all. ``timeout``: seconds for each attempt.
     ``on_crash``: whether a step whose outcome is unknown after a crash is run again (``"rerun"``), or the saga is stuck
-    until an operator resolves it (``"hold"``). ``verify``: a function of the same arguments, which is asked first, and
-    returns the result of the step, or :data:`NOT_DONE`.
+    until an operator resolves it (``"hold"``). ``verify``: a function of the same arguments, which is asked before a
+    step whose outcome is unknown is run again, and returns the result of the step, or :data:`NOT_DONE`.
     ``kind``: ``"pivot"`` for the step after which nothing is undone, and the saga only goes forward. By default a step
     with ``undo`` is ``"compensatable"``, and one without is ``"retriable"``.
-    ``unknown``: the exceptions after which the effect may have happened, default TimeoutError and ConnectionError.
+    ``unknown``: the exceptions after which the effect may have happened, default TimeoutError and ConnectionError. A
+    pivot that ends so is tried again later, until it is known whether it is done.
+
+    Steps may run side by side, in ``asyncio.gather`` or a ``TaskGroup``. A step that a TaskGroup cancels is unknown.
 
     Raises :class:`~idempotency.saga.StepFailedError` where the function failed, and
     :class:`~idempotency.errors.ConfigurationError` for what cannot work, such as other arguments than in the first run.
@@ -123,7 +126,7 @@ def step_sync(
 
 
 async def sleep(name: str, seconds: float | timedelta) -> None:
-    """Wait until ``seconds`` after the saga came here first. Above a second, the process does not wait itself."""
+    """Wait until ``seconds`` after the saga came here first. Above a second, this run ends, and a later one goes on."""
     await _do(lambda run: sleep_until(run, name, seconds))
 
 
@@ -147,9 +150,10 @@ def wait_for_sync(name: str, timeout: float | timedelta | None = None, *, about:
 
 
 async def hold(resource: str) -> None:
-    """Hold a resource until the saga ends (a semantic lock).
+    """Hold a resource, which is text, until the saga ends (a semantic lock).
 
-    Raises :class:`~idempotency.saga.HeldError` where another saga holds it. Take several in a sorted order.
+    Raises :class:`~idempotency.saga.HeldError`, in every run, where another saga held it when this one came here first.
+    To call it once more is another try. Take several in a sorted order.
     """
     await _do(lambda run: hold_resource(run, resource))
 
@@ -160,7 +164,10 @@ def hold_sync(resource: str) -> None:
 
 
 async def patched(name: str) -> bool:
-    """Return whether this saga came here with the changed code first; False for one that went past before."""
+    """Return whether this saga came here with the changed code first; False for one that went past before.
+
+    ``name`` names the change. It is False too while other steps that are recorded run side by side with this call.
+    """
     return await _do(lambda run: is_patched(run, name))
 
 

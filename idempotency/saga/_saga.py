@@ -13,11 +13,9 @@ from idempotency._hooks import check_callable
 from idempotency._results.codec import results_of
 from idempotency._sagas.journal import (
     MOST_CHARACTERS,
-    Entry,
     Journaling,
     Look,
     Open,
-    Put,
     Row,
     Saga,
     SyncJournaling,
@@ -31,8 +29,7 @@ from idempotency.saga._drive import drive, renewed
 from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
-from idempotency.saga._wait import signal_entry
-from idempotency.saga.errors import SagaError
+from idempotency.saga._wait import give_signal
 from idempotency.saga.events import SagaHook, log_saga_event
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
@@ -76,12 +73,12 @@ class AsyncSaga(Defined, Generic[R]):
     async def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """Give the saga of ``key`` a signal, also before it waits for it; False if it had one of this name.
 
+        ``name``: that of the wait; of the second wait for a name it is ``name#2``. ``value``: JSON.
         ``about``: what is approved, which must be equal to what the saga asks about. ``by``: who gave it, for the
-        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, or it has ended.
+        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, it has ended, or it waits for
+        this about something else.
         """
-        entry = signal_entry(name, value, by, about)
-        found: Entry | None = await self._definition.store.journal(Put(id=saga_id(self.name, key), entry=entry))
-        return _is_first(self._definition, entry, found)
+        return await drive(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
     async def look(self, key: str) -> Saga | None:
         """Return what is recorded of the saga of ``key``; None where there is none."""
@@ -121,9 +118,7 @@ class SyncSaga(Defined, Generic[R]):
 
     def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """See :meth:`AsyncSaga.signal`."""
-        entry = signal_entry(name, value, by, about)
-        found: Entry | None = self._definition.store.journal_sync(Put(id=saga_id(self.name, key), entry=entry))
-        return _is_first(self._definition, entry, found)
+        return drive_sync(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
     def look(self, key: str) -> Saga | None:
         """See :meth:`AsyncSaga.look`."""
@@ -167,12 +162,6 @@ def _check_same(saga: Saga | None, request: Open) -> None:
         raise KeyReusedError("The key was used for a saga with other arguments.")
 
 
-def _is_first(definition: Definition, given: Entry, found: Entry | None) -> bool:
-    if found is None:
-        raise SagaError(f"There is no saga {definition.name} of this key that has not ended.")
-    return found.body == given.body
-
-
 class _Decorate:
     """What :func:`saga` returns: it is given the function."""
 
@@ -205,14 +194,17 @@ def saga(
     """Make a function a saga: its steps are recorded, and after a crash another process goes on where it was.
 
     The function must reach the same steps with the same arguments when it is run again; everything else that has an
-    effect, or is read from outside, belongs in a step. Its arguments are recorded as JSON by their annotations.
+    effect, or is read from outside, belongs in a step. It waits for nothing but its steps, :func:`sleep` and the like.
+    Its arguments are recorded as JSON by their annotations.
+    Where the function fails, what it has done is undone, unless its pivot is done. It cannot catch what ends its run in
+    the middle: a wait, a failure of the store, a deadline, or a fault in its code.
 
     ``name``: under which its sagas are recorded. ``session``: a sessionmaker on the database of ``store``, an SQLStore:
     a step whose function takes the keyword ``session`` commits with its entry, in one transaction.
     ``deadline``: seconds from its first call, after which it fails and is undone; default None, never.
     ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
-    ``undos``: undo functions by the name of a step that the code has not any more.
+    ``undos``: undo functions by the names of steps, in the place of those that are recorded.
     ``on_event``: given each :class:`~idempotency.saga.SagaEvent`; default, one line in the log.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.

@@ -1,4 +1,4 @@
-"""Answer over HTTP how a saga stands: 202 with a URL at first, and at that URL its result once there is one."""
+"""SagaAnswer over HTTP how a saga stands: 202 with a URL at first, and at that URL its result once there is one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIGNATURE = 16
 Scope = MutableMapping[str, Any]
 
 
-class Answer:
+class SagaAnswer:
     """A response with ``status``, ``headers`` and ``body``, which is an ASGI application too.
 
     Starlette sends what a handler of it, or an exception handler of it or of FastAPI, returns. Elsewhere make the
@@ -102,7 +102,7 @@ class SagaStatus:
 
     def accepted(
         self, of: SagaPendingError | SagaLostError | AsyncSaga[Any] | SyncSaga[Any], key: str | None = None
-    ) -> Answer:
+    ) -> SagaAnswer:
         """Return the 202 that names the URL of a saga: that of an error, or the one that was started with ``key``."""
         wait = of.retry_after if isinstance(of, SagaPendingError) else 1.0
         if key is None:
@@ -110,13 +110,13 @@ class SagaStatus:
                 raise ConfigurationError("accepted() needs the error of a saga, or a saga and its key")
             key = of.key
         location = (b"location", self.url(of.name, key).encode())
-        return Answer(_pending(wait, location))
+        return SagaAnswer(_pending(wait, location))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """SagaAnswer one request."""
         if scope["type"] != "http":
             raise ValueError(f"the status of sagas is HTTP, not {scope['type']}")
-        await Answer(await self._answer(scope["method"], scope["path"]))(scope, receive, send)
+        await SagaAnswer(await self._answer(scope["method"], scope["path"]))(scope, receive, send)
 
     async def _answer(self, method: str, path: str) -> StoredResponse:
         if method not in ("GET", "HEAD"):

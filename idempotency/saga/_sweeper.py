@@ -23,7 +23,8 @@ _LONGEST_PAUSE = 30.0
 class Sweeper:
     """Run sagas that are due, for ever: recorded, lapsed, woken, and those whose wait is over.
 
-    Any number of sweepers may run, in any number of processes: a saga is run by the one that owns it first.
+    Any number of sweepers may run, in any number of processes: a saga is run by the one that owns it first. Sagas that
+    are not awaited run in threads.
     ``store``: that of the sagas. ``poll``: seconds between two looks, by chance up to a half less.
     ``concurrency``: how many sagas are run at once.
     """

@@ -16,7 +16,7 @@ from idempotency._sagas.journal import Entry, Leave, Look, Open, Phase, Progress
 from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError
 from idempotency.saga._effects import Ask, Pause, Program
 from idempotency.saga._run import Run, Suspended, body, checked_name, head_of
-from idempotency.saga.errors import HeldError, SagaPendingError, SagaStuckError, SignalTimeoutError
+from idempotency.saga.errors import HeldError, SagaError, SagaPendingError, SagaStuckError, SignalTimeoutError
 
 SHORT = 1.0
 """Seconds that are waited in the process. For a longer wait the run ends, and another one goes on after it."""
@@ -108,6 +108,20 @@ def look_again(run: Run) -> Program[None]:
     run.wakes = run.called = saga.row.wakes
     # Of another entry, this run may have written more since.
     run.read([entry for entry in saga.entries if entry.name not in run.entries], asked)
+
+
+def give_signal(record: bytes, name: str, value: object, by: str, about: object) -> Program[bool]:
+    """Give a saga a signal; return whether it is the first of its name."""
+    given = signal_entry(name, value, by, about)
+    saga: Saga | None = yield Ask(Look(id=record))
+    entries = {} if saga is None else {entry.name: entry for entry in saga.entries}
+    wait = entries.get(f"wait:{name}")
+    if wait is not None and head_of(wait)["about"] != head_of(given)["about"]:
+        raise SagaError(f"The saga waits for {name!r} about something else: nothing was approved.")
+    found: Entry | None = yield Ask(Put(id=record, entry=given))
+    if found is None:
+        raise SagaError("There is no saga of this name and key that has not ended.")
+    return found.body == given.body
 
 
 def signal_entry(name: str, value: object, by: str, about: object) -> Entry:

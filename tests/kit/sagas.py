@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -69,6 +70,16 @@ def take_back_sync(what: str, *, result: str | None) -> None:
 async def note_failure(what: str, *, failure: RecordedFailureError) -> None:
     """Undo a thing, and note why."""
     DID.append((f"undo {what}", failure.type))
+
+
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function, as a decorator of another module does."""
+
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
+
+    return wrapper
 
 
 async def meet(what: str) -> None:

@@ -388,3 +388,31 @@ async def test_a_failure_that_is_caught_is_no_failure_of_the_saga(faulty: Faulty
     found = await catching.look("7")
     assert found is not None
     assert found.row.phase is Phase.DONE
+
+
+async def test_while_a_step_cannot_be_stopped_nobody_else_goes_on(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    """A caller that is cancelled again does not wait for it: then its lease has to end."""
+    tasks: list[asyncio.Task[str]] = []
+    go_on = asyncio.Event()
+
+    @saga(faulty, name="s")
+    async def forgetful() -> str:
+        tasks.append(asyncio.create_task(step("a", do, "a")))
+        await asyncio.Event().wait()
+        return "never"
+
+    FAULTS["a"] = [go_on.wait]
+    running = asyncio.create_task(forgetful(key="7"))
+    while not done:
+        await asyncio.sleep(0)
+    for _ in range(2):
+        running.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    with pytest.raises(SagaPendingError, match="it runs"):
+        await forgetful(key="7")
+    go_on.set()
+    assert await tasks[0] == "a done"

@@ -22,7 +22,7 @@ from idempotency.saga import (
 )
 from idempotency.saga._run import head_of
 from idempotency.testing import FaultyStore
-from tests.kit.sagas import DID, FAULTS, KilledError, Process, do, meet, note_failure, states, take_back
+from tests.kit.sagas import DID, FAULTS, KilledError, Process, decorated, do, meet, note_failure, states, take_back
 from tests.kit.sagas import take_back as another_name
 
 
@@ -297,3 +297,15 @@ async def test_undo_of_a_step_that_was_retried(faulty: FaultyStore, done: list[A
     with pytest.raises(SagaFailedError):
         await retried(key="7")
     assert done == ["a", "a", "undo a"]
+
+
+async def test_the_undo_of_a_function_that_another_module_decorates(faulty: FaultyStore, done: list[Any]) -> None:
+    """It is looked for in the module of the function itself."""
+
+    async def plain() -> None:
+        await step("a", do, "a", undo=SHOP.cancel)
+        raise KeyError
+
+    with pytest.raises(SagaFailedError):
+        await saga(faulty, name="s")(decorated(plain))(key="7")
+    assert done == ["a", "cancel a"]

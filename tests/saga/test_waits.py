@@ -126,9 +126,9 @@ async def test_the_first_signal_of_a_name_counts(faulty: FaultyStore, done: list
     assert not await waiting.signal("7", "approval", "second")
     assert await waiting.signal("7", "approval", "first"), "repeated, as after a lost answer"
     assert await waiting(key="7") == "first"
-    with pytest.raises(SagaError, match="There is no saga s of this key that has not ended"):
+    with pytest.raises(SagaError, match="There is no saga of this name and key that has not ended"):
         await waiting.signal("7", "approval", "third")
-    with pytest.raises(SagaError, match="There is no saga s of this key that has not ended"):
+    with pytest.raises(SagaError, match="There is no saga of this name and key that has not ended"):
         await waiting.signal("8", "approval")
 
 
@@ -222,6 +222,19 @@ async def test_an_approval_is_of_just_what_is_asked(faulty: FaultyStore, done: l
         with pytest.raises(SagaStuckError):
             await waiting(key=key)
     assert done.count("b") == 1
+
+
+async def test_an_approval_of_something_else_is_refused_while_the_saga_waits(
+    faulty: FaultyStore, done: list[Any]
+) -> None:
+    waiting = approved(faulty, about={"order": 7, "price": 50})
+    with pytest.raises(SagaPendingError):
+        await waiting(key="7")
+    for about in ({"order": 7, "price": 5000}, None):
+        with pytest.raises(SagaError, match="waits for 'approval' about something else: nothing was approved"):
+            await waiting.signal("7", "approval", "yes", about=about)
+    assert await waiting.signal("7", "approval", "yes", about={"order": 7, "price": 50})
+    assert await waiting(key="7") == "yes"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from idempotency._rules import Claim, State
+from idempotency._sagas.journal import Leave, Look, Open, Phase, Write
 from idempotency.errors import StoreError
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore
@@ -135,3 +136,27 @@ def test_a_claim_cannot_be_refused() -> None:
     """A claim answers with the record that is there: an order it has no meaning for is an error."""
     with pytest.raises(ValueError, match="a claim is not refused"):
         FaultyStore().order("claim", "refuse")
+
+
+async def test_requests_to_the_journal_fail_as_ordered() -> None:
+    """By the names of the requests, sync and async, beside the verbs of records."""
+    store = FaultyStore()
+    opened = Open(id=b"i" * 32, name="s", key="7", token="t", lease=30.0, input=b"{}")
+    store.order("open", "fail", "lost").order("write", "refuse", None, "lost").order("leave", "refuse")
+    with pytest.raises(StoreError, match="not applied"):
+        await store.journal(opened)
+    assert await store.journal(Look(id=opened.id)) is None
+    with pytest.raises(StoreError, match="applied, and its answer lost"):
+        store.journal_sync(opened)
+    assert await store.journal(Look(id=opened.id)) is not None
+    write = Write(id=opened.id, token="t", lease=30.0)
+    assert await store.journal(write) is None
+    assert store.journal_sync(write) == 0
+    with pytest.raises(StoreError, match="applied, and its answer lost"):
+        await store.journal(write)
+    leave = Leave(id=opened.id, token="t", phase=Phase.DONE, due=None, wakes=0, ttl=60.0)
+    assert store.journal_sync(leave) is False
+    assert await store.journal(leave) is True
+    assert store.calls == ["open", "look", "open", "look", "write", "write", "write", "leave", "leave"]
+    with pytest.raises(ValueError, match="a look is not refused"):
+        store.order("look", "refuse")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, assert_type
 
 from idempotency.saga import (
-    Answer,
     AsyncSaga,
+    SagaAnswer,
     SagaDetail,
     SagaEvent,
     SagaOperations,
@@ -50,6 +50,6 @@ async def operate() -> None:
 def answer(error: SagaPendingError, other: SyncSaga[Any]) -> None:
     assert_type(book_trip, AsyncSaga[str])
     status = SagaStatus([book_trip, other], secret="x" * 32, url="/status")
-    assert_type(status.accepted(error), Answer)
+    assert_type(status.accepted(error), SagaAnswer)
     assert_type(status.accepted(other, "trip-7").headers, dict[str, str])
     assert_type(status.url("book-trip", "trip-7"), str)
