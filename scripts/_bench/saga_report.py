@@ -36,4 +36,4 @@ def _row(cost: Cost, peer: Cost | None) -> str:
         f"{cost.commits:.1f}",
         f"{cost.processor:.0f} us",
         f"{cost.processor / peer.processor:.2f}" if peer else "",
-    )
+    ).rstrip()
