@@ -103,7 +103,9 @@ class Facts:
                 return "waiting" if signal is None else self._state(signal)
             case "hold", _:
                 holder = self._holders.get(_name(entry))
-                return "done" if holder is None else "busy" if holder else "held"
+                if holder is None:
+                    return "failed" if entry.progress is Progress.FAILED else "done"
+                return "busy" if holder else "held"
             case "signal", Progress.SKIPPED:
                 return "timed-out"
             case "patch", Progress.SKIPPED:

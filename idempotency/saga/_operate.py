@@ -223,7 +223,7 @@ class SagaOperations:
         resources = [entry.name.removeprefix("hold:") for entry in saga.entries if entry.name.startswith("hold:")]
         holders: dict[str, str] = {}
         for resource in resources:
-            held = await self._ask(Look(id=saga_id(HELD, resource)))
+            held = await self._ask(Look(id=saga_id(HELD, resource.partition("#")[0])))
             if held is not None and is_run(held.row):
                 name, key = load(held.row.input)
                 holders[resource] = "" if (name, key) == (saga.row.name, saga.row.key) else f"{name}/{key}"

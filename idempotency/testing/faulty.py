@@ -57,7 +57,8 @@ class FaultyStore:
         """Order faults for the next calls of ``verb``, sync or async, one for each call; later calls succeed.
 
         ``"fail"``: StoreError, not applied. ``"lost"``: applied, and its answer lost: StoreError. ``"refuse"``: False,
-        not applied, as for a superseded owner (a claim, and a request that reads, cannot be refused). None: this call succeeds.
+        not applied, as for a superseded owner; a claim, and a request that reads, cannot be refused. None: this call
+        succeeds.
         A callable is called before the verb is applied, and for asyncio what it returns is awaited: ``Event().wait``
         makes a store that answers late.
         """
