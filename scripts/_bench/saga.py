@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,9 @@ AT_ONCE = (1, 16)
 KINDS = ("leased", "joined")
 PEER = "DBOS"
 _CHILD = Path(__file__).with_name("saga_child.py")
-_COUNTED = 50
+COUNTED = 50
+"""How many workflows are run while statements and commits are counted."""
+
 _PATIENCE = 300.0
 
 
@@ -66,11 +68,12 @@ class Worker:
 
 @asynccontextmanager
 async def worker(kind: str, url: str, name: str) -> AsyncIterator[Worker]:
-    """Start a worker on a database of its own, which is dropped at the end."""
+    """Start a worker on tables of its own; the peer, on a database. They are dropped at the end."""
     pipe: Any = asyncio.subprocess.PIPE
-    with servers.postgres_database(url, f"{name}_{kind.lower()}") as database:
+    name = f"{name}_{kind.lower()}"
+    with servers.postgres_database(url, name) if kind == PEER else nullcontext(url) as database:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(_CHILD), kind, database, stdin=pipe, stdout=pipe, env=os.environ
+            sys.executable, str(_CHILD), kind, database, name, stdin=pipe, stdout=pipe, env=os.environ
         )
         try:
             yield Worker(process)
@@ -97,7 +100,7 @@ async def _measured(workers: dict[str, Worker], at_once: int, amount: Amount) ->
     # The first burst prepares statements and opens connections.
     for each in workers.values():
         await each.burst(2 * at_once, at_once)
-    counts = {kind: await each.burst(_COUNTED, at_once, counted=True) for kind, each in workers.items()}
+    counts = {kind: await each.burst(COUNTED, at_once, counted=True) for kind, each in workers.items()}
     bursts: dict[str, list[dict[str, float]]] = {kind: [] for kind in workers}
     for _ in range(amount.rounds):
         for kind, each in workers.items():
@@ -107,8 +110,8 @@ async def _measured(workers: dict[str, Worker], at_once: int, amount: Amount) ->
             kind,
             at_once,
             workflows / median(each["seconds"] for each in found),
-            counts[kind]["statements"] / _COUNTED,
-            counts[kind]["commits"] / _COUNTED,
+            counts[kind]["statements"] / COUNTED,
+            counts[kind]["commits"] / COUNTED,
             median(each["processor"] for each in found) / workflows * 1e6,
         )
         for kind, found in bursts.items()

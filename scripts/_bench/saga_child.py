@@ -1,4 +1,4 @@
-"""One worker that runs workflows as its standard input says, one burst a line: saga_child.py KIND URL."""
+"""One worker that runs workflows as its standard input says, one burst a line: saga_child.py KIND URL TABLE."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def counting() -> Iterator[Counter[str]]:
         event.remove(Engine, "commit", committed)
 
 
-async def main(kind: str, url: str) -> None:
+async def main(kind: str, url: str, table: str) -> None:
     """Answer each line of workflows, how many at once, and whether to count."""
-    opened = of_dbos(url) if kind == "DBOS" else of_saga(url, joined=kind == "joined")
+    opened = of_dbos(url) if kind == "DBOS" else of_saga(url, table, joined=kind == "joined")
     loop = asyncio.get_running_loop()
     async with opened as run:
         while line := await loop.run_in_executor(None, sys.stdin.readline):

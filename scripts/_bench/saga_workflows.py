@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from idempotency.saga import saga, step
@@ -28,10 +29,10 @@ async def add_one_joined(number: int, session: AsyncSession) -> int:
 
 
 @asynccontextmanager
-async def of_saga(url: str, *, joined: bool) -> AsyncIterator[Workflow]:
-    """Open the workflow in a database of its own."""
+async def of_saga(url: str, table: str, *, joined: bool) -> AsyncIterator[Workflow]:
+    """Open the workflow in tables of its own."""
     engine = create_async_engine(url, pool_size=POOL)
-    store = SQLStore(engine)
+    store = SQLStore(engine, table=table)
     await store.create_schema()
     await store.create_saga_schema()
     function = add_one_joined if joined else add_one
@@ -47,4 +48,7 @@ async def of_saga(url: str, *, joined: bool) -> AsyncIterator[Workflow]:
         return await five(key=key)
 
     yield run
+    async with engine.begin() as connection:
+        for name in (table, f"{table}_saga", f"{table}_saga_entry"):
+            await connection.execute(text(f"DROP TABLE {name}"))
     await engine.dispose()

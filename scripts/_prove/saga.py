@@ -50,6 +50,7 @@ def places(quick: bool) -> Iterator[list[Place]]:
             url = stack.enter_context(servers.PostgresServer()).url
             found += [Place("PostgreSQL 18", url, url, True), Place("PostgreSQL 18, leased", url, url, False)]
         if url := servers.local_redis():
+            stack.callback(servers.forget_redis_keys, url, f"prove-{os.getpid()}-")
             found.append(Place("Redis, leased", url, file, False))
         if not quick:
             if url := servers.local_postgres():
@@ -103,9 +104,10 @@ def prove(pool: Executor, place: Place, plan: dict[str, Any], directory: str, qu
 
     def trial() -> tuple[Place, Plan]:
         name = f"prove-{os.getpid()}-{next(_numbers)}"
-        # SQLite has one writer at a time: each trial has a file of its own.
+        # SQLite has one writer at a time: each trial has a file of its own. Sagas in Redis are apart too: the sweeper
+        # of another trial would write into another ledger.
         urls = {field: getattr(place, field).replace("prove.sqlite3", f"{name}.sqlite3") for field in ("url", "ledger")}
-        return replace(place, **urls), Plan(name, place.joined, **plan)
+        return replace(place, prefix=name, **urls), Plan(name, place.joined, **plan)
 
     labels_file = Path(directory, "labels")
     found = pool.submit(try_label, *trial(), None, 0, str(labels_file)).result()

@@ -52,13 +52,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """A journal, and a database for the ledger: the same one where steps are joined."""
+    """A journal, and a database for the ledger: the same one where steps are joined. ``prefix``: of keys in Redis."""
 
     name: str
     url: str
     ledger: str
     joined: bool
     lease: float = LEASE
+    prefix: str = "prove-saga"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Stage:
         self.store: Any
         self.engine = None if place.url.startswith("redis") else create_async_engine(place.url)
         if self.engine is None:
-            self.store = RedisStore(aioredis.Redis.from_url(place.url), prefix="prove-saga")
+            self.store = RedisStore(aioredis.Redis.from_url(place.url), prefix=place.prefix)
         else:
             self.store = SQLStore(self.engine, table="prove_record")
         sessions = async_sessionmaker(self.engine) if place.joined else None

@@ -134,7 +134,7 @@ class OnPostgreSQL:
     def open(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[Any]:
         """Return the row of the saga as it is now, with its entries if it was there and is owned; or nothing."""
         return _repeated(
-            lambda: self.sql.execute(connection, _OPEN, values).all(),
+            lambda: self.sql.rows(connection, _OPEN, values),
             lambda found: found[0].kind == "changed" if found else values["records"],
         )
 
@@ -144,7 +144,7 @@ class OnPostgreSQL:
         template = _change(change.update, bool(entries), bool(without))
         values = {**change.values, **self.sql.written(change.entries), **self.sql.named(change.without, "without")}
         found = _repeated(
-            lambda: self.sql.execute(connection, template, values, entries, without).one(),
+            lambda: self.sql.rows(connection, template, values, entries, without)[0],
             lambda found: found.fits and not found.changed,
         )
         return Changed(found.changed, None if found.version is None else found)
@@ -152,7 +152,7 @@ class OnPostgreSQL:
     def put(self, connection: Connection, values: Mapping[str, Any]) -> Any:
         """Write an entry unless it is there; return it, with whether its saga goes on, None without a saga."""
         return _repeated(
-            lambda: self.sql.execute(connection, _PUT, values, 1).first(),
+            lambda: next(iter(self.sql.rows(connection, _PUT, values, 1)), None),
             lambda found: found is not None and found.goes_on and found.name is None,
         )
 

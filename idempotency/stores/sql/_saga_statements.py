@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, TextClause, text
@@ -17,6 +18,7 @@ from idempotency._sagas.journal import FORMAT, Entry, Phase
 from idempotency._sql.clock import NOW_MS
 from idempotency._sql.requirements import DATABASES
 from idempotency.errors import ConfigurationError
+from idempotency.stores.sql._saga_fetch import Fetched, may_fetch
 from idempotency.stores.sql._saga_table import SagaTables
 from idempotency.stores.sql._values import packed
 
@@ -161,17 +163,24 @@ class SagaStatements:
             "sagas": quote.format_table(tables.sagas),
             "entries": quote.format_table(tables.entries),
         }
-        self._made: dict[tuple[str, int, int], TextClause] = {}
+        self._statement = cache(self._make)
+        self._fetched = cache(lambda *given: Fetched(self._statement(*given), dialect))
 
     def execute(
         self, connection: Connection, template: str, values: Mapping[str, Any], names: int = 0, without: int = 0
     ) -> CursorResult[Any]:
         """Execute a statement, for so many entries or names in ``values``, and so many that are deleted."""
-        known = template, names, without
-        statement = self._made.get(known)
-        if statement is None:
-            statement = self._made[known] = self._make(template, names, without)
+        statement = self._statement(template, names, without)
         return connection.execute(statement, packed(dict(values)) if self._packs else values)
+
+    def rows(
+        self, connection: Connection, template: str, values: Mapping[str, Any], names: int = 0, without: int = 0
+    ) -> Sequence[Any]:
+        """Return the rows of a statement; see :meth:`execute`. Where that is possible, the driver is sent it."""
+        found = None
+        if may_fetch(connection):
+            found = self._fetched(template, names, without).rows(connection, values)
+        return self.execute(connection, template, values, names, without).all() if found is None else found
 
     def named(self, names: Iterable[str], parameter: str = "name") -> dict[str, Any]:
         """Return names as the values of the parameters ``name0``, ``name1`` and so on."""
