@@ -10,9 +10,8 @@ from sqlalchemy import Connection, Dialect, TextClause
 
 from idempotency._sql.driver import fetch
 from idempotency._sql.failures import is_repeatable, refuses_one
-from idempotency._sql.send import is_observed, pooled
+from idempotency._sql.send import Compiled, is_observed, pooled
 from idempotency._sql.sqlite import drop_closed
-from idempotency.stores.sql._statements import Compiled
 
 
 def may_fetch(connection: Connection) -> bool:
