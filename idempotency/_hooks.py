@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
+from typing import Any
 
 from idempotency.errors import ConfigurationError
 
 _logger = logging.getLogger("idempotency")
 _logged: set[str] = set()
+
+
+def import_named(what: str, path: str) -> Any:
+    """Import what ``module:name`` names; ConfigurationError, which says ``what`` is named so, where it is not there."""
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise ConfigurationError(f"{what} module:name, not {path!r}")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"{path!r} cannot be imported: {error}") from error
+    return found
 
 
 def check_callable(name: str, function: object) -> None:

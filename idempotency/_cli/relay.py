@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -25,10 +22,8 @@ from idempotency._cli.options import (
     Url,
     fail,
 )
+from idempotency._cli.signals import stopped_by_signals
 from idempotency.errors import IdempotencyError
-
-_SAME_SIGNAL = 0.5
-"""Seconds in which a second signal counts as the first: a terminal, or timeout(1), sends one to a process twice."""
 
 if TYPE_CHECKING:
     from idempotency._outbox.emit import Outbox
@@ -37,7 +32,6 @@ if TYPE_CHECKING:
     from idempotency.outbox.publisher import Publisher
 
     AnyRelay = LogRelay | PollingRelay
-    _Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
 class Ordering(StrEnum):
@@ -100,36 +94,11 @@ async def _relay(
     try:
         database, outbox = outbox_at(store, table, mode)
         relay = make(database, outbox, publisher)
-        with _stopped_by_signals(relay):
+        with stopped_by_signals(relay.stop):
             typer.echo(f"relaying {table} of {_database(database)} to {_place(publish)}")
             await relay.run()
     finally:
         await publisher.aclose()
-
-
-@contextmanager
-def _stopped_by_signals(relay: AnyRelay) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    stopping: list[asyncio.Task[None]] = []
-
-    def stop() -> None:
-        stopping.append(loop.create_task(relay.stop()))
-        loop.call_later(_SAME_SIGNAL, handle, signal.SIG_DFL)
-
-    def handle(handler: _Handler) -> None:
-        for number in before:
-            signal.signal(number, handler)
-
-    def first(*_: object) -> None:
-        handle(signal.SIG_IGN)
-        loop.call_soon_threadsafe(stop)
-
-    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _database(url: str) -> str:

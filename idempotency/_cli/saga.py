@@ -15,6 +15,7 @@ from idempotency._cli import show
 from idempotency._cli.lookup import MANY, open_named, run_on_store
 from idempotency._cli.options import AsJson, KeyFile, Prefix, Table, Url, confirmed, fail
 from idempotency._cli.show_saga import print_saga, print_sagas, saga_as_json
+from idempotency._cli.sweep import sweep
 from idempotency._sagas.journal import Journaling
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.saga import SagaDetail, SagaOperations, SagaView
@@ -24,7 +25,8 @@ from idempotency.stores.base import CreatingSagaSchema, Finding, supports
 
 T = TypeVar("T")
 
-saga = typer.Typer(help="See where sagas are, and decide about those that are stuck.")
+saga = typer.Typer(help="Go on with sagas, see where they are, and decide about those that are stuck.")
+saga.command()(sweep)
 
 Named = Annotated[
     str,

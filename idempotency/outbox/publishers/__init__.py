@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from idempotency._hooks import is_coroutine_function
+from idempotency._hooks import import_named, is_coroutine_function
 from idempotency._outbox.limits import Limits
 from idempotency._sql.requirements import not_installed
 from idempotency.errors import ConfigurationError, UnknownOptionError
@@ -89,15 +89,7 @@ def _imported(path: str) -> Publisher:
     """Return the publisher at ``module:name``, or a publisher of the function there."""
     from idempotency.outbox.publishers.function import FunctionPublisher
 
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
-        raise ConfigurationError(f"a publisher is a URL or module:name, not {path!r}")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"{path!r} cannot be imported: {error}") from error
+    found = import_named("a publisher is a URL or", path)
     if is_coroutine_function(found):
         return FunctionPublisher(found)
     if not is_coroutine_function(getattr(found, "publish", None)):
