@@ -43,6 +43,7 @@ HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
+SAGAS = blocks("sagas.md")
 TRANSACTIONS = blocks("transactions.md")
 OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
@@ -383,3 +384,46 @@ async def test_the_code_for_webhooks_receives_and_sends(run: Callable[..., dict[
 
     assert statuses == [204, 400, 204, 400]
     assert list(outcomes) == [Sent()]
+
+
+async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., dict[str, Any]]) -> None:
+    """Each call of a provider has a key of its own; where the card is refused, hotel and flight are cancelled."""
+    from idempotency.saga import SagaFailedError
+
+    names = run(*SAGAS["Five minutes to the first saga"])
+    calls: list[str] = []
+    keys: set[str] = set()
+
+    class Client:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def book(self, to: str, idempotency_key: str) -> str:
+            keys.add(idempotency_key)
+            calls.append(f"{self.name} to {to}")
+            return f"{self.name}-1"
+
+        async def charge(self, to: str, idempotency_key: str) -> str:
+            keys.add(idempotency_key)
+            if to == "Oslo":
+                raise ValueError("no money")
+            return "paid"
+
+        async def cancel(self, booking: str) -> None:
+            calls.append(f"cancel {booking}")
+
+    names.update({name: Client(name) for name in ("flights", "hotels", "bank")})
+    await names["store"].create_saga_schema()
+
+    assert [await names["book_trip"]("Rome", key="7") for _ in range(2)] == ["flights-1", "flights-1"]
+    with pytest.raises(SagaFailedError) as failed:
+        await names["book_trip"]("Oslo", key="8")
+
+    failure: Any = failed.value.failure
+    assert (failure.type, failure.step) == ("ValueError", "charge")
+    assert calls == [
+        *("flights to Rome", "hotels to Rome"),
+        *("flights to Oslo", "hotels to Oslo", "cancel hotels-1", "cancel flights-1"),
+    ]
+    assert len(keys) == 6
+    await names["store"].aclose()
