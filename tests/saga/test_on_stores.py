@@ -106,7 +106,9 @@ async def test_another_process_goes_on_with_undo(process: Process, done: list[An
 
 
 @pytest.mark.stores("redis", "sqlite", "postgres", "mariadb")
-async def test_a_saga_that_a_process_cannot_read_is_left_to_the_others(target: Target, done: list[Any]) -> None:
+async def test_a_saga_that_a_process_cannot_read_is_left_to_the_others(
+    target: Target, done: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """It lacks a key. It neither keeps the saga from those that have the key, nor tries it without a pause."""
     first, second = bytes(32), bytes([1] * 32)
     old = open_store(target.url, encryption=Encryption(first), **target.options)
@@ -123,6 +125,7 @@ async def test_a_saga_that_a_process_cannot_read_is_left_to_the_others(target: T
         while not await sweeper.sweep():
             await asyncio.sleep(LEASE / 10)
     assert await sweeper.sweep() == 0
+    assert "cannot be read here: the key" in caplog.text
     operations = SagaOperations(new)
     [view] = await operations.sagas()
     assert (view.state, view.reason) == ("waiting", "it was interrupted by UnreadableError; it is tried again")
