@@ -107,14 +107,29 @@ async def call_step(function: Callable[[], Any], operation: Operation, timeout: 
 @asynccontextmanager
 async def renewed(run: Run) -> AsyncIterator[None]:
     """Renew the lease of a run in this block."""
-    task = asyncio.get_running_loop().create_task(_renew(run))
+    sending = asyncio.Lock()
+    task = asyncio.get_running_loop().create_task(_renew(run, sending))
     try:
         yield
+    except GeneratorExit:
+        task.cancel()
+        raise
+    except BaseException:
+        await _stop(task, sending)
+        raise
+    await _stop(task, sending)
+
+
+async def _stop(task: asyncio.Task[None], sending: asyncio.Lock) -> None:
+    try:
+        # A request that was sent is answered first: to cut it off would cost its connection.
+        async with sending:
+            pass
     finally:
         task.cancel()
 
 
-async def _renew(run: Run) -> None:
+async def _renew(run: Run, sending: asyncio.Lock) -> None:
     lease = run.definition.lease
     until, pause = run.asked + lease, lease / 3
     while True:
@@ -124,7 +139,7 @@ async def _renew(run: Run) -> None:
             run.lose()
             return
         try:
-            async with asyncio.timeout(until - sent):
+            async with sending, asyncio.timeout(until - sent):
                 owned = await run.definition.store.journal(run.write_of(()))
         except (StoreError, UnreadableError, TimeoutError):
             pause = min(lease / 10, 1.0)
