@@ -158,8 +158,16 @@ def _single(error: BaseException | None) -> list[BaseException]:
 
 
 def earliest(waits: list[Suspended]) -> Suspended:
-    """Return the wait that is over first."""
-    return min(waits, key=lambda wait: LONGEST if wait.due is None else wait.due)
+    """Return the wait that is over first. One that an operator has to end is not hidden by others, beside which it is.
+
+    Where the others are for signals only, the saga is stuck: a signal makes it go on all the same.
+    """
+    first = min(waits, key=lambda wait: LONGEST if wait.due is None else wait.due)
+    for wait in waits:
+        if wait.due is None:
+            due = [each.due for each in waits if each.due is not None and each.timed]
+            return Suspended(min(due, default=None), wait.reason)
+    return first
 
 
 def request_of(
