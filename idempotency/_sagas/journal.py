@@ -126,6 +126,7 @@ class Open(Request[Saga | None]):
     A saga that is absent, or has expired, is recorded, if there is an ``input``; without, the answer is None. One that
     is there is owned if it has not ended, and is due or has this token already; with an ``input``, only if its
     ``fingerprint`` is the same. Its phase, fingerprint, input, deadline and entries stay as they are.
+    One that is owned and cannot be read stays owned, also where :class:`~idempotency.errors.UnreadableError` is raised.
     ``id``: that of :func:`saga_id`.
     ``attempt`` counts each new owner, ``crashes`` each one that took over from a token. Entries are returned if the
     saga was there, and is owned now.
@@ -169,13 +170,13 @@ class Leave(Request[bool]):
 
     Repeated after it succeeded, it answers True until the saga is owned again, is amended, or expires. ``due``: seconds
     until anyone may open it, None for never. If ``Row.wakes`` is not ``wakes`` any more, and ``phase`` has not ended,
-    it is due at once. ``reason``: what it waits for. An ended saga expires after ``ttl`` seconds. ``result`` None
-    leaves the result as it is.
+    it is due at once. ``reason``: what it waits for. An ended saga expires after ``ttl`` seconds. ``phase`` and
+    ``result`` None leave them as they are.
     """
 
     id: bytes
     token: str
-    phase: Phase
+    phase: Phase | None
     due: float | None
     wakes: int
     reason: bytes = b""

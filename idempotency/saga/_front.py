@@ -68,7 +68,8 @@ async def step(
 
     ``name`` names the step; the second one of a name is another step. ``function`` is called with the arguments that
     follow; with the keyword ``session`` too, if it takes it and the saga has ``session=``. It may be another saga,
-    which is then run under a key of its own. Arguments named as an option here are given by ``functools.partial``.
+    which is then run under a key of its own, and cancelled if this one is undone first. Arguments named as an option
+    here are given by ``functools.partial``.
     ``undo``: a function of the saga's module, which undoes the step if the saga fails, also if its outcome is unknown.
     It is called with the arguments of the step, and with the keywords ``result`` (None if unknown), ``failure`` and
     ``session`` if it takes them, until it succeeds.

@@ -10,7 +10,7 @@ from typing import Any
 from idempotency._durations import LONGEST
 from idempotency._results.by_annotation import dump, load
 from idempotency._results.codec import encode_failure
-from idempotency._sagas.journal import Leave, Look, Open, Phase, Row, Saga
+from idempotency._sagas.journal import Leave, Look, Open, Phase, Row, Saga, Write
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -35,11 +35,18 @@ from idempotency.saga.errors import (
 from idempotency.saga.events import SagaEventKind
 from idempotency.saga.options import backoff
 
+_UNREADABLE = 10.0
+"""Seconds until a saga is due again that a process could not read."""
+
 
 def begin(definition: Definition, request: Open) -> Program[Run | Row]:
     """Own the saga and return its run; the row where there is nothing to run: it has ended, or cannot be owned."""
     asked = monotonic()
-    opened: Saga | None = yield Ask(request)
+    try:
+        opened: Saga | None = yield Ask(request)
+    except UnreadableError:
+        yield from _hand_back(request)
+        raise
     if opened is None:
         raise SagaError(f"There is no saga {definition.name} of this key.")
     if request.input is not None and opened.row.fingerprint != request.fingerprint:
@@ -53,6 +60,18 @@ def begin(definition: Definition, request: Open) -> Program[Run | Row]:
         yield from _give_up(run, error)
         raise
     return run
+
+
+def _hand_back(request: Open) -> Program[None]:
+    """Let go of a saga that this process owns and cannot read: another one may have its key, or be a newer release."""
+    with suppress(StoreError, UnreadableError):
+        wakes: int | None = yield Ask(Write(id=request.id, token=request.token, lease=request.lease))
+        if wakes is not None:
+            # Not at once, so that those that can be read come first.
+            reason = dump({"error": UnreadableError.__name__})
+            yield Ask(
+                Leave(id=request.id, token=request.token, phase=None, due=_UNREADABLE, wakes=wakes, reason=reason)
+            )
 
 
 def live(run: Run) -> Program[Any]:
@@ -139,8 +158,16 @@ def _single(error: BaseException | None) -> list[BaseException]:
 
 
 def earliest(waits: list[Suspended]) -> Suspended:
-    """Return the wait that is over first."""
-    return min(waits, key=lambda wait: LONGEST if wait.due is None else wait.due)
+    """Return the wait that is over first. One that an operator has to end is not hidden by others, beside which it is.
+
+    Where the others are for signals only, the saga is stuck: a signal makes it go on all the same.
+    """
+    first = min(waits, key=lambda wait: LONGEST if wait.due is None else wait.due)
+    for wait in waits:
+        if wait.due is None:
+            due = [each.due for each in waits if each.due is not None and each.timed]
+            return Suspended(min(due, default=None), wait.reason)
+    return first
 
 
 def request_of(

@@ -64,13 +64,15 @@ def within(run: Run | None, operation: Operation) -> Iterator[None]:
 class Suspended(BaseException):
     """The saga has to wait. It ends this run, and no handler of errors in the saga may stop it.
 
-    ``due``: seconds until somebody looks again; None: only once something comes from outside. ``reason`` is data.
+    ``due``: seconds until somebody looks again; None: only once an operator acts. ``reason`` is data. ``timed``: it may
+    be over by then, and not only by what comes from outside.
     """
 
-    def __init__(self, due: float | None, reason: dict[str, Any]) -> None:
+    def __init__(self, due: float | None, reason: dict[str, Any], *, timed: bool = True) -> None:
         super().__init__(due, reason)
         self.due = due
         self.reason = reason
+        self.timed = timed
 
 
 FAULTS = (

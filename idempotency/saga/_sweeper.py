@@ -11,7 +11,7 @@ from typing import Any
 
 from idempotency._durations import positive
 from idempotency._sagas.journal import Due, Row
-from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
+from idempotency.errors import ConfigurationError, IdempotencyError, StoreError, UnreadableError
 from idempotency.saga._ask import Journal
 from idempotency.saga._saga import AsyncSaga, SyncSaga
 
@@ -123,6 +123,8 @@ class Sweeper:
                 await saga._run(row.id, row.key, None)
             else:
                 await asyncio.to_thread(saga._run, row.id, row.key, None)
+        except UnreadableError as error:
+            _logger.warning("the saga %s record=%s cannot be read here: %s", row.name, row.id.hex()[:12], error)
         except IdempotencyError as error:
             _logger.debug("the saga %s record=%s: %s", row.name, row.id.hex()[:12], type(error).__name__)
 

@@ -91,7 +91,7 @@ def _still_waiting(run: Run, name: str, signal: str, wait: Entry) -> Program[Ent
     timeout = head_of(wait)["timeout"]
     remaining = None if timeout is None else timeout - run.since(wait)
     if remaining is None or remaining > 0:
-        raise Suspended(DAY if remaining is None else remaining, {"signal": name})
+        raise Suspended(DAY if remaining is None else remaining, {"signal": name}, timed=remaining is not None)
     # The first one wins: a signal may come at this moment.
     over = Entry(name=signal, progress=Progress.SKIPPED, body=body({"timeout": True}))
     found: Entry | None = yield Ask(Put(id=run.id, entry=over))

@@ -150,7 +150,7 @@ class _Sagas:
             saga.crashes = 0
             saga.reason = request.reason
             _change(saga, request.phase, request.result, request.entries, now)
-            if request.phase.ended:
+            if request.phase is not None and request.phase.ended:
                 saga.due, saga.expires = inf, now + request.ttl
                 heapq.heappush(self._expiries, (saga.expires, request.id))
             elif saga.wakes != request.wakes:

@@ -13,6 +13,7 @@ from idempotency.saga import (
     HeldError,
     SagaFailedError,
     SagaLostError,
+    SagaOperations,
     SagaPendingError,
     Sweeper,
     hold,
@@ -24,9 +25,12 @@ from idempotency.saga import (
     wait_for,
     wait_for_sync,
 )
+from idempotency.stores import open_store
+from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.sagas import FAULTS, KilledError, Process, do, do_sync, states, take_back, take_back_sync
+from tests.kit.targets import Target
 
 EVERY = pytest.mark.stores("memory", "fakeredis", "redis", "sqlite", "postgres", "mariadb")
 
@@ -99,6 +103,39 @@ async def test_another_process_goes_on_with_undo(process: Process, done: list[An
         "undo:hotel": "DONE",
         "undo:flight": "DONE",
     }
+
+
+@pytest.mark.stores("redis", "sqlite", "postgres", "mariadb")
+async def test_a_saga_that_a_process_cannot_read_is_left_to_the_others(
+    target: Target, done: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It lacks a key. It neither keeps the saga from those that have the key, nor tries it without a pause."""
+    first, second = bytes(32), bytes([1] * 32)
+    old = open_store(target.url, encryption=Encryption(first), **target.options)
+    new = open_store(target.url, encryption=Encryption(second, first), **target.options)
+    if isinstance(old, SQLStore):
+        await old.create_saga_schema()
+    old_trip, new_trip = trips(FaultyStore(old)), trips(FaultyStore(new))
+    await old_trip.start("Rome", key="7")
+    FAULTS["flight to Rome"] = [asyncio.CancelledError()]
+    with pytest.raises(asyncio.CancelledError):
+        await new_trip("Rome", key="7")
+    sweeper = Sweeper(old_trip._definition.store, [old_trip])
+    async with asyncio.timeout(10):
+        while not await sweeper.sweep():
+            await asyncio.sleep(LEASE / 10)
+    assert await sweeper.sweep() == 0
+    assert "cannot be read here: the key" in caplog.text
+    operations = SagaOperations(new)
+    [view] = await operations.sagas()
+    assert (view.state, view.reason) == ("waiting", "it was interrupted by UnreadableError; it is tried again")
+    assert view.next_in is not None
+    assert view.next_in > 5
+    await operations.retry("trip", "7")
+    assert await new_trip.resume("7") == "charge done"
+    assert done == ["flight to Rome", "flight to Rome", "hotel in Rome", "charge"]
+    for store in (old, new):
+        await store.aclose()
 
 
 @EVERY

@@ -10,7 +10,9 @@ import pytest
 from idempotency.errors import ConfigurationError
 from idempotency.saga import (
     SagaFailedError,
+    SagaOperations,
     SagaPendingError,
+    SagaStuckError,
     hold,
     saga,
     sleep,
@@ -18,7 +20,7 @@ from idempotency.saga import (
     wait_for,
 )
 from idempotency.testing import FaultyStore, ManualClock
-from tests.kit.sagas import DID, FAULTS, do, states, take_back
+from tests.kit.sagas import DID, FAULTS, KilledError, Process, do, states, take_back
 
 
 class Gate:
@@ -154,6 +156,29 @@ async def test_a_failure_beside_a_wait_is_a_failure(faulty: FaultyStore, gate: G
     with pytest.raises(SagaFailedError, match="ValueError"):
         await parallel(key="8")
     assert done[-1] == "undo a"
+
+
+@pytest.mark.parametrize(("timeout", "state", "next_in"), [(None, "stuck", None), (60, "waiting", 29)])
+async def test_a_step_that_an_operator_has_to_resolve_is_not_hidden_by_a_wait_beside_it(
+    faulty: FaultyStore, process: Process, done: list[Any], timeout: float | None, state: str, next_in: float | None
+) -> None:
+    @saga(faulty, name="s")
+    async def both() -> Any:
+        return await asyncio.gather(wait_for("approval", timeout), step("a", do, "a", on_crash="hold"))
+
+    FAULTS["a"] = [process.kill]
+    with pytest.raises(KilledError):
+        await both(key="7")
+    process.begin_again()
+    with pytest.raises((SagaPendingError, SagaStuckError), match="the outcome of the step a is unknown"):
+        await both(key="7")
+    operations = SagaOperations(faulty)
+    [view] = await operations.sagas()
+    assert (view.state, view.step) == (state, "a")
+    assert view.next_in == (None if next_in is None else pytest.approx(next_in, abs=1))
+    await operations.resolve("s", "7", "a", "done", "by hand")
+    assert await both.signal("7", "approval", "yes")
+    assert await both(key="7") == ["yes", "by hand"]
 
 
 async def test_steps_side_by_side_of_one_name_are_several(faulty: FaultyStore, done: list[Any]) -> None:

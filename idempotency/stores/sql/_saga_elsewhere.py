@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Dialect
 from idempotency._sql.guarded_connection import commits_by_itself
 from idempotency._sql.send import send
 from idempotency._sql.sqlite import begin_to_write
+from idempotency.errors import UnreadableError
 from idempotency.stores.sql._saga_statements import (
     CALLED,
     CHANGING,
@@ -107,9 +108,10 @@ class Elsewhere:
         try:
             yield
             send(connection, "COMMIT", fetch=False)
-        except BaseException:
+        except BaseException as error:
             if not connection.invalidated:
-                send(connection, "ROLLBACK", fetch=False)
+                # See _sagas.py: what cannot be read is written all the same.
+                send(connection, "COMMIT" if isinstance(error, UnreadableError) else "ROLLBACK", fetch=False)
             raise
 
     def open(self, connection: Connection, values: Mapping[str, Any]) -> Sequence[Any]:

@@ -30,7 +30,7 @@ from idempotency._sagas.journal import (
 from idempotency._sql.failures import MadeBy, conflicts, describe_failure, is_repeatable, lacks_table, unusable
 from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency._sql.tables import create_tables
-from idempotency.errors import IdempotencyError
+from idempotency.errors import IdempotencyError, UnreadableError
 from idempotency.stores._saga_sealing import newer, readable, sealed, shown
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._limits import check_bytes
@@ -80,7 +80,7 @@ class SagaVerbs:
         with self._describing(connection), self._waiting(connection, stored):
             if not isinstance(stored, _WRITING):
                 return cast(R, self._answer_or_create(connection, stored, sealing))
-            with self._of(connection).writing(connection):
+            with _written_unread(connection), self._of(connection).writing(connection):
                 return cast(R, self._answer_or_create(connection, stored, sealing))
 
     def answer_in(self, connection: Connection, request: Write | Open, sealing: Sealing | None) -> object:
@@ -156,6 +156,17 @@ class SagaVerbs:
                 raise AssertionError(request)
 
 
+@contextmanager
+def _written_unread(connection: Connection) -> Iterator[None]:
+    """Commit what is written within also where it cannot be read, as by an owner who has not the key of an entry."""
+    try:
+        yield
+    except UnreadableError:
+        if (transaction := connection.get_transaction()) is not None:
+            transaction.commit()
+        raise
+
+
 def _due(connection: Connection, sql: SagaStatements, request: Due, sealing: Sealing | None) -> list[Row]:
     # One that cannot be read is due for ever: it must not take the place of the others.
     found: list[Row] = []
@@ -208,7 +219,7 @@ def _change(request: Write | Leave | Wake | Amend) -> Change:
         case Leave():
             values |= {
                 "token": request.token,
-                "ended": request.phase.ended,
+                "ended": request.phase is not None and request.phase.ended,
                 "wakes": request.wakes,
                 "due": None if request.due is None else milliseconds(request.due),
                 "ttl": milliseconds(request.ttl),

@@ -1,5 +1,5 @@
 -- End the run of an owner: the saga waits, is stuck, or has ended. A run that has ended by this token is not changed.
--- ARGV: format, id, token, wait (ms) or '', wakes that the run has seen, reason, ttl (ms), phase, whether there is a
+-- ARGV: format, id, token, wait (ms) or '', wakes that the run has seen, reason, ttl (ms), phase or '', whether there is a
 -- result, result, entries
 -- Reply: {0} where the token is not the owner's, or {1}.
 if not there or token ~= ARGV[3] then return {0} end
@@ -8,7 +8,7 @@ if not owned then return {1} end
 redis.call('PERSIST', key)
 redis.call('HSET', key, 'o', '0', 'c', '0', 'r', ARGV[6])
 change(8)
-if tonumber(ARGV[8]) < 3 then
+if (tonumber(ARGV[8]) or phase) < 3 then
   if digits(wakes) ~= ARGV[5] then
     schedule(now)
   else
