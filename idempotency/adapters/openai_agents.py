@@ -85,22 +85,22 @@ class _Calls:
         function = self._function
 
         async def call_async(context: ToolContext[Any], /, *args: Any, **kwargs: Any) -> Any:
-            with self._named(context) as call:
-                try:
+            try:
+                with self._named(context) as call:
                     return noted(call, await function(*self._arguments(context, args), **kwargs))
-                except IdempotencyError as error:
-                    return _words(error, call)
-                except asyncio.CancelledError:
-                    if _is_cancelled():
-                        raise
-                    return explain_interruption(call)
+            except IdempotencyError as error:
+                return _words(error, self._calls.get(context))
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                return explain_interruption(self._calls[context])
 
         def call_sync(context: ToolContext[Any], /, *args: Any, **kwargs: Any) -> Any:
-            with self._named(context) as call:
-                try:
+            try:
+                with self._named(context) as call:
                     return noted(call, function(*self._arguments(context, args), **kwargs))
-                except IdempotencyError as error:
-                    return _words(error, call)
+            except IdempotencyError as error:
+                return _words(error, self._calls.get(context))
 
         return self._shaped(call_async if is_async(function) else call_sync)
 
@@ -111,8 +111,7 @@ class _Calls:
 
     @contextmanager
     def _named(self, context: ToolContext[Any]) -> Iterator[ToolCall]:
-        run = self._run(context)
-        attempt = attempt_of(run, context.tool_call_id) if run else None
+        attempt = attempt_of(self._run(context) or None, context.tool_call_id)
         caller = self._caller(context) if self._caller is not None else None
         with tool_call(attempt=attempt, caller=caller) as call:
             self._calls[context] = call
@@ -137,7 +136,7 @@ class _Calls:
 _CONTEXT = inspect.Parameter("__tool_context", inspect.Parameter.POSITIONAL_ONLY, annotation=ToolContext[Any])
 
 
-def _words(error: IdempotencyError, call: ToolCall) -> str:
+def _words(error: IdempotencyError, call: ToolCall | None) -> str:
     if isinstance(error, ConfigurationError):
         _logger.error("a tool call failed", exc_info=error)
     return explain(error, call)

@@ -81,8 +81,8 @@ def _attempt(ctx: RunContext[Any], call: str) -> str | None:
     """Return the attempt: its run is that of the model's message, which ``ctx`` may only go on with."""
     for message in reversed(ctx.messages):
         if isinstance(message, ModelResponse) and any(part.tool_call_id == call for part in message.tool_calls):
-            return attempt_of(message.run_id, call) if message.run_id else None
-    return attempt_of(ctx.run_id, call) if ctx.run_id else None
+            return attempt_of(message.run_id or None, call)
+    return attempt_of(ctx.run_id or None, call)
 
 
 def _is_idempotent(ctx: RunContext[Any], name: str) -> bool:

@@ -65,6 +65,19 @@ def test_a_function_that_is_not_decorated_is_refused(refunds) -> None:
         idempotent_function_tool()(refunds.make)
 
 
+@pytest.mark.parametrize("options", [{"caller": lambda _: 7}, {"run": lambda _: 7}])
+async def test_a_caller_or_run_that_is_no_text_is_logged_and_not_tried_again(store, refunds, options, caplog) -> None:
+    """The SDK would ask the model to try again."""
+    tool = idempotent_function_tool(**options)(refunds.tool(store, intent=INTENT))
+
+    first, second = await run_twice(tool)
+
+    assert "Do not call again; report it to a person" in first.text
+    assert first.text == second.text
+    assert "must be text, not int" in caplog.text
+    assert refunds.made == []
+
+
 async def test_a_tool_may_take_the_context(store, refunds) -> None:
     """It is no argument of the model, so ignore= names it."""
 
