@@ -34,7 +34,7 @@ from tests.kit.targets import Target
 
 EVERY = pytest.mark.stores("memory", "fakeredis", "redis", "sqlite", "postgres", "mariadb")
 
-LEASE = 0.3
+LEASE = 1.0
 
 
 @pytest.fixture
