@@ -226,10 +226,12 @@ def purge(
     """Delete every expired record and saga, with pauses between the batches; on Redis there is nothing to do."""
 
     async def empty(opened: AnyStore) -> tuple[int, int]:
-        records, sagas = require(opened, Purging, "purge"), SagaOperations(opened)
+        records = require(opened, Purging, "purge")
         with _progress() as advance:
             gone = await _purge_all(records.purge, batch, advance)
-            return gone, await _purge_all(sagas.purge, batch, advance) if await keeps_sagas(opened) else 0
+            if not await keeps_sagas(opened):
+                return gone, 0
+            return gone, await _purge_all(SagaOperations(opened).purge, batch, advance)
 
     total, of_sagas = run_on_store(open_named, empty, store, table, prefix)
     typer.echo(f"purged {total} record{'' if total == 1 else 's'}")
