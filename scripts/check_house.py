@@ -20,8 +20,8 @@ FILE = 400
 MODULES = {"_rules", "_durations", "_hooks", "_signature", "_synchronization"}
 ROOMS = {
     *("_brokers", "_cli", "_engine", "_http", "_messages", "_outbox", "_results", "_sagas", "_sql"),
-    *("adapters", "contracts", "outbox", "projections", "saga", "stores", "streams", "telemetry", "testing"),
-    *("tool", "web", "webhooks"),
+    *("adapters", "client", "contracts", "openapi", "outbox", "projections", "saga", "stores", "streams", "telemetry"),
+    *("testing", "tool", "web", "webhooks"),
 }
 
 # What hasattr() and getattr() may be used for, by file. A capability of a store is asked by type, in stores/base.py.

@@ -1,0 +1,1 @@
+"""Describe the idempotency of an API in its OpenAPI document."""

@@ -1,0 +1,1 @@
+"""A page that shows what is stuck, and why."""
