@@ -52,7 +52,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """A journal, and a database for the ledger: the same one where steps are joined. ``prefix``: of keys in Redis."""
+    """A journal, and a database for the ledger: the same one where steps are joined.
+
+    ``prefix``: of the names of sagas, and of keys in Redis. A sweeper runs the sagas of its own prefix only.
+    """
 
     name: str
     url: str
@@ -106,8 +109,8 @@ class Stage:
             self.store = SQLStore(self.engine, table="prove_record")
         sessions = async_sessionmaker(self.engine) if place.joined else None
         options: Any = {"session": sessions, "lease": place.lease, "on_event": _quiet}
-        self.inner = saga(self.store, name="inner", **options)(inner)
-        self.trip = saga(self.store, name="trip", **options)(trip)
+        self.inner = saga(self.store, name=f"{place.prefix} inner", **options)(inner)
+        self.trip = saga(self.store, name=f"{place.prefix} trip", **options)(trip)
         self.sweeper = Sweeper(self.store, [self.trip, self.inner], poll=0.05, concurrency=CONCURRENCY)
         global _here
         _here = self
