@@ -16,8 +16,8 @@ from sqlalchemy import Column, Double, Integer, MetaData, String, Table, func, s
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 
-from idempotency._sagas.journal import Phase
 from idempotency.saga import SagaError, Sweeper, saga, sleep, step, wait_for
+from idempotency.saga._view import SagaState
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import crash_point
@@ -136,15 +136,15 @@ class Stage:
 
     async def _ended(self, plan: Plan) -> bool:
         found = await self.trip.look(plan.key)
-        return found is not None and found.row.phase.ended
+        return found is not None and found.state in ("done", "undone")
 
-    async def found(self, plan: Plan) -> tuple[Phase | None, list[Noted]]:
+    async def found(self, plan: Plan) -> tuple[SagaState | None, list[Noted]]:
         """Return how the saga has ended, and what the ledger has of it."""
         recorded = await self.trip.look(plan.key)
         columns = LEDGER.c.step, LEDGER.c.amount, LEDGER.c.owner, LEDGER.c.began, LEDGER.c.ended
         async with self.ledger.connect() as connection:
             rows = await connection.execute(select(*columns).where(LEDGER.c.saga == plan.key))
-        return recorded.row.phase if recorded is not None else None, [Noted(*row) for row in rows]
+        return None if recorded is None else recorded.state, [Noted(*row) for row in rows]
 
     async def close(self) -> None:
         """Close the connections."""
