@@ -106,7 +106,9 @@ class Stage:
         if self.engine is None:
             self.store = RedisStore(aioredis.Redis.from_url(place.url), prefix=place.prefix)
         else:
-            self.store = SQLStore(self.engine, table="prove_record")
+            # Each connection would be asked once, at a time that differs from run to run, and have labels of its own.
+            pooler = False if self.engine.dialect.name == "postgresql" else None
+            self.store = SQLStore(self.engine, table="prove_record", pooler=pooler)
         sessions = async_sessionmaker(self.engine) if place.joined else None
         options: Any = {"session": sessions, "lease": place.lease, "on_event": _quiet}
         self.inner = saga(self.store, name=f"{place.prefix} inner", **options)(inner)
