@@ -117,7 +117,7 @@ async def result(backstop: Any, key: str) -> str:
     """Wait for the end of a saga, which the sweeper runs."""
     while True:
         found = await backstop.look(key)
-        if found.row.phase.ended:
+        if found.state in ("done", "undone"):
             answer: str = await backstop.resume(key)
             return answer
         await asyncio.sleep(0.05)

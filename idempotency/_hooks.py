@@ -6,6 +6,8 @@ import functools
 import importlib
 import inspect
 import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 from idempotency.errors import ConfigurationError
@@ -26,6 +28,12 @@ def import_named(what: str, path: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"{path!r} cannot be imported: {error}") from error
     return found
+
+
+def import_from_here() -> None:
+    """Let modules be imported from the directory in which the command was given."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def check_callable(name: str, function: object) -> None:

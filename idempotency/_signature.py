@@ -6,10 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+from weakref import WeakKeyDictionary
 
 from idempotency._hooks import is_coroutine_function
 from idempotency.errors import ConfigurationError
+
+R = TypeVar("R")
 
 
 def close_unused(value: object) -> None:
@@ -39,6 +42,22 @@ def name_of(function: Callable[..., Any]) -> str:
     return name
 
 
+def once_per_function(compute: Callable[[Callable[..., Any]], R]) -> Callable[[Callable[..., Any]], R]:
+    """Remember what ``compute`` returns for a plain function, as long as that is there."""
+    known: WeakKeyDictionary[Callable[..., Any], R] = WeakKeyDictionary()
+
+    @functools.wraps(compute)
+    def remembered(function: Callable[..., Any]) -> R:
+        if not inspect.isfunction(function):
+            return compute(function)
+        if function not in known:
+            known[function] = compute(function)
+        return known[function]
+
+    return remembered
+
+
+@once_per_function
 def takes_session(function: Callable[..., Any]) -> bool:
     """Return whether a function is given the session as its keyword ``session``."""
     parameter = inspect.signature(function).parameters.get("session")

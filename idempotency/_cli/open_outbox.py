@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from idempotency._cli.lookup import check_sqlite
 from idempotency._cli.options import DEFAULT_OUTBOX, OutboxMode, fail
+from idempotency._hooks import import_from_here
 from idempotency._sql.requirements import DATABASES, sqlalchemy_not_installed
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.outbox.publisher import Publisher
@@ -81,8 +80,7 @@ def is_sql(url: str | None) -> bool:
 
 def publisher_at(publish: str) -> Publisher:
     """Make the publisher of a URL, or import that at ``module:name``, also from the directory of the command."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    import_from_here()
     return open_publisher(publish)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -41,7 +44,30 @@ OutboxTable = Annotated[str, typer.Option("--table", help="The name of the outbo
 Mode = Annotated[
     OutboxMode, typer.Option(help="table: messages are rows. message: they are in the log of PostgreSQL alone.")
 ]
+Names = Sequence[str | None]
+"""What names a store: its URL, table, prefix, and file of keys."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def on_store(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that name a store; their values are its keyword argument ``at``."""
+    options = {"store": Url, "table": Table, "prefix": Prefix, "key_file": KeyFile}
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        at: Names = [values.pop(name) for name in options]
+        command(**values, at=at)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "at"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+    # What typer reads the options of a command from.
+    with_options.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return with_options
 
 
 def fail(message: str) -> NoReturn:

@@ -13,7 +13,7 @@ import typer
 
 from idempotency._cli import show
 from idempotency._cli.lookup import MANY, open_named, run_on_store
-from idempotency._cli.options import AsJson, KeyFile, Prefix, Table, Url, confirmed, fail
+from idempotency._cli.options import AsJson, Names, confirmed, fail, on_store
 from idempotency._cli.show_saga import print_saga, print_sagas, saga_as_json
 from idempotency._cli.sweep import sweep
 from idempotency._sagas.journal import Journaling
@@ -55,26 +55,19 @@ class Outcome(StrEnum):
 
 
 @saga.command("list")
+@on_store
 def list_(
     name: Annotated[str | None, typer.Option(help="Only sagas of this name.")] = None,
     state: Annotated[State | None, typer.Option(help="Only sagas in this state.")] = None,
     ended: Annotated[bool, typer.Option("--ended", help="Also those that have ended.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="The most sagas to list; the oldest come first.")] = 100,
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
     as_json: AsJson = False,
+    *,
+    at: Names,
 ) -> None:
     """List sagas that have not ended: where each is, why, and what happens next by itself."""
     wanted: SagaState | None = None if state is None else state.value
-    found = _run(
-        lambda operations: operations.sagas(name=name, state=wanted, ended=ended, limit=limit),
-        store,
-        table,
-        prefix,
-        key_file,
-    )
+    found = _run(lambda operations: operations.sagas(name=name, state=wanted, ended=ended, limit=limit), at)
     if as_json:
         show.print_json([saga_as_json(each) for each in found])
     elif not found:
@@ -84,14 +77,13 @@ def list_(
 
 
 @saga.command()
+@on_store
 def inspect(
     named: Named,
     values: Annotated[bool, typer.Option("--show", help="Print arguments, results and values of signals too.")] = False,
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
     as_json: AsJson = False,
+    *,
+    at: Names,
 ) -> None:
     """Show where a saga is, and why: its steps, undos, waits, signals and resources."""
 
@@ -100,7 +92,7 @@ def inspect(
         found = [await operations.inspect(each.name, each.key, show=values) for each in sagas]
         return [each for each in found if each is not None] or _none(named)
 
-    found = _run(look, store, table, prefix, key_file)
+    found = _run(look, at)
     if as_json:
         show.print_json([saga_as_json(each) for each in found])
     elif len(found) == 1:
@@ -110,88 +102,67 @@ def inspect(
 
 
 @saga.command()
-def retry(
-    named: Named, store: Url = None, table: Table = None, prefix: Prefix = None, key_file: KeyFile = None
-) -> None:
+@on_store
+def retry(named: Named, *, at: Names) -> None:
     """Let a saga go on now that waits or is stuck. A sweeper of the application runs it."""
-    one = _change(named, lambda operations, one: operations.retry(one.name, one.key), store, table, prefix, key_file)
+    one = _change(named, lambda operations, one: operations.retry(one.name, one.key), at)
     typer.echo(f"{_name(one)} goes on now")
 
 
 @saga.command()
+@on_store
 def resolve(
     named: Named,
     step: Annotated[str, typer.Argument(help="The step as inspect shows it, or undo:STEP.")],
     outcome: Annotated[Outcome, typer.Argument(help="done: its effect happened. not-done: it did not.")],
     result: Annotated[str | None, typer.Option(help="done: what the step returned, as JSON; default null.")] = None,
     by: By = "",
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
+    *,
+    at: Names,
 ) -> None:
     """Tell a saga how a step ended whose outcome is unknown; the saga goes on now."""
     value = _json("--result", result)
     one = _change(
-        named,
-        lambda operations, one: operations.resolve(one.name, one.key, step, outcome.value, value, by=by),
-        store,
-        table,
-        prefix,
-        key_file,
+        named, lambda operations, one: operations.resolve(one.name, one.key, step, outcome.value, value, by=by), at
     )
     typer.echo(f"{_name(one)} {show.printable(step)} is {outcome.value.replace('-', ' ')}: the saga goes on now")
 
 
 @saga.command()
-def compensate(
-    named: Named,
-    yes: Yes = False,
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
-) -> None:
+@on_store
+def compensate(named: Named, yes: Yes = False, *, at: Names) -> None:
     """Fail a saga that no process runs, and undo what it has done, without running its function."""
 
     async def fail_one(operations: SagaOperations, one: SagaView) -> None:
         _confirm(one, "Fail", yes)
         await operations.compensate(one.name, one.key)
 
-    one = _change(named, fail_one, store, table, prefix, key_file)
+    one = _change(named, fail_one, at)
     typer.echo(f"{_name(one)} has failed, and is undone from now on")
 
 
 @saga.command()
-def cancel(
-    named: Named,
-    yes: Yes = False,
-    by: By = "",
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
-) -> None:
+@on_store
+def cancel(named: Named, yes: Yes = False, by: By = "", *, at: Names) -> None:
     """Cancel a saga, also one that runs: it fails at its next step, and is undone."""
 
     async def cancel_one(operations: SagaOperations, one: SagaView) -> None:
         _confirm(one, "Cancel", yes)
         await operations.cancel(one.name, one.key, by=by)
 
-    typer.echo(f"{_name(_change(named, cancel_one, store, table, prefix, key_file))} is cancelled at its next step")
+    typer.echo(f"{_name(_change(named, cancel_one, at))} is cancelled at its next step")
 
 
 @saga.command()
+@on_store
 def signal(
     named: Named,
     name: Annotated[str, typer.Argument(metavar="SIGNAL", help="The name of the signal.")],
     value: Annotated[str | None, typer.Option(help="What the saga is given, as JSON; default null.")] = None,
     about: Annotated[str | None, typer.Option(help="What is approved, as JSON, if the saga asks about it.")] = None,
     by: By = "",
-    store: Url = None,
-    table: Table = None,
-    prefix: Prefix = None,
-    key_file: KeyFile = None,
+    *,
+    at: Names,
 ) -> None:
     """Give a saga a signal, also before it waits for it. The first of a name counts."""
     given, what = _json("--value", value), _json("--about", about)
@@ -200,7 +171,7 @@ def signal(
         if not await operations.signal(one.name, one.key, name, given, by=by, about=what):
             raise ConfigurationError(f"{_name(one)} has a signal {name} already: nothing was changed")
 
-    typer.echo(f"{_name(_change(named, give, store, table, prefix, key_file))} has the signal {show.printable(name)}")
+    typer.echo(f"{_name(_change(named, give, at))} has the signal {show.printable(name)}")
 
 
 async def examine_sagas(opened: AnyStore) -> list[Finding]:
@@ -217,11 +188,11 @@ async def keeps_sagas(opened: object) -> bool:
     return True
 
 
-def _run(work: Callable[[SagaOperations], Awaitable[T]], *names: str | None) -> T:
-    return run_on_store(partial(open_named, sagas=True), lambda opened: work(SagaOperations(opened)), *names)
+def _run(work: Callable[[SagaOperations], Awaitable[T]], at: Names) -> T:
+    return run_on_store(partial(open_named, sagas=True), lambda opened: work(SagaOperations(opened)), *at)
 
 
-def _change(named: str, work: Callable[[SagaOperations, SagaView], Awaitable[None]], *names: str | None) -> SagaView:
+def _change(named: str, work: Callable[[SagaOperations, SagaView], Awaitable[None]], at: Names) -> SagaView:
     """Do work on the only saga that is meant, and return how it was found."""
 
     async def change(operations: SagaOperations) -> SagaView:
@@ -232,7 +203,7 @@ def _change(named: str, work: Callable[[SagaOperations, SagaView], Awaitable[Non
         await work(operations, found[0])
         return found[0]
 
-    return _run(change, *names)
+    return _run(change, at)
 
 
 def _none(named: str) -> Any:

@@ -15,6 +15,9 @@ from idempotency._cli.lookup import LOGGED
 if TYPE_CHECKING:
     from idempotency.saga import SagaDetail, SagaFact, SagaView
 
+_NOTHING = "-"
+"""What is shown where there is no value: a step or an error may have the name ``none``."""
+
 
 def print_sagas(sagas: Sequence[SagaView]) -> None:
     """Print a line a saga, or a table on a terminal."""
@@ -35,11 +38,11 @@ def print_saga(saga: SagaDetail, *, values: bool) -> None:
         "name": show.printable(saga.name),
         "key": show.printable(saga.key),
         "state": saga.state,
-        "reason": show.printable(saga.reason) or "none",
-        "step": show.printable(saga.step) or "none",
-        "error": saga.error or "none",
+        "reason": show.printable(saga.reason) or _NOTHING,
+        "step": show.printable(saga.step) or _NOTHING,
+        "error": saga.error or _NOTHING,
         "next": _next(saga),
-        "owner": saga.owner or "none",
+        "owner": saga.owner or _NOTHING,
         "attempts": f"{saga.attempts}{crashes}",
         "age": show.duration(saga.age),
         "deadline": _deadline(saga),
@@ -59,12 +62,12 @@ def _columns(saga: SagaView) -> dict[str, str]:
         "age": show.duration(saga.age),
         "attempts": str(saga.attempts),
         "next": _next(saga),
-        "owner": saga.owner or "none",
-        "step": show.printable(saga.step) or "none",
-        "error": saga.error or "none",
+        "owner": saga.owner or _NOTHING,
+        "step": show.printable(saga.step) or _NOTHING,
+        "error": saga.error or _NOTHING,
         "name": show.printable(saga.name),
         "key": show.printable(saga.key),
-        "reason": show.printable(saga.reason) or "none",
+        "reason": show.printable(saga.reason) or _NOTHING,
     }
 
 
@@ -76,27 +79,27 @@ def _fact_columns(fact: SagaFact, values: bool) -> dict[str, str]:
         "attempts": str(fact.attempts),
         "began": "not" if to_come else f"{show.duration(fact.began)} ago",
         "changed": "not" if to_come else f"{show.duration(fact.changed)} ago",
-        "error": fact.error or "none",
+        "error": fact.error or _NOTHING,
         "result": _size(fact.size),
-        "note": show.printable(fact.note) or "none",
+        "note": show.printable(fact.note) or _NOTHING,
     }
     return columns | ({"value": _text(fact.value)} if values else {})
 
 
 def _next(saga: SagaView) -> str:
     if saga.next_in is None:
-        return "none"
+        return _NOTHING
     return f"{saga.next} {f'in {show.duration(saga.next_in)}' if saga.next_in > 0 else 'now'}"
 
 
 def _deadline(saga: SagaView) -> str:
     if saga.deadline_in is None:
-        return "none"
+        return _NOTHING
     return f"in {show.duration(saga.deadline_in)}" if saga.deadline_in > 0 else "over"
 
 
 def _size(size: int | None) -> str:
-    return "none" if size is None else f"{size} bytes"
+    return _NOTHING if size is None else f"{size} bytes"
 
 
 def _text(value: object) -> str:

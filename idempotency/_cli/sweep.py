@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from idempotency._cli.options import fail
 from idempotency._cli.signals import stopped_by_signals
-from idempotency._hooks import import_named
+from idempotency._hooks import import_from_here, import_named
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.saga import AsyncSaga, Sweeper, SyncSaga
 
@@ -51,8 +49,7 @@ async def _sweep(sagas: list[Any], poll: float, concurrency: int) -> None:
 
 def _sagas_at(path: str) -> Iterator[Any]:
     """Import what ``module:name`` names, also from the directory of the command."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    import_from_here()
     found = import_named("sagas are named as", path)
     several = found if isinstance(found, list | tuple) else [found]
     for saga in several:

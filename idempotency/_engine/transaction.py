@@ -137,6 +137,11 @@ class Transaction:
         self._root = self._opened.sync_session.get_transaction()
         self._emitted = Emitted()  # what came before, such as a claim that began again, is over
 
+    def begin(self) -> None:
+        """Begin, without a connection: where the operation ends this transaction itself, :meth:`flush` refuses it."""
+        self._opened.sync_session.begin()
+        self.bind()
+
     async def begin_nested(self) -> SessionTransaction:
         """Begin a savepoint."""
         with naming_failures(self._opened.sync_session):

@@ -69,6 +69,11 @@ class SyncTransaction:
         self._root = self._opened.get_transaction()
         self._emitted = Emitted()  # what came before, such as a claim that began again, is over
 
+    def begin(self) -> None:
+        """See :meth:`Transaction.begin`."""
+        self._opened.begin()
+        self.bind()
+
     def begin_nested(self) -> SessionTransaction:
         """See :meth:`Transaction.begin_nested`."""
         with naming_failures(self._opened):

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from idempotency._outbox.table import Tables, emitted_at
 from idempotency._sql.failures import lacks_table
 from idempotency._sql.send import Compiled
-from idempotency._sql.tables import full_name
+from idempotency._sql.tables import MYSQL, full_name
 from idempotency.errors import EmitRefusedError
 
 Row = dict[str, Any]
@@ -27,7 +27,6 @@ _MOST_BYTES = 1_000_000
 _REST_OF_PACKET = 10_000
 
 _COLUMNS = "id", "aggregatetype", "aggregateid", "type", "payload", "headers", "bucket", "attempts", "available_ms"
-_MYSQL = ("mysql", "mariadb")
 
 
 class Inserts:
@@ -44,7 +43,7 @@ class Inserts:
             return
         for part in _parts(rows):
             values = _values(connection, part)
-            if connection.dialect.name in _MYSQL and _size(part[0]) > _MOST_BYTES:
+            if connection.dialect.name in MYSQL and _size(part[0]) > _MOST_BYTES:
                 _check_packet(connection, values)
             self._execute(connection, len(part), [values])
 
@@ -72,7 +71,7 @@ class Inserts:
     def _make(self, connection: Connection, count: int) -> TextClause:
         name = connection.dialect.name
         # Its drivers escape bytes in different ways, and some send two digits for each byte.
-        payload = "FROM_BASE64(:payload{})" if name in _MYSQL else ":payload{}"
+        payload = "FROM_BASE64(:payload{})" if name in MYSQL else ":payload{}"
         columns = ", ".join(payload if column == "payload" else f":{column}{{}}" for column in _COLUMNS)
         row = f"({emitted_at(name)}, {columns})"
         rows = ", ".join(row.replace("{}", number) for number in _numbers(count))
@@ -107,7 +106,7 @@ def _check_packet(connection: Connection, values: Row) -> None:
 
 
 def _values(connection: Connection, rows: Sequence[Row]) -> Row:
-    if connection.dialect.name in _MYSQL:
+    if connection.dialect.name in MYSQL:
         rows = [{**row, "payload": _as_base64(row["payload"])} for row in rows]
     if len(rows) == 1:
         return rows[0]

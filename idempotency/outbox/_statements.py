@@ -33,10 +33,10 @@ from idempotency._outbox.message import Message
 from idempotency._outbox.payload import readable_headers
 from idempotency._outbox.table import BUCKETS, Tables
 from idempotency._sql.clock import NOW_MS
+from idempotency._sql.tables import MYSQL
 
 Key = tuple[str, str]
 
-_MYSQL = ("mysql", "mariadb")
 
 # The oldest transaction that is still open. It is computed once, and in the snapshot in which the rows are read.
 _OLDEST_OPEN = "(SELECT txid_snapshot_xmin(txid_current_snapshot()))"
@@ -150,7 +150,7 @@ class Statements:
 
     def _page(self, found: Sequence[Any]) -> Page:
         # On SQLite one transaction writes at a time, so that the rows of a snapshot are complete.
-        oldest_open = None if not found or self._dialect in _MYSQL else found[0].oldest_open
+        oldest_open = None if not found or self._dialect in MYSQL else found[0].oldest_open
         return Page([_row(each) for each in found], oldest_open)
 
     def _find(self, connection: Connection, part: Part, limit: int, with_due: bool) -> Sequence[Any]:
@@ -265,7 +265,7 @@ class Statements:
 
     def _update(self, connection: Connection, change: str, seqs: Sequence[int], values: Mapping[str, Any]) -> None:
         name = self._name(connection)
-        if self._dialect in _MYSQL:
+        if self._dialect in MYSQL:
             # Without the hint it may look at every row, also at one that another transaction has not committed yet,
             # and wait for its lock.
             name = f"{name} FORCE INDEX (PRIMARY)"

@@ -41,6 +41,7 @@ async def _join_once(definition: Definition, step: Join, call: Any) -> Any:
     operation = step.operation(transaction)
     try:
         try:
+            transaction.begin()
             value = await call(lambda: step.function(transaction.session), operation, step.timeout)
             await transaction.flush()
         except Exception as error:
@@ -72,6 +73,7 @@ def _join_once_sync(definition: Definition, step: Join, call: Any) -> Any:
     operation = step.operation(transaction)
     try:
         try:
+            transaction.begin()
             value = call(lambda: step.function(transaction.session), operation)
             transaction.flush()
         except Exception as error:

@@ -31,6 +31,7 @@ from idempotency.saga.errors import (
     SagaLostError,
     SagaPendingError,
     SagaStuckError,
+    StepFailedError,
 )
 from idempotency.saga.events import SagaEventKind
 from idempotency.saga.options import backoff
@@ -340,6 +341,7 @@ def stuck(definition: Definition, key: str, reason: str) -> SagaStuckError:
 
 def _failed(definition: Definition, key: str, result: bytes) -> SagaFailedError:
     failure = failure_in(result)
-    error = SagaFailedError(f"The saga {definition.name} failed with {failure.type}, and is undone.")
+    where = f" in the step {failure.step!r}" if isinstance(failure, StepFailedError) else ""
+    error = SagaFailedError(f"The saga {definition.name} failed with {failure.type}{where}, and is undone.")
     error.name, error.key, error.failure = definition.name, key, failure
     return error

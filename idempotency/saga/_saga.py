@@ -33,6 +33,7 @@ from idempotency.saga._drive_sync import drive_sync, renewed_sync
 from idempotency.saga._input import Input
 from idempotency.saga._lifecycle import answer, begin, live, request_of
 from idempotency.saga._run import cancelled_by, is_unicode
+from idempotency.saga._view import SagaView, view_of
 from idempotency.saga._wait import HELD, give_signal
 from idempotency.saga.errors import SagaFailedError
 from idempotency.saga.events import SagaHook, log_saga_event
@@ -95,10 +96,13 @@ class AsyncSaga(Defined, Generic[R]):
         """
         return await drive(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
-    async def look(self, key: str) -> Saga | None:
-        """Return what is recorded of the saga of ``key``; None where there is none."""
+    async def look(self, key: str) -> SagaView | None:
+        """Return where the saga of ``key`` is, and why; None where there is none.
+
+        :meth:`SagaOperations.inspect` returns everything that is recorded of it.
+        """
         found: Saga | None = await self._definition.store.journal(Look(id=saga_id(self.name, key)))
-        return found
+        return None if found is None else SagaView(**view_of(found.row, found.entries))
 
     async def _abandon(self, key: str, by: str) -> Saga | None:
         """Cancel the saga of ``key``, let it end, and return it; None where there is none. It raises as a call does.
@@ -109,7 +113,8 @@ class AsyncSaga(Defined, Generic[R]):
         if await self._definition.store.journal(Put(id=record, entry=cancelled_by(by))) is not None:
             with suppress(SagaFailedError):
                 await self._run(record, key, None)
-        return await self.look(key)
+        found: Saga | None = await self._definition.store.journal(Look(id=record))
+        return found
 
     async def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition
@@ -150,10 +155,10 @@ class SyncSaga(Defined, Generic[R]):
         """See :meth:`AsyncSaga.signal`."""
         return drive_sync(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
 
-    def look(self, key: str) -> Saga | None:
+    def look(self, key: str) -> SagaView | None:
         """See :meth:`AsyncSaga.look`."""
         found: Saga | None = self._definition.store.journal_sync(Look(id=saga_id(self.name, key)))
-        return found
+        return None if found is None else SagaView(**view_of(found.row, found.entries))
 
     def _abandon(self, key: str, by: str) -> Saga | None:
         """See :meth:`AsyncSaga._abandon`."""
@@ -161,7 +166,8 @@ class SyncSaga(Defined, Generic[R]):
         if self._definition.store.journal_sync(Put(id=record, entry=cancelled_by(by))) is not None:
             with suppress(SagaFailedError):
                 self._run(record, key, None)
-        return self.look(key)
+        found: Saga | None = self._definition.store.journal_sync(Look(id=record))
+        return found
 
     def _run(self, record: bytes, key: str, data: bytes | None) -> Any:
         definition = self._definition

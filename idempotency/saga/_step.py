@@ -16,7 +16,7 @@ from idempotency._results.by_annotation import load
 from idempotency._results.codec import PLAIN_RESULTS, Results, encode_failure, results_of
 from idempotency._results.failures import name_of_failure
 from idempotency._sagas.journal import Entry, Progress, Write
-from idempotency._signature import is_async, name_of
+from idempotency._signature import is_async, name_of, once_per_function
 from idempotency.errors import (
     ConfigurationError,
     EmitRefusedError,
@@ -306,6 +306,7 @@ def _digest(step: Step) -> str:
     return hashlib.sha256(ordered.encode()).hexdigest()[:32]
 
 
+@once_per_function
 def _results(function: Callable[..., Any]) -> Results:
     child = definition_of(function)
     if child is not None:

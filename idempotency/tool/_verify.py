@@ -79,8 +79,6 @@ def as_operation_of(calls: Calls, claim: Claim) -> Iterator[None]:
     """Let ``verify=`` run as the operation that it verifies, so that it derives the same keys as the tool.
 
     The operation of the verification itself is released at its end: the next one asks again.
-    Raises :class:`~idempotency.errors.OutcomeUnknownError` at the end if its lease is lost: another verification may
-    have freed the call meanwhile.
     """
     verification = current()
     assert verification is not None  # it runs under a lease
@@ -90,8 +88,6 @@ def as_operation_of(calls: Calls, claim: Claim) -> Iterator[None]:
         yield
     finally:
         RUNNING.reset(token)
-    if verification.lost:
-        raise OutcomeUnknownError("The verification lost its lease, so that what it found may not be true any more.")
 
 
 def _no_event(event: Event) -> None: ...

@@ -104,8 +104,8 @@ def prove(pool: Executor, place: Place, plan: dict[str, Any], directory: str, qu
 
     def trial() -> tuple[Place, Plan]:
         name = f"prove-{os.getpid()}-{next(_numbers)}"
-        # SQLite has one writer at a time: each trial has a file of its own. Sagas in Redis are apart too: the sweeper
-        # of another trial would write into another ledger.
+        # SQLite has one writer at a time: each trial has a file of its own. On servers its sagas have names of their
+        # own: the process that is to be killed at a label must run them, and not the sweeper of another trial.
         urls = {field: getattr(place, field).replace("prove.sqlite3", f"{name}.sqlite3") for field in ("url", "ledger")}
         return replace(place, prefix=name, **urls), Plan(name, place.joined, **plan)
 

@@ -166,10 +166,10 @@ class Load:
         """Compare what each saga has done with its plan."""
         total = Found()
         for plan in self.plans.values():
-            phase, noted = await self.stage.found(plan)
+            state, noted = await self.stage.found(plan)
             saga = await self.stage.trip.look(plan.key)
-            self.resumed += saga.row.attempt - 1 if saga is not None else 0
-            found = compare(plan, phase, noted)
+            self.resumed += saga.attempts - 1 if saga is not None else 0
+            found = compare(plan, state, noted)
             total += found
             if not found.ok:
                 print(f"    {plan}: {found}", flush=True)

@@ -16,8 +16,8 @@ from sqlalchemy import Column, Double, Integer, MetaData, String, Table, func, s
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 
-from idempotency._sagas.journal import Phase
 from idempotency.saga import SagaError, Sweeper, saga, sleep, step, wait_for
+from idempotency.saga._view import SagaState
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import crash_point
@@ -52,7 +52,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """A journal, and a database for the ledger: the same one where steps are joined. ``prefix``: of keys in Redis."""
+    """A journal, and a database for the ledger: the same one where steps are joined.
+
+    ``prefix``: of the names of sagas, and of keys in Redis. A sweeper runs the sagas of its own prefix only.
+    """
 
     name: str
     url: str
@@ -103,11 +106,13 @@ class Stage:
         if self.engine is None:
             self.store = RedisStore(aioredis.Redis.from_url(place.url), prefix=place.prefix)
         else:
-            self.store = SQLStore(self.engine, table="prove_record")
+            # Each connection would be asked once, at a time that differs from run to run, and have labels of its own.
+            pooler = False if self.engine.dialect.name == "postgresql" else None
+            self.store = SQLStore(self.engine, table="prove_record", pooler=pooler)
         sessions = async_sessionmaker(self.engine) if place.joined else None
         options: Any = {"session": sessions, "lease": place.lease, "on_event": _quiet}
-        self.inner = saga(self.store, name="inner", **options)(inner)
-        self.trip = saga(self.store, name="trip", **options)(trip)
+        self.inner = saga(self.store, name=f"{place.prefix} inner", **options)(inner)
+        self.trip = saga(self.store, name=f"{place.prefix} trip", **options)(trip)
         self.sweeper = Sweeper(self.store, [self.trip, self.inner], poll=0.05, concurrency=CONCURRENCY)
         global _here
         _here = self
@@ -133,15 +138,15 @@ class Stage:
 
     async def _ended(self, plan: Plan) -> bool:
         found = await self.trip.look(plan.key)
-        return found is not None and found.row.phase.ended
+        return found is not None and found.state in ("done", "undone")
 
-    async def found(self, plan: Plan) -> tuple[Phase | None, list[Noted]]:
+    async def found(self, plan: Plan) -> tuple[SagaState | None, list[Noted]]:
         """Return how the saga has ended, and what the ledger has of it."""
         recorded = await self.trip.look(plan.key)
         columns = LEDGER.c.step, LEDGER.c.amount, LEDGER.c.owner, LEDGER.c.began, LEDGER.c.ended
         async with self.ledger.connect() as connection:
             rows = await connection.execute(select(*columns).where(LEDGER.c.saga == plan.key))
-        return recorded.row.phase if recorded is not None else None, [Noted(*row) for row in rows]
+        return None if recorded is None else recorded.state, [Noted(*row) for row in rows]
 
     async def close(self) -> None:
         """Close the connections."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from processes import run
 from saga_stage import STEPS, Noted, Place, Plan, Stage
 
-from idempotency._sagas.journal import Phase
+from idempotency.saga._view import SagaState
 from idempotency.testing._instrument import instrument
 from idempotency.testing._points import arm, watch
 
@@ -103,14 +103,14 @@ async def _run(place: Place, plan: Plan) -> None:
 
 async def _compare(place: Place, plan: Plan) -> Found:
     stage = Stage(place)
-    phase, noted = await stage.found(plan)
+    state, noted = await stage.found(plan)
     await stage.close()
-    return compare(plan, phase, noted)
+    return compare(plan, state, noted)
 
 
-def compare(plan: Plan, phase: Phase | None, noted: list[Noted]) -> Found:
+def compare(plan: Plan, state: SagaState | None, noted: list[Noted]) -> Found:
     """Compare what the ledger has with what the plan says."""
-    if phase is not (Phase.UNDONE if plan.fails else Phase.DONE):
+    if state != ("undone" if plan.fails else "done"):
         return Found(stuck=1)
     done = Counter(each.step for each in noted if each.amount == 1)
     undone = Counter(each.step for each in noted if each.amount == -1)

@@ -116,12 +116,12 @@ def test_sagas_are_listed_with_the_reason_and_what_comes_next(place: Place) -> N
 
     assert one.split("\t")[:2] == [ID, "stuck"]
     assert one.endswith(
-        "\tattempts=2\tnext=none\towner=none\tstep=hotel\terror=none\tname=book-trip\tkey=trip-7"
+        "\tattempts=2\tnext=-\towner=-\tstep=hotel\terror=-\tname=book-trip\tkey=trip-7"
         "\treason=the outcome of the step hotel is unknown"
     )
     assert two.split("\t")[1] == "waiting"
     assert "\tnext=run in " in two
-    assert two.endswith("\tstep=sleep:cool\terror=none\tname=book-trip\tkey=trip\\n8\treason=it sleeps: cool")
+    assert two.endswith("\tstep=sleep:cool\terror=-\tname=book-trip\tkey=trip\\n8\treason=it sleeps: cool")
     assert place.command("list", "--state", "stuck").stdout.count("\n") == 1
     assert place.command("list", "--name", "other").stderr == "no saga goes on\n"
     assert place.command("list", "--state", "undone").stderr == "no saga is undone\n"
@@ -170,13 +170,13 @@ def test_one_command_says_where_a_saga_is_and_why(place: Place, named: str) -> N
         "state": "stuck",
         "reason": "the outcome of the step hotel is unknown",
         "step": "hotel",
-        "error": "none",
-        "next": "none",
-        "owner": "none",
+        "error": "-",
+        "next": "-",
+        "owner": "-",
         "attempts": "2",
-        "deadline": "none",
+        "deadline": "-",
         "input": "23 bytes",
-        "result": "none",
+        "result": "-",
     }
     flight, hotel = (line.split("\t") for line in lines[15:])
     assert (flight[:3], hotel[:3]) == (

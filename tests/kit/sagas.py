@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from idempotency._sagas.journal import Look, Saga, saga_id
 from idempotency.errors import RecordedFailureError
 from idempotency.saga import AsyncSaga
 from idempotency.testing import FaultyStore, ManualClock
@@ -102,8 +103,14 @@ def _next(what: str) -> Iterable[Callable[[], Any]]:
     return [] if fault is None else [fault]
 
 
+async def recorded(saga: AsyncSaga[Any], key: str = "7") -> Saga | None:
+    """Return what the store has of a saga."""
+    found: Saga | None = await saga._definition.store.journal(Look(id=saga_id(saga.name, key)))
+    return found
+
+
 async def states(saga: AsyncSaga[Any], key: str = "7") -> dict[str, str]:
     """Return how far each entry of a saga is, by its name."""
-    found = await saga.look(key)
+    found = await recorded(saga, key)
     assert found is not None
     return {entry.name: entry.progress.name for entry in found.entries}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from idempotency._sagas.journal import Phase
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError
 from idempotency.operation import current
 from idempotency.saga import (
@@ -406,7 +405,7 @@ async def test_a_failure_that_is_caught_is_no_failure_of_the_saga(faulty: Faulty
     assert await catching(key="7") == "ValueError"
     found = await catching.look("7")
     assert found is not None
-    assert found.row.phase is Phase.DONE
+    assert found.state == "done"
 
 
 async def test_while_a_step_cannot_be_stopped_nobody_else_goes_on(

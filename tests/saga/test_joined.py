@@ -164,6 +164,35 @@ async def test_a_result_that_cannot_be_recorded_rolls_the_effect_back(joined: Le
 
 
 @JOINED
+@pytest.mark.parametrize("end", ["rollback", "close", "commit"])
+async def test_a_step_that_ends_its_transaction_itself_is_not_done(joined: Ledger, end: str) -> None:
+    """Its effect would be gone, or would be there without its entry. A savepoint is its own to roll back."""
+
+    async def wrong(*, session: Any) -> None:
+        await session.execute(joined.insert("lost"))
+        await getattr(session, end)()
+        await session.execute(joined.insert("after it"))
+
+    async def right(*, session: Any) -> None:
+        savepoint = await session.begin_nested()
+        await session.execute(joined.insert("undone"))
+        await savepoint.rollback()
+        await session.execute(joined.insert("kept"))
+
+    @saga(joined.store, name="shop", session=joined.sessions)
+    async def shop(well: bool) -> None:
+        await step("pay", right if well else wrong)
+
+    with pytest.raises(SagaFailedError, match="TransactionError in the step 'pay', and is undone") as failed:
+        await shop(False, key="7")
+    assert "commit" in failed.value.failure.message
+    assert await states(shop) == {"step:pay": "FAILED"}
+    assert await joined.effects() == []
+    await shop(True, key="8")
+    assert await joined.effects() == ["kept"]
+
+
+@JOINED
 async def test_a_message_of_a_step_goes_to_the_outbox_with_the_effect(joined: Ledger, done: list[Any]) -> None:
     outbox = Outbox(f"{joined.name}_out"[:50])
     await outbox.create_schema(joined.engine)
@@ -320,6 +349,24 @@ def test_in_threads_too(sync_ledger: Ledger, done: list[Any]) -> None:
     with pytest.raises(SagaFailedError):
         shop(True, key="8")
     assert sync_ledger.effects_sync() == ["book", "book", "refund of book paid"]
+
+
+@pytest.mark.stores(*SYNC_JOINED_KINDS)
+def test_a_step_in_a_thread_that_rolls_back_is_not_done(sync_ledger: Ledger, done: list[Any]) -> None:
+    sync_ledger.store.create_saga_schema_sync()
+
+    def wrong(*, session: Any) -> str:
+        session.execute(sync_ledger.insert("lost"))
+        session.rollback()
+        return "booked"
+
+    @saga(sync_ledger.store, name="shop", session=sync_ledger.sessions)
+    def shop() -> str:
+        return step_sync("pay", wrong)
+
+    with pytest.raises(SagaFailedError, match="TransactionError in the step 'pay', and is undone"):
+        shop(key="7")
+    assert sync_ledger.effects_sync() == []
 
 
 @JOINED

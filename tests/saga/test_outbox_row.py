@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from idempotency import current
 from idempotency.outbox import Message, Outbox, PollingRelay
 from idempotency.outbox.publishers.function import FunctionPublisher
-from idempotency.saga import SagaError, saga, step, wait_for
+from idempotency.saga import SagaError, saga, sleep, step, wait_for
 from tests.kit.ledger import JOINED_KINDS, Ledger
 from tests.kit.sagas import do
 
@@ -59,3 +62,42 @@ async def test_a_message_of_the_outbox_goes_on_with_a_saga(ledger: Ledger, outbo
     await relay.drain()
     assert done == ["flight", "hotel"]
     assert await trip.resume("7") == "yes"
+
+
+@pytest.mark.stores(*JOINED_KINDS)
+async def test_a_message_with_a_time_wakes_a_saga_that_sleeps(
+    ledger: Ledger, outbox: Outbox, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sweeper runs. The message is emitted before the sleep, in the transaction of a step."""
+    monkeypatch.setattr("idempotency.saga._wait.SHORT", 0.0)
+
+    async def set_alarm(key: str, *, session: Any) -> None:
+        operation = current()
+        assert operation is not None
+        at = time.time() + 0.4
+        operation.emit(
+            aggregate_type="trip", aggregate_id=key, type="Wake", payload=None, available_at=at, outbox=outbox
+        )
+
+    @saga(ledger.store, name="trip", session=ledger.sessions)
+    async def trip(number: str) -> None:
+        await step("alarm", set_alarm, number)
+        await sleep("a while", 0.1)
+        await step("flight", do, "flight")
+
+    async def go_on(message: Message) -> None:
+        with suppress(SagaError):
+            await trip.resume(message.aggregate_id)
+
+    with suppress(SagaError):
+        await trip("7", key="7")
+    relay = PollingRelay(ledger.engine, FunctionPublisher(go_on), outbox=outbox)
+    await relay.drain()
+    assert done == []
+    async with asyncio.timeout(20):
+        while not done:
+            await asyncio.sleep(0.05)
+            await relay.drain()
+    found = await trip.look("7")
+    assert found is not None
+    assert found.state == "done"

@@ -20,7 +20,7 @@ from idempotency.saga import (
     wait_for,
 )
 from idempotency.testing import FaultyStore, ManualClock
-from tests.kit.sagas import DID, FAULTS, KilledError, Process, do, states, take_back
+from tests.kit.sagas import DID, FAULTS, KilledError, Process, do, recorded, states, take_back
 
 
 class Gate:
@@ -237,7 +237,7 @@ async def until(condition: Any) -> None:
 async def until_state(saga: Any, name: str, progress: str, key: str = "7") -> None:
     async with asyncio.timeout(5):
         while True:
-            found = await saga.look(key)
+            found = await recorded(saga, key)
             if found and any(each.name == name and each.progress.name == progress for each in found.entries):
                 return
             await asyncio.sleep(0)

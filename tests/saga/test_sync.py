@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from idempotency._sagas.journal import Look, saga_id
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.operation import current
 from idempotency.saga import (
@@ -42,7 +43,8 @@ def two_steps(faulty: FaultyStore) -> Any:
 
 
 def states(saga: Any, key: str = "7") -> dict[str, str]:
-    return {entry.name: entry.progress.name for entry in saga.look(key).entries}
+    found = saga._definition.store.journal_sync(Look(id=saga_id(saga.name, key)))
+    return {entry.name: entry.progress.name for entry in found.entries}
 
 
 def test_steps_are_done_once(faulty: FaultyStore, done: list[Any]) -> None:

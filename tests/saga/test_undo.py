@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from idempotency._sagas.journal import Phase, Progress
+from idempotency._sagas.journal import Progress
 from idempotency.errors import ConfigurationError, RecordedFailureError
 from idempotency.saga import (
     Retry,
@@ -22,7 +22,19 @@ from idempotency.saga import (
 )
 from idempotency.saga._run import head_of
 from idempotency.testing import FaultyStore
-from tests.kit.sagas import DID, FAULTS, KilledError, Process, decorated, do, meet, note_failure, states, take_back
+from tests.kit.sagas import (
+    DID,
+    FAULTS,
+    KilledError,
+    Process,
+    decorated,
+    do,
+    meet,
+    note_failure,
+    recorded,
+    states,
+    take_back,
+)
 from tests.kit.sagas import take_back as another_name
 
 
@@ -43,7 +55,7 @@ async def test_what_is_done_is_undone_in_reverse_order(faulty: FaultyStore, done
     FAULTS["c"] = [ValueError("no")]
 
     for _ in range(2):
-        with pytest.raises(SagaFailedError, match="The saga s failed with ValueError, and is undone") as failed:
+        with pytest.raises(SagaFailedError, match="s failed with ValueError in the step 'c', and is undone") as failed:
             await book(key="7")
         failure = failed.value.failure
         assert isinstance(failure, StepFailedError)
@@ -62,7 +74,7 @@ async def test_what_is_done_is_undone_in_reverse_order(faulty: FaultyStore, done
         "undo:a": "DONE",
     }
     found = await book.look("7")
-    assert found.row.phase is Phase.UNDONE
+    assert found.state == "undone"
 
 
 async def test_a_failure_outside_of_steps_is_undone_too(faulty: FaultyStore, done: list[Any]) -> None:
@@ -129,7 +141,8 @@ async def test_an_undo_that_fails_is_tried_again_without_end(
         process.clock.advance(301)
         with pytest.raises(SagaPendingError, match=f"the undo of b failed {times} times"):
             await book.resume("7")
-        found = await book.look("7")
+        found = await recorded(book)
+        assert found is not None
         [entry] = [entry for entry in found.entries if entry.name == "undo:b"]
         assert (entry.progress, entry.attempt, head_of(entry)["error"]) == (Progress.BEGUN, times, "OSError")
     process.clock.advance(301)

@@ -13,14 +13,13 @@ from idempotency.saga import (
     SagaFailedError,
     SagaPendingError,
     SignalTimeoutError,
-    patched,
     saga,
     sleep,
     step,
     wait_for,
 )
 from idempotency.testing import FaultyStore, ManualClock
-from tests.kit.sagas import FAULTS, KilledError, Process, do, states
+from tests.kit.sagas import FAULTS, do, states
 
 
 async def test_a_long_sleep_ends_the_run(faulty: FaultyStore, clock: ManualClock, done: list[Any]) -> None:
@@ -269,52 +268,3 @@ async def test_what_is_asked_must_stay_the_same_and_be_data(faulty: FaultyStore)
     asked.append(object())
     with pytest.raises(ConfigurationError, match="about= cannot be written as JSON"):
         await waiting(key="8")
-
-
-async def test_changed_code_is_seen_by_sagas_that_come_there_first(
-    faulty: FaultyStore, process: Process, done: list[Any]
-) -> None:
-    @saga(faulty, name="s")
-    async def old() -> None:
-        await step("a", do, "a")
-        await step("b", do, "b")
-
-    @saga(faulty, name="s")
-    async def new() -> str:
-        await step("a", do, "a")
-        way = "new" if await patched("better") else "old"
-        await step("b", do, "b")
-        return way
-
-    FAULTS["a"] = [process.kill]
-    with pytest.raises(KilledError):
-        await old(key="before")
-    process.begin_again()
-    FAULTS["b"] = [process.kill]
-    with pytest.raises(KilledError):
-        await old(key="past")
-    process.begin_again()
-
-    assert await new(key="before") == "new"
-    assert await new(key="past") == "old"
-    assert await new(key="fresh") == "new"
-    for _ in range(2):
-        assert await new(key="past") == "old"
-    assert (await states(new, "past"))["patch:better"] == "SKIPPED"
-
-
-async def test_an_old_saga_that_waits_past_the_changed_place_goes_on_by_the_old_code(faulty: FaultyStore) -> None:
-    @saga(faulty, name="s")
-    async def old() -> None:
-        await wait_for("approval")
-
-    @saga(faulty, name="s")
-    async def new() -> str:
-        way = "new" if await patched("better") else "old"
-        await wait_for("approval")
-        return way
-
-    with pytest.raises(SagaPendingError):
-        await old(key="7")
-    await old.signal("7", "approval")
-    assert await new(key="7") == "old"

@@ -27,7 +27,7 @@ def examine(connection: Connection, table: Table) -> list[Finding]:
     return [*by_dialect[connection.dialect.name](connection), *_examine_table(connection, here)]
 
 
-def examine_sagas(connection: Connection, tables: SagaTables) -> list[Finding]:
+def examine_saga_tables(connection: Connection, tables: SagaTables) -> list[Finding]:
     """Examine the tables of sagas, if one of them is there."""
     here = tables.located(connection.schema_for_object(tables.sagas))
     inspector = inspect(connection)

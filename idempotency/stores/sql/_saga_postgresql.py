@@ -43,12 +43,15 @@ _TRIES = 10
 """How often a statement is repeated when another one has changed the row in between."""
 
 # A statement that is abandoned must not wait in the server for ever. The setting takes effect for a wait that begins
-# after it. In a transaction of the caller it is restored by the last line, which is evaluated last.
-_BOUND = """before AS MATERIALIZED (
-    SELECT current_setting('lock_timeout') AS setting
-), bound AS MATERIALIZED (
-    SELECT setting, set_config('lock_timeout', '{bound}', TRUE) AS applied FROM before
-)"""
+# after it. It ends with the transaction; in one of the caller, the last line restores it, which is evaluated last. What
+# it was is read by a subquery, which OFFSET keeps apart, so that it is read first.
+_BOUND = "bound AS MATERIALIZED (SELECT {before} set_config('lock_timeout', '{bound}', TRUE) AS applied {from_before})"
+_OWN = {"before": "", "from_before": "", "restored": "TRUE"}
+_OF_CALLER = {
+    "before": "setting,",
+    "from_before": "FROM (SELECT current_setting('lock_timeout') AS setting OFFSET 0) AS before",
+    "restored": "(SELECT set_config('lock_timeout', setting, TRUE) FROM bound)",
+}
 _ROW = "(:name#, :progress#, :ord#, :attempt#, :body#)"
 _AS_SEEN = "bound.applied IS NOT NULL AND r.xmin = seen.mark"
 
@@ -73,7 +76,8 @@ UNION ALL {SAGAS} made AS r
 UNION ALL {SAGAS} seen AS r WHERE NOT r.expired AND NOT r.free
 UNION ALL {ENTRIES} AND EXISTS (SELECT FROM taken)
 UNION ALL SELECT 'changed', {NOTHING} FROM seen
-WHERE NOT seen.expired AND seen.free AND NOT EXISTS (SELECT FROM taken)"""
+WHERE NOT seen.expired AND seen.free AND NOT EXISTS (SELECT FROM taken)
+UNION ALL SELECT 'restored', {NOTHING} WHERE {{restored}} IS NULL"""
 
 # An entry that is both deleted and written is written only, and begins anew: no statement changes a row twice.
 _WITHOUT = """, without AS (
@@ -121,11 +125,12 @@ SELECT count(*) FROM gone"""
 
 
 class OnPostgreSQL:
-    """The requests that write, as one statement each."""
+    """The requests that write, as one statement each. ``joined``: in a transaction of the caller."""
 
-    def __init__(self, dialect: Dialect, tables: SagaTables, lock_wait: float) -> None:
+    def __init__(self, dialect: Dialect, tables: SagaTables, lock_wait: float, joined: bool) -> None:
         # A lock_timeout of 0 would mean to wait for ever.
-        self.sql = SagaStatements(dialect, tables, row=_ROW, bound=f"{max(1, round(lock_wait * 1000))}ms")
+        words = {"bound": f"{max(1, round(lock_wait * 1000))}ms", **(_OF_CALLER if joined else _OWN)}
+        self.sql = SagaStatements(dialect, tables, row=_ROW, **words)
 
     def writing(self, _: Connection) -> AbstractContextManager[None]:
         """Do nothing: a statement is a transaction by itself."""
@@ -171,7 +176,7 @@ WITH {_BOUND}, seen AS MATERIALIZED (
     UPDATE {{sagas}} AS r SET {update.assignments} FROM bound{as_seen} AND {update.condition} RETURNING r.id, r.wakes
 ){_WITHOUT if deletes else ""}{_WRITTEN if writes else ""}
 SELECT changed.id IS NOT NULL AS changed, changed.wakes, seen.version, seen.owned, seen.ours, seen.expired, seen.fits,
-    (SELECT set_config('lock_timeout', setting, TRUE) FROM bound)
+    {{restored}} AS restored
 FROM (SELECT 1) AS one LEFT JOIN changed ON TRUE LEFT JOIN seen ON TRUE"""
 
 

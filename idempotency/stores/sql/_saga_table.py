@@ -21,14 +21,13 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency._sagas.journal import MOST_CHARACTERS
-from idempotency._sql.tables import MYSQL_TABLE, dialect_named, split_name
+from idempotency._sql.tables import MYSQL, MYSQL_TABLE, dialect_named, split_name
 from idempotency.stores.sql._table import DEFAULT_TABLE, check_schema
 
-_MYSQL = ("mysql", "mariadb")
-_ID = LargeBinary(32).with_variant(mysql.BINARY(32), *_MYSQL)
+_ID = LargeBinary(32).with_variant(mysql.BINARY(32), *MYSQL)
 # As bytes on MySQL and MariaDB: in a text column, two names would be the same that differ in spaces at their ends.
-_NAME = String(MOST_CHARACTERS).with_variant(mysql.VARBINARY(4 * MOST_CHARACTERS), *_MYSQL)
-_BYTES = LargeBinary().with_variant(mysql.LONGBLOB(), *_MYSQL)
+_NAME = String(MOST_CHARACTERS).with_variant(mysql.VARBINARY(4 * MOST_CHARACTERS), *MYSQL)
+_BYTES = LargeBinary().with_variant(mysql.LONGBLOB(), *MYSQL)
 
 
 class SagaTables(NamedTuple):
@@ -77,12 +76,12 @@ def _sagas(metadata: MetaData, schema: str | None, name: str) -> Table:
         metadata,
         Column("id", _ID, primary_key=True),
         Column("name", _NAME, nullable=False),
-        Column("key", Text().with_variant(mysql.LONGTEXT(), *_MYSQL), nullable=False),
+        Column("key", Text().with_variant(mysql.LONGTEXT(), *MYSQL), nullable=False),
         Column("version", SmallInteger, nullable=False),
         Column("phase", SmallInteger, nullable=False),
         Column("token", String(64), nullable=False),
         Column("owned", Boolean, nullable=False),
-        Column("fingerprint", LargeBinary(64).with_variant(mysql.VARBINARY(64), *_MYSQL), nullable=False),
+        Column("fingerprint", LargeBinary(64).with_variant(mysql.VARBINARY(64), *MYSQL), nullable=False),
         Column("input", _BYTES, nullable=False),
         Column("attempt", Integer, nullable=False),
         Column("crashes", Integer, nullable=False),

@@ -80,14 +80,14 @@ class SagaVerbs:
         with self._describing(connection), self._waiting(connection, stored):
             if not isinstance(stored, _WRITING):
                 return cast(R, self._answer_or_create(connection, stored, sealing))
-            with _written_unread(connection), self._of(connection).writing(connection):
+            with _written_unread(connection), self._of(connection, joined=False).writing(connection):
                 return cast(R, self._answer_or_create(connection, stored, sealing))
 
     def answer_in(self, connection: Connection, request: Write | Open, sealing: Sealing | None) -> object:
         """Answer a request in the transaction of the caller."""
         stored: Request[Any] = sealed(sealing, request)
         with self._describing(connection), self._waiting(connection, stored):
-            return self._answer_or_create(connection, stored, sealing)
+            return self._answer_or_create(connection, stored, sealing, joined=True)
 
     def create(self, connection: Connection) -> None:
         """Create the tables and their indexes where they are missing."""
@@ -98,12 +98,14 @@ class SagaVerbs:
         here = self.tables.located(connection.schema_for_object(self.tables.sagas))
         return any(inspect(connection).has_table(each.name, each.schema) for each in here)
 
-    def _make(self, dialect: Dialect, schema: str | None) -> OnPostgreSQL | Elsewhere:
-        kind = OnPostgreSQL if dialect.name == "postgresql" else Elsewhere
-        return kind(dialect, self.tables.located(schema), self._lock_wait)
+    def _make(self, dialect: Dialect, schema: str | None, joined: bool) -> OnPostgreSQL | Elsewhere:
+        tables = self.tables.located(schema)
+        if dialect.name == "postgresql":
+            return OnPostgreSQL(dialect, tables, self._lock_wait, joined)
+        return Elsewhere(dialect, tables, self._lock_wait)
 
-    def _of(self, connection: Connection) -> OnPostgreSQL | Elsewhere:
-        return self._in_schema(connection.dialect, connection.schema_for_object(self.tables.sagas))
+    def _of(self, connection: Connection, joined: bool) -> OnPostgreSQL | Elsewhere:
+        return self._in_schema(connection.dialect, connection.schema_for_object(self.tables.sagas), joined)
 
     @contextmanager
     def _describing(self, connection: Connection) -> Iterator[None]:
@@ -124,18 +126,20 @@ class SagaVerbs:
             return nullcontext()
         return lowered_lock_wait(connection, self._lock_wait)
 
-    def _answer_or_create(self, connection: Connection, request: Request[Any], sealing: Sealing | None) -> object:
+    def _answer_or_create(
+        self, connection: Connection, request: Request[Any], sealing: Sealing | None, joined: bool = False
+    ) -> object:
         try:
-            return self._answer(connection, request, sealing)
+            return self._answer(connection, request, sealing, joined)
         except DBAPIError as error:
             if connection.dialect.name != "sqlite" or not lacks_table(error):
                 raise
             self.create(connection)
-            return self._answer(connection, request, sealing)
+            return self._answer(connection, request, sealing, joined)
 
-    def _answer(self, connection: Connection, request: Request[Any], sealing: Sealing | None) -> object:
+    def _answer(self, connection: Connection, request: Request[Any], sealing: Sealing | None, joined: bool) -> object:
         check_bytes(connection, _size(request), "what is written of the saga")
-        database = self._of(connection)
+        database = self._of(connection, joined)
         match request:
             case Open():
                 return read_saga(database.open(connection, _open_values(database.sql, request)), sealing)

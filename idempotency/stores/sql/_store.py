@@ -31,7 +31,7 @@ from idempotency.stores._sealing import Sealing, findings_in, forms_of_key, seal
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql._database import Settings, Work
-from idempotency.stores.sql._examine import examine, examine_sagas
+from idempotency.stores.sql._examine import examine, examine_saga_tables
 from idempotency.stores.sql._find import ids
 from idempotency.stores.sql._forks import drop_in_children
 from idempotency.stores.sql._in_sessions import InSessions
@@ -321,7 +321,7 @@ class SQLStore(InSessions):
 
     async def _examine(self) -> list[Finding]:
         of_server = await self._run(lambda _, connection: examine(connection, self._table))
-        of_sagas = await self._run(lambda _, connection: examine_sagas(connection, self._sagas.tables))
+        of_sagas = await self._run(lambda _, connection: examine_saga_tables(connection, self._sagas.tables))
         return [*of_server, *of_sagas, *await findings_in(self._sealing, self.find)]
 
     @property

@@ -66,12 +66,14 @@ async def test_an_owner_that_was_replaced_writes_nothing(
 
 @pytest.mark.parametrize("driver", POSTGRES)
 async def test_the_lock_timeout_of_the_transaction_is_restored(saga_store: SQLStore, engine: AsyncEngine) -> None:
-    """The write limits its own wait only."""
+    """What is written limits its own wait only, also where nothing is changed."""
     await owned(saga_store, owner := opening())
+    lost, recorded = opening(), opening(key="other", lease=0)
     async with AsyncSession(engine) as session:
         await session.execute(text("SET LOCAL lock_timeout = '123ms'"))
-        await saga_store.journal_in(session, write(owner, entry("step")))
-        assert await session.scalar(text("SHOW lock_timeout")) == "123ms"
+        for request in (write(owner, entry("step")), write(lost, entry("step")), recorded, recorded):
+            await saga_store.journal_in(session, request)
+            assert await session.scalar(text("SHOW lock_timeout")) == "123ms"
 
 
 @ON_EACH
