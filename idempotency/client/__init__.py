@@ -43,9 +43,7 @@ def __getattr__(name: str) -> object:
     module, library, requirement = _LAZY[name]
     try:
         return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
+    except ImportError as error:
         raise ConfigurationError(
             f"{name} needs {library}, which is not installed: pip install '{requirement}'"
         ) from error
