@@ -58,8 +58,8 @@ class Call:
 
     key: str = field(repr=False)
     attempts: int = 0
-    _method: str = ""
-    _origin: Origin = ("", "", 0)
+    _method: str = field(default="", repr=False)
+    _origin: Origin = field(default=("", "", 0), repr=False)
 
 
 class Outgoing(Protocol):
@@ -73,6 +73,10 @@ class Outgoing(Protocol):
 
     @property
     def headers(self) -> MutableMapping[str, str]: ...
+
+    def given(self, header_name: str) -> str | None:
+        """Return the key that the caller has set, or None."""
+        ...
 
     @property
     def body(self) -> bytes | None:
@@ -118,7 +122,7 @@ class Keys:
         """
         if request.call is not None:
             return self._go_on(request, request.call)
-        given = request.headers.get(self._header_name)
+        given = request.given(self._header_name)
         if given is not None:
             return self._set(request, given)
         if request.method.upper() not in self._methods:
@@ -179,8 +183,12 @@ def new_key() -> str:
 
 def origin_of(url: str) -> Origin:
     """Return the origin of an absolute URL."""
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
+    except ValueError:
+        # A redirect may lead to such a URL. The client refuses it, with an error of its own.
+        return "", url, 0
 
 
 def _is_same(one: Origin, other: Origin) -> bool:

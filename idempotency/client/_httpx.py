@@ -117,6 +117,11 @@ class HttpxRequest:
         """Return the headers."""
         return self._request.headers
 
+    def given(self, header_name: str) -> str | None:
+        """Return the key that the caller has set, or None."""
+        value: str | None = self._request.headers.get(header_name)
+        return value
+
     @property
     def body(self) -> bytes | None:
         """Return the body; None if it cannot be sent twice."""

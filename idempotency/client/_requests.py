@@ -76,6 +76,8 @@ class IdempotentAdapter(BaseAdapter):
                 body = response.content if _is_read(response, stream) else b""
                 pause = attempts.pause(pause_asked(response.status_code, response.headers, body))
                 if pause is None:
+                    # By this, Digest authentication sends its second request.
+                    response.connection = self  # type: ignore[assignment]
                     return response
                 response.close()
             time.sleep(pause)
@@ -123,6 +125,10 @@ class _Prepared:
     @property
     def headers(self) -> MutableMapping[str, Any]:
         return self._request.headers
+
+    def given(self, header_name: str) -> str | None:
+        value: object = self._request.headers.get(header_name)
+        return value.decode("latin-1") if isinstance(value, bytes) else value if isinstance(value, str) else None
 
     @property
     def body(self) -> bytes | None:

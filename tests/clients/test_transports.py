@@ -12,12 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+import requests
 from httpx_retries import Retry as InnerRetry
 from httpx_retries import RetryTransport
+from requests.auth import HTTPDigestAuth
 
 from idempotency import ConfigurationError
-from idempotency.client import AsyncIdempotentTransport, Call, IdempotentTransport, Retry
-from tests.clients.senders import KINDS, REQUESTS, Answer, Scripted, Sender, scripted
+from idempotency.client import AsyncIdempotentTransport, Call, IdempotentAdapter, IdempotentTransport, Retry, call_of
+from idempotency.client._call import origin_of
+from tests.clients.senders import AT_ONCE, KINDS, REQUESTS, Answer, Scripted, Sender, scripted
 from tests.kit.servers import Proxy
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -135,7 +138,7 @@ def test_any_other_answer_is_returned(kind: str, status: int, server: Scripted) 
 
 @EACH
 @pytest.mark.parametrize(
-    ("status", "code", "retryable", "requests"),
+    ("status", "code", "retryable", "attempts"),
     [
         (409, "in-progress", True, 2),
         (503, "store-unavailable", True, 2),
@@ -147,7 +150,7 @@ def test_any_other_answer_is_returned(kind: str, status: int, server: Scripted) 
     ],
 )
 def test_a_problem_document_says_whether_a_retry_is_of_use(
-    kind: str, status: int, code: str, retryable: bool, requests: int, server: Scripted
+    kind: str, status: int, code: str, retryable: bool, attempts: int, server: Scripted
 ) -> None:
     """Whatever the status is; and the document is not lost for the caller."""
     document = json.dumps({"code": code, "retryable": retryable}).encode()
@@ -155,8 +158,8 @@ def test_a_problem_document_says_whether_a_retry_is_of_use(
 
     got = Sender(kind).post(server.url)
 
-    assert len(server.seen) == requests
-    assert got.content == (document if requests == 1 else b"")
+    assert len(server.seen) == attempts
+    assert got.content == (document if attempts == 1 else b"")
 
 
 @EACH
@@ -352,15 +355,85 @@ def test_a_request_that_is_sent_again_is_the_same_call(server: Scripted) -> None
 
 
 def test_a_request_that_is_authenticated_again_is_the_same_call(server: Scripted) -> None:
-    """The second request of Digest authentication has the key of the first."""
-    challenge = 'Digest realm="shop", nonce="1", qop="auth", algorithm=SHA-256'
-    server.script(Answer(401, {"WWW-Authenticate": challenge}))
+    """The second request of Digest authentication has the key of the first, and is retried too."""
+    challenge = {"WWW-Authenticate": 'Digest realm="shop", nonce="1", qop="auth", algorithm=SHA-256'}
 
-    with httpx.Client(transport=IdempotentTransport(), auth=httpx.DigestAuth("me", "secret")) as client:
+    server.script(Answer(401, challenge), 503)
+    with httpx.Client(transport=IdempotentTransport(retry=AT_ONCE), auth=httpx.DigestAuth("me", "secret")) as client:
         assert client.post(server.url).status_code == 201
+    keys = server.keys
+    server.script(Answer(401, challenge), 503)
+    with requests.Session() as session:
+        session.mount(server.url, IdempotentAdapter(retry=AT_ONCE))
+        response = session.post(server.url, auth=HTTPDigestAuth("me", "secret"), timeout=10)
 
-    assert len(server.seen) == 2
-    assert len(set(server.keys)) == 1
+    call = call_of(response)
+    assert call is not None
+    assert (response.status_code, call.attempts) == (201, 3)
+    assert [len(keys), len(set(keys))] == [len(server.keys), len(set(server.keys))] == [3, 1]
+
+
+def test_bytes_that_requests_is_given_as_a_key_are_a_key(server: Scripted) -> None:
+    """They are sent as they are."""
+    server.script(503)
+
+    with requests.Session() as session:
+        session.mount(server.url, IdempotentAdapter(retry=AT_ONCE))
+        session.post(server.url, headers={"Idempotency-Key": b"invoice-7"}, timeout=10)
+
+    assert server.keys == ["invoice-7"] * 2
+
+
+def test_a_multipart_body_that_was_read_is_sent_again(server: Scripted) -> None:
+    """In httpx it is a stream until then; in requests it is always bytes."""
+    files = {"invoice": ("invoice.txt", b"tea")}
+
+    server.script(503, 503, 503)
+    with httpx.Client(transport=IdempotentTransport(retry=AT_ONCE)) as client:
+        assert client.post(server.url, files=files).status_code == 503
+        request = client.build_request("POST", server.url, files=files)
+        request.read()
+        assert client.send(request).status_code == 201
+    _, first, *others = [each.body for each in server.seen]
+    server.script(503)
+    with requests.Session() as session:
+        session.mount(server.url, IdempotentAdapter(retry=AT_ONCE))
+        assert session.post(server.url, files=files, timeout=10).status_code == 201
+
+    assert b"tea" in first
+    assert others == [first, first]
+    assert len({each.body for each in server.seen}) == 1
+
+
+@pytest.mark.parametrize(
+    ("to", "same"),
+    [
+        ("https://api.example/other", True),
+        ("https://api.example:443/other", True),
+        ("http://API.example:80/other", True),
+        ("https://api.example:8443/other", False),
+        ("https://other.example/", False),
+        ("http://api.example:81/", False),
+    ],
+)
+def test_https_on_the_same_host_is_shown_the_key(to: str, same: bool) -> None:
+    """As it is shown the credentials."""
+    keys = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers["Idempotency-Key"])
+        return httpx.Response(307 if len(keys) == 1 else 200, headers={"Location": to})
+
+    transport = IdempotentTransport(httpx.MockTransport(answer))
+    with httpx.Client(transport=transport, follow_redirects=True) as client:
+        client.post("http://api.example/")
+
+    assert (keys[0] == keys[1]) is same
+
+
+def test_a_url_without_an_origin_is_one_of_its_own() -> None:
+    """The client itself refuses it."""
+    assert origin_of("http://api.example:99999/") == ("", "http://api.example:99999/", 0)
 
 
 def test_the_retries_of_another_transport_have_the_key(server: Scripted) -> None:
