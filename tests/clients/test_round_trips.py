@@ -23,7 +23,7 @@ from tests.kit.served import served
 from tests.kit.servers import Proxy
 
 EACH = pytest.mark.parametrize("kind", KINDS)
-SOON = Retry(attempts=8, first=0.05, most=0.2)
+SOON = Retry(attempts=30, first=0.1, most=0.2)
 
 
 @dataclass
@@ -75,7 +75,7 @@ def test_a_call_that_is_cut_while_it_runs_waits_for_its_result(kind: str) -> Non
     """A time-out ends the first attempt, 409 in-progress the second; the third gets the result."""
     effects = Effects()
     with effects.behind() as proxy:
-        got = Sender(kind, retry=SOON, timeout=0.3).post(orders(proxy, "?seconds=0.8"))
+        got = Sender(kind, retry=SOON, timeout=0.4).post(orders(proxy, "?seconds=0.8"))
 
     assert (got.status, json.loads(got.content)) == (201, {"order": 1})
     assert (effects.count, len(set(effects.keys))) == (1, 1)
@@ -157,7 +157,7 @@ def test_a_call_to_a_server_like_stripe_is_done_once(kind: str) -> None:
     """A time-out ends the first attempt, others are answered that the key is in use, and the last gets the replay."""
     server = LikeStripe()
     with served(server) as url:
-        got = Sender(kind, retry=Retry(attempts=20, first=0.1, most=0.2), timeout=0.2).post(url)
+        got = Sender(kind, retry=SOON, timeout=0.2).post(url)
 
     assert (got.status, got.content) == (200, b'{"id": "ch_1"}')
     assert (server.effects, server.replays) == (1, 1)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 import requests
@@ -21,6 +22,7 @@ from idempotency import ConfigurationError
 from idempotency.client import AsyncIdempotentTransport, Call, IdempotentAdapter, IdempotentTransport, Retry, call_of
 from idempotency.client._call import origin_of
 from tests.clients.senders import AT_ONCE, KINDS, REQUESTS, Answer, Scripted, Sender, scripted
+from tests.kit.asgi_servers import until
 from tests.kit.servers import Proxy
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -253,7 +255,7 @@ def test_a_time_out_is_followed_by_a_retry_with_the_same_key(kind: str, server: 
     """The server may have done the work, which the key makes safe."""
     server.script(Answer(silent=True))
 
-    got = Sender(kind, timeout=0.2).post(server.url)
+    got = Sender(kind, timeout=0.5).post(server.url)
 
     assert (got.status, got.attempts) == (201, 2)
     assert len(set(server.keys)) == 1
@@ -327,18 +329,45 @@ def test_a_retry_leaks_no_connection(kind: str, server: Scripted) -> None:
     assert len(server.seen) == 6
 
 
-async def test_a_caller_that_gives_up_is_obeyed_at_once(server: Scripted) -> None:
-    """A time-out of the caller ends the pause between two attempts."""
+async def test_a_caller_that_gives_up_is_obeyed_at_once(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that is cancelled during the pause between two attempts ends, and nothing more is sent."""
     server.script(Answer(503, {"Retry-After": "30"}))
-    begin = time.monotonic()
+    sleep, paused = anyio.sleep, asyncio.Event()
 
+    async def pause(seconds: float) -> None:
+        paused.set()
+        await sleep(seconds)
+
+    monkeypatch.setattr("anyio.sleep", pause)
     async with httpx.AsyncClient(transport=AsyncIdempotentTransport()) as client:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await client.post(server.url)
+        task = asyncio.create_task(client.post(server.url))
+        await paused.wait()
+        task.cancel()
+        begin = time.monotonic()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     assert time.monotonic() - begin < 10
     assert len(server.seen) == 1
+
+
+async def test_a_call_that_is_cancelled_gives_its_connection_back(server: Scripted) -> None:
+    """A client with one connection can make the next call."""
+    server.script(Answer(silent=True), 503)
+    limits = httpx.Limits(max_connections=1)
+    transport = AsyncIdempotentTransport(httpx.AsyncHTTPTransport(limits=limits), retry=AT_ONCE)
+
+    async with httpx.AsyncClient(transport=transport) as client:
+        task = asyncio.create_task(client.post(server.url))
+        await until(lambda: server.seen, "the request")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        response = await client.post(server.url)
+
+    first, second, third = server.keys
+    assert response.status_code == 201
+    assert first != second == third
 
 
 def test_a_request_that_is_sent_again_is_the_same_call(server: Scripted) -> None:
