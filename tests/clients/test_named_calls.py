@@ -239,7 +239,7 @@ async def test_tasks_share_the_key_of_a_name(open_another: Callable[[], Any], se
     assert len(set(server.keys)) == 1
 
 
-@pytest.mark.stores("memory", "sqlite", "redis")
+@pytest.mark.stores("memory", "sqlite", "redis", "postgres", "mariadb")
 async def test_a_claim_without_a_key_is_taken_over(store: Any) -> None:
     """A process that ended between the two writes has sent nothing, and nobody waits for it."""
     vanished, claim = (Claim(scope=SCOPE, key="invoice-7", fingerprint=b"tea", lease=0.0, ttl=60.0) for _ in range(2))

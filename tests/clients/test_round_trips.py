@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from idempotency import IdempotencyMiddleware, Policy
 from idempotency.client import Retry
 from idempotency.stores.memory import MemoryStore
 from tests.clients.senders import KINDS, Sender
+from tests.kit.paths import EXAMPLES
 from tests.kit.served import served
 from tests.kit.servers import Proxy
 
@@ -175,3 +177,14 @@ def test_another_request_to_a_server_like_stripe_is_an_answer(kind: str) -> None
 
     assert (got.status, got.attempts) == (400, 1)
     assert server.effects == 1
+
+
+async def test_the_example_places_each_order_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the answers are lost."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    await importlib.import_module("client_retries").main()
+
+    assert capsys.readouterr().out == "10 calls, 20 requests, 10 orders\n"
