@@ -39,8 +39,10 @@ def call(name: str) -> Iterator[None]:
 
     Make one request that needs a key in the block; others may be in it. Tasks that are started in the block have the
     name, threads do not. The key is stored where the transport or adapter has ``store=``, and is else derived from the
-    running operation, as by :meth:`idempotency.Operation.derive`. Raises :class:`~idempotency.errors.ConfigurationError` for a name that is no
-    text, or empty; and, at the request, where there is neither.
+    running operation, as by :meth:`idempotency.Operation.derive`.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for a name that is no text, or empty; and, at the request,
+    where there is neither.
     """
     token = _NAME.set(_checked(name))
     try:
