@@ -35,6 +35,7 @@ PROBES = {
     "_signature.py": "inspects functions",
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",
     "adapters/*": "inspects objects of frameworks and brokers",
+    "client/__init__.py": "imports by name",
     "cli.py": "an exception of click has its own text",
     "_outbox/*": "inspects errors of drivers",
     "outbox/*": "imports by name, and inspects clients of brokers",

@@ -45,10 +45,19 @@ PAIRS = [
     (Half("saga/_front.py", "_do"), Half("saga/_front.py", "_do_sync")),
     (Half("saga/_join.py", "join"), Half("saga/_join.py", "join_sync")),
     (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
+    (Half("client/_httpx.py", "AsyncIdempotentTransport"), Half("client/_httpx_sync.py", "IdempotentTransport")),
+    (Half("client/_httpx.py", "_read"), Half("client/_httpx_sync.py", "_read")),
+    (Half("client/_stored.py", "stored_key"), Half("client/_stored_sync.py", "stored_key_sync")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 
-SAME_NAMES = {"loop_time": "monotonic", "asynccontextmanager": "contextmanager"}
+SAME_NAMES = {
+    "aclose": "close",
+    "anyio": "time",
+    "asynccontextmanager": "contextmanager",
+    "handle_async_request": "handle_request",
+    "loop_time": "monotonic",
+}
 MARK = re.compile(r"#\s*(?:async|sync) only: \S")
 
 

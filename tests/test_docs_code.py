@@ -20,6 +20,7 @@ from celery._state import _TLS
 from idempotency.outbox import Message, Outcome, Publisher, Refused, Sent
 from idempotency.outbox.publishers import open_publisher
 from idempotency.webhooks import sign
+from tests.clients.senders import Answer, scripted
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -38,6 +39,7 @@ def blocks(page: str) -> dict[str, list[str]]:
     return found
 
 
+CLIENTS = blocks("clients.md")
 ENCRYPTION = blocks("encryption.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
@@ -427,3 +429,23 @@ async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., d
     ]
     assert len(keys) == 6
     await names["store"].aclose()
+
+
+def test_the_code_for_named_calls_sends_one_key(run: Callable[..., dict[str, Any]]) -> None:
+    """An invoice that is sent twice, and a reminder that is tried twice, have one key each."""
+    with scripted() as server:
+        server.script(200, 200, Answer(503, {"Retry-After": "0"}))
+        names = run(
+            *(each.replace("https://api.example", server.url) for each in CLIENTS["A call that survives the process"])
+        )
+        for _ in range(2):
+            names["send_invoice"](7, {"sum": 100})
+        _, attempts = names["send_reminder"](7, {"sum": 100})
+
+        first, again, *reminders = server.keys
+        names["client"].close()
+        names["session"].close()
+
+    assert first == again
+    assert attempts == len(reminders) == 2
+    assert len({first, *reminders}) == 2

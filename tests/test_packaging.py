@@ -35,6 +35,17 @@ try:
 except ConfigurationError as error:
     print(error)
 """
+CLIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from idempotency import client
+client.Retry(3)
+for name in ("IdempotentTransport", "AsyncIdempotentTransport", "IdempotentAdapter", "call_of"):
+    try:
+        getattr(client, name)
+    except client.ConfigurationError as error:
+        print(error)
+"""
 WEBHOOK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -73,6 +84,17 @@ def test_a_missing_extra_is_named() -> None:
     """Opening a store whose client is not installed says what to install."""
     assert "asgi-idempotency[redis]" in blank(OPEN, "redis://localhost")
     assert "asgi-idempotency[sql" in blank(OPEN, "sqlite+aiosqlite://")
+
+
+def test_a_client_without_its_library_names_the_extra() -> None:
+    """Importing a transport says what to install; what needs no library is there."""
+    transport, other, adapter, _ = blank(CLIENT).splitlines()
+
+    assert (
+        transport == "IdempotentTransport needs httpx, which is not installed: pip install 'asgi-idempotency[client]'"
+    )
+    assert "asgi-idempotency[client]" in other
+    assert adapter.endswith("pip install 'requests'")
 
 
 def test_public_names_are_sorted() -> None:

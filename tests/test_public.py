@@ -44,6 +44,15 @@ PUBLIC = {
     "idempotency.adapters.taskiq": ["idempotent_task"],
     "idempotency.asgi": ["IdempotencyMiddleware"],
     "idempotency.cli": ["main"],
+    "idempotency.client": [
+        "AsyncIdempotentTransport",
+        "Call",
+        "IdempotentAdapter",
+        "IdempotentTransport",
+        "Retry",
+        "call",
+        "call_of",
+    ],
     "idempotency.consumer": [
         "AsyncHandler",
         "Consumer",

@@ -8,10 +8,14 @@ from tests.kit.paths import ROOT
 from tests.kit.servers import LOOPBACK
 
 _BLOCK = re.compile(r"^### ([^\n]+)\n(?:(?!^#).)*?^```(python|js)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_BLOCKS = _BLOCK.findall((ROOT / "docs" / "clients.md").read_text())
+_PAGE = (ROOT / "docs" / "clients.md").read_text()
+_BLOCKS = _BLOCK.findall(_PAGE[_PAGE.index("\n## Python\n") :])
 
 PYTHON = {heading: code for heading, language, code in _BLOCKS if language == "python"}
 NODE = {heading: f"{code}\nexport default placeOrder;\n" for heading, language, code in _BLOCKS if language == "js"}
+
+KEYLESS = ("stripe", "stamina", "tenacity", "httpx with idempotency.client", "requests with idempotency.client")
+"""How the names of the clients begin that make a key of their own."""
 
 
 def module_of(client: str, port: int, token: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients.recipes import NODE, PYTHON, module_of
+from tests.clients.recipes import KEYLESS, NODE, PYTHON, module_of
 from tests.kit.asgi_servers import Live
 from tests.kit.servers import LOOPBACK, Proxy, missing
 
@@ -67,8 +67,8 @@ class Call:
 
     @property
     def key(self) -> str | None:
-        """What the client is given; those of Stripe make a key of their own."""
-        return None if self.client.startswith("stripe") and self.situation != "reused" else self.case
+        """What the client is given; some make a key of their own."""
+        return None if self.client.startswith(KEYLESS) and self.situation != "reused" else self.case
 
 
 def able() -> tuple[str, ...]:
