@@ -52,6 +52,7 @@ def document(app: object, *, outer: object | None = None, vendors: Collection[Ve
 
 def _target(app: object) -> Any:
     fastapi, litestar = sys.modules.get("fastapi"), sys.modules.get("litestar")
+    each: Any
     for each in inside(app):
         if fastapi is not None and isinstance(each, fastapi.FastAPI):
             return each

@@ -67,12 +67,13 @@ def _unique(titles: Iterable[str]) -> list[str]:
 def _content(answers: Sequence[Answer], hook: ErrorHook | None, components: Components) -> Json:
     content: Json = {}
     for media_type in dict.fromkeys(answer.media_type for answer in answers):
-        if media_type is not None:
-            of_type = [answer for answer in answers if answer.media_type == media_type]
-            content[media_type] = {
-                "schema": schema_of(of_type, hook, components),
-                "examples": {answer.code: {"summary": answer.title, "value": answer.example} for answer in of_type},
-            }
+        if media_type is None:
+            continue
+        of_type = [answer for answer in answers if answer.media_type == media_type]
+        content[media_type] = {
+            "schema": schema_of(of_type, hook, components),
+            "examples": {answer.code: {"summary": answer.title, "value": answer.example} for answer in of_type},
+        }
     return content
 
 
