@@ -58,7 +58,9 @@ def schema_of(answers: Sequence[Answer], hook: ErrorHook | None, components: Com
     if hook is None:
         codes = {"type": "string", "enum": [answer.code for answer in answers]}
         problem = components.add("schemas", "IdempotencyProblem", _PROBLEM)
-        return {"allOf": [problem, {"type": "object", "properties": {"code": codes}}]}
+        # With a name, so that a generator makes one class for all operations.
+        of_status = {"allOf": [problem, {"type": "object", "properties": {"code": codes}}]}
+        return components.add("schemas", f"IdempotencyProblem{answers[0].status}", of_status)
     if hook is Profile.acp.error:
         return components.add("schemas", "IdempotencyError", _ACP)
     if hook is Profile.stripe.error:

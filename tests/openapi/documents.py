@@ -71,5 +71,5 @@ def codes(document: dict[str, Any], path: str = "/orders", method: str = "post")
     for status in document["paths"][path][method]["responses"]:
         media = response(document, status, path, method).get("content", {}).get("application/problem+json")
         if media is not None:
-            found[status] = media["schema"]["allOf"][1]["properties"]["code"]["enum"]
+            found[status] = find(document, media["schema"])["allOf"][1]["properties"]["code"]["enum"]
     return found
