@@ -79,11 +79,12 @@ def _content(answers: Sequence[Answer], hook: ErrorHook | None, components: Comp
 
 def merged(theirs: Json, added: Json) -> Json:
     """Return a response that is either of two: the application's, and ours."""
-    both = with_headers(theirs, added.get("headers", {}))
-    both["description"] = "\n\n".join(text for text in (theirs.get("description"), added["description"]) if text)
+    description = "\n\n".join(text for text in (theirs.get("description"), added["description"]) if text)
+    both = {**with_headers(theirs, added.get("headers", {})), "description": description}
     content: Json = {**theirs.get("content", {})}
     names = {name.lower(): name for name in content}
-    for media_type, media in added.get("content", {}).items():
+    of_ours: Json = added.get("content", {})
+    for media_type, media in of_ours.items():
         name = names.get(media_type, media_type)
         content[name] = _merged_media(content[name], media) if name in content else media
     return {**both, "content": content} if content else both

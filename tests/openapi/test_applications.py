@@ -122,6 +122,18 @@ def test_a_transaction_counts_before_the_start() -> None:
     assert codes(app.openapi(), "/orders/{number}")["503"] == ["store-unavailable"]
 
 
+def test_middleware_that_a_function_makes_is_found_after_the_start() -> None:
+    """Before it, nobody knows what the function will return."""
+    app = shop()
+    app.add_middleware(lambda app: IdempotencyMiddleware(app, store="memory://"))
+    with pytest.raises(ConfigurationError, match="no IdempotencyMiddleware"):
+        document(app)
+    app.middleware_stack = app.build_middleware_stack()
+    document(app)
+
+    assert parameter(app.openapi(), "/orders/{number}") is not None
+
+
 def test_an_application_inside_middleware_is_found() -> None:
     """Also where something else is outermost."""
     inner = shop()
@@ -278,6 +290,18 @@ async def test_another_application_of_litestar_is_not_described() -> None:
     other = (await fetch(Litestar([create_order]), "/schema/openapi.json")).json()
 
     assert parameter(other, "/orders/{number}") is None
+
+
+async def test_litestar_is_documented_again_after_a_route_is_registered() -> None:
+    """Litestar makes a new document then."""
+    app = Litestar([list_orders], middleware=[DefineMiddleware(IdempotencyMiddleware, store="memory://")])
+    document(app)
+    app.register(create_order)
+    document(app)
+
+    served = (await fetch(app, "/schema/openapi.json")).json()
+
+    assert parameter(served, "/orders/{number}") is not None
 
 
 def test_litestar_without_a_document_is_refused() -> None:

@@ -235,6 +235,14 @@ def test_the_policy_of_an_operation_is_found_by_its_template() -> None:
     }
 
 
+def test_a_policy_for_one_value_of_a_parameter_is_not_described() -> None:
+    """Its path is not in the document; the operation is described by the policy of all other values."""
+    paths = {"/orders/{id}": {"post": operation("id")}}
+    result = described(api(paths=paths), policies={"/orders/new": Policy(ttl=1)})
+
+    assert result["paths"]["/orders/{id}"]["post"]["x-idempotency"]["ttl"] == 86400
+
+
 def test_a_prefix_is_before_the_paths_of_the_document() -> None:
     """As where a mounted application has a document of its own."""
     result = described(api(), prefix="/v1", policy=Policy(methods=()), policies={"POST /v1/orders": Policy()})

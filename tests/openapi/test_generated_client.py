@@ -30,10 +30,10 @@ class Receipt(BaseModel):
     number: int
 
 
-def shop(made: list[str]) -> FastAPI:
+def shop(made: list[str], mismatch_status: int = 409) -> FastAPI:
     """Make an application that counts its orders; a mismatch has a status that FastAPI does not use itself."""
     app = FastAPI()
-    policy = Policy(required=True, mismatch_status=409)
+    policy = Policy(required=True, mismatch_status=mismatch_status)
     app.add_middleware(IdempotencyMiddleware, store="memory://", policy=policy)
 
     @app.post("/orders", status_code=201, operation_id="create_order")
@@ -82,3 +82,13 @@ def test_a_generated_client_sends_the_key_and_gets_the_replay(make_client: Calla
     assert (first.headers.get("idempotent-replayed"), again.headers["idempotent-replayed"]) == (None, "true")
     assert (other.status_code, other.parsed.code, other.parsed.retryable) == (409, "key-reused", False)
     assert (malformed.status_code, malformed.parsed.code) == (400, "key-invalid")
+
+
+def test_a_generator_that_reads_one_media_type_does_not_see_ours_at_422(make_client: Callable[[str], Any]) -> None:
+    """FastAPI's own comes first, and the client reads each 422 as one."""
+    with served(shop([], mismatch_status=422)) as url:
+        make_client(url)
+        source = (Path(import_module(NAME).__path__[0]) / "api" / "default" / "create_order.py").read_text()
+
+    assert "response_422 = HTTPValidationError.from_dict" in source
+    assert "response_409 = IdempotencyProblem409.from_dict" in source
