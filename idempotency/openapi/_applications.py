@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from idempotency._http.protection import Protection
 from idempotency._http.unrouted import inside
@@ -147,7 +147,7 @@ class _Finder:
                 yield from self._of_entry(entry, entry.middleware, entry.kwargs)
 
     def _of_entry(self, entry: object, made_by: object, options: Mapping[str, Any]) -> Iterator[Protecting]:
-        if not (isinstance(made_by, type) and issubclass(made_by, IdempotencyMiddleware)):
+        if not _is_made_as_usual(made_by):
             return
         if id(entry) not in self._planned:
             self._planned[id(entry)] = entry, _planned(made_by, options)
@@ -159,6 +159,12 @@ class _Planned:
     """Middleware that the framework makes when it starts."""
 
     protection: Protection
+
+
+def _is_made_as_usual(made_by: object) -> TypeGuard[type[IdempotencyMiddleware]]:
+    """Return whether this is the class, or one below it that is made by the same options."""
+    is_class = isinstance(made_by, type) and issubclass(made_by, IdempotencyMiddleware)
+    return is_class and made_by.__init__ is IdempotencyMiddleware.__init__  # type: ignore[misc]
 
 
 def _planned(made_by: type[IdempotencyMiddleware], options: Mapping[str, Any]) -> _Planned:

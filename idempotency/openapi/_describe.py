@@ -117,7 +117,8 @@ class _Description:
             operation["parameters"] = [*operation.get("parameters", []), parameter]
         # A key of YAML may be a number.
         responses = {str(status): response for status, response in operation.get("responses", {}).items()}
-        operation["responses"] = {**self._of_application(responses), **self._ours(responses)}
+        theirs = self._of_application(responses)
+        operation["responses"] = {**theirs, **self._ours(theirs)}
 
     def _is_declared(self, parameters: list[Any]) -> bool:
         found = (self._components.resolve(parameter) for parameter in parameters)
@@ -151,19 +152,22 @@ class _Description:
         found: Json = {}
         replayed = {field_name(self._options.replayed[0]): self._add_header("IdempotentReplayed", _REPLAYED)}
         for status, response in responses.items():
+            if status.startswith("x-"):
+                found[status] = response
+                continue
             headers = {**replayed, **self._echo()} if is_replayed(status, self._policy) else self._echo()
             found[status] = with_headers(self._components.resolve(response), headers) if headers else response
         return found
 
-    def _ours(self, responses: Json) -> Json:
+    def _ours(self, theirs: Json) -> Json:
         of_status = ours(answers(self._policy, self._options), self._options.error, self._echo(), self._components)
         found: Json = {}
         for status, response in of_status.items():
-            theirs = beside(self._of_application(responses), status, self._components)
-            if theirs is None:
+            besides = beside(theirs, status, self._components)
+            if besides is None:
                 found[status] = self._components.add("responses", f"Idempotency{status}", response)
             else:
-                found[status] = merged(theirs, response)
+                found[status] = merged(besides, response)
         return found
 
     def _echo(self) -> Json:

@@ -122,10 +122,16 @@ def test_a_transaction_counts_before_the_start() -> None:
     assert codes(app.openapi(), "/orders/{number}")["503"] == ["store-unavailable"]
 
 
-def test_middleware_that_a_function_makes_is_found_after_the_start() -> None:
-    """Before it, nobody knows what the function will return."""
+class OwnMiddleware(IdempotencyMiddleware):
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, store="memory://")
+
+
+@pytest.mark.parametrize("make", [lambda app: IdempotencyMiddleware(app, store="memory://"), OwnMiddleware])
+def test_middleware_that_a_function_makes_is_found_after_the_start(make: Any) -> None:
+    """Before it, nobody knows what will be made, and with which options."""
     app = shop()
-    app.add_middleware(lambda app: IdempotencyMiddleware(app, store="memory://"))
+    app.add_middleware(make)
     with pytest.raises(ConfigurationError, match="no IdempotencyMiddleware"):
         document(app)
     app.middleware_stack = app.build_middleware_stack()

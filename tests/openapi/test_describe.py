@@ -16,6 +16,7 @@ from idempotency.openapi import describe
 from idempotency.stores.sql import SQLStore
 from tests.kit.asgi_calls import Effects, call, protect, respond
 from tests.openapi.documents import (
+    CREATED,
     VERSIONS,
     api,
     codes,
@@ -313,6 +314,13 @@ def test_a_response_for_many_statuses_still_counts_beside_ours(key: str) -> None
 
     assert set(response(result, "409")["content"]) == {"application/json", "application/problem+json"}
     assert set(response(result, key)["content"]) == {"application/json"}
+
+
+def test_an_extension_among_the_responses_stays() -> None:
+    """It is no response."""
+    result = described(api(paths={"/orders": {"post": operation(responses={"200": CREATED, "x-note": "n"})}}))
+
+    assert result["paths"]["/orders"]["post"]["responses"]["x-note"] == "n"
 
 
 def test_statuses_that_are_numbers_are_texts_afterwards() -> None:
