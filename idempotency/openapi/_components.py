@@ -25,7 +25,8 @@ class Components:
         """
         section: Json = self._document.setdefault("components", {}).setdefault(kind, {})
         chosen, number = name, 1
-        while section.setdefault(chosen, component) != component:
+        # A copy, because the user may change the document.
+        while section.setdefault(chosen, deepcopy(component)) != component:
             number += 1
             chosen = f"{name}_{number}"
         return {"$ref": f"#/components/{kind}/{chosen}"}

@@ -27,7 +27,7 @@ def with_headers(response: Json, headers: Json) -> Json:
     """Return a response that has ``headers`` too. One that it has already, in any case, stays as it is."""
     own: Json = response.get("headers", {})
     names = {name.lower() for name in own}
-    added = {name: header for name, header in headers.items() if name.lower() not in names}
+    added = {name: {**header} for name, header in headers.items() if name.lower() not in names}
     return {**response, "headers": {**own, **added}} if own or added else response
 
 

@@ -9,7 +9,10 @@ from idempotency._http.profile import Profile
 from idempotency.openapi._answers import Answer
 from idempotency.openapi._components import Components, Json
 
-_TEXT: Json = {"type": "string"}
+
+def _texts(*names: str) -> Json:
+    return {name: {"type": "string"} for name in names}
+
 
 _PROBLEM: Json = {
     "type": "object",
@@ -34,7 +37,7 @@ _PROBLEM: Json = {
 _ACP: Json = {
     "type": "object",
     "required": ["type", "code", "message"],
-    "properties": {"type": _TEXT, "code": _TEXT, "message": _TEXT},
+    "properties": _texts("type", "code", "message"),
 }
 
 _STRIPE: Json = {
@@ -44,7 +47,7 @@ _STRIPE: Json = {
         "error": {
             "type": "object",
             "required": ["type", "code", "message", "doc_url"],
-            "properties": {"type": _TEXT, "code": _TEXT, "message": _TEXT, "doc_url": _TEXT},
+            "properties": _texts("type", "code", "message", "doc_url"),
         }
     },
 }

@@ -332,6 +332,21 @@ def test_statuses_that_are_numbers_are_texts_afterwards() -> None:
     assert set(result["paths"]["/orders"]["post"]["responses"]) == {"201", "400", "409", "413", "422", "500", "503"}
 
 
+def test_a_described_document_may_be_changed() -> None:
+    """It shares nothing with the next one."""
+    paths: Any = {"/orders": {"post": operation(responses={"200": CREATED, "303": CREATED})}}
+    expected = described(api(paths=paths))
+
+    spoiled = described(api(paths=paths))
+    for kind in spoiled["components"].values():
+        for component in kind.values():
+            component.clear()
+    response(spoiled, "200")["headers"]["Idempotent-Replayed"].clear()
+
+    assert response(spoiled, "303")["headers"]["Idempotent-Replayed"] != {}
+    assert described(api(paths=paths)) == expected
+
+
 def test_policies_that_differ_have_components_that_differ() -> None:
     """Equal ones share theirs, and a component of the user's with the name stays."""
     own = {"name": "X", "in": "header", "schema": {"type": "string"}}
