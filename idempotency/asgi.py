@@ -25,6 +25,7 @@ from idempotency._http.options import CallerScope, check_options, require_starle
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
+from idempotency._http.protection import Protection
 from idempotency._http.recorded_headers import replayed_headers
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
@@ -126,6 +127,11 @@ class IdempotencyMiddleware:
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
+
+    @property
+    def protection(self) -> Protection:
+        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
+        return Protection(self._routes, self._options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""

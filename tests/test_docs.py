@@ -16,6 +16,7 @@ from tests.kit.paths import ROOT
         "docs/guarantees.md",
         "docs/http.md",
         "docs/messages.md",
+        "docs/openapi.md",
         "docs/operations.md",
         "docs/outbox.md",
         "docs/pgbouncer.md",

@@ -43,6 +43,7 @@ CLIENTS = blocks("clients.md")
 ENCRYPTION = blocks("encryption.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
+OPENAPI = blocks("openapi.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 SAGAS = blocks("sagas.md")
@@ -334,6 +335,20 @@ async def test_the_code_for_the_status_of_a_saga_answers_202(
 
     assert [(each.status_code, each.json()) for each in (first, second)] == [(202, {"status": "pending"})] * 2
     await names["store"].aclose()
+
+
+async def test_the_code_for_openapi_describes_the_key(run: Callable[..., dict[str, Any]]) -> None:
+    """Both frameworks serve the parameter, and a document that is given gets it too."""
+    served = []
+    for framework, path in (("FastAPI", "/openapi.json"), ("Litestar", "/schema/openapi.json")):
+        transport = httpx.ASGITransport(run(*OPENAPI[framework])["app"])
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            served.append((await client.get(path)).json())
+    names = run("openapi = {'openapi': '3.1.0', 'paths': {'/orders': {'post': {}}}}", *OPENAPI["Any other document"])
+
+    documents = [*served, names["described"]]
+    found = [each["components"]["parameters"]["IdempotencyKey"] for each in documents]
+    assert [each["required"] for each in found] == [True, True, False]
 
 
 def test_the_urls_of_brokers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

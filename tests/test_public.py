@@ -95,6 +95,7 @@ PUBLIC = {
     ],
     "idempotency.events": ["Event", "EventHook", "EventKind", "log_event"],
     "idempotency.function": ["Codec", "idempotent"],
+    "idempotency.openapi": ["Protecting", "Vendor", "describe", "document"],
     "idempotency.operation": ["Operation", "current"],
     "idempotency.outbox": [
         "Duplicate",

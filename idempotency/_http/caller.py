@@ -51,10 +51,11 @@ class Credentials:
     def __init__(
         self, scope: CredentialScope, secret: bytes | None, key_header: bytes, unknown: UnknownCredentials
     ) -> None:
+        self.scope = scope
+        self.refuses = unknown == "refuse"
         self._counted = _COUNTED[scope]
         self._secret = secret
         self._key_header = key_header
-        self._refuses = unknown == "refuse"
         self._warned: set[str] = set()
 
     def caller_of(self, scope: Mapping[str, Any]) -> str:
@@ -113,7 +114,7 @@ class Credentials:
             if header.lower() not in self._warned and len(self._warned) < _MAX_WARNINGS:
                 self._warned.add(header.lower())
                 _logger.warning(_UNSTABLE if header == "Authorization" else _WARNING, header)
-        if self._refuses:
+        if self.refuses:
             raise CallerUnknownError(
                 f"The request has credentials that this API cannot use with a key: {', '.join(sorted(set(unknown)))}."
             )

@@ -36,7 +36,7 @@ _PARAMETER = re.compile(
 _WAIT_CAP = 2.0**31
 """RFC 9111 section 1.2.2: a number of seconds that is too large counts as this one."""
 
-_MAX_LENGTH = 255
+MAX_LENGTH = 255
 """Characters that a key may have."""
 
 # A quote that is never closed takes the rest of its line: it means nothing, but is read in linear time.
@@ -70,8 +70,8 @@ def read_key(values: Sequence[bytes], *, strict: bool = False) -> str | None:
         _refuse(value, strict)
     if not key:
         raise KeyInvalidError("The key is empty.")
-    if len(key) > _MAX_LENGTH:
-        raise KeyInvalidError(f"The key has {len(key)} characters; at most {_MAX_LENGTH} are allowed.")
+    if len(key) > MAX_LENGTH:
+        raise KeyInvalidError(f"The key has {len(key)} characters; at most {MAX_LENGTH} are allowed.")
     return key
 
 

@@ -40,7 +40,7 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
     """Ask the application of another framework than Starlette; return None if ``app`` contains no such application."""
     litestar, quart = sys.modules.get("litestar"), sys.modules.get("quart")
     django = sys.modules.get("django.core.handlers.asgi")
-    for each in _inside(app):
+    for each in inside(app):
         if litestar is not None and isinstance(each, litestar.Litestar):
             return "route_handler" not in scope
         # The middleware is often put around the method Quart.asgi_app.
@@ -52,7 +52,7 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _inside(app: object) -> Iterator[object]:
+def inside(app: object) -> Iterator[object]:
     """Return an application and those that it wraps, from the outside in. A function is not looked into."""
     for _ in range(_DEEP):
         if app is None:
@@ -90,14 +90,14 @@ def _has_only_files(app: object) -> bool:
     """Return whether ``app`` is a directory of files, which answers 405 to a POST, and has no effect."""
     from starlette.staticfiles import StaticFiles
 
-    return any(isinstance(each, StaticFiles) for each in _inside(app))
+    return any(isinstance(each, StaticFiles) for each in inside(app))
 
 
 def _router_of(app: object) -> Router | None:
     from starlette.applications import Starlette
     from starlette.routing import Router
 
-    for each in _inside(app):
+    for each in inside(app):
         if isinstance(each, Starlette):
             return each.router
         if isinstance(each, Router):
