@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from idempotency._http.body import Message, Receive, Send
-from idempotency._http.startup import Startup, say_once
+from idempotency._http.startup import Startup
 
 Finish = Callable[[], Awaitable[None]]
 
@@ -62,7 +61,6 @@ class Lifespan:
                     failure = await self._startup.failure()
                     if failure is not None:
                         self._failed = True
-                        say_once(logging.ERROR, failure)
                         await send({"type": "lifespan.startup.failed", "message": failure})
                         return
                     self._started = True
@@ -70,8 +68,7 @@ class Lifespan:
                     await self._drain()
                     if self._close is not None:
                         await self._close()
-                    if self._failed:
-                        return
-            await send(message)
+            if not self._failed:
+                await send(message)
 
         return send_and_close
