@@ -75,5 +75,9 @@ def test_the_page_on_testing_is_a_suite_that_passes(postgres_url: str, tmp_path:
     """On PostgreSQL, in a database of its own; the crashes leave orders there."""
     with servers.postgres_database(postgres_url, f"testing_page_{tmp_path.name[-8:].replace('-', '_')}") as url:
         write(tmp_path, url)
+        # A process for each of all the labels takes half a minute.
+        few = 'only=["after claim", "after UPDATE idempotency_record", "after COMMIT"]'
+        crashes = (tmp_path / "test_crashes.py").read_text()
+        (tmp_path / "test_crashes.py").write_text(crashes.replace("(Orders, URL)", f"(Orders, URL, {few})"))
 
         assert run(tmp_path, "test_orders.py", "test_crashes.py").startswith("3 passed")
