@@ -125,6 +125,7 @@ class IdempotencyMiddleware:
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
+        close = opened.aclose if isinstance(store, str) else None
         self._startup = Startup(
             app,
             self._routes,
@@ -132,7 +133,7 @@ class IdempotencyMiddleware:
             in_memory=isinstance(opened, MemoryStore),
             check=opened.check if supports(opened, Checking) else None,
         )
-        self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None, self._startup)
+        self._lifespan = Lifespan(drain, close, self._startup)
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)

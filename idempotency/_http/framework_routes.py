@@ -213,7 +213,8 @@ def _of_dispatcher(dispatcher: Any, depth: int) -> Iterator[AppRoute]:
 def _of_django() -> tuple[AppRoute, ...]:
     from django.urls import get_resolver  # type: ignore[import-untyped]
 
-    return tuple(_of_patterns(get_resolver().url_patterns, _ROOT))
+    patterns: Any = get_resolver().url_patterns
+    return tuple(_of_patterns(patterns, _ROOT))
 
 
 def _of_patterns(patterns: Iterable[Any], prefix: _Path) -> Iterator[AppRoute]:
