@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from idempotency._http.applications import has_only_files, inside, owner_of, rou
 
 if TYPE_CHECKING:
     from starlette.routing import Router
+
+_logger = logging.getLogger("idempotency")
 
 _DEEP = 20
 """The most applications that are read, one mounted in the other."""
@@ -58,12 +61,17 @@ def routes_of(app: object) -> tuple[AppRoute, ...] | None:
 
     ``app`` may be wrapped in middleware. A part of it whose paths are not known, such as a mounted application of
     another kind, is one route that takes every path below, ``{path:path}``. None: the framework of ``app`` is not
-    known, so that nothing can be said about its paths.
+    known, or its routes could not be read, which is a warning: nothing can be said about its paths.
 
     The paths are those that the application sees, without its ``root_path`` or ``SCRIPT_NAME``. Routes of Starlette's
     ``Host`` are listed by their path alone. WebSocket routes are not listed. Django: the routes of ``ROOT_URLCONF``.
     """
-    return _find(app, 0)
+    try:
+        return _find(app, 0)
+    except Exception as error:
+        # A framework may keep its routes in another way some day, and a module of URLs may fail. Requests go on.
+        _logger.warning("The routes of the application could not be read: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _find(app: object, depth: int) -> tuple[AppRoute, ...] | None:

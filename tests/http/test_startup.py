@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Security
 from fastapi.security import APIKeyCookie, APIKeyHeader, APIKeyQuery, HTTPBearer
 from litestar import Litestar, post
 from litestar.middleware import DefineMiddleware
+from sqlalchemy import create_engine
 from starlette.applications import Starlette
 from starlette.authentication import AuthenticationBackend
 from starlette.middleware import Middleware
@@ -30,6 +31,7 @@ from idempotency._http.startup import Startup
 from idempotency._http.workers import has_siblings
 from idempotency.errors import ConfigurationError, SchemaMissingError, StoreError
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 from tests.kit.asgi_calls import Effects, call, protect
 
 
@@ -223,7 +225,19 @@ async def test_a_framework_that_changes_is_one_warning(lines: Callable[[], list[
     app = protect(Starlette(routes=[Changed("/a", endpoint)]), policies={"POST /orders": Policy()})
     await call(app, key="k")
 
-    assert lines() == ["The application could not be looked at: LookupError: path_format"]
+    assert lines() == ["The routes of the application could not be read: LookupError: path_format"]
+
+
+async def test_authentication_that_cannot_be_read_is_one_warning(lines: Callable[[], list[str]]) -> None:
+    """Requests do not depend on it either."""
+    app = FastAPI()
+    app.add_middleware(IdempotencyMiddleware, store=MemoryStore())
+    app.add_api_route("/orders", lambda: None, methods=["POST"])
+    app.router.routes[-1].dependant = SimpleNamespace(call=None)  # type: ignore[attr-defined]
+
+    assert await start(app) == STARTED
+    [line] = lines()
+    assert line.startswith("The application could not be looked at: AttributeError: ")
 
 
 class Failing(MemoryStore):
@@ -315,6 +329,19 @@ async def test_a_wrong_store_is_logged_where_the_server_hides_the_error(lines: C
 
     [line] = lines()
     assert line.startswith("The middleware cannot be used: store must be a Store")
+
+
+async def test_a_store_of_the_wrong_side_is_refused(sqlite_url: str, lines: Callable[[], list[str]]) -> None:
+    """One on an engine that blocks, and what is no store; the line is logged once."""
+    engine = create_engine(sqlite_url.replace("+aiosqlite", ""))
+
+    for store, text in ((SQLStore(engine), "pass an AsyncEngine"), (object(), "store must be a Store")):
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match=text):
+                protect(Effects(), store)  # type: ignore[arg-type]
+
+    assert len(lines()) == 2
+    engine.dispose()
 
 
 def api(*schemes: Any, scope: Any = "credentials") -> FastAPI:
