@@ -30,6 +30,7 @@ from idempotency._http.recorded_headers import replayed_headers
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
+from idempotency._http.startup import Startup, logged
 from idempotency._http.state import RequestState, mapping_of, note_unprotected, run_unprotected
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
@@ -46,7 +47,8 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Store, check_store
+from idempotency.stores.base import Checking, Store, check_store, supports
+from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -94,6 +96,7 @@ class IdempotencyMiddleware:
     Raises :class:`~idempotency.errors.ConfigurationError` for anything that cannot work.
     """
 
+    @logged
     def __init__(
         self,
         app: ASGIApp,
@@ -123,7 +126,15 @@ class IdempotencyMiddleware:
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
-        self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
+        close = opened.aclose if isinstance(store, str) else None
+        self._startup = Startup(
+            app,
+            self._routes,
+            by_headers=scope == "credentials",
+            in_memory=isinstance(opened, MemoryStore),
+            check=opened.check if supports(opened, Checking) else None,
+        )
+        self._lifespan = Lifespan(drain, close, self._startup)
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
@@ -144,6 +155,8 @@ class IdempotencyMiddleware:
                     scope["headers"] = list(scope["headers"])
                 keys = values_of(scope["headers"], self._options.header_name)
                 if keys or policy.required:
+                    if not self._startup.looked:
+                        self._startup.look(scope)
                     exchange = _Exchange(self, policy, scope, receive, send, keys)
                     await exchange.run()
                     if self._runner.writing and self._lifespan.requests_wait_for_writes():
@@ -154,7 +167,7 @@ class IdempotencyMiddleware:
                     await run_unprotected(self.app, scope, receive, send)
                     return
         elif scope["type"] == "lifespan":
-            await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send))
+            await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send, scope))
             return
         await self.app(scope, receive, send)
 

@@ -181,6 +181,10 @@ class StoreError(IdempotencyError):
     retryable = True
 
 
+class SchemaMissingError(StoreError):
+    """The database of the store has no table for the records, or one without a column; the text says how to add it."""
+
+
 class StoreRefusedError(StoreError):
     """The store refused to write a record, and will refuse it again: retries do not help."""
 

@@ -23,6 +23,7 @@ from tests.kit.paths import ROOT
         "docs/profiles.md",
         "docs/tools.md",
         "docs/sagas.md",
+        "docs/startup.md",
         "docs/transactions.md",
         "docs/webhooks.md",
     ],

@@ -157,6 +157,26 @@ async def test_fastapi():
     expect_written("FastAPI", utils, "fastapi_async_cleanup_scopes")
 
 
+def test_routes_of_frameworks():
+    from fastapi import APIRouter, routing
+    from werkzeug.routing import Map, Rule
+
+    expect("FastAPI", routing, "iter_route_contexts")
+    expect("FastAPI", APIRouter(), "_low_priority_routes")
+    rules = Map([Rule("/<int:id>")])
+    [rule] = rules.iter_rules()
+    expect("werkzeug", rule, "_parts", "_trace", "_converters")
+    expect("werkzeug", rule._parts[-1], "static", "weight")
+
+
+def test_multiprocessing():
+    import multiprocessing
+
+    process = multiprocessing.Process(kwargs={"config": 1})
+    expect("multiprocessing", process, "_kwargs")
+    assert process._kwargs == {"config": 1}
+
+
 def test_starlette():
     from starlette.datastructures import State
     from starlette.requests import Request

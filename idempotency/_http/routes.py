@@ -16,6 +16,19 @@ _PARAMETER = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*(?P<rest>:path)?\}")
 
 
 @dataclass(frozen=True, slots=True)
+class Rule:
+    """One key of ``policies``. ``path``: with its parameters. ``method`` None: those of ``policy``."""
+
+    method: str | None
+    path: str
+    policy: Policy | None
+
+    @property
+    def key(self) -> str:
+        return self.path if self.method is None else f"{self.method} {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class _Segment:
     rank: int  # 0 literal, 1 parameter, 2 the rest of the path
     pattern: str
@@ -82,6 +95,8 @@ class Routes:
                 raise ConfigurationError(f"policies[{name!r}] must be a Policy or None, not {type(value).__name__}")
         routes = sorted((_parse(key, value) for key, value in policies.items()), key=lambda route: route.order)
         _refuse_equal_routes(routes)
+        self.rules = tuple(Rule(route.method, route.key, route.policy) for route in routes)
+        """The keys of ``policies``, in the order in which they decide."""
         used = (policy, *(route.policy for route in routes if route.policy is not None))
         self.has_callable_fingerprint = any(callable(each.fingerprint) for each in used)
         """Whether any policy has a callable fingerprint, which is given a request object."""

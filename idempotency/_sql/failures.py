@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from idempotency._sql.pooler import describe_pooler
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
-from idempotency.errors import StoreError, StoreRefusedError
+from idempotency.errors import SchemaMissingError, StoreError, StoreRefusedError
 
 # The statement was refused for its data: too long, out of range, not of the character set, against a constraint, larger
 # than a packet. Most drivers raise DataError or IntegrityError for them.
@@ -177,14 +177,16 @@ def describe_failure(error: Exception, url: URL, table: str, made_by: MadeBy = R
     """Return the StoreError that says what failed in the database at ``url``, and what to do about it."""
     database = describe_database(url)
     described = describe_pooler(error, error_code(error), database)
-    described = described or _describe_refusal(error, database, table, made_by) or _describe_connection(error, database)
+    if described is None and (missing := _describe_missing(error, database, table, made_by)) is not None:
+        return SchemaMissingError(missing)
+    described = described or _describe_refusal(error, database) or _describe_connection(error, database)
     if described is not None:
         return StoreError(described)
     kind = StoreRefusedError if refuses_data(error) else StoreError
     return kind(f"{database} refused: {type(getattr(error, 'orig', None) or error).__name__}")
 
 
-def _describe_refusal(error: Exception, database: str, table: str, made_by: MadeBy) -> str | None:
+def _describe_missing(error: Exception, database: str, table: str, made_by: MadeBy) -> str | None:
     code, words = error_code(error), str(getattr(error, "orig", ""))
     if lacks_table(error):
         return (
@@ -196,6 +198,11 @@ def _describe_refusal(error: Exception, database: str, table: str, made_by: Made
     schema = table.rpartition(".")[0]
     if code in _NO_SCHEMA or (schema and "unknown database" in words.lower() and not unreachable(error)):
         return f"{database} has no schema {schema}: create it, or correct the name of the table"
+    return None
+
+
+def _describe_refusal(error: Exception, database: str) -> str | None:
+    code, words = error_code(error), str(getattr(error, "orig", ""))
     if code in _NO_DATABASE:
         return f"{database} does not exist: create it, or correct the URL"
     if code in _NOT_ALLOWED:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from idempotency.stores.memory import MemoryStore
+from idempotency.testing.applications import disabled
 from idempotency.testing.crash import Report
 from idempotency.testing.crash import assert_once as prove
 
@@ -21,3 +23,16 @@ def assert_once(request: pytest.FixtureRequest) -> Callable[..., Report]:
         return report
 
     return proven
+
+
+@pytest.fixture
+def idempotency_store() -> MemoryStore:
+    """Return an empty store in memory; give it to your application, or to :func:`idempotency.testing.use_store`."""
+    return MemoryStore()
+
+
+@pytest.fixture
+def idempotency_off() -> Iterator[None]:
+    """Run every request, delivery and call as the first of its key: :func:`idempotency.testing.disabled`."""
+    with disabled():
+        yield

@@ -1,0 +1,98 @@
+"""Test an application that uses this library: another store, an empty one, or none that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest.mock import patch
+from uuid import uuid4
+
+from idempotency._engine.calls import Calls
+from idempotency._http.applications import inside, owner_of
+from idempotency._http.request import KeyedRequest
+from idempotency._rules import Claim
+from idempotency.asgi import IdempotencyMiddleware
+from idempotency.errors import ConfigurationError
+from idempotency.stores.base import Forgetting, Searching, Store, check_store, require
+
+_BATCH = 1000
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Run every request, delivery and call as the first one of its key, whichever key it has, also without one.
+
+    Nothing is replayed or refused. Handlers get what they get otherwise, such as ``current()`` and its session, and the
+    store has to work: for a request without ``session=``, :func:`use_store` gives another one. It applies to the
+    middleware, ``@idempotent``, ``@idempotent_consumer`` and ``@idempotent_tool``, in all threads of this process, and
+    not to sagas.
+    """
+    claim_of = Calls.claim
+
+    def claim(calls: Calls, key: object, compared: object) -> Claim:
+        return claim_of(calls, _new_key(), compared)
+
+    with patch.object(Calls, "claim", claim), patch.object(KeyedRequest, "key", lambda _: _new_key()):
+        yield
+
+
+def _new_key() -> str:
+    return f"disabled-{uuid4().hex}"
+
+
+@contextmanager
+def use_store(app: object, store: Store) -> Iterator[None]:
+    """Let the middleware of ``app`` use ``store`` instead of its own, for the requests within the context.
+
+    ``app``: the application to which the middleware was added (Starlette, FastAPI, Quart), or the middleware around it.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` where there is no such middleware, and for one with
+    ``session=``, whose store is in the database of its sessions: use :func:`rolled_back` there.
+    """
+    check_store(store, Store)
+    found = list(_middleware(app))
+    if not found:
+        raise ConfigurationError("the application has no IdempotencyMiddleware: give the one to which it was added")
+    if any(each._options.transactional for each in found):
+        raise ConfigurationError(
+            "the middleware has session=, so its records are where its sessions are: give the application the engine of"
+            " idempotency.testing.rolled_back"
+        )
+    runners = [each._runner for each in found]
+    own = [runner.store for runner in runners]
+    try:
+        for runner in runners:
+            runner.store = store
+        yield
+    finally:
+        for runner, before in zip(runners, own, strict=True):
+            runner.store = before
+
+
+def _middleware(app: object) -> Iterator[IdempotencyMiddleware]:
+    for each in inside(app):
+        if isinstance(each, IdempotencyMiddleware):
+            yield each
+        # What Starlette makes at its first request, and what was put around the method of Quart.
+        owner: Any = owner_of(each)
+        if hasattr(owner, "build_middleware_stack"):
+            owner.middleware_stack = owner.middleware_stack or owner.build_middleware_stack()
+            yield from _middleware(owner.middleware_stack)
+        elif isinstance(getattr(owner, "asgi_app", None), IdempotencyMiddleware):
+            yield cast(IdempotencyMiddleware, owner.asgi_app)
+
+
+async def clear(store: object) -> int:
+    """Forget every record of ``store`` that nothing runs under, and return how many.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for a store that cannot list or forget records.
+    """
+    searching, forgetting = require(store, Searching, "clear"), require(store, Forgetting, "clear")
+    forgotten = 0
+    while True:
+        entries = await searching.find(limit=_BATCH)
+        now = sum([await forgetting.forget(entry.id) for entry in entries])
+        forgotten += now
+        if not now or len(entries) < _BATCH:
+            return forgotten
