@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
-from idempotency._engine.modes import leases_of
+from idempotency._engine.modes import awaited_store, leases_of
 from idempotency._engine.runner import Runner
 from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
@@ -45,10 +45,11 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Store, check_store
+from idempotency.stores.base import Store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
 
 Scope = MutableMapping[str, Any]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -66,7 +67,8 @@ class IdempotencyMiddleware:
     or ``"/payments"``, as ``app`` sees its paths (without ``root_path``); None takes a route out of scope.
     ``session``: makes the middleware transactional. ``store`` is then an :class:`~idempotency.stores.sql.SQLStore` on
     the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
-    and committed with the recorded response, before the response is sent. Handlers do not commit it.
+    and committed with the recorded response, before the response is sent. Handlers do not commit it. A synchronous
+    ``sessionmaker`` needs a store on a synchronous engine; what the library does with both runs in threads.
     ``scope``: who is calling. Default ``"credentials"``: a digest of the credentials in the headers (Authorization,
     API keys, tenants, and names that proxies set). ``"authorization"``: of the Authorization header alone. A callable,
     sync or async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; its exceptions are
@@ -100,7 +102,7 @@ class IdempotencyMiddleware:
         store: Store | str,
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
-        session: async_sessionmaker[AsyncSession] | None = None,
+        session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None = None,
         scope: CallerScope | CredentialScope | KnownCaller | None = "credentials",
         unknown_credentials: UnknownCredentials = "warn",
         secret: bytes | str | None = None,
@@ -121,8 +123,9 @@ class IdempotencyMiddleware:
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
-        self._runner = Runner(check_store(opened, Store), on_event)
-        self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
+        awaited = awaited_store(opened, session)
+        self._runner = Runner(awaited, on_event)
+        self._lifespan = Lifespan(drain, awaited.aclose if isinstance(store, str) else None)
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
