@@ -30,6 +30,7 @@ from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.state import RequestState, mapping_of, note_unprotected, run_unprotected
+from idempotency._http.unused_session import UnusedSessions
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -129,6 +130,7 @@ class IdempotencyMiddleware:
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
+        self._unused_sessions = UnusedSessions()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -296,7 +298,17 @@ class _Exchange:
             if not self._lease.ended:
                 await self._failed(failure)
             raise
-        return None if verdict is None else await self._answer(verdict)
+        if verdict is not None:
+            return await self._answer(verdict)
+        if outcome == "store" and status < 400 and self._lease.session_unused:
+            self._report_unused_session()
+        return None
+
+    def _report_unused_session(self) -> None:
+        middleware = self._middleware
+        route = middleware._unused_sessions.first_of(self._scope, self._request.name)
+        if route is not None:
+            middleware._runner.emit("session-unused", route, self._claim, self._lease.operation.attempt)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))

@@ -44,13 +44,12 @@ def awaited_store(store: object, session: object) -> Store:
         except ImportError as error:
             raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
         if is_synchronous(session) and isinstance(store, SQLStore):
-            return check_store(check_store(store, SyncStore).awaited_in_threads(), Store)
+            store.check_side(asynchronous=False)
+            return store.awaited_in_threads()
     return check_store(store, Store)
 
 
-def leases_of(
-    runner: Runner, session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None
-) -> NewLease:
+def leases_of(runner: Runner, session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None) -> NewLease:
     """Choose how requests hold their keys: leased, or transactional where there is a ``session``."""
     if session is None:
         return plain_leases(runner)

@@ -55,5 +55,5 @@ class TransactionInThreads(Transaction):
 
 
 async def _until_idle(session: Session) -> None:
-    while is_executing(session):
+    while is_executing(session):  # noqa: ASYNC110 - what ends is a statement in a thread
         await asyncio.sleep(_LOOK)

@@ -40,6 +40,11 @@ class TransactionalLease(Lease):
         self._policy = policy
         self._failure: Exception | None = None
 
+    @property
+    def session_unused(self) -> bool:
+        """See :attr:`Lease.session_unused`."""
+        return self._transaction.untouched and not self.operation.has_effect_elsewhere
+
     def stop(self) -> None:
         """Stop renewing, and refuse further uses of the session."""
         super().stop()

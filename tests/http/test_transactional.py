@@ -128,7 +128,9 @@ class Shop:
             return list((await connection.execute(text("SELECT item FROM orders"))).scalars())
 
 
-def sessions_on(engine: AsyncEngine | Engine, **options: Any) -> async_sessionmaker[AsyncSession] | sessionmaker[Session]:
+def sessions_on(
+    engine: AsyncEngine | Engine, **options: Any
+) -> async_sessionmaker[AsyncSession] | sessionmaker[Session]:
     if isinstance(engine, Engine):
         return sessionmaker(engine, **options)
     return async_sessionmaker(engine, **options)
@@ -325,7 +327,10 @@ async def test_the_fastapi_dependency_gives_the_session(shop: Shop) -> None:
 async def test_what_cannot_commit_as_one_is_refused(shop: Shop, threads: bool) -> None:
     """Another kind of store, another database, another kind of engine or sessions, and what is no session factory."""
     url = "postgresql+{}://postgres@127.0.0.1:1/elsewhere"
-    awaited_elsewhere, blocking_elsewhere = create_async_engine(url.format("asyncpg")), create_engine(url.format("psycopg"))
+    awaited_elsewhere, blocking_elsewhere = (
+        create_async_engine(url.format("asyncpg")),
+        create_engine(url.format("psycopg")),
+    )
     elsewhere, other = (blocking_elsewhere, awaited_elsewhere) if threads else (awaited_elsewhere, blocking_elsewhere)
     for store, session in (
         (MemoryStore(), shop.sessions()),
@@ -503,7 +508,9 @@ async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop
 
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
 @pytest.mark.parametrize("outcomes", [{}, {"5xx": "hold"}], ids=["default", "hold"])
-async def test_an_answer_given_up_while_it_is_flushed_is_rolled_back_and_free(target: Target, threads: bool, outcomes: Any) -> None:
+async def test_an_answer_given_up_while_it_is_flushed_is_rolled_back_and_free(
+    target: Target, threads: bool, outcomes: Any
+) -> None:
     """An application that gives up its sending and returns raises nothing of the library's, and its retry runs."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
         async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
