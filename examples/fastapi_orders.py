@@ -3,7 +3,7 @@
     pip install 'asgi-idempotency[sql]' fastapi uvicorn
     uvicorn --app-dir examples fastapi_orders:app
 
-Send the same request twice: the second answer is the first one's, and there is one order. Without the key there are two.
+Send the same request twice: the second answer is the first one's, and there is one order. Without a key there are two.
 
     curl -i -X POST 'localhost:8000/orders?item=tea' -H 'Idempotency-Key: 1f5a' -H 'Authorization: Bearer token-of-ann'
     curl -s localhost:8000/orders -H 'Authorization: Bearer token-of-ann'

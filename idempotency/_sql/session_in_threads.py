@@ -51,6 +51,6 @@ class SessionInThreads:
 
     async def run_sync(self, work: Callable[Concatenate[Session, P], T], *args: P.args, **options: P.kwargs) -> T:
         """See ``AsyncSession.run_sync``."""
-        connected = work in _ENDS or lost_connection(self.sync_session) is not None
-        threads = WORKING if connected else CONNECTING
-        return await threads.run(partial(work, self.sync_session, *args, **options))
+        if work not in _ENDS and lost_connection(self.sync_session) is None:
+            await CONNECTING.run(self.sync_session.connection)
+        return await WORKING.run(partial(work, self.sync_session, *args, **options))

@@ -22,13 +22,12 @@ class _Job(NamedTuple):
     work: Callable[[], Any]
 
     def run(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            try:
-                done = self.work()
-            except BaseException as error:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(done)
+        try:
+            done = self.work()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(done)
 
 
 class Threads:
@@ -50,18 +49,15 @@ class Threads:
     async def run(self, work: Callable[[], T]) -> T:
         """Do ``work`` in a thread, with the context variables of the caller, and return what it returns.
 
-        Work that has begun cannot be cancelled: the cancellation is raised when it has ended.
+        The work is not cancelled with its caller, whose cancellation is raised when it has ended.
         """
         context = copy_context()
-        submitted: Future[T] = self._submit(lambda: context.run(work))
-        future, cancelled = asyncio.wrap_future(submitted), None
+        future, cancelled = asyncio.wrap_future(self._submit(lambda: context.run(work))), None
         while not future.done():
             try:
                 await asyncio.wait({future})
             except asyncio.CancelledError as error:
                 cancelled = error
-                if submitted.cancel():
-                    raise
         if cancelled is None:
             return future.result()
         future.exception()  # read here: asyncio reports an exception that is never read
@@ -108,11 +104,11 @@ class Threads:
 
 
 CONNECTING = Threads(16)
-"""The threads for the first use of a connection by a session, which may wait for one; it holds no lock yet."""
+"""The threads in which a session gets its first connection, for which it may wait."""
 
 WORKING = Threads(1000)
 """The threads for all other work, which is limited by the connections that there are.
 
-They are others, because what ends a transaction must not wait for a thread behind work that waits for the connection,
-or for a lock, of this transaction.
+They are others, because what ends a transaction must not wait for a thread behind sessions that wait for the connection
+of this transaction.
 """
