@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
-from idempotency._engine.modes import leases_of
+from idempotency._engine.modes import awaited_store, leases_of
 from idempotency._engine.runner import Runner
 from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
@@ -32,6 +32,7 @@ from idempotency._http.request import AnsweredError, KeyedRequest
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.startup import Startup, logged
 from idempotency._http.state import RequestState, mapping_of, note_unprotected, run_unprotected
+from idempotency._http.unused_session import UnusedSessions
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -47,11 +48,12 @@ from idempotency.events import EventHook, EventKind, log_event
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Checking, Store, check_store, supports
+from idempotency.stores.base import Checking, Store, supports
 from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
 
 Scope = MutableMapping[str, Any]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -69,7 +71,8 @@ class IdempotencyMiddleware:
     or ``"/payments"``, as ``app`` sees its paths (without ``root_path``); None takes a route out of scope.
     ``session``: makes the middleware transactional. ``store`` is then an :class:`~idempotency.stores.sql.SQLStore` on
     the same database, and ``request.state.idempotency.session`` is a session of this factory, begun at its first use
-    and committed with the recorded response, before the response is sent. Handlers do not commit it.
+    and committed with the recorded response, before the response is sent. Handlers do not commit it. A synchronous
+    ``sessionmaker`` needs a store on a synchronous engine; what the library does with both runs in threads.
     ``scope``: who is calling. Default ``"credentials"``: a digest of the credentials in the headers (Authorization,
     API keys, tenants, and names that proxies set). ``"authorization"``: of the Authorization header alone. A callable,
     sync or async, is given the Starlette ``Request`` (with ``state``) and returns the caller's name; its exceptions are
@@ -104,7 +107,7 @@ class IdempotencyMiddleware:
         store: Store | str,
         policy: Policy | None = None,
         policies: Mapping[str, Policy | None] | None = None,
-        session: async_sessionmaker[AsyncSession] | None = None,
+        session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None = None,
         scope: CallerScope | CredentialScope | KnownCaller | None = "credentials",
         unknown_credentials: UnknownCredentials = "warn",
         secret: bytes | str | None = None,
@@ -125,19 +128,20 @@ class IdempotencyMiddleware:
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
-        self._runner = Runner(check_store(opened, Store), on_event)
-        close = opened.aclose if isinstance(store, str) else None
+        awaited = awaited_store(opened, session)
+        self._runner = Runner(awaited, on_event)
         self._startup = Startup(
             app,
             self._routes,
             by_headers=scope == "credentials",
             in_memory=isinstance(opened, MemoryStore),
-            check=opened.check if supports(opened, Checking) else None,
+            check=awaited.check if supports(awaited, Checking) else None,
         )
-        self._lifespan = Lifespan(drain, close, self._startup)
+        self._lifespan = Lifespan(drain, awaited.aclose if isinstance(store, str) else None, self._startup)
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
+        self._unused_sessions = UnusedSessions()
 
     @property
     def protection(self) -> Protection:
@@ -312,7 +316,17 @@ class _Exchange:
             if not self._lease.ended:
                 await self._failed(failure)
             raise
-        return None if verdict is None else await self._answer(verdict)
+        if verdict is not None:
+            return await self._answer(verdict)
+        if outcome == "store" and status < 400 and self._lease.session_unused:
+            self._report_unused_session()
+        return None
+
+    def _report_unused_session(self) -> None:
+        middleware = self._middleware
+        route = middleware._unused_sessions.first_of(self._scope, self._request.name)
+        if route is not None:
+            middleware._runner.emit("session-unused", route, self._claim, self._lease.operation.attempt)
 
     async def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))

@@ -35,6 +35,7 @@ EventKind = Literal[
     "lease-lost",  # a running owner found that its lease is gone
     "unavailable",  # the store failed before the operation, which did not run, or at the commit of its transaction
     "unprotected",  # the store failed before the operation, which ran unprotected (fail_open)
+    "session-unused",  # the operation ran and is recorded, and its handler did not use the session of session=
     "dead-lettered",  # no redelivery helps this message: it failed too often, or cannot be handled
     "unsettled",  # the broker could not be answered for a delivery; it delivers the message again
     "unrecorded",  # the store failed after the operation; its key stays claimed and the record is tried again
@@ -51,6 +52,7 @@ _WARNINGS: frozenset[EventKind] = frozenset(
         "unavailable",
         "unprotected",
         "unrecorded",
+        "session-unused",
         "dead-lettered",
         "unsettled",
     }
@@ -63,8 +65,9 @@ _logger = logging.getLogger("idempotency")
 class Event:
     """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
 
-    ``operation`` names what was asked, with the actual path (``"POST /orders/7"``). ``attempt`` counts from 1 (0: not
-    run). ``error`` is the class name of the failure, if any, and ``detail`` the message of a failing store.
+    ``operation`` names what was asked, with the actual path (``"POST /orders/7"``); in ``session-unused``, the route
+    (``"POST /orders/{id}"``). ``attempt`` counts from 1 (0: not run). ``error`` is the class name of the failure, if
+    any, and ``detail`` the message of a failing store.
     """
 
     kind: EventKind

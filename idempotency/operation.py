@@ -92,13 +92,14 @@ class Operation:
     that its lease is lost.
     """
 
-    __slots__ = ("_claim", "_messages", "_override", "_transaction", "attempt", "lost", "name")
+    __slots__ = ("_claim", "_derived", "_messages", "_override", "_transaction", "attempt", "lost", "name")
 
     def __init__(self, claim: Claim, attempt: int, transaction: HasSession | None = None, name: str = "") -> None:
         self._claim = claim
         self._transaction = transaction
         self.name = name
         self._override: Outcome | None = None
+        self._derived = False
         self._messages: dict[tuple[str, ...], itertools.count[int]] = {}
         self.attempt = attempt
         self.lost = Lost()
@@ -134,7 +135,13 @@ class Operation:
         Another ``name`` gives another key. It is 36 characters long (the form of a UUID), which every provider known
         to us accepts.
         """
+        self._derived = True
         return self._derive(b"derive:1", name)
+
+    @property
+    def has_effect_elsewhere(self) -> bool:
+        """Return whether its code has derived a key for a downstream call, or declared what became of its effect."""
+        return self._derived or self._override is not None
 
     def _derive(self, purpose: bytes, name: str) -> str:
         digest = hashlib.sha256(b"%b:%b:%b" % (purpose, self._claim.id, name.encode("utf-8", "surrogatepass")))

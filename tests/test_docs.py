@@ -13,6 +13,7 @@ from tests.kit.paths import ROOT
         "README.md",
         "docs/clients.md",
         "docs/encryption.md",
+        "docs/fastapi.md",
         "docs/guarantees.md",
         "docs/http.md",
         "docs/messages.md",

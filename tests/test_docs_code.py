@@ -41,6 +41,7 @@ def blocks(page: str) -> dict[str, list[str]]:
 
 CLIENTS = blocks("clients.md")
 ENCRYPTION = blocks("encryption.md")
+FASTAPI = blocks("fastapi.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
 OPENAPI = blocks("openapi.md")
@@ -258,6 +259,64 @@ async def test_the_code_for_one_transaction_has_one_effect(run: Callable[..., di
 
     assert counted == [1, 2, 3, 4]
     assert receipts == [functions["Receipt"]("A-1", 3)] * 2
+
+
+async def sent(app: Any, *requests: tuple[str, dict[str, str]]) -> list[httpx.Response]:
+    """Send requests for tea to ``/orders``, and return their answers."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+        return [
+            await client.request(method, "/orders", params={"item": "tea"}, headers=headers)
+            for method, headers in requests
+        ]
+
+
+@pytest.mark.parametrize(
+    "heading", ["One dependency for reads and writes", "Synchronous SQLAlchemy and `def` endpoints"]
+)
+async def test_the_code_for_a_session_has_one_order(
+    heading: str, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """A repeated order is one, one without a key another, and both are read by the same dependency."""
+    from sqlalchemy import create_engine
+
+    names = run(*FASTAPI[heading])
+    tables = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    names["Base"].metadata.create_all(tables)
+    tables.dispose()
+
+    key = {"Idempotency-Key": "1f5a"}
+    first, second, unkeyed, listed = await sent(names["app"], ("POST", key), ("POST", key), ("POST", {}), ("GET", {}))
+    closed = names["engine"].dispose()
+    if closed is not None:
+        await closed
+
+    assert [each.status_code for each in (first, second, unkeyed)] == [201] * 3
+    assert (first.json(), second.json()) == ({"id": 1, "item": "tea"}, {"id": 1, "item": "tea"})
+    assert second.headers["idempotent-replayed"] == "true"
+    assert listed.json() == ["tea", "tea"]
+
+
+async def test_a_revoked_token_gets_no_replay(run: Callable[..., dict[str, Any]]) -> None:
+    """The middleware authenticates first: a revoked token is refused, and a new one of the same user is replayed to."""
+    [setup], [recipe] = (
+        FASTAPI["Synchronous SQLAlchemy and `def` endpoints"],
+        FASTAPI["Authentication: no replay for a revoked token"],
+    )
+    names = run(setup, recipe)
+    names["Base"].metadata.create_all(names["engine"])
+    key = {"Idempotency-Key": "1f5a", "Authorization": "Bearer token-of-ann"}
+    new = {**key, "Authorization": "Bearer another"}
+
+    [first] = await sent(names["app"], ("POST", key))
+    names["TOKENS"] |= {"another": names["TOKENS"].pop("token-of-ann")}
+    revoked, again, unkeyed = await sent(
+        names["app"], ("POST", key), ("POST", new), ("POST", {"Authorization": key["Authorization"]})
+    )
+    names["engine"].dispose()
+
+    assert (first.status_code, first.json()) == (201, {"item": "tea", "user": "ann"})
+    assert (revoked.status_code, unkeyed.status_code) == (401, 401)
+    assert (again.json(), again.headers["idempotent-replayed"]) == (first.json(), "true")
 
 
 async def test_the_code_for_tenants_has_an_effect_for_each(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -43,6 +43,33 @@ async def test_orders_transactional(sqlite_url: str, monkeypatch: pytest.MonkeyP
     assert (refused.status_code, missing.status_code, count.json()) == (409, 400, 1)
 
 
+async def test_fastapi_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated order is one, one without a key is another, and a refused one leaves nothing."""
+    monkeypatch.setenv("ORDERS_DB", f"sqlite:///{tmp_path / 'orders.db'}")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    app = importlib.import_module("fastapi_orders").app
+    ann = {"Authorization": "Bearer token-of-ann"}
+
+    async def order(item: str, **headers: str) -> httpx.Response:
+        return await client.post("/orders", params={"item": item}, headers={**ann, **headers})
+
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://shop") as client,
+    ):
+        key = {"Idempotency-Key": "1f5a"}
+        first, second, unkeyed = await order("tea", **key), await order("tea", **key), await order("cup")
+        refused = await order("milk", **{"Idempotency-Key": "2"})
+        unknown = await client.post("/orders", params={"item": "tea"}, headers=key)
+        orders = await client.get("/orders", headers=ann)
+
+    assert (first.status_code, first.json()) == (201, {"id": 1, "item": "tea"})
+    assert (second.json(), second.headers["idempotent-replayed"]) == ({"id": 1, "item": "tea"}, "true")
+    assert (unkeyed.status_code, refused.status_code, unknown.status_code) == (201, 409, 401)
+    assert orders.json() == ["tea", "cup"]
+
+
 @pytest.mark.parametrize("broker", ["here", "none"])
 async def test_orders_outbox(broker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """Ten requests are five orders and five invoices, through RabbitMQ and without it."""

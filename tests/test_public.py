@@ -33,7 +33,7 @@ PUBLIC = {
     "idempotency.adapters.celery": ["idempotent_task"],
     "idempotency.adapters.confluent_kafka": ["consume"],
     "idempotency.adapters.dramatiq": ["DeadLetteredError", "IdempotentActor", "NotPassedOnError", "idempotent_actor"],
-    "idempotency.adapters.fastapi": ["session"],
+    "idempotency.adapters.fastapi": ["session", "session_of"],
     "idempotency.adapters.faststream": ["IdempotencyMiddleware", "check", "sequence_key"],
     "idempotency.adapters.langchain": ["IdempotentTools"],
     "idempotency.adapters.mcp": ["KEY", "REPLAYED_AT", "IdempotentTools"],

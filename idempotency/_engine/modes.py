@@ -15,6 +15,7 @@ from idempotency.stores.base import Store, SyncStore, check_store
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
 
 _NEEDS_SQLALCHEMY = "session= needs SQLAlchemy: pip install 'asgi-idempotency[sql]'"
 
@@ -34,7 +35,21 @@ def runner_of(asynchronous: bool, store: object, calls: Calls, session: Any, loc
     return joined(store, calls, session, lock_timeout).run
 
 
-def leases_of(runner: Runner, session: async_sessionmaker[AsyncSession] | None) -> NewLease:
+def awaited_store(store: object, session: object) -> Store:
+    """Return the store whose verbs requests await: with a synchronous ``session``, they run in threads."""
+    if session is not None:
+        try:
+            from idempotency._sql.sessions import is_synchronous
+            from idempotency.stores.sql import SQLStore
+        except ImportError as error:
+            raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
+        if is_synchronous(session) and isinstance(store, SQLStore):
+            store.check_side(asynchronous=False)
+            return store.awaited_in_threads()
+    return check_store(store, Store)
+
+
+def leases_of(runner: Runner, session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None) -> NewLease:
     """Choose how requests hold their keys: leased, or transactional where there is a ``session``."""
     if session is None:
         return plain_leases(runner)

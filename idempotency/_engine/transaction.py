@@ -33,16 +33,9 @@ from idempotency._synchronization import loop_time
 from idempotency.errors import ConfigurationError, StoreError, StoreRefusedError, TransactionError
 from idempotency.operation import NewMessage, Operation
 from idempotency.stores._joining import Ending
-from idempotency.stores.base import Store
 from idempotency.stores.sql import SQLStore
 
 T = TypeVar("T")
-
-
-def transactions(store: Store, sessions: async_sessionmaker[AsyncSession]) -> Callable[[Claim], Transaction]:
-    """Return what makes one transaction per operation; ConfigurationError if store and sessions do not fit together."""
-    shared = check_completing_sessions(store, sessions, async_sessionmaker)
-    return lambda claim: Transaction(shared, sessions, claim)
 
 
 def check_completing_sessions(store: object, sessions: Sessionmaker, kind: type[Sessionmaker]) -> SQLStore:
@@ -100,13 +93,19 @@ class Transaction:
         self._deadline = 0.0  # async only: the time limit of the commit
         self.settled = False  # async only: in HTTP, code may run after the response is recorded
 
+    # async only: a request that does not use its session may have its effect elsewhere.
+    @property
+    def untouched(self) -> bool:
+        """Return whether the operation has never asked for its session."""
+        return self._session is None
+
     @property
     def used(self) -> bool:
         """Return whether there is a session whose effect is still to be committed or rolled back."""
         return self._session is not None and not self._abandoned
 
     @property
-    def session(self) -> AsyncSession:
+    def session(self) -> Any:
         """Return the session, made at the first call; TransactionError once it would not be committed any more."""
         if self.settled:  # async only: see __init__
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")

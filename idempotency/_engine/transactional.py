@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from idempotency._engine.lease import Lease, NewLease
 from idempotency._engine.runner import Runner
-from idempotency._engine.transaction import Transaction, transactions
+from idempotency._engine.transaction import Transaction, check_completing_sessions
+from idempotency._engine.transaction_in_threads import TransactionInThreads
 from idempotency._rules import Claim, Execute, Known, after_roll_back, judge, judge_superseded
+from idempotency._sql.sessions import Sessionmaker, is_synchronous
 from idempotency.errors import StoreError
 from idempotency.events import Failure, kind_of
 from idempotency.operation import Operation
@@ -35,6 +39,11 @@ class TransactionalLease(Lease):
         self._transaction = transaction
         self._policy = policy
         self._failure: Exception | None = None
+
+    @property
+    def session_unused(self) -> bool:
+        """See :attr:`Lease.session_unused`."""
+        return self._transaction.untouched and not self.operation.has_effect_elsewhere
 
     def stop(self) -> None:
         """Stop renewing, and refuse further uses of the session."""
@@ -123,12 +132,14 @@ class TransactionalLease(Lease):
         return True
 
 
-def transactional_leases(runner: Runner, sessions: async_sessionmaker[AsyncSession]) -> NewLease:
+def transactional_leases(runner: Runner, sessions: Sessionmaker) -> NewLease:
     """Return what makes the lease of each request; raise ConfigurationError if store and sessions do not fit."""
-    transaction_of = transactions(runner.store, sessions)
+    in_threads = is_synchronous(sessions)
+    store = check_completing_sessions(runner.store, sessions, sessionmaker if in_threads else async_sessionmaker)
+    make: Any = TransactionInThreads if in_threads else Transaction
 
     def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy) -> Lease:
-        transaction = transaction_of(claim)
+        transaction = make(store, sessions, claim)
         operation = Operation(claim, attempt, transaction, name)
         return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy)
 

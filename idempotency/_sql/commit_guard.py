@@ -21,16 +21,16 @@ from idempotency._sql.engines import level_of
 from idempotency._sql.guarded_connection import (
     COMMITS_BY_ITSELF,
     ENDED,
+    FINISHED,
     GUARDED,
     REFUSED,
+    TOO_LATE,
+    GuardedConnection,
     guard_connection,
     roll_back_driver,
 )
 from idempotency._sql.send import pooled
 from idempotency.errors import ConfigurationError, TransactionError
-
-_FINISHED = "idempotency: its operation is settled"
-"""A key of ``session.info``. While it is there, the session may begin no transaction."""
 
 ON_ROLLBACK = "idempotency: called at a rollback"
 """A key of ``session.info``, whose value is called with each ``SessionTransaction`` that is rolled back."""
@@ -44,10 +44,6 @@ SESSION_ENDED = (
     " may fail."
 )
 TWO_PHASES = "the sessions have twophase=True: the library cannot refuse a commit that was prepared"
-_TOO_LATE = (
-    "The operation is settled: nothing would commit what this session does from here on. Open a session of your own for"
-    " work after the response or result."
-)
 
 
 class _InUse(NamedTuple):
@@ -82,7 +78,7 @@ def install() -> None:
 def guard_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`unguard_commit`."""
     install()
-    for mark in (ENDED, ON_ROLLBACK, _FINISHED, _IN_USE):
+    for mark in (ENDED, ON_ROLLBACK, FINISHED, _IN_USE):
         session.info.pop(mark, None)
     session.info[GUARDED] = True
 
@@ -107,6 +103,12 @@ def lost_connection(session: Session) -> bool | None:
     return None if used is None else used.connection.invalidated
 
 
+def is_executing(session: Session) -> bool:
+    """Return whether ``session`` executes a statement, in whichever thread."""
+    used = _in_use(session)
+    return used is not None and isinstance(used.connection, GuardedConnection) and used.connection.executing
+
+
 def commit(session: Session) -> None:
     """Commit ``session``. If that fails, also roll back a transaction that only SQLAlchemy counts as ended."""
     try:
@@ -119,8 +121,8 @@ def commit(session: Session) -> None:
 
 
 def finish(session: Session) -> None:
-    """Refuse every further transaction of ``session``: nothing would commit it."""
-    session.info[_FINISHED] = True
+    """Refuse every further statement of ``session``: nothing would commit it."""
+    session.info[FINISHED] = True
 
 
 def give_back(session: Session) -> None:
@@ -186,11 +188,11 @@ def _refuse_commit(session: Session) -> None:
 def _guard_new_connection(session: Session, _: object, connection: Connection) -> None:
     # The session's events report neither a commit by the connection itself, nor a commit of the outermost transaction
     # while a savepoint is open. So the connection is guarded too.
-    if _FINISHED in session.info:
+    if FINISHED in session.info:
         # The connection is given back here: nothing closes this session any more, and this event does not come again
         # for its later statements.
         connection.close()
-        raise TransactionError(_TOO_LATE)
+        raise TransactionError(TOO_LATE)
     if GUARDED in session.info:
         if level_of(connection.dialect, connection.get_execution_options()) == "AUTOCOMMIT":
             raise ConfigurationError(COMMITS_BY_ITSELF)

@@ -25,6 +25,9 @@ from idempotency.errors import ConfigurationError, TransactionError
 GUARDED = "idempotency: guarded"
 """A key of ``session.info``. While it is there, only the library may commit the session."""
 
+FINISHED = "idempotency: its operation is settled"
+"""A key of ``session.info``. While it is there, the session may execute nothing."""
+
 ENDED = "idempotency: ended by its operation"
 """A key of ``session.info``. It is there once the operation has ended the transaction, other than by a rollback."""
 
@@ -33,6 +36,10 @@ REFUSED = (
     " begin_nested() for a part that may fail."
 )
 COMMITS_BY_ITSELF = "the sessions are in AUTOCOMMIT: they have no transaction to commit as one"
+TOO_LATE = (
+    "The operation is settled: nothing would commit what this session does from here on. Open a session of your own for"
+    " work after the response or result."
+)
 _WOULD_COMMIT = (
     "This statement would commit what is to be committed together with the idempotency record: use flush(), or"
     " begin_nested() for a part that may fail. What a database commits by itself, such as DDL on MariaDB, needs a"
@@ -80,7 +87,7 @@ _UNKNOWN = "this version of SQLAlchemy is not known: session= needs an older one
 class GuardedConnection(Connection):
     """A ``Connection`` of SQLAlchemy inside an operation; :func:`guard_connection` changes a plain connection into one.
 
-    ``begun``: its transaction was open at the last check.
+    ``begun``: its transaction was open at the last check. ``executing``: it executes a statement.
 
     The methods overridden here are private in SQLAlchemy. Its public events cost each statement of the operation more
     time than the record does (decision 11), and no event reports what a driver's own cursor executes.
@@ -92,6 +99,7 @@ class GuardedConnection(Connection):
     _root: Any
     _driver: Any
     begun: bool
+    executing: bool
     _ended: bool
     _beginning: bool
 
@@ -138,7 +146,18 @@ class GuardedConnection(Connection):
         finally:
             self._beginning = False
 
-    def _execute_context(self, dialect: Any, constructor: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+    def _execute_context(self, *args: Any, **kwargs: Any) -> Any:
+        # Noted before the session is asked: who finishes it from another thread then looks whether it executes.
+        self.executing = True
+        try:
+            session = self._session()
+            if session is not None and FINISHED in session.info:
+                raise TransactionError(TOO_LATE)
+            return self._execute_guarded(*args, **kwargs)
+        finally:
+            self.executing = False
+
+    def _execute_guarded(self, dialect: Any, constructor: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
         if self._beginning or not self._is_guarded:
             return super()._execute_context(dialect, constructor, statement, *args, **kwargs)
         sql = getattr(statement, "string", statement)
@@ -194,7 +213,7 @@ def guard_connection(connection: Connection, session: Session) -> None:
     guarded.__class__ = GuardedConnection
     guarded._session, guarded._root = ref(session), connection.get_transaction()
     guarded._driver = opened.driver_connection
-    guarded.begun = guarded._ended = guarded._beginning = False
+    guarded.begun = guarded.executing = guarded._ended = guarded._beginning = False
     if connection.dialect.name == "sqlite":
         close_what_is_invalidated(connection.engine)
 

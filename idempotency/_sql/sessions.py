@@ -17,6 +17,11 @@ from idempotency.errors import ConfigurationError
 Sessionmaker = sessionmaker[Any] | async_sessionmaker[Any]
 
 
+def is_synchronous(sessions: object) -> bool:
+    """Return whether ``sessions`` makes synchronous sessions."""
+    return isinstance(sessions, sessionmaker) and not issubclass(sessions.class_, AsyncSession)
+
+
 def check_sessionmaker(sessions: object, kind: type[Sessionmaker]) -> None:
     """Raise ConfigurationError unless ``sessions`` is a ``kind`` whose sessions the library can guard and commit."""
     if not isinstance(sessions, kind):

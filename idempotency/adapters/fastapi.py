@@ -2,22 +2,99 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
-from idempotency.errors import TransactionError
+from idempotency.errors import ConfigurationError, TransactionError
 from idempotency.operation import Operation
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
+
+    A = TypeVar("A", bound=AsyncSession)
+    S = TypeVar("S", bound=Session)
+
+
+@overload
+def session_of(sessions: async_sessionmaker[A], /) -> Callable[[HTTPConnection], AsyncIterator[A]]: ...
+
+
+@overload
+def session_of(sessions: sessionmaker[S], /) -> Callable[[HTTPConnection], AsyncIterator[S]]: ...
+
+
+def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any]]:
+    """Make a dependency that gives each endpoint one session: ``Depends(session_of(Session), scope="function")``.
+
+    ``sessions`` is the ``async_sessionmaker`` or ``sessionmaker`` that the middleware has as ``session=``. In an
+    operation, the dependency gives the operation's session, which is committed with the recorded response; the endpoint
+    never commits it. In any other request (a GET, one without a key, an application without the middleware) it gives a
+    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed.
+    With ``scope="function"`` that commit comes before the response is sent. By FastAPI's default, since 0.118, it comes
+    after: a client may then hold a response whose commit failed.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for what is no such factory. In a request, it is raised where
+    the middleware has a factory of the other kind, and :class:`~idempotency.errors.TransactionError` where the
+    middleware has no ``session=``.
+    """
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
+
+    from idempotency._sql.sessions import is_synchronous
+    from idempotency._sql.threads import WORKING
+
+    if not isinstance(sessions, async_sessionmaker | sessionmaker):
+        raise ConfigurationError(
+            f"session_of takes an async_sessionmaker or a sessionmaker, not {type(sessions).__name__}"
+        )
+    kind = Session if is_synchronous(sessions) else AsyncSession
+
+    async def awaited(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
+        session = _session_in_operation(connection, kind)
+        if session is not None:
+            yield session
+            return
+        async with sessions() as own:
+            yield own
+            await own.commit()
+
+    async def in_threads(connection: HTTPConnection) -> AsyncIterator[Session]:
+        session = _session_in_operation(connection, kind)
+        if session is not None:
+            yield session
+            return
+        own = sessions()
+        try:
+            yield own
+            await WORKING.run(own.commit)
+        finally:
+            await WORKING.run(own.close)
+
+    return in_threads if kind is Session else awaited
+
+
+def _session_in_operation(connection: HTTPConnection, kind: type[AsyncSession] | type[Session]) -> Any:
+    operation = getattr(connection.state, "idempotency", None)
+    if not isinstance(operation, Operation):
+        return None
+    session = operation.session
+    if not isinstance(session, kind):
+        raise ConfigurationError(
+            f"session_of was given a factory of {kind.__name__}, and the session= of the middleware makes"
+            f" {type(session).__name__}: give both the same factory"
+        )
+    return session
 
 
 def session(request: Request) -> AsyncSession:
     """Give an endpoint the session that is committed with its response: ``Annotated[AsyncSession, Depends(session)]``.
 
     The endpoint never commits it. A request without an idempotency key has no such session, and raises
-    :class:`~idempotency.errors.TransactionError`: require a key for the route, with ``Policy(required=True)``.
+    :class:`~idempotency.errors.TransactionError`: require a key for the route, with ``Policy(required=True)``, or use
+    :func:`session_of`.
     """
     operation = getattr(request.state, "idempotency", None)
     if not isinstance(operation, Operation):

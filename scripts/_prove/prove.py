@@ -48,6 +48,7 @@ class Mode:
 
 MODES = (
     Mode("transactional HTTP", scenarios.TransactionalHTTP, quick=True),
+    Mode("transactional HTTP, sync", scenarios.TransactionalHTTPSync),
     Mode("joined consumer", scenarios.JoinedConsumer, quick=True),
     Mode("joined consumer, sync", scenarios.JoinedConsumerSync),
     Mode("joined function", scenarios.JoinedFunction),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 from contextlib import suppress
@@ -182,6 +183,25 @@ class OnSQLSync:
         with self.engine.connect() as connection:
             query = select(func.count()).select_from(EFFECTS).where(EFFECTS.c.reference == key)
             return int(connection.scalar(query) or 0)
+
+
+class TransactionalHTTPSync(OnSQLSync):
+    """As :class:`TransactionalHTTP`, with a synchronous session."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.app = IdempotencyMiddleware(
+            self.handle, store=self.store, session=self.sessions, policy=Policy(lease=LEASE, ttl=TTL), on_event=_quiet
+        )
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        operation = scope["state"]["idempotency"]
+        await asyncio.to_thread(self.add, operation.session, operation.key)
+        crash_point("effect")
+        await respond(send)
+
+    async def deliver(self, key: str) -> None:
+        await post(self.app, key)
 
 
 class JoinedConsumerSync(OnSQLSync):

@@ -247,24 +247,31 @@ async def test_a_lost_lease_is_one_event():
 OF_DELIVERIES = {"dead-lettered", "unsettled"}
 """Kinds that are told of messages alone, and shown with their brokers."""
 
+OF_SESSIONS = {"session-unused"}
+"""Kinds that are told where requests have sessions, and shown in ``tests/http/test_unused_session.py``."""
+
 
 def test_every_kind_is_shown():
     """No kind of event exists that none of these tests has met."""
     shown = {kind for _, expected in SCENES for kind, *_ in expected} | {"lease-lost"}
-    assert shown == set(get_args(EventKind)) - OF_DELIVERIES
+    assert shown == set(get_args(EventKind)) - OF_DELIVERIES - OF_SESSIONS
 
 
-WARNINGS = OF_DELIVERIES | {
-    "stored-without-result",
-    "held",
-    "unknown",
-    "unreadable",
-    "superseded",
-    "lease-lost",
-    "unavailable",
-    "unprotected",
-    "unrecorded",
-}
+WARNINGS = (
+    OF_DELIVERIES
+    | OF_SESSIONS
+    | {
+        "stored-without-result",
+        "held",
+        "unknown",
+        "unreadable",
+        "superseded",
+        "lease-lost",
+        "unavailable",
+        "unprotected",
+        "unrecorded",
+    }
+)
 
 
 @pytest.mark.parametrize("kind", get_args(EventKind))

@@ -1,4 +1,7 @@
-"""Effect, response and record in one transaction, through the middleware."""
+"""Effect, response and record in one transaction, through the middleware.
+
+Each test runs with sessions that are awaited, and with synchronous ones.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Annotated, Any
 
 import httpx
 import pytest
 import sqlalchemy
 from fastapi import Depends, FastAPI
-from sqlalchemy import text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -28,6 +32,7 @@ from idempotency.errors import TransactionError
 from idempotency.events import Event
 from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
+from tests.kit.awaited import awaited
 from tests.kit.servers import with_port
 from tests.kit.targets import Target
 from tests.kit.tcp_proxy import Proxy
@@ -47,24 +52,38 @@ class Order(Base):
 
 
 class Shop:
-    """An application with its orders in the store's database, and a client of it."""
+    """An application with its orders in the store's database, and a client of it.
 
-    def __init__(self, engine: AsyncEngine, store: SQLStore) -> None:
+    ``engine``: for the looks of a test. ``used``: the engine of the application.
+    """
+
+    def __init__(self, engine: AsyncEngine, used: AsyncEngine | Engine, store: SQLStore) -> None:
         self.engine = engine
+        self.used = used
         self.store = store
         self.handle: Any = None
         self.protect(Starlette(routes=[Route("/orders", self._order, methods=["POST"])]), Policy(lease=5))
 
     def protect(self, app: Any, policy: Policy, on_event: Callable[[Event], None] = lambda event: None) -> None:
         """Serve ``app`` from now on."""
-        sessions = async_sessionmaker(self.engine)
-        self.app = IdempotencyMiddleware(app, store=self.store, session=sessions, policy=policy, on_event=on_event)
+        self.app = IdempotencyMiddleware(
+            app, store=self.store, session=self.sessions(), policy=policy, on_event=on_event
+        )
+
+    def sessions(self, **options: Any) -> async_sessionmaker[AsyncSession] | sessionmaker[Session]:
+        """Return a factory of the sessions of the application."""
+        return sessions_on(self.used, **options)
+
+    @property
+    def pool(self) -> Any:
+        """The pool of the application."""
+        return self.used.pool
 
     def serve(self, handle: Callable[[AsyncSession], Awaitable[None]], policy: Policy) -> None:
         """Serve, from now on, an application without a framework: what it raises comes out of it, else it is 201."""
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await handle(scope["state"]["idempotency"].session)
+            await handle(awaited(scope["state"]["idempotency"].session))
             await send({"type": "http.response.start", "status": 201, "headers": []})
             await send({"type": "http.response.body", "body": b""})
 
@@ -95,7 +114,7 @@ class Shop:
         )
 
     async def _order(self, request: Request) -> Any:
-        session = request.state.idempotency.session
+        session = awaited(request.state.idempotency.session)
         await session.execute(text("INSERT INTO orders VALUES (:item)"), {"item": request.state.idempotency.key})
         return await self.handle(request, session)
 
@@ -109,27 +128,45 @@ class Shop:
             return list((await connection.execute(text("SELECT item FROM orders"))).scalars())
 
 
+def sessions_on(
+    engine: AsyncEngine | Engine, **options: Any
+) -> async_sessionmaker[AsyncSession] | sessionmaker[Session]:
+    if isinstance(engine, Engine):
+        return sessionmaker(engine, **options)
+    return async_sessionmaker(engine, **options)
+
+
+@pytest.fixture(params=[False, True], ids=["awaited", "threads"])
+def threads(request: pytest.FixtureRequest) -> bool:
+    """Whether the sessions are synchronous, so that the library uses them in threads."""
+    return bool(request.param)
+
+
 @asynccontextmanager
-async def open_shop(target: Target, url: str) -> AsyncIterator[Shop]:
-    engine = create_async_engine(url)
-    store = SQLStore(engine, table=f"{target.name}_records")
-    await store.create_schema()
+async def open_shop(target: Target, url: str, threads: bool = False) -> AsyncIterator[Shop]:
+    engine = create_async_engine(target.url if threads else url)
+    used = create_engine(replace(target, url=url).sync_url) if threads else engine
+    table = f"{target.name}_records"
+    await SQLStore(engine, table=table).create_schema()
     async with engine.begin() as connection:
         await connection.execute(text("DROP TABLE IF EXISTS orders"))
         await connection.execute(text("CREATE TABLE orders (item VARCHAR(40) UNIQUE)"))
-    shop = Shop(engine, store)
+    shop = Shop(engine, used, SQLStore(used, table=table))
     try:
         yield shop
     finally:
         await drain()
         await shop.store.abandoned.wait()
         assert engine.pool.checkedout() == 0, "a connection was left checked out"
+        assert shop.pool.checkedout() == 0, "a connection was left checked out"
+        if isinstance(used, Engine):
+            used.dispose()
         await engine.dispose()
 
 
 @pytest.fixture
-async def shop(target: Target) -> AsyncIterator[Shop]:
-    async with open_shop(target, target.url) as shop:
+async def shop(target: Target, threads: bool) -> AsyncIterator[Shop]:
+    async with open_shop(target, target.url, threads) as shop:
         yield shop
 
 
@@ -223,10 +260,10 @@ async def test_a_superseded_owner_is_rolled_back(shop: Shop) -> None:
 
 
 @pytest.mark.stores("postgres", "mariadb")
-async def test_a_commit_whose_acknowledgement_is_lost(target: Target) -> None:
+async def test_a_commit_whose_acknowledgement_is_lost(target: Target, threads: bool) -> None:
     """The record is read again: the answer is delivered, the retry replays, and there is one effect."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
             shop.handle = done
             assert (await shop.post("cup")).status_code == 201
             lose = [1]
@@ -273,11 +310,11 @@ async def test_the_fastapi_dependency_gives_the_session(shop: Shop) -> None:
     api = FastAPI()
 
     @api.post("/orders", status_code=201)
-    async def order(session: Annotated[AsyncSession, Depends(session_of_request)]) -> dict[str, bool]:
-        await session.execute(text("INSERT INTO orders VALUES ('tea')"))
+    async def order(session: Annotated[Any, Depends(session_of_request)]) -> dict[str, bool]:
+        await awaited(session).execute(text("INSERT INTO orders VALUES ('tea')"))
         return {"ok": True}
 
-    app = IdempotencyMiddleware(api, store=shop.store, session=async_sessionmaker(shop.engine))
+    app = IdempotencyMiddleware(api, store=shop.store, session=shop.sessions())
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
         statuses = [(await client.post("/orders", headers={"Idempotency-Key": "k"})).status_code for _ in range(2)]
@@ -287,13 +324,18 @@ async def test_the_fastapi_dependency_gives_the_session(shop: Shop) -> None:
 
 
 @pytest.mark.stores("postgres")
-async def test_what_cannot_commit_as_one_is_refused(shop: Shop) -> None:
-    """Another kind of store, another database, and what is no session factory."""
-    sessions = async_sessionmaker(shop.engine)
-    elsewhere = create_async_engine("postgresql+asyncpg://postgres@127.0.0.1:1/elsewhere")
+async def test_what_cannot_commit_as_one_is_refused(shop: Shop, threads: bool) -> None:
+    """Another kind of store, another database, another kind of engine or sessions, and what is no session factory."""
+    url = "postgresql+{}://postgres@127.0.0.1:1/elsewhere"
+    awaited_elsewhere, blocking_elsewhere = (
+        create_async_engine(url.format("asyncpg")),
+        create_engine(url.format("psycopg")),
+    )
+    elsewhere, other = (blocking_elsewhere, awaited_elsewhere) if threads else (awaited_elsewhere, blocking_elsewhere)
     for store, session in (
-        (MemoryStore(), sessions),
-        (shop.store, async_sessionmaker(elsewhere)),
+        (MemoryStore(), shop.sessions()),
+        (shop.store, sessions_on(elsewhere)),
+        (shop.store, sessions_on(other)),
         (shop.store, lambda: None),
     ):
         with pytest.raises(ConfigurationError):
@@ -314,7 +356,7 @@ async def test_a_duplicate_is_told_at_once_and_holds_no_connection(shop: Shop) -
     await running.wait()
     async with asyncio.timeout(4):
         told = [(await shop.post("tea")).json()["code"] for _ in range(5)]
-    held = shop.engine.pool.checkedout()  # type: ignore[attr-defined]
+    held = shop.pool.checkedout()
     finish.set()
 
     assert told == ["in-progress"] * 5
@@ -325,20 +367,20 @@ async def test_a_duplicate_is_told_at_once_and_holds_no_connection(shop: Shop) -
 
 async def test_the_session_begins_at_its_first_use(shop: Shop) -> None:
     """A handler holds a connection from its first statement on; one that never asks for the session, none at all."""
-    pool: Any = shop.engine.pool
+    pool = shop.pool
     held: list[int] = []
 
     async def order(request: Request) -> JSONResponse:
         held.append(pool.checkedout())
         if "session" in request.query_params:
-            await request.state.idempotency.session.execute(text("INSERT INTO orders VALUES ('tea')"))
+            await awaited(request.state.idempotency.session).execute(text("INSERT INTO orders VALUES ('tea')"))
             held.append(pool.checkedout())
         return JSONResponse({}, 201)
 
     app = IdempotencyMiddleware(
         Starlette(routes=[Route("/orders", order, methods=["POST"])]),
         store=shop.store,
-        session=async_sessionmaker(shop.engine),
+        session=shop.sessions(),
     )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://shop") as client:
         for path, key in (("/orders", "without"), ("/orders?session", "with")):
@@ -375,10 +417,10 @@ async def test_what_the_database_refuses_is_the_handlers_own_error(shop: Shop, w
 
 
 @pytest.mark.stores("postgres", "mariadb")
-async def test_a_connection_lost_before_the_commit_is_unavailable(target: Target) -> None:
+async def test_a_connection_lost_before_the_commit_is_unavailable(target: Target, threads: bool) -> None:
     """The record is read again, and is not there: 503, there is no effect, and the retry runs."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
 
             async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
                 proxy.cut()
@@ -396,10 +438,10 @@ async def test_a_connection_lost_before_the_commit_is_unavailable(target: Target
 
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
 @pytest.mark.parametrize("at", ["flush", "savepoint", "commit", "swallowed"])
-async def test_a_connection_lost_is_one_failure_wherever_it_is_lost(target: Target, at: str) -> None:
+async def test_a_connection_lost_is_one_failure_wherever_it_is_lost(target: Target, threads: bool, at: str) -> None:
     """Lost at the library's flush, at its commit, or before and swallowed by the handler: 503, and the retry runs."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
 
             async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
                 if at == "savepoint":
@@ -445,7 +487,7 @@ async def test_a_conflict_at_the_librarys_flush_is_unavailable(shop: Shop) -> No
 
 async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop) -> None:
     """The completion waits for less than the store's timeout, and then says 503, not the application's error."""
-    shop.store = SQLStore(shop.engine, table=shop.store._table.name, timeout=0.5)
+    shop.store = SQLStore(shop.used, table=shop.store._table.name, timeout=0.5)
     other = await shop.engine.connect()
 
     async def lock_the_record(request: Request, session: AsyncSession) -> JSONResponse:
@@ -466,10 +508,12 @@ async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop
 
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
 @pytest.mark.parametrize("outcomes", [{}, {"5xx": "hold"}], ids=["default", "hold"])
-async def test_an_answer_given_up_while_it_is_flushed_is_rolled_back_and_free(target: Target, outcomes: Any) -> None:
+async def test_an_answer_given_up_while_it_is_flushed_is_rolled_back_and_free(
+    target: Target, threads: bool, outcomes: Any
+) -> None:
     """An application that gives up its sending and returns raises nothing of the library's, and its retry runs."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
             frozen = True
 
             async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -511,7 +555,7 @@ async def test_a_commit_refused_behind_the_application_raises_at_its_next_send(
     raised: list[Exception] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await scope["state"]["idempotency"].session.execute(INSERT_A_CUP)
+        await awaited(scope["state"]["idempotency"].session).execute(INSERT_A_CUP)
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": b"one ", "more_body": True})
         await released.wait()
@@ -631,21 +675,18 @@ async def test_a_snapshot_older_than_the_renewal_is_unavailable(shop: Shop) -> N
 
 
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
-async def test_isolation_that_cannot_be_completed_is_refused(shop: Shop) -> None:
+async def test_isolation_that_cannot_be_completed_is_refused(shop: Shop, threads: bool) -> None:
     """AUTOCOMMIT has no transaction, and a snapshot is older than the renewals of its record, but on SQLite."""
-    url = shop.engine.url
+    url, make = shop.used.url, create_engine if threads else create_async_engine
     refused = {"AUTOCOMMIT": "AUTOCOMMIT"}
     if url.get_backend_name() != "sqlite":
         refused |= {"REPEATABLE READ": "READ COMMITTED", "SERIALIZABLE": "READ COMMITTED"}
     for level, words in refused.items():
-        for engine in (
-            create_async_engine(url, isolation_level=level),
-            shop.engine.execution_options(isolation_level=level),
-        ):
+        for engine in (make(url, isolation_level=level), shop.used.execution_options(isolation_level=level)):
             with pytest.raises(ConfigurationError, match=words):
-                IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(engine))
-    allowed = create_async_engine(url, isolation_level="SERIALIZABLE" if len(refused) == 1 else "READ COMMITTED")
-    IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(allowed))
+                IdempotencyMiddleware(shop.app, store=shop.store, session=sessions_on(engine))
+    allowed = make(url, isolation_level="SERIALIZABLE" if len(refused) == 1 else "READ COMMITTED")
+    IdempotencyMiddleware(shop.app, store=shop.store, session=sessions_on(allowed))
 
 
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
@@ -666,7 +707,7 @@ async def test_a_handler_that_asks_for_autocommit_is_refused(shop: Shop) -> None
 async def test_sessions_that_do_not_begin_by_themselves_are_refused(shop: Shop) -> None:
     """Nobody would begin their transaction."""
     with pytest.raises(ConfigurationError, match="autobegin"):
-        IdempotencyMiddleware(shop.app, store=shop.store, session=async_sessionmaker(shop.engine, autobegin=False))
+        IdempotencyMiddleware(shop.app, store=shop.store, session=shop.sessions(autobegin=False))
 
 
 @pytest.mark.stores("postgres", "postgres_psycopg")
@@ -690,10 +731,10 @@ async def test_what_is_held_stays_held_when_its_commit_is_refused(shop: Shop, by
 
 
 @pytest.mark.stores("postgres", "mariadb")
-async def test_what_is_held_stays_held_when_its_commit_gets_no_answer(target: Target) -> None:
+async def test_what_is_held_stays_held_when_its_commit_gets_no_answer(target: Target, threads: bool) -> None:
     """The connection is lost before the commit: 503, and from then on the outcome is unknown."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
 
             async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
                 request.state.idempotency.hold()
@@ -720,10 +761,10 @@ def stopped_by_a_server() -> Iterator[None]:
 
 @pytest.mark.stores("postgres", "mariadb")
 @pytest.mark.usefixtures("stopped_by_a_server")
-async def test_a_request_waits_until_its_hold_is_recorded(target: Target) -> None:
+async def test_a_request_waits_until_its_hold_is_recorded(target: Target, threads: bool) -> None:
     """A server that stops waits for its requests alone, so what is held is recorded when the request ends."""
     with Proxy(sqlalchemy.make_url(target.url).port or 0) as proxy:
-        async with open_shop(target, with_port(target.url, proxy.port)) as shop:
+        async with open_shop(target, with_port(target.url, proxy.port), threads) as shop:
 
             async def lose_connection(request: Request, session: AsyncSession) -> JSONResponse:
                 request.state.idempotency.hold()

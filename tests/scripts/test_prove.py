@@ -65,6 +65,16 @@ def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
     assert (len(report.labels), report.found) == (25, 25)
 
 
+@pytest.mark.parametrize("database", ["postgres_url", "mariadb_url", "sqlite_url"])
+def test_transactional_http_with_synchronous_sessions(request: pytest.FixtureRequest, database: str) -> None:
+    """The same statements in the same order, in threads: the labels of the asynchronous twin of each database."""
+    report = assert_once("scenarios:TransactionalHTTPSync", request.getfixturevalue(database), jobs=8)
+
+    assert report.labels[-9:] == (*HANDLED, *COMMITTED, *CHECKED_IN)
+    assert report.labels[0] == "before claim"
+    assert (report.expected, report.found) == (len(report.labels), len(report.labels))
+
+
 LABELS = {"postgres_url": 11, "mariadb_url": 11, "sqlite_url": 13}
 # Both halves of the engine on each database: a consumer and a function differ above it.
 JOINED = [

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Engine
@@ -18,6 +19,7 @@ from idempotency._sql.engines import open_async, open_sync
 from idempotency._sql.failures import describe_database
 from idempotency._sql.listen import Watchers
 from idempotency._sql.sqlite import close_what_is_invalidated
+from idempotency._sql.threads import WORKING
 from idempotency._synchronization import Changed
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import ClockGuard
@@ -30,7 +32,10 @@ _DISPOSE_TIMEOUT = 2.0
 
 
 class PerLoop:
-    """What a store has for one event loop. An engine that it opens from a URL is disposed of at the end."""
+    """What a store has for one event loop. An engine that it opens from a URL is disposed of at the end.
+
+    ``in_threads``: the engine is a synchronous one, whose calls run in threads.
+    """
 
     def __init__(
         self,
@@ -39,19 +44,17 @@ class PerLoop:
         abandoned: Abandoned,
         guard: ClockGuard,
         sealing: Sealing | None,
+        in_threads: bool = False,
     ) -> None:
-        if isinstance(source, Engine):
-            raise ConfigurationError(
-                "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
-            )
         self._owned = isinstance(source, URL)
-        engine = open_async(source, settings.timeout, settings.pooler) if isinstance(source, URL) else source
-        self._engine = engine
+        self._in_threads = in_threads
+        self._engine = _open(source, settings, in_threads)
+        engine = self._engine.sync_engine if isinstance(self._engine, AsyncEngine) else self._engine
         self._timeout = settings.timeout
         self._abandoned = abandoned
-        self._database = Database(engine.sync_engine, settings, self._owned)
+        self._database = Database(engine, settings, self._owned)
         if engine.dialect.name == "sqlite":
-            close_what_is_invalidated(engine.sync_engine)
+            close_what_is_invalidated(engine)
         self._slots = asyncio.Semaphore(self._database.max_parallel)
         self.together = Together(
             self._database,
@@ -63,7 +66,7 @@ class PerLoop:
             sealing=sealing,
         )
         self._life = self._live()
-        self.watchers = Watchers(engine.sync_engine, settings.table.name)
+        self.watchers = Watchers(engine, settings.table.name)
 
     async def open(self) -> None:
         """Start the generator that closes the engine: an event loop that ends in order closes its generators."""
@@ -81,7 +84,13 @@ class PerLoop:
             await self._abandoned.wait()
             if self._owned:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._engine.dispose(), _DISPOSE_TIMEOUT)
+                    await asyncio.wait_for(self._dispose(), _DISPOSE_TIMEOUT)
+
+    async def _dispose(self) -> None:
+        if isinstance(self._engine, AsyncEngine):
+            await self._engine.dispose()
+        else:
+            await WORKING.run(self._engine.dispose)
 
     @asynccontextmanager
     async def watch(self, record: bytes) -> AsyncIterator[Changed]:
@@ -118,7 +127,19 @@ class PerLoop:
 
     async def _perform(self, work: Work[T], statement: InFlight, transaction: bool) -> T:
         async with self._slots:
+            if self._in_threads:
+                return await WORKING.run(partial(self._database.perform, work, statement, transaction))
             return await greenlet_spawn(self._database.perform, work, statement, transaction)
+
+
+def _open(source: AsyncEngine | Engine | URL, settings: Settings, in_threads: bool) -> AsyncEngine | Engine:
+    if isinstance(source, URL):
+        return (open_sync if in_threads else open_async)(source, settings.timeout, settings.pooler)
+    if isinstance(source, Engine) and not in_threads:
+        raise ConfigurationError(
+            "the store was given a synchronous Engine: pass create_async_engine(...) to await verbs"
+        )
+    return source
 
 
 class Threads(NamedTuple):

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import copy
 from typing import Literal, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, MetaData
@@ -138,6 +139,7 @@ class SQLStore(InSessions):
         self._settings = Settings(self._table, timeout, pooler)
         self._sealing = sealing
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
+        self._awaited_in_threads = False
         self._threads: Threads | None = None
         self._opening = threading.Lock()
         self._joined: JoinedVerbs | None = None
@@ -147,6 +149,13 @@ class SQLStore(InSessions):
         self.watchdog = Watchdog(timeout)
         self._local_lock = LocalLock() if self._url.get_backend_name() == "sqlite" else None
         drop_in_children(self)
+
+    def awaited_in_threads(self) -> Self:
+        """Return a store on the same engine, a synchronous one, whose awaited verbs run in threads."""
+        store = copy(self)
+        store._per_loop, store._awaited_in_threads = {}, True
+        drop_in_children(store)
+        return store
 
     @property
     def _url(self) -> URL:
@@ -192,7 +201,7 @@ class SQLStore(InSessions):
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError where this store has an engine for the other kind of verbs."""
-        check_side(self._source, asynchronous)
+        check_side(self._source, asynchronous and not self._awaited_in_threads)
 
     def check_shared(self, engine: object) -> None:
         """Raise ConfigurationError unless sessions on ``engine`` reach the database that holds the records."""
@@ -372,7 +381,12 @@ class SQLStore(InSessions):
                 if other.is_closed():
                     self._per_loop.pop(other, None)
             found = self._per_loop[loop] = PerLoop(
-                self._source, self._settings, self.abandoned, self._clock_guard, self._sealing
+                self._source,
+                self._settings,
+                self.abandoned,
+                self._clock_guard,
+                self._sealing,
+                self._awaited_in_threads,
             )
             await found.open()
         return found
