@@ -30,8 +30,9 @@ class TransactionalLease(Lease):
         claimed_at: float,
         transaction: Transaction,
         policy: Policy,
+        route: str,
     ) -> None:
-        super().__init__(runner, claim, operation, operation.name, claimed_at)
+        super().__init__(runner, claim, operation, operation.name, claimed_at, route)
         self._transaction = transaction
         self._policy = policy
         self._failure: Exception | None = None
@@ -127,9 +128,9 @@ def transactional_leases(runner: Runner, sessions: async_sessionmaker[AsyncSessi
     """Return what makes the lease of each request; raise ConfigurationError if store and sessions do not fit."""
     transaction_of = transactions(runner.store, sessions)
 
-    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy) -> Lease:
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "") -> Lease:
         transaction = transaction_of(claim)
         operation = Operation(claim, attempt, transaction, name)
-        return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy)
+        return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy, route)
 
     return begin

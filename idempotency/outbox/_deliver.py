@@ -16,7 +16,7 @@ from typing import assert_never
 from idempotency._durations import DAY, milliseconds, seconds
 from idempotency.errors import ConfigurationError
 from idempotency.outbox._statements import Row, Settlement
-from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHook, emit_relay_event
+from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHooks
 from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
 
 Backoff = Callable[[int], float | None]
@@ -85,10 +85,10 @@ class Delivery:
     batch; or if the broker itself has asked to wait. So a broker that is away exhausts nothing.
     """
 
-    def __init__(self, publisher: Publisher, backoff: Backoff, hook: RelayHook, relay: str) -> None:
+    def __init__(self, publisher: Publisher, backoff: Backoff, hooks: RelayHooks, relay: str) -> None:
         self._publisher = publisher
         self._backoff = backoff
-        self._hook = hook
+        self._hooks = hooks
         self._relay = relay
         self._confirmations = 0
         self._tried: dict[int, int] = {}
@@ -210,7 +210,7 @@ class Delivery:
         created = min((row.message.created for row in rows), default=None)
         oldest = 0.0 if created is None else max(0.0, time.time() - created)
         event = RelayEvent(kind=kind, relay=self._relay, count=len(rows) or count, oldest=oldest, reason=reason)
-        emit_relay_event(self._hook, event)
+        self._hooks.deliver(event)
 
     def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
         dead = judged.dead

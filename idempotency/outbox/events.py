@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import Hooks
 
 RelayEventKind = Literal[
     "published",  # the broker has confirmed messages
@@ -48,6 +49,10 @@ class RelayHook(Protocol):
     def __call__(self, event: RelayEvent, /) -> None: ...
 
 
+OnRelayEvent = RelayHook | Sequence[RelayHook]
+"""The option ``on_event=`` of a relay: a hook or several, which are given each event besides the log."""
+
+
 def log_relay_event(event: RelayEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
     level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
@@ -56,10 +61,10 @@ def log_relay_event(event: RelayEvent, /) -> None:
         _logger.log(level, "%s %s count=%d oldest=%.3f%s", event.kind, event.relay, event.count, event.oldest, reason)
 
 
-def emit_relay_event(hook: RelayHook, event: RelayEvent) -> None:
-    """Deliver one event. A hook that fails does not stop the relay."""
-    try:
-        returned: object = hook(event)  # type: ignore[func-returns-value]
-        discard_coroutine("on_event", hook, returned)
-    except Exception:
-        _logger.exception("the event hook failed")
+class RelayHooks(Hooks[RelayEvent]):
+    """The log and the hooks of a relay."""
+
+    __slots__ = ()
+
+    def __init__(self, on_event: OnRelayEvent = ()) -> None:
+        super().__init__(on_event, log_relay_event)

@@ -6,10 +6,11 @@ An event never contains the key of a saga, its arguments or a result.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import Hooks
 
 SagaEventKind = Literal[
     "done",  # the saga has ended, and its result is recorded
@@ -58,6 +59,10 @@ class SagaHook(Protocol):
     def __call__(self, event: SagaEvent, /) -> None: ...
 
 
+OnSagaEvent = SagaHook | Sequence[SagaHook]
+"""The option ``on_event=`` of a saga: a hook or several, which are given each event besides the log."""
+
+
 def log_saga_event(event: SagaEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
     level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
@@ -75,13 +80,13 @@ def log_saga_event(event: SagaEvent, /) -> None:
         )
 
 
-def emit_saga_event(hook: SagaHook, event: SagaEvent) -> None:
-    """Deliver one event. A hook that fails does not stop the saga."""
-    try:
-        returned: object = hook(event)  # type: ignore[func-returns-value]
-        discard_coroutine("on_event", hook, returned)
-    except Exception:
-        _logger.exception("the event hook failed")
+class SagaHooks(Hooks[SagaEvent]):
+    """The log and the hooks of a saga."""
+
+    __slots__ = ()
+
+    def __init__(self, on_event: OnSagaEvent = ()) -> None:
+        super().__init__(on_event, log_saga_event)
 
 
 def _in_one_line(text: str) -> str:
