@@ -6,17 +6,15 @@ asked. Where nothing is known, such as in an ASGI application without a framewor
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from idempotency._http.applications import has_only_files, inside, owner_of, router_of
+
 if TYPE_CHECKING:
     from starlette.routing import Router
-
-_DEEP = 100
-"""The most applications that are searched, one inside the other."""
 
 
 def is_unrouted(status: int, scope: MutableMapping[str, Any], app: object) -> bool:
@@ -40,25 +38,16 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
     """Ask the application of another framework than Starlette; return None if ``app`` contains no such application."""
     litestar, quart = sys.modules.get("litestar"), sys.modules.get("quart")
     django = sys.modules.get("django.core.handlers.asgi")
-    for each in _inside(app):
+    for each in inside(app):
         if litestar is not None and isinstance(each, litestar.Litestar):
             return "route_handler" not in scope
         # The middleware is often put around the method Quart.asgi_app.
-        owner = getattr(each, "__self__", each)
+        owner = owner_of(each)
         if quart is not None and isinstance(owner, quart.Quart):
             return _has_no_route_in_quart(scope, owner)
         if django is not None and isinstance(each, django.ASGIHandler):
             return _has_no_route_in_django(scope)
     return None
-
-
-def _inside(app: object) -> Iterator[object]:
-    """Return an application and those that it wraps, from the outside in. A function is not looked into."""
-    for _ in range(_DEEP):
-        if app is None:
-            return
-        yield app
-        app = None if inspect.isroutine(app) else getattr(app, "app", None)
 
 
 def _has_no_route_in_starlette(scope: Mapping[str, Any], endpoint: object) -> bool:
@@ -81,28 +70,9 @@ def _takes(router: Router, scope: MutableMapping[str, Any]) -> bool:
         if match is Match.FULL:
             if not isinstance(route, Host | Mount):
                 return True
-            inner = _router_of(route.app)
-            return _takes(inner, {**scope, **found}) if inner is not None else not _has_only_files(route.app)
+            inner = router_of(route.app)
+            return _takes(inner, {**scope, **found}) if inner is not None else not has_only_files(route.app)
     return False
-
-
-def _has_only_files(app: object) -> bool:
-    """Return whether ``app`` is a directory of files, which answers 405 to a POST, and has no effect."""
-    from starlette.staticfiles import StaticFiles
-
-    return any(isinstance(each, StaticFiles) for each in _inside(app))
-
-
-def _router_of(app: object) -> Router | None:
-    from starlette.applications import Starlette
-    from starlette.routing import Router
-
-    for each in _inside(app):
-        if isinstance(each, Starlette):
-            return each.router
-        if isinstance(each, Router):
-            return each
-    return None
 
 
 def _has_no_route_in_quart(scope: Any, app: Any) -> bool:

@@ -473,7 +473,9 @@ def django_app() -> Any:
         path("orders/<int:number>", missing),
     ]
     sys.modules[urls.__name__] = urls
-    settings.configure(SECRET_KEY="x", ALLOWED_HOSTS=["*"], ROOT_URLCONF=urls.__name__, LOGGING_CONFIG=None)
+    if not settings.configured:
+        settings.configure(SECRET_KEY="x", ALLOWED_HOSTS=["*"], LOGGING_CONFIG=None)
+    settings.ROOT_URLCONF = urls.__name__
     django.setup()
     return get_asgi_application()
 
