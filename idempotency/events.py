@@ -41,7 +41,7 @@ EventKind = Literal[
     "unrecorded",  # the store failed after the operation; its key stays claimed and the record is tried again
 ]
 
-_WARNINGS: frozenset[EventKind] = frozenset(
+WARNINGS: frozenset[EventKind] = frozenset(
     {
         "stored-without-result",
         "held",
@@ -56,6 +56,8 @@ _WARNINGS: frozenset[EventKind] = frozenset(
         "unsettled",
     }
 )
+"""The kinds that are logged as warnings: an operator should look. The others are debug lines."""
+
 
 Surface = Literal[
     "http",  # a request
@@ -138,7 +140,7 @@ def log_event(event: Event, /) -> None:
 
 
 def _level_of(kind: EventKind) -> int:
-    return logging.WARNING if kind in _WARNINGS else logging.DEBUG
+    return logging.WARNING if kind in WARNINGS else logging.DEBUG
 
 
 Failure = BaseException | str | None

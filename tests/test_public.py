@@ -84,7 +84,7 @@ PUBLIC = {
         "WebhookMalformedError",
         "WebhookUnverifiedError",
     ],
-    "idempotency.events": ["Event", "EventHook", "EventKind", "log_event"],
+    "idempotency.events": ["Event", "EventHook", "EventKind", "OnEvent", "Surface", "log_event"],
     "idempotency.function": ["Codec", "idempotent"],
     "idempotency.operation": ["Operation", "current"],
     "idempotency.outbox": [
@@ -128,6 +128,7 @@ PUBLIC = {
         "SagaLostError",
         "SagaOperations",
         "SagaPendingError",
+        "SagaStats",
         "SagaStatus",
         "SagaStuckError",
         "SagaView",

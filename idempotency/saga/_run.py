@@ -197,6 +197,7 @@ class Run:
             step=step,
             error=error if isinstance(error, str) else "" if error is None else type(error).__name__,
             reason=reason,
+            seconds=monotonic() - self.asked,
         )
         self.definition.hooks.deliver(event)
 

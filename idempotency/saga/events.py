@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from idempotency._hooks import Hooks
@@ -26,9 +26,11 @@ SagaEventKind = Literal[
     "unavailable",  # the store failed: this run ends, and another one goes on later
 ]
 
-_WARNINGS: frozenset[SagaEventKind] = frozenset(
+WARNINGS: frozenset[SagaEventKind] = frozenset(
     {"undoing", "retry", "stuck", "undo-failed", "took-over", "lease-lost", "unavailable"}
 )
+"""The kinds that are logged as warnings: an operator should look. The others are debug lines."""
+
 
 _logger = logging.getLogger("idempotency")
 
@@ -39,6 +41,7 @@ class SagaEvent:
 
     ``attempt`` counts the runs of the saga, or for ``step-failed`` and ``undo-failed`` the attempts of the ``step``,
     from 1. ``error`` is the class name of the failure, if any. ``reason``: what the saga waits for, or why it is stuck.
+    ``seconds``: since this run of the saga began. It does not count when events are compared.
     """
 
     kind: SagaEventKind
@@ -48,6 +51,7 @@ class SagaEvent:
     step: str = ""
     error: str = ""
     reason: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
 
 class SagaHook(Protocol):
@@ -65,7 +69,7 @@ OnSagaEvent = SagaHook | Sequence[SagaHook]
 
 def log_saga_event(event: SagaEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
-    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    level = logging.WARNING if event.kind in WARNINGS else logging.DEBUG
     if _logger.isEnabledFor(level):
         _logger.log(
             level,

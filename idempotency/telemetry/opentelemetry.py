@@ -1,0 +1,177 @@
+"""Traces and metrics for OpenTelemetry, by its API: the SDK is the application's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+from idempotency.errors import ConfigurationError
+from idempotency.events import WARNINGS, Event
+from idempotency.outbox.events import WARNINGS as WARNINGS_OF_RELAY
+from idempotency.outbox.events import RelayEvent
+from idempotency.saga.events import WARNINGS as WARNINGS_OF_SAGA
+from idempotency.saga.events import SagaEvent
+from idempotency.telemetry._instruments import (
+    BUCKETS,
+    COUNTED,
+    GAUGES,
+    OF_MESSAGES,
+    AnyEvent,
+    Instrument,
+    measurements_of,
+)
+from idempotency.telemetry._watch import Watch
+
+try:
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
+    from opentelemetry.trace import (
+        Link,
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TraceFlags,
+        TracerProvider,
+        get_current_span,
+        get_tracer,
+    )
+except ImportError as error:
+    raise ConfigurationError(
+        "idempotency.telemetry.opentelemetry needs opentelemetry-api, which is not installed: "
+        "pip install 'asgi-idempotency[opentelemetry]'"
+    ) from error
+
+_NAME = "idempotency"
+_Value = str | int | float
+
+
+class OpenTelemetry:
+    """A hook for ``on_event=`` of everything that has events: a span for each, and metrics.
+
+    ``tracer_provider``, ``meter_provider``: default those of the process. ``watches``: their gauges are observed as
+    they were read last: a collection asks no database.
+
+    A span is made when its event comes, and begins when the operation began, as a child of the span that is current
+    then. With this hook, a recorded response contains the trace context of its run, and the span of a replay has a link
+    to it. The span of a batch that a relay has published has links to where its messages were emitted.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        *,
+        watches: Sequence[Watch] = (),
+    ) -> None:
+        self._tracer = get_tracer(_NAME, tracer_provider=tracer_provider)
+        meter = get_meter(_NAME, meter_provider=meter_provider)
+        self._add = {instrument: _adding(meter, instrument) for instrument in COUNTED}
+        for instrument in GAUGES if watches else ():
+            callback = partial(_observe, tuple(watches), instrument)
+            meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
+        self._attributes: dict[tuple[Instrument, tuple[str, ...]], dict[str, str]] = {}
+
+    def __call__(self, event: AnyEvent, /) -> None:
+        """Measure an event, and make its span."""
+        for instrument, labels, value in measurements_of(event):
+            attributes = self._attributes.get((instrument, labels))
+            if attributes is None:
+                attributes = dict(zip(instrument.labels, labels, strict=True))
+                self._attributes[instrument, labels] = attributes
+            self._add[instrument](value, attributes)
+        match event:
+            case Event():
+                self._operation(event)
+            case RelayEvent(kind=kind) if kind in OF_MESSAGES:
+                self._published(event)
+            case SagaEvent():
+                self._saga(event)
+
+    def traceparent(self) -> str:
+        """Return the context of the current span as ``traceparent`` of W3C Trace Context; empty if there is none."""
+        context = get_current_span().get_span_context()
+        if not context.is_valid:
+            return ""
+        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+    def _operation(self, event: Event) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.surface": event.surface,
+            "idempotency.route": event.route,
+            "idempotency.verdict": event.kind,
+            "idempotency.record": event.record,
+            "idempotency.attempt": event.attempt,
+        }
+        if event.surface == "http":
+            attributes["http.request.method"], _, attributes["http.route"] = event.route.partition(" ")
+        failed = event.kind in WARNINGS
+        self._span(f"idempotency {event.route}", attributes, event.seconds or 0.0, [event.first_trace], event.error, failed)
+
+    def _published(self, event: RelayEvent) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.relay": event.relay,
+            "idempotency.outcome": event.kind,
+            "idempotency.messages": event.count,
+        }
+        failed = event.kind in WARNINGS_OF_RELAY
+        name = f"publish {event.relay}"
+        self._span(name, attributes, event.seconds or 0.0, event.traces, "", failed, SpanKind.PRODUCER)
+
+    def _saga(self, event: SagaEvent) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.saga": event.saga,
+            "idempotency.verdict": event.kind,
+            "idempotency.record": event.record,
+            "idempotency.attempt": event.attempt,
+        }
+        if event.step:
+            attributes["idempotency.step"] = event.step
+        self._span(f"saga {event.saga}", attributes, event.seconds, (), event.error, event.kind in WARNINGS_OF_SAGA)
+
+    def _span(
+        self,
+        name: str,
+        attributes: dict[str, _Value],
+        seconds: float,
+        traces: Iterable[str],
+        error: str,
+        failed: bool,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:
+        if error:
+            attributes["error.type"] = error
+        end = time.time_ns()
+        links = [Link(context) for context in map(_context_of, traces) if context is not None]
+        start = end - int(seconds * 1e9)
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes, links=links, start_time=start)
+        if failed and span.is_recording():
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+
+def _adding(meter: Meter, instrument: Instrument) -> Callable[[float, Mapping[str, str]], None]:
+    if instrument.kind == "histogram":
+        unit, text = instrument.unit, instrument.help
+        return meter.create_histogram(instrument.dotted, unit, text, explicit_bucket_boundaries_advisory=BUCKETS).record
+    return meter.create_counter(instrument.dotted, instrument.unit, instrument.help).add
+
+
+def _observe(watches: Sequence[Watch], wanted: Instrument, _: CallbackOptions) -> Iterable[Observation]:
+    for watch in watches:
+        for instrument, labels, value in watch.measurements():
+            if instrument is wanted:
+                yield Observation(value, dict(zip(instrument.labels, labels, strict=True)))
+
+
+def _context_of(traceparent: str) -> SpanContext | None:
+    """Read a ``traceparent``; None if it is none. What stands in a record or a message may have come from elsewhere."""
+    parts = traceparent.split("-")
+    if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:
+        return None
+    try:
+        trace, span, flags = (int(part, 16) for part in parts[1:4])
+    except ValueError:
+        return None
+    context = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
+    return context if context.is_valid else None
