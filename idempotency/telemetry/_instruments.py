@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, assert_never
 
-from idempotency.events import Event
+from idempotency.events import WARNINGS, Event
+from idempotency.outbox.events import WARNINGS as WARNINGS_OF_RELAY
 from idempotency.outbox.events import RelayEvent, RelayEventKind
+from idempotency.saga.events import WARNINGS as WARNINGS_OF_SAGA
 from idempotency.saga.events import SagaEvent
 
 AnyEvent = Event | RelayEvent | SagaEvent
@@ -36,11 +38,17 @@ class Instrument:
         return stem.replace("_", ".", 1)
 
 
-class Measurement(NamedTuple):
-    """One value of an instrument. ``labels`` are the values of its labels, in their order."""
+class Series(NamedTuple):
+    """An instrument with the values of its labels, in their order."""
 
     instrument: Instrument
     labels: tuple[str, ...]
+
+
+class Measurement(NamedTuple):
+    """One value of a series."""
+
+    series: Series
     value: float
 
 
@@ -119,6 +127,25 @@ OF_MESSAGES: frozenset[RelayEventKind] = frozenset({"published", "duplicate", "r
 """The kinds of events of a relay that are the outcome of messages."""
 
 
+def series_at_zero(series: Series) -> tuple[Series, ...]:
+    """Return the counters that begin at 0 beside a new series: those of which one event is an alert.
+
+    Prometheus sees no increase in a counter whose first value is 1.
+    """
+    instrument, (*names, _) = series
+    if instrument is OPERATIONS:
+        by_kind = (Series(OPERATIONS, (*names, kind)) for kind in sorted(WARNINGS - {"lease-lost"}))
+        return *by_kind, Series(LEASE_LOST, tuple(names))
+    if instrument is OUTBOX_MESSAGES:
+        of_messages = (Series(OUTBOX_MESSAGES, (*names, kind)) for kind in sorted(WARNINGS_OF_RELAY & OF_MESSAGES))
+        return *of_messages, *(
+            Series(OUTBOX_RELAY_EVENTS, (*names, kind)) for kind in sorted(WARNINGS_OF_RELAY - OF_MESSAGES)
+        )
+    if instrument is SAGA_EVENTS:
+        return tuple(Series(SAGA_EVENTS, (*names, kind)) for kind in sorted(WARNINGS_OF_SAGA))
+    return ()
+
+
 def measurements_of(event: AnyEvent) -> tuple[Measurement, ...]:
     """Return what an event adds to the instruments."""
     match event:
@@ -127,26 +154,26 @@ def measurements_of(event: AnyEvent) -> tuple[Measurement, ...]:
         case RelayEvent():
             return _of_relay(event)
         case SagaEvent():
-            return (Measurement(SAGA_EVENTS, (event.saga, event.kind), 1),)
+            return (Measurement(Series(SAGA_EVENTS, (event.saga, event.kind)), 1),)
         case _:
             assert_never(event)
 
 
 def _of_operation(event: Event) -> tuple[Measurement, ...]:
     if event.kind == "lease-lost":
-        return (Measurement(LEASE_LOST, (event.surface, event.route), 1),)
+        return (Measurement(Series(LEASE_LOST, (event.surface, event.route)), 1),)
     labels = (event.surface, event.route, event.kind)
-    counted = Measurement(OPERATIONS, labels, 1)
+    counted = Measurement(Series(OPERATIONS, labels), 1)
     if event.seconds is None:
         return (counted,)
-    return counted, Measurement(OPERATION_SECONDS, labels, event.seconds)
+    return counted, Measurement(Series(OPERATION_SECONDS, labels), event.seconds)
 
 
 def _of_relay(event: RelayEvent) -> tuple[Measurement, ...]:
     labels = (event.relay, event.kind)
     if event.kind not in OF_MESSAGES:
-        return (Measurement(OUTBOX_RELAY_EVENTS, labels, 1),)
-    counted = Measurement(OUTBOX_MESSAGES, labels, event.count)
+        return (Measurement(Series(OUTBOX_RELAY_EVENTS, labels), 1),)
+    counted = Measurement(Series(OUTBOX_MESSAGES, labels), event.count)
     if event.seconds is None:
         return (counted,)
-    return counted, Measurement(OUTBOX_PUBLISH_SECONDS, labels, event.seconds)
+    return counted, Measurement(Series(OUTBOX_PUBLISH_SECONDS, labels), event.seconds)

@@ -23,6 +23,7 @@ from idempotency.telemetry._instruments import (
     UNRESOLVED_SECONDS,
     WATCH_AGE,
     Measurement,
+    Series,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Watch:
         """Return what was read last, and how old it is, from memory."""
         age = monotonic() - self._at
         fresh = self._read if age <= 4 * self._every else ()
-        return *fresh, Measurement(WATCH_AGE, (self.name,), age)
+        return *fresh, Measurement(Series(WATCH_AGE, (self.name,)), age)
 
     async def _look_at_store(self) -> list[Measurement]:
         if self._store is None:
@@ -102,7 +103,10 @@ class Watch:
         found = await self._store.unresolved(_MOST)
         oldest = max((entry.age for entry in found), default=0.0)
         source = (self.name,)
-        return [Measurement(UNRESOLVED, source, len(found)), Measurement(UNRESOLVED_SECONDS, source, oldest)]
+        return [
+            Measurement(Series(UNRESOLVED, source), len(found)),
+            Measurement(Series(UNRESOLVED_SECONDS, source), oldest),
+        ]
 
     async def _look_at_outbox(self) -> list[Measurement]:
         if self._outbox is None:
@@ -110,10 +114,10 @@ class Watch:
         stats, retained = await self._outbox.stats(), await self._outbox.retained()
         rows = {"due": stats.due, "scheduled": stats.scheduled, "blocked": stats.blocked, "dead": stats.dead}
         return [
-            Measurement(OUTBOX_OLDEST, (self.name,), stats.oldest_age),
-            Measurement(OUTBOX_RELAYS, (self.name,), len(stats.relays)),
-            *(Measurement(OUTBOX_ROWS, (self.name, state), count) for state, count in rows.items()),
-            *(Measurement(SLOT_RETAINED, (self.name, slot), size) for slot, size in retained.items()),
+            Measurement(Series(OUTBOX_OLDEST, (self.name,)), stats.oldest_age),
+            Measurement(Series(OUTBOX_RELAYS, (self.name,)), len(stats.relays)),
+            *(Measurement(Series(OUTBOX_ROWS, (self.name, state)), count) for state, count in rows.items()),
+            *(Measurement(Series(SLOT_RETAINED, (self.name, slot)), size) for slot, size in retained.items()),
         ]
 
     async def _look_at_sagas(self) -> list[Measurement]:
@@ -121,4 +125,4 @@ class Watch:
             return []
         stats = await self._sagas.stats()
         values = ((SAGA_STUCK, stats.stuck), (SAGA_OLDEST, stats.oldest_age), (SAGA_LATE, stats.late))
-        return [Measurement(instrument, (self.name,), value) for instrument, value in values]
+        return [Measurement(Series(instrument, (self.name,)), value) for instrument, value in values]

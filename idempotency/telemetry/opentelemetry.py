@@ -19,7 +19,9 @@ from idempotency.telemetry._instruments import (
     OF_MESSAGES,
     AnyEvent,
     Instrument,
+    Series,
     measurements_of,
+    series_at_zero,
 )
 from idempotency.telemetry._watch import Watch
 
@@ -70,16 +72,17 @@ class OpenTelemetry:
         for instrument in GAUGES if watches else ():
             callback = partial(_observe, tuple(watches), instrument)
             meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
-        self._attributes: dict[tuple[Instrument, tuple[str, ...]], dict[str, str]] = {}
+        self._attributes: dict[Series, dict[str, str]] = {}
 
     def __call__(self, event: AnyEvent, /) -> None:
         """Measure an event, and make its span."""
-        for instrument, labels, value in measurements_of(event):
-            attributes = self._attributes.get((instrument, labels))
+        for series, value in measurements_of(event):
+            attributes = self._attributes.get(series)
             if attributes is None:
-                attributes = dict(zip(instrument.labels, labels, strict=True))
-                self._attributes[instrument, labels] = attributes
-            self._add[instrument](value, attributes)
+                attributes = self._attributes[series] = _attributes_of(series)
+                for other in series_at_zero(series):
+                    self._add[other.instrument](0, _attributes_of(other))
+            self._add[series.instrument](value, attributes)
         match event:
             case Event():
                 self._operation(event)
@@ -105,8 +108,9 @@ class OpenTelemetry:
         }
         if event.surface == "http":
             attributes["http.request.method"], _, attributes["http.route"] = event.route.partition(" ")
-        failed = event.kind in WARNINGS
-        self._span(f"idempotency {event.route}", attributes, event.seconds or 0.0, [event.first_trace], event.error, failed)
+        traces = (event.first_trace,) if event.first_trace else ()
+        name, failed = f"idempotency {event.route}", event.kind in WARNINGS
+        self._span(name, attributes, event.seconds or 0.0, traces, event.error, failed)
 
     def _published(self, event: RelayEvent) -> None:
         attributes: dict[str, _Value] = {
@@ -159,9 +163,13 @@ def _adding(meter: Meter, instrument: Instrument) -> Callable[[float, Mapping[st
 
 def _observe(watches: Sequence[Watch], wanted: Instrument, _: CallbackOptions) -> Iterable[Observation]:
     for watch in watches:
-        for instrument, labels, value in watch.measurements():
-            if instrument is wanted:
-                yield Observation(value, dict(zip(instrument.labels, labels, strict=True)))
+        for series, value in watch.measurements():
+            if series.instrument is wanted:
+                yield Observation(value, _attributes_of(series))
+
+
+def _attributes_of(series: Series) -> dict[str, str]:
+    return dict(zip(series.instrument.labels, series.labels, strict=True))
 
 
 def _context_of(traceparent: str) -> SpanContext | None:

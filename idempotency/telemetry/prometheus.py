@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from idempotency.errors import ConfigurationError
-from idempotency.telemetry._instruments import BUCKETS, COUNTED, GAUGES, AnyEvent, Instrument, measurements_of
+from idempotency.telemetry._instruments import (
+    BUCKETS,
+    COUNTED,
+    GAUGES,
+    AnyEvent,
+    Instrument,
+    Series,
+    measurements_of,
+    series_at_zero,
+)
 from idempotency.telemetry._watch import Watch
 
 try:
@@ -36,18 +45,20 @@ class Prometheus:
         except ValueError as error:
             raise ConfigurationError("the registry has these metrics already: use one Prometheus() for it") from error
         # By instrument and labels, whose values are from finite lists.
-        self._add: dict[tuple[Instrument, tuple[str, ...]], Callable[[float], None]] = {}
+        self._add: dict[Series, Callable[[float], None]] = {}
 
     def __call__(self, event: AnyEvent, /) -> None:
         """Count an event."""
-        for instrument, labels, value in measurements_of(event):
-            add = self._add.get((instrument, labels))
+        for series, value in measurements_of(event):
+            add = self._add.get(series)
             if add is None:
-                add = self._add[instrument, labels] = self._adding(instrument, labels)
+                add = self._add[series] = self._adding(series)
+                for other in series_at_zero(series):
+                    self._adding(other)
             add(value)
 
-    def _adding(self, instrument: Instrument, labels: tuple[str, ...]) -> Callable[[float], None]:
-        metric = self._metrics[instrument].labels(*labels)
+    def _adding(self, series: Series) -> Callable[[float], None]:
+        metric = self._metrics[series.instrument].labels(*series.labels)
         return metric.observe if isinstance(metric, Histogram) else metric.inc
 
 
@@ -67,7 +78,7 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[Instrument, GaugeMetricFamily] = {}
         for watch in self._watches:
-            for instrument, labels, value in watch.measurements():
+            for (instrument, labels), value in watch.measurements():
                 families.setdefault(instrument, _family(instrument)).add_metric(labels, value)
         yield from families.values()
 

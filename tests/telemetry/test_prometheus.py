@@ -26,12 +26,12 @@ def registry() -> CollectorRegistry:
 
 
 def verdicts(registry: CollectorRegistry, name: str = "idempotency_operations_total") -> dict[tuple[str, ...], float]:
-    """Return the samples of one name, by the values of their labels in the order of these names."""
+    """Return the samples of one name that are not 0, by the values of their labels in the order of these names."""
     return {
         tuple(value for _, value in sorted(sample.labels.items())): sample.value
         for family in registry.collect()
         for sample in family.samples
-        if sample.name == name
+        if sample.name == name and sample.value
     }
 
 
