@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, assert_never
 
 from idempotency.events import WARNINGS, Event
@@ -162,11 +163,13 @@ def measurements_of(event: AnyEvent) -> tuple[Measurement, ...]:
 def _of_operation(event: Event) -> tuple[Measurement, ...]:
     if event.kind == "lease-lost":
         return (Measurement(Series(LEASE_LOST, (event.surface, event.route)), 1),)
-    labels = (event.surface, event.route, event.kind)
-    counted = Measurement(Series(OPERATIONS, labels), 1)
-    if event.seconds is None:
-        return (counted,)
-    return counted, Measurement(Series(OPERATION_SECONDS, labels), event.seconds)
+    counted, timed = _series_of_operation(event.surface, event.route, event.kind)
+    return (counted,) if event.seconds is None else (counted, Measurement(timed, event.seconds))
+
+
+@lru_cache(maxsize=4096)
+def _series_of_operation(*labels: str) -> tuple[Measurement, Series]:
+    return Measurement(Series(OPERATIONS, labels), 1), Series(OPERATION_SECONDS, labels)
 
 
 def _of_relay(event: RelayEvent) -> tuple[Measurement, ...]:

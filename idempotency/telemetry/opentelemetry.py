@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from idempotency.errors import ConfigurationError
@@ -28,7 +29,6 @@ from idempotency.telemetry._watch import Watch
 try:
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
     from opentelemetry.trace import (
-        Link,
         SpanContext,
         SpanKind,
         Status,
@@ -68,7 +68,12 @@ class OpenTelemetry:
     ) -> None:
         self._tracer = get_tracer(_NAME, tracer_provider=tracer_provider)
         meter = get_meter(_NAME, meter_provider=meter_provider)
-        self._add = {instrument: _adding(meter, instrument) for instrument in COUNTED}
+        self._counts = _Counts(meter)
+        self._record = {
+            each: meter.create_histogram(each.dotted, each.unit, each.help, explicit_bucket_boundaries_advisory=BUCKETS)
+            for each in COUNTED
+            if each.kind == "histogram"
+        }
         for instrument in GAUGES if watches else ():
             callback = partial(_observe, tuple(watches), instrument)
             meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
@@ -77,12 +82,11 @@ class OpenTelemetry:
     def __call__(self, event: AnyEvent, /) -> None:
         """Measure an event, and make its span."""
         for series, value in measurements_of(event):
-            attributes = self._attributes.get(series)
-            if attributes is None:
-                attributes = self._attributes[series] = _attributes_of(series)
-                for other in series_at_zero(series):
-                    self._add[other.instrument](0, _attributes_of(other))
-            self._add[series.instrument](value, attributes)
+            histogram = self._record.get(series.instrument)
+            if histogram is None:
+                self._counts.add(series, value)
+            else:
+                histogram.record(value, self._attributes_of(series))
         match event:
             case Event():
                 self._operation(event)
@@ -97,6 +101,12 @@ class OpenTelemetry:
         if not context.is_valid:
             return ""
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+    def _attributes_of(self, series: Series) -> dict[str, str]:
+        attributes = self._attributes.get(series)
+        if attributes is None:
+            attributes = self._attributes[series] = _attributes_of(series)
+        return attributes
 
     def _operation(self, event: Event) -> None:
         attributes: dict[str, _Value] = {
@@ -146,19 +156,40 @@ class OpenTelemetry:
         if error:
             attributes["error.type"] = error
         end = time.time_ns()
-        links = [Link(context) for context in map(_context_of, traces) if context is not None]
-        start = end - int(seconds * 1e9)
-        span = self._tracer.start_span(name, kind=kind, attributes=attributes, links=links, start_time=start)
-        if failed and span.is_recording():
-            span.set_status(Status(StatusCode.ERROR))
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=end - int(seconds * 1e9))
+        # A span that is sampled out is the most frequent one, and costs no more than it must.
+        if span.is_recording():
+            for context in map(_context_of, traces):
+                if context is not None:
+                    span.add_link(context)
+            if failed:
+                span.set_status(Status(StatusCode.ERROR))
         span.end(end)
 
 
-def _adding(meter: Meter, instrument: Instrument) -> Callable[[float, Mapping[str, str]], None]:
-    if instrument.kind == "histogram":
-        unit, text = instrument.unit, instrument.help
-        return meter.create_histogram(instrument.dotted, unit, text, explicit_bucket_boundaries_advisory=BUCKETS).record
-    return meter.create_counter(instrument.dotted, instrument.unit, instrument.help).add
+class _Counts:
+    """The counters. They are observed at each collection, as to add to a counter of the SDK takes several microseconds."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._values: dict[Series, float] = {}
+        self._lock = threading.Lock()
+        for each in COUNTED:
+            if each.kind == "counter":
+                meter.create_observable_counter(each.dotted, [partial(self._observe, each)], each.unit, each.help)
+
+    def add(self, series: Series, value: float) -> None:
+        with self._lock:
+            before = self._values.get(series)
+            if before is None:
+                before = self._values[series] = 0.0
+                for other in series_at_zero(series):
+                    self._values.setdefault(other, 0.0)
+            self._values[series] = before + value
+
+    def _observe(self, instrument: Instrument, _: CallbackOptions) -> Iterable[Observation]:
+        with self._lock:
+            values = [*self._values.items()]
+        return [Observation(value, _attributes_of(each)) for each, value in values if each.instrument is instrument]
 
 
 def _observe(watches: Sequence[Watch], wanted: Instrument, _: CallbackOptions) -> Iterable[Observation]:
