@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from idempotency.errors import ConfigurationError
 from idempotency.events import WARNINGS, Event
@@ -27,7 +29,9 @@ from idempotency.telemetry._instruments import (
 from idempotency.telemetry._watch import Watch
 
 try:
+    from opentelemetry.context import attach, detach
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
+    from opentelemetry.propagate import extract
     from opentelemetry.trace import (
         SpanContext,
         SpanKind,
@@ -102,6 +106,21 @@ class OpenTelemetry:
             return ""
         return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
+    @contextmanager
+    def continuing(self, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> Iterator[None]:
+        """Continue, in this context manager, the trace that the headers of a message name, if they do.
+
+        It is for ``context=`` of :func:`idempotency.idempotent_consumer`. ``headers``: a mapping or pairs, as brokers
+        have them, with values as text or bytes. Where the broker's own instrumentation continues the trace, it is not
+        needed.
+        """
+        found = {name.lower(): _text_of(value) for name, value in dict(headers or ()).items()}
+        token = attach(extract(found))
+        try:
+            yield
+        finally:
+            detach(token)
+
     def _attributes_of(self, series: Series) -> dict[str, str]:
         attributes = self._attributes.get(series)
         if attributes is None:
@@ -167,8 +186,12 @@ class OpenTelemetry:
         span.end(end)
 
 
+def _text_of(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
 class _Counts:
-    """The counters. They are observed at each collection, as to add to a counter of the SDK takes several microseconds."""
+    """The counters, observed at each collection: to add to a counter of the SDK takes several microseconds."""
 
     def __init__(self, meter: Meter) -> None:
         self._values: dict[Series, float] = {}

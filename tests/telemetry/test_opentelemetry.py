@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
-from idempotency import idempotent
+from idempotency import idempotent, idempotent_consumer
 from idempotency._http.codec import decode_response, encode_response
 from idempotency._http.recorded_headers import replayed_headers
 from idempotency.outbox import PollingRelay
@@ -242,3 +242,56 @@ def test_what_is_no_context_is_no_link(exported: Exported, value: str) -> None:
 
     [span] = exported.spans()
     assert list(span.links) == []
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["a mapping", "pairs of bytes"])
+async def test_a_consumer_continues_the_trace_of_its_message(exported: Exported, tmp_path: Path, pairs: bool) -> None:
+    """From the span that emits, through the outbox, to the handler and the span of the operation."""
+    publisher = ScriptedPublisher()
+    handled: list[int] = []
+
+    def headers_of(message: Any) -> Any:
+        headers = message.wire_headers()
+        return [(name, value.encode()) for name, value in headers.items()] if pairs else headers
+
+    @idempotent_consumer(
+        MemoryStore(),
+        consumer="billing",
+        key=lambda message: message.id,
+        on_event=exported.hook,
+        context=lambda message: exported.hook.continuing(headers_of(message)),
+    )
+    async def bill(message: Any) -> None:
+        handled.append(trace.get_current_span().get_span_context().trace_id)
+
+    async with outbox_in(tmp_path) as (engine, outbox):
+        with exported.tracer.start_as_current_span("order") as order:
+            await emit(engine, outbox, (1, "a"))
+        await PollingRelay(engine, publisher, outbox=outbox).drain()
+    for _ in range(2):
+        await bill.deliver(publisher.confirmed[0])
+
+    context = order.get_span_context()
+    first, second = exported.spans("idempotency billing")
+    assert handled == [context.trace_id]
+    assert [span.parent.span_id for span in (first, second) if span.parent] == [context.span_id] * 2
+    assert trace.get_current_span().get_span_context().is_valid is False
+
+
+@pytest.mark.parametrize("headers", [None, {}, {"traceparent": "no"}, [("traceparent", b"\xff")]])
+def test_a_message_without_a_trace_continues_none(exported: Exported, headers: Any) -> None:
+    """Its operation is the root of a trace of its own."""
+
+    @idempotent_consumer(
+        MemoryStore(),
+        consumer="billing",
+        key=lambda _: KEY,
+        on_event=exported.hook,
+        context=lambda _: exported.hook.continuing(headers),
+    )
+    def bill(message: object) -> None: ...
+
+    bill.deliver(object())
+    bill(object())
+
+    assert [span.parent for span in exported.spans("idempotency billing")] == [None, None]
