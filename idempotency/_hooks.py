@@ -29,7 +29,9 @@ class Hooks(Generic[E]):
     def __init__(
         self, on_event: Callable[[E], object] | Sequence[Callable[[E], object]], log: Callable[[E], object] | None
     ) -> None:
-        given = on_event if isinstance(on_event, Sequence) and not isinstance(on_event, str) else (on_event,)
+        one: Any = on_event
+        several = isinstance(on_event, Sequence) and not isinstance(on_event, str)
+        given: Sequence[Callable[[E], object]] = one if several else (one,)
         for each in given:
             check_callable("on_event", each)
         # The log is written once, also where it is given as a hook.

@@ -149,6 +149,9 @@ PUBLIC = {
         "wait_for_sync",
     ],
     "idempotency.saga.events": ["SagaEvent", "SagaEventKind", "SagaHook", "log_saga_event"],
+    "idempotency.telemetry": ["Watch"],
+    "idempotency.telemetry.opentelemetry": ["OpenTelemetry"],
+    "idempotency.telemetry.prometheus": ["Prometheus"],
     "idempotency.stores": ["AnyStore", "Housekeeping", "Store", "SyncStore", "open_store"],
     "idempotency.stores.base": [
         "Changed",
