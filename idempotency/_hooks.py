@@ -49,6 +49,11 @@ class Hooks(Generic[E]):
                 _logger.exception("the event hook failed")
 
 
+def in_one_line(text: str) -> str:
+    """Return a text as a line of the log has it: what a caller or a broker has sent must not begin a new line."""
+    return text if text.isprintable() else ascii(text)
+
+
 def import_named(what: str, path: str) -> Any:
     """Import what ``module:name`` names; ConfigurationError, which says ``what`` is named so, where it is not there."""
     module, colon, name = path.partition(":")

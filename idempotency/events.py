@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal, Protocol, runtime_checkable
 
-from idempotency._hooks import Hooks
+from idempotency._hooks import Hooks, in_one_line
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
@@ -130,8 +130,7 @@ def log_event(event: Event, /) -> None:
             level,
             "%s %s record=%s attempt=%d%s%s",
             event.kind,
-            # A decoded path may hold any character. A line break in it would begin a new line in the log.
-            event.operation if event.operation.isprintable() else ascii(event.operation),
+            in_one_line(event.operation),
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",

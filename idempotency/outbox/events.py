@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from idempotency._hooks import Hooks
+from idempotency._hooks import Hooks, in_one_line
 
 RelayEventKind = Literal[
     "published",  # the broker has confirmed messages
@@ -64,7 +64,7 @@ def log_relay_event(event: RelayEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
     level = logging.WARNING if event.kind in WARNINGS else logging.DEBUG
     if _logger.isEnabledFor(level):
-        reason = f": {event.reason}" if event.reason else ""
+        reason = f": {in_one_line(event.reason)}" if event.reason else ""
         _logger.log(level, "%s %s count=%d oldest=%.3f%s", event.kind, event.relay, event.count, event.oldest, reason)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from idempotency._hooks import Hooks
+from idempotency._hooks import Hooks, in_one_line
 
 SagaEventKind = Literal[
     "done",  # the saga has ended, and its result is recorded
@@ -75,12 +75,12 @@ def log_saga_event(event: SagaEvent, /) -> None:
             level,
             "%s %s record=%s attempt=%d%s%s%s",
             event.kind,
-            _in_one_line(event.saga),
+            in_one_line(event.saga),
             event.record,
             event.attempt,
-            f" step={_in_one_line(event.step)}" if event.step else "",
+            f" step={in_one_line(event.step)}" if event.step else "",
             f" error={event.error}" if event.error else "",
-            f": {_in_one_line(event.reason)}" if event.reason else "",
+            f": {in_one_line(event.reason)}" if event.reason else "",
         )
 
 
@@ -91,7 +91,3 @@ class SagaHooks(Hooks[SagaEvent]):
 
     def __init__(self, on_event: OnSagaEvent = ()) -> None:
         super().__init__(on_event, log_saga_event)
-
-
-def _in_one_line(text: str) -> str:
-    return text if text.isprintable() else ascii(text)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from idempotency.events import Event, EventHooks
+from idempotency.outbox.events import RelayEvent, RelayHooks
 from tests.kit.paths import ROOT
 from tests.kit.script_modules import script_modules
 
@@ -41,3 +42,11 @@ def test_a_hook_does_not_take_the_place_of_the_log(several: bool, caplog: pytest
     assert seen == [event]
     assert caplog.messages[0] == "held POST /orders/7 record=0123456789ab attempt=2"
     assert caplog.messages[1:] == ["the event hook failed"] * several
+
+
+def test_what_a_broker_answers_stays_in_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A line break, or half of a surrogate pair, is written as its escape."""
+    event = RelayEvent(kind="refused", relay="outbox", count=1, reason="no\nforged \ud800")
+    RelayHooks().deliver(event)
+
+    assert caplog.messages == [r"refused outbox count=1 oldest=0.000: 'no\nforged \ud800'"]
