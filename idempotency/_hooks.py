@@ -7,13 +7,53 @@ import importlib
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from idempotency.errors import ConfigurationError
 
 _logger = logging.getLogger("idempotency")
 _logged: set[str] = set()
+
+E = TypeVar("E")
+
+
+class Hooks(Generic[E]):
+    """Where the events of one adapter, relay or saga are delivered: to the log, and to the hooks of the user.
+
+    ``on_event``: a hook, or a sequence of them. ``log``: the function that writes the log; None: there is no log.
+    Raises :class:`~idempotency.errors.ConfigurationError` for a hook that cannot be called, or would not be awaited.
+    """
+
+    __slots__ = ("hooks", "log")
+
+    def __init__(
+        self, on_event: Callable[[E], object] | Sequence[Callable[[E], object]], log: Callable[[E], object] | None
+    ) -> None:
+        one: Any = on_event
+        several = isinstance(on_event, Sequence) and not isinstance(on_event, str)
+        given: Sequence[Callable[[E], object]] = one if several else (one,)
+        for each in given:
+            check_callable("on_event", each)
+        # The log is written once, also where it is given as a hook.
+        self.hooks = tuple(each for each in given if each is not log)
+        self.log = log
+
+    def deliver(self, event: E) -> None:
+        """Give an event to the log and to each hook. What a hook raises is logged, and stops nothing."""
+        if self.log is not None:
+            self.log(event)
+        for hook in self.hooks:
+            try:
+                discard_coroutine("on_event", hook, hook(event))
+            except Exception:
+                _logger.exception("the event hook failed")
+
+
+def in_one_line(text: str) -> str:
+    """Return a text as a line of the log has it: what a caller or a broker has sent must not begin a new line."""
+    return text if text.isprintable() else ascii(text)
 
 
 def import_named(what: str, path: str) -> Any:

@@ -80,6 +80,8 @@ class Claim:
     ``transactional`` says that the effect is committed together with the completion, or not at all. The store may then
     confirm the claim before it is safe from a crash of the server: a claim that the crash loses is not completed.
     ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
+    ``began`` is when the caller began, by the monotonic clock of its process, 0 if it does not say. No store
+    reads it.
     A token that is not printable ASCII of at most 64 characters is replaced by its digest, and so is a fingerprint of
     more than 64 bytes.
     """
@@ -93,6 +95,7 @@ class Claim:
     watched: bool = False
     transactional: bool = False
     token: str = field(default_factory=lambda: os.urandom(16).hex())
+    began: float = field(default=0.0, compare=False)
     id: bytes = field(init=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,6 @@ from idempotency._engine.background import drain
 from idempotency._engine.lease import Lease
 from idempotency._engine.modes import awaited_store, leases_of
 from idempotency._engine.runner import Runner
-from idempotency._hooks import check_callable
 from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
@@ -26,9 +25,10 @@ from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
 from idempotency._http.protection import Protection
-from idempotency._http.recorded_headers import replayed_headers
+from idempotency._http.recorded_headers import replayed_headers, trace_of
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
+from idempotency._http.route_names import RouteNames
 from idempotency._http.routes import Routes, route_path
 from idempotency._http.startup import Startup, logged
 from idempotency._http.state import RequestState, mapping_of, note_unprotected, run_unprotected
@@ -44,7 +44,7 @@ from idempotency.errors import (
     StoreError,
     WaitFailedError,
 )
-from idempotency.events import EventHook, EventKind, log_event
+from idempotency.events import EventHooks, EventKind, OnEvent
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
@@ -94,7 +94,7 @@ class IdempotencyMiddleware:
     it was sent. Default False.
     ``profile``: what ``error``, ``echo_key`` and ``policy`` are if they are not given: ``Profile.acp``,
     ``Profile.stripe``, or a :class:`~idempotency.Profile` of your own.
-    ``on_event``: is given one event per outcome; default: log it.
+    ``on_event``: a hook, or several, that are given one event per outcome. Each event is logged too.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for anything that cannot work.
     """
@@ -118,18 +118,19 @@ class IdempotencyMiddleware:
         error: ErrorHook | None = None,
         echo_key: bool | None = None,
         profile: Profile | None = None,
-        on_event: EventHook = log_event,
+        on_event: OnEvent = (),
     ) -> None:
-        check_callable("on_event", on_event)
+        hooks = EventHooks(on_event)
         self.app = app
         own = choose(profile, error, echo_key, policy)
         self._options = check_options(
             scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, session is not None
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
+        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         opened = open_store(store) if isinstance(store, str) else store
         awaited = awaited_store(opened, session)
-        self._runner = Runner(awaited, on_event)
+        self._runner = Runner(awaited, hooks)
         self._startup = Startup(
             app,
             self._routes,
@@ -269,7 +270,9 @@ class _Exchange:
         if not isinstance(verdict, Execute):
             await send_response(self._send, await self._answer(verdict))
             return False
-        self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
+        self._lease = self._middleware._new_lease(
+            claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
+        )
         return True
 
     async def _execute(self, operation: Operation, receive: Receive) -> None:
@@ -304,7 +307,8 @@ class _Exchange:
             self._lease.shorten(REFUSAL)
         result, error = None, None
         if outcome == "store" and body is not None:
-            result, error = record_of(self._policy, status, headers, body)
+            trace = self._middleware._runner.hooks.traceparent()
+            result, error = record_of(self._policy, status, headers, body, trace)
         try:
             # Frameworks answer an exception with a 5xx, so it is a failure, whether it is recorded or not.
             verdict = await (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
@@ -336,7 +340,7 @@ class _Exchange:
         kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
-        self._emit(kind)
+        self._emit(kind, first_trace=trace_of(answer.headers))
         return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
     async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
@@ -347,5 +351,10 @@ class _Exchange:
         status = status_of(error, self._policy)
         return answer_to(describe(error, docs=self._options.docs, status=status, key=self._key), self._options.error)
 
-    def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
-        self._middleware._runner.emit(kind, self._request.name, self._claim, error=error)
+    def _emit(self, kind: EventKind, error: BaseException | None = None, first_trace: str = "") -> None:
+        self._middleware._runner.emit(
+            kind, self._request.name, self._claim, error=error, route=self._route(), first_trace=first_trace
+        )
+
+    def _route(self) -> str:
+        return self._middleware._route_names.name_of(self._scope)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
@@ -171,6 +172,7 @@ def idempotent_consumer(
     key: Callable[[Any], object] | None = None,
     fingerprint: Fingerprint = "body",
     attempt: Callable[[Any], int | None] | None = None,
+    context: Callable[[Any], AbstractContextManager[object]] | None = None,
     **options: Unpack[ConsumerOptions],
 ) -> Decorate:
     """Make a message handler, of one argument or more, take effect once for each message.
@@ -187,6 +189,8 @@ def idempotent_consumer(
     ``attempt`` is given the message and returns the broker's count of its deliveries, 1 for the first; an adapter
     reads it too. A message for which one of these functions raises, or returns a wrong value, is settled by
     ``on_refused``.
+    ``context`` is given the message and returns a context manager in which it is handled, such as
+    :meth:`OpenTelemetry.continuing` of its headers. What it raises stops the consumer. Default None.
     The other options are :class:`ConsumerOptions`. With ``session=`` the handler's effect and its record are one
     transaction; an error of the handler rolls back both.
 
@@ -195,6 +199,8 @@ def idempotent_consumer(
     check_readers(key, fingerprint)
     if attempt is not None:
         check_callable("attempt=", attempt)
+    if context is not None:
+        check_callable("context=", context)
 
     def decorate(function: Callable[..., Any]) -> Any:
         session = options.get("session")
@@ -203,7 +209,7 @@ def idempotent_consumer(
                 f"{name_of(function)} has a parameter session, and session= was not given: pass a sessionmaker"
             )
         bind = bind_arguments(function, session)
-        read = _Reader(_first_parameter(function), key, fingerprint, attempt)
+        read = _Reader(_first_parameter(function), key, fingerprint, attempt, context or _no_context)
         if is_async(function):
             handler = _handler_async(Consumer(store, consumer, function, options), read, bind)
         else:
@@ -218,6 +224,10 @@ def idempotent_consumer(
         return wrap_like(handler, function, session)
 
     return cast(Decorate, decorate)
+
+
+def _no_context(_: Any) -> AbstractContextManager[object]:
+    return nullcontext()
 
 
 def _first_parameter(function: Callable[..., Any]) -> str:
@@ -244,6 +254,7 @@ class _Reader:
     key: Callable[[Any], object] | None
     fingerprint: Fingerprint
     attempt: Callable[[Any], int | None] | None
+    context: Callable[[Any], AbstractContextManager[object]]
 
     def message(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if args else kwargs[self.first]
@@ -294,7 +305,8 @@ class _Reader:
 def _handler_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     async def handle(*args: Any, **kwargs: Any) -> Any:
         message = read.message(args, kwargs)
-        return await consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
+        with read.context(message):
+            return await consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
     async def deliver(
         message: Any,
@@ -307,7 +319,8 @@ def _handler_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callab
         found = read.read(consumer.rules, message, attempt, key, body)
         if isinstance(found, DeadLetter):
             return found
-        return await consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
+        with read.context(message):
+            return await consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
     return _with_members(handle, deliver, consumer)
 
@@ -315,7 +328,8 @@ def _handler_async(consumer: Consumer, read: _Reader, bind: Callable[..., Callab
 def _handler_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Callable[..., Any]]) -> Any:
     def handle(*args: Any, **kwargs: Any) -> Any:
         message = read.message(args, kwargs)
-        return consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
+        with read.context(message):
+            return consumer.call(read.key_of(message), bind(*args, **kwargs), read.compared(message))
 
     def deliver(
         message: Any,
@@ -328,7 +342,8 @@ def _handler_sync(consumer: SyncConsumer, read: _Reader, bind: Callable[..., Cal
         found = read.read(consumer.rules, message, attempt, key, body)
         if isinstance(found, DeadLetter):
             return found
-        return consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
+        with read.context(message):
+            return consumer.deliver(found.key, bind(message), attempt=found.attempt, compared=found.compared)
 
     return _with_members(handle, deliver, consumer)
 

@@ -1,6 +1,6 @@
 """What happened to a keyed operation: one event per outcome, delivered to a hook.
 
-An event never contains the text of a key or a body.
+An event never contains the text of a key or a body. Each is logged, and delivered to the hooks of ``on_event=``.
 
 Besides events, these are logged on the same logger, ``idempotency``: the exception of a message handler and the reason
 of a dead letter, where no framework logs them; what stops a subscriber of FastStream; warnings about how a consumer is
@@ -10,11 +10,12 @@ configured, when it is made or started; and the exceptions of an event hook or o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Literal, Protocol, runtime_checkable
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import Hooks, in_one_line
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
@@ -41,7 +42,7 @@ EventKind = Literal[
     "unrecorded",  # the store failed after the operation; its key stays claimed and the record is tried again
 ]
 
-_WARNINGS: frozenset[EventKind] = frozenset(
+WARNINGS: frozenset[EventKind] = frozenset(
     {
         "stored-without-result",
         "held",
@@ -57,6 +58,19 @@ _WARNINGS: frozenset[EventKind] = frozenset(
         "unsettled",
     }
 )
+"""The kinds that are logged as warnings: an operator should look. The others are debug lines."""
+
+
+Surface = Literal[
+    "http",  # a request
+    "message",  # a delivery to a consumer
+    "function",  # a call of a function that @idempotent decorates
+    "tool",  # a call of a tool
+]
+"""Where an operation comes from."""
+
+OTHER = "other"
+"""What stands for the path of a request in its route where no template is known."""
 
 _logger = logging.getLogger("idempotency")
 
@@ -68,6 +82,13 @@ class Event:
     ``operation`` names what was asked, with the actual path (``"POST /orders/7"``); in ``session-unused``, the route
     (``"POST /orders/{id}"``). ``attempt`` counts from 1 (0: not run). ``error`` is the class name of the failure, if
     any, and ``detail`` the message of a failing store.
+
+    ``surface`` says where the operation comes from. ``route`` names all operations of its kind, and never contains what
+    a caller has sent: ``"POST /orders/{id}"`` for a request, ``"POST other"`` where its template is not known; else the
+    name of the consumer, function or tool. It is empty if no hook but the log is given the event. ``seconds`` is how
+    long the operation took, or the answer to a duplicate, up to this event; None if that is not known. It does not
+    count when events are compared. ``first_trace`` is the trace context, as ``traceparent`` of W3C Trace Context, in
+    which a replayed result was recorded; empty if that is not known.
     """
 
     kind: EventKind
@@ -76,6 +97,10 @@ class Event:
     attempt: int = 0
     error: str = ""
     detail: str = ""
+    surface: Surface = "http"
+    route: str = ""
+    seconds: float | None = field(default=None, compare=False)
+    first_trace: str = ""
 
 
 class EventHook(Protocol):
@@ -87,6 +112,19 @@ class EventHook(Protocol):
     def __call__(self, event: Event, /) -> None: ...
 
 
+OnEvent = EventHook | Sequence[EventHook]
+"""The option ``on_event=``: a hook or several, which are given each event besides the log. Default ``()``: the log."""
+
+
+@runtime_checkable
+class Tracing(Protocol):
+    """A hook that knows the trace context of the code that runs."""
+
+    def traceparent(self) -> str:
+        """Return the context as ``traceparent`` of W3C Trace Context, empty if there is none."""
+        ...
+
+
 def log_event(event: Event, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
     level = _level_of(event.kind)
@@ -95,8 +133,7 @@ def log_event(event: Event, /) -> None:
             level,
             "%s %s record=%s attempt=%d%s%s",
             event.kind,
-            # A decoded path may hold any character. A line break in it would begin a new line in the log.
-            event.operation if event.operation.isprintable() else ascii(event.operation),
+            in_one_line(event.operation),
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",
@@ -105,7 +142,7 @@ def log_event(event: Event, /) -> None:
 
 
 def _level_of(kind: EventKind) -> int:
-    return logging.WARNING if kind in _WARNINGS else logging.DEBUG
+    return logging.WARNING if kind in WARNINGS else logging.DEBUG
 
 
 Failure = BaseException | str | None
@@ -123,17 +160,45 @@ def kind_of(outcome: Outcome, result: bytes | None) -> EventKind:
             return "released"
 
 
+class EventHooks(Hooks[Event]):
+    """The log and the hooks of ``on_event=``, for one adapter.
+
+    ``silent``: nothing is logged either. Raises :class:`~idempotency.errors.ConfigurationError` as :class:`Hooks` does.
+    """
+
+    __slots__ = ("_tracing",)
+
+    def __init__(self, on_event: OnEvent = (), *, silent: bool = False) -> None:
+        super().__init__(on_event, None if silent else log_event)
+        self._tracing: Tracing | None = None
+        for each in self.hooks:
+            if isinstance(each, Tracing):
+                self._tracing = each
+
+    def traceparent(self) -> str:
+        """Return the trace context of the code that runs; empty if there is none, or no hook knows it."""
+        return "" if self._tracing is None else self._tracing.traceparent()
+
+
+def hooks_of(on_event: OnEvent | EventHooks) -> EventHooks:
+    """Return the hooks of the option ``on_event=``."""
+    return on_event if isinstance(on_event, EventHooks) else EventHooks(on_event)
+
+
 def emit_event(
-    hook: EventHook,
+    hooks: EventHooks,
     kind: EventKind,
     operation: str,
     claim: Claim | None = None,
     attempt: int = 0,
     error: Failure = None,
+    surface: Surface = "http",
+    route: str = "",
+    first_trace: str = "",
 ) -> None:
-    """Deliver one event."""
-    if hook is log_event and not _logger.isEnabledFor(_level_of(kind)):
-        return  # by default most events are logged nowhere
+    """Deliver one event; see :class:`Event`."""
+    if not hooks.hooks and not _logger.isEnabledFor(_level_of(kind)):
+        return  # most events are logged nowhere
     event = Event(
         kind=kind,
         operation=operation,
@@ -142,10 +207,9 @@ def emit_event(
         error=error if isinstance(error, str) else type(error).__name__ if error is not None else "",
         # The message of a store error names a server and a remedy. Other messages may hold what the caller sent.
         detail=str(error) if isinstance(error, StoreError) else "",
+        surface=surface,
+        route=route,
+        seconds=monotonic() - claim.began if claim is not None and claim.began else None,
+        first_trace=first_trace,
     )
-    call: Callable[[Event], object] = hook
-    try:
-        discard_coroutine("on_event", hook, call(event))
-    except Exception:
-        # The operation has ended, or does not run. A failing hook must not change its answer.
-        _logger.exception("the event hook failed")
+    hooks.deliver(event)

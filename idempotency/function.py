@@ -13,7 +13,7 @@ from idempotency._hooks import check_callable
 from idempotency._results.codec import Codec
 from idempotency._rules import Claim
 from idempotency._signature import bind_arguments, wrap_like
-from idempotency.events import EventHook, log_event
+from idempotency.events import OnEvent
 from idempotency.policy import Policy
 from idempotency.stores.base import Store, SyncStore
 
@@ -39,7 +39,7 @@ def idempotent(
     codec: Codec | None = None,
     session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None = None,
     lock_timeout: float = 5.0,
-    on_event: EventHook = log_event,
+    on_event: OnEvent = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make calls of a function under one key take effect once; every later call gets the recorded result.
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -41,6 +41,7 @@ def blocks(page: str) -> dict[str, list[str]]:
 
 CLIENTS = blocks("clients.md")
 ENCRYPTION = blocks("encryption.md")
+EVENTS = blocks("events.md")
 FASTAPI = blocks("fastapi.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
@@ -48,6 +49,7 @@ OPENAPI = blocks("openapi.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 SAGAS = blocks("sagas.md")
+TELEMETRY = blocks("telemetry.md")
 TRANSACTIONS = blocks("transactions.md")
 OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
@@ -523,3 +525,51 @@ def test_the_code_for_named_calls_sends_one_key(run: Callable[..., dict[str, Any
     assert first == again
     assert attempts == len(reminders) == 2
     assert len({first, *reminders}) == 2
+
+
+def test_the_code_of_a_hook_hears_of_a_lost_lease(run: Callable[..., dict[str, Any]]) -> None:
+    """The function runs under it, and the level of the log is the logger's own."""
+    import logging
+
+    from idempotency.events import Event
+
+    hook, log = (block for several in EVENTS.values() for block in several)
+    level = logging.getLogger("idempotency").level
+    names = run(hook, log)
+    logging.getLogger("idempotency").setLevel(level)
+
+    assert [names["charge"]("7") for _ in range(2)] == ["charged 7"] * 2
+    assert names["lost"] == []
+    names["note"](Event(kind="lease-lost", operation="charge", surface="function", route="charge"))
+    assert names["lost"] == ["function charge"]
+
+
+async def test_the_code_for_telemetry_exports(run: Callable[..., dict[str, Any]]) -> None:
+    """The route is on the page of metrics, the watch reads its gauges, and a consumer handles a message."""
+    from prometheus_client import REGISTRY
+
+    before = {*REGISTRY._collector_to_names}
+    try:
+        names = run(*TELEMETRY["Prometheus"])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+            for _ in range(2):
+                await client.post("/orders/7", headers={"Idempotency-Key": "1"})
+            metrics = (await client.get("/metrics/")).text
+    finally:
+        for collector in {*REGISTRY._collector_to_names} - before:
+            REGISTRY.unregister(collector)
+    for verdict in ("stored", "replayed"):
+        labels = f'route="POST /orders/{{number}}",surface="http",verdict="{verdict}"'
+        assert f"idempotency_operations_total{{{labels}}} 1.0" in metrics
+
+    names = run(*TELEMETRY["Gauges"], *TELEMETRY["OpenTelemetry"], *TELEMETRY["Traces"])
+    await names["store"].create_schema()
+    await names["store"].create_saga_schema()
+    await names["outbox"].create_schema()
+    async with names["lifespan"](names["app"]):
+        while len(names["watch"].measurements()) == 1:
+            await asyncio.sleep(0.005)
+    message = SimpleNamespace(headers={"id": "1"})
+    assert [type(await names["on_order"].deliver(message)).__name__ for _ in range(2)] == ["Done", "Replayed"]
+    await names["store"].aclose()
+    await names["outbox"].aclose()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
-from idempotency._hooks import check_callable
 from idempotency._results.by_annotation import UnnamedTypeError
 from idempotency._results.codec import Results
 from idempotency._rules import Claim, Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
@@ -22,7 +22,7 @@ from idempotency.errors import (
     OutcomeUnknownError,
     UnreadableError,
 )
-from idempotency.events import EventHook, EventKind, Failure, emit_event
+from idempotency.events import EventHooks, EventKind, Failure, Surface, emit_event
 from idempotency.policy import Outcome, Policy
 
 
@@ -47,7 +47,7 @@ Ended = Ran | Raised | Known
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """What all calls of one decorated function share. ``name`` is its name in events.
+    """What all calls of one decorated function share. ``name`` is its name, and ``surface`` what it is, in events.
 
     ``result_is_needed``: whether a call that returns a type which no annotation names is refused. The result of a
     function is all that a later call gets; that of a consumer is for replies.
@@ -57,11 +57,11 @@ class Calls:
     scope: str
     policy: Policy
     results: Results
-    on_event: EventHook
+    hooks: EventHooks
+    surface: Surface
     result_is_needed: bool = False
 
     def __post_init__(self) -> None:
-        check_callable("on_event", self.on_event)
         if not isinstance(self.policy, Policy):
             raise ConfigurationError(f"policy must be a Policy, not {type(self.policy).__name__}")
 
@@ -86,11 +86,12 @@ class Calls:
             lease=policy.lease,
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
+            began=monotonic(),
         )
 
-    def emit(self, kind: EventKind, claim: Claim, attempt: int = 0, error: Failure = None) -> None:
+    def emit(self, kind: EventKind, claim: Claim | None, attempt: int = 0, error: Failure = None) -> None:
         """Deliver one event."""
-        emit_event(self.on_event, kind, self.name, claim, attempt, error)
+        emit_event(self.hooks, kind, self.name, claim, attempt, error, self.surface, self.name)
 
     def encode(self, value: Any, consequence: str) -> tuple[bytes | None, str]:
         """Encode a result. If it cannot be recorded, return None and the name of the reason.

@@ -25,14 +25,28 @@ class Lease:
     ``ended``: the outcome is recorded, or being recorded.
     """
 
-    __slots__ = ("_claim", "_deadline", "_expiry", "_name", "_runner", "_task", "_timer", "ended", "operation")
+    __slots__ = (
+        "_claim",
+        "_deadline",
+        "_expiry",
+        "_name",
+        "_route",
+        "_runner",
+        "_task",
+        "_timer",
+        "ended",
+        "operation",
+    )
 
-    def __init__(self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
+    def __init__(
+        self, runner: Runner, claim: Claim, operation: Operation, name: str, claimed_at: float, route: str = ""
+    ) -> None:
         self.operation = operation
         self.ended = False
         self._runner = runner
         self._claim = claim
         self._name = name
+        self._route = route
         # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
         self._start_renewal(claimed_at)
@@ -167,7 +181,7 @@ class Lease:
         return self._runner.write_later(write, self._claim.lease, claim=self._claim)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
-        self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
+        self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error, self._route)
 
     async def _write(self, outcome: Outcome, result: bytes | None) -> bool:
         store = self._runner.store
@@ -196,15 +210,17 @@ class Lease:
 class NewLease(Protocol):
     """What begins the operation of a claimed request, and makes its lease."""
 
-    def __call__(self, claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, /) -> Lease:
-        """Return the lease; its ``operation`` is given ``attempt`` and ``name``."""
+    def __call__(
+        self, claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "", /
+    ) -> Lease:
+        """Return the lease; its ``operation`` is given ``attempt`` and ``name``. ``route``: as in the events."""
         ...
 
 
 def plain_leases(runner: Runner) -> NewLease:
     """Return a function that makes leases without a transaction."""
 
-    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy) -> Lease:
-        return Lease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at)
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy, route: str = "") -> Lease:
+        return Lease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at, route)
 
     return begin

@@ -29,14 +29,17 @@ class _LeaseLost(Lost):
 class SyncLease:
     """The ownership of one running operation; see :class:`idempotency._engine.lease.Lease`."""
 
-    __slots__ = ("_claim", "_deadline", "_name", "_runner", "ended", "operation")
+    __slots__ = ("_claim", "_deadline", "_name", "_route", "_runner", "ended", "operation")
 
-    def __init__(self, runner: SyncRunner, claim: Claim, operation: Operation, name: str, claimed_at: float) -> None:
+    def __init__(
+        self, runner: SyncRunner, claim: Claim, operation: Operation, name: str, claimed_at: float, route: str = ""
+    ) -> None:
         self.operation = operation
         self.ended = False
         self._runner = runner
         self._claim = claim
         self._name = name
+        self._route = route
         self._deadline = claimed_at + claim.lease
         self._start_renewal(claimed_at)
 
@@ -129,7 +132,7 @@ class SyncLease:
         self._runner.write_later(write, self._claim.lease)
 
     def _emit(self, kind: EventKind, error: Failure = None) -> None:
-        self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error)
+        self._runner.emit(kind, self._name, self._claim, self.operation.attempt, error, self._route)
 
     def _write(self, outcome: Outcome, result: bytes | None) -> bool:
         store = self._runner.store

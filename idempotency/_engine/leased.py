@@ -35,7 +35,7 @@ class Leased:
         loop = asyncio.get_running_loop()
         runner = self._runners.get(loop)
         if runner is None:
-            runner = self._runners[loop] = Runner(self._store, self._calls.on_event)
+            runner = self._runners[loop] = Runner(self._store, self._calls.hooks, self._calls.surface)
         return runner
 
     async def run(self, claim: Claim, work: Callable[..., Awaitable[Any]]) -> Ended:
@@ -56,7 +56,7 @@ class Leased:
         if not isinstance(verdict, Execute):
             return verdict
         operation = Operation(claim, verdict.attempt, name=calls.name)
-        return await self._execute(Lease(runner, claim, operation, calls.name, claimed_at), operation, work)
+        return await self._execute(Lease(runner, claim, operation, calls.name, claimed_at, calls.name), operation, work)
 
     async def _execute(self, lease: Lease, operation: Operation, work: Callable[..., Awaitable[Any]]) -> Ended:
         token = RUNNING.set(operation)

@@ -22,7 +22,7 @@ class SyncLeased:
     def __init__(self, store: SyncStore, calls: Calls) -> None:
         self._calls = calls
         # sync only: threads share a runner.
-        self._runner = SyncRunner(store, calls.on_event)
+        self._runner = SyncRunner(store, calls.hooks, calls.surface)
 
     def run(self, claim: Claim, work: Callable[..., Any]) -> Ended:
         """See :meth:`Leased.run`."""
@@ -39,7 +39,7 @@ class SyncLeased:
         if not isinstance(verdict, Execute):
             return verdict
         operation = Operation(claim, verdict.attempt, name=calls.name)
-        return self._execute(SyncLease(runner, claim, operation, calls.name, claimed_at), operation, work)
+        return self._execute(SyncLease(runner, claim, operation, calls.name, claimed_at, calls.name), operation, work)
 
     def _execute(self, lease: SyncLease, operation: Operation, work: Callable[..., Any]) -> Ended:
         token = RUNNING.set(operation)

@@ -12,7 +12,7 @@ from idempotency._engine.names import DecoratedFunction, full_name_of, scope_is_
 from idempotency._results.codec import Codec, results_of
 from idempotency._signature import is_async, name_of
 from idempotency.errors import ConfigurationError
-from idempotency.events import EventHook
+from idempotency.events import EventHooks, OnEvent, Surface
 from idempotency.policy import Policy
 from idempotency.stores.base import Store, SyncStore
 
@@ -41,14 +41,14 @@ def prepare(
     function: Callable[..., Any],
     store: Store | SyncStore,
     *,
-    kind: str,
+    kind: Surface,
     name: str | None,
     key: Any,
     policy: Policy,
     codec: Codec | None,
     session: async_sessionmaker[AsyncSession] | sessionmaker[Session] | None,
     lock_timeout: float,
-    on_event: EventHook,
+    on_event: OnEvent,
 ) -> Prepared:
     """Prepare a function for its calls.
 
@@ -63,7 +63,8 @@ def prepare(
         scope=scope,
         policy=policy,
         results=results_of(function, codec),
-        on_event=on_event,
+        hooks=EventHooks(on_event),
+        surface=kind,
         result_is_needed=True,
     )
     asynchronous = is_async(function)

@@ -13,7 +13,7 @@ from idempotency._engine.background import MOST_WRITES, RELEASE_OF_HELD, RELEASE
 from idempotency._rules import Claim, Execute, InProgress, Record, Verdict, judge_with_releases
 from idempotency._synchronization import loop_time
 from idempotency.errors import StoreError, WaitFailedError
-from idempotency.events import EventHook, EventKind, Failure, emit_event
+from idempotency.events import EventHooks, EventKind, Failure, OnEvent, Surface, emit_event, hooks_of
 from idempotency.stores.base import Store
 
 _GRACE = 6.0
@@ -24,9 +24,10 @@ class Runner:
     """What all operations of one adapter share: the store, the event hook, and the waiters of each key."""
 
     # async only: the waiters of an event loop share one watch, and the writes are tasks.
-    def __init__(self, store: Store, on_event: EventHook) -> None:
+    def __init__(self, store: Store, on_event: OnEvent | EventHooks, surface: Surface = "http") -> None:
         self.store = store
-        self._on_event = on_event
+        self.hooks = hooks_of(on_event)
+        self._surface = surface
         self._waits: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[Record | None]] = {}
         # The writes in the background, by the token of the claim that they belong to.
         self._writes: dict[asyncio.Task[None], str] = {}
@@ -34,10 +35,17 @@ class Runner:
         self._releasing: set[str] = set()
 
     def emit(
-        self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
+        self,
+        kind: EventKind,
+        operation: str,
+        claim: Claim | None = None,
+        attempt: int = 0,
+        error: Failure = None,
+        route: str = "",
+        first_trace: str = "",
     ) -> None:
         """Deliver one event."""
-        emit_event(self._on_event, kind, operation, claim, attempt, error)
+        emit_event(self.hooks, kind, operation, claim, attempt, error, self._surface, route, first_trace)
 
     async def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and return the verdict; a duplicate waits up to ``wait`` seconds for the running owner.

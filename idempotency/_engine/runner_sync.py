@@ -19,7 +19,7 @@ from idempotency._engine.background import (
 from idempotency._engine.scheduler import Scheduler
 from idempotency._rules import Claim, Execute, InProgress, Verdict, judge_with_releases
 from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
-from idempotency.events import EventHook, EventKind, Failure, emit_event
+from idempotency.events import EventHooks, EventKind, Failure, OnEvent, Surface, emit_event, hooks_of
 from idempotency.stores.base import SyncStore
 
 
@@ -27,20 +27,28 @@ class SyncRunner:
     """What all operations of one adapter share: the store, the event hook, and the threads in the background."""
 
     # sync only: threads renew and write.
-    def __init__(self, store: SyncStore, on_event: EventHook) -> None:
+    def __init__(self, store: SyncStore, on_event: OnEvent | EventHooks, surface: Surface = "http") -> None:
         self.store = store
+        self.hooks = hooks_of(on_event)
+        self._surface = surface
         self.heartbeats = Scheduler()
         # A second thread, because with a slow store the writes would delay the renewals.
         self.writes = Scheduler()
         self._pending = PendingWrites()
-        self._on_event = on_event
         self._releasing: set[str] = set()
 
     def emit(
-        self, kind: EventKind, operation: str, claim: Claim | None = None, attempt: int = 0, error: Failure = None
+        self,
+        kind: EventKind,
+        operation: str,
+        claim: Claim | None = None,
+        attempt: int = 0,
+        error: Failure = None,
+        route: str = "",
+        first_trace: str = "",
     ) -> None:
         """Deliver one event."""
-        emit_event(self._on_event, kind, operation, claim, attempt, error)
+        emit_event(self.hooks, kind, operation, claim, attempt, error, self._surface, route, first_trace)
 
     def claim(self, claim: Claim, wait: float = 0.0) -> tuple[Verdict, float]:
         """Claim the key and return the verdict; a duplicate asks again for up to ``wait`` seconds.

@@ -34,8 +34,9 @@ class TransactionalLease(Lease):
         claimed_at: float,
         transaction: Transaction,
         policy: Policy,
+        route: str,
     ) -> None:
-        super().__init__(runner, claim, operation, operation.name, claimed_at)
+        super().__init__(runner, claim, operation, operation.name, claimed_at, route)
         self._transaction = transaction
         self._policy = policy
         self._failure: Exception | None = None
@@ -138,9 +139,9 @@ def transactional_leases(runner: Runner, sessions: Sessionmaker) -> NewLease:
     store = check_completing_sessions(runner.store, sessions, sessionmaker if in_threads else async_sessionmaker)
     make: Any = TransactionInThreads if in_threads else Transaction
 
-    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy) -> Lease:
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "") -> Lease:
         transaction = make(store, sessions, claim)
         operation = Operation(claim, attempt, transaction, name)
-        return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy)
+        return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy, route)
 
     return begin

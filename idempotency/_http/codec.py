@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from idempotency._http.recorded_headers import recorded_headers
+from idempotency._http.recorded_headers import TRACE, recorded_headers
 from idempotency.errors import UnreadableError
 from idempotency.policy import Headers
 
@@ -39,9 +39,14 @@ class StoredResponse:
     body: bytes
 
 
-def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """Write a response, with the headers that are part of its result, as a record of version 1."""
+def encode_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, trace: str = "") -> bytes:
+    """Write a response, with the headers that are part of its result, as a record of version 1.
+
+    ``trace``: the trace context of the run, which is written as one more header. It is never replayed.
+    """
     texts = [*chain.from_iterable(recorded_headers(headers))]
+    if trace:
+        texts += TRACE, trace.encode("ascii")
     head = struct.pack(f">BHII{len(texts)}I", VERSION, status, len(texts) // 2, len(body), *map(len, texts))
     return b"".join((head, *texts, body))
 

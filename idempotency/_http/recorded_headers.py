@@ -63,6 +63,10 @@ _NOT_RECORDED: dict[str, str] = {
 }
 """Lower-case names by the reason for which they are not recorded. ``*`` at the end: whatever begins so."""
 
+TRACE = b"traceparent"
+"""The name under which a record has the trace context of its run. Every version drops a field of this name at a replay,
+because it is in the table above."""
+
 _PATTERNS = [name.encode("ascii") for names in _NOT_RECORDED.values() for name in names.split()]
 _NAMES = frozenset(each for each in _PATTERNS if not each.endswith(b"*"))
 _PREFIXES = tuple(each[:-1] for each in _PATTERNS if each.endswith(b"*"))
@@ -92,6 +96,12 @@ def recorded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes
         elif name.lower() == b"connection":
             listed.update(option.strip(b" \t").lower() for option in value.split(b","))
     return [pair for pair in pairs if pair[0].lower() not in listed] if listed else pairs
+
+
+def trace_of(headers: Headers) -> str:
+    """Return the trace context in which a response was recorded; empty if there is none."""
+    # It is the last one, and no header of an application has this name in a record.
+    return headers[-1][1].decode("ascii") if headers and headers[-1][0] == TRACE else ""
 
 
 def replayed_headers(headers: Headers, marker: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:

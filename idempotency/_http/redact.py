@@ -11,14 +11,19 @@ from idempotency._http.recorded_headers import recorded_headers
 from idempotency.policy import Headers, Policy, Redact
 
 
-def record_of(policy: Policy, status: int, headers: Headers, body: bytes) -> tuple[bytes | None, Exception | None]:
-    """Return the bytes to record; None, with the error, if ``redact`` fails: nothing is recorded as it was sent."""
+def record_of(
+    policy: Policy, status: int, headers: Headers, body: bytes, trace: str = ""
+) -> tuple[bytes | None, Exception | None]:
+    """Return the bytes to record; None, with the error, if ``redact`` fails: nothing is recorded as it was sent.
+
+    ``trace``: the trace context of the run, which ``redact`` is not given.
+    """
     if policy.redact is None:
-        return encode_response(status, headers, body), None
+        return encode_response(status, headers, body, trace), None
     try:
         response = for_functions(StoredResponse(status, recorded_headers(headers), body), policy.max_response)
         pairs, content = _redacted(policy.redact, response)
-        return encode_response(status, pairs, content), None
+        return encode_response(status, pairs, content, trace), None
     except Exception as error:
         return None, error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, MutableMapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
@@ -38,7 +39,7 @@ class KeyedRequest:
     response.
     """
 
-    __slots__ = ("_app", "_body", "_keys", "_options", "_policy", "_receive", "_scope", "send")
+    __slots__ = ("_app", "_began", "_body", "_keys", "_options", "_policy", "_receive", "_scope", "send")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class KeyedRequest:
         if options.echo_key:
             self.send = send_with_key(send, keys, options.header_name, strict=options.strict)
         self._body: Body | None = None
+        self._began = monotonic()
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ class KeyedRequest:
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
             transactional=self._options.transactional,
+            began=self._began,
         )
 
     def receive(self) -> Receive:

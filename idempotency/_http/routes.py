@@ -68,6 +68,7 @@ class _Table:
     exact: dict[str, Policy | None]
     pattern: re.Pattern[str] | None
     policies: tuple[Policy | None, ...]
+    templates: tuple[str, ...]
     default: Policy | None
 
 
@@ -119,6 +120,16 @@ class Routes:
                 return table.policies[match.lastindex - 1]
         return table.default
 
+    def template_for(self, method: str, path: str) -> str | None:
+        """Return the path in the key of ``policies`` that decides about a request; None where no key matches."""
+        table = self._tables.get(method)
+        if table is None:
+            return None
+        if path in table.exact:
+            return path
+        match = table.pattern.fullmatch(path) if table.pattern is not None else None
+        return None if match is None or match.lastindex is None else table.templates[match.lastindex - 1]
+
 
 def route_path(scope: MutableMapping[str, Any]) -> str:
     """Return the path of a request as the application's own routes see it: without the path it is mounted under."""
@@ -131,6 +142,7 @@ def _table(method: str, routes: list[_Route], policy: Policy) -> _Table:
     exact: dict[str, Policy | None] = {}
     patterns: list[str] = []
     policies: list[Policy | None] = []
+    templates: list[str] = []
     for route in routes:
         if route.method not in (None, method):
             continue
@@ -139,8 +151,9 @@ def _table(method: str, routes: list[_Route], policy: Policy) -> _Table:
         else:
             patterns.append(f"({route.pattern})")
             policies.append(route.policy_of(method))
+            templates.append(route.key)
     pattern = re.compile("|".join(patterns), re.DOTALL) if patterns else None
-    return _Table(exact, pattern, tuple(policies), policy if method in policy.methods else None)
+    return _Table(exact, pattern, tuple(policies), tuple(templates), policy if method in policy.methods else None)
 
 
 def _parse(key: str, policy: Policy | None) -> _Route:

@@ -12,7 +12,7 @@ from idempotency._messages.rules import Rules
 from idempotency._messages.settlement import Final
 from idempotency._results.codec import Codec, results_of
 from idempotency.errors import ConfigurationError, UnknownOptionError
-from idempotency.events import EventHook, log_event
+from idempotency.events import EventHooks, OnEvent
 from idempotency.policy import Policy
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ConsumerOptions(TypedDict, total=False):
     max_attempts: int | None
     on_exhausted: Final
     on_refused: Final
-    on_event: EventHook
+    on_event: OnEvent
 
 
 def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOptions) -> Rules:
@@ -74,7 +74,8 @@ def rules_of(consumer: str, returns: Callable[..., Any], options: ConsumerOption
         scope=f"consumer:1:{consumer}",
         policy=options.get("policy", _WEEK),
         results=results_of(returns, options.get("codec")),
-        on_event=options.get("on_event", log_event),
+        hooks=EventHooks(options.get("on_event", ())),
+        surface="message",
     )
     attempts = Attempts(calls.scope, calls.policy.ttl, max_attempts)
     return Rules(calls, attempts, on_exhausted, on_refused, options.get("session") is not None)

@@ -18,7 +18,6 @@ from idempotency.errors import (
     StoreError,
     UnreadableError,
 )
-from idempotency.events import emit_event
 from idempotency.policy import Outcome
 
 SOON = 1.0
@@ -116,12 +115,12 @@ class Rules:
         """Refuse a message that no redelivery helps, and whose key is not known or free."""
         if self.on_refused == "stop":
             raise error
-        emit_event(self.calls.on_event, "dead-lettered", self.calls.name, error=error)
+        self.calls.emit("dead-lettered", None, error=error)
         return DeadLetter(reason, error)
 
     def unsettled(self, error: BaseException) -> None:
         """Emit the event of a delivery that could not be settled: the broker delivers the message again."""
-        emit_event(self.calls.on_event, "unsettled", self.calls.name, error=error)
+        self.calls.emit("unsettled", None, error=error)
 
     def answer(self, claim: Claim, ended: Ended) -> Any:
         """Return the result, None where it was not recorded; raise where the message must be redelivered.

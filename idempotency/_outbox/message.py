@@ -14,6 +14,9 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 ID_HEADER, TYPE_HEADER = "id", "eventType"
 """The headers of every message, as Debezium's Outbox Event Router is configured to write them."""
 
+TRACE_HEADER = "traceparent"
+"""The header with the trace context in which a message was emitted (W3C Trace Context)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:

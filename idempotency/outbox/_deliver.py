@@ -14,9 +14,10 @@ from time import monotonic
 from typing import assert_never
 
 from idempotency._durations import DAY, milliseconds, seconds
+from idempotency._outbox.message import TRACE_HEADER
 from idempotency.errors import ConfigurationError
 from idempotency.outbox._statements import Row, Settlement
-from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHook, emit_relay_event
+from idempotency.outbox.events import RelayEvent, RelayEventKind, RelayHooks
 from idempotency.outbox.publisher import Duplicate, Outcome, Publisher, Refused, RetryLater, Sent
 
 Backoff = Callable[[int], float | None]
@@ -30,6 +31,9 @@ _SLACK = 0.5
 
 _UNCOUNTED = 60.0
 """Seconds until a message is tried again that has no attempt to lose, and whose last one did not count."""
+
+_MOST_TRACES = 100
+"""Trace contexts of messages in one event."""
 
 _MOST_TRIED = 100_000
 """Messages of which it is known when they were tried last. An older attempt counts by what its batch confirms."""
@@ -85,14 +89,15 @@ class Delivery:
     batch; or if the broker itself has asked to wait. So a broker that is away exhausts nothing.
     """
 
-    def __init__(self, publisher: Publisher, backoff: Backoff, hook: RelayHook, relay: str) -> None:
+    def __init__(self, publisher: Publisher, backoff: Backoff, hooks: RelayHooks, relay: str) -> None:
         self._publisher = publisher
         self._backoff = backoff
-        self._hook = hook
+        self._hooks = hooks
         self._relay = relay
         self._confirmations = 0
         self._tried: dict[int, int] = {}
         self._announced: set[int] = set()
+        self._took = 0.0  # seconds of the slowest part of the batch that is published
 
     async def publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
         """Publish a batch, and return one outcome for each row; a publisher that fails has confirmed nothing.
@@ -104,6 +109,7 @@ class Delivery:
         return [next(outcomes) if row.refused is None else Refused(row.refused) for row in rows]
 
     async def _publish(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> list[Outcome]:
+        began = monotonic()
         try:
             return _checked(await self._in_time(rows, lease_remaining), len(rows))
         except Exception as error:
@@ -112,6 +118,8 @@ class Delivery:
             self.announce("unavailable", rows, reason)
             self._announced.update(row.seq for row in rows)
             return [RetryLater(reason)] * len(rows)
+        finally:
+            self._took = max(self._took, monotonic() - began)
 
     async def _in_time(self, rows: Sequence[Row], lease_remaining: Callable[[], float]) -> Sequence[Outcome]:
         end = monotonic() + self._publisher.delivery_timeout + _SLACK
@@ -205,12 +213,28 @@ class Delivery:
         self._tried.clear()
         self._announced.clear()
 
-    def announce(self, kind: RelayEventKind, rows: Sequence[Row] = (), reason: str = "", count: int = 0) -> None:
+    def announce(
+        self,
+        kind: RelayEventKind,
+        rows: Sequence[Row] = (),
+        reason: str = "",
+        count: int = 0,
+        seconds: float | None = None,
+    ) -> None:
         """Deliver an event about some rows, or about ``count`` buckets."""
         created = min((row.message.created for row in rows), default=None)
         oldest = 0.0 if created is None else max(0.0, time.time() - created)
-        event = RelayEvent(kind=kind, relay=self._relay, count=len(rows) or count, oldest=oldest, reason=reason)
-        emit_relay_event(self._hook, event)
+        self._hooks.deliver(
+            RelayEvent(
+                kind=kind,
+                relay=self._relay,
+                count=len(rows) or count,
+                oldest=oldest,
+                reason=reason,
+                seconds=seconds,
+                traces=_traces(rows) if self._hooks.hooks else (),
+            )
+        )
 
     def _announce_all(self, rows: Sequence[Row], outcomes: Sequence[Outcome], judged: Judged) -> None:
         dead = judged.dead
@@ -222,8 +246,15 @@ class Delivery:
             kind = _kind_of(outcome, row.seq in dead, row.seq in stalled)
             reason = outcome.reason if isinstance(outcome, RetryLater | Refused) else ""
             by_kind.setdefault(kind, ([], reason))[0].append(row)
+        took, self._took = self._took, 0.0
         for kind, (concerned, reason) in by_kind.items():
-            self.announce(kind, concerned, reason)
+            self.announce(kind, concerned, reason, seconds=took)
+
+
+def _traces(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the trace contexts in which messages were emitted."""
+    found = (row.message.headers[TRACE_HEADER] for row in rows if TRACE_HEADER in row.message.headers)
+    return tuple(islice(found, _MOST_TRACES))
 
 
 def _checked(outcomes: Sequence[object], count: int) -> list[Outcome]:

@@ -19,7 +19,7 @@ from idempotency.outbox._relay import Relay, Source
 from idempotency.outbox._slot import Slot, SlotLostError, SlotState, end_of_log, format_lsn, is_busy, may_be_lost
 from idempotency.outbox._slot_checks import check_server
 from idempotency.outbox._tail import Tail
-from idempotency.outbox.events import RelayHook, log_relay_event
+from idempotency.outbox.events import OnRelayEvent
 from idempotency.outbox.publisher import Publisher
 
 _CREATE_TIMEOUT = 600.0
@@ -54,7 +54,7 @@ class LogRelay(Relay):
         batch: int = 500,
         poll: tuple[float, float] = (0.02, 1.0),
         backoff: Backoff | None = None,
-        on_event: RelayHook = log_relay_event,
+        on_event: OnRelayEvent = (),
         name: str | None = None,
     ) -> None:
         super().__init__(engine, publisher, outbox, lease, batch, poll, backoff, on_event, name)

@@ -16,7 +16,7 @@ from idempotency._outbox.emit import Outbox
 from idempotency._outbox.table import Tables
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox._database import RelayDatabase
-from idempotency.outbox._examine import examine
+from idempotency.outbox._examine import examine, read_retained
 from idempotency.outbox._redrive import dead_ids, last_dead, move, next_dead, remove
 from idempotency.outbox._states import OutboxEntry, OutboxStats, read_entries, read_stats
 from idempotency.stores.base import Finding
@@ -40,6 +40,13 @@ class OutboxOperations:
     async def stats(self) -> OutboxStats:
         """Count the messages by state, and find the relays that run: one statement, which reads the whole outbox."""
         return await self._run(read_stats)
+
+    async def retained(self) -> dict[str, int]:
+        """Return the bytes of the log that the server retains for each slot of this outbox; empty without PostgreSQL.
+
+        It reads a view of the server, and no table of messages.
+        """
+        return await self._run(read_retained)
 
     async def messages(
         self, *, dead: bool = False, key: str | None = None, limit: int = 100, payload: bool = False

@@ -15,7 +15,7 @@ from idempotency.outbox._deliver import Backoff
 from idempotency.outbox._leases import Buckets
 from idempotency.outbox._relay import Relay, Source
 from idempotency.outbox._statements import Row
-from idempotency.outbox.events import RelayHook, log_relay_event
+from idempotency.outbox.events import OnRelayEvent
 from idempotency.outbox.publisher import Outcome, Publisher
 
 Ordering = Literal["key", "none"]
@@ -51,7 +51,7 @@ class PollingRelay(Relay):
         poll: tuple[float, float] = (0.02, 1.0),
         backoff: Backoff | None = None,
         ordering: Ordering = "key",
-        on_event: RelayHook = log_relay_event,
+        on_event: OnRelayEvent = (),
         name: str | None = None,
     ) -> None:
         super().__init__(engine, publisher, outbox, lease, batch, poll, backoff, on_event, name)

@@ -13,14 +13,13 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._durations import positive
-from idempotency._hooks import check_callable
 from idempotency._outbox.emit import Outbox
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._deliver import Backoff, Delivery, ExponentialBackoff
 from idempotency.outbox._leases import Leases
 from idempotency.outbox._wake import Wake
-from idempotency.outbox.events import RelayHook
+from idempotency.outbox.events import OnRelayEvent, RelayHooks
 from idempotency.outbox.publisher import Publisher
 
 Source = AsyncEngine | Engine | URL | str
@@ -50,19 +49,18 @@ class Relay:
         batch: int,
         poll: tuple[float, float],
         backoff: Backoff | None,
-        on_event: RelayHook,
+        on_event: OnRelayEvent,
         name: str | None,
     ) -> None:
         self.outbox = outbox or Outbox()
         self._seconds = checked_lease(lease, publisher)
         if not isinstance(batch, int) or batch < 1:
             raise ConfigurationError(f"batch must be a number of messages, not {batch!r}")
-        check_callable("on_event", on_event)
         self._poll = positive("poll", poll[0]), positive("poll", poll[1])
         tables = self.outbox.tables
         self._database = RelayDatabase(engine, tables, min(_TIMEOUT, self._seconds / 3))
         self._delivery = Delivery(
-            publisher, backoff or ExponentialBackoff(), on_event, name or tables.messages.fullname
+            publisher, backoff or ExponentialBackoff(), RelayHooks(on_event), name or tables.messages.fullname
         )
         self._wake = Wake(self._database)
         self._failures = 0

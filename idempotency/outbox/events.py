@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import Hooks, in_one_line
 
 RelayEventKind = Literal[
     "published",  # the broker has confirmed messages
@@ -20,9 +21,11 @@ RelayEventKind = Literal[
     "not-in-log",  # rows of the table that the log does not have; the relay publishes them from the table
 ]
 
-_WARNINGS: frozenset[RelayEventKind] = frozenset(
+WARNINGS: frozenset[RelayEventKind] = frozenset(
     {"refused", "dead", "unavailable", "took-over", "slot-lost", "not-in-log"}
 )
+"""The kinds that are logged as warnings: an operator should look. The others are debug lines."""
+
 
 _logger = logging.getLogger("idempotency")
 
@@ -32,7 +35,10 @@ class RelayEvent:
     """One kind of outcome. ``relay`` names the relay, by default after its table.
 
     ``count``: how many messages, or buckets. ``oldest``: the age of the oldest of the messages, in seconds. ``reason``:
-    what went wrong first, without keys and payloads.
+    what went wrong first, without keys and payloads. ``seconds``: how long their batch took to be published;
+    None for other events. It does not count when events are compared. ``traces``: the trace contexts in which the
+    messages were emitted, as ``traceparent`` of W3C Trace Context, of up to 100 of them; empty if no hook but the log
+    is given the event.
     """
 
     kind: RelayEventKind
@@ -40,6 +46,8 @@ class RelayEvent:
     count: int = 0
     oldest: float = 0.0
     reason: str = ""
+    seconds: float | None = field(default=None, compare=False)
+    traces: tuple[str, ...] = ()
 
 
 class RelayHook(Protocol):
@@ -48,18 +56,22 @@ class RelayHook(Protocol):
     def __call__(self, event: RelayEvent, /) -> None: ...
 
 
+OnRelayEvent = RelayHook | Sequence[RelayHook]
+"""The option ``on_event=`` of a relay: a hook or several, which are given each event besides the log."""
+
+
 def log_relay_event(event: RelayEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
-    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    level = logging.WARNING if event.kind in WARNINGS else logging.DEBUG
     if _logger.isEnabledFor(level):
-        reason = f": {event.reason}" if event.reason else ""
+        reason = f": {in_one_line(event.reason)}" if event.reason else ""
         _logger.log(level, "%s %s count=%d oldest=%.3f%s", event.kind, event.relay, event.count, event.oldest, reason)
 
 
-def emit_relay_event(hook: RelayHook, event: RelayEvent) -> None:
-    """Deliver one event. A hook that fails does not stop the relay."""
-    try:
-        returned: object = hook(event)  # type: ignore[func-returns-value]
-        discard_coroutine("on_event", hook, returned)
-    except Exception:
-        _logger.exception("the event hook failed")
+class RelayHooks(Hooks[RelayEvent]):
+    """The log and the hooks of a relay."""
+
+    __slots__ = ()
+
+    def __init__(self, on_event: OnRelayEvent = ()) -> None:
+        super().__init__(on_event, log_relay_event)

@@ -16,7 +16,7 @@ from idempotency.saga._front import (
     wait_for,
     wait_for_sync,
 )
-from idempotency.saga._operate import SagaOperations
+from idempotency.saga._operate import SagaOperations, SagaStats
 from idempotency.saga._saga import AsyncSaga, SyncSaga, saga
 from idempotency.saga._status import SagaAnswer, SagaStatus
 from idempotency.saga._sweeper import Sweeper
@@ -52,6 +52,7 @@ __all__ = [
     "SagaLostError",
     "SagaOperations",
     "SagaPendingError",
+    "SagaStats",
     "SagaStatus",
     "SagaStuckError",
     "SagaView",

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from idempotency._results.codec import Results
 from idempotency.saga._input import Input
-from idempotency.saga.events import SagaHook
+from idempotency.saga.events import SagaHooks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Definition:
     deadline: float | None
     attempts: int
     undos: dict[str, Callable[..., Any]]
-    on_event: SagaHook
+    hooks: SagaHooks
 
     @property
     def names(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from idempotency._results.by_annotation import load
 from idempotency._results.codec import encode_failure
@@ -38,6 +38,19 @@ _LATE = 60.0
 
 _COUNTED = 1000
 """How many sagas that are stuck are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaStats:
+    """How sagas are as a whole, of those that have not ended; each value may be exported as a gauge.
+
+    ``stuck``: how many do not go on by themselves, 1000 at most. ``oldest_age``: seconds since the oldest began.
+    ``late``: for how many seconds the one has been due that should have gone on first. Both are 0 where there is none.
+    """
+
+    stuck: int
+    oldest_age: float
+    late: float
 
 
 class SagaOperations:
@@ -156,6 +169,17 @@ class SagaOperations:
     async def purge(self, batch: int = 1000) -> int:
         """Delete up to ``batch`` sagas that have expired, and return how many; 0 where the server does so itself."""
         return await self._ask(Purge(batch=batch))
+
+    async def stats(self) -> SagaStats:
+        """Count the sagas that are stuck, and find how old the oldest is, and how late: three short requests."""
+        stuck = await self._ask(Browse(stuck=True, limit=_COUNTED))
+        oldest = await self._rows(Browse(limit=1), lambda row: True)
+        due = await self._ask(Due(limit=1))
+        return SagaStats(
+            stuck=sum(row.name != HELD for row in stuck),
+            oldest_age=max(0.0, oldest[0].age) if oldest else 0.0,
+            late=max(0.0, -(due[0].due_in or 0.0)) if due else 0.0,
+        )
 
     async def examine(self) -> list[Finding]:
         """Return what an operator should know of the sagas: which are stuck, and which nobody runs.

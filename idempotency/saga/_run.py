@@ -20,7 +20,7 @@ from idempotency.operation import RUNNING as OPERATION
 from idempotency.operation import Lost, Operation
 from idempotency.saga._effects import Ask, Program
 from idempotency.saga.errors import CancelledByOperatorError, DeadlineError, SagaLostError, StepFailedError
-from idempotency.saga.events import SagaEvent, SagaEventKind, emit_saga_event
+from idempotency.saga.events import SagaEvent, SagaEventKind
 
 if TYPE_CHECKING:
     from idempotency.saga._definition import Definition
@@ -197,8 +197,9 @@ class Run:
             step=step,
             error=error if isinstance(error, str) else "" if error is None else type(error).__name__,
             reason=reason,
+            seconds=monotonic() - self.asked,
         )
-        emit_saga_event(self.definition.on_event, event)
+        self.definition.hooks.deliver(event)
 
     def lose(self) -> None:
         """Note that the lease is lost."""

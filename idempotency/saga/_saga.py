@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from idempotency._durations import positive
-from idempotency._hooks import check_callable
 from idempotency._results.codec import results_of
 from idempotency._sagas.journal import (
     MOST_CHARACTERS,
@@ -36,7 +35,7 @@ from idempotency.saga._run import cancelled_by, is_unicode
 from idempotency.saga._view import SagaView, view_of
 from idempotency.saga._wait import HELD, give_signal
 from idempotency.saga.errors import SagaFailedError
-from idempotency.saga.events import SagaHook, log_saga_event
+from idempotency.saga.events import OnSagaEvent, SagaHooks
 from idempotency.saga.options import duration
 from idempotency.stores.base import Store, SyncStore, require
 
@@ -240,7 +239,7 @@ def saga(
     ttl: float | timedelta = 7 * 86400.0,
     attempts: int = 20,
     undos: Mapping[str, Callable[..., Any]] | None = None,
-    on_event: SagaHook = log_saga_event,
+    on_event: OnSagaEvent = (),
 ) -> _Decorate:
     """Make a function a saga: its steps are recorded, and after a crash another process goes on where it was.
 
@@ -256,7 +255,7 @@ def saga(
     ``lease``: seconds for which a process that vanished still owns it. ``ttl``: seconds that it stays after its end,
     default a week. ``attempts``: how many runs may end without a word, as by a crash, before it is stuck.
     ``undos``: undo functions by the names of steps, in the place of those that are recorded.
-    ``on_event``: given each :class:`~idempotency.saga.SagaEvent`; default, one line in the log.
+    ``on_event``: a hook, or several, given each :class:`~idempotency.saga.SagaEvent`. Each event is logged too.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
@@ -267,7 +266,7 @@ def saga(
         _check_name(name)
         if type(attempts) is not int or attempts < 1:
             raise ConfigurationError(f"attempts must be a number of at least 1, not {attempts!r}")
-        check_callable("on_event", on_event)
+        hooks = SagaHooks(on_event)
         definition = Definition(
             name=name,
             function=function,
@@ -281,7 +280,7 @@ def saga(
             deadline=duration("deadline", deadline),
             attempts=attempts,
             undos=dict(undos or {}),
-            on_event=on_event,
+            hooks=hooks,
         )
         return AsyncSaga[Any](definition) if asynchronous else SyncSaga[Any](definition)
 

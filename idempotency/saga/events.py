@@ -6,10 +6,11 @@ An event never contains the key of a saga, its arguments or a result.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import Hooks, in_one_line
 
 SagaEventKind = Literal[
     "done",  # the saga has ended, and its result is recorded
@@ -25,9 +26,11 @@ SagaEventKind = Literal[
     "unavailable",  # the store failed: this run ends, and another one goes on later
 ]
 
-_WARNINGS: frozenset[SagaEventKind] = frozenset(
+WARNINGS: frozenset[SagaEventKind] = frozenset(
     {"undoing", "retry", "stuck", "undo-failed", "took-over", "lease-lost", "unavailable"}
 )
+"""The kinds that are logged as warnings: an operator should look. The others are debug lines."""
+
 
 _logger = logging.getLogger("idempotency")
 
@@ -38,6 +41,7 @@ class SagaEvent:
 
     ``attempt`` counts the runs of the saga, or for ``step-failed`` and ``undo-failed`` the attempts of the ``step``,
     from 1. ``error`` is the class name of the failure, if any. ``reason``: what the saga waits for, or why it is stuck.
+    ``seconds``: since this run of the saga began. It does not count when events are compared.
     """
 
     kind: SagaEventKind
@@ -47,6 +51,7 @@ class SagaEvent:
     step: str = ""
     error: str = ""
     reason: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
 
 class SagaHook(Protocol):
@@ -58,31 +63,31 @@ class SagaHook(Protocol):
     def __call__(self, event: SagaEvent, /) -> None: ...
 
 
+OnSagaEvent = SagaHook | Sequence[SagaHook]
+"""The option ``on_event=`` of a saga: a hook or several, which are given each event besides the log."""
+
+
 def log_saga_event(event: SagaEvent, /) -> None:
     """Log one line on the logger ``idempotency``: a warning where an operator should look, else debug."""
-    level = logging.WARNING if event.kind in _WARNINGS else logging.DEBUG
+    level = logging.WARNING if event.kind in WARNINGS else logging.DEBUG
     if _logger.isEnabledFor(level):
         _logger.log(
             level,
             "%s %s record=%s attempt=%d%s%s%s",
             event.kind,
-            _in_one_line(event.saga),
+            in_one_line(event.saga),
             event.record,
             event.attempt,
-            f" step={_in_one_line(event.step)}" if event.step else "",
+            f" step={in_one_line(event.step)}" if event.step else "",
             f" error={event.error}" if event.error else "",
-            f": {_in_one_line(event.reason)}" if event.reason else "",
+            f": {in_one_line(event.reason)}" if event.reason else "",
         )
 
 
-def emit_saga_event(hook: SagaHook, event: SagaEvent) -> None:
-    """Deliver one event. A hook that fails does not stop the saga."""
-    try:
-        returned: object = hook(event)  # type: ignore[func-returns-value]
-        discard_coroutine("on_event", hook, returned)
-    except Exception:
-        _logger.exception("the event hook failed")
+class SagaHooks(Hooks[SagaEvent]):
+    """The log and the hooks of a saga."""
 
+    __slots__ = ()
 
-def _in_one_line(text: str) -> str:
-    return text if text.isprintable() else ascii(text)
+    def __init__(self, on_event: OnSagaEvent = ()) -> None:
+        super().__init__(on_event, log_saga_event)

@@ -9,7 +9,7 @@ from idempotency._engine.prepare import Prepared, check_name, prepare
 from idempotency._results.codec import Codec
 from idempotency._signature import bind_arguments, signature_of, wrap_like
 from idempotency.errors import ConfigurationError
-from idempotency.events import EventHook, log_event
+from idempotency.events import OnEvent
 from idempotency.policy import Policy
 from idempotency.stores.base import Store, SyncStore
 from idempotency.tool._approval import Approvals, Needed
@@ -43,7 +43,7 @@ def idempotent_tool(
     policy: Policy = HELD,
     codec: Codec | None = None,
     lock_timeout: float = 5.0,
-    on_event: EventHook = log_event,
+    on_event: OnEvent = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a tool of an agent take effect once, however often the model, the framework or the network repeats a call.
 

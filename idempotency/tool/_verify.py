@@ -14,7 +14,7 @@ from idempotency._engine.verifying import NOT_DONE
 from idempotency._hooks import is_coroutine_function
 from idempotency._rules import Claim, Known
 from idempotency.errors import ConfigurationError, OutcomeUnknownError
-from idempotency.events import Event
+from idempotency.events import EventHooks
 from idempotency.operation import RUNNING, Operation, current
 from idempotency.policy import Policy
 from idempotency.stores.base import Resolving, Store, check_store, require
@@ -37,7 +37,7 @@ def calls_of_verification(calls: Calls) -> Calls:
         calls,
         scope=f"verify:{calls.scope}",
         policy=Policy(lease=calls.policy.lease),
-        on_event=_no_event,
+        hooks=EventHooks(silent=True),
     )
 
 
@@ -88,9 +88,6 @@ def as_operation_of(calls: Calls, claim: Claim) -> Iterator[None]:
         yield
     finally:
         RUNNING.reset(token)
-
-
-def _no_event(event: Event) -> None: ...
 
 
 def result_of_verification(calls: Calls, found: object) -> bytes | None:

@@ -20,7 +20,7 @@ from idempotency.errors import (
     RequestTooLargeError,
     WebhookUnverifiedError,
 )
-from idempotency.events import EventHook, emit_event, log_event
+from idempotency.events import OTHER, EventHooks, OnEvent, emit_event
 from idempotency.policy import Policy
 from idempotency.stores.base import Store
 from idempotency.webhooks._secrets import verifiers
@@ -87,7 +87,7 @@ class WebhookReceiver:
         session: async_sessionmaker[AsyncSession] | None = None,
         tolerance: float = TOLERANCE,
         docs: str = SPECIFICATION,
-        on_event: EventHook = log_event,
+        on_event: OnEvent = (),
     ) -> None:
         if not isinstance(sender, str):
             raise ConfigurationError(f"sender must be text, not {sender!r}")
@@ -97,7 +97,8 @@ class WebhookReceiver:
         self._secrets = verifiers(secrets)
         self._tolerance = positive("tolerance", tolerance)
         self._docs = check_docs(docs)
-        self._on_event = on_event
+        self._hooks = EventHooks(on_event)
+        self._route = f"POST {OTHER if path is None else path}"
         self._routes = Routes(_NOTHING if path is not None else WEBHOOKS, {} if path is None else {_post(path): policy})
         self._protected = IdempotencyMiddleware(
             app,
@@ -138,7 +139,7 @@ class WebhookReceiver:
             await self._protected(_with_webhook(scope, webhook), BodyReceive(body, receive), send)
 
     async def _refuse(self, scope: Scope, send: Send, error: IdempotencyError) -> None:
-        emit_event(self._on_event, "refused", f"{scope['method']} {scope['path']}", error=error)
+        emit_event(self._hooks, "refused", f"{scope['method']} {scope['path']}", error=error, route=self._route)
         response = problem_response(describe(error, docs=self._docs))
         if error.status == 401:
             response = replace(response, headers=[*response.headers, _CHALLENGE])

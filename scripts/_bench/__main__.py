@@ -27,6 +27,7 @@ import report
 import saga
 import saga_report
 import table_size
+import telemetry
 import throughput
 from http_child import MeasureError
 from sql_subject import SQL
@@ -45,6 +46,7 @@ _ALONE = {
     "encryption": "what encryption adds to a replay",
     "messages": "a consumer of a local RabbitMQ, with effects in PostgreSQL",
     "outbox": "the outbox on PostgreSQL: relays, latency, and what emitting costs",
+    "telemetry": "what telemetry adds to a replay",
     "saga": "sagas on PostgreSQL: workflows of five steps",
     "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
 }
@@ -77,6 +79,11 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None, largest: i
         for url in urls:
             print(report.encryption_row(await encryption.measure(url, 20 if quick else 100)), flush=True)
         print(report.ENCRYPTION_TARGETS)
+    if only == "telemetry":
+        print(report.TELEMETRY)
+        for url in urls:
+            print(report.telemetry_row(await telemetry.measure(url, 20 if quick else 100)), flush=True)
+        print(report.TELEMETRY_TARGETS)
     if only in (None, "table"):
         references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]
         await _tables(subjects, references, largest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import telemetry
 from calls import Throughput, Trips
 from encryption import Added
 from overhead import Overhead
@@ -94,6 +95,25 @@ ENCRYPTION_TARGETS = _ENCRYPTION.format("at most", "", "", "1.15")
 def encryption_row(added: Added) -> str:
     """Format what encryption adds on one store."""
     return _ENCRYPTION.format(added.name, f"{added.plain:.0f}", f"{added.again:.3f}", f"{added.encrypted:.3f}")
+
+
+_TELEMETRY = "{:<20}{:>9}{:>9}{:>12}{:>13}{:>9}"
+TELEMETRY = "\n".join(
+    (
+        "",
+        "A replay: µs without telemetry, and the ratios to it of the same once more, with Prometheus, and with",
+        "OpenTelemetry where the trace is sampled out, and where it is sampled and exported nowhere.",
+        "",
+        _TELEMETRY.format("", "µs", "again", "prometheus", "sampled out", "sampled"),
+    )
+)
+TELEMETRY_TARGETS = _TELEMETRY.format("at most", "", "", "1.10", "", "")
+
+
+def telemetry_row(added: telemetry.Added) -> str:
+    """Format what telemetry adds on one store."""
+    ratios = [f"{added.ratios[name]:.3f}" for name in ("again", "prometheus", "sampled out", "sampled")]
+    return _TELEMETRY.format(added.name, f"{added.plain:.0f}", *ratios)
 
 
 def overhead_row(cost: Overhead) -> str:

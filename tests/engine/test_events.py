@@ -223,6 +223,7 @@ async def test_each_outcome_is_one_event(scene, expected):
             attempt=attempt,
             error=error,
             detail="not applied, as ordered" if error == "StoreError" else "",
+            route="POST other",
         )
         for kind, known, attempt, error in expected
     ]
@@ -240,7 +241,7 @@ async def test_a_lost_lease_is_one_event():
     await asyncio.sleep(60)
     app.gate.set()
     await first
-    assert events[0] == Event(kind="lease-lost", operation="POST /orders", record=RECORD, attempt=1)
+    assert events[0] == Event(kind="lease-lost", operation="POST /orders", record=RECORD, attempt=1, route="POST other")
     assert [event.kind for event in events] == ["lease-lost", "stored"]
 
 

@@ -12,7 +12,7 @@ from idempotency._engine.lease import Lease
 from idempotency._engine.runner import Runner
 from idempotency._rules import Claim, Completed, Execute, InProgress, Mismatch, Replay, State, Unknown
 from idempotency.errors import StoreError, WaitFailedError
-from idempotency.events import Event
+from idempotency.events import Event, EventHooks
 from idempotency.operation import Operation
 from tests.kit.observed_store import ObservedStore
 from tests.kit.time_travel import now, others, settled, travelling, travelling_store
@@ -612,7 +612,7 @@ async def test_a_hook_that_fails_changes_nothing(caplog):
     def broken(event: Event) -> None:
         raise ValueError("hook")
 
-    desk.runner._on_event = broken
+    desk.runner.hooks = EventHooks(broken)
     lease = await desk.own()
     assert await lease.end("store", b"r") is None
     assert await desk.told() == Replay(b"r")

@@ -12,7 +12,7 @@ import pytest
 from idempotency.outbox import Duplicate, Message, Outcome, Refused, RetryLater, Sent
 from idempotency.outbox._deliver import Delivery, ExponentialBackoff, Judged
 from idempotency.outbox._statements import Row
-from idempotency.outbox.events import RelayEvent
+from idempotency.outbox.events import RelayEvent, RelayHooks
 from idempotency.outbox.publisher import in_chains
 from tests.kit.relays import ScriptedPublisher
 
@@ -31,7 +31,7 @@ def delivery(publisher: Any = None, events: list[RelayEvent] | None = None, atte
         return None if failures >= attempts else 10.0 * failures
 
     noted: list[RelayEvent] = [] if events is None else events
-    return Delivery(publisher or ScriptedPublisher(), backoff, noted.append, "relay")
+    return Delivery(publisher or ScriptedPublisher(), backoff, RelayHooks(noted.append), "relay")
 
 
 def seqs(rows: Sequence[Row]) -> list[int]:
@@ -65,7 +65,7 @@ def test_a_broker_that_asks_for_no_sensible_time_stops_nothing(asked: float, mil
 
 @pytest.mark.parametrize("returned", [math.inf, math.nan, "soon"])
 def test_a_backoff_that_fails_costs_the_others_of_its_batch_nothing(returned: Any) -> None:
-    under_test = Delivery(ScriptedPublisher(), lambda _: returned, lambda _: None, "relay")
+    under_test = Delivery(ScriptedPublisher(), lambda _: returned, RelayHooks(), "relay")
     judged = under_test.judge([row(1), row(2)], [Sent(), RetryLater("busy")])
     assert judged.settlement.retry == {(1, 60_000): [2]}
 

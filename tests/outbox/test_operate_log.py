@@ -59,3 +59,18 @@ async def test_a_relay_that_polls_beside_the_slot_of_another_one_is_found(log_en
     ]
     both = "a relay polls the table while another one reads the log, so that each publishes all messages"
     assert await said("slot-x") == [("fix", both)]
+
+
+@pytest.mark.parametrize("logical_server", ["installed"], indirect=True)
+async def test_what_a_slot_retains_is_read(log_engine: AsyncEngine) -> None:
+    """In bytes, which get more with what is written, and by the name of the slot; without a slot there is nothing."""
+    slot, outbox = slot_of(log_engine), Outbox(notify=False)
+    operations = OutboxOperations(log_engine)
+    without = await operations.retained()
+    await LogRelay(log_engine, Recorder(), outbox=outbox, slot=slot).drain()
+    before = await operations.retained()
+    await emit_many(log_engine, outbox, "a")
+
+    assert without == {}
+    assert [*before] == [slot]
+    assert (await operations.retained())[slot] > before[slot] >= 0

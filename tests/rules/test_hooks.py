@@ -12,7 +12,7 @@ import pytest
 
 from idempotency import IdempotencyMiddleware, Policy, idempotent, idempotent_consumer
 from idempotency.errors import ConfigurationError
-from idempotency.events import Event, emit_event
+from idempotency.events import Event, EventHooks, emit_event
 from idempotency.stores.memory import MemoryStore
 
 
@@ -136,7 +136,7 @@ async def test_a_coroutine_that_a_hook_returns_is_closed_and_logged_once(caplog:
         return made[-1]
 
     for _ in range(3):
-        emit_event(hook, "stored", "POST /")
+        emit_event(EventHooks(hook), "stored", "POST /")
 
     assert [coroutine.cr_frame for coroutine in made] == [None] * 3
     [record] = caplog.records
@@ -151,7 +151,7 @@ async def test_a_task_that_a_hook_starts_runs(caplog: pytest.LogCaptureFixture) 
     async def note() -> None:
         ran.set()
 
-    emit_event(lambda event: asyncio.ensure_future(note()), "stored", "POST /")  # type: ignore[arg-type,return-value]
+    emit_event(EventHooks(lambda event: asyncio.ensure_future(note())), "stored", "POST /")  # type: ignore[arg-type,return-value]
     await asyncio.wait_for(ran.wait(), 5)
 
     assert not caplog.records

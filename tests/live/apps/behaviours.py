@@ -26,7 +26,7 @@ from starlette.routing import Mount, Route
 
 from idempotency import Policy
 from idempotency.asgi import IdempotencyMiddleware
-from idempotency.events import Event, log_event
+from idempotency.events import Event
 from idempotency.stores import open_store
 
 CONFIG: dict[str, Any] = json.loads(os.environ["IDEMPOTENCY_LIVE"])
@@ -51,7 +51,6 @@ def note(**fields: Any) -> None:
 
 def note_event(event: Event, /) -> None:
     note(event=event.kind, operation=event.operation, record=event.record, error=event.error)
-    log_event(event)
 
 
 async def gate(name: str | None) -> None:

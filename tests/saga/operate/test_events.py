@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from idempotency.saga.events import SagaEvent, SagaEventKind, emit_saga_event, log_saga_event
+from idempotency.saga.events import SagaEvent, SagaEventKind, SagaHooks, log_saga_event
 
 WARNINGS = {"undoing", "retry", "stuck", "undo-failed", "took-over", "lease-lost", "unavailable"}
 
@@ -52,9 +52,8 @@ def test_a_hook_that_fails_is_logged_and_stops_nothing(caplog: pytest.LogCapture
 
     async def awaited(event: SagaEvent) -> None: ...
 
-    hooks: list[Any] = [fail, awaited]
-    for hook in hooks:
-        emit_saga_event(hook, event)
+    hooks: list[Any] = [fail, lambda event: awaited(event)]
+    SagaHooks(hooks).deliver(event)
 
     assert seen == [event]
     first, second = caplog.messages

@@ -1,0 +1,35 @@
+"""The name of a request's route in events: a method, and a template from a finite list, never a path of a caller."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from idempotency._http.app_routes import Templates, routes_of
+from idempotency._http.routes import Routes, route_path
+from idempotency.events import OTHER
+
+
+class RouteNames:
+    """Find the name of a request's route: the application's own template, else that of ``policies``, else ``other``.
+
+    ``wanted``: whether a hook is given it; if not, every name is empty, and nothing is computed. The routes of ``app``
+    are read at the first request, because routes may be added to it after its middleware.
+    """
+
+    def __init__(self, app: object, policies: Routes, *, wanted: bool) -> None:
+        self._app = app
+        self._policies = policies
+        self._wanted = wanted
+        self._templates: Templates | None = None
+
+    def name_of(self, scope: MutableMapping[str, Any]) -> str:
+        """Return the name, such as ``"POST /orders/{id}"``. The request is one that a policy protects."""
+        if not self._wanted:
+            return ""
+        templates = self._templates
+        if templates is None:
+            templates = self._templates = Templates(routes_of(self._app) or ())
+        method, path = scope["method"].upper(), route_path(scope)
+        template = templates.template_of(method, path) or self._policies.template_for(method, path) or OTHER
+        return f"{method} {template}"

@@ -1,0 +1,239 @@
+"""Traces and metrics for OpenTelemetry, by its API: the SDK is the application's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from idempotency.errors import ConfigurationError
+from idempotency.events import WARNINGS, Event
+from idempotency.outbox.events import WARNINGS as WARNINGS_OF_RELAY
+from idempotency.outbox.events import RelayEvent
+from idempotency.saga.events import WARNINGS as WARNINGS_OF_SAGA
+from idempotency.saga.events import SagaEvent
+from idempotency.telemetry._instruments import (
+    BUCKETS,
+    COUNTED,
+    GAUGES,
+    OF_MESSAGES,
+    AnyEvent,
+    Instrument,
+    Series,
+    measurements_of,
+    series_at_zero,
+)
+from idempotency.telemetry._watch import Watch
+
+try:
+    from opentelemetry.context import attach, detach
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
+    from opentelemetry.propagate import extract
+    from opentelemetry.trace import (
+        SpanContext,
+        SpanKind,
+        Status,
+        StatusCode,
+        TraceFlags,
+        TracerProvider,
+        get_current_span,
+        get_tracer,
+    )
+except ImportError as error:
+    raise ConfigurationError(
+        "idempotency.telemetry.opentelemetry needs opentelemetry-api, which is not installed: "
+        "pip install 'asgi-idempotency[opentelemetry]'"
+    ) from error
+
+_NAME = "idempotency"
+_Value = str | int | float
+
+
+class OpenTelemetry:
+    """A hook for ``on_event=`` of everything that has events: a span for each, and metrics.
+
+    ``tracer_provider``, ``meter_provider``: default those of the process. ``watches``: their gauges are observed as
+    they were read last: a collection asks no database.
+
+    A span is made when its event comes, and begins when the operation began, as a child of the span that is current
+    then. With this hook, a recorded response contains the trace context of its run, and the span of a replay has a link
+    to it. The span of a batch that a relay has published has links to where its messages were emitted.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        *,
+        watches: Sequence[Watch] = (),
+    ) -> None:
+        self._tracer = get_tracer(_NAME, tracer_provider=tracer_provider)
+        meter = get_meter(_NAME, meter_provider=meter_provider)
+        self._counts = _Counts(meter)
+        self._record = {
+            each: meter.create_histogram(each.dotted, each.unit, each.help, explicit_bucket_boundaries_advisory=BUCKETS)
+            for each in COUNTED
+            if each.kind == "histogram"
+        }
+        for instrument in GAUGES if watches else ():
+            callback = partial(_observe, tuple(watches), instrument)
+            meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
+        self._attributes: dict[Series, dict[str, str]] = {}
+
+    def __call__(self, event: AnyEvent, /) -> None:
+        """Measure an event, and make its span."""
+        for series, value in measurements_of(event):
+            histogram = self._record.get(series.instrument)
+            if histogram is None:
+                self._counts.add(series, value)
+            else:
+                histogram.record(value, self._attributes_of(series))
+        match event:
+            case Event():
+                self._operation(event)
+            case RelayEvent(kind=kind) if kind in OF_MESSAGES:
+                self._published(event)
+            case SagaEvent():
+                self._saga(event)
+
+    def traceparent(self) -> str:
+        """Return the context of the current span as ``traceparent`` of W3C Trace Context; empty if there is none."""
+        context = get_current_span().get_span_context()
+        if not context.is_valid:
+            return ""
+        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+    @contextmanager
+    def continuing(self, headers: Mapping[str, Any] | Iterable[tuple[str, Any]] | None) -> Iterator[None]:
+        """Continue, in this context manager, the trace that the headers of a message name, if they do.
+
+        It is for ``context=`` of :func:`idempotency.idempotent_consumer`. ``headers``: a mapping or pairs, as brokers
+        have them, with values as text or bytes. Where the broker's own instrumentation continues the trace, it is not
+        needed.
+        """
+        found = {name.lower(): _text_of(value) for name, value in dict(headers or ()).items()}
+        token = attach(extract(found))
+        try:
+            yield
+        finally:
+            detach(token)
+
+    def _attributes_of(self, series: Series) -> dict[str, str]:
+        attributes = self._attributes.get(series)
+        if attributes is None:
+            attributes = self._attributes[series] = _attributes_of(series)
+        return attributes
+
+    def _operation(self, event: Event) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.surface": event.surface,
+            "idempotency.route": event.route,
+            "idempotency.verdict": event.kind,
+            "idempotency.record": event.record,
+            "idempotency.attempt": event.attempt,
+        }
+        if event.surface == "http":
+            attributes["http.request.method"], _, attributes["http.route"] = event.route.partition(" ")
+        traces = (event.first_trace,) if event.first_trace else ()
+        name, failed = f"idempotency {event.route}", event.kind in WARNINGS
+        self._span(name, attributes, event.seconds or 0.0, traces, event.error, failed)
+
+    def _published(self, event: RelayEvent) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.relay": event.relay,
+            "idempotency.outcome": event.kind,
+            "idempotency.messages": event.count,
+        }
+        failed = event.kind in WARNINGS_OF_RELAY
+        name = f"publish {event.relay}"
+        self._span(name, attributes, event.seconds or 0.0, event.traces, "", failed, SpanKind.PRODUCER)
+
+    def _saga(self, event: SagaEvent) -> None:
+        attributes: dict[str, _Value] = {
+            "idempotency.saga": event.saga,
+            "idempotency.verdict": event.kind,
+            "idempotency.record": event.record,
+            "idempotency.attempt": event.attempt,
+        }
+        if event.step:
+            attributes["idempotency.step"] = event.step
+        self._span(f"saga {event.saga}", attributes, event.seconds, (), event.error, event.kind in WARNINGS_OF_SAGA)
+
+    def _span(
+        self,
+        name: str,
+        attributes: dict[str, _Value],
+        seconds: float,
+        traces: Iterable[str],
+        error: str,
+        failed: bool,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:
+        if error:
+            attributes["error.type"] = error
+        end = time.time_ns()
+        span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=end - int(seconds * 1e9))
+        # A span that is sampled out is the most frequent one, and costs no more than it must.
+        if span.is_recording():
+            for context in map(_context_of, traces):
+                if context is not None:
+                    span.add_link(context)
+            if failed:
+                span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+
+def _text_of(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+class _Counts:
+    """The counters, observed at each collection: to add to a counter of the SDK takes several microseconds."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._values: dict[Series, float] = {}
+        self._lock = threading.Lock()
+        for each in COUNTED:
+            if each.kind == "counter":
+                meter.create_observable_counter(each.dotted, [partial(self._observe, each)], each.unit, each.help)
+
+    def add(self, series: Series, value: float) -> None:
+        with self._lock:
+            before = self._values.get(series)
+            if before is None:
+                before = self._values[series] = 0.0
+                for other in series_at_zero(series):
+                    self._values.setdefault(other, 0.0)
+            self._values[series] = before + value
+
+    def _observe(self, instrument: Instrument, _: CallbackOptions) -> Iterable[Observation]:
+        with self._lock:
+            values = [*self._values.items()]
+        return [Observation(value, _attributes_of(each)) for each, value in values if each.instrument is instrument]
+
+
+def _observe(watches: Sequence[Watch], wanted: Instrument, _: CallbackOptions) -> Iterable[Observation]:
+    for watch in watches:
+        for series, value in watch.measurements():
+            if series.instrument is wanted:
+                yield Observation(value, _attributes_of(series))
+
+
+def _attributes_of(series: Series) -> dict[str, str]:
+    return dict(zip(series.instrument.labels, series.labels, strict=True))
+
+
+def _context_of(traceparent: str) -> SpanContext | None:
+    """Read a ``traceparent``; None if it is none. What stands in a record or a message may have come from elsewhere."""
+    parts = traceparent.split("-")
+    if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:
+        return None
+    try:
+        trace, span, flags = (int(part, 16) for part in parts[1:4])
+    except ValueError:
+        return None
+    context = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
+    return context if context.is_valid else None

@@ -1,0 +1,87 @@
+"""Metrics for Prometheus, in a registry of ``prometheus_client``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from idempotency.errors import ConfigurationError
+from idempotency.telemetry._instruments import (
+    BUCKETS,
+    COUNTED,
+    GAUGES,
+    AnyEvent,
+    Instrument,
+    Series,
+    measurements_of,
+    series_at_zero,
+)
+from idempotency.telemetry._watch import Watch
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+    from prometheus_client.core import GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ConfigurationError(
+        "idempotency.telemetry.prometheus needs prometheus-client, which is not installed: "
+        "pip install 'asgi-idempotency[prometheus]'"
+    ) from error
+
+
+class Prometheus:
+    """A hook for ``on_event=`` of everything that has events: it counts them in a registry.
+
+    ``registry``: where the metrics are, default that of the process. There is one of these for each registry; give the
+    same one to all middlewares, consumers, functions, relays and sagas. ``watches``: their gauges are in the registry
+    too, as they were read last: a scrape asks no database.
+    Raises :class:`~idempotency.errors.ConfigurationError` if the registry has these metrics already.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None, *, watches: Sequence[Watch] = ()) -> None:
+        registry = REGISTRY if registry is None else registry
+        try:
+            self._metrics = {instrument: _metric(instrument, registry) for instrument in COUNTED}
+            registry.register(_Gauges(watches))
+        except ValueError as error:
+            raise ConfigurationError("the registry has these metrics already: use one Prometheus() for it") from error
+        # By instrument and labels, whose values are from finite lists.
+        self._add: dict[Series, Callable[[float], None]] = {}
+
+    def __call__(self, event: AnyEvent, /) -> None:
+        """Count an event."""
+        for series, value in measurements_of(event):
+            add = self._add.get(series)
+            if add is None:
+                add = self._add[series] = self._adding(series)
+                for other in series_at_zero(series):
+                    self._adding(other)
+            add(value)
+
+    def _adding(self, series: Series) -> Callable[[float], None]:
+        metric = self._metrics[series.instrument].labels(*series.labels)
+        return metric.observe if isinstance(metric, Histogram) else metric.inc
+
+
+def _metric(instrument: Instrument, registry: CollectorRegistry) -> Counter | Histogram:
+    if instrument.kind == "histogram":
+        return Histogram(instrument.name, instrument.help, instrument.labels, registry=registry, buckets=BUCKETS)
+    return Counter(instrument.name, instrument.help, instrument.labels, registry=registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        self._watches = watches
+
+    def describe(self) -> Iterable[Metric]:
+        return [_family(instrument) for instrument in GAUGES]
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[Instrument, GaugeMetricFamily] = {}
+        for watch in self._watches:
+            for (instrument, labels), value in watch.measurements():
+                families.setdefault(instrument, _family(instrument)).add_metric(labels, value)
+        yield from families.values()
+
+
+def _family(instrument: Instrument) -> GaugeMetricFamily:
+    return GaugeMetricFamily(instrument.name, instrument.help, labels=instrument.labels)

@@ -1,0 +1,132 @@
+"""What telemetry adds to a replay, behind the middleware and a route with a parameter, in this process."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from idempotency import IdempotencyMiddleware, open_store
+from idempotency.telemetry.opentelemetry import OpenTelemetry
+from idempotency.telemetry.prometheus import Prometheus
+
+_REPLAYS = 100
+_BODY = b"{}"
+
+
+@dataclass(frozen=True)
+class Added:
+    """Microseconds of a replay without telemetry, and the ratios to it, by the name of the subject."""
+
+    name: str
+    plain: float
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A kind of telemetry: its hooks, and whether the request that is replayed has a trace that is sampled."""
+
+    hooks: tuple[Any, ...] = ()
+    sampled: bool = False
+
+
+def _subjects(stack: ExitStack) -> dict[str, _Subject]:
+    provider = TracerProvider(shutdown_on_exit=False)
+    meters = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
+    stack.callback(provider.shutdown)
+    stack.callback(meters.shutdown)
+    traced = OpenTelemetry(provider, meters)
+    return {
+        "plain": _Subject(),
+        "again": _Subject(),
+        "prometheus": _Subject((Prometheus(CollectorRegistry()),)),
+        "sampled out": _Subject((traced,)),
+        "sampled": _Subject((traced,), sampled=True),
+    }
+
+
+async def measure(url: str, rounds: int) -> Added:
+    """Replay the same number of keys with each kind of telemetry in turns, so that all see the same machine."""
+    place = f"idempotency_bench_{os.getpid()}_telemetry"
+    options = {} if url.startswith("memory") else {"prefix" if url.startswith("redis") else "table": place}
+    store: Any = open_store(url, **options)
+    await store.create_schema()
+    with ExitStack() as stack:
+        subjects = _subjects(stack)
+        apps = {name: _protected(store, each.hooks) for name, each in subjects.items()}
+        try:
+            for name, app in apps.items():
+                await _request_all(app, name, subjects[name].sampled)
+            taken = [await _round(apps, subjects, number) for number in range(rounds)]
+        finally:
+            for entry in await store.find(limit=len(subjects) * _REPLAYS):
+                await store.forget(entry.id)
+            await store.aclose()
+    plain = statistics.median(each["plain"] for each in taken) / _REPLAYS
+    ratios = {name: statistics.median(each[name] / each["plain"] for each in taken) for name in subjects}
+    del ratios["plain"]
+    return Added(url.partition(":")[0], plain * 1e6, ratios)
+
+
+async def _round(apps: dict[str, Any], subjects: dict[str, _Subject], number: int) -> dict[str, float]:
+    names = [*apps]
+    shift = number % len(names)
+    return {
+        name: await _request_all(apps[name], name, subjects[name].sampled) for name in names[shift:] + names[:shift]
+    }
+
+
+async def _request_all(app: Callable[..., Any], name: str, sampled: bool) -> float:
+    # The span of the request is the server's: it is current, and not measured.
+    context = SpanContext(1, 1, is_remote=True, trace_flags=TraceFlags(sampled))
+    with use_span(NonRecordingSpan(context)):
+        began = time.perf_counter()
+        for number in range(_REPLAYS):
+            await _request(app, f"{name.replace(' ', '-')}-{number}".encode())
+        return time.perf_counter() - began
+
+
+async def _request(app: Callable[..., Any], key: bytes) -> None:
+    headers = [(b"idempotency-key", key), (b"authorization", b"Bearer token")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/orders/7",
+        "query_string": b"",
+        "headers": headers,
+        "state": {},
+    }
+    body: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        body.append(message.get("body", b""))
+
+    await app(scope, _receive, send)
+    assert b"".join(body) == _BODY
+
+
+def _protected(store: Any, hooks: tuple[Any, ...]) -> IdempotencyMiddleware:
+    async def order(request: Request) -> Response:
+        return Response(_BODY, 201)
+
+    app = Starlette(routes=[Route("/orders/{number}", order, methods=["POST"])])
+    return IdempotencyMiddleware(app, store=store, on_event=hooks)
+
+
+async def _receive() -> Any:
+    return {"type": "http.request", "body": b"{}", "more_body": False}
