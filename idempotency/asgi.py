@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import StoredResponse, encode_response
+from idempotency._http.content_coding import is_acceptable
 from idempotency._http.disconnect import Disconnect
-from idempotency._http.duplicate import answer_of, status_of
+from idempotency._http.duplicate import answer_of, in_accepted_coding, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.fields import values_of
@@ -123,7 +125,7 @@ class IdempotencyMiddleware:
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
         self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None)
-        if callable(scope) or self._routes.has_callable_fingerprint:
+        if callable(scope) or self._routes.callable_fingerprints:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
 
@@ -300,7 +302,11 @@ class _Exchange:
         await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
 
     async def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)
+        kind, answer = answer_of(verdict)
+        headers = self._scope["headers"]
+        if isinstance(answer, StoredResponse) and not is_acceptable(answer, headers):
+            # In a thread: decoding a large body would block the event loop.
+            kind, answer = await asyncio.to_thread(in_accepted_coding, answer, headers, self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
         self._emit(kind)

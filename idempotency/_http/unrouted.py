@@ -40,7 +40,7 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
     """Ask the application of another framework than Starlette; return None if ``app`` contains no such application."""
     litestar, quart = sys.modules.get("litestar"), sys.modules.get("quart")
     django = sys.modules.get("django.core.handlers.asgi")
-    for each in _inside(app):
+    for each in inside(app):
         if litestar is not None and isinstance(each, litestar.Litestar):
             return "route_handler" not in scope
         # The middleware is often put around the method Quart.asgi_app.
@@ -48,11 +48,11 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
         if quart is not None and isinstance(owner, quart.Quart):
             return _has_no_route_in_quart(scope, owner)
         if django is not None and isinstance(each, django.ASGIHandler):
-            return _has_no_route_in_django(scope)
+            return has_no_route_in_django(django.ASGIRequest(scope, BytesIO()).path_info, scope["method"])
     return None
 
 
-def _inside(app: object) -> Iterator[object]:
+def inside(app: object) -> Iterator[object]:
     """Return an application and those that it wraps, from the outside in. A function is not looked into."""
     for _ in range(_DEEP):
         if app is None:
@@ -90,14 +90,14 @@ def _has_only_files(app: object) -> bool:
     """Return whether ``app`` is a directory of files, which answers 405 to a POST, and has no effect."""
     from starlette.staticfiles import StaticFiles
 
-    return any(isinstance(each, StaticFiles) for each in _inside(app))
+    return any(isinstance(each, StaticFiles) for each in inside(app))
 
 
 def _router_of(app: object) -> Router | None:
     from starlette.applications import Starlette
     from starlette.routing import Router
 
-    for each in _inside(app):
+    for each in inside(app):
         if isinstance(each, Starlette):
             return each.router
         if isinstance(each, Router):
@@ -107,8 +107,6 @@ def _router_of(app: object) -> Router | None:
 
 def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
     from werkzeug.datastructures import Headers
-    from werkzeug.exceptions import HTTPException
-    from werkzeug.routing import RequestRedirect
 
     root_path, path = scope.get("root_path", ""), scope["path"]
     below = path.startswith(root_path) and path != root_path
@@ -123,7 +121,17 @@ def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
         send_push_promise=_push_nothing,
         scope=scope,
     )
-    adapter = app.create_url_adapter(request)
+    return matches_nothing(app.create_url_adapter(request))
+
+
+async def _push_nothing(path: str, headers: object) -> None: ...
+
+
+def matches_nothing(adapter: Any) -> bool:
+    """Return whether no route of Werkzeug takes the request that an adapter is for."""
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.routing import RequestRedirect
+
     if adapter is None:
         return False
     try:
@@ -135,18 +143,15 @@ def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
     return False
 
 
-async def _push_nothing(path: str, headers: object) -> None: ...
-
-
-def _has_no_route_in_django(scope: Mapping[str, Any]) -> bool:
-    from django.core.handlers.asgi import ASGIRequest  # type: ignore[import-untyped]
+def has_no_route_in_django(path: str, method: str) -> bool:
+    """Return whether no route of Django takes the request whose path below its root is ``path``."""
     from django.urls import Resolver404, get_urlconf, resolve  # type: ignore[import-untyped]
 
     try:
         # The urlconf that a middleware of the application has chosen for this request, if one has.
-        view = resolve(ASGIRequest(scope, BytesIO()).path_info, get_urlconf()).func
+        view = resolve(path, get_urlconf()).func
     except Resolver404:
         return True
     # A class-based view answers 405 itself where it has no function for the method.
-    kind, method = getattr(view, "view_class", None), scope["method"].lower()
+    kind, method = getattr(view, "view_class", None), method.lower()
     return kind is not None and not (method in kind.http_method_names and hasattr(kind, method))
