@@ -179,6 +179,7 @@ class _Exchange:
         "_state",
     )
 
+    # async only: what a server gives of a request.
     def __init__(
         self,
         middleware: IdempotencyMiddleware,
@@ -200,6 +201,7 @@ class _Exchange:
         self._lease: Lease
         self._state: RequestState
 
+    # async only: an answer is sent, and not returned.
     async def run(self) -> None:
         """Answer the request."""
         try:
@@ -219,11 +221,13 @@ class _Exchange:
         finally:
             self._request.close()
 
+    # async only: the interpreter waits for the writes of threads.
     async def wait_for_writes(self) -> None:
         """Wait until the background writes of this request are done, but not longer than a lease."""
         if self._claim is not None:
             await self._middleware._runner.wait_for_writes(self._claim)
 
+    # async only: the state of a scope may be that of several requests.
     def _is_protected_already(self, key: str) -> bool:
         """Return whether the middleware was added twice, as to an application and one mounted in it."""
         # Both places are checked: some servers share a state among requests, and a task that outlives its request still
@@ -233,6 +237,7 @@ class _Exchange:
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
+    # async only: see run().
     async def _begin(self, claim: Claim) -> bool:
         """Claim the key, and return whether the operation is to be executed here; if not, the request is answered."""
         policy, self._claim = self._policy, claim
@@ -251,6 +256,7 @@ class _Exchange:
         self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
         return True
 
+    # async only: see run().
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
         stacks = ExitStacks(self._scope, self._middleware.app)
@@ -275,7 +281,8 @@ class _Exchange:
             await self._lease.close()
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
-        self._state.share()
+        self._state.share()  # async only: an environ belongs to one request
+        # async only: the scope, as the application has changed it, has what the router of a framework has found.
         chosen = outcome_of_response(self._policy, status, headers, body, self._scope, self._middleware.app)
         operation = self._lease.operation
         outcome = operation.outcome_after(chosen)
@@ -305,13 +312,14 @@ class _Exchange:
         kind, answer = answer_of(verdict)
         headers = self._scope["headers"]
         if isinstance(answer, StoredResponse) and not is_acceptable(answer, headers):
-            # In a thread: decoding a large body would block the event loop.
+            # async only: decoding a large body would block the event loop.
             kind, answer = await asyncio.to_thread(in_accepted_coding, answer, headers, self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
         self._emit(kind)
         return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
+    # async only: see run().
     async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
         await send_response(self._send, self._problem(kind, error))
 

@@ -98,7 +98,7 @@ class Transaction:
         # async only: a commit is a task, which goes on when its caller is cancelled.
         self._sent_commit: asyncio.Task[bool] | None = None
         self._deadline = 0.0  # async only: the time limit of the commit
-        self.settled = False  # async only: in HTTP, code may run after the response is recorded
+        self.settled = False  # in HTTP, code may run after the response is recorded
 
     @property
     def used(self) -> bool:
@@ -108,7 +108,7 @@ class Transaction:
     @property
     def session(self) -> AsyncSession:
         """Return the session, made at the first call; TransactionError once it would not be committed any more."""
-        if self.settled:  # async only: see __init__
+        if self.settled:
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
 
