@@ -107,4 +107,5 @@ class SyncKeyedRequest(Head):
             werkzeug = sys.modules.get("werkzeug.exceptions")
             if werkzeug is None or not isinstance(error, werkzeug.HTTPException):
                 raise
-            raise AnsweredError(error, error) from error
+            answer: WSGIApplication = error.get_response(environ)
+            raise AnsweredError(error, answer) from error
