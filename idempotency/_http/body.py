@@ -87,9 +87,10 @@ class BodyReceive:
 class _File:
     """A temporary file that threads read."""
 
-    __slots__ = ("_file", "_lock", "close")
+    __slots__ = ("_file", "_lock", "close", "size")
 
     def __init__(self, file: IO[bytes]) -> None:
+        self.size = file.tell()  # it was written to its end
         self._file = file
         self._lock = threading.Lock()
         self.close = file.close
@@ -99,10 +100,6 @@ class _File:
         with self._lock:
             self._file.seek(at)
             return self._file.read(CHUNK)
-
-    @property
-    def size(self) -> int:
-        return self._file.seek(0, io.SEEK_END)
 
     def rewound(self) -> IO[bytes]:
         self._file.seek(0)

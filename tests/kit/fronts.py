@@ -85,6 +85,9 @@ def environ_of(scope: dict[str, Any], body: bytes) -> dict[str, Any]:
         "wsgi.multiprocess": False,
         "wsgi.run_once": False,
     }
+    tls = (scope.get("extensions") or {}).get("tls") or {}
+    if tls.get("client_cert_name") or tls.get("client_cert_chain"):
+        environ["SSL_CLIENT_VERIFY"] = "SUCCESS"
     for name, value in scope["headers"]:
         variable = name.decode("latin-1").upper().replace("-", "_")
         variable = variable if variable in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{variable}"
@@ -169,6 +172,8 @@ class _Response:
     def _iterate(self, app: Any, environ: dict[str, Any]) -> Iterator[bytes]:
         body = [environ["wsgi.input"].read()]
         operation = {"idempotency": environ["idempotency"]} if "idempotency" in environ else {}
+        if operation == {"idempotency": None}:
+            environ["tests.scope"]["state"].update(operation)
         scope = {**environ["tests.scope"], "state": operation}
         forever = asyncio.Event()
 
