@@ -11,7 +11,7 @@ from wsgiref.validate import validator
 
 import pytest
 
-from idempotency import Policy, current
+from idempotency import Policy, current, drain_sync
 from idempotency._http.caller import ANONYMOUS
 from idempotency._rules import State, record_id
 from idempotency.events import Event
@@ -261,9 +261,12 @@ def test_the_operation_is_current_from_the_call_to_the_close() -> None:
 def test_without_a_key_there_is_no_operation() -> None:
     """The environ says None where a key would be protected; another method's environ is not touched."""
     found: list[object] = []
-    app = Effects(
-        lambda environ, start: found.append(environ.get("idempotency", "missing")) or plain(b"")(environ, start)
-    )
+
+    def handler(environ: Any, start_response: Any) -> Any:
+        found.append(environ.get("idempotency", "missing"))
+        return plain()(environ, start_response)
+
+    app = Effects(handler)
     protected = protect(app)
 
     call(protected)
@@ -416,6 +419,8 @@ def test_a_store_that_is_down_means_503_or_no_protection() -> None:
 
     refused = call(protect(closed, store), key="k")
     answer = call(protect(opened, store, policy=Policy(on_store_error="fail_open")), key="k", body=b"payload")
+    store.down = False
+    drain_sync()
 
     assert (refused.code, refused.headers["retry-after"], closed.runs) == ("store-unavailable", "1", 0)
     assert (answer.status, opened.bodies) == (201, [b"payload"])
