@@ -24,6 +24,7 @@ from tests.kit.paths import ROOT
         "docs/sagas.md",
         "docs/transactions.md",
         "docs/webhooks.md",
+        "docs/wsgi.md",
     ],
 )
 def test_every_test_named_in_a_document_exists(page: str) -> None:

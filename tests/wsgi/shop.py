@@ -1,6 +1,6 @@
 """The applications of the tests on servers: one shop in Flask and in Django, whose effects are lines of a file.
 
-Gunicorn imports ``flask_app``, ``django_app``, or ``exiting_app`` from here. The environment variable ``WSGI_SHOP`` says
+Gunicorn imports ``flask_app`` or ``django_app`` from here. The environment variable ``WSGI_SHOP`` says
 where the records and the ledger are. A handler waits at a gate, a file of the name in the query, where it is told to.
 """
 
