@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from idempotency._http.body import DisconnectedError, Receive, Send
 from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCredentials
 from idempotency._http.capture import ResponseCapture, send_response
 from idempotency._http.codec import StoredResponse, encode_response
+from idempotency._http.content_coding import is_acceptable
 from idempotency._http.disconnect import Disconnect
-from idempotency._http.duplicate import answer_of, status_of
+from idempotency._http.duplicate import answer_of, in_accepted_coding, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.fields import values_of
@@ -139,7 +141,7 @@ class IdempotencyMiddleware:
             check=awaited.check if supports(awaited, Checking) else None,
         )
         self._lifespan = Lifespan(drain, awaited.aclose if isinstance(store, str) else None, self._startup)
-        if callable(scope) or self._routes.has_callable_fingerprint:
+        if callable(scope) or self._routes.callable_fingerprints:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
         self._unused_sessions = UnusedSessions()
@@ -201,6 +203,7 @@ class _Exchange:
         "_state",
     )
 
+    # async only: what a server gives of a request.
     def __init__(
         self,
         middleware: IdempotencyMiddleware,
@@ -222,6 +225,7 @@ class _Exchange:
         self._lease: Lease
         self._state: RequestState
 
+    # async only: an answer is sent, and not returned.
     async def run(self) -> None:
         """Answer the request."""
         try:
@@ -241,11 +245,13 @@ class _Exchange:
         finally:
             self._request.close()
 
+    # async only: the interpreter waits for the writes of threads.
     async def wait_for_writes(self) -> None:
         """Wait until the background writes of this request are done, but not longer than a lease."""
         if self._claim is not None:
             await self._middleware._runner.wait_for_writes(self._claim)
 
+    # async only: the state of a scope may be that of several requests.
     def _is_protected_already(self, key: str) -> bool:
         """Return whether the middleware was added twice, as to an application and one mounted in it."""
         # Both places are checked: some servers share a state among requests, and a task that outlives its request still
@@ -255,6 +261,7 @@ class _Exchange:
             return False
         return mapping_of(self._scope.get("state")).get("idempotency") is outer
 
+    # async only: see run().
     async def _begin(self, claim: Claim) -> bool:
         """Claim the key, and return whether the operation is to be executed here; if not, the request is answered."""
         policy, self._claim = self._policy, claim
@@ -275,6 +282,7 @@ class _Exchange:
         )
         return True
 
+    # async only: see run().
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
         stacks = ExitStacks(self._scope, self._middleware.app)
@@ -299,7 +307,8 @@ class _Exchange:
             await self._lease.close()
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
-        self._state.share()
+        self._state.share()  # async only: an environ belongs to one request
+        # async only: the scope, as the application has changed it, has what the router of a framework has found.
         chosen = outcome_of_response(self._policy, status, headers, body, self._scope, self._middleware.app)
         operation = self._lease.operation
         outcome = operation.outcome_after(chosen)
@@ -337,12 +346,17 @@ class _Exchange:
         await self._lease.fail(outcome, _SERVER_ERROR if outcome == "store" else None, error)
 
     async def _answer(self, verdict: Known) -> StoredResponse:
-        kind, answer = await answer_of(verdict, self._scope["headers"], self._policy.max_response)
+        kind, answer = answer_of(verdict)
+        headers = self._scope["headers"]
+        if isinstance(answer, StoredResponse) and not is_acceptable(answer, headers):
+            # async only: decoding a large body would block the event loop.
+            kind, answer = await asyncio.to_thread(in_accepted_coding, answer, headers, self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
         self._emit(kind, first_trace=trace_of(answer.headers))
         return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
+    # async only: see run().
     async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
         await send_response(self._send, self._problem(kind, error))
 

@@ -121,12 +121,12 @@ class Policy:
     logged, and it counts as None.
     ``fingerprint``: what of the body is compared, besides method, path, query and content type: ``"raw"`` (the
     default: every byte, except a multipart boundary), ``"json"`` (JSON apart from white space and the order of members;
-    other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async, that
-    returns what is compared, as text or bytes.
+    other bodies, and those over 1 MiB, as raw), or a callable given the Starlette ``Request``, sync or async (in WSGI
+    the environ, and not async), that returns what is compared, as text or bytes.
     ``redact``: what is recorded in place of a response that holds what must not be stored: a callable given the status,
     the header pairs and the body, all as bytes, the body without its compression, that returns the header pairs and the
     body to record, and so to replay. The first response is sent unchanged. It is called only where a response is
-    recorded, in the event loop: it must not block. ``async def`` is refused. If it fails, or the body cannot be
+    recorded, in ASGI in the event loop: it must not block. ``async def`` is refused. If it fails, or the body cannot be
     decoded, the operation is recorded as done without its result, and the event ``stored-without-result`` names the
     error. Default None: as it was sent.
     ``max_request``: how many bytes the body of a keyed request may have; a larger one is refused with 413. Default

@@ -32,6 +32,16 @@ PAIRS = [
     (Half("_engine/joined.py", "Joined"), Half("_engine/joined_sync.py", "SyncJoined")),
     (Half("_engine/joined.py", "JoinedCall"), Half("_engine/joined_sync.py", "SyncJoinedCall")),
     (Half("_engine/transaction.py", "Transaction"), Half("_engine/transaction_sync.py", "SyncTransaction")),
+    (
+        Half("_engine/transactional.py", "TransactionalLease"),
+        Half("_engine/transactional_sync.py", "SyncTransactionalLease"),
+    ),
+    (
+        Half("_engine/transactional.py", "transactional_leases"),
+        Half("_engine/transactional_sync.py", "transactional_leases_sync"),
+    ),
+    (Half("_engine/modes.py", "leases_of"), Half("_engine/modes.py", "leases_of_sync")),
+    (Half("asgi.py", "_Exchange"), Half("wsgi.py", "_Exchange")),
     (Half("_messages/consumers.py", "Consumer"), Half("_messages/consumers_sync.py", "SyncConsumer")),
     (Half("stores/redis/_send.py", "_direct"), Half("stores/redis/_send_sync.py", "_direct_sync")),
     (Half("stores/redis/_send.py", "_through"), Half("stores/redis/_send_sync.py", "_through_sync")),

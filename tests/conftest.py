@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.kit import servers
+from tests.kit import fronts, servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
 from tests.kit.selection import group_of, is_fast, is_measured
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
@@ -42,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "processes: starts processes")
     config.addinivalue_line("markers", "measured: runs under coverage; see tests/kit/selection.py")
     config.addinivalue_line("markers", "alone: says how soon an answer comes, and has the machine to itself")
+    config.addinivalue_line("markers", "fronts(*names): run through these front ends; see tests/kit/fronts.py")
     config.addinivalue_line(
         "markers", "stores(*kinds): run on these stores only; see tests/kit/targets.py for the names"
     )
@@ -75,6 +76,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    fronts_marker = metafunc.definition.get_closest_marker("fronts")
+    if fronts_marker is not None:
+        metafunc.parametrize("front", fronts_marker.args, indirect=True)
     if "store_kind" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("stores")
@@ -97,6 +101,13 @@ def _skips(kind: str) -> list[pytest.MarkDecorator]:
         return []
     probe, reason = probes[kind]
     return [] if probe() else [pytest.mark.skip(reason)]
+
+
+@pytest.fixture(autouse=True)
+def front(request: pytest.FixtureRequest) -> str:
+    """The front end through which ``asgi_calls.protect`` protects an application."""
+    fronts.current = getattr(request, "param", "asgi")
+    return fronts.current
 
 
 @pytest.fixture(scope="session")

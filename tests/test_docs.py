@@ -29,6 +29,7 @@ from tests.kit.paths import ROOT
         "docs/telemetry.md",
         "docs/transactions.md",
         "docs/webhooks.md",
+        "docs/wsgi.md",
     ],
 )
 def test_every_test_named_in_a_document_exists(page: str) -> None:

@@ -53,6 +53,7 @@ TELEMETRY = blocks("telemetry.md")
 TRANSACTIONS = blocks("transactions.md")
 OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
+WSGI = blocks("wsgi.md")
 SETUP = "Code for each framework"
 
 
@@ -166,6 +167,72 @@ def test_the_code_for_django_replays_a_response(tmp_path: Path) -> None:
                     print(answer.status_code, answer.headers.get("idempotent-replayed"))
 
         asyncio.run(main())
+        """
+    )
+
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert ran.stdout.split("\n") == ["201 None", "201 true", ""], ran.stderr
+
+
+def test_the_code_for_flask_replays_a_response(run: Callable[..., dict[str, Any]]) -> None:
+    """A request that is sent twice is answered by the handler, and then by the record; so is one in a transaction."""
+    from sqlalchemy import Column, Integer
+    from sqlalchemy.orm import DeclarativeBase
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Refund(Base):
+        __tablename__ = "refunds"
+        id = Column(Integer, primary_key=True)
+        order = Column(Integer)
+
+    client = run(*WSGI["Flask"])["app"].test_client()
+    first, second = [client.post("/orders", headers={"Idempotency-Key": "1f5a"}) for _ in range(2)]
+    names = run(*WSGI["Flask"], *WSGI["Effect and response in one transaction"])
+    names["Refund"] = Refund
+    Base.metadata.create_all(names["engine"])
+    client = names["app"].test_client()
+    refunds = [client.post("/refunds", headers={"Idempotency-Key": "2"}) for _ in range(2)]
+    names["engine"].dispose()
+
+    assert (first.status_code, second.status_code, second.json) == (201, 201, first.json)
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+    assert [each.headers.get("idempotent-replayed") for each in refunds] == [None, "true"]
+
+
+def test_the_code_for_django_under_wsgi_replays_a_response(tmp_path: Path) -> None:
+    """The same in Django, whose settings are those of a process."""
+    shop = tmp_path / "shop"
+    shop.mkdir()
+    (shop / "wsgi.py").write_text(WSGI["Django"][0].replace("redis://localhost:6379", "memory://"))
+    (shop / "settings.py").write_text("SECRET_KEY = 'x'\nALLOWED_HOSTS = ['*']\nROOT_URLCONF = 'shop.urls'\n")
+    (shop / "urls.py").write_text(
+        dedent(
+            """\
+            from django.http import JsonResponse
+            from django.urls import path
+
+            def order(request):
+                return JsonResponse({"order": request.META["idempotency"].derive("order")}, status=201)
+
+            urlpatterns = [path("orders", order)]
+            """
+        )
+    )
+    program = dedent(
+        """\
+        import httpx
+        from shop.wsgi import application
+
+        with httpx.Client(transport=httpx.WSGITransport(application), base_url="http://shop") as client:
+            for _ in range(2):
+                answer = client.post("/orders", headers={"Idempotency-Key": "1f5a"})
+                print(answer.status_code, answer.headers.get("idempotent-replayed"))
         """
     )
 

@@ -70,6 +70,31 @@ async def test_fastapi_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert orders.json() == ["tea", "cup"]
 
 
+def test_flask_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated order is one, a refused one leaves nothing, and without a key there is none."""
+    monkeypatch.setenv("ORDERS_DB", f"sqlite:///{tmp_path / 'orders.db'}")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("flask_orders")
+    client = example.app.test_client()
+
+    def order(item: str, **headers: str) -> Any:
+        return client.post("/orders", json={"item": item}, headers=headers)
+
+    key = {"Idempotency-Key": "1f5a"}
+    first, second, refused, missing = (
+        order("tea", **key),
+        order("tea", **key),
+        order("milk", **{"Idempotency-Key": "2"}),
+        order("tea"),
+    )
+    count = client.get("/orders/count")
+    example.engine.dispose()
+
+    assert (first.status_code, first.json) == (second.status_code, second.json) == (201, {"id": 1, "item": "tea"})
+    assert second.headers["idempotent-replayed"] == "true"
+    assert (refused.status_code, missing.status_code, count.json) == (409, 400, {"orders": 1})
+
+
 @pytest.mark.parametrize("broker", ["here", "none"])
 async def test_orders_outbox(broker: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """Ten requests are five orders and five invoices, through RabbitMQ and without it."""

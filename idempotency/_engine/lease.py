@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import replace  # async only: see shorten()
+from dataclasses import replace
 from typing import Protocol
 
 from idempotency._engine.runner import Runner
@@ -109,17 +109,14 @@ class Lease:
         """Return whether the operation has a session and never asked for it, nor has declared an effect elsewhere."""
         return False
 
-    # async only: only a response of HTTP may be recorded for a shorter time.
     def shorten(self, ttl: float) -> None:
         """Record the result for ``ttl`` seconds at the most."""
         self._claim = replace(self._claim, ttl=min(ttl, self._claim.ttl))
 
-    # async only: only a lease of HTTP may have a connection, which must be returned.
     async def close(self) -> None:
         """Stop renewing, and return the connection if the lease has one."""
         self.stop()
 
-    # async only: in HTTP a failure has a result too, the response 5xx.
     async def fail(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """Record how a failed operation ended; see :meth:`end`."""
         return await self.end(outcome, result, error)

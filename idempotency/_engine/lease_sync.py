@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import monotonic
+from typing import Protocol
 
 from idempotency._engine.runner_sync import SyncRunner
 from idempotency._rules import Claim, Known, State, judge_superseded, superseded_again
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.events import EventKind, Failure, kind_of
 from idempotency.operation import Lost, Operation
-from idempotency.policy import Outcome
+from idempotency.policy import Outcome, Policy
 
 
 class _LeaseLost(Lost):
@@ -85,6 +87,18 @@ class SyncLease:
     def _stop_renewal(self) -> None:
         self._runner.heartbeats.note_ended()
 
+    def shorten(self, ttl: float) -> None:
+        """See :meth:`Lease.shorten`."""
+        self._claim = replace(self._claim, ttl=min(ttl, self._claim.ttl))
+
+    def close(self) -> None:
+        """See :meth:`Lease.close`."""
+        self.stop()
+
+    def fail(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
+        """See :meth:`Lease.fail`."""
+        return self.end(outcome, result, error)
+
     def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """See :meth:`Lease.end`; an interruption does not undo the record."""
         if self.ended:
@@ -156,3 +170,20 @@ class SyncLease:
             self._emit(kind_of(outcome, result))
             return None
         return superseded_again(self._claim)
+
+
+class NewSyncLease(Protocol):
+    """See :class:`idempotency._engine.lease.NewLease`."""
+
+    def __call__(self, claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, /) -> SyncLease:
+        """Return the lease; its ``operation`` is given ``attempt`` and ``name``."""
+        ...
+
+
+def plain_leases_sync(runner: SyncRunner) -> NewSyncLease:
+    """Return a function that makes leases without a transaction."""
+
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy) -> SyncLease:
+        return SyncLease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at)
+
+    return begin

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from idempotency._engine.calls import Calls
 from idempotency._engine.lease import NewLease, plain_leases
+from idempotency._engine.lease_sync import NewSyncLease, plain_leases_sync
 from idempotency._engine.leased import Leased
 from idempotency._engine.leased_sync import SyncLeased
 from idempotency._engine.runner import Runner
+from idempotency._engine.runner_sync import SyncRunner
 from idempotency.errors import ConfigurationError
 from idempotency.stores.base import Store, SyncStore, check_store
 
@@ -58,3 +60,14 @@ def leases_of(runner: Runner, session: async_sessionmaker[AsyncSession] | sessio
     except ImportError as error:
         raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
     return transactional_leases(runner, session)
+
+
+def leases_of_sync(runner: SyncRunner, session: sessionmaker[Session] | None) -> NewSyncLease:
+    """See :func:`leases_of`."""
+    if session is None:
+        return plain_leases_sync(runner)
+    try:
+        from idempotency._engine.transactional_sync import transactional_leases_sync
+    except ImportError as error:
+        raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
+    return transactional_leases_sync(runner, session)

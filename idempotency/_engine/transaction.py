@@ -91,7 +91,7 @@ class Transaction:
         # async only: a commit is a task, which goes on when its caller is cancelled.
         self._sent_commit: asyncio.Task[bool] | None = None
         self._deadline = 0.0  # async only: the time limit of the commit
-        self.settled = False  # async only: in HTTP, code may run after the response is recorded
+        self.settled = False  # in HTTP, code may run after the response is recorded
 
     # async only: a request that does not use its session may have its effect elsewhere.
     @property
@@ -107,7 +107,7 @@ class Transaction:
     @property
     def session(self) -> Any:
         """Return the session, made at the first call; TransactionError once it would not be committed any more."""
-        if self.settled:  # async only: see __init__
+        if self.settled:
             raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
 

@@ -11,16 +11,27 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from idempotency._engine.emitted import Emitted
-from idempotency._engine.transaction import check_session_intact, naming_failures, write_and_commit
+from idempotency._engine.transaction import (
+    check_completing_sessions,
+    check_session_intact,
+    naming_failures,
+    write_and_commit,
+)
 from idempotency._outbox.emit import Outbox
 from idempotency._rules import Claim, Record, State
 from idempotency._sql.commit_guard import cut_off_session, discard, give_back, guard_commit, roll_back
 from idempotency._sql.session_failures import failure_of
-from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError
+from idempotency.errors import IdempotencyError, StoreError, StoreRefusedError, TransactionError
 from idempotency.operation import NewMessage, Operation
 from idempotency.stores._joining import Ending
 
 T = TypeVar("T")
+
+
+def transactions_sync(store: object, sessions: sessionmaker[Session]) -> Callable[[Claim], SyncTransaction]:
+    """See :func:`idempotency._engine.transaction.transactions`."""
+    shared = check_completing_sessions(store, sessions, sessionmaker)
+    return lambda claim: SyncTransaction(shared, sessions, claim)
 
 
 class SyncTransaction:
@@ -35,6 +46,7 @@ class SyncTransaction:
         self._abandoned = False
         self._emitted = Emitted()
         self.refused: StoreRefusedError | None = None
+        self.settled = False
 
     @property
     def used(self) -> bool:
@@ -44,6 +56,8 @@ class SyncTransaction:
     @property
     def session(self) -> Session:
         """See :attr:`Transaction.session`."""
+        if self.settled:
+            raise TransactionError("The operation is settled: open a session of your own for work after the response.")
         return self._opened
 
     def emit(self, operation: Operation, message: NewMessage, outbox: Outbox | None, /) -> str:

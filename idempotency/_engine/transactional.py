@@ -118,11 +118,13 @@ class TransactionalLease(Lease):
     def _end_later(self, error: BaseException) -> None:
         """Release or hold the key in the background, after a commit whose outcome is unknown."""
         if self.operation.outcome_after(self._policy.outcome_of_exception(error)) == "hold":
+            # async only: a stop waits for the writes of a claim.
             self._runner.write_later(self._hold_uncommitted, self._claim.lease, claim=self._claim)
             self._emit("held", error)
             return
         # A cancelled commit goes on. If it is applied, this release is refused.
         self._runner.release_later(self._claim)
+        # async only: see above.
         if not isinstance(error, asyncio.CancelledError):
             self._emit("released", error)
 

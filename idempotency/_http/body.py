@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,7 +20,8 @@ Send = Callable[[Message], Awaitable[None]]
 SPOOL = 1 << 20
 """Bytes held in memory; a larger body goes to a temporary file."""
 
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
+"""Bytes that are read from a temporary file, or written to it, at a time."""
 
 
 class DisconnectedError(Exception):
@@ -43,6 +46,17 @@ class Body:
         if self._file is None:
             return BodyReceive(self.data or b"", server)
         return _FileReceive(self._file, server)
+
+    @property
+    def size(self) -> int:
+        """Return the number of its bytes."""
+        return len(self.data or b"") if self._file is None else self._file.size
+
+    def open(self) -> IO[bytes]:
+        """Return a file with the body, at its start. It is closed with the body."""
+        if self._file is None:
+            return io.BytesIO(self.data or b"")
+        return self._file.rewound()
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
@@ -73,9 +87,10 @@ class BodyReceive:
 class _File:
     """A temporary file that threads read."""
 
-    __slots__ = ("_file", "_lock", "close")
+    __slots__ = ("_file", "_lock", "close", "size")
 
     def __init__(self, file: IO[bytes]) -> None:
+        self.size = file.tell()  # it was written to its end
         self._file = file
         self._lock = threading.Lock()
         self.close = file.close
@@ -84,7 +99,11 @@ class _File:
         # A read that was cancelled may still run in its thread.
         with self._lock:
             self._file.seek(at)
-            return self._file.read(_CHUNK)
+            return self._file.read(CHUNK)
+
+    def rewound(self) -> IO[bytes]:
+        self._file.seek(0)
+        return self._file
 
 
 class _FileReceive:
@@ -100,7 +119,7 @@ class _FileReceive:
             return await self._server()
         chunk = await asyncio.to_thread(self._file.read, self._at)
         # A chunk that is not full is the last: the file's end, perhaps empty.
-        more = len(chunk) == _CHUNK
+        more = len(chunk) == CHUNK
         self._at = self._at + len(chunk) if more else None
         return {"type": "http.request", "body": chunk, "more_body": more}
 
@@ -114,11 +133,11 @@ async def read_body(receive: Receive, limit: int, content_type: bytes, content_l
     """
     # 19 digits are more than any limit.
     if content_length.isdigit():
-        _check(int(content_length[:19]), limit)
+        check_size(int(content_length[:19]), limit)
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         data = bytes(message.get("body", b""))
-        _check(len(data), limit)
+        check_size(len(data), limit)
         return Body(digest_body(data, content_type), data)
     return await _read_long(message, receive, limit, BodyHash(content_type))
 
@@ -133,14 +152,14 @@ async def _read_long(message: Message, receive: Receive, limit: int, digest: Bod
                 raise DisconnectedError
             chunk = message.get("body", b"")
             size += len(chunk)
-            _check(size, limit)
+            check_size(size, limit)
             digest.update(chunk)
             held += chunk
             if file is None and size > SPOOL:
                 # Not closed here: the exchange closes it.
                 file = tempfile.TemporaryFile()  # noqa: SIM115
             more = message.get("more_body", False)
-            if file is not None and (len(held) >= _CHUNK or not more):
+            if file is not None and (len(held) >= CHUNK or not more):
                 await asyncio.to_thread(file.write, held)
                 held = bytearray()
             if not more:
@@ -152,6 +171,14 @@ async def _read_long(message: Message, receive: Receive, limit: int, digest: Bod
         raise
 
 
-def _check(size: int, limit: int) -> None:
+def check_size(size: int, limit: int) -> None:
+    """Raise RequestTooLargeError for a body of more than ``limit`` bytes."""
     if size > limit:
         raise RequestTooLargeError(f"The body of a request with a key may have {limit} bytes.")
+
+
+def is_about(error: BaseException, body: bytes) -> bool:
+    """Return whether an error means that ``body`` is malformed: the user's function has parsed it as JSON or text."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.doc == body.decode(json.detect_encoding(body), "surrogatepass")
+    return isinstance(error, UnicodeDecodeError) and error.object == body

@@ -5,7 +5,6 @@ This module is imported only where there are such functions: they are given a St
 
 from __future__ import annotations
 
-import json
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from starlette.formparsers import MultiPartException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
-from idempotency._http.body import Receive, Send
+from idempotency._http.body import Receive, Send, is_about
 
 
 class ReadRequest(Request):
@@ -39,12 +38,7 @@ class ReadRequest(Request):
 
     def is_malformed(self, error: BaseException) -> bool:
         """Return whether ``error`` means that the body is malformed, also if the user's function parsed it itself."""
-        if error is self.malformed:
-            return True
-        body: bytes = getattr(self, "_body", b"")
-        if isinstance(error, json.JSONDecodeError):
-            return error.doc == body.decode(json.detect_encoding(body), "surrogatepass")
-        return isinstance(error, UnicodeDecodeError) and error.object == body
+        return error is self.malformed or is_about(error, getattr(self, "_body", b""))
 
 
 async def answer(error: Exception, app: object, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> bool:

@@ -112,7 +112,7 @@ class ResponseCapture:
                 self._chunks, self._size, self._end = [], 0, []
             # ASGI allows any iterable of headers, such as a generator. Here they are read more than once.
             self._start = {**message, "headers": [*message.get("headers", ())]}
-            if message.get("trailers", False) or _is_event_stream(self._start):
+            if message.get("trailers", False) or is_event_stream(self._start["headers"]):
                 await self._go_live()
         elif self._end:
             self._end.append(message)
@@ -225,8 +225,9 @@ async def send_response(send: Send, response: StoredResponse) -> None:
     await send({"type": "http.response.body", "body": response.body, "more_body": False})
 
 
-def _is_event_stream(start: Message) -> bool:
-    for name, value in start["headers"]:
+def is_event_stream(headers: Headers) -> bool:
+    """Return whether a response is an event stream, which is sent as it is made."""
+    for name, value in headers:
         if len(name) == 12 and name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream"):
             return True
     return False

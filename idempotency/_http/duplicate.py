@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import assert_never
 
 from idempotency._http.codec import StoredResponse, decode_response
-from idempotency._http.content_coding import GROWTH, decoded, is_acceptable
+from idempotency._http.content_coding import GROWTH, decoded
 from idempotency._http.problem import IN_VAIN
 from idempotency._rules import Completed, InProgress, Known, Mismatch, Replay, Unknown, Unreadable
 from idempotency.errors import (
@@ -20,26 +19,21 @@ from idempotency.errors import (
 from idempotency.events import EventKind
 from idempotency.policy import Headers, Policy
 
+Answer = tuple[EventKind, StoredResponse | IdempotencyError]
+"""The event of a verdict, and the recorded response or the error to answer with."""
 
-async def answer_of(
-    verdict: Known, request_headers: Headers, max_response: int
-) -> tuple[EventKind, StoredResponse | IdempotencyError]:
-    """Return the event of a verdict, and the recorded response or the error to answer with.
+
+def answer_of(verdict: Known) -> Answer:
+    """Return what a duplicate is answered with; a recorded response is in the coding in which it was recorded.
 
     The status and the title of each answer are those of its error, see :mod:`idempotency.errors`.
     """
     match verdict:
         case Replay(result):
             try:
-                response = decode_response(result)
-                if not is_acceptable(response, request_headers):
-                    # In a thread: decoding a large body would block the event loop.
-                    response = await asyncio.to_thread(decoded, response, request_headers, GROWTH * max_response)
-                return "replayed", _final(response)
+                return "replayed", _final(decode_response(result))
             except UnreadableError as error:
                 return "unreadable", error
-            except NotReplayableError as error:
-                return "completed", error
         case Completed():
             return "completed", NotReplayableError()
         case InProgress():
@@ -52,6 +46,14 @@ async def answer_of(
             return "unreadable", UnreadableError(f"its format is {version}")
         case _:
             assert_never(verdict)
+
+
+def in_accepted_coding(response: StoredResponse, request_headers: Headers, max_response: int) -> Answer:
+    """Return a recorded response in a coding that the client accepts. This takes long for a large body."""
+    try:
+        return "replayed", decoded(response, request_headers, GROWTH * max_response)
+    except NotReplayableError as error:
+        return "completed", error
 
 
 def status_of(error: IdempotencyError, policy: Policy) -> int:

@@ -7,11 +7,15 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from idempotency._http.digest import digest, digest_text
 from idempotency.errors import ConfigurationError
+
+T = TypeVar("T")
 
 _MAX_DEPTH = 64
 
@@ -147,11 +151,25 @@ def json_digest(data: bytes, *, by_value: bool = False) -> bytes | None:
     return digest(b"json-values:1:" if by_value else b"json:1:", (_ENCODER.encode(value).encode("ascii"),), None)
 
 
-async def json_digest_aside(data: bytes, *, by_value: bool = False) -> bytes | None:
-    """Return :func:`json_digest`, for a large text from a thread: parsing it would block the event loop."""
+async def aside(digest_of: Callable[[bytes], T], data: bytes) -> T:
+    """Return a digest of a JSON text, of a large one from a thread: parsing it would block the event loop."""
     if len(data) > _LARGE:
-        return await asyncio.to_thread(json_digest, data, by_value=by_value)
-    return json_digest(data, by_value=by_value)
+        return await asyncio.to_thread(digest_of, data)
+    return digest_of(data)
+
+
+@dataclass(frozen=True, slots=True)
+class OfBody:
+    """A callable ``Policy.fingerprint`` that compares the body alone, whatever the front end gives it.
+
+    ``digest_of`` is given the whole body.
+    """
+
+    digest_of: Callable[[bytes], bytes]
+
+    async def __call__(self, request: Any) -> bytes:
+        """Return what is compared of a Starlette ``Request``."""
+        return await aside(self.digest_of, await request.body())
 
 
 # A number becomes an object that holds its text, and an object is wrapped, so that the two never look the same.

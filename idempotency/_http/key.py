@@ -121,18 +121,23 @@ def _refuse(value: bytes, strict: bool) -> NoReturn:
     raise KeyInvalidError(reason)
 
 
+def key_to_echo(values: Sequence[bytes], *, strict: bool) -> bytes | None:
+    """Return the key as it was sent, from the values of its field; None if it cannot be read."""
+    try:
+        return None if read_key(values, strict=strict) is None else values[0].strip(b" \t")
+    except KeyInvalidError:
+        return None
+
+
 def send_with_key(send: Send, values: Sequence[bytes], name: bytes, *, strict: bool) -> Send:
     """Return a ``send`` that puts the key, as it was sent, into each response; ``send`` if the key cannot be read.
 
     ``values``: those of the field ``name`` of the request. A field of this name that the application sends is replaced:
     it may be recorded, and the retry be quoted otherwise.
     """
-    try:
-        if read_key(values, strict=strict) is None:
-            return send
-    except KeyInvalidError:
+    sent = key_to_echo(values, strict=strict)
+    if sent is None:
         return send
-    sent = values[0].strip(b" \t")
 
     async def send_key(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from idempotency._hooks import check_callable
 from idempotency._http.caller import Credentials, CredentialScope, KnownCaller, UnknownCredentials
@@ -14,17 +14,20 @@ from idempotency._http.profile import Profile
 from idempotency.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from wsgiref.types import WSGIEnvironment
+
     from starlette.requests import Request
 
 Caller = str | bytes | int | None
 CallerScope = Callable[["Request"], Caller | Awaitable[Caller]]
+EnvironScope = Callable[["WSGIEnvironment"], Caller]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What all requests of one middleware have in common, in the form in which a request needs it."""
 
-    caller: CallerScope | Credentials | KnownCaller | None
+    caller: Callable[[Any], Any] | Credentials | KnownCaller | None
     secret: bytes | None
     header_name: bytes
     """The name of the header with the key, in lower case."""
@@ -39,7 +42,7 @@ class Options:
 
 
 def check_options(
-    scope: CallerScope | CredentialScope | KnownCaller | None,
+    scope: CallerScope | EnvironScope | CredentialScope | KnownCaller | None,
     unknown_credentials: UnknownCredentials,
     secret: bytes | str | None,
     header_name: str,
@@ -83,11 +86,11 @@ def check_options(
 
 
 def _caller(
-    scope: CallerScope | CredentialScope | KnownCaller | None,
+    scope: CallerScope | EnvironScope | CredentialScope | KnownCaller | None,
     secret: bytes | None,
     key_header: bytes,
     unknown: UnknownCredentials,
-) -> CallerScope | Credentials | KnownCaller | None:
+) -> Callable[[Any], Any] | Credentials | KnownCaller | None:
     if scope is None or isinstance(scope, KnownCaller) or callable(scope):
         return scope
     return Credentials(scope, secret, key_header, unknown)

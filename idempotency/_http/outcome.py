@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from traceback import format_tb
 from typing import Any, get_args
 
@@ -22,13 +22,24 @@ REFUSAL = 300.0
 Anybody can send such requests, and a refusal has no effect that must be protected for a day.
 """
 
+Unrouted = Callable[[int, Any, Any], bool]
+"""Whether an application has no route for a request: given the status, the request and the application."""
+
 _logger = logging.getLogger("idempotency")
 
 
 def outcome_of_response(
-    policy: Policy, status: int, headers: Headers, body: bytes | None, scope: MutableMapping[str, Any], app: object
+    policy: Policy,
+    status: int,
+    headers: Headers,
+    body: bytes | None,
+    scope: MutableMapping[str, Any],
+    app: object,
+    unrouted: Unrouted = is_unrouted,
 ) -> Outcome:
     """Return the outcome of an operation by its response; body None: the response is not recorded.
+
+    ``scope``: the request, as the application has changed it: what ``unrouted`` takes.
 
     The user's function decides, then the user's table, then the default. None of them can fail any more: the effect may
     have happened.
@@ -37,7 +48,7 @@ def outcome_of_response(
         chosen = _ask(policy.outcome, policy.max_response, status, headers, body)
         if chosen is not None:
             return chosen
-    if status in (404, 405) and policy.rule_for_status(status) is None and _has_no_route(status, scope, app):
+    if status in (404, 405) and policy.rule_for_status(status) is None and _has_no_route(unrouted, status, scope, app):
         return "release"
     return policy.outcome_of_status(status)
 
@@ -83,9 +94,9 @@ def _texts(headers: Headers) -> dict[str, str]:
     return fields
 
 
-def _has_no_route(status: int, scope: MutableMapping[str, Any], app: object) -> bool:
+def _has_no_route(unrouted: Unrouted, status: int, scope: MutableMapping[str, Any], app: object) -> bool:
     try:
-        return is_unrouted(status, scope, app)
+        return unrouted(status, scope, app)
     except Exception as error:
         _logger.warning("the routes of the application could not be asked: %s", type(error).__name__)
         return False

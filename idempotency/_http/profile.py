@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from idempotency._http.error_hook import ErrorHook
-from idempotency._http.fingerprint import json_digest_aside
+from idempotency._http.fingerprint import OfBody, json_digest
 from idempotency._http.problem import Problem
 from idempotency.errors import (
     BodyInvalidError,
@@ -21,10 +21,6 @@ from idempotency.errors import (
     RequestTooLargeError,
 )
 from idempotency.policy import Policy
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
 
 _POLICY = Policy()
 
@@ -83,14 +79,13 @@ def _acp_error(problem: Problem) -> dict[str, object]:
     return {"type": kind, "code": code, "message": problem.detail}
 
 
-async def _acp_body(request: Request) -> bytes:
+def _acp_body(data: bytes) -> bytes:
     """Return a digest of what the Agentic Commerce Protocol compares (delegate payment, section 5.2).
 
     That is the body as a JSON value: the order of members does not count, nor ``1.0`` for ``1``; null is not absence.
     A body that is not JSON is compared byte by byte.
     """
-    data = await request.body()
-    return await json_digest_aside(data, by_value=True) or hashlib.sha256(data).digest()
+    return json_digest(data, by_value=True) or hashlib.sha256(data).digest()
 
 
 _STRIPE_CODES = {
@@ -117,6 +112,6 @@ def _stripe_error(problem: Problem) -> dict[str, object]:
 Profile.acp = Profile(
     error=_acp_error,
     echo_key=True,
-    policy=Policy(required=True, methods={"POST"}, fingerprint=_acp_body, key_per_path=True),
+    policy=Policy(required=True, methods={"POST"}, fingerprint=OfBody(_acp_body), key_per_path=True),
 )
 Profile.stripe = Profile(error=_stripe_error, echo_key=True, policy=Policy(mismatch_status=400))

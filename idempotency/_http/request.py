@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, MutableMapping, Sequence
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from idempotency._http.body import Body, Receive, Send, read_body
-from idempotency._http.caller import ANONYMOUS, Credentials, KnownCaller, path_scope, scope_text
-from idempotency._http.fingerprint import fingerprint, json_digest_aside, value_digest
-from idempotency._http.key import read_key, read_prefer_wait, send_with_key
+from idempotency._http.caller import ANONYMOUS, Credentials, KnownCaller, scope_text
+from idempotency._http.fingerprint import aside, json_digest, value_digest
+from idempotency._http.head import Head
+from idempotency._http.key import send_with_key
 from idempotency._http.options import CallerScope, Options
 from idempotency._http.state import RequestState
 from idempotency._rules import Claim
-from idempotency.errors import BodyInvalidError, KeyMissingError
+from idempotency.errors import BodyInvalidError
 from idempotency.policy import Fingerprint, Policy
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 
-_NAMING = (Credentials, KnownCaller)
+NAMING = (Credentials, KnownCaller)
+"""What names a caller by itself, without a function of the user."""
 
 
 class AnsweredError(Exception):
@@ -32,14 +33,14 @@ class AnsweredError(Exception):
         self.error = error
 
 
-class KeyedRequest:
+class KeyedRequest(Head):
     """One request that has a key, or needs one, as it is read. It answers nothing, except for a function of the user.
 
     ``keys`` are the values of the field with the key. ``send`` is the server's, or the one that puts the key into each
     response.
     """
 
-    __slots__ = ("_app", "_began", "_body", "_keys", "_options", "_policy", "_receive", "_scope", "send")
+    __slots__ = ("_app", "_body", "_receive", "send")
 
     def __init__(
         self,
@@ -51,33 +52,13 @@ class KeyedRequest:
         send: Send,
         keys: Sequence[bytes],
     ) -> None:
+        super().__init__(options, policy, scope, keys)
         self._app = app
-        self._options = options
-        self._policy = policy
-        self._scope = scope
         self._receive = receive
         self.send = send
-        self._keys = keys
         if options.echo_key:
             self.send = send_with_key(send, keys, options.header_name, strict=options.strict)
         self._body: Body | None = None
-        self._began = monotonic()
-
-    @property
-    def name(self) -> str:
-        """The name of the operation: the method and the actual path."""
-        return f"{self._scope['method']} {self._scope['path']}"
-
-    def key(self) -> str:
-        """Read the key.
-
-        Raises :class:`~idempotency.errors.KeyMissingError` and :class:`~idempotency.errors.KeyInvalidError`.
-        """
-        key = read_key(self._keys, strict=self._options.strict)
-        if key is None:
-            name = self._options.header_name.decode()
-            raise KeyMissingError(f"This operation needs a key in the header {name}.")
-        return key
 
     async def claim(self, key: str) -> Claim:
         """Read the caller and the body, and return the claim for ``key``. Call it once; :meth:`close` the request then.
@@ -86,39 +67,16 @@ class KeyedRequest:
         :class:`~idempotency.errors.BodyInvalidError`, :class:`DisconnectedError`, and :class:`AnsweredError` for an
         error of a function of the user, or that error if the application has no answer to it.
         """
-        policy, scope, secret = self._policy, self._scope, self._options.secret
-        named = self._options.caller
-        caller = named.caller_of(scope) if isinstance(named, _NAMING) else await self._caller_by(named)
-        # Of several fields with one name the first counts.
-        fields = dict(reversed(scope["headers"]))
-        content_type, length = bytes(fields.get(b"content-type", b"")), bytes(fields.get(b"content-length", b""))
-        body = await read_body(self._receive, policy.max_request, content_type, length)
-        self._body = body
+        policy, named = self._policy, self._options.caller
+        caller = named.caller_of(self._scope) if isinstance(named, NAMING) else await self._caller_by(named)
+        content_type, length = self._content()
+        self._body = body = await read_body(self._receive, policy.max_request, content_type, length)
         digest = body.digest if policy.fingerprint == "raw" else await self._digest_by(policy.fingerprint, body)
-        return Claim(
-            scope=path_scope(caller, scope["path"]) if policy.key_per_path else caller,
-            key=key,
-            fingerprint=fingerprint(
-                scope["method"], scope["path"], scope["query_string"], content_type, digest, secret
-            ),
-            lease=policy.lease,
-            ttl=policy.ttl,
-            hold=policy.on_crash == "hold",
-            transactional=self._options.transactional,
-            began=self._began,
-        )
+        return self._claim(key, caller, content_type, digest)
 
     def receive(self) -> Receive:
         """Make the ``receive`` of the application, which gives the body that :meth:`claim` has read."""
         return self._receive if self._body is None else self._body.receive(self._receive)
-
-    def wait(self) -> float:
-        """Return the seconds that a duplicate waits: what the client asks for, at most the policy's."""
-        cap = self._policy.wait
-        if cap == 0:
-            return 0.0
-        preferred = read_prefer_wait(self._scope["headers"])
-        return cap if preferred is None else min(preferred, cap)
 
     def close(self) -> None:
         """Remove the temporary file of a large body."""
@@ -137,7 +95,8 @@ class KeyedRequest:
             from idempotency._http.callables import ReadRequest
 
             return value_digest(await self._call(rule, ReadRequest(self._scope, self.receive())))
-        return (body.data is not None and await json_digest_aside(body.data)) or body.digest
+        digest = None if body.data is None else await aside(json_digest, body.data)
+        return digest or body.digest
 
     async def _call(self, function: Callable[[Request], Any], request: Request) -> Any:
         """Call a function of the user; an error of it is answered as if a handler had raised it."""

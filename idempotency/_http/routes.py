@@ -99,8 +99,8 @@ class Routes:
         self.rules = tuple(Rule(route.method, route.key, route.policy) for route in routes)
         """The keys of ``policies``, in the order in which they decide."""
         used = (policy, *(route.policy for route in routes if route.policy is not None))
-        self.has_callable_fingerprint = any(callable(each.fingerprint) for each in used)
-        """Whether any policy has a callable fingerprint, which is given a request object."""
+        self.callable_fingerprints = [each.fingerprint for each in used if callable(each.fingerprint)]
+        """The fingerprints of the policies that are functions, which are given a request object."""
         methods = set(policy.methods)
         for route in routes:
             if route.policy is not None:

@@ -46,7 +46,7 @@ def _has_no_route_in(app: object, scope: Mapping[str, Any]) -> bool | None:
         if quart is not None and isinstance(owner, quart.Quart):
             return _has_no_route_in_quart(scope, owner)
         if django is not None and isinstance(each, django.ASGIHandler):
-            return _has_no_route_in_django(scope)
+            return has_no_route_in_django(django.ASGIRequest(scope, BytesIO()).path_info, scope["method"])
     return None
 
 
@@ -77,8 +77,6 @@ def _takes(router: Router, scope: MutableMapping[str, Any]) -> bool:
 
 def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
     from werkzeug.datastructures import Headers
-    from werkzeug.exceptions import HTTPException
-    from werkzeug.routing import RequestRedirect
 
     root_path, path = scope.get("root_path", ""), scope["path"]
     below = path.startswith(root_path) and path != root_path
@@ -93,7 +91,17 @@ def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
         send_push_promise=_push_nothing,
         scope=scope,
     )
-    adapter = app.create_url_adapter(request)
+    return matches_nothing(app.create_url_adapter(request))
+
+
+async def _push_nothing(path: str, headers: object) -> None: ...
+
+
+def matches_nothing(adapter: Any) -> bool:
+    """Return whether no route of Werkzeug takes the request that an adapter is for."""
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.routing import RequestRedirect
+
     if adapter is None:
         return False
     try:
@@ -105,18 +113,15 @@ def _has_no_route_in_quart(scope: Any, app: Any) -> bool:
     return False
 
 
-async def _push_nothing(path: str, headers: object) -> None: ...
-
-
-def _has_no_route_in_django(scope: Mapping[str, Any]) -> bool:
-    from django.core.handlers.asgi import ASGIRequest  # type: ignore[import-untyped]
+def has_no_route_in_django(path: str, method: str) -> bool:
+    """Return whether no route of Django takes the request whose path below its root is ``path``."""
     from django.urls import Resolver404, get_urlconf, resolve  # type: ignore[import-untyped]
 
     try:
         # The urlconf that a middleware of the application has chosen for this request, if one has.
-        view = resolve(ASGIRequest(scope, BytesIO()).path_info, get_urlconf()).func
+        view = resolve(path, get_urlconf()).func
     except Resolver404:
         return True
     # A class-based view answers 405 itself where it has no function for the method.
-    kind, method = getattr(view, "view_class", None), scope["method"].lower()
+    kind, method = getattr(view, "view_class", None), method.lower()
     return kind is not None and not (method in kind.http_method_names and hasattr(kind, method))

@@ -14,6 +14,8 @@ from idempotency.events import Event
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, call, http_scope, protect
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 BEARER = (b"authorization", b"Bearer alice")
 
 

@@ -29,7 +29,8 @@ from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Effects, Reply, call, protect, respond
 from tests.kit.observed_store import ObservedStore
 from tests.kit.paths import ROOT
-from tests.kit.time_travel import settled
+
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
 
 DOCS = "https://api.example/docs/idempotency"
 NOTED = {13, 15, 16, 25, 27, 55}
@@ -218,13 +219,13 @@ async def test_row_18_a_key_replays_until_it_expires():
 
 async def test_row_19_the_period_starts_at_completion_and_is_not_extended():
     """The time of the operation does not count, and a replay gains nothing."""
-    protected, clock = _timed(None, ttl=60, lease=30)
 
     async def slow(scope, receive, send):
         clock.advance(25)
         await respond(send)
 
-    app = protected.app = Effects(slow)
+    app = Effects(slow)
+    protected, clock = _timed(app, ttl=60, lease=30)
     await call(protected, key="k")
     clock.advance(50)
     assert (await call(protected, key="k")).replayed
@@ -489,9 +490,11 @@ async def test_row_38_simultaneous_requests_run_once(wait):
     """Of 50, one runs; each other conflicts or is given the replay."""
     app = Effects()
     app.gate = asyncio.Event()
-    protected = protect(app, FaultyStore(), policy=Policy(wait=wait))
+    store = FaultyStore()
+    protected = protect(app, store, policy=Policy(wait=wait))
     tasks = [asyncio.create_task(call(protected, key="k")) for _ in range(50)]
-    await settled()
+    while store.calls.count("claim") < 50:
+        await asyncio.sleep(0.001)
     app.gate.set()
     replies = await asyncio.gather(*tasks)
     assert app.runs == 1

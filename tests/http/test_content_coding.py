@@ -11,6 +11,8 @@ import pytest
 from idempotency import Policy
 from tests.kit.asgi_calls import Effects, Reply, call, protect, respond
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 TEXT = b"to be or not to be, " * 100
 
 
@@ -153,6 +155,7 @@ async def test_a_part_of_a_compressed_body_is_not_replayable():
     assert retry.code == "completed-not-replayable"
 
 
+@pytest.mark.fronts("asgi")
 async def test_fields_over_the_coded_bytes_are_not_sent_with_others():
     """Digests and signatures go, a strong tag becomes weak, and everything else, Vary included, stays."""
     body = gzip.compress(TEXT)

@@ -13,6 +13,8 @@ from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, respond
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 def echoed(reply: Reply, name: bytes = b"idempotency-key") -> list[bytes]:
     """Return the values of the key header of a response."""
@@ -93,6 +95,7 @@ async def test_a_request_that_runs_unprotected_has_its_key() -> None:
     assert (reply.status, echoed(reply)) == (201, [b"k"])
 
 
+@pytest.mark.fronts("asgi")
 async def test_the_answer_to_an_exception_of_a_callable_has_the_key() -> None:
     """The application answers what ``scope=`` raises, and this is a response to a keyed request too."""
     from starlette.applications import Starlette

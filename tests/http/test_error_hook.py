@@ -15,6 +15,8 @@ from idempotency.errors import ConfigurationError
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, Reply, call, protect
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 async def reused(**options: Any) -> Reply:
     """Make the answer to a request whose key was used for another one."""

@@ -14,6 +14,8 @@ from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, call, protect, respond
 from tests.kit.time_travel import settled, travelling, travelling_store
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 @pytest.mark.parametrize("fault", ["fail", "lost"])
 async def test_fail_closed_runs_nothing(fault):
@@ -44,6 +46,7 @@ async def test_fail_open_runs_unprotected_and_says_so(fault):
     assert (await call(protected, key="k", body=b"payload")).body == b'{"run":2}'
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_store_out_of_reach_after_the_effect():
     """The answer is delivered and the claim kept: 409 while the store is away, the replay when it is back."""
@@ -60,6 +63,7 @@ async def test_a_store_out_of_reach_after_the_effect():
     assert [event.kind for event in events] == ["unrecorded", "in-progress", "stored", "replayed"]
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_completion_whose_answer_was_lost():
     """It is recorded already; repeating it changes nothing."""
@@ -72,6 +76,7 @@ async def test_a_completion_whose_answer_was_lost():
     assert (await call(protected, key="k")).body == first.body
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_release_whose_answer_was_lost():
     """The key is free, and repeating the release frees no successor."""
@@ -86,6 +91,7 @@ async def test_a_release_whose_answer_was_lost():
     assert (await call(protected, key="k")).replayed
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_an_owner_cancelled_while_its_result_is_written():
     """Neither the record nor the cancellation is lost."""
@@ -103,6 +109,7 @@ async def test_an_owner_cancelled_while_its_result_is_written():
     assert (await call(protected, key="k")).body == b'{"run":1}'
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_timeout_of_the_application_while_its_result_is_written():
     """What it sends instead goes out whole, and the first result stays recorded."""

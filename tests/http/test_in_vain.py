@@ -7,6 +7,8 @@ import pytest
 from idempotency import Policy
 from tests.kit.asgi_calls import Effects, Reply, call, protect, respond
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 def advice(reply: Reply) -> list[tuple[bytes, bytes]]:
     """Return the header fields that clients of Stripe and OpenAI obey."""

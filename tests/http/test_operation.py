@@ -20,6 +20,8 @@ from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Effects, call, protect, respond
 from tests.kit.time_travel import settled
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 async def test_a_derived_key_is_the_same_in_every_attempt():
     """It depends on the caller, the key and the name, and is a UUID."""

@@ -25,6 +25,8 @@ from idempotency.testing.clock import ManualClock
 from tests.kit.asgi_calls import Effects, call, protect, respond
 from tests.test_docs_code import HTTP, run
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 __all__ = ["run"]
 
 KNOWN = [(b"authorization", b"Bearer 1")]
@@ -141,9 +143,10 @@ class Incomparable:
     ids=["raises", "text", "bool", "list", "parameters", "coroutine", "not comparable"],
 )
 async def test_a_rule_that_fails_does_not_change_the_answer(
-    rule: Any, logged: str, caplog: pytest.LogCaptureFixture
+    rule: Any, logged: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The effect may exist: the default decides, and the log has the mistake without the body."""
+    monkeypatch.setattr("idempotency._hooks._logged", set())  # each function is named once only
     app = answering()
 
     again = await twice(protect(app, policy=Policy(outcome=rule)))
@@ -209,6 +212,7 @@ def graphql_outcome(status: int, headers: Any, body: bytes | None) -> Any:
     return "release" if body is not None and json.loads(body).get("errors") else None
 
 
+@pytest.mark.fronts("asgi")
 async def test_a_release_by_the_response_rolls_the_effect_back(engine: AsyncEngine) -> None:
     """With a session, the retry runs, and its effect is the only one."""
     answers = [b'{"errors": [{}], "data": null}', b'{"data": 1}']
@@ -229,6 +233,7 @@ async def test_a_release_by_the_response_rolls_the_effect_back(engine: AsyncEngi
     assert (counts, app.runs, reply.body, reply.replayed) == ([0, 1, 1], 2, b'{"data": 1}', True)
 
 
+@pytest.mark.fronts("asgi")
 async def test_a_hold_by_the_response_rolls_the_effect_back(engine: AsyncEngine) -> None:
     """With a session, only a result that is stored commits its effect."""
 
@@ -293,6 +298,7 @@ async def test_a_large_refusal_is_forgotten_as_soon(caplog: pytest.LogCaptureFix
     assert app.runs == 2
 
 
+@pytest.mark.fronts("asgi")
 async def test_a_refusal_that_may_have_an_effect_is_stored_for_its_ttl(engine: AsyncEngine) -> None:
     """Its handler has said that, or has used the session of its transaction."""
     held = answering(422, before=lambda operation: operation.hold())

@@ -13,6 +13,8 @@ from idempotency._rules import record_id
 from idempotency.stores.memory import MemoryStore
 from tests.kit.asgi_calls import Effects, call, protect, respond
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 RECORD = record_id(ANONYMOUS, "k")
 
 
@@ -108,6 +110,7 @@ async def test_a_policy_rules_over_exceptions(error, retry, runs):
     assert app.runs == runs
 
 
+@pytest.mark.fronts("asgi")
 @pytest.mark.parametrize(("on_crash", "retry"), [("rerun", 201), ("hold", 409)])
 async def test_a_cancelled_request_counts_as_a_crash(on_crash, retry):
     """It follows ``on_crash``: free to run again, or unknown until resolved."""

@@ -9,6 +9,8 @@ from idempotency._http.recorded_headers import recorded_headers
 from idempotency.stores.memory import MemoryStore
 from tests.kit.asgi_calls import Effects, call, protect, respond
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 @pytest.mark.parametrize(
     "name",

@@ -29,6 +29,8 @@ from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, prote
 from tests.kit.observed_store import ObservedStore
 from tests.kit.time_travel import settled, travelling, travelling_store
 
+pytestmark = pytest.mark.fronts("asgi", "wsgi")
+
 
 def starlette(endpoint: Any, **options: Any) -> Starlette:
     """Make an application as users do: one endpoint, the middleware added in the documented way."""
@@ -40,6 +42,7 @@ def starlette(endpoint: Any, **options: Any) -> Starlette:
 # Owners that are no longer owners
 
 
+@pytest.mark.fronts("asgi")
 @pytest.mark.parametrize("status", [201, 500])
 @travelling
 async def test_a_late_owner_neither_overwrites_nor_frees_its_successors_record(status):
@@ -70,6 +73,7 @@ async def test_a_late_owner_neither_overwrites_nor_frees_its_successors_record(s
     assert late.body == (b"2" if status == 201 else b"1")
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_late_failure_does_not_free_a_running_successor():
     """While the second still runs, the first one's failure leaves it its key."""
@@ -165,6 +169,7 @@ async def test_after_a_crash_another_payload_is_still_another_request():
     assert (await call(protected, key="k", body=b"one")).status == 201
 
 
+@pytest.mark.fronts("asgi")
 async def test_a_cancelled_request_does_not_wait_for_its_lease():
     """The key is free before the cancellation is through, and the retry runs at once."""
     app = Effects()
@@ -339,6 +344,7 @@ async def test_a_replay_has_the_first_status_and_not_one_of_its_own():
     assert (await call(protected, key="k")).status == 201
 
 
+@pytest.mark.fronts("asgi")
 async def test_repeated_and_unusual_headers_survive():
     """No list of names decides, pairs stay pairs, and the length is told."""
     sent = [
@@ -426,6 +432,7 @@ async def test_a_large_body_is_protected(size):
     assert app.runs == 1
 
 
+@pytest.mark.fronts("asgi")
 async def test_a_limit_is_for_keyed_requests_alone():
     """Past it they are refused, announced or not; an upload without a key is nobody's business."""
     app = Effects()
@@ -444,6 +451,7 @@ async def test_a_limit_is_for_keyed_requests_alone():
 # Streams and what stands around the application
 
 
+@pytest.mark.fronts("asgi")
 async def test_no_disconnect_is_invented():
     """After the body the application is told what the server says: nothing, until the client is gone."""
     heard: list[str] = []
@@ -636,6 +644,7 @@ async def test_a_background_task_that_fails_undoes_nothing(ending):
 # Heartbeats
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_handler_longer_than_its_lease_keeps_it():
     """Ten leases long, and a duplicate is still told that it runs."""
@@ -651,6 +660,7 @@ async def test_a_handler_longer_than_its_lease_keeps_it():
     assert app.runs == 1
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_failed_renewal_neither_stops_nor_fails_the_handler():
     """A store that is away for two of three beats is an event for nobody."""
@@ -667,6 +677,7 @@ async def test_a_failed_renewal_neither_stops_nor_fails_the_handler():
     assert (await call(protected, key="k")).replayed
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_a_lost_lease_is_told_to_the_handler_and_nothing_is_cancelled():
     """It learns it while it runs, and decides itself."""
@@ -749,6 +760,7 @@ async def test_retry_after_is_not_the_rest_of_the_lease():
     assert reply.header(b"retry-after") == b"%d" % problem["retry_after"]
 
 
+@pytest.mark.fronts("asgi")
 @travelling
 async def test_waiting_duplicates_do_not_poll():
     """Forty duplicates of a 20 second request ask once each, and one of them twice more."""

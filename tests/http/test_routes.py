@@ -202,9 +202,9 @@ def test_a_callable_fingerprint_anywhere_is_known():
     """The middleware asks beforehand whether it needs request objects."""
     called = Policy(fingerprint=lambda request: b"")
 
-    assert not Routes(DEFAULT, {"/a": A, "/b": None}).has_callable_fingerprint
-    assert Routes(called, {}).has_callable_fingerprint
-    assert Routes(DEFAULT, {"/a/{x}": called}).has_callable_fingerprint
+    assert not Routes(DEFAULT, {"/a": A, "/b": None}).callable_fingerprints
+    assert Routes(called, {}).callable_fingerprints
+    assert Routes(DEFAULT, {"/a/{x}": called}).callable_fingerprints
 
 
 MANY = {f"/r{number}/{{x}}/s/{{y}}": A for number in range(200)}

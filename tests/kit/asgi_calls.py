@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from idempotency import IdempotencyMiddleware, Operation
+from idempotency import Operation
 from idempotency.stores.base import Store
 from idempotency.stores.memory import MemoryStore
+from tests.kit import fronts
 
 Pairs = Iterable[tuple[bytes, bytes]]
 
@@ -171,6 +172,6 @@ class Effects:
         await respond(send, self.status, body, headers)
 
 
-def protect(app: Any, store: Store | None = None, **options: Any) -> IdempotencyMiddleware:
-    """Put the middleware around ``app``, by default on a store of its own."""
-    return IdempotencyMiddleware(app, store=store if store is not None else MemoryStore(), **options)
+def protect(app: Any, store: Store | None = None, **options: Any) -> Any:
+    """Put the middleware of the test's front end around ``app``, by default on a store of its own."""
+    return fronts.protect(app, store if store is not None else MemoryStore(), **options)

@@ -22,6 +22,10 @@ class ObservedStore(FaultyStore):
         self.claims.append(claim)
         return await super().claim(claim)
 
+    def claim_sync(self, claim: Claim, /) -> Record:
+        self.claims.append(claim)
+        return super().claim_sync(claim)
+
     def watch(self, claim: Claim, /) -> AbstractAsyncContextManager[Changed]:
         self.watches += 1
         return super().watch(claim)
@@ -29,3 +33,7 @@ class ObservedStore(FaultyStore):
     async def aclose(self) -> None:
         self.closed += 1
         await super().aclose()
+
+    def close(self) -> None:
+        self.closed += 1
+        super().close()
