@@ -125,15 +125,8 @@ class IdempotencyMiddleware:
         self._routes = Routes(own.policy, {} if policies is None else policies)
         opened = open_store(store) if isinstance(store, str) else store
         self._runner = Runner(check_store(opened, Store), on_event)
-        close = opened.aclose if isinstance(store, str) else None
-        self._startup = Startup(
-            app,
-            self._routes,
-            by_headers=scope == "credentials",
-            in_memory=isinstance(opened, MemoryStore),
-            check=opened.check if supports(opened, Checking) else None,
-        )
-        self._lifespan = Lifespan(drain, close, self._startup)
+        self._startup = _startup(app, self._routes, scope == "credentials", opened)
+        self._lifespan = Lifespan(drain, opened.aclose if isinstance(store, str) else None, self._startup)
         if callable(scope) or self._routes.has_callable_fingerprint:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
@@ -164,6 +157,11 @@ class IdempotencyMiddleware:
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send, scope))
             return
         await self.app(scope, receive, send)
+
+
+def _startup(app: ASGIApp, rules: Routes, by_headers: bool, store: Store) -> Startup:
+    check = store.check if supports(store, Checking) else None
+    return Startup(app, rules, by_headers=by_headers, in_memory=isinstance(store, MemoryStore), check=check)
 
 
 class _NoResponse(BaseException):

@@ -75,6 +75,7 @@ PUBLIC = {
         "OutcomeUnknownError",
         "RecordedFailureError",
         "RequestTooLargeError",
+        "SchemaMissingError",
         "StoreError",
         "StoreRefusedError",
         "TransactionError",
