@@ -133,13 +133,7 @@ class IdempotencyMiddleware:
         opened = open_store(store) if isinstance(store, str) else store
         awaited = awaited_store(opened, session)
         self._runner = Runner(awaited, hooks)
-        self._startup = Startup(
-            app,
-            self._routes,
-            by_headers=scope == "credentials",
-            in_memory=isinstance(opened, MemoryStore),
-            check=awaited.check if supports(awaited, Checking) else None,
-        )
+        self._startup = _startup(app, self._routes, scope == "credentials", awaited)
         self._lifespan = Lifespan(drain, awaited.aclose if isinstance(store, str) else None, self._startup)
         if callable(scope) or self._routes.callable_fingerprints:
             require_starlette()
@@ -177,6 +171,11 @@ class IdempotencyMiddleware:
             await self.app(scope, self._lifespan.receive(receive), self._lifespan.send(send, scope))
             return
         await self.app(scope, receive, send)
+
+
+def _startup(app: ASGIApp, rules: Routes, by_headers: bool, store: Store) -> Startup:
+    check = store.check if supports(store, Checking) else None
+    return Startup(app, rules, by_headers=by_headers, in_memory=isinstance(store, MemoryStore), check=check)
 
 
 class _NoResponse(BaseException):

@@ -84,6 +84,7 @@ PUBLIC = {
         "OutcomeUnknownError",
         "RecordedFailureError",
         "RequestTooLargeError",
+        "SchemaMissingError",
         "StoreError",
         "StoreRefusedError",
         "TransactionError",
