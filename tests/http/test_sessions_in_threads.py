@@ -206,6 +206,7 @@ async def test_a_cancelled_endpoint_goes_on_in_its_thread_and_commits_nothing(sh
         await asyncio.wait({sent})
         go_on.set()
         assert await asyncio.to_thread(ended.wait, 20)
+        end_what_sleeps(shop)
         first = False
         async with asyncio.timeout(20):
             while (answer := await client.post("/orders", headers=key())).status_code == 409:
@@ -226,6 +227,25 @@ def hold_up(dialect: str, session: Session, begun: Callable[[], object]) -> None
         session.execute(text(endless))
     else:
         session.execute(text("SELECT pg_sleep(60)" if dialect == "postgresql" else "SELECT SLEEP(60)"))
+
+
+def end_what_sleeps(shop: Shop) -> None:
+    """End the statements whose client is gone: a server sees that only when they are done."""
+    dialect = shop.engine.dialect.name
+    with shop.engine.begin() as connection:
+        if dialect == "postgresql":
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND query = 'SELECT pg_sleep(60)' AND pid <> pg_backend_pid()"
+                )
+            )
+        elif dialect == "mysql":
+            sleeping = (
+                "SELECT id FROM information_schema.processlist WHERE db = database() AND info = 'SELECT SLEEP(60)'"
+            )
+            for thread in connection.execute(text(sleeping)).scalars().all():
+                connection.execute(text(f"KILL {thread:d}"))
 
 
 async def test_a_client_that_leaves_has_its_order(shop: Shop) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import timedelta
 from typing import Any, assert_type
 
+from fastapi import FastAPI
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from starlette.requests import HTTPConnection
 
-from idempotency import Policy, current, idempotent, idempotent_consumer, open_store
+from idempotency import IdempotencyMiddleware, Policy, current, idempotent, idempotent_consumer, open_store
+from idempotency.adapters.fastapi import session_of
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import InProgressError
 from idempotency.stores.sql import SQLStore
@@ -91,3 +94,8 @@ async def consume() -> None:
     settle(on_mail.deliver("1"))
     assert_type(on_mail.forget("1"), bool)
     on_mail("1")
+
+
+assert_type(session_of(sessionmaker(engine)), Callable[[HTTPConnection], AsyncIterator[Session]])
+assert_type(session_of(async_sessionmaker(async_engine)), Callable[[HTTPConnection], AsyncIterator[AsyncSession]])
+IdempotencyMiddleware(FastAPI(), store=SQLStore(engine), session=sessionmaker(engine))
