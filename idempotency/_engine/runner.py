@@ -27,7 +27,7 @@ class Runner:
     def __init__(self, store: Store, on_event: OnEvent | EventHooks, surface: Surface = "http") -> None:
         self.store = store
         self.hooks = hooks_of(on_event)
-        self._surface = surface
+        self._surface: Surface = surface
         self._waits: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[Record | None]] = {}
         # The writes in the background, by the token of the claim that they belong to.
         self._writes: dict[asyncio.Task[None], str] = {}

@@ -30,7 +30,7 @@ class SyncRunner:
     def __init__(self, store: SyncStore, on_event: OnEvent | EventHooks, surface: Surface = "http") -> None:
         self.store = store
         self.hooks = hooks_of(on_event)
-        self._surface = surface
+        self._surface: Surface = surface
         self.heartbeats = Scheduler()
         # A second thread, because with a slow store the writes would delay the renewals.
         self.writes = Scheduler()
