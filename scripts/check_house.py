@@ -30,7 +30,7 @@ PROBES = {
     "_engine/transaction.py": "reads the options of a sessionmaker",
     "_engine/scheduler.py": "os.register_at_fork is missing on Windows",
     "_hooks.py": "inspects functions",
-    "_http/*.py": "inspects requests of Starlette, exit stacks of FastAPI and tasks of asyncio",
+    "_http/*.py": "inspects requests of Starlette, exit stacks of FastAPI, tasks of asyncio and iterables of WSGI",
     "_results/*.py": "inspects annotations and functions",
     "_signature.py": "inspects functions",
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",

@@ -108,6 +108,8 @@ class SyncResponseCapture:
     def __next__(self) -> bytes:
         if self._chunks:
             return self._collected()
+        if self._settled is None:
+            raise StopIteration
         with self._running():
             return next(self._rest)
 
@@ -166,7 +168,6 @@ class SyncResponseCapture:
             self._write = self._server(line, fields)
         else:
             self._chunks = send_response_sync(self._server, instead)
-            self._rest = iter(())
 
 
 class Closing:

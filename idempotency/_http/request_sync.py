@@ -107,5 +107,6 @@ class SyncKeyedRequest(Head):
             werkzeug = sys.modules.get("werkzeug.exceptions")
             if werkzeug is None or not isinstance(error, werkzeug.HTTPException):
                 raise
-            answer: WSGIApplication = error.get_response(environ)
+            raised: Any = error
+            answer: WSGIApplication = raised.get_response(environ)
             raise AnsweredError(error, answer) from error

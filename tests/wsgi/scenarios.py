@@ -43,7 +43,7 @@ class Requests:
 
     def deliver(self, key: str) -> None:
         answer = call(self.app, key=key)
-        if answer.status != 201:
+        if answer.status != 201 and answer.code != "completed-not-replayable":
             raise OutcomeUnknownError if answer.code == "outcome-unknown" else RuntimeError(answer.code)
 
     def count(self, key: str) -> int:
@@ -60,7 +60,7 @@ class Held(Requests):
         from idempotency._rules import record_id
 
         record = record_id("http:1:anonymous", key)
-        self.store.resolve_sync(record, "done" if self.count(key) else "release", b"")
+        self.store.resolve_sync(record, "done" if self.count(key) else "release")
 
 
 class Transactional(Requests):

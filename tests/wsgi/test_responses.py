@@ -396,6 +396,26 @@ def test_a_superseded_response_is_replaced() -> None:
     assert closed == [b"second", b"first"]
 
 
+def test_a_superseded_stream_is_replaced_as_a_whole() -> None:
+    """Where that is found out when the stream would go live, nothing of it is sent, neither written nor yielded."""
+    clock = ManualClock()
+
+    def handler(environ: Any, start_response: Any) -> list[bytes]:
+        write = start_response("201 Created", LINE)
+        if environ["idempotency"].attempt == 2:
+            return [b"second"]
+        clock.advance(31)
+        call(protected, key="k")
+        write(b"x" * 20)
+        write(b"y")
+        return [b"z"]
+
+    protected = protect(Effects(handler), MemoryStore(clock=clock), policy=Policy(lease=30, max_response=10))
+    late = call(protected, key="k")
+
+    assert (late.status, late.body, late.replayed) == (201, b"second", True)
+
+
 def test_a_store_that_fails_after_the_effect_does_not_change_the_answer() -> None:
     """The answer is delivered and the key stays claimed, until the record is written in the background."""
     store = FaultyStore().order("complete", "fail")
