@@ -51,6 +51,8 @@ PROFILES = blocks("profiles.md")
 SAGAS = blocks("sagas.md")
 TELEMETRY = blocks("telemetry.md")
 TRANSACTIONS = blocks("transactions.md")
+TUTORIAL = blocks("tutorial.md")
+README = blocks("../README.md")
 OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
 WSGI = blocks("wsgi.md")
@@ -640,3 +642,60 @@ async def test_the_code_for_telemetry_exports(run: Callable[..., dict[str, Any]]
     assert [type(await names["on_order"].deliver(message)).__name__ for _ in range(2)] == ["Done", "Replayed"]
     await names["store"].aclose()
     await names["outbox"].aclose()
+
+
+async def test_the_code_of_the_tutorial_orders_once(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of its two applications: one order for two requests, and the answers that the page promises."""
+    monkeypatch.chdir(tmp_path)
+    [listed], [transactional] = TUTORIAL["1. Protect it"], TUTORIAL["3. Close the gap between effect and record"]
+    for key, source in (("1", listed), ("2", transactional)):
+        names = run(source)
+        app = names["app"]
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client,
+        ):
+            answers = [
+                await client.post("/orders", params={"item": item}, headers={"Idempotency-Key": sent})
+                for item, sent in (("tea", key), ("tea", key), ("coffee", key), ("tea", "k" * 300))
+            ]
+        first, second, reused, malformed = answers
+        assert (first.status_code, first.json()) == (201, {"order": 1, "item": "tea"})
+        assert "idempotent-replayed" not in first.headers
+        assert (second.json(), second.headers["idempotent-replayed"]) == (first.json(), "true")
+        assert (reused.status_code, reused.json()["code"]) == (422, "key-reused")
+        assert (malformed.status_code, malformed.json()["code"]) == (400, "key-invalid")
+    await names["engine"].dispose()
+
+
+async def test_the_code_of_the_readme_orders_once(run: Callable[..., dict[str, Any]]) -> None:
+    """Its two applications, and its task of Celery, with the imports that its comments name."""
+    from sqlalchemy import func, select
+
+    setup = run(*TRANSACTIONS["One transaction"])
+    setup["Base"].metadata.create_all(setup["sync_engine"])
+    [simple], [in_transaction] = README["idempotency"], README["In your database's transaction"]
+    imports = """
+from typing import Annotated
+from celery import Celery
+from fastapi import Depends, FastAPI
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from idempotency.adapters.celery import idempotent_task
+from idempotency.adapters.fastapi import session_of
+from idempotency.stores.sql import SQLStore
+app, celery = FastAPI(), Celery("shop")
+"""
+    run(imports, simple, *README["Messages, sagas, tools"])
+    names = run(imports, in_transaction)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+        for _ in range(2):
+            answer = await client.post("/orders", params={"item": "tea"}, headers={"Idempotency-Key": "1"})
+            assert answer.status_code == 200
+
+    async with names["Session"]() as session:
+        assert await session.scalar(select(func.count()).select_from(names["Order"])) == 1
+    names["sync_engine"].dispose()
+    await names["engine"].dispose()
