@@ -174,6 +174,8 @@ def read_entries(
     if blocked:
         heads = _retried(tables, now)
         page = page.join(heads, and_(*(heads.c[name] == row[name] for name in _KEY), row.seq >= heads.c.seq))
+        begun = (row.attempts > 0) | row.available_ms.is_(None)
+        page = page.where(begun | (row.available_ms <= select(now.c.ms).scalar_subquery()))
     listed = query.where(row.seq.in_(select(page.subquery("page").c.seq))).order_by(row.seq)
     return [_entry(found) for found in connection.execute(listed)]
 
