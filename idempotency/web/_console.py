@@ -12,7 +12,6 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from idempotency._cli.records import LOGGED
-from idempotency._hooks import check_callable
 from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores.base import Action, Auditing, Searching, Store, check_store, require
 from idempotency.web._audited import audited
@@ -63,7 +62,8 @@ def console(
             "the page needs allow=, a function of the request that returns the name of the operator, or None for who"
             " must see nothing: without it anyone could see and change records"
         )
-    check_callable("allow", allow)
+    if not callable(allow):
+        raise ConfigurationError(f"allow must be a function, not {allow!r}")
     if refusal not in _REFUSALS:
         raise ConfigurationError(f"refusal is 401, 403 or 404, not {refusal!r}")
     return Console(store, allow, outbox, refusal, show_keys)

@@ -30,8 +30,8 @@ class Clock:
 
     def at(self, seconds: float) -> str:
         """Return the time in so many seconds, ``2026-11-29 14:03:12``."""
-        # The end of what a clock can show is far enough.
-        moment = self.now + timedelta(seconds=min(max(seconds, -1e9), 1e9))
+        # Up to what a datetime can show.
+        moment = self.now + timedelta(seconds=min(max(seconds, -6e10), 2.5e11))
         return f"{moment:%Y-%m-%d %H:%M:%S}"
 
     def due(self, seconds: float) -> str:
