@@ -8,7 +8,7 @@ from uuid import UUID
 
 from idempotency.web._stuck import error_class
 from idempotency.web._things import Offer, Part, Thing, changed
-from idempotency.web._words import Clock, ago, hidden, size
+from idempotency.web._words import Clock, ago, hidden, short, size
 
 if TYPE_CHECKING:
     from idempotency.outbox import OutboxEntry, OutboxOperations
@@ -130,7 +130,7 @@ def _waits(message: OutboxEntry, of_key: list[OutboxEntry], clock: Clock) -> str
     if message.due_in is not None:
         return f"{'retry' if message.attempts else 'its time'} {clock.due(message.due_in)}"
     if message.state == "blocked" and of_key[0].id != message.id:
-        return f"key blocked by outbox row {of_key[0].id}"
+        return f"key blocked by outbox row {short(of_key[0].id)}"
     return "a relay"
 
 

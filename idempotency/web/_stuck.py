@@ -233,12 +233,12 @@ def _of_blocked(messages: Sequence[OutboxEntry], clock: Clock) -> list[Row]:
     for message in messages:
         before = first.setdefault(message.key, message)
         retried = f"retry {clock.due(message.due_in or 0.0)}"
-        behind = f"key blocked by outbox row {before.id}"
+        behind = f"key blocked by outbox row {short(before.id)}"
         rows.append(
             _of_message(
                 message,
                 waits=retried if before is message else behind,
-                next=retried if before is message else f"publish, after {before.id}",
+                next=retried if before is message else f"publish, after {short(before.id)}",
             )
         )
     return rows

@@ -14,6 +14,7 @@ from idempotency.stores.base import Entry
 
 _KINDS: dict[str, Any] = {"http": "request", "function": "function", "consumer": "message", "tool": "tool"}
 _DIGEST = re.compile(r"(?:hmac-)?sha256:")
+_UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _SAGA_AND_KEY = re.compile(r"\b(saga|held by) ([^/]*)/.*")
 
 
@@ -50,8 +51,10 @@ def without_keys(note: str) -> str:
 
 
 def short(id: str) -> str:
-    """Return as much of an id as logs show."""
-    return id[:LOGGED] if len(id) == 64 else id
+    """Return 12 digits of an id: the first, as in logs; of a UUID, which begins with its time, the last."""
+    if len(id) == 64:
+        return id[:LOGGED]
+    return id[-LOGGED:] if _UUID.fullmatch(id) else id
 
 
 def kind_of(entry: Entry) -> tuple[Any, str]:

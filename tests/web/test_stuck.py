@@ -263,7 +263,7 @@ async def test_messages_that_are_blocked_or_dead_are_shown(store: Any, box: Box)
     page = await visitor.get(kind="outbox")
     found = {row[ID]: row for row in rows(page)}
 
-    ids = box.ids
+    ids = {name: id[-12:] for name, id in box.ids.items()}
     assert set(found) == {"relay", ids["retried"], ids["behind"], ids["refused"]}
     assert re.fullmatch(r"retry at 2096-\S+ \S+", found[ids["retried"]][WAITS])
     assert found[ids["behind"]][WAITS] == f"key blocked by outbox row {ids['retried']}"
@@ -272,6 +272,7 @@ async def test_messages_that_are_blocked_or_dead_are_shown(store: Any, box: Box)
     assert "no relay runs, and 3 messages wait" in found["relay"][WAITS]
     assert numbers(page)[1] == "2"
     assert "secret" not in page.text
+    assert f'href="/message/{box.ids["retried"]}"' in page.text
 
 
 @pytest.mark.stores("sqlite", "postgres", "mariadb")
