@@ -170,7 +170,9 @@ class MemoryStore(JournalInMemory, AuditInMemory):
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
-        return heapq.nlargest(limit, (each for each in self._entries() if each.unresolved), key=lambda each: each.age)
+        return heapq.nlargest(
+            limit, (each for each in self._entries(True) if each.unresolved), key=lambda each: each.age
+        )
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`."""
@@ -178,10 +180,10 @@ class MemoryStore(JournalInMemory, AuditInMemory):
         found = (each for each in self._entries() if each.id.hex().startswith(digits))
         return list(islice((each for each in found if keys is None or each.key in keys), limit))
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self, held: bool = False) -> list[Entry]:
         with self._lock:
             now = self._clock()
-            live = ((record, stored) for record, stored in self._records.items() if stored.expires > now)
+            live = [one for one in self._records.items() if one[1].expires > now and one[1].hold >= held]
             return [stored.entry(record, now, self._sealing) for record, stored in live]
 
     async def resolve(
