@@ -180,6 +180,7 @@ PUBLIC = {
     "idempotency.stores.sql": [
         "SQLStore",
         "SagaTables",
+        "audit_table",
         "records_table",
         "saga_schema_sql",
         "saga_tables",
@@ -220,6 +221,7 @@ PUBLIC = {
         "repeats_have_no_effect",
         "tool_call",
     ],
+    "idempotency.web": ["Console", "Operator", "console"],
     "idempotency.webhooks": [
         "WEBHOOKS",
         "Endpoint",

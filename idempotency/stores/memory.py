@@ -170,9 +170,7 @@ class MemoryStore(JournalInMemory, AuditInMemory):
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
-        return heapq.nlargest(
-            limit, (each for each in self._entries(True) if each.unresolved), key=lambda each: each.age
-        )
+        return heapq.nlargest(limit, (one for one in self._entries(True) if one.unresolved), key=lambda one: one.age)
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`."""
