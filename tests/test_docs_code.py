@@ -102,7 +102,8 @@ async def test_the_code_for_the_page_lets_operators_in(run: Callable[..., dict[s
         unknown = await client.get("/stuck/")
         user = SimpleNamespace(name="ada", groups={"operations"})
         known = await client.get("/stuck/")
-    await names["store"].aclose()
+    for each in ("store", "outbox"):
+        await names[each].aclose()
 
     assert unknown.status_code == 404
     assert "ada (read only)" in known.text

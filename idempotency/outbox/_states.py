@@ -172,12 +172,17 @@ def read_entries(
     if id is not None:
         page = page.where(row.id == id)
     if blocked:
-        heads = _retried(tables, now)
-        page = page.join(heads, and_(*(heads.c[name] == row[name] for name in _KEY), row.seq >= heads.c.seq))
-        begun = (row.attempts > 0) | row.available_ms.is_(None)
-        page = page.where(begun | (row.available_ms <= select(now.c.ms).scalar_subquery()))
+        page = _blocked(page, tables, now)
     listed = query.where(row.seq.in_(select(page.subquery("page").c.seq))).order_by(row.seq)
     return [_entry(found) for found in connection.execute(listed)]
+
+
+def _blocked(page: Select[Any], tables: Tables, now: CTE) -> Select[Any]:
+    """Narrow a selection of messages to those that are blocked."""
+    row, heads = tables.messages.c, _retried(tables, now)
+    begun = (row.attempts > 0) | row.available_ms.is_(None)
+    page = page.join(heads, and_(*(heads.c[name] == row[name] for name in _KEY), row.seq >= heads.c.seq))
+    return page.where(begun | (row.available_ms <= select(now.c.ms).scalar_subquery()))
 
 
 def _entry(row: Row[Any]) -> OutboxEntry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Connection, Table, delete, func, insert, literal_column, select, update
 from sqlalchemy.exc import DBAPIError
@@ -100,17 +100,13 @@ class Audit:
             raise failure from getattr(error, "orig", None) or error
 
 
-class Run(Protocol):
-    """Perform one work in the database."""
-
-    async def __call__(self, work: Work[T], transaction: bool = False) -> T: ...
-
-
 class AuditInSQL:
     """The audit of a :class:`~idempotency.stores.sql.SQLStore`, which sets the attributes."""
 
     _audit: Audit
-    _run: Run
+
+    async def _run(self, work: Work[T], transaction: bool = False) -> T:
+        raise NotImplementedError
 
     async def write_down(self, action: Action, /) -> None:
         """See :meth:`idempotency.stores.base.Auditing.write_down`. On SQLite its table is created at the first use."""
