@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from idempotency._cli.records import keeps_sagas
 from idempotency.saga import SagaDetail, SagaFact, SagaOperations
 from idempotency.web._stuck import saga_waits
 from idempotency.web._things import Offer, Part, Thing, changed, json_in
@@ -18,15 +19,23 @@ class Sagas:
     """The sagas of a store."""
 
     def __init__(self, store: Any) -> None:
-        self._operations = SagaOperations(store)
+        self._store = store
+
+    @property
+    def _operations(self) -> SagaOperations:
+        return SagaOperations(self._store)
 
     async def ids(self, start: str) -> list[str]:
         """Return the ids that begin with these digits, at most two."""
+        if not await keeps_sagas(self._store):
+            return []
         return [view.id for view in await self._operations.find(start, limit=2) if view.id.startswith(start)]
 
     async def look(self, id: str, clock: Clock) -> Thing | None:
         """Return the saga of an id."""
-        found = [view for view in await self._operations.find(id, limit=1) if view.id == id] if len(id) == 64 else []
+        if len(id) != 64 or not await keeps_sagas(self._store):
+            return None
+        found = [view for view in await self._operations.find(id, limit=1) if view.id == id]
         saga = await self._operations.inspect(found[0].name, found[0].key) if found else None
         if saga is None:
             return None

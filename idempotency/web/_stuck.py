@@ -12,7 +12,7 @@ from idempotency._cli.words import duration
 from idempotency._rules import State
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.saga import SagaOperations, SagaView
-from idempotency.stores.base import Entry, Resolving, ResolvingByParts, supports
+from idempotency.stores.base import Entry, ResolvingByParts, supports
 from idempotency.web._words import Clock, kind_of, short, size, without_keys
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ class Sources:
     """Where the rows come from: a store, and an outbox if there is one."""
 
     def __init__(self, store: Any, outbox: OutboxOperations | None) -> None:
-        self._store: Resolving = store
-        self._sagas = SagaOperations(store)
+        self._store = store
         self._outbox = outbox
         self._keeps_sagas = False
 
@@ -147,11 +146,11 @@ class Sources:
         self._keeps_sagas = self._keeps_sagas or await keeps_sagas(self._store)
         if not self._keeps_sagas:
             return Found()
-        limit = max(wanted.most, COUNTED)
-        stuck = await self._sagas.sagas(state="stuck", limit=limit)
+        limit, sagas = max(wanted.most, COUNTED), SagaOperations(self._store)
+        stuck = await sagas.sagas(state="stuck", limit=limit)
         views = {view.id: view for view in stuck}
         if not wanted.operator and wanted.state != "stuck" and wanted.kind in ("", *SAGAS):
-            views |= {view.id: view for view in await self._sagas.sagas(limit=wanted.most)}
+            views |= {view.id: view for view in await sagas.sagas(limit=wanted.most)}
         rows = [_of_saga(view, clock) for view in views.values()]
         return Found(rows=rows, unattended=len(stuck), more=len(stuck) == limit)
 

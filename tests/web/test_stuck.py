@@ -198,6 +198,17 @@ async def test_a_record_is_found_by_how_its_id_begins(visitor: Visitor, memory: 
     assert (await visitor.get("find", id="'; drop --------")).status_code == 404
 
 
+@pytest.mark.stores("postgres", "mariadb", "sqlite")
+async def test_a_store_without_sagas_is_looked_through_too(store: Any) -> None:
+    """It has no tables for them."""
+    path = await unknown(store, "order-7")
+    visitor = Visitor(console(store, allow=lambda _: "ada"))
+
+    assert (await visitor.get("find", id=path.partition("/")[2][:12])).headers["location"] == f"/{path}"
+    assert (await visitor.get("find", id="0" * 64)).status_code == 404
+    assert (await visitor.get(f"saga/{'0' * 64}")).status_code == 404
+
+
 async def test_hostile_names_are_text(visitor: Visitor, memory: MemoryStore) -> None:
     """In each page, and in the audit."""
     hostile = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
