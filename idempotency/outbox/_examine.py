@@ -12,7 +12,7 @@ from idempotency._outbox.table import Tables, storage_sql
 from idempotency._sql.tables import full_name
 from idempotency.outbox._cleaning import mysql_holder, postgresql_holder
 from idempotency.outbox._names import slot_of
-from idempotency.outbox._slot import read_slot
+from idempotency.outbox._slot import SlotState, read_slot
 from idempotency.outbox._slot_checks import slot_findings
 from idempotency.outbox._states import OutboxStats, read_stats
 from idempotency.stores.base import Finding
@@ -88,12 +88,12 @@ def _examine_index(connection: Connection, table: Table) -> list[Finding]:
     return [Finding("ok", f"{name}: index on available_ms")]
 
 
-def read_retained(connection: Connection, tables: Tables) -> dict[str, int]:
-    """Return the bytes of the log that are retained for each slot of the outbox; empty without PostgreSQL."""
+def read_slots(connection: Connection, tables: Tables) -> dict[str, SlotState]:
+    """Return what the server says of each slot of the outbox, by name; empty without PostgreSQL."""
     if connection.dialect.name != "postgresql":
         return {}
     states = {slot: read_slot(connection, slot) for slot in _slots(connection, tables)}
-    return {slot: state.retained for slot, state in states.items() if state is not None and state.retained is not None}
+    return {slot: state for slot, state in states.items() if state is not None}
 
 
 def _slots(connection: Connection, tables: Tables) -> list[str]:

@@ -16,8 +16,9 @@ from idempotency._outbox.emit import Outbox
 from idempotency._outbox.table import Tables
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox._database import RelayDatabase
-from idempotency.outbox._examine import examine, read_retained
-from idempotency.outbox._redrive import dead_ids, last_dead, move, next_dead, remove
+from idempotency.outbox._examine import examine, read_slots
+from idempotency.outbox._redrive import dead_ids, give_up, last_dead, move, next_dead, remove, send_now
+from idempotency.outbox._slot import SlotState
 from idempotency.outbox._states import OutboxEntry, OutboxStats, read_entries, read_stats
 from idempotency.stores.base import Finding
 
@@ -41,13 +42,6 @@ class OutboxOperations:
         """Count the messages by state, and find the relays that run: one statement, which reads the whole outbox."""
         return await self._run(read_stats)
 
-    async def retained(self) -> dict[str, int]:
-        """Return the bytes of the log that the server retains for each slot of this outbox; empty without PostgreSQL.
-
-        It reads a view of the server, and no table of messages.
-        """
-        return await self._run(read_retained)
-
     async def messages(
         self, *, dead: bool = False, key: str | None = None, limit: int = 100, payload: bool = False
     ) -> list[OutboxEntry]:
@@ -58,6 +52,36 @@ class OutboxOperations:
         if key is not None and "/" not in key:
             raise ConfigurationError(f"a key is TYPE/ID, such as order/7, not {key!r}")
         return await self._run(partial(read_entries, dead=dead, key=key, limit=limit, payload=payload))
+
+    async def blocked(self, *, limit: int = 100) -> list[OutboxEntry]:
+        """List the messages that are blocked: those that wait to be sent again, and what is behind each of its key."""
+        return await self._run(partial(read_entries, dead=False, blocked=True, key=None, limit=limit, payload=False))
+
+    async def message(self, id: str) -> OutboxEntry | None:
+        """Return a message, dead or not, without its payload; None if there is none."""
+        for dead in (False, True):
+            one = partial(read_entries, dead=dead, id=_uuid(id), key=None, limit=1, payload=False)
+            for found in await self._run(one):
+                return found
+        return None
+
+    async def slots(self) -> dict[str, SlotState]:
+        """Return what PostgreSQL says of the slots of the relays that read its log, by name; elsewhere nothing."""
+        return await self._run(read_slots)
+
+    async def retry(self, id: str) -> bool:
+        """Let a message be sent at once that waits for a time; False if there is none that waits.
+
+        Behind a message of its key that is blocked, it waits further for that one.
+        """
+        return await self._run(partial(send_now, id=_uuid(id)))
+
+    async def give_up(self, id: str, reason: str) -> bool:
+        """Move a message to the dead ones, so that those behind it go on; False if it does not wait.
+
+        A relay that has read it already may still send it.
+        """
+        return await self._run(partial(give_up, id=_uuid(id), reason=reason))
 
     async def redrive(self, ids: Collection[str]) -> int:
         """Put dead messages back into the outbox, with the same ids, and return how many.

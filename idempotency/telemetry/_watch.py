@@ -111,13 +111,17 @@ class Watch:
     async def _look_at_outbox(self) -> list[Measurement]:
         if self._outbox is None:
             return []
-        stats, retained = await self._outbox.stats(), await self._outbox.retained()
+        stats, slots = await self._outbox.stats(), await self._outbox.slots()
         rows = {"due": stats.due, "scheduled": stats.scheduled, "blocked": stats.blocked, "dead": stats.dead}
         return [
             Measurement(Series(OUTBOX_OLDEST, (self.name,)), stats.oldest_age),
             Measurement(Series(OUTBOX_RELAYS, (self.name,)), len(stats.relays)),
             *(Measurement(Series(OUTBOX_ROWS, (self.name, state)), count) for state, count in rows.items()),
-            *(Measurement(Series(SLOT_RETAINED, (self.name, slot)), size) for slot, size in retained.items()),
+            *(
+                Measurement(Series(SLOT_RETAINED, (self.name, name)), slot.retained)
+                for name, slot in slots.items()
+                if slot.retained is not None
+            ),
         ]
 
     async def _look_at_sagas(self) -> list[Measurement]:
