@@ -20,6 +20,7 @@ from idempotency._http.duplicate import answer_of, in_accepted_coding, status_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.exit_stacks import ExitStacks
 from idempotency._http.fields import values_of
+from idempotency._http.inner_cors import InnerCors
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
 from idempotency._http.options import CallerScope, check_options, require_starlette
@@ -139,6 +140,7 @@ class IdempotencyMiddleware:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
         self._unused_sessions = UnusedSessions()
+        self._inner_cors = InnerCors(app)
 
     @property
     def protection(self) -> Protection:
@@ -274,7 +276,7 @@ class _Exchange:
                 await self._refuse("unavailable", error)
             return False
         if not isinstance(verdict, Execute):
-            await send_response(self._send, await self._answer(verdict))
+            await self._send_own(await self._answer(verdict))
             return False
         self._lease = self._middleware._new_lease(
             claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
@@ -285,7 +287,7 @@ class _Exchange:
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
         stacks = ExitStacks(self._scope, self._middleware.app)
-        capture = ResponseCapture(self._send, self._policy.max_response, self._settle, disconnect, stacks)
+        capture = ResponseCapture(self._send, self._policy.max_response, self._end, disconnect, stacks)
         self._state = RequestState(self._scope, operation)
         token = RUNNING.set(operation)
         try:
@@ -304,6 +306,11 @@ class _Exchange:
             self._state.leave()
             RUNNING.reset(token)
             await self._lease.close()
+
+    # async only: see _send_own().
+    async def _end(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
+        own = await self._settle(status, headers, body)
+        return None if own is None else await self._middleware._inner_cors.headed(self._scope, own)
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._state.share()  # async only: an environ belongs to one request
@@ -357,7 +364,11 @@ class _Exchange:
 
     # async only: see run().
     async def _refuse(self, kind: EventKind, error: IdempotencyError) -> None:
-        await send_response(self._send, self._problem(kind, error))
+        await self._send_own(self._problem(kind, error))
+
+    # async only: CORS middleware of WSGI has no answer to ask it for.
+    async def _send_own(self, answer: StoredResponse) -> None:
+        await send_response(self._send, await self._middleware._inner_cors.headed(self._scope, answer))
 
     def _problem(self, kind: EventKind, error: IdempotencyError) -> StoredResponse:
         self._emit(kind, error)

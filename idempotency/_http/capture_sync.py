@@ -27,8 +27,8 @@ class SyncResponseCapture:
 
     A response that ends within ``limit`` bytes is settled and then sent, in however many pieces it comes. So a client
     never has a success that is not recorded. A larger one, an event stream, or one still unfinished after
-    :data:`idempotency._http.capture.PATIENCE` is settled without its body and then sent live. What the application
-    yields meanwhile cannot be sent before it yields again.
+    :data:`idempotency._http.capture.PATIENCE` is settled without its body and then sent live. What was
+    collected cannot be sent before the application yields its next piece.
 
     ``operation`` is the current one while the application runs, is iterated and is closed. ``end`` is called once, at
     the end of :meth:`close`.

@@ -290,10 +290,7 @@ class SQLStore(InSessions, AuditInSQL):
         self._run_sync(self._create, transaction=True)
 
     async def journal(self, request: Request[R], /) -> R:
-        """Answer a request about sagas. On SQLite their tables are created at the first use.
-
-        Elsewhere they are created by :meth:`create_saga_schema` or by migrations (:func:`saga_tables`).
-        """
+        """Answer a request about sagas. On SQLite their tables are created at the first use."""
         return await self._run(self._answering(request))
 
     def journal_sync(self, request: Request[R], /) -> R:
