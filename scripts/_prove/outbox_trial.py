@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outbox_brokers import Broker, Delivered
-from outbox_consumer import Found, compare, effects_of, quiet, table_of
+from outbox_consumer import Found, compare, effects_of, table_of
 from processes import PATIENCE, run
 from sqlalchemy import Table, func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -56,7 +56,7 @@ class Trial:
 
     def relay(self, engine: AsyncEngine, publisher: Publisher) -> PollingRelay | LogRelay:
         """Make the relay of this trial, which logs nothing: it is made to fail."""
-        options: Any = {"outbox": self.outbox, "poll": (0.02, 0.2), "on_event": quiet}
+        options: Any = {"outbox": self.outbox, "poll": (0.02, 0.2)}
         if self.by_log:
             return LogRelay(engine, publisher, slot=self.name, **options)
         return PollingRelay(engine, publisher, **options)
@@ -107,7 +107,7 @@ async def _emit_and_relay(trial: Trial) -> None:
     sessions, outbox, order = async_sessionmaker(engine), trial.outbox, trial.order
     store = SQLStore(engine, table=f"{trial.name}_record")
 
-    @idempotent(store, key=str, session=sessions, on_event=quiet)
+    @idempotent(store, key=str, session=sessions)
     async def place_order(number: int, session: AsyncSession) -> None:
         operation = current()
         assert operation is not None

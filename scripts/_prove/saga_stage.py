@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -88,6 +89,9 @@ def ledger_of(name: str) -> Table:
 
 LEDGER = ledger_of("prove_ledger")
 
+# What is proved here is counted, not read in a log.
+logging.getLogger("idempotency").setLevel(logging.ERROR)
+
 AWAY = (SQLAlchemyError, OSError, TimeoutError)
 """What a client of the ledger raises whose server was killed."""
 
@@ -110,7 +114,7 @@ class Stage:
             pooler = False if self.engine.dialect.name == "postgresql" else None
             self.store = SQLStore(self.engine, table="prove_record", pooler=pooler)
         sessions = async_sessionmaker(self.engine) if place.joined else None
-        options: Any = {"session": sessions, "lease": place.lease, "on_event": _quiet}
+        options: Any = {"session": sessions, "lease": place.lease}
         self.inner = saga(self.store, name=f"{place.prefix} inner", **options)(inner)
         self.trip = saga(self.store, name=f"{place.prefix} trip", **options)(trip)
         self.sweeper = Sweeper(self.store, [self.trip, self.inner], poll=0.05, concurrency=CONCURRENCY)
@@ -157,10 +161,6 @@ class Stage:
 
 
 _here: Stage
-
-
-def _quiet(_: object, /) -> None:
-    """Log nothing: everything is made to fail."""
 
 
 async def trip(plan: Plan) -> int:

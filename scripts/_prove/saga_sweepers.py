@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import signal
 from contextlib import suppress
@@ -13,8 +12,6 @@ from saga_stage import Place, Stage
 
 def sweep(place: Place) -> None:
     """Run what is due until SIGTERM, which lets it end what it runs, or cancels that, by chance."""
-    # That the store is away is meant.
-    logging.getLogger("idempotency").setLevel(logging.ERROR)
     asyncio.run(_sweep(place))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,6 @@ from sqlalchemy.orm import Session, sessionmaker
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.consumer import Done, Replayed, idempotent_consumer
 from idempotency.errors import OutcomeUnknownError
-from idempotency.events import Event
 from idempotency.function import idempotent
 from idempotency.stores.redis import RedisStore
 from idempotency.stores.sql import SQLStore
@@ -29,6 +29,9 @@ for _driver in ("asyncpg", "psycopg", "aiomysql", "pymysql", "aiosqlite", "sqlal
     with suppress(ImportError):
         importlib.import_module(_driver)
 
+# What is proved here is counted, not read in a log.
+logging.getLogger("idempotency").setLevel(logging.ERROR)
+
 LEASE = 1.0
 TTL = 600.0
 RECORDS = "prove_record"
@@ -37,10 +40,6 @@ EFFECTS = Table("prove_effect", MetaData(), Column("id", Integer, primary_key=Tr
 
 class UnsettledError(Exception):
     """The client did not get the response that it needs, and will send its request again."""
-
-
-def _quiet(event: Event, /) -> None:
-    """Log nothing: hundreds of operations are made to fail."""
 
 
 async def post(app: Any, key: str) -> bytes:
@@ -107,7 +106,7 @@ class TransactionalHTTP(OnSQL):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.app = IdempotencyMiddleware(
-            self.handle, store=self.store, session=self.sessions, policy=Policy(lease=LEASE, ttl=TTL), on_event=_quiet
+            self.handle, store=self.store, session=self.sessions, policy=Policy(lease=LEASE, ttl=TTL)
         )
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
@@ -126,9 +125,7 @@ class JoinedConsumer(OnSQL):
     def __init__(self, url: str) -> None:
         super().__init__(url)
 
-        @idempotent_consumer(
-            self.store, consumer="prove", key=str, session=self.sessions, policy=Policy(ttl=TTL), on_event=_quiet
-        )
+        @idempotent_consumer(self.store, consumer="prove", key=str, session=self.sessions, policy=Policy(ttl=TTL))
         async def handle(message: str, session: AsyncSession) -> str:
             await self.add(session, message)
             crash_point("effect")
@@ -148,7 +145,7 @@ class JoinedFunction(OnSQL):
     def __init__(self, url: str) -> None:
         super().__init__(url)
 
-        @idempotent(self.store, key=str, session=self.sessions, policy=Policy(ttl=TTL), on_event=_quiet)
+        @idempotent(self.store, key=str, session=self.sessions, policy=Policy(ttl=TTL))
         async def order(reference: str, session: AsyncSession) -> str:
             await self.add(session, reference)
             crash_point("effect")
@@ -191,7 +188,7 @@ class TransactionalHTTPSync(OnSQLSync):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.app = IdempotencyMiddleware(
-            self.handle, store=self.store, session=self.sessions, policy=Policy(lease=LEASE, ttl=TTL), on_event=_quiet
+            self.handle, store=self.store, session=self.sessions, policy=Policy(lease=LEASE, ttl=TTL)
         )
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
@@ -210,9 +207,7 @@ class JoinedConsumerSync(OnSQLSync):
     def __init__(self, url: str) -> None:
         super().__init__(url)
 
-        @idempotent_consumer(
-            self.store, consumer="prove", key=str, session=self.sessions, policy=Policy(ttl=TTL), on_event=_quiet
-        )
+        @idempotent_consumer(self.store, consumer="prove", key=str, session=self.sessions, policy=Policy(ttl=TTL))
         def handle(message: str, session: Session) -> str:
             self.add(session, message)
             crash_point("effect")
@@ -232,7 +227,7 @@ class JoinedFunctionSync(OnSQLSync):
     def __init__(self, url: str) -> None:
         super().__init__(url)
 
-        @idempotent(self.store, key=str, session=self.sessions, policy=Policy(ttl=TTL), on_event=_quiet)
+        @idempotent(self.store, key=str, session=self.sessions, policy=Policy(ttl=TTL))
         def order(reference: str, session: Session) -> str:
             self.add(session, reference)
             crash_point("effect")
@@ -251,7 +246,7 @@ class LeasedFunctionSync(OnSQLSync):
     def __init__(self, url: str) -> None:
         super().__init__(url)
 
-        @idempotent(self.store, key=str, policy=Policy(lease=LEASE, ttl=TTL), on_event=_quiet)
+        @idempotent(self.store, key=str, policy=Policy(lease=LEASE, ttl=TTL))
         def order(reference: str) -> str:
             with self.sessions.begin() as session:
                 self.add(session, reference)
@@ -274,7 +269,6 @@ class LeasedFunctionRedisSync:
             RedisStore(redis.Redis.from_url(url), prefix="prove"),
             key=str,
             policy=Policy(lease=LEASE, ttl=TTL),
-            on_event=_quiet,
         )
         def order(reference: str) -> str:
             self.client.rpush(f"prove-effects:{reference}", "1")
@@ -301,7 +295,7 @@ class Leased:
 
     def protect(self) -> None:
         policy = Policy(lease=LEASE, ttl=TTL, on_crash=self.ON_CRASH)
-        self.app = IdempotencyMiddleware(self.handle, store=self.store, policy=policy, on_event=_quiet)
+        self.app = IdempotencyMiddleware(self.handle, store=self.store, policy=policy)
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
         await self.effect(scope["state"]["idempotency"].key)
