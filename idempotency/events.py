@@ -179,6 +179,10 @@ class EventHooks(Hooks[Event]):
         """Return the trace context of the code that runs; empty if there is none, or no hook knows it."""
         return "" if self._tracing is None else self._tracing.traceparent()
 
+    def wants(self, kind: EventKind) -> bool:
+        """Return whether an event of this kind is given to a hook or logged. Most are not, if there is no hook."""
+        return bool(self.hooks) or (self.log is not None and _logger.isEnabledFor(_level_of(kind)))
+
 
 def hooks_of(on_event: OnEvent | EventHooks) -> EventHooks:
     """Return the hooks of the option ``on_event=``."""
@@ -197,8 +201,8 @@ def emit_event(
     first_trace: str = "",
 ) -> None:
     """Deliver one event; see :class:`Event`."""
-    if not hooks.hooks and not _logger.isEnabledFor(_level_of(kind)):
-        return  # most events are logged nowhere
+    if not hooks.wants(kind):
+        return
     event = Event(
         kind=kind,
         operation=operation,
