@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
 from typing import Literal, Protocol, runtime_checkable
 
 from idempotency._hooks import Hooks, in_one_line
-from idempotency._rules import Claim
+from idempotency._rules import Claim, value
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
 
@@ -75,7 +75,7 @@ OTHER = "other"
 _logger = logging.getLogger("idempotency")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Event:
     """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
 
