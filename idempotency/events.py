@@ -13,12 +13,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import field
 from time import monotonic
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from idempotency._hooks import Hooks, in_one_line
-from idempotency._rules import Claim, value
+from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as value
+else:
+    from idempotency._rules import value
 
 EventKind = Literal[
     "stored",  # the operation ran and its result is recorded

@@ -62,8 +62,9 @@ class OpenTelemetry:
     they were read last: a collection asks no database.
 
     A span is made when its event comes, and begins when the operation began, as a child of the span that is current
-    then; none is made where that is a span of this process that is sampled out. With this hook, a recorded response contains the trace context of its run, and the span of a replay has a link
-    to it. The span of a batch that a relay has published has links to where its messages were emitted.
+    then; none is made where that is a span of this process that is sampled out. With this hook, a recorded response
+    contains the trace context of its run, and the span of a replay has a link to it. The span of a batch that a relay
+    has published has links to where its messages were emitted.
     """
 
     def __init__(

@@ -110,8 +110,8 @@ TELEMETRY = "\n".join(
 TELEMETRY_HTTP = "\n".join(
     (
         "",
-        "The same over HTTP, one uvicorn worker and a client with one connection: µs that the client waits, and below it",
-        "µs of processor time of the server, which other work on the machine moves less.",
+        "The same over HTTP, one uvicorn worker and a client with one connection: µs that the client waits, and below",
+        "it µs of processor time of the server, which other work on the machine moves less.",
         "",
     )
 )

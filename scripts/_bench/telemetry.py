@@ -92,9 +92,7 @@ async def measure(url: str, rounds: int) -> Added:
 async def _round(apps: dict[str, Any], subjects: dict[str, _Subject], number: int) -> dict[str, float]:
     names = [*apps]
     shift = number % len(names)
-    return {
-        name: await _request_all(apps[name], name, subjects[name]) for name in names[shift:] + names[:shift]
-    }
+    return {name: await _request_all(apps[name], name, subjects[name]) for name in names[shift:] + names[:shift]}
 
 
 async def _request_all(app: Callable[..., Any], name: str, subject: _Subject) -> float:
