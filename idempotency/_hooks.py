@@ -46,7 +46,9 @@ class Hooks(Generic[E]):
             self.log(event)
         for hook in self.hooks:
             try:
-                discard_coroutine("on_event", hook, hook(event))
+                returned = hook(event)
+                if returned is not None:
+                    discard_coroutine("on_event", hook, returned)
             except Exception:
                 _logger.exception("the event hook failed")
 

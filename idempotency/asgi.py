@@ -376,9 +376,10 @@ class _Exchange:
         return answer_to(describe(error, docs=self._options.docs, status=status, key=self._key), self._options.error)
 
     def _emit(self, kind: EventKind, error: BaseException | None = None, first_trace: str = "") -> None:
-        self._middleware._runner.emit(
-            kind, self._request.name, self._claim, error=error, route=self._route(), first_trace=first_trace
-        )
+        runner = self._middleware._runner
+        if runner.hooks.wants(kind):
+            name, route = self._request.name, self._route()
+            runner.emit(kind, name, self._claim, error=error, route=route, first_trace=first_trace)
 
     def _route(self) -> str:
         return self._middleware._route_names.name_of(self._scope)

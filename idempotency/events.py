@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from time import monotonic
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from idempotency._hooks import Hooks, in_one_line
 from idempotency._rules import Claim
 from idempotency.errors import StoreError
 from idempotency.policy import Outcome
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as value
+else:
+    from idempotency._rules import value
 
 EventKind = Literal[
     "stored",  # the operation ran and its result is recorded
@@ -75,7 +80,7 @@ OTHER = "other"
 _logger = logging.getLogger("idempotency")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Event:
     """One outcome. ``record`` is the first 12 hex digits of the record's id, or empty where no key was read.
 
@@ -179,6 +184,10 @@ class EventHooks(Hooks[Event]):
         """Return the trace context of the code that runs; empty if there is none, or no hook knows it."""
         return "" if self._tracing is None else self._tracing.traceparent()
 
+    def wants(self, kind: EventKind) -> bool:
+        """Return whether an event of this kind is given to a hook or logged. Most are not, if there is no hook."""
+        return bool(self.hooks) or (self.log is not None and _logger.isEnabledFor(_level_of(kind)))
+
 
 def hooks_of(on_event: OnEvent | EventHooks) -> EventHooks:
     """Return the hooks of the option ``on_event=``."""
@@ -197,8 +206,8 @@ def emit_event(
     first_trace: str = "",
 ) -> None:
     """Deliver one event; see :class:`Event`."""
-    if not hooks.hooks and not _logger.isEnabledFor(_level_of(kind)):
-        return  # most events are logged nowhere
+    if not hooks.wants(kind):
+        return
     event = Event(
         kind=kind,
         operation=operation,

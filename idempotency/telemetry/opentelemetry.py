@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from idempotency.errors import ConfigurationError
-from idempotency.events import WARNINGS, Event
+from idempotency.events import WARNINGS, Event, EventKind, Surface
 from idempotency.outbox.events import WARNINGS as WARNINGS_OF_RELAY
 from idempotency.outbox.events import RelayEvent
 from idempotency.saga.events import WARNINGS as WARNINGS_OF_SAGA
@@ -33,6 +34,7 @@ try:
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
     from opentelemetry.propagate import extract
     from opentelemetry.trace import (
+        Link,
         SpanContext,
         SpanKind,
         Status,
@@ -50,6 +52,7 @@ except ImportError as error:
 
 _NAME = "idempotency"
 _Value = str | int | float
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
 
 class OpenTelemetry:
@@ -59,8 +62,9 @@ class OpenTelemetry:
     they were read last: a collection asks no database.
 
     A span is made when its event comes, and begins when the operation began, as a child of the span that is current
-    then. With this hook, a recorded response contains the trace context of its run, and the span of a replay has a link
-    to it. The span of a batch that a relay has published has links to where its messages were emitted.
+    then; none is made where that is a span of this process that is sampled out. With this hook, a recorded response
+    contains the trace context of its run, and the span of a replay has a link to it. The span of a batch that a relay
+    has published has links to where its messages were emitted.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class OpenTelemetry:
                 self._counts.add(series, value)
             else:
                 histogram.record(value, self._attributes_of(series))
+        if _is_sampled_out():
+            return
         match event:
             case Event():
                 self._operation(event)
@@ -128,17 +134,9 @@ class OpenTelemetry:
         return attributes
 
     def _operation(self, event: Event) -> None:
-        attributes: dict[str, _Value] = {
-            "idempotency.surface": event.surface,
-            "idempotency.route": event.route,
-            "idempotency.verdict": event.kind,
-            "idempotency.record": event.record,
-            "idempotency.attempt": event.attempt,
-        }
-        if event.surface == "http":
-            attributes["http.request.method"], _, attributes["http.route"] = event.route.partition(" ")
+        name, known, failed = _span_of(event.surface, event.route, event.kind)
+        attributes = {**known, "idempotency.record": event.record, "idempotency.attempt": event.attempt}
         traces = (event.first_trace,) if event.first_trace else ()
-        name, failed = f"idempotency {event.route}", event.kind in WARNINGS
         self._span(name, attributes, event.seconds or 0.0, traces, event.error, failed)
 
     def _published(self, event: RelayEvent) -> None:
@@ -174,16 +172,45 @@ class OpenTelemetry:
     ) -> None:
         if error:
             attributes["error.type"] = error
+        links = [Link(context) for context in map(_context_of, traces) if context is not None]
         end = time.time_ns()
-        span = self._tracer.start_span(name, kind=kind, attributes=attributes, start_time=end - int(seconds * 1e9))
-        # A span that is sampled out is the most frequent one, and costs no more than it must.
-        if span.is_recording():
-            for context in map(_context_of, traces):
-                if context is not None:
-                    span.add_link(context)
-            if failed:
-                span.set_status(Status(StatusCode.ERROR))
+        span = self._tracer.start_span(name, None, kind, attributes, links, end - int(seconds * 1e9))
+        if failed:
+            span.set_status(Status(StatusCode.ERROR))
         span.end(end)
+
+
+class _Span(NamedTuple):
+    """What the spans of a route and a verdict have in common. ``failed``: whether they are errors."""
+
+    name: str
+    attributes: Mapping[str, _Value]
+    failed: bool
+
+
+@lru_cache(maxsize=4096)
+def _span_of(surface: Surface, route: str, kind: EventKind) -> _Span:
+    attributes: dict[str, _Value] = {
+        "idempotency.surface": surface,
+        "idempotency.route": route,
+        "idempotency.verdict": kind,
+    }
+    if surface == "http":
+        attributes["http.request.method"], _, attributes["http.route"] = route.partition(" ")
+    return _Span(f"idempotency {route}", attributes, kind in WARNINGS)
+
+
+def _is_sampled_out() -> bool:
+    """Return whether the current span is one of this process that is not recorded.
+
+    A sampler sees to it that its children are not recorded either, but takes several microseconds to say so. A span of
+    another process that is sampled out may have children here that are not.
+    """
+    span = get_current_span()
+    if span.is_recording():
+        return False
+    context = span.get_span_context()
+    return context.is_valid and not context.is_remote and not context.trace_flags.sampled
 
 
 def _text_of(value: object) -> str:
@@ -228,12 +255,9 @@ def _attributes_of(series: Series) -> dict[str, str]:
 
 def _context_of(traceparent: str) -> SpanContext | None:
     """Read a ``traceparent``; None if it is none. What stands in a record or a message may have come from elsewhere."""
-    parts = traceparent.split("-")
-    if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2]:
+    match = _TRACEPARENT.fullmatch(traceparent)
+    if match is None:
         return None
-    try:
-        trace, span, flags = (int(part, 16) for part in parts[1:4])
-    except ValueError:
-        return None
-    context = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
+    trace, span, flags = match.groups()
+    context = SpanContext(int(trace, 16), int(span, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
     return context if context.is_valid else None

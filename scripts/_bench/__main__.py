@@ -29,6 +29,7 @@ import saga
 import saga_report
 import table_size
 import telemetry
+import telemetry_http
 import throughput
 from http_child import MeasureError
 from sql_subject import SQL
@@ -90,6 +91,10 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None, largest: i
         print(report.TELEMETRY)
         for url in urls:
             print(report.telemetry_row(await telemetry.measure(url, 20 if quick else 100)), flush=True)
+        print(report.TELEMETRY_HTTP)
+        for url in urls:
+            cost = await telemetry_http.measure(url, f"{place}_telemetry", 11 if quick else 31)
+            print(report.telemetry_row(cost.time), report.telemetry_row(cost.cpu), sep="\n", flush=True)
         print(report.TELEMETRY_TARGETS)
     if only in (None, "table"):
         references = [subject_of(reference_url(url), f"{place}_{number}_small") for number, url in enumerate(urls)]

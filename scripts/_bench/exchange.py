@@ -26,12 +26,13 @@ async def bare(scope: Message, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": ANSWER})
 
 
-async def _create(request: Request) -> JSONResponse:
+async def create(request: Request) -> JSONResponse:
+    """Read JSON, and answer with :data:`ANSWER`."""
     await request.json()
     return JSONResponse({"id": 1234, "status": "created"}, 201)
 
 
-shop = Starlette(routes=[Route("/orders", _create, methods=["POST"])])
+shop = Starlette(routes=[Route("/orders", create, methods=["POST"])])
 """A small application as people write them; its answer is :data:`ANSWER`."""
 
 

@@ -1,4 +1,7 @@
-"""Serve one application by uvicorn, until standard input is closed: http_server.py bare|library|floor [URL PLACE]."""
+"""Serve one application by uvicorn, until standard input is closed: http_server.py bare|library|floor [URL PLACE].
+
+Or one with a kind of telemetry: that of :data:`telemetry.KINDS`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from time import process_time
 
 import uvicorn
@@ -16,6 +19,7 @@ from http_child import SERVER_CORE, pin, say
 from http_floors import FLOOR_ERRORS, floor_of
 from sqlalchemy.exc import SQLAlchemyError
 from subjects import opened, subject_of
+from telemetry import KINDS, telemetry_app
 
 from idempotency import IdempotencyMiddleware
 from idempotency.errors import IdempotencyError
@@ -29,6 +33,10 @@ async def _app(kind: str, url: str, place: str) -> AsyncIterator[App]:
         case "library":
             async with opened(subject_of(url, place)) as subject:
                 yield IdempotencyMiddleware(shop, store=subject.store)
+        case _ if kind in KINDS:
+            async with opened(subject_of(url, place)) as subject:
+                with ExitStack() as stack:
+                    yield telemetry_app(subject.store, kind, stack)
         case "floor":
             async with floor_of(url, place) as app:
                 yield app

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from exchange import create
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -28,9 +29,13 @@ _REPLAYS = 100
 _BODY = b"{}"
 
 
+KINDS = ("plain", "again", "prometheus", "sampled out", "sampled")
+"""The first and second have no telemetry: their ratio is what the machine adds by itself."""
+
+
 @dataclass(frozen=True)
 class Added:
-    """Microseconds of a replay without telemetry, and the ratios to it, by the name of the subject."""
+    """Microseconds of a replay without telemetry, and the ratios to it, by its kind."""
 
     name: str
     plain: float
@@ -46,6 +51,7 @@ class _Subject:
 
 
 def _subjects(stack: ExitStack) -> dict[str, _Subject]:
+    """Make what each of :data:`KINDS` is."""
     provider = TracerProvider(shutdown_on_exit=False)
     meters = MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False)
     stack.callback(provider.shutdown)
@@ -71,7 +77,7 @@ async def measure(url: str, rounds: int) -> Added:
         apps = {name: _protected(store, each.hooks) for name, each in subjects.items()}
         try:
             for name, app in apps.items():
-                await _request_all(app, name, subjects[name].sampled)
+                await _request_all(app, name, subjects[name])
             taken = [await _round(apps, subjects, number) for number in range(rounds)]
         finally:
             for entry in await store.find(limit=len(subjects) * _REPLAYS):
@@ -86,15 +92,12 @@ async def measure(url: str, rounds: int) -> Added:
 async def _round(apps: dict[str, Any], subjects: dict[str, _Subject], number: int) -> dict[str, float]:
     names = [*apps]
     shift = number % len(names)
-    return {
-        name: await _request_all(apps[name], name, subjects[name].sampled) for name in names[shift:] + names[:shift]
-    }
+    return {name: await _request_all(apps[name], name, subjects[name]) for name in names[shift:] + names[:shift]}
 
 
-async def _request_all(app: Callable[..., Any], name: str, sampled: bool) -> float:
+async def _request_all(app: Callable[..., Any], name: str, subject: _Subject) -> float:
     # The span of the request is the server's: it is current, and not measured.
-    context = SpanContext(1, 1, is_remote=True, trace_flags=TraceFlags(sampled))
-    with use_span(NonRecordingSpan(context)):
+    with use_span(_span_of_request(subject)):
         began = time.perf_counter()
         for number in range(_REPLAYS):
             await _request(app, f"{name.replace(' ', '-')}-{number}".encode())
@@ -118,6 +121,28 @@ async def _request(app: Callable[..., Any], key: bytes) -> None:
 
     await app(scope, _receive, send)
     assert b"".join(body) == _BODY
+
+
+def telemetry_app(store: Any, kind: str, stack: ExitStack) -> Callable[..., Any]:
+    """Make the application of the other measurements over HTTP, with a kind of telemetry and a current span.
+
+    That span is the server's; every kind has one, so that it is not measured.
+    """
+    subject = _subjects(stack)[kind]
+    app = IdempotencyMiddleware(
+        Starlette(routes=[Route("/{name}", create, methods=["POST"])]), store=store, on_event=subject.hooks
+    )
+    span = _span_of_request(subject)
+
+    async def traced(scope: Any, receive: Any, send: Any) -> None:
+        with use_span(span):
+            await app(scope, receive, send)
+
+    return traced
+
+
+def _span_of_request(subject: _Subject) -> NonRecordingSpan:
+    return NonRecordingSpan(SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(subject.sampled)))
 
 
 def _protected(store: Any, hooks: tuple[Any, ...]) -> IdempotencyMiddleware:

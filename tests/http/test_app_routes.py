@@ -392,3 +392,21 @@ def test_templates_are_enough_to_make_a_route() -> None:
 def test_flags_in_a_regular_expression_are_no_error() -> None:
     """Where they are not at the start of the path, the template is matched instead."""
     assert Templates([AppRoute(POST, "/a/{b}", "/a/(?i)x")]).template_of("POST", "/a/y") == "/a/{b}"
+
+
+@pytest.mark.parametrize("number", [0, 15, 16, 99])
+def test_each_of_many_routes_is_found(number: int) -> None:
+    """The first that takes a path decides, wherever it is in the list, and groups of its own are no other's."""
+    routes = [AppRoute(POST, f"/{each}/{{id}}", rf"/{each}/((\d)|(x))+") for each in range(100)]
+    templates = Templates([*routes, AppRoute(POST, "/{any:path}")])
+
+    assert templates.template_of("POST", f"/{number}/7x") == f"/{number}/{{id}}"
+    assert templates.template_of("POST", f"/{number}/y") == "/{any:path}"
+
+
+def test_a_group_that_is_named_by_its_number_is_its_own() -> None:
+    """Also if other routes have groups too."""
+    routes = [AppRoute(POST, "/a/{b}", r"/a/(\d+)"), AppRoute(POST, "/c/{d}", r"/c/(\d)-\1")]
+
+    assert Templates(routes).template_of("POST", "/c/7-7") == "/c/{d}"
+    assert Templates(routes).template_of("POST", "/c/7-8") is None

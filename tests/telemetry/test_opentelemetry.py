@@ -10,15 +10,16 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, StaticSampler
 from opentelemetry.trace import SpanKind, StatusCode
 
 from idempotency import idempotent, idempotent_consumer
 from idempotency._http.codec import decode_response, encode_response
 from idempotency._http.recorded_headers import replayed_headers
+from idempotency.events import Event
 from idempotency.outbox import PollingRelay
 from idempotency.saga import saga, step
 from idempotency.stores.memory import MemoryStore
@@ -233,11 +234,41 @@ async def test_a_trace_that_is_sampled_out_has_no_span(exported: Exported) -> No
     assert exported.spans() == []
 
 
+@pytest.mark.parametrize(
+    ("remote", "flags", "spans"), [(False, 0, 0), (False, 1, 1), (True, 0, 1)], ids=["out", "sampled", "elsewhere"]
+)
+def test_no_sampler_is_asked_below_a_span_that_is_sampled_out(remote: bool, flags: int, spans: int) -> None:
+    """Where that span is of this process: below one of another process, the sampler decides."""
+    provider = TracerProvider(sampler=ALWAYS_ON, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(made := InMemorySpanExporter()))
+    current = trace.SpanContext(1, 1, is_remote=remote, trace_flags=trace.TraceFlags(flags))
+    with trace.use_span(trace.NonRecordingSpan(current)):
+        OpenTelemetry(provider)(Event(kind="replayed", operation="POST /", route="POST /"))
+    provider.shutdown()
+
+    assert len(made.get_finished_spans()) == spans
+
+
+def test_a_span_that_is_recorded_and_not_sampled_has_children() -> None:
+    """They are given to the processors of spans, as it is."""
+    provider = TracerProvider(sampler=StaticSampler(Decision.RECORD_ONLY), shutdown_on_exit=False)
+    names: list[str] = []
+
+    class Ended(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            names.append(span.name)
+
+    provider.add_span_processor(Ended())
+    with provider.get_tracer("application").start_as_current_span("request"):
+        OpenTelemetry(provider)(Event(kind="replayed", operation="POST /", route="POST /"))
+    provider.shutdown()
+
+    assert names == ["idempotency POST /", "request"]
+
+
 @pytest.mark.parametrize("value", ["", "00-1", "00-" + 32 * "x" + "-" + 16 * "1" + "-01", 55 * "-"])
 def test_what_is_no_context_is_no_link(exported: Exported, value: str) -> None:
     """A record may be damaged, and a message comes from anywhere."""
-    from idempotency.events import Event
-
     exported.hook(Event(kind="replayed", operation="POST /", route="POST /", first_trace=value))
 
     [span] = exported.spans()
