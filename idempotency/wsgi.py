@@ -16,6 +16,7 @@ from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCreden
 from idempotency._http.capture_sync import Closing, SyncResponseCapture, send_response_sync
 from idempotency._http.codec import StoredResponse, encode_response
 from idempotency._http.content_coding import is_acceptable
+from idempotency._http.cors_sync import with_cors
 from idempotency._http.duplicate import answer_of, in_accepted_coding, status_of
 from idempotency._http.environ import path_below, scope_of, variable_of
 from idempotency._http.error_hook import ErrorHook, answer_to
@@ -164,6 +165,7 @@ class _Exchange:
         "_request",
         "_scope",
         "_send",
+        "_send_own",
     )
 
     # sync only: what a server gives of a request.
@@ -182,6 +184,7 @@ class _Exchange:
         self._scope = scope_of(environ)
         self._request = SyncKeyedRequest(middleware._options, policy, self._scope, environ, start_response, keys)
         self._send = self._request.start_response
+        self._send_own = with_cors(self._send, middleware.app, environ)
         self._key: str | None = None
         self._claim: Claim | None = None
         self._lease: SyncLease
@@ -196,7 +199,7 @@ class _Exchange:
             return self._refuse("refused", error)
         except AnsweredError as answered:
             self._emit("refused", answered.error)
-            return answered.answer(self._environ, self._send)
+            return answered.answer(self._environ, self._send_own)
         except DisconnectedError:
             return send_response_sync(self._send, _INCOMPLETE)
         if claim is None:
@@ -228,7 +231,7 @@ class _Exchange:
             return self._refuse("unavailable", error)
         if not isinstance(verdict, Execute):
             self._request.close()
-            return send_response_sync(self._send, self._answer(verdict))
+            return send_response_sync(self._send_own, self._answer(verdict))
         self._lease = self._middleware._new_lease(
             claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
         )
@@ -245,7 +248,9 @@ class _Exchange:
         operation = self._lease.operation
         self._environ[_OPERATION] = operation
         self._request.give_body_back()
-        capture = SyncResponseCapture(self._send, self._policy.max_response, self._settle, operation, self._leave)
+        capture = SyncResponseCapture(
+            self._send, self._send_own, self._policy.max_response, self._settle, operation, self._leave
+        )
         try:
             capture.run(self._middleware.app, self._environ)
         except BaseException as error:
@@ -317,7 +322,7 @@ class _Exchange:
     # sync only: see run().
     def _refuse(self, kind: EventKind, error: IdempotencyError) -> Iterable[bytes]:
         self._request.close()
-        return send_response_sync(self._send, self._problem(kind, error))
+        return send_response_sync(self._send_own, self._problem(kind, error))
 
     def _problem(self, kind: EventKind, error: IdempotencyError) -> StoredResponse:
         self._emit(kind, error)
