@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+
 from idempotency._engine.lease import Lease, NewLease
 from idempotency._engine.runner import Runner
 from idempotency._engine.transaction import Transaction

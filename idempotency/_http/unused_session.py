@@ -12,7 +12,7 @@ _MOST = 1000
 
 
 class UnusedSessions:
-    """The routes that were reported, each once. ``names``: those of routes that a framework does not put into a scope."""
+    """The routes that were reported, each once. ``names``: for routes that a framework does not put into a scope."""
 
     def __init__(self, names: RouteNames) -> None:
         self._names = names

@@ -10,6 +10,7 @@ from flask import Flask
 from opentelemetry.trace import SpanKind
 from prometheus_client import CollectorRegistry
 
+from idempotency.events import Event
 from idempotency.telemetry.prometheus import Prometheus
 from tests.kit.wsgi_calls import Answer, call, protect
 from tests.telemetry.kit import BODY, CALLER, KEY, SECRETS
@@ -101,6 +102,33 @@ def test_requests_to_flask_are_counted_by_route_and_verdict() -> None:
         {"surface": "http", "route": "POST /orders/{number}", "verdict": "replayed"},
     )
     assert seconds == 1
+
+
+def test_a_request_to_django_has_the_route_of_its_urls() -> None:
+    """Under WSGI, with several hooks."""
+    from django.conf import settings
+    from django.core.wsgi import get_wsgi_application
+    from django.http import HttpResponse
+    from django.test import override_settings
+    from django.urls import path
+
+    if not settings.configured:
+        settings.configure(SECRET_KEY="x")
+    events: list[Event] = []
+    others: list[Event] = []
+    urls = type("urls", (), {"urlpatterns": [path("orders/<int:number>", lambda request, number: HttpResponse())]})
+    with override_settings(ROOT_URLCONF=urls, MIDDLEWARE=[], ALLOWED_HOSTS=["*"]):
+        app = protect(get_wsgi_application(), on_event=[events.append, others.append])
+        for number in ("7", "s3cret"):
+            call(app, f"/orders/{number}", key=number)
+
+    assert [(each.kind, each.route) for each in events] == [
+        ("stored", "POST /orders/{number}"),
+        ("released", "POST other"),
+    ]
+    assert others == events
+    assert events[0].seconds is not None
+    assert events[0].seconds > 0
 
 
 @pytest.mark.parametrize("path", ["/orders/s3cret", "/s3cret", "/broken"])
