@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -12,9 +16,12 @@ import pytest
 from flask import Blueprint, Flask, session
 from flask_cors import CORS
 from werkzeug.exceptions import Unauthorized
+from werkzeug.serving import make_server
 
 from idempotency import Policy
+from tests.kit.chromium import browser
 from tests.kit.paths import ROOT
+from tests.kit.servers import missing
 from tests.kit.wsgi_calls import Answer, Effects, call, protect
 
 SHOP, OTHER, STRANGER = "https://shop.example", "https://other.example", "https://evil.example"
@@ -82,16 +89,17 @@ def test_with_flask_cors_a_page_reads_the_first_answer_and_the_replay(whole: boo
 
 
 def test_with_flask_cors_a_page_reads_each_answer_of_ours() -> None:
-    """A reused key, a missing one, a failing scope, and a duplicate that comes while the first is running."""
+    """A reused key, a missing one, also without a route, a duplicate during the first run, and that of a scope."""
     inner: list[Answer] = []
     shop = Shop(policy=Policy(required=True))
     shop.app.before_request(lambda: inner.append(shop.post()) if not inner else None)
 
     shop.post()
-    reused, missing = shop.post(path="/orders/cup"), shop.post(key=None)
+    later = [shop.post(path="/orders/cup"), shop.post(key=None), shop.post(key=None, path="/nowhere")]
 
-    assert [each.code for each in (*inner, reused, missing)] == ["in-progress", "key-reused", "key-missing"]
-    assert [fields(each) for each in (*inner, reused, missing)] == [readable_from(SHOP)] * 3
+    answers = [*inner, *later]
+    assert [each.code for each in answers] == ["in-progress", "key-reused", "key-missing", "key-missing"]
+    assert [fields(each) for each in answers] == [readable_from(SHOP)] * 4
 
     def refuse(environ: Any) -> str:
         raise Unauthorized
@@ -179,6 +187,50 @@ def test_with_cors_outside_of_wsgi_a_page_reads_the_replay() -> None:
     assert fields(alone) == {}
 
 
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Serve an application, and give its origin."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+SEND = """async ([url, body]) => {
+    const answer = await fetch(url, {method: "POST", headers: {"Idempotency-Key": "k"}, body})
+    return [answer.status, answer.headers.get("Idempotent-Replayed"), await answer.text()]
+}"""
+
+
+@pytest.mark.processes
+def test_a_browser_lets_a_page_read_the_replay() -> None:
+    """Also that its key is reused; a page of an origin that is not allowed reads nothing."""
+    app = Flask(__name__)
+    app.post("/orders")(lambda: "tea")
+    app.wsgi_app = protect(app.wsgi_app)  # type: ignore[method-assign]
+
+    def page(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [b"<!doctype html><title>shop</title>"]
+
+    with serving(page) as allowed, serving(page) as stranger, serving(app) as api, browser() as chromium:
+        CORS(app, origins=[allowed], allow_headers=["Idempotency-Key"], expose_headers=["Idempotent-Replayed"])
+        tab = chromium.new_page()
+        tab.goto(allowed)
+        answers = [tab.evaluate(SEND, [f"{api}/orders", body]) for body in ("a", "a", "b")]
+        tab.goto(stranger)
+        refused = tab.evaluate(f"args => ({SEND})(args).catch(error => error.name)", [f"{api}/orders", "a"])
+
+    assert answers[:2] == [[200, None, "tea"], [200, "true", "tea"]]
+    assert (answers[2][0], "key-reused" in answers[2][2]) == (422, True)
+    assert refused == "TypeError"
+
+
 DJANGO = """
 from django.conf import settings
 from django.core.wsgi import get_wsgi_application
@@ -208,7 +260,8 @@ for path_, origin in (("tea", "shop"), ("tea", "shop"), ("cup", "shop"), ("tea",
 
 def test_with_django_cors_headers_a_page_reads_the_replay_and_the_answers_of_ours() -> None:
     """In a process of its own, as its settings are those of the process."""
-    pytest.importorskip("corsheaders")
+    if find_spec("corsheaders") is None:
+        missing("django-cors-headers is not installed")
 
     ran = subprocess.run(
         [sys.executable, "-c", dedent(DJANGO)],
