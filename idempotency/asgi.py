@@ -139,7 +139,7 @@ class IdempotencyMiddleware:
         if callable(scope) or self._routes.callable_fingerprints:
             require_starlette()
         self._new_lease = leases_of(self._runner, session)
-        self._unused_sessions = UnusedSessions()
+        self._unused_sessions = UnusedSessions(self._route_names)
         self._inner_cors = InnerCors(app)
 
     @property

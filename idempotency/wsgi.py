@@ -16,6 +16,7 @@ from idempotency._http.caller import CredentialScope, KnownCaller, UnknownCreden
 from idempotency._http.capture_sync import Closing, SyncResponseCapture, send_response_sync
 from idempotency._http.codec import StoredResponse, encode_response
 from idempotency._http.content_coding import is_acceptable
+from idempotency._http.cors_sync import with_cors
 from idempotency._http.duplicate import answer_of, in_accepted_coding, status_of
 from idempotency._http.environ import path_below, scope_of, variable_of
 from idempotency._http.error_hook import ErrorHook, answer_to
@@ -25,11 +26,15 @@ from idempotency._http.options import EnvironScope, check_options
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
-from idempotency._http.recorded_headers import replayed_headers
+from idempotency._http.protection import Protection
+from idempotency._http.recorded_headers import replayed_headers, trace_of
 from idempotency._http.redact import record_of
 from idempotency._http.request_sync import AnsweredError, SyncKeyedRequest
+from idempotency._http.route_names import RouteNames
 from idempotency._http.routes import Routes
+from idempotency._http.startup import Startup
 from idempotency._http.unrouted_sync import is_unrouted_sync
+from idempotency._http.unused_session import UnusedSessions
 from idempotency._rules import Claim, Execute, Known
 from idempotency.errors import (
     BodyInvalidError,
@@ -41,11 +46,12 @@ from idempotency.errors import (
     StoreError,
     WaitFailedError,
 )
-from idempotency.events import EventHook, EventKind, log_event
+from idempotency.events import EventHooks, EventKind, OnEvent
 from idempotency.operation import RUNNING
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
 from idempotency.stores.base import SyncStore, check_store
+from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, sessionmaker
@@ -95,23 +101,32 @@ class IdempotencyMiddleware:
         error: ErrorHook | None = None,
         echo_key: bool | None = None,
         profile: Profile | None = None,
-        on_event: EventHook = log_event,
+        on_event: OnEvent = (),
     ) -> None:
-        check_callable("on_event", on_event)
+        hooks = EventHooks(on_event)
         self.app = app
         own = choose(profile, error, echo_key, policy)
         self._options = check_options(
             scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, session is not None
         )
         self._routes = Routes(own.policy, {} if policies is None else policies)
+        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         self._check_functions(scope)
         opened = open_store(store) if isinstance(store, str) else store
-        self._runner = SyncRunner(check_store(opened, SyncStore), on_event)
+        self._runner = SyncRunner(check_store(opened, SyncStore), hooks)
+        in_memory = isinstance(opened, MemoryStore)
+        self._startup = Startup(app, self._routes, by_headers=scope == "credentials", in_memory=in_memory)
         if isinstance(store, str):
             # At the exit of the interpreter, or when the application is dropped. What is pending is written before.
             weakref.finalize(self, opened.close)
         self._new_lease = leases_of_sync(self._runner, session)
         self._key_variable = variable_of(self._options.header_name)
+        self._unused_sessions = UnusedSessions(self._route_names)
+
+    @property
+    def protection(self) -> Protection:
+        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
+        return Protection(self._routes, self._options)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""
@@ -119,6 +134,8 @@ class IdempotencyMiddleware:
         if policy is not None:
             key: str | None = environ.get(self._key_variable)
             if key is not None or policy.required:
+                if not self._startup.looked:
+                    self._startup.look(environ)
                 keys = () if key is None else (key.encode("latin-1"),)
                 return _Exchange(self, policy, environ, start_response, keys).run()
             if environ.get(_OPERATION) is not None:
@@ -148,6 +165,7 @@ class _Exchange:
         "_request",
         "_scope",
         "_send",
+        "_send_own",
     )
 
     # sync only: what a server gives of a request.
@@ -166,6 +184,7 @@ class _Exchange:
         self._scope = scope_of(environ)
         self._request = SyncKeyedRequest(middleware._options, policy, self._scope, environ, start_response, keys)
         self._send = self._request.start_response
+        self._send_own = with_cors(self._send, middleware.app, environ)
         self._key: str | None = None
         self._claim: Claim | None = None
         self._lease: SyncLease
@@ -180,7 +199,7 @@ class _Exchange:
             return self._refuse("refused", error)
         except AnsweredError as answered:
             self._emit("refused", answered.error)
-            return answered.answer(self._environ, self._send)
+            return answered.answer(self._environ, self._send_own)
         except DisconnectedError:
             return send_response_sync(self._send, _INCOMPLETE)
         if claim is None:
@@ -212,8 +231,10 @@ class _Exchange:
             return self._refuse("unavailable", error)
         if not isinstance(verdict, Execute):
             self._request.close()
-            return send_response_sync(self._send, self._answer(verdict))
-        self._lease = self._middleware._new_lease(claim, verdict.attempt, self._request.name, claimed_at, policy)
+            return send_response_sync(self._send_own, self._answer(verdict))
+        self._lease = self._middleware._new_lease(
+            claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
+        )
         return self._execute()
 
     # sync only: see run().
@@ -227,7 +248,9 @@ class _Exchange:
         operation = self._lease.operation
         self._environ[_OPERATION] = operation
         self._request.give_body_back()
-        capture = SyncResponseCapture(self._send, self._policy.max_response, self._settle, operation, self._leave)
+        capture = SyncResponseCapture(
+            self._send, self._send_own, self._policy.max_response, self._settle, operation, self._leave
+        )
         try:
             capture.run(self._middleware.app, self._environ)
         except BaseException as error:
@@ -259,7 +282,8 @@ class _Exchange:
             self._lease.shorten(REFUSAL)
         result, error = None, None
         if outcome == "store" and body is not None:
-            result, error = record_of(self._policy, status, headers, body)
+            trace = self._middleware._runner.hooks.traceparent()
+            result, error = record_of(self._policy, status, headers, body, trace)
         try:
             verdict = (self._lease.fail if status >= 500 else self._lease.end)(outcome, result, error)
         except StoreError as failure:
@@ -268,7 +292,17 @@ class _Exchange:
             if not self._lease.ended:
                 self._failed(failure)
             raise
-        return None if verdict is None else self._answer(verdict)
+        if verdict is not None:
+            return self._answer(verdict)
+        if outcome == "store" and status < 400 and self._lease.session_unused:
+            self._report_unused_session()
+        return None
+
+    def _report_unused_session(self) -> None:
+        middleware = self._middleware
+        route = middleware._unused_sessions.first_of(self._scope, self._request.name)
+        if route is not None:
+            middleware._runner.emit("session-unused", route, self._claim, self._lease.operation.attempt)
 
     def _failed(self, error: BaseException) -> None:
         outcome = self._lease.operation.outcome_after(self._policy.outcome_of_exception(error))
@@ -282,18 +316,24 @@ class _Exchange:
             kind, answer = in_accepted_coding(answer, headers, self._policy.max_response)
         if isinstance(answer, IdempotencyError):
             return self._problem(kind, answer)
-        self._emit(kind)
+        self._emit(kind, first_trace=trace_of(answer.headers))
         return StoredResponse(answer.status, replayed_headers(answer.headers, self._options.replayed), answer.body)
 
     # sync only: see run().
     def _refuse(self, kind: EventKind, error: IdempotencyError) -> Iterable[bytes]:
         self._request.close()
-        return send_response_sync(self._send, self._problem(kind, error))
+        return send_response_sync(self._send_own, self._problem(kind, error))
 
     def _problem(self, kind: EventKind, error: IdempotencyError) -> StoredResponse:
         self._emit(kind, error)
         status = status_of(error, self._policy)
         return answer_to(describe(error, docs=self._options.docs, status=status, key=self._key), self._options.error)
 
-    def _emit(self, kind: EventKind, error: BaseException | None = None) -> None:
-        self._middleware._runner.emit(kind, self._request.name, self._claim, error=error)
+    def _emit(self, kind: EventKind, error: BaseException | None = None, first_trace: str = "") -> None:
+        runner = self._middleware._runner
+        if runner.hooks.wants(kind):
+            name, route = self._request.name, self._route()
+            runner.emit(kind, name, self._claim, error=error, route=route, first_trace=first_trace)
+
+    def _route(self) -> str:
+        return self._middleware._route_names.name_of(self._scope)

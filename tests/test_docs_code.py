@@ -135,6 +135,22 @@ async def test_the_code_for_cors_lets_a_page_send_a_key(run: Callable[..., dict[
     assert "Retry-After" in refused.headers["access-control-expose-headers"]
 
 
+def test_the_code_for_cors_in_flask_lets_a_page_send_a_key(run: Callable[..., dict[str, Any]]) -> None:
+    """The preflight of the browser allows it, and a page reads when a key is malformed."""
+    client = run(*CORS["Flask and Django"])["app"].test_client()
+    origin = {"Origin": "https://shop.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "idempotency-key"}
+
+    preflight = client.options("/orders", headers=origin | asked)
+    refused = client.post("/orders", headers=origin | {"Idempotency-Key": "x" * 256})
+
+    assert preflight.headers["Access-Control-Allow-Headers"] == "idempotency-key"
+    assert refused.status_code == 400
+    assert "Retry-After" in refused.headers["Access-Control-Expose-Headers"]
+    for answer in (preflight, refused):
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://shop.example"
+
+
 @pytest.mark.parametrize("framework", [heading for heading in MESSAGES if heading != SETUP])
 def test_the_code_for_each_framework_is_accepted(framework: str, run: Callable[..., dict[str, Any]]) -> None:
     """The library, and the framework, take what the page on messages shows."""

@@ -169,6 +169,18 @@ def test_routes_of_frameworks():
     expect("werkzeug", rule._parts[-1], "static", "weight")
 
 
+def test_flask_cors():
+    """Its function is found by its module."""
+    from flask import Flask
+    from flask_cors import CORS
+
+    app = Flask(__name__)
+    CORS(app)
+
+    [function] = app.after_request_funcs[None]
+    assert function.__module__.partition(".")[0] == "flask_cors", f"Flask-CORS: after_request, see {PAGE}"
+
+
 def test_multiprocessing():
     import multiprocessing
 

@@ -103,7 +103,6 @@ class Lease:
         if self._task is not None:
             self._task.cancel()
 
-    # async only: only a lease of HTTP has a session that its handler may ignore.
     @property
     def session_unused(self) -> bool:
         """Return whether the operation has a session and never asked for it, nor has declared an effect elsewhere."""

@@ -87,6 +87,11 @@ class SyncLease:
     def _stop_renewal(self) -> None:
         self._runner.heartbeats.note_ended()
 
+    @property
+    def session_unused(self) -> bool:
+        """See :attr:`Lease.session_unused`."""
+        return False
+
     def shorten(self, ttl: float) -> None:
         """See :meth:`Lease.shorten`."""
         self._claim = replace(self._claim, ttl=min(ttl, self._claim.ttl))
@@ -175,15 +180,17 @@ class SyncLease:
 class NewSyncLease(Protocol):
     """See :class:`idempotency._engine.lease.NewLease`."""
 
-    def __call__(self, claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, /) -> SyncLease:
-        """Return the lease; its ``operation`` is given ``attempt`` and ``name``."""
+    def __call__(
+        self, claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "", /
+    ) -> SyncLease:
+        """Return the lease; its ``operation`` is given ``attempt`` and ``name``. ``route``: as in the events."""
         ...
 
 
 def plain_leases_sync(runner: SyncRunner) -> NewSyncLease:
     """Return a function that makes leases without a transaction."""
 
-    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy) -> SyncLease:
-        return SyncLease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at)
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, _: Policy, route: str = "") -> SyncLease:
+        return SyncLease(runner, claim, Operation(claim, attempt, name=name), name, claimed_at, route)
 
     return begin

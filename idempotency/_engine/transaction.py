@@ -93,7 +93,6 @@ class Transaction:
         self._deadline = 0.0  # async only: the time limit of the commit
         self.settled = False  # in HTTP, code may run after the response is recorded
 
-    # async only: a request that does not use its session may have its effect elsewhere.
     @property
     def untouched(self) -> bool:
         """Return whether the operation has never asked for its session."""

@@ -1,22 +1,33 @@
-"""The transaction of a request whose session is synchronous; see :mod:`idempotency._engine.transaction`."""
+"""The transactions of requests in an event loop: those whose session is synchronous have their steps in threads."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from idempotency._engine.transaction import Transaction
+from idempotency._engine.transaction import Transaction, check_completing_sessions
 from idempotency._outbox.emit import Outbox
 from idempotency._rules import Claim
 from idempotency._sql.commit_guard import finish, is_executing
 from idempotency._sql.session_in_threads import SessionInThreads
+from idempotency._sql.sessions import Sessionmaker, is_synchronous
 from idempotency.operation import NewMessage, Operation
 from idempotency.stores._joining import Ending
 
 _LOOK = 0.01
 """Seconds between two looks whether a statement has ended."""
+
+
+def transactions(store: object, sessions: Sessionmaker) -> Callable[[Claim], Transaction]:
+    """Return what makes the transaction of a claim; raise ConfigurationError if store and sessions do not fit."""
+    in_threads = is_synchronous(sessions)
+    shared = check_completing_sessions(store, sessions, sessionmaker if in_threads else async_sessionmaker)
+    make: Any = TransactionInThreads if in_threads else Transaction
+    return lambda claim: make(shared, sessions, claim)
 
 
 class TransactionInThreads(Transaction):

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def transactions_sync(store: object, sessions: sessionmaker[Session]) -> Callable[[Claim], SyncTransaction]:
-    """See :func:`idempotency._engine.transaction.transactions`."""
+    """See :func:`idempotency._engine.transaction_in_threads.transactions`."""
     shared = check_completing_sessions(store, sessions, sessionmaker)
     return lambda claim: SyncTransaction(shared, sessions, claim)
 
@@ -47,6 +47,11 @@ class SyncTransaction:
         self._emitted = Emitted()
         self.refused: StoreRefusedError | None = None
         self.settled = False
+
+    @property
+    def untouched(self) -> bool:
+        """See :attr:`Transaction.untouched`."""
+        return self._session is None
 
     @property
     def used(self) -> bool:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
-
-from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import sessionmaker
 
 from idempotency._engine.lease import Lease, NewLease
 from idempotency._engine.runner import Runner
-from idempotency._engine.transaction import Transaction, check_completing_sessions
-from idempotency._engine.transaction_in_threads import TransactionInThreads
+from idempotency._engine.transaction import Transaction
+from idempotency._engine.transaction_in_threads import transactions
 from idempotency._rules import Claim, Execute, Known, after_roll_back, judge, judge_superseded
-from idempotency._sql.sessions import Sessionmaker, is_synchronous
+from idempotency._sql.sessions import Sessionmaker
 from idempotency.errors import StoreError
 from idempotency.events import Failure, kind_of
 from idempotency.operation import Operation
@@ -137,12 +133,10 @@ class TransactionalLease(Lease):
 
 def transactional_leases(runner: Runner, sessions: Sessionmaker) -> NewLease:
     """Return what makes the lease of each request; raise ConfigurationError if store and sessions do not fit."""
-    in_threads = is_synchronous(sessions)
-    store = check_completing_sessions(runner.store, sessions, sessionmaker if in_threads else async_sessionmaker)
-    make: Any = TransactionInThreads if in_threads else Transaction
+    transaction_of = transactions(runner.store, sessions)
 
     def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "") -> Lease:
-        transaction = make(store, sessions, claim)
+        transaction = transaction_of(claim)
         operation = Operation(claim, attempt, transaction, name)
         return TransactionalLease(runner, operation, claim, claimed_at, transaction, policy, route)
 

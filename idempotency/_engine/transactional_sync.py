@@ -29,11 +29,17 @@ class SyncTransactionalLease(SyncLease):
         claimed_at: float,
         transaction: SyncTransaction,
         policy: Policy,
+        route: str,
     ) -> None:
-        super().__init__(runner, claim, operation, operation.name, claimed_at)
+        super().__init__(runner, claim, operation, operation.name, claimed_at, route)
         self._transaction = transaction
         self._policy = policy
         self._failure: Exception | None = None
+
+    @property
+    def session_unused(self) -> bool:
+        """See :attr:`Lease.session_unused`."""
+        return self._transaction.untouched and not self.operation.has_effect_elsewhere
 
     def stop(self) -> None:
         """See :meth:`TransactionalLease.stop`."""
@@ -117,9 +123,9 @@ def transactional_leases_sync(runner: SyncRunner, sessions: sessionmaker[Session
     """Return what makes the lease of each request; raise ConfigurationError if store and sessions do not fit."""
     transaction_of = transactions_sync(runner.store, sessions)
 
-    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy) -> SyncLease:
+    def begin(claim: Claim, attempt: int, name: str, claimed_at: float, policy: Policy, route: str = "") -> SyncLease:
         transaction = transaction_of(claim)
         operation = Operation(claim, attempt, transaction, name)
-        return SyncTransactionalLease(runner, operation, claim, claimed_at, transaction, policy)
+        return SyncTransactionalLease(runner, operation, claim, claimed_at, transaction, policy, route)
 
     return begin

@@ -30,8 +30,8 @@ class SyncResponseCapture:
     :data:`idempotency._http.capture.PATIENCE` is settled without its body and then sent live. What was
     collected cannot be sent before the application yields its next piece.
 
-    ``operation`` is the current one while the application runs, is iterated and is closed. ``end`` is called once, at
-    the end of :meth:`close`.
+    ``start_instead`` starts a response that is sent in the place of the application's. ``operation`` is the current one
+    while the application runs, is iterated and is closed. ``end`` is called once, at the end of :meth:`close`.
     """
 
     __slots__ = (
@@ -47,18 +47,21 @@ class SyncResponseCapture:
         "_settled",
         "_size",
         "_start",
+        "_start_instead",
         "_write",
     )
 
     def __init__(
         self,
         start_response: StartResponse,
+        start_instead: StartResponse,
         limit: int,
         settle: Settle,
         operation: Operation,
         end: Callable[[], object],
     ) -> None:
         self._server = start_response
+        self._start_instead = start_instead
         self._limit = limit
         self._settle = settle
         self._operation = operation
@@ -167,7 +170,7 @@ class SyncResponseCapture:
         if instead is None:
             self._write = self._server(line, fields)
         else:
-            self._chunks = send_response_sync(self._server, instead)
+            self._chunks = send_response_sync(self._start_instead, instead)
 
 
 class Closing:

@@ -25,11 +25,12 @@ class RouteNames:
 
     def name_of(self, scope: MutableMapping[str, Any]) -> str:
         """Return the name, such as ``"POST /orders/{id}"``. The request is one that a policy protects."""
-        if not self._wanted:
-            return ""
+        return f"{scope['method'].upper()} {self.template_of(scope) or OTHER}" if self._wanted else ""
+
+    def template_of(self, scope: MutableMapping[str, Any]) -> str | None:
+        """Return the template of the path of such a request, or None; whether a hook is given it or not."""
         templates = self._templates
         if templates is None:
             templates = self._templates = Templates(routes_of(self._app) or ())
         method, path = scope["method"].upper(), route_path(scope)
-        template = templates.template_of(method, path) or self._policies.template_for(method, path) or OTHER
-        return f"{method} {template}"
+        return templates.template_of(method, path) or self._policies.template_for(method, path)

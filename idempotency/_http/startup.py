@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, ParamSpec
 
@@ -25,11 +26,15 @@ _logger = logging.getLogger("idempotency")
 _said: set[str] = set()
 """What this process has said. Each text is made of the configuration alone, so their number is bounded."""
 
+_saying = threading.Lock()
+
 
 def say_once(level: int, text: str) -> None:
     """Log one line, at most once in a process."""
-    if text not in _said:
+    with _saying:
+        first = text not in _said
         _said.add(text)
+    if first:
         _logger.log(level, "%s", text)
 
 

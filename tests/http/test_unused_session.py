@@ -14,7 +14,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from idempotency import IdempotencyMiddleware, current
+from idempotency import IdempotencyMiddleware, Policy, current
+from idempotency._http.route_names import RouteNames
+from idempotency._http.routes import Routes
 from idempotency._http.unused_session import UnusedSessions
 from idempotency.events import Event
 from idempotency.stores.sql import SQLStore
@@ -119,10 +121,14 @@ async def test_a_route_of_a_mounted_application_is_named_with_its_mount(engine: 
     assert [operation for _, operation in told] == ["POST /north/orders/{item}", "POST /south/orders/{item}"]
 
 
+def unused_sessions() -> UnusedSessions:
+    return UnusedSessions(RouteNames(None, Routes(Policy(), {}), wanted=False))
+
+
 def test_an_endpoint_is_named_where_the_scope_has_no_route() -> None:
     """As with older versions of Starlette."""
-    scope = {"method": "post", "endpoint": shop}
-    assert UnusedSessions().first_of(scope, "POST /7") == f"POST {__name__}.shop"
+    scope = {"method": "post", "path": "/7", "endpoint": shop}
+    assert unused_sessions().first_of(scope, "POST /7") == f"POST {__name__}.shop"
 
 
 async def test_without_a_framework_the_path_is_named(engine: Any) -> None:
@@ -141,6 +147,6 @@ async def test_without_a_framework_the_path_is_named(engine: Any) -> None:
 
 def test_the_routes_that_are_remembered_are_bounded() -> None:
     """Beyond a thousand, no route is named any more."""
-    unused = UnusedSessions()
-    named = [unused.first_of({"method": "POST"}, f"POST /{number}") for number in range(1200)]
+    unused = unused_sessions()
+    named = [unused.first_of({"method": "POST", "path": f"/{number}"}, f"POST /{number}") for number in range(1200)]
     assert len([name for name in named if name is not None]) == 1000

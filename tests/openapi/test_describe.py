@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from idempotency import IdempotencyMiddleware, Policy
+from idempotency import IdempotencyMiddleware, Policy, wsgi
 from idempotency.errors import ConfigurationError
 from idempotency.openapi import describe
 from idempotency.stores.sql import SQLStore
@@ -453,3 +453,22 @@ def test_speakeasy_retries_only_what_has_a_key_and_not_longer_than_it_lives() ->
 def test_without_vendors_there_are_no_extensions_of_theirs() -> None:
     """Nobody gets what is not asked for."""
     assert "x-fern" not in str(described(api(), policy=Policy(required=True)))
+
+
+def test_the_middleware_for_wsgi_is_described_as_that_for_asgi() -> None:
+    """By its policies and options; only what it protects is described."""
+    paths = {f"/{path}": {"post": operation()} for path in ("orders", "payments", "logs")}
+    options: dict[str, Any] = {
+        "policies": {"/payments": Policy(required=True), "/logs": None},
+        "header_name": "Request-Key",
+        "echo_key": True,
+    }
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        return []
+
+    of_wsgi = describe(api(paths=paths), wsgi.IdempotencyMiddleware(app, store="memory://", **options))
+
+    assert of_wsgi == described(api(paths=paths), **options)
+    protected = [path for path, item in of_wsgi["paths"].items() if "x-idempotency" in item["post"]]
+    assert protected == ["/orders", "/payments"]

@@ -218,3 +218,14 @@ def test_a_server_that_stops_writes_what_is_pending(tmp_path: Path, request: pyt
 
     assert [line["event"] for line in server.lines(operation="POST /order")] == ["unrecorded", "stored"]
     target.forget()
+
+
+def test_workers_of_a_file_are_seen_beside_a_store_in_memory(tmp_path: Path) -> None:
+    """One line in the log of gunicorn, although its command and its environment name no number."""
+    (tmp_path / "gunicorn.conf.py").write_text("workers = 2")
+    with Gunicorn(tmp_path, Target("memory", "memory://"), "flask_app") as gunicorn:
+        for _ in range(2):
+            assert gunicorn.post("order", new_key()).status_code == 201
+        log = gunicorn.log.read_text()
+
+    assert 1 <= log.count("The store is in the memory of one process, and the server has several workers") <= 2
