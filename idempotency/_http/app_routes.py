@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True, slots=True)
 class AppRoute:
     """One route. ``methods`` None: any method. ``template``: the whole path from the root of the application.
