@@ -9,12 +9,14 @@ from idempotency._results.versioned import Versioned
 from idempotency.streams._position import Appended, ConflictError, Position, RecordedEvent
 
 if TYPE_CHECKING:
+    from idempotency.streams._delay import Delay
     from idempotency.streams._streams import Streams
     from idempotency.streams._table import streams_sql, streams_table
 
 __all__ = [
     "Appended",
     "ConflictError",
+    "Delay",
     "Position",
     "RecordedEvent",
     "Streams",
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 # What needs SQLAlchemy is imported at its first use.
-_LAZY = {"Streams": "_streams", "streams_sql": "_table", "streams_table": "_table"}
+_LAZY = {"Delay": "_delay", "Streams": "_streams", "streams_sql": "_table", "streams_table": "_table"}
 
 
 def __getattr__(name: str) -> object:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection
 
 from idempotency._results.codec import return_annotation
 from idempotency._results.versioned import Versioned
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.streams._reached import Reached
 
 S = TypeVar("S")
 Until = int | datetime | None
 _PAGE = 1000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +51,37 @@ class Fold(Generic[S]):
     ) -> tuple[S, int]:
         """Return the state and the version of a stream."""
         last = until if isinstance(until, int) else None
-        until_ms = int(until.timestamp() * 1000) if isinstance(until, datetime) else None
+        last_ms = (until - _EPOCH) // _MILLISECOND if isinstance(until, datetime) else None
         state, version = self.initial, 0
         # A snapshot has no time: of a time that is past, the events alone tell.
-        if self.snapshot is not None and until_ms is None:
-            found = reached.snapshot(connection, stream, self.snapshot.name, last)
-            if found is not None:
-                version, state = found[0], self.snapshot.load(found[1], found[2])
-        stored = version
-        while True:
-            rows = reached.read(connection, stream, version, last, until_ms, _PAGE)
+        if self.snapshot is not None and last_ms is None:
+            state, version = self._begin(reached, connection, stream, last)
+        stored, full = version, True
+        while full:
+            rows = reached.read(connection, stream, version, last, _PAGE)
             for row in rows:
+                if last_ms is not None and row[9] > last_ms:
+                    return state, version
                 state, version = self.apply(state, decode(row)), row[3]
-            if len(rows) < _PAGE:
-                break
-        if self.snapshot is not None and self.every is not None and version - stored >= self.every:
+            full = len(rows) == _PAGE
+        if until is None and self.snapshot is not None and self.every is not None and version - stored >= self.every:
             values = {"stream": stream, "type": self.snapshot.name, "type_version": self.snapshot.version}
             data = self.snapshot.dump(state).decode()
             reached.write_snapshot(connection, {**values, "version": version, "data": data})
         return state, version
+
+    def _begin(self, reached: Reached, connection: Connection, stream: str, last: int | None) -> tuple[Any, int]:
+        assert self.snapshot is not None
+        found = reached.snapshot(connection, stream, self.snapshot.name, last)
+        if found is None:
+            return self.initial, 0
+        version, type_version, data, whole = found
+        if not whole:
+            raise UnreadableError(
+                f"the snapshot {self.snapshot.name} of {stream} is of version {version}, which the stream does not"
+                f" have: delete its row in {reached.tables.snapshots.fullname}"
+            )
+        return self.snapshot.load(type_version, data), version
 
 
 def check_until(until: Until) -> Until:

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from idempotency._sql.failures import MadeBy, conflicts, describe_failure, lacks_table
+from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, read_only
+from idempotency._sql.send import Compiled
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL
-from idempotency.errors import TransactionError
+from idempotency.errors import StoreError, TransactionError
 from idempotency.streams._position import Appended, ConflictError, Position
-from idempotency.streams._statements import Statements
+from idempotency.streams._statements import PLACES_AT_ONCE, Statements
 from idempotency.streams._table import Tables
 
 Row = Mapping[str, Any]
@@ -24,6 +26,10 @@ MOST_TRIES = 100
 
 _MOST_ROWS = 100
 _LAST = 2**63 - 1
+_NOT_UNIQUE = frozenset({"23505", 1062, 1555, 2067})
+_CHECKED = "idempotency.streams"
+_NO_START = "{} has no row: run `idempotency schema create --streams`, or insert it as streams_sql() does"
+_OTHERS = "an earlier run of this operation has appended other events than these to {}: roll the transaction back"
 
 STREAMS = MadeBy(
     "idempotency schema create --streams",
@@ -55,6 +61,7 @@ class Reached:
         """
         if is_autocommit(connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, with which events commit")
+        self._check_places(connection)
         for tried in range(1 if expected is not None else MOST_TRIES):
             after = self.version(connection, stream, tried > 0) if expected is None else expected
             if self._can_follow(connection, stream, expected) and self._append(connection, stream, rows, after):
@@ -81,20 +88,27 @@ class Reached:
             for number, row in enumerate(part, 1):
                 values[f"version{number}"] = after + start + number
                 values.update((f"{name}{number}", value) for name, value in row.items())
-            append = statements.append(len(part))
-            try:
-                result = connection.exec_driver_sql(append.sql, append.parameters(values))
-            except IntegrityError:
-                return False  # PostgreSQL raises none; elsewhere nothing of the statement is done
-            except DBAPIError as error:
-                self.explain(connection, error)
-                raise
-            count = result.scalar_one() if statements.name == "postgresql" else result.rowcount
-            if count != len(part):
-                # Once the first events are appended, the next versions of the stream belong to this transaction.
-                assert start == 0
+            if self._insert(connection, stream, statements.append(len(part)), values) == len(part):
+                continue
+            if start == 0:
                 return False
+            # The next versions belong to this transaction by now, so that it is an event that was there already.
+            raise ConflictError(_OTHERS.format(stream))
         return True
+
+    def _insert(self, connection: Connection, stream: str, append: Compiled, values: Row) -> int:
+        """Insert rows, and return how many; 0 where one of them is there."""
+        try:
+            result = connection.exec_driver_sql(append.sql, append.parameters(values))
+        except DBAPIError as error:
+            self.explain(connection, error)
+            if error_code(error) not in _NOT_UNIQUE:
+                raise
+            if connection.dialect.name == "postgresql":
+                raise ConflictError(_OTHERS.format(stream)) from error
+            return 0
+        count: int = result.scalar_one() if connection.dialect.name == "postgresql" else result.rowcount
+        return count
 
     def _own(self, connection: Connection, stream: str, rows: Sequence[Row]) -> Appended | None:
         """Return the append of an earlier run with these ids; None if there is none."""
@@ -104,7 +118,7 @@ class Reached:
         if not found:
             return None
         if len(found) != len(rows) or any(row[0] != stream for row in found):
-            raise ConflictError(f"an earlier run of this operation has appended other events than these to {stream}")
+            raise ConflictError(_OTHERS.format(stream))
         return Appended(stream, found[-1][1], new=False)
 
     def version(self, connection: Connection, stream: str, again: bool = False) -> int:
@@ -117,18 +131,14 @@ class Reached:
             found = self._scalar(connection, statements.newest_version, values)
         return found or 0
 
-    def read(
-        self, connection: Connection, stream: str, after: int, until: int | None, until_ms: int | None, most: int
-    ) -> Sequence[Any]:
+    def read(self, connection: Connection, stream: str, after: int, until: int | None, most: int) -> Sequence[Any]:
         """Read events of one stream."""
-        values = {
-            **{"stream": stream, "after": after, "most": most},
-            **{"until": _LAST if until is None else until, "until_ms": _LAST if until_ms is None else until_ms},
-        }
+        values = {"stream": stream, "after": after, "until": _LAST if until is None else until, "most": most}
         return self._rows(connection, self.statements(connection).read, values)
 
     def read_all(self, connection: Connection, after: Position, most: int) -> Sequence[Any]:
         """Read events of all streams after a position."""
+        self._check_places(connection)
         self.give_places(connection)
         values = {"place": after.place, "seq": after.seq, "most": most}
         return self._rows(connection, self.statements(connection).read_all, values)
@@ -145,21 +155,51 @@ class Reached:
         if connection.dialect.name not in MYSQL:
             return
         statements = self.statements(connection)
-        # On a connection of its own: the caller's snapshot is to begin afterwards.
-        with connection.engine.connect() as own:
-            if not self._rows(own, statements.without_place, {}):
-                return
-            own.rollback()
-            self._scalar(own, statements.last_place, {})
-            # Not a locking read: events of open transactions are not seen, nor waited for.
-            numbers = [row[0] for row in self._rows(own, statements.without_place, {})]
-            if numbers:
-                own.exec_driver_sql(statements.give_places(numbers))
-                own.exec_driver_sql(statements.raise_last_place(len(numbers)))
-            own.commit()
+        try:
+            # On a connection of its own: the caller's snapshot is to begin afterwards.
+            with connection.engine.connect() as own:
+                waiting = self._rows(own, statements.without_place, {})
+                own.rollback()
+                while waiting and self._give_places(own, statements) == PLACES_AT_ONCE:
+                    pass
+        except PoolTimeoutError as error:
+            raise StoreError(
+                "events are given their places by a second connection, which the engine's pool did not give: enlarge"
+                " pool_size or max_overflow"
+            ) from error
+        except DBAPIError as error:
+            if not read_only(error):
+                raise
+            # A replica: its primary gives places, and what has none is read later.
+
+    def _give_places(self, own: Connection, statements: Statements) -> int:
+        if self._scalar(own, statements.last_place, {}) is None:
+            raise StoreError(_NO_START.format(self.tables.place.fullname))
+        # Not a locking read: events of open transactions are not seen, nor waited for.
+        numbers = [row[0] for row in self._rows(own, statements.without_place, {})]
+        if numbers:
+            own.exec_driver_sql(statements.give_places(numbers))
+            own.exec_driver_sql(statements.raise_last_place(len(numbers)))
+        own.commit()
+        return len(numbers)
+
+    def _check_places(self, connection: Connection) -> None:
+        """PostgreSQL: refuse tables whose events are ahead of the server's transactions; once for each connection."""
+        statements = self.statements(connection)
+        if statements.name != "postgresql":
+            return
+        checked = connection.info.setdefault(_CHECKED, set())
+        if statements.behind.sql in checked:
+            return
+        if self._behind(connection) > 0:
+            raise StoreError(
+                f"{self.tables.events.fullname} was restored from another server, whose transactions have higher"
+                " numbers: call Streams.rebase() once, before events are appended or read"
+            )
+        checked.add(statements.behind.sql)
 
     def snapshot(self, connection: Connection, stream: str, kind: str, until: int | None) -> Any:
-        """Return version, type version and data of a snapshot, or None."""
+        """Return version, type version and data of a snapshot, and whether the stream has that version; or None."""
         values = {"stream": stream, "type": kind, "until": _LAST if until is None else until}
         rows = self._rows(connection, self.statements(connection).snapshot, values)
         return rows[0] if rows else None
@@ -167,23 +207,35 @@ class Reached:
     def write_snapshot(self, connection: Connection, values: Row) -> None:
         """Write a snapshot."""
         statement = self.statements(connection).write_snapshot
-        connection.exec_driver_sql(statement.sql, statement.parameters(values))
+        try:
+            connection.exec_driver_sql(statement.sql, statement.parameters(values))
+        except DBAPIError as error:
+            self.explain(connection, error)
+            raise
 
     def rebase(self, connection: Connection) -> int:
         """PostgreSQL: let new places come after those that are there; return by how much they were behind."""
         statements = self.statements(connection)
         if statements.name != "postgresql":
             return 0
-        more = self._scalar(connection, statements.behind, {})
-        if more > 0:
+        # An open transaction that appends has read the table of places already: its events are to come before.
+        connection.exec_driver_sql(statements.lock_events)
+        more = max(0, self._behind(connection))
+        if more:
             connection.exec_driver_sql(statements.rebase.sql, statements.rebase.parameters({"more": more}))
-        return max(0, int(more))
+        return more
+
+    def _behind(self, connection: Connection) -> int:
+        behind: int | None = self._scalar(connection, self.statements(connection).behind, {})
+        if behind is None:
+            raise StoreError(_NO_START.format(self.tables.place.fullname))
+        return behind
 
     def explain(self, connection: Connection, error: DBAPIError) -> None:
         """Raise what says better than ``error`` what has failed, if there is such."""
         error.hide_parameters = True  # an error is logged, and an event must not be
         if conflicts(error):
-            raise ConflictError("another transaction appends to the same stream: begin yours again") from error
+            raise ConflictError("another transaction writes to the same stream: begin yours again") from error
         if lacks_table(error):
             raise describe_failure(error, connection.engine.url, self.tables.events.fullname, STREAMS) from error
 

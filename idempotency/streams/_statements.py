@@ -26,6 +26,9 @@ from idempotency._sql.send import Compiled
 from idempotency._sql.tables import MYSQL, full_name
 from idempotency.streams._table import Tables
 
+PLACES_AT_ONCE = 1000
+"""MariaDB: how many events are given places in one transaction."""
+
 _COLUMNS = "place, stream, version, id, type, type_version, data, headers, created_ms"
 _READ = "place, seq, stream, version, id, type, type_version, data, headers, created_ms"
 _TYPES = {
@@ -135,7 +138,7 @@ class Statements:
         """Read events of one stream, by version."""
         return self._compiled(
             f"SELECT {_READ} FROM {self._events} WHERE stream = :stream AND version > :after AND version <= :until"
-            " AND created_ms <= :until_ms ORDER BY version LIMIT :most"
+            " ORDER BY version LIMIT :most"
         )
 
     @cached_property
@@ -167,7 +170,9 @@ class Statements:
     @cached_property
     def without_place(self) -> Compiled:
         """MariaDB: read which events are committed and have no place."""
-        return self._compiled(f"SELECT seq FROM {self._events} WHERE place IS NULL ORDER BY seq LIMIT 1000")
+        return self._compiled(
+            f"SELECT seq FROM {self._events} WHERE place IS NULL ORDER BY seq LIMIT {PLACES_AT_ONCE}"
+        )
 
     def give_places(self, numbers: list[int]) -> str:
         """MariaDB: give places after ``last`` to the events of these numbers, in their order."""
@@ -182,12 +187,17 @@ class Statements:
         """MariaDB: note that ``count`` places were given."""
         return f"UPDATE {self._place} SET place = place + {int(count)} WHERE id = 1"
 
+    @property
+    def lock_events(self) -> str:
+        """PostgreSQL: wait for those who append, and let others wait until the commit."""
+        return f"LOCK TABLE {self._events.replace(chr(92) + ':', ':')} IN SHARE ROW EXCLUSIVE MODE"
+
     @cached_property
     def behind(self) -> Compiled:
         """PostgreSQL: read by how much the numbers of transactions are behind the places of events."""
         return self._compiled(
             f"SELECT (SELECT coalesce(max(place), 0) FROM {self._events}) + 1"
-            f" - (SELECT place FROM {self._place} WHERE id = 1) - txid_current()"
+            f" - (SELECT place FROM {self._place} WHERE id = 1) - txid_snapshot_xmax(txid_current_snapshot())"
         )
 
     @cached_property
@@ -197,10 +207,11 @@ class Statements:
 
     @cached_property
     def snapshot(self) -> Compiled:
-        """Read a snapshot, if it is not after ``until``."""
+        """Read a snapshot, if it is not after ``until``, and whether the stream has its version."""
         return self._compiled(
-            f"SELECT version, type_version, data FROM {self._snapshots}"
-            " WHERE stream = :stream AND type = :type AND version <= :until"
+            "SELECT version, type_version, data, EXISTS (SELECT 1 FROM"
+            f" {self._events} AS event WHERE event.stream = :stream AND event.version = snapshot.version)"
+            f" FROM {self._snapshots} AS snapshot WHERE stream = :stream AND type = :type AND version <= :until"
         )
 
     @cached_property

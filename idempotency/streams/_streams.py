@@ -17,6 +17,7 @@ from idempotency._results.versioned import Versioned
 from idempotency._sql.sessions import as_async, as_sync, connection_of
 from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
 from idempotency.operation import current
+from idempotency.streams._delay import Delay, find_delay
 from idempotency.streams._fold import Fold, Until, check_until
 from idempotency.streams._position import Appended, Position, RecordedEvent
 from idempotency.streams._reached import Reached, Row
@@ -216,11 +217,22 @@ class Streams:
         with engine.begin() as connection:
             self._reached.tables.create(connection)
 
+    async def delayed_by(self, session: AnyAsync) -> Delay | None:
+        """Return the oldest open transaction that :meth:`read_all` waits for; None if there is none.
+
+        Only PostgreSQL has such. There it is any transaction that has written, in any database of the server.
+        """
+        return await as_async(session, "delayed_by").run_sync(_delay)
+
+    def delayed_by_sync(self, session: AnySync) -> Delay | None:
+        """See :meth:`delayed_by`."""
+        return _delay(as_sync(session, "delayed_by"))
+
     async def rebase(self, session: AnyAsync) -> int:
         """Let new events come after the old ones, once a dump was restored in another server of PostgreSQL.
 
-        The numbers of transactions are lower there. Call it before anything is appended; it returns by how much they
-        were lower, 0 where nothing was to be done.
+        The numbers of transactions are lower there, and until it was called nothing can be appended or read. It returns
+        by how much they were lower, 0 where nothing was to be done.
         """
         return await as_async(session, "rebase").run_sync(lambda own: self._reached.rebase(_connection(own)))
 
@@ -233,7 +245,7 @@ class Streams:
         return [self._event(row) for row in self._reached.read_all(_connection(session), after, most)]
 
     def _page(self, session: AnySync, stream: str, after: int) -> list[RecordedEvent]:
-        rows = self._reached.read(_connection(session), _name(stream), after, None, None, _PAGE)
+        rows = self._reached.read(_connection(session), _name(stream), after, None, _PAGE)
         return [self._event(row) for row in rows]
 
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
@@ -309,6 +321,10 @@ class Streams:
 
 def _connection(session: AnySync) -> Connection:
     return connection_of(session, _NO_TRANSACTION)
+
+
+def _delay(session: AnySync) -> Delay | None:
+    return find_delay(_connection(session))
 
 
 def _name(stream: str) -> str:
