@@ -21,6 +21,7 @@ _OLDEST = text(
     ) AS writing ORDER BY age DESC LIMIT 1
     """
 )
+_CLEAR = text("SELECT pg_stat_clear_snapshot()")
 
 
 class Delay(NamedTuple):
@@ -46,5 +47,7 @@ def find_delay(connection: Connection) -> Delay | None:
     """Return what delays readers; None if nothing does, as on every database but PostgreSQL."""
     if connection.dialect.name != "postgresql":
         return None
+    # Within a transaction, what was seen once is shown again.
+    connection.execute(_CLEAR)
     found = connection.execute(_OLDEST).one_or_none()
     return None if found is None else Delay(*found)

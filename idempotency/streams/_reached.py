@@ -173,12 +173,13 @@ class Reached:
             # A replica: its primary gives places, and what has none is read later.
 
     def _give_places(self, own: Connection, statements: Statements) -> int:
-        if self._scalar(own, statements.last_place, {}) is None:
+        last = self._scalar(own, statements.last_place, {})
+        if last is None:
             raise StoreError(_NO_START.format(self.tables.place.fullname))
         # Not a locking read: events of open transactions are not seen, nor waited for.
         numbers = [row[0] for row in self._rows(own, statements.without_place, {})]
         if numbers:
-            own.exec_driver_sql(statements.give_places(numbers))
+            own.exec_driver_sql(statements.give_places(last, numbers))
             own.exec_driver_sql(statements.raise_last_place(len(numbers)))
         own.commit()
         return len(numbers)

@@ -172,9 +172,7 @@ async def test_a_repeated_command_meets_its_own_events(ledger: Ledger, streams: 
 
 @stores
 @pytest.mark.parametrize("first", [1, 101], ids=["short", "in parts"])
-async def test_a_repeated_command_with_other_events_is_a_conflict(
-    ledger: Ledger, streams: Streams, first: int
-) -> None:
+async def test_a_repeated_command_with_other_events_is_a_conflict(ledger: Ledger, streams: Streams, first: int) -> None:
     """It had appended a withdrawal, and now deposits too, before or after it: nothing more is appended."""
     store = MemoryStore()
     runs = [[Withdrawn(1)], [*[Deposited(1)] * first, Withdrawn(1)], [Withdrawn(1), *[Deposited(1)] * first]]
