@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from inspect import Signature
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection
@@ -41,7 +42,7 @@ class Fold(Generic[S]):
             raise ConfigurationError("snapshot= says what snapshots are; snapshot_every= says when they are written")
         if every is not None and snapshot is None:
             kind = return_annotation(apply)
-            if not isinstance(kind, type):
+            if not isinstance(kind, type) or kind is Signature.empty:
                 raise ConfigurationError("snapshot_every= needs the type of the state: annotate what apply returns")
             snapshot = Versioned(kind)
         return cls(apply, initial, snapshot, every)
