@@ -28,11 +28,11 @@ _MOST_ROWS = 100
 _LAST = 2**63 - 1
 _NOT_UNIQUE = frozenset({"23505", 1062, 1555, 2067})
 _CHECKED = "idempotency.streams"
-_NO_START = "{} has no row: run `idempotency schema create --streams`, or insert it as streams_sql() does"
+_NO_START = "{} has no row: run `idempotency schema create --streams TABLE`, or insert it as streams_sql() does"
 _OTHERS = "an earlier run of this operation has appended other events than these to {}: roll the transaction back"
 
 STREAMS = MadeBy(
-    "idempotency schema create --streams",
+    "idempotency schema create --streams TABLE",
     "Streams.create_schema() or create_schema_sync()",
     "idempotency.streams.streams_table",
 )

@@ -46,6 +46,7 @@ class Statements:
         self._events, self._snapshots, self._place = (
             full_name(connection, each).replace(":", "\\:") for each in tables.all
         )
+        self._name = tables.events.name
         self._appends: dict[int, Compiled] = {}
         self._owns: dict[int, Compiled] = {}
 
@@ -116,20 +117,26 @@ class Statements:
     @cached_property
     def newest_version(self) -> Compiled:
         """MariaDB: read the version that a stream has now; the snapshot of a transaction may show an older one."""
-        return self._compiled(f"SELECT max(version) FROM {self._events} WHERE stream = :stream LOCK IN SHARE MODE")
+        locked = self._locked("version")
+        return self._compiled(f"SELECT max(version) FROM {locked} WHERE stream = :stream LOCK IN SHARE MODE")
 
     @cached_property
     def lock_first(self) -> Compiled:
         """MariaDB: wait for those who append to a stream. Of two who both lock its last event, one would fail."""
-        return self._compiled(f"SELECT seq FROM {self._events} WHERE stream = :stream AND version = 1 FOR UPDATE")
+        locked = self._locked("version")
+        return self._compiled(f"SELECT seq FROM {locked} WHERE stream = :stream AND version = 1 FOR UPDATE")
+
+    def _locked(self, index: str) -> str:
+        """MariaDB: name the table and an index, without which a small table is scanned, and others are waited for."""
+        return f"{self._events} FORCE INDEX ({self._name}_{index})"
 
     def own(self, count: int) -> Compiled:
         """Read which of ``count`` events are there, by their ids, with their streams and versions."""
         if count not in self._owns:
             ids = ", ".join(self._bind("id", number) for number in range(1, count + 1))
-            lock = " LOCK IN SHARE MODE" if self.name in MYSQL else ""
+            events, lock = (self._locked("id"), " LOCK IN SHARE MODE") if self.name in MYSQL else (self._events, "")
             self._owns[count] = self._compiled(
-                f"SELECT stream, version FROM {self._events} WHERE id IN ({ids}) ORDER BY version{lock}"
+                f"SELECT stream, version FROM {events} WHERE id IN ({ids}) ORDER BY version{lock}"
             )
         return self._owns[count]
 

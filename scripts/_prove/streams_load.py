@@ -41,13 +41,17 @@ class Counted:
 
 @dataclass(frozen=True)
 class Load:
-    """Where, and how much: each writer appends ``each`` events to one of ``streams``, and ``hold`` is in seconds."""
+    """Where, and how much: each writer appends ``each`` events to one of ``streams``.
+
+    ``hold`` and ``rest`` are in seconds.
+    """
 
     url: str
     table: str
     streams: int
     each: int
     hold: float
+    rest: float
     directory: str
     """In it are the files ``written``, once all have written, and ``total``, in which is how many events there are."""
 
@@ -133,7 +137,7 @@ def hold(load: Load) -> int:
             events.append_sync(connection, "held", [Written(-1, number)])
             time.sleep(load.hold)
         number += 1
-        time.sleep(load.hold / 4)
+        time.sleep(load.rest)
     engine.dispose()
     return number
 

@@ -122,7 +122,7 @@ async def test_autocommit_is_refused(ledger: Ledger, streams: Streams) -> None:
 async def test_a_missing_table_is_named_with_the_command(ledger: Ledger) -> None:
     missing = Streams(TYPES, "stream_that_is_missing")
     async with ledger.sessions() as session:
-        with pytest.raises(StoreError, match=r"no table stream_that_is_missing.*schema create --streams"):
+        with pytest.raises(StoreError, match=r"no table stream_that_is_missing.*schema create --streams TABLE"):
             await missing.append(session, "a", [Deposited(1)])
 
 

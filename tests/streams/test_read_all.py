@@ -192,9 +192,13 @@ async def test_a_table_of_places_without_its_row_is_refused(ledger: Ledger, stre
     """A migration has made the tables, and not inserted the row: nothing is appended that nobody would read."""
     async with ledger.sessions.begin() as session:
         await session.execute(text(f"DELETE FROM {ledger.name}_ev_place"))
-    with pytest.raises(StoreError, match=r"_place has no row: run `idempotency schema create --streams`"):
+
+    async def append_and_read() -> None:
         await append(ledger, streams, "a", 1)
         await all_of(ledger, streams)
+
+    with pytest.raises(StoreError, match=r"_place has no row: run `idempotency schema create --streams TABLE`"):
+        await append_and_read()
     await streams.create_schema(ledger.engine)  # type: ignore[arg-type]
 
     await append(ledger, streams, "a", 1)
