@@ -22,6 +22,7 @@ from tests.kit.paths import ROOT
         "docs/profiles.md",
         "docs/tools.md",
         "docs/sagas.md",
+        "docs/streams.md",
         "docs/transactions.md",
         "docs/webhooks.md",
     ],

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
@@ -44,6 +45,7 @@ MESSAGES = blocks("messages.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 SAGAS = blocks("sagas.md")
+STREAMS = blocks("streams.md")
 TRANSACTIONS = blocks("transactions.md")
 OUTBOX = blocks("outbox.md")
 WEBHOOKS = blocks("webhooks.md")
@@ -427,3 +429,39 @@ async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., d
     ]
     assert len(keys) == 6
     await names["store"].aclose()
+
+
+async def test_the_code_for_streams_appends_and_follows(
+    run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is withdrawn is an event, what is not covered is none, and an old event is read by the newer code."""
+    from idempotency.streams import Position, Streams, Versioned
+
+    [append], [upcast], [follow] = (
+        STREAMS[each] for each in ("Append and load", "Types that change", "Read all events")
+    )
+    names = run(append)
+    events, engine = names["events"], names["engine"]
+    await events.create_schema(engine)
+    async with names["Session"].begin() as session:
+        await events.append(session, "account-7", [names["Deposited"](80)])
+    await names["withdraw"]("account-7", 30)
+    with pytest.raises(ValueError, match="not covered"):
+        await names["withdraw"]("account-7", 60)
+    assert str(await run(follow)["follow"](Position())) == "0.2"
+    run(upcast)
+
+    @dataclass
+    class Old:
+        cents: int
+
+    async with names["Session"].begin() as session:
+        await Streams([Versioned(Old, name="Withdrawn")]).append(session, "account-8", [Old(5)])
+    await names["follow"](Position(0, 2))
+    await engine.dispose()
+
+    assert capsys.readouterr().out.splitlines() == [
+        "account-7 1 Deposited(amount=80)",
+        "account-7 2 Withdrawn(amount=30)",
+        "account-8 1 Withdrawn(amount=5)",
+    ]
