@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -91,12 +92,14 @@ async def main(directory: str) -> None:
             # Of two withdrawals that have seen the same balance, one is refused, and looks again.
             return (await events.append(session, "account-7", [Withdrawn(amount, purpose)], expected=version)).version
 
+        pay_in: Any = deposit  # the decorator gives them their sessions
+        pay_out: Any = withdraw
         for _ in range(2):  # the answer was lost, and the command is repeated
-            await deposit("d-1", 80)
-        await deposit("d-2", 40)
-        rent = await withdraw("w-1", 70, "rent")
+            await pay_in("d-1", 80)
+        await pay_in("d-2", 40)
+        rent = await pay_out("w-1", 70, "rent")
         try:
-            await withdraw("w-2", 60, "a bicycle")
+            await pay_out("w-2", 60, "a bicycle")
         except NotCoveredError as refused:
             print(f"refused: {refused}")
         async with sessions.begin() as session:

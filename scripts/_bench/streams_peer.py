@@ -30,7 +30,7 @@ class Peer:
                     pass
 
         class Accounts(application.Application):  # type: ignore[misc]
-            notification_log_section_size = _PAGE
+            log_section_size = _PAGE
 
         place = make_url(url)
         self._account = Account
