@@ -62,8 +62,10 @@ class Reached:
         if is_autocommit(connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, with which events commit")
         self._check_places(connection)
+        after = expected or 0
         for tried in range(1 if expected is not None else MOST_TRIES):
-            after = self.version(connection, stream, tried > 0) if expected is None else expected
+            if expected is None:
+                after = self.version(connection, stream, tried > 0)
             if self._can_follow(connection, stream, expected) and self._append(connection, stream, rows, after):
                 return Appended(stream, after + len(rows))
             earlier = self._own(connection, stream, rows)

@@ -30,7 +30,7 @@ PLACES_AT_ONCE = 1000
 """MariaDB: how many events are given places in one transaction."""
 
 _COLUMNS = "place, stream, version, id, type, type_version, data, headers, created_ms"
-_READ = "place, seq, stream, version, id, type, type_version, data, headers, created_ms"
+_READ = "place, seq, stream, version, {}, type, type_version, data, headers, created_ms"
 _TYPES = {
     **{"version": "bigint", "id": "uuid", "type": "varchar", "type_version": "smallint", "data": "text"},
     **{"headers": "text", "stream": "varchar", "expected": "bigint"},
@@ -49,6 +49,11 @@ class Statements:
         self._name = tables.events.name
         self._appends: dict[int, Compiled] = {}
         self._owns: dict[int, Compiled] = {}
+
+    @property
+    def _read(self) -> str:
+        # A driver would make an object of each id, and that a text.
+        return _READ.format("CAST(id AS text)" if self.name == "postgresql" else "id")
 
     def _compiled(self, sql: str) -> Compiled:
         return Compiled(text(sql), self._dialect)
@@ -144,7 +149,7 @@ class Statements:
     def read(self) -> Compiled:
         """Read events of one stream, by version."""
         return self._compiled(
-            f"SELECT {_READ} FROM {self._events} WHERE stream = :stream AND version > :after AND version <= :until"
+            f"SELECT {self._read} FROM {self._events} WHERE stream = :stream AND version > :after AND version <= :until"
             " ORDER BY version LIMIT :most"
         )
 
@@ -162,7 +167,7 @@ class Statements:
             case _:
                 bound = "place > :place"
         order = "seq" if self.name == "sqlite" else "place, seq"
-        return self._compiled(f"SELECT {_READ} FROM {self._events} WHERE {bound} ORDER BY {order} LIMIT :most")
+        return self._compiled(f"SELECT {self._read} FROM {self._events} WHERE {bound} ORDER BY {order} LIMIT :most")
 
     @cached_property
     def position(self) -> Compiled:

@@ -304,7 +304,7 @@ class Streams:
         return RecordedEvent(
             stream=row[2],
             version=row[3],
-            id=str(row[4]),
+            id=row[4],
             type=row[5],
             data=self._data(row),
             position=None if row[0] is None else Position(row[0], row[1]),
