@@ -40,6 +40,7 @@ PROBES = {
     "_outbox/*": "inspects errors of drivers",
     "outbox/*": "imports by name, and inspects clients of brokers",
     "saga/_undo.py": "inspects functions, and finds them in modules",
+    "streams/__init__.py": "imports by name",
     "stores/base.py": "asks which verbs a store has: the only place that does",
     "stores/redis/*": "inspects clients of redis-py",
     "stores/sql/*": "inspects objects of SQLAlchemy and of drivers",

@@ -28,6 +28,7 @@ from tests.kit.paths import ROOT
         "docs/tools.md",
         "docs/sagas.md",
         "docs/startup.md",
+        "docs/streams.md",
         "docs/telemetry.md",
         "docs/transactions.md",
         "docs/webhooks.md",

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType, SimpleNamespace
@@ -52,6 +53,7 @@ OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
 SAGAS = blocks("sagas.md")
 TELEMETRY = blocks("telemetry.md")
+STREAMS = blocks("streams.md")
 TRANSACTIONS = blocks("transactions.md")
 TUTORIAL = blocks("tutorial.md")
 README = blocks("../README.md")
@@ -754,3 +756,39 @@ app, celery = FastAPI(), Celery("shop")
         assert await session.scalar(select(func.count()).select_from(names["Order"])) == 1
     names["sync_engine"].dispose()
     await names["engine"].dispose()
+
+
+async def test_the_code_for_streams_appends_and_follows(
+    run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is withdrawn is an event, what is not covered is none, and an old event is read by the newer code."""
+    from idempotency.streams import Position, Streams, Versioned
+
+    [append], [upcast], [follow] = (
+        STREAMS[each] for each in ("Append and load", "Types that change", "Read all events")
+    )
+    names = run(append)
+    events, engine = names["events"], names["engine"]
+    await events.create_schema(engine)
+    async with names["Session"].begin() as session:
+        await events.append(session, "account-7", [names["Deposited"](80)])
+    await names["withdraw"]("account-7", 30)
+    with pytest.raises(ValueError, match="not covered"):
+        await names["withdraw"]("account-7", 60)
+    assert str(await run(follow)["follow"](Position())) == "0.2"
+    run(upcast)
+
+    @dataclass
+    class Old:
+        cents: int
+
+    async with names["Session"].begin() as session:
+        await Streams([Versioned(Old, name="Withdrawn")]).append(session, "account-8", [Old(5)])
+    await names["follow"](Position(0, 2))
+    await engine.dispose()
+
+    assert capsys.readouterr().out.splitlines() == [
+        "account-7 1 Deposited(amount=80)",
+        "account-7 2 Withdrawn(amount=30)",
+        "account-8 1 Withdrawn(amount=5)",
+    ]

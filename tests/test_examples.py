@@ -147,6 +147,18 @@ def test_book_trip_agent() -> None:
     assert {line[22:] for line in killed} == {" flight, hotel"}
 
 
+def test_account() -> None:
+    """A repeated deposit is one entry, a reversal restores the balance, and each version has its own."""
+    assert run("account.py") == [
+        "refused: 50 is less than 60",
+        "conflict: account-7 is not at version 3: load it again, and decide again",
+        "1  Deposited(amount=80)  balance 80",
+        "2  Deposited(amount=40)  balance 120",
+        "3  Withdrawn(amount=70, purpose='rent')  balance 50",
+        "4  Reversed(version=3, amount=70)  balance 120",
+    ]
+
+
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]

@@ -34,6 +34,7 @@ from idempotency._cli.records import (
 from idempotency._cli.relay import relay
 from idempotency._cli.saga import examine_sagas
 from idempotency._cli.saga import saga as saga_commands
+from idempotency._cli.streams import StreamsTable, create_streams, examine_streams
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.saga import SagaOperations
@@ -249,6 +250,7 @@ def doctor(
     outbox: Annotated[str | None, typer.Option(help="SQL: the outbox's table, default outbox if it is there.")] = None,
     publish: Publish = None,
     lease: Lease = DEFAULT_LEASE,
+    streams: StreamsTable = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -257,14 +259,14 @@ def doctor(
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
         of_outbox = await examine_outbox(store, outbox, publish, lease)
-        of_sagas = await examine_sagas(opened)
-        return [*of_store, *(finding for finding in (*of_outbox, *of_sagas) if finding not in of_store)]
+        others = (*of_outbox, *await examine_sagas(opened), *await examine_streams(store, streams))
+        return [*of_store, *(finding for finding in others if finding not in of_store)]
 
     show.print_findings(run_on_store(open_named, examine, store, table, prefix, key_file), as_json)
 
 
 @schema.command()
-def create(store: Url = None, table: Table = None, sagas: Sagas = False) -> None:
+def create(store: Url = None, table: Table = None, sagas: Sagas = False, streams: StreamsTable = None) -> None:
     """Create the table and its index where they are missing."""
 
     async def make(opened: AnyStore) -> str:
@@ -272,6 +274,8 @@ def create(store: Url = None, table: Table = None, sagas: Sagas = False) -> None
         if sagas and supports(opened, CreatingSagaSchema):
             await opened.create_saga_schema()
             typer.echo(f"{opened.saga_schema} are there")
+        if streams is not None:
+            typer.echo(f"{await create_streams(store, streams)} are there")
         if not supports(opened, NamingSchema):
             return "the schema is there"
         return f"{opened.schema} is there" if opened.schema else f"{_name_of(opened)} needs no schema"
@@ -284,6 +288,7 @@ def sql(
     dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
     table: Table = None,
     sagas: Sagas = False,
+    streams: StreamsTable = None,
 ) -> None:
     """Print the statements that create the table; needs no store."""
     try:
@@ -294,6 +299,10 @@ def sql(
         typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
         if sagas:
             typer.echo(saga_schema_sql(dialect, table or "idempotency_record"), nl=False)
+        if streams is not None:
+            from idempotency.streams import streams_sql
+
+            typer.echo(streams_sql(dialect, streams), nl=False)
     except IdempotencyError as error:
         fail(str(error))
 

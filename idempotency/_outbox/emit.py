@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
@@ -20,7 +20,7 @@ from idempotency._outbox.message import time_ordered_id, wire_headers
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table, refuses_data
-from idempotency._sql.sessions import is_autocommit
+from idempotency._sql.sessions import as_async, as_sync, connection_of, is_autocommit
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
 from idempotency.operation import Operation, current
 
@@ -28,11 +28,9 @@ NO_TRANSACTION = (
     "There is no transaction to emit in: begin one, or give the middleware or decorator session=. A message commits or"
     " vanishes with what is written beside it."
 )
-_UNBOUND = "the session has no engine for the outbox: give it bind=, or emit on a connection of the effect's engine"
 _ANY_ID = 36 * "0"
 """As long as every id."""
 
-_ASYNCHRONOUS, _SYNCHRONOUS = (AsyncSession, AsyncConnection), (Session, Connection)
 _AUTOCOMMIT = "the connection is in AUTOCOMMIT: a message has no transaction there with which it commits or vanishes"
 
 
@@ -100,7 +98,7 @@ class Outbox:
         Raises :class:`~idempotency.errors.EmitRefusedError` for a message that cannot be written or carried, and
         :class:`~idempotency.errors.TransactionError` where there is no transaction.
         """
-        session = _asynchronous(session)
+        session = as_async(session, "emit")
         row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         await session.run_sync(self.write, [row])
         return str(row["id"])
@@ -117,7 +115,7 @@ class Outbox:
         available_at: datetime | float | None = None,
     ) -> str:
         """See :meth:`emit`."""
-        session = _synchronous(session)
+        session = as_sync(session, "emit")
         row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
         self.write(session, [row])
         return str(row["id"])
@@ -156,7 +154,7 @@ class Outbox:
 
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""
-        connection = _connection_of(session)
+        connection = connection_of(session, NO_TRANSACTION)
         if is_autocommit(connection):
             raise TransactionError(_AUTOCOMMIT)
         table = self.tables.messages.fullname
@@ -189,22 +187,6 @@ def bucket_of(aggregate_type: str, aggregate_id: str) -> int:
     return zlib.crc32(f"{aggregate_type}\0{aggregate_id}".encode()) % BUCKETS
 
 
-def _asynchronous(session: Any) -> AsyncSession | AsyncConnection:
-    own: Any = session() if isinstance(session, async_scoped_session) else session
-    if not isinstance(own, _ASYNCHRONOUS):
-        kind = type(own).__name__
-        raise ConfigurationError(f"emit() takes an AsyncSession or AsyncConnection, not {kind}: is it emit_sync()?")
-    return own
-
-
-def _synchronous(session: Any) -> Session | Connection:
-    own: Any = session() if isinstance(session, scoped_session) else session
-    if not isinstance(own, _SYNCHRONOUS):
-        kind = type(own).__name__
-        raise ConfigurationError(f"emit_sync() takes a Session or Connection, not {kind}: is it await emit()?")
-    return own
-
-
 def _explain(error: DBAPIError | UnicodeError, connection: Connection, table: str) -> None:
     """Raise what says better than ``error`` what has failed, if there is such."""
     if isinstance(error, DBAPIError):
@@ -217,19 +199,6 @@ def _explain(error: DBAPIError | UnicodeError, connection: Connection, table: st
             f"the database refuses the message ({kind}), as it does where it is too large, or where its key or type"
             " has characters that the database or the connection cannot encode"
         ) from error
-
-
-def _connection_of(session: Session | Connection) -> Connection:
-    if isinstance(session, Connection):
-        return session
-    try:
-        return session.connection()
-    except UnboundExecutionError as error:
-        raise ConfigurationError(_UNBOUND) from error
-    except InvalidRequestError as error:
-        if session.in_transaction():
-            raise
-        raise TransactionError(NO_TRANSACTION) from error
 
 
 def _milliseconds(at: datetime | float | None) -> int | None:

@@ -102,7 +102,7 @@ def results_of(function: Callable[..., Any], codec: Codec | None = None) -> Resu
         check_callable("codec.encode", codec.encode)
         check_callable("codec.decode", codec.decode)
         return Results(_CUSTOM, codec.encode, codec.decode)
-    annotation = _return_annotation(function)
+    annotation = return_annotation(function)
     if annotation is bytes:
         return Results(_BYTES, _exact_bytes, bytes)
     shape = PLAIN if annotation is inspect.Signature.empty else shape_of(annotation, _name(function))
@@ -120,7 +120,8 @@ def _through_json(shape: Shape) -> tuple[Callable[[Any], bytes], Callable[[bytes
     return lambda value: dump(to_json(value)), lambda data: from_json(load(data))
 
 
-def _return_annotation(function: Callable[..., Any]) -> Any:
+def return_annotation(function: Callable[..., Any]) -> Any:
+    """Return the annotation of what a function returns, resolved; ``inspect.Signature.empty`` if there is none."""
     plain = inspect.unwrap(function)
     annotation = getattr(plain, "__annotations__", {}).get("return", inspect.Signature.empty)
     if annotation is inspect.Signature.empty:

@@ -1,4 +1,4 @@
-"""The checks of the sessions that the library is given, before it commits with them."""
+"""The checks of the sessions that the library is given, before it writes or commits with them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.exc import InvalidRequestError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from idempotency._sql.commit_guard import TWO_PHASES, install
 from idempotency._sql.engines import level_of
 from idempotency._sql.guarded_connection import COMMITS_BY_ITSELF, commits_by_itself
-from idempotency.errors import ConfigurationError
+from idempotency.errors import ConfigurationError, TransactionError
 
 Sessionmaker = sessionmaker[Any] | async_sessionmaker[Any]
 
@@ -104,3 +105,37 @@ def check_isolation_level(sessions: Sessionmaker) -> None:
             f"the sessions are {level}, under which the record cannot be completed once its lease was renewed: give"
             ' session= an engine with isolation_level="READ COMMITTED"'
         )
+
+
+def as_async(session: Any, verb: str) -> AsyncSession | AsyncConnection:
+    """Return the session or connection that ``verb()`` was given; ConfigurationError for one of the other kind."""
+    own: Any = session() if isinstance(session, async_scoped_session) else session
+    if not isinstance(own, AsyncSession | AsyncConnection):
+        kind = type(own).__name__
+        raise ConfigurationError(f"{verb}() takes an AsyncSession or AsyncConnection, not {kind}: is it {verb}_sync()?")
+    return own
+
+
+def as_sync(session: Any, verb: str) -> Session | Connection:
+    """Return the session or connection that ``verb_sync()`` was given; see :func:`as_async`."""
+    own: Any = session() if isinstance(session, scoped_session) else session
+    if not isinstance(own, Session | Connection):
+        kind = type(own).__name__
+        raise ConfigurationError(f"{verb}_sync() takes a Session or Connection, not {kind}: is it await {verb}()?")
+    return own
+
+
+def connection_of(session: Session | Connection, no_transaction: str) -> Connection:
+    """Return the connection of a session. Raises TransactionError with this text where none can be begun."""
+    if isinstance(session, Connection):
+        return session
+    try:
+        return session.connection()
+    except UnboundExecutionError as error:
+        raise ConfigurationError(
+            "the session has no engine: give it bind=, or give a connection of the effect's engine"
+        ) from error
+    except InvalidRequestError as error:
+        if session.in_transaction():
+            raise
+        raise TransactionError(no_transaction) from error

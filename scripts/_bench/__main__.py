@@ -27,6 +27,8 @@ import record_size
 import report
 import saga
 import saga_report
+import streams
+import streams_report
 import table_size
 import telemetry
 import telemetry_http
@@ -51,6 +53,7 @@ _ALONE = {
     "outbox": "the outbox on PostgreSQL: relays, latency, and what emitting costs",
     "telemetry": "what telemetry adds to a replay",
     "saga": "sagas on PostgreSQL: workflows of five steps",
+    "streams": "streams of events on PostgreSQL: appends, catch-up, and loads with snapshots",
     "http": "requests over HTTP: throughput and latency beside a bare application and raw clients",
 }
 
@@ -120,6 +123,14 @@ async def _saga(urls: Sequence[str], quick: bool) -> None:
     amount = saga.Amount(3, 10) if quick else saga.Amount(7, 50)
     async for costs in saga.measure(url, f"idempotency_bench_{os.getpid()}", amount):
         print(saga_report.saga_rows(costs), flush=True)
+
+
+def _streams(urls: Sequence[str], quick: bool) -> None:
+    url = _postgresql(urls, "streams")
+    print(f"{report.NOISE}\n{streams_report.HEAD}", flush=True)
+    amount = streams.Amount(3, 30) if quick else streams.Amount(7, 100)
+    for row in streams_report.rows(url, f"idempotency_bench_{os.getpid()}", amount):
+        print(row, flush=True)
 
 
 async def _outbox(urls: Sequence[str], quick: bool) -> None:
@@ -225,7 +236,7 @@ def _plan(options: argparse.Namespace) -> http_run.Plan:
 
 def _urls(only: str | None, directory: str) -> list[str]:
     servers = _reachable((*_SERVERS, _MARIADB) if only in ("calls", "console") else _SERVERS)
-    served = ("http", "messages", "outbox", "saga")
+    served = ("http", "messages", "outbox", "saga", "streams")
     # In memory there is no round trip to compare encryption to.
     memory = [] if only in ("encryption", *served) else ["memory://"]
     sqlite = [] if only in served else [f"sqlite+aiosqlite:///{directory}/bench.sqlite3"]
@@ -242,6 +253,8 @@ def main() -> int:
                 asyncio.run(_http(urls, _plan(options)))
             elif options.only == "outbox":
                 asyncio.run(_outbox(urls, options.quick))
+            elif options.only == "streams":
+                _streams(urls, options.quick)
             elif options.only == "saga":
                 asyncio.run(_saga(urls, options.quick))
             else:

@@ -20,6 +20,7 @@ import outbox_chaos
 import saga
 import saga_chaos
 import scenarios
+import streams
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -186,6 +187,8 @@ def main() -> int:
         help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
     )
     parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
+    parser.add_argument("--streams", action="store_true", help="prove streams of events instead, also under load")
+    parser.add_argument("--events", metavar="N", type=int, help="--streams: how many; default: 200,000, or 5,000 quick")
     chaos = parser.add_argument_group("of --outbox and --saga")
     chaos.add_argument(
         "--long",
@@ -206,6 +209,8 @@ def main() -> int:
             return 0 if outbox_chaos.run(outbox_chaos.Amount(options.rows, options.keys, options.seconds)) else 1
         if options.outbox:
             return 0 if outbox.run(options.quick) else 1
+        if options.streams:
+            return 0 if streams.run(options.quick, options.events) else 1
         if options.brokers is not None:
             return 0 if broker_contract.run(options.brokers) else 1
         with given_places(options.store) if options.store else default_places(options.quick) as places:

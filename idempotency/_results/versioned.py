@@ -1,0 +1,83 @@
+"""A type whose values are stored with a version, and read in every version that was ever stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+from idempotency._results.by_annotation import dump, load, shape_of
+from idempotency.errors import ConfigurationError, UnreadableError
+
+T = TypeVar("T")
+Upcast = Callable[[Any], Any]
+_NONE: Mapping[int, Upcast] = MappingProxyType({})
+
+
+class Versioned(Generic[T]):
+    """Name the type of a stored value, its version, and how older versions become this one.
+
+    ``kind``: a dataclass, a pydantic model, or any type that a recorded result may have. ``name`` is what is stored,
+    default the name of the class: give it before you rename the class. ``version`` counts from 1. ``upcast``: for each
+    older version, a function that is given the JSON of that version and returns the JSON of the next one. It must be
+    pure: what is stored is not changed, and is read by these functions for ever.
+
+    It is a codec too, as ``codec=`` of a function or a consumer takes it: recorded results then have a version.
+    Raises :class:`~idempotency.errors.ConfigurationError` for a gap in the chain, and for a type that has no JSON.
+    """
+
+    def __init__(
+        self, kind: type[T], *, name: str | None = None, version: int = 1, upcast: Mapping[int, Upcast] = _NONE
+    ) -> None:
+        self.kind = kind
+        self.name = kind.__name__ if name is None else name
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 255:
+            raise ConfigurationError(f"the name of a stored type must be text of 1 to 255 characters, not {name!r}")
+        if type(version) is not int or not 1 <= version < 2**15:
+            raise ConfigurationError(f"the version of {self.name} must be an integer from 1 on, not {version!r}")
+        missing = sorted(set(range(1, version)) - set(upcast))
+        if missing:
+            gap = f"from version {missing[0]} to {missing[0] + 1}"
+            raise ConfigurationError(f"{self.name} has no upcast {gap}: values of that version could not be read")
+        if unknown := sorted(set(upcast) - set(range(1, version))):
+            raise ConfigurationError(f"{self.name} is of version {version}: it cannot have an upcast from {unknown[0]}")
+        self.version = version
+        self._upcast = dict(upcast)
+        self._shape = shape_of(kind, self.name)
+
+    def __repr__(self) -> str:
+        return f"<Versioned {self.name} {self.version}>"
+
+    def dump(self, value: T) -> bytes:
+        """Write a value as JSON, without its version. Raises TypeError or ValueError where it would not come back."""
+        return dump(self._shape.to_json(value))
+
+    def load(self, version: int, data: bytes | str) -> T:
+        """Read a value that :meth:`dump` of this ``version`` wrote.
+
+        Raises :class:`~idempotency.errors.UnreadableError` for a newer version, and for what is of no version.
+        """
+        if not 1 <= version <= self.version:
+            raise UnreadableError(
+                f"{self.name} is stored in version {version}, and this code reads 1 to {self.version}: deploy the code"
+                " that knows it everywhere before anything writes it"
+            )
+        try:
+            value = load(data)
+            for step in range(version, self.version):
+                value = self._upcast[step](value)
+            read: T = self._shape.from_json(value)
+        except Exception as error:
+            raise UnreadableError(f"what is stored is no {self.name} of version {version}") from error
+        return read
+
+    def encode(self, value: T, /) -> bytes:
+        """Write a value with its version."""
+        return b"%d:%b" % (self.version, self.dump(value))
+
+    def decode(self, data: bytes, /) -> T:
+        """Read what :meth:`encode` wrote, of this version or an older one."""
+        version, colon, body = data.partition(b":")
+        if not (colon and version.isdigit()):
+            raise UnreadableError(f"what is stored is no {self.name}")
+        return self.load(int(version), body)

@@ -1,0 +1,1 @@
+"""Read models: what a stream of events makes, with a checkpoint that moves in the same transaction."""

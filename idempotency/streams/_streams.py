@@ -1,0 +1,341 @@
+"""Streams of events: what happened, in order, in the caller's transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from idempotency._outbox.emit import Outbox
+from idempotency._outbox.message import time_ordered_id
+from idempotency._outbox.payload import encode_headers, headers_as_text, name_of
+from idempotency._results.versioned import Versioned
+from idempotency._sql.sessions import as_async, as_sync, connection_of
+from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
+from idempotency.operation import current
+from idempotency.streams._delay import Delay, find_delay
+from idempotency.streams._fold import Fold, Until, check_until
+from idempotency.streams._position import Appended, Position, RecordedEvent
+from idempotency.streams._reached import Reached, Row
+from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
+
+S = TypeVar("S")
+AnyAsync = AsyncSession | AsyncConnection
+AnySync = Session | Connection
+START = Position()
+
+_PAGE = 500
+_NO_TRANSACTION = "There is no transaction to append in: begin one, or give the middleware or decorator session=."
+
+
+class Streams:
+    """A table of events, in streams: all that happened to one thing, such as ``account-7``.
+
+    ``event_types``: the types of events, each a dataclass, a pydantic model, or a :class:`Versioned` that gives it a
+    name, a version, and what makes older versions readable. ``table`` names the table, default ``stream_event``.
+    ``outbox``: each event is emitted as a message too, with the stream as its key; ``aggregate_type`` is then the type
+    of the key, default ``"stream"``.
+    """
+
+    def __init__(
+        self,
+        event_types: Sequence[type | Versioned[Any]],
+        table: str = DEFAULT_TABLE,
+        *,
+        outbox: Outbox | None = None,
+        aggregate_type: str = "stream",
+    ) -> None:
+        self._by_name: dict[str, Versioned[Any]] = {}
+        self._by_class: dict[type, Versioned[Any]] = {}
+        for each in event_types:
+            known = each if isinstance(each, Versioned) else Versioned(each)
+            if known.name in self._by_name or known.kind in self._by_class:
+                raise ConfigurationError(f"two event types are named {known.name}, or are of one class: give name=")
+            self._by_name[known.name] = self._by_class[known.kind] = known
+        self._reached = Reached(tables_named(table))
+        self._outbox = outbox
+        self._aggregate_type = aggregate_type
+
+    def __repr__(self) -> str:
+        return f"<Streams {self._reached.tables.events.fullname}>"
+
+    async def append(
+        self,
+        session: AnyAsync,
+        stream: str,
+        events: Sequence[object],
+        *,
+        expected: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Appended:
+        """Append events to a stream, in the transaction of ``session``, and return the last version of it.
+
+        ``expected``: the version that the stream must have, 0 for none; None: whatever it has. Inside of an operation
+        the ids are derived from it: a command that is repeated meets its own events, and appends nothing.
+        Raises :class:`ConflictError` where the stream has another version, and then roll the transaction back;
+        :class:`~idempotency.errors.TransactionError` where there is no transaction; and
+        :class:`~idempotency.errors.ConfigurationError` for what cannot be appended.
+        """
+        rows = self._rows(stream, events, expected, headers)
+        return await as_async(session, "append").run_sync(self._append, stream, rows, expected)
+
+    def append_sync(
+        self,
+        session: AnySync,
+        stream: str,
+        events: Sequence[object],
+        *,
+        expected: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Appended:
+        """See :meth:`append`."""
+        rows = self._rows(stream, events, expected, headers)
+        return self._append(as_sync(session, "append"), stream, rows, expected)
+
+    async def load(
+        self,
+        session: AnyAsync,
+        stream: str,
+        apply: Callable[[Any, Any], S],
+        *,
+        initial: Any = None,
+        snapshot_every: int | None = None,
+        snapshot: Versioned[S] | None = None,
+        until: Until = None,
+    ) -> S:
+        """Return what ``apply`` makes of the events of a stream, one after the other, beginning with ``initial``.
+
+        ``apply(state, event)`` returns the next state. ``snapshot_every``: after so many events the state is stored,
+        in this transaction, and the next load begins there; ``snapshot`` describes its type, default what ``apply`` is
+        annotated to return. ``until``: a version, or a time with its zone: the state as it was then.
+        """
+        fold = Fold.of(apply, initial, snapshot_every, snapshot)
+        return (await as_async(session, "load").run_sync(self._load, stream, fold, until))[0]
+
+    def load_sync(
+        self,
+        session: AnySync,
+        stream: str,
+        apply: Callable[[Any, Any], S],
+        *,
+        initial: Any = None,
+        snapshot_every: int | None = None,
+        snapshot: Versioned[S] | None = None,
+        until: Until = None,
+    ) -> S:
+        """See :meth:`load`."""
+        fold = Fold.of(apply, initial, snapshot_every, snapshot)
+        return self._load(as_sync(session, "load"), stream, fold, until)[0]
+
+    async def load_versioned(
+        self,
+        session: AnyAsync,
+        stream: str,
+        apply: Callable[[Any, Any], S],
+        *,
+        initial: Any = None,
+        snapshot_every: int | None = None,
+        snapshot: Versioned[S] | None = None,
+    ) -> tuple[S, int]:
+        """Return the state as :meth:`load` does, and the version of the stream, which the next append expects."""
+        fold = Fold.of(apply, initial, snapshot_every, snapshot)
+        return await as_async(session, "load_versioned").run_sync(self._load, stream, fold, None)
+
+    def load_versioned_sync(
+        self,
+        session: AnySync,
+        stream: str,
+        apply: Callable[[Any, Any], S],
+        *,
+        initial: Any = None,
+        snapshot_every: int | None = None,
+        snapshot: Versioned[S] | None = None,
+    ) -> tuple[S, int]:
+        """See :meth:`load_versioned`."""
+        fold = Fold.of(apply, initial, snapshot_every, snapshot)
+        return self._load(as_sync(session, "load_versioned"), stream, fold, None)
+
+    async def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
+        """Read the events of a stream after a version, in order."""
+        own, full = as_async(session, "read"), True
+        while full:
+            page = await own.run_sync(self._page, stream, after)
+            for event in page:
+                yield event
+                after = event.version
+            full = len(page) == _PAGE
+
+    def read_sync(self, session: AnySync, stream: str, *, after: int = 0) -> Iterator[RecordedEvent]:
+        """See :meth:`read`."""
+        own, full = as_sync(session, "read"), True
+        while full:
+            page = self._page(own, stream, after)
+            yield from page
+            after, full = page[-1].version if page else after, len(page) == _PAGE
+
+    async def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
+        """Read the events of all streams after a position, in the order in which they were committed, without a gap.
+
+        It ends where an open transaction may still append. What that one appends comes after the position of every
+        event that was read. Read in a transaction that is not REPEATABLE READ, or in a new one each time.
+        """
+        own, full = as_async(session, "read_all"), True
+        while full:
+            page = await own.run_sync(self.page_of_all, after, _PAGE)
+            for event in page:
+                yield event
+                after = event.position or after
+            full = len(page) == _PAGE
+
+    def read_all_sync(self, session: AnySync, *, after: Position = START) -> Iterator[RecordedEvent]:
+        """See :meth:`read_all`."""
+        own, full = as_sync(session, "read_all"), True
+        while full:
+            page = self.page_of_all(own, after, _PAGE)
+            yield from page
+            after, full = (page[-1].position or after) if page else after, len(page) == _PAGE
+
+    async def position(self, session: AnyAsync, appended: Appended) -> Position | None:
+        """Return the position of an event; None while its database has not given it one, as MariaDB before a commit."""
+        return await as_async(session, "position").run_sync(self._position, appended)
+
+    def position_sync(self, session: AnySync, appended: Appended) -> Position | None:
+        """See :meth:`position`."""
+        return self._position(as_sync(session, "position"), appended)
+
+    async def create_schema(self, engine: AsyncEngine) -> None:
+        """Create the tables where they are missing; safe in any number of processes at once."""
+        async with engine.begin() as connection:
+            await connection.run_sync(self._reached.tables.create)
+
+    def create_schema_sync(self, engine: Engine) -> None:
+        """See :meth:`create_schema`."""
+        with engine.begin() as connection:
+            self._reached.tables.create(connection)
+
+    async def delayed_by(self, session: AnyAsync) -> Delay | None:
+        """Return the oldest open transaction that :meth:`read_all` waits for; None if there is none.
+
+        Only PostgreSQL has such. There it is any transaction that has written, in any database of the server.
+        """
+        return await as_async(session, "delayed_by").run_sync(_delay)
+
+    def delayed_by_sync(self, session: AnySync) -> Delay | None:
+        """See :meth:`delayed_by`."""
+        return _delay(as_sync(session, "delayed_by"))
+
+    async def rebase(self, session: AnyAsync) -> int:
+        """Let new events come after the old ones, once a dump was restored in another server of PostgreSQL.
+
+        The numbers of transactions are lower there, and until it was called nothing can be appended or read. It returns
+        by how much they were lower, 0 where nothing was to be done.
+        """
+        return await as_async(session, "rebase").run_sync(lambda own: self._reached.rebase(_connection(own)))
+
+    def rebase_sync(self, session: AnySync) -> int:
+        """See :meth:`rebase`."""
+        return self._reached.rebase(_connection(as_sync(session, "rebase")))
+
+    def page_of_all(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
+        """Read at most so many events of all streams after a position."""
+        return [self._event(row) for row in self._reached.read_all(_connection(session), after, most)]
+
+    def _page(self, session: AnySync, stream: str, after: int) -> list[RecordedEvent]:
+        rows = self._reached.read(_connection(session), _name(stream), after, None, _PAGE)
+        return [self._event(row) for row in rows]
+
+    def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
+        connection = _connection(session)
+        appended = self._reached.append(connection, stream, rows, expected)
+        if self._outbox is not None and appended.new:
+            self._outbox.write(session, [self._message(stream, row) for row in rows])
+        return appended
+
+    def _load(self, session: AnySync, stream: str, fold: Fold[S], until: Until) -> tuple[S, int]:
+        check_until(until)
+        return fold.load(self._reached, _connection(session), _name(stream), self._data, until)
+
+    def _position(self, session: AnySync, appended: Appended) -> Position | None:
+        return self._reached.position(_connection(session), appended.stream, appended.version)
+
+    def _rows(
+        self, stream: str, events: Sequence[object], expected: int | None, headers: Mapping[str, str] | None
+    ) -> list[Row]:
+        _name(stream)
+        if expected is not None and (type(expected) is not int or expected < 0):
+            raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
+        if not events:
+            raise ConfigurationError("there are no events to append")
+        written = headers_as_text(encode_headers(headers))
+        kinds = [self._kind_of(event) for event in events]
+        datas = [_dump(kind, event) for kind, event in zip(kinds, events, strict=True)]
+        operation = current()
+        return [
+            {
+                "id": time_ordered_id() if operation is None else operation.next_message_id("event", stream, kind.name),
+                "type": kind.name,
+                "type_version": kind.version,
+                "data": data,
+                "headers": written,
+            }
+            for kind, data in zip(kinds, datas, strict=True)
+        ]
+
+    def _kind_of(self, event: object) -> Versioned[Any]:
+        kind = self._by_class.get(type(event))
+        if kind is None:
+            known = ", ".join(sorted(self._by_name)) or "none"
+            raise ConfigurationError(f"{type(event).__name__} is not in event_types, which has {known}")
+        return kind
+
+    def _data(self, row: Any) -> Any:
+        kind = self._by_name.get(row[5])
+        if kind is None:
+            raise UnreadableError(
+                f"{row[2]} has an event of type {row[5]}, which is not in event_types: deploy the code that knows it"
+            )
+        return kind.load(row[6], row[7])
+
+    def _event(self, row: Any) -> RecordedEvent:
+        return RecordedEvent(
+            stream=row[2],
+            version=row[3],
+            id=row[4],
+            type=row[5],
+            data=self._data(row),
+            position=None if row[0] is None else Position(row[0], row[1]),
+            at=row[9] / 1000,
+            headers=json.loads(row[8]) if row[8] else {},
+        )
+
+    def _message(self, stream: str, row: Row) -> dict[str, Any]:
+        assert self._outbox is not None
+        headers = json.loads(row["headers"]) if row["headers"] else None
+        message = self._outbox.row(self._aggregate_type, stream, row["type"], row["data"].encode(), headers, None)
+        return {**message, "id": row["id"]}
+
+
+def _connection(session: AnySync) -> Connection:
+    return connection_of(session, _NO_TRANSACTION)
+
+
+def _delay(session: AnySync) -> Delay | None:
+    return find_delay(_connection(session))
+
+
+def _name(stream: str) -> str:
+    try:
+        return name_of("stream", stream, MOST_CHARACTERS)
+    except EmitRefusedError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _dump(kind: Versioned[Any], event: object) -> str:
+    try:
+        return kind.dump(event).decode()
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{kind.name} cannot be written: {error}") from error
