@@ -142,7 +142,7 @@ class AsyncProjection(Worker):
         """
         await self._prepare()
         async with self._transaction() as session:
-            mine, _ = await do(session, self._rows.lock_both, self._name)
+            mine = await do(session, self._lock_both)
             at, applied = mine.position, 0
             while page := await do(session, self._page, at, self._most):
                 applied += len(page)

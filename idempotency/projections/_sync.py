@@ -123,7 +123,7 @@ class SyncProjection(Worker):
         """See :meth:`AsyncProjection.switch`."""
         self._prepare()
         with self._transaction() as session:
-            mine, _ = do_sync(session, self._rows.lock_both, self._name)
+            mine = do_sync(session, self._lock_both)
             at, applied = mine.position, 0
             while page := do_sync(session, self._page, at, self._most):
                 applied += len(page)

@@ -17,8 +17,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from idempotency._sql.commit_guard import SESSION_ENDED
 from idempotency._sql.sessions import connection_of
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.projections._rows import DROPPED, RUNNING, AnySync, Mark, Name, Rows
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent, ProjectionHook, emit_projection_event
@@ -35,6 +36,9 @@ STOPPED_PAUSE = 1.0
 
 AWAY_PAUSE = 5.0
 """Seconds, the longest pause while the database is away."""
+
+_LOCKED = "idempotency: has the lock of a projection"
+"""A key of ``session.info``, whose value is the transaction that has the lock."""
 
 _NO_TRANSACTION = "There is no transaction to read in: begin one."
 
@@ -143,22 +147,30 @@ class Worker:
     def _most(self) -> int:
         return 1 if self._one_by_one else self._definition.batch or PAGE
 
-    def _lock(self, session: AnySync) -> Mark:
+    def _lock(self, session: Session) -> Mark:
         mark = self._rows.lock(session, self._name)
         if mark is None:
             raise StoreError("the checkpoint was deleted while the projection runs: start it again")
         if mark.state != RUNNING:
             raise self._stopped(mark)
+        session.info[_LOCKED] = session.get_transaction()
         return mark
+
+    def _lock_both(self, session: Session) -> Mark:
+        mine, _ = self._rows.lock_both(session, self._name)
+        session.info[_LOCKED] = session.get_transaction()
+        return mine
 
     def _page(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
         return self._definition.feed().page_of_all(session, after, most)
 
-    def _moved(self, session: AnySync, page: Sequence[RecordedEvent]) -> None:
+    def _moved(self, session: Session, page: Sequence[RecordedEvent]) -> None:
+        if session.get_transaction() is not session.info[_LOCKED]:
+            raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
         position = page[-1].position
         assert position is not None, "what is read in the order of all events has its position"
         if not self._rows.move(session, self._name, position):
-            raise StoreError("the checkpoint has moved under its lock: was the transaction begun again?")
+            raise StoreError("the checkpoint has moved under its lock")
 
     def _failed_at(self, session: AnySync, mark: Mark) -> str:
         found = self._definition.feed().peek(session, mark.position)
@@ -182,6 +194,8 @@ class Worker:
         return at is not None and at >= position
 
     def _lag(self, session: AnySync) -> float:
+        # MariaDB: first the events that are committed get their places, then the snapshot of this transaction begins.
+        self._definition.feed().peek(session, Position())
         mark = self._rows.find(session, self._name)
         after = Position() if mark is None else mark.position
         found = self._definition.feed().peek(session, after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from idempotency.projections import (
     create_projections_schema_sync,
     projection,
 )
-from idempotency.streams import Appended, Streams
+from idempotency.streams import Appended, ConflictError, Position, Streams
 from tests.kit.targets import Target
 
 KINDS = ("sqlite", "postgres", "mariadb")
@@ -90,12 +90,31 @@ class Bank:
         return apply
 
     async def append(self, *amounts: int, stream: str = "a") -> Appended:
-        async with self.sessions() as session, session.begin():
-            return await self.streams.append(session, stream, [Deposited(amount) for amount in amounts])
+        while True:
+            with suppress(ConflictError):
+                async with self.sessions() as session, session.begin():
+                    return await self.streams.append(session, stream, [Deposited(amount) for amount in amounts])
 
     def append_sync(self, *amounts: int, stream: str = "a") -> Appended:
-        with self.sessions() as session, session.begin():
-            return self.streams.append_sync(session, stream, [Deposited(amount) for amount in amounts])
+        while True:
+            with suppress(ConflictError):
+                with self.sessions() as session, session.begin():
+                    return self.streams.append_sync(session, stream, [Deposited(amount) for amount in amounts])
+
+    async def readable(self) -> None:
+        """Wait until all that is committed can be read: another test's open transaction delays it on PostgreSQL."""
+
+        async def all_there() -> bool:
+            async with self.sessions() as session:
+                await session.run_sync(self.streams.peek, Position())
+            async with self.sessions() as session:
+                count = await session.scalar(text(f"SELECT count(*) FROM {self.name}_ev"))
+                return len(await session.run_sync(self._rows, count + 1)) == count
+
+        await until(all_there)
+
+    def _rows(self, session: Any, most: int) -> Any:
+        return self.streams._reached.read_all(session.connection(), Position(), most)
 
     async def seen(self, version: int = 1) -> tuple[int, int]:
         async with self.sessions() as session:

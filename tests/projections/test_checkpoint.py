@@ -11,10 +11,11 @@ from idempotency import ConfigurationError
 from idempotency.errors import TransactionError
 from idempotency.projections import checkpoint, checkpoint_sync, checkpoints, checkpoints_sync, projections_sql
 from idempotency.streams import Position
+from tests.kit.targets import SYNC_DRIVERS
 from tests.projections.kit import ASYNC_KINDS, KINDS, Bank
 
 
-@pytest.mark.stores(*ASYNC_KINDS)
+@pytest.mark.stores(*ASYNC_KINDS, "mariadb_asyncmy")
 @pytest.mark.parametrize(
     ("positions", "moved"),
     [
@@ -33,7 +34,7 @@ async def test_it_moves_forward_only(positions: list[Any], moved: list[bool], ba
     assert found == [bool(each) for each in moved]
 
 
-@pytest.mark.stores(*KINDS)
+@pytest.mark.stores(*KINDS, *SYNC_DRIVERS)
 def test_it_moves_forward_only_in_threads(sync_bank: Bank) -> None:
     """The same for a Session and for a Connection."""
     with sync_bank.sessions() as session, session.begin():
