@@ -77,6 +77,8 @@ class SyncTokenMiddleware:
             each.check_source()
         if late not in ("refuse", "stale"):
             raise ConfigurationError(f"late must be 'refuse' or 'stale', not {late!r}")
+        if seconds("wait", wait, DAY) < 0:
+            raise ConfigurationError(f"wait must not be negative, as {wait!r} is")
         self._app = app
         self._projections = tuple(projections)
         self._wait = seconds("wait", wait, DAY)

@@ -31,7 +31,7 @@ class Deposited:
 
 
 class Bank:
-    """One test's streams, checkpoints and views. ``view`` of a version has a row for each event, and so no duplicate."""
+    """One test's streams, checkpoints and views. The view of a version has one row for each event."""
 
     def __init__(self, target: Target, engine: Any, sessions: Any) -> None:
         self.name, self.engine, self.sessions = target.name, engine, sessions
@@ -48,9 +48,17 @@ class Bank:
         ]
 
     def insert(self, event: Any, version: int) -> Any:
-        """Make the statement of one event; without it being the first, it fails."""
+        """Make the statement of one event; it fails for one that is there."""
         values = {"id": f"{event.stream}/{event.version}", "amount": event.data.amount}
         return text(f"INSERT INTO {self.name}_v{version} (id, amount) VALUES (:id, :amount)").bindparams(**values)
+
+    def insert_all(self, events: Any, version: int) -> tuple[Any, list[dict[str, Any]]]:
+        """Make the statement of one event or several, unless one of them fails."""
+        events = events if isinstance(events, list) else [events]
+        for each in events:
+            self.fails(each)
+        rows = [{"id": f"{each.stream}/{each.version}", "amount": each.data.amount} for each in events]
+        return text(f"INSERT INTO {self.name}_v{version} (id, amount) VALUES (:id, :amount)"), rows
 
     def balance(self, version: int = 1) -> Any:
         """The query for how many events a view has, and their sum."""
@@ -72,9 +80,7 @@ class Bank:
 
         @projection("balance", version=version, **self.options(**options))
         async def apply(event: Any, session: Any) -> None:
-            for each in event if isinstance(event, list) else [event]:
-                self.fails(each)
-                await session.execute(self.insert(each, version))
+            await session.execute(*self.insert_all(event, version))
 
         return apply
 
@@ -83,9 +89,7 @@ class Bank:
 
         @projection("balance", version=version, **self.options(**options))
         def apply(event: Any, session: Any) -> None:
-            for each in event if isinstance(event, list) else [event]:
-                self.fails(each)
-                session.execute(self.insert(each, version))
+            session.execute(*self.insert_all(event, version))
 
         return apply
 
@@ -97,9 +101,8 @@ class Bank:
 
     def append_sync(self, *amounts: int, stream: str = "a") -> Appended:
         while True:
-            with suppress(ConflictError):
-                with self.sessions() as session, session.begin():
-                    return self.streams.append_sync(session, stream, [Deposited(amount) for amount in amounts])
+            with suppress(ConflictError), self.sessions() as session, session.begin():
+                return self.streams.append_sync(session, stream, [Deposited(amount) for amount in amounts])
 
     async def readable(self) -> None:
         """Wait until all that is committed can be read: another test's open transaction delays it on PostgreSQL."""
