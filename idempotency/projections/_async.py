@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from idempotency.projections._worker import (
     sleep,
 )
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
-from idempotency.streams._position import Appended, RecordedEvent
+from idempotency.streams._position import Appended, Position, RecordedEvent
 
 
 class AsyncProjection(Worker):
@@ -93,8 +93,19 @@ class AsyncProjection(Worker):
         name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
         if not await do(as_async(session, "apply"), self._move_or_stop, name, place):
             return False
-        await self._call([event], session)
+        await self._call_with([event], session)
         return True
+
+    async def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
+        """Apply an event of a broker in a transaction of its own; see :meth:`apply`."""
+        async with self._transaction() as session:
+            return await self.apply(event, session, stream=stream, position=position)
+
+    async def checkpoints(self) -> Mapping[str, Position]:
+        """Return how far this version has come, by stream, as :meth:`apply` names them."""
+        async with self._transaction() as session:
+            marks = await do(session, self._rows.of_consumer, self.name, self.version)
+            return {mark.name.stream: mark.position for mark in marks}
 
     async def reached(self, position: AnyPosition | Appended, *, timeout: float = 5.0, stream: str = "") -> bool:
         """Wait until the live version has applied everything up to a position; False: it has not after ``timeout``.
@@ -198,17 +209,20 @@ class AsyncProjection(Worker):
         return self._after_failure(mark, failed, attempts, error)
 
     async def _call(self, page: Sequence[Any], session: AsyncSession) -> None:
-        definition = self._definition
         try:
-            if definition.batch is not None:
-                await definition.function(page, session=session, **definition.keywords)
-            else:
-                for event in page:
-                    await definition.function(event, session=session, **definition.keywords)
+            await self._call_with(page, session)
         except Exception as error:
             if of_database(error):
                 raise
             raise FunctionFailedError from error
+
+    async def _call_with(self, page: Sequence[Any], session: AsyncSession) -> None:
+        definition = self._definition
+        if definition.batch is not None:
+            await definition.function(page, session=session, **definition.keywords)
+        else:
+            for event in page:
+                await definition.function(event, session=session, **definition.keywords)
 
     async def _prepare(self) -> None:
         if not self._prepared:

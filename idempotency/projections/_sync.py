@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any
@@ -32,7 +32,7 @@ from idempotency.projections._worker import (
     sleep_sync,
 )
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
-from idempotency.streams._position import Appended, RecordedEvent
+from idempotency.streams._position import Appended, Position, RecordedEvent
 
 
 class SyncProjection(Worker):
@@ -82,8 +82,19 @@ class SyncProjection(Worker):
         name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
         if not do_sync(as_sync(session, "apply"), self._move_or_stop, name, place):
             return False
-        self._call([event], session)
+        self._call_with([event], session)
         return True
+
+    def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
+        """See :meth:`AsyncProjection.deliver`."""
+        with self._transaction() as session:
+            return self.apply(event, session, stream=stream, position=position)
+
+    def checkpoints(self) -> Mapping[str, Position]:
+        """See :meth:`AsyncProjection.checkpoints`."""
+        with self._transaction() as session:
+            marks = do_sync(session, self._rows.of_consumer, self.name, self.version)
+            return {mark.name.stream: mark.position for mark in marks}
 
     def reached(self, position: AnyPosition | Appended, *, timeout: float = 5.0, stream: str = "") -> bool:
         """See :meth:`AsyncProjection.reached`."""
@@ -179,17 +190,20 @@ class SyncProjection(Worker):
         return self._after_failure(mark, failed, attempts, error)
 
     def _call(self, page: Sequence[Any], session: Session) -> None:
-        definition = self._definition
         try:
-            if definition.batch is not None:
-                definition.function(page, session=session, **definition.keywords)
-            else:
-                for event in page:
-                    definition.function(event, session=session, **definition.keywords)
+            self._call_with(page, session)
         except Exception as error:
             if of_database(error):
                 raise
             raise FunctionFailedError from error
+
+    def _call_with(self, page: Sequence[Any], session: Session) -> None:
+        definition = self._definition
+        if definition.batch is not None:
+            definition.function(page, session=session, **definition.keywords)
+        else:
+            for event in page:
+                definition.function(event, session=session, **definition.keywords)
 
     def _prepare(self) -> None:
         if not self._prepared:
