@@ -58,6 +58,7 @@ PAIRS = [
     (Half("client/_httpx.py", "AsyncIdempotentTransport"), Half("client/_httpx_sync.py", "IdempotentTransport")),
     (Half("client/_httpx.py", "_read"), Half("client/_httpx_sync.py", "_read")),
     (Half("client/_stored.py", "stored_key"), Half("client/_stored_sync.py", "stored_key_sync")),
+    (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 

@@ -25,6 +25,7 @@ from tests.kit.paths import ROOT
         "docs/outbox.md",
         "docs/pgbouncer.md",
         "docs/profiles.md",
+        "docs/projections.md",
         "docs/tools.md",
         "docs/sagas.md",
         "docs/startup.md",

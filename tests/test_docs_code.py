@@ -51,6 +51,7 @@ MESSAGES = blocks("messages.md")
 OPENAPI = blocks("openapi.md")
 OPERATIONS = blocks("operations.md")
 PROFILES = blocks("profiles.md")
+PROJECTIONS = blocks("projections.md")
 SAGAS = blocks("sagas.md")
 TELEMETRY = blocks("telemetry.md")
 STREAMS = blocks("streams.md")
@@ -792,3 +793,35 @@ async def test_the_code_for_streams_appends_and_follows(
         "account-7 2 Withdrawn(amount=30)",
         "account-8 1 Withdrawn(amount=5)",
     ]
+
+
+async def test_the_code_for_projections_reads_what_was_written(run: Callable[..., dict[str, Any]]) -> None:
+    """An order that was placed is in the list of each version, and a message of a partition is one invoice."""
+    from types import SimpleNamespace
+
+    from sqlalchemy import text
+
+    names = run(*(block for heading in PROJECTIONS for block in PROJECTIONS[heading]))
+    engine, first, second = names["engine"], names["order_list"], names["order_list_2"]
+    await names["orders"].create_schema(engine)
+    await names["create_projections_schema"](engine)
+    async with engine.begin() as connection:
+        for table in ("order_list_1 (id, item)", "order_list_2 (id, item, length)", "invoice (id)"):
+            await connection.execute(text(f"CREATE TABLE {table}"))
+    await first.catch_up()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+        token = (await client.post("/orders")).headers["sync-token"]
+        late = await client.get("/orders", headers={"Sync-Token": token, "Prefer": "wait=0"})
+        await first.catch_up()
+        read = await client.get("/orders", headers={"Sync-Token": token})
+    await second.rebuild()
+    for offset in (1, 1):
+        await names["on_message"](SimpleNamespace(topic="orders", partition=3, offset=offset, value="order-7"))
+    async with engine.connect() as connection:
+        invoices = (await connection.execute(text("SELECT count(*) FROM invoice"))).scalar_one()
+    found = await names["read_orders"]()
+    await second.drop(1)
+    await engine.dispose()
+
+    assert (late.status_code, read.json()) == (503, 1)
+    assert ([tuple(row) for row in found], invoices) == ([("order-7",)], 1)

@@ -159,6 +159,14 @@ def test_account() -> None:
     ]
 
 
+def test_order_views() -> None:
+    """Each order is read by who placed it, while the list is built anew; the counts by item are right."""
+    assert run("order_views.py") == [
+        "51 orders, each read by who placed it, from version 1, then 2",
+        "25 milk, 26 tea",
+    ]
+
+
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]

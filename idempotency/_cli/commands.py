@@ -21,6 +21,7 @@ from idempotency._cli.lookup import open_named, run_on_store
 from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
+from idempotency._cli.projection import projection as projection_commands
 from idempotency._cli.records import (
     deliveries,
     find,
@@ -63,6 +64,7 @@ schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
+app.add_typer(projection_commands, name="projection")
 app.command()(relay)
 app.command()(audit)
 

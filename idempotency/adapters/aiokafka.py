@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
@@ -44,6 +44,9 @@ from idempotency.adapters._body import as_bytes
 from idempotency.adapters._delivery import handle, require_handler
 from idempotency.consumer import AsyncHandler, DeadLetter, Delivered, Failed, Retry
 from idempotency.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from idempotency.projections import AsyncProjection
 
 _POLL_MS = 1000
 _LONGEST_ANSWER_WHEN_HALTED = 5.0
@@ -78,6 +81,39 @@ async def consume(
     await _Group(consumer, handler, producer, dead_letter, concurrency, pause, stop or asyncio.Event()).run(topics)
     # Writes in the background must end before the caller closes the store, its client or its engine.
     await drain()
+
+
+async def project(consumer: AIOKafkaConsumer, topics: Collection[str], projection: AsyncProjection) -> None:
+    """Apply the messages of topics by a projection, each once, until ``consumer`` is stopped. Kafka stores no offset.
+
+    How far each partition is commits in the database, with the effects; a partition that is assigned is read from
+    there. ``consumer``: started, with ``enable_auto_commit=False``, not subscribed. The projection has no ``source=``
+    and is given each ``ConsumerRecord``; what it raises ends this call, with nothing applied of that message.
+    """
+    consumer.subscribe(list(topics), listener=_SeekToCheckpoints(consumer, projection))
+    async for message in consumer:
+        await projection.deliver(message, stream=f"{message.topic}/{message.partition}", position=message.offset)
+
+
+class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Let a consumer read each partition that it is assigned from the checkpoint of a projection on."""
+
+    def __init__(self, consumer: AIOKafkaConsumer, projection: AsyncProjection) -> None:
+        self._consumer = consumer
+        self._projection = projection
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Do nothing: a message that another member applies meanwhile is a duplicate here."""
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Seek, before the first message of a partition is read."""
+        checkpoints = await self._projection.checkpoints()
+        for each in assigned:
+            at = checkpoints.get(f"{each.topic}/{each.partition}")
+            if at is None:
+                await self._consumer.seek_to_beginning(each)
+            else:
+                self._consumer.seek(each, at.place + 1)
 
 
 def _check_clients(
