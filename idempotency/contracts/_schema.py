@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -47,8 +47,13 @@ def schema_of(annotation: Any, where: str) -> Schema:
     """
     shape_of(annotation, where)
     finder = _Finder()
-    found = finder.find(annotation)
-    return {**found, "$defs": dict(sorted(finder.definitions.items()))} if finder.definitions else found
+    return finder.with_definitions(finder.find(annotation))
+
+
+def schema_of_fields(annotations: Mapping[str, Any], required: Collection[str]) -> Schema:
+    """Return the JSON Schema of named values, such as the arguments of a function."""
+    finder = _Finder()
+    return finder.with_definitions(finder.fields(annotations, required))
 
 
 class _Finder:
@@ -58,7 +63,17 @@ class _Finder:
         self.definitions: dict[str, Schema] = {}
         self._names: dict[Any, str] = {}
 
+    def with_definitions(self, schema: Schema) -> Schema:
+        """Return a schema with the definitions to which it refers."""
+        return {**schema, "$defs": dict(sorted(self.definitions.items()))} if self.definitions else schema
+
+    def fields(self, annotations: Mapping[str, Any], required: Collection[str]) -> Schema:
+        """Return the schema of an object with these fields."""
+        properties = {name: self.find(annotations[name]) for name in sorted(annotations)}
+        return {"type": "object", "properties": properties, "required": sorted(required)}
+
     def find(self, annotation: Any) -> Schema:
+        """Return the schema of one annotation, which has been found to have JSON."""
         annotation = bare(annotation)
         origin, arguments = get_origin(annotation), get_args(annotation)
         if origin in (list, tuple, set, frozenset, dict) and not arguments and annotation != tuple[()]:
@@ -105,14 +120,11 @@ class _Finder:
             return self._model(kind)
         hints = get_type_hints(kind, include_extras=True)
         if is_typeddict(kind):
-            names = list(hints)
-            required = {name for name in names if _is_required(hints[name], name in kind.__required_keys__)}
-        else:
-            fields = [each for each in dataclasses.fields(kind) if each.init]
-            names = [each.name for each in fields]
-            required = {each.name for each in fields if not _has_default(each)}
-        properties = {name: self.find(hints[name]) for name in sorted(names)}
-        return {"type": "object", "properties": properties, "required": sorted(required)}
+            required = {name for name in hints if _is_required(hints[name], name in kind.__required_keys__)}
+            return self.fields(hints, required)
+        fields = [each for each in dataclasses.fields(kind) if each.init]
+        required = {each.name for each in fields if not _has_default(each)}
+        return self.fields({each.name: hints[each.name] for each in fields}, required)
 
     def _model(self, kind: Any) -> Schema:
         """Return pydantic's own schema; its definitions get a name that no other class has."""
