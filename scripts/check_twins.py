@@ -45,6 +45,7 @@ PAIRS = [
     (Half("saga/_front.py", "_do"), Half("saga/_front.py", "_do_sync")),
     (Half("saga/_join.py", "join"), Half("saga/_join.py", "join_sync")),
     (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
+    (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
 ]
 

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.emit import Outbox
 from idempotency._outbox.message import time_ordered_id
 from idempotency._outbox.payload import encode_headers, headers_as_text, name_of
@@ -232,6 +233,16 @@ class Streams:
         """Read at most so many events of all streams after a position."""
         return [self._event(row) for row in self._reached.read_all(_connection(session), after, most)]
 
+    @property
+    def table(self) -> str:
+        """Return the name of the table of events."""
+        return self._reached.tables.events.fullname
+
+    def peek(self, session: AnySync, after: Position) -> tuple[Position, float] | None:
+        """Return where the next event is, and its time in seconds since the epoch, without reading what it holds."""
+        rows = self._reached.read_all(_connection(session), after, 1)
+        return (Position(rows[0][0], rows[0][1]), rows[0][9] / 1000) if rows else None
+
     def _page(self, session: AnySync, stream: str, after: int) -> list[RecordedEvent]:
         rows = self._reached.read(_connection(session), _name(stream), after, None, None, _PAGE)
         return [self._event(row) for row in rows]
@@ -239,6 +250,7 @@ class Streams:
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
         connection = _connection(session)
         appended = self._reached.append(connection, stream, rows, expected)
+        emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
             self._outbox.write(session, [self._message(stream, row) for row in rows])
         return appended
