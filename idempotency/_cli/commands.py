@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
+from idempotency._cli.contracts import contracts as contracts_commands
 from idempotency._cli.lookup import (
     deliveries,
     find,
@@ -61,6 +62,7 @@ schema = typer.Typer(help="Create the table of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
+app.add_typer(contracts_commands, name="contracts")
 app.command()(relay)
 
 Sagas = Annotated[bool, typer.Option("--sagas", help="SQL: also the tables of sagas, NAME_saga and NAME_saga_entry.")]
