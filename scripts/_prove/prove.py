@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import broker_contract
+import contracts
 import outbox
 import outbox_chaos
 import saga
@@ -185,6 +186,11 @@ def main() -> int:
         help="prove the outbox instead: every relay on the stores that run here, with the brokers that run here",
     )
     parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
+    parser.add_argument(
+        "--contracts",
+        action="store_true",
+        help="prove instead that earlier commits and this one read each other's records, at once on one store",
+    )
     chaos = parser.add_argument_group("of --outbox and --saga")
     chaos.add_argument(
         "--long",
@@ -197,6 +203,8 @@ def main() -> int:
     chaos.add_argument("--sagas", type=int, default=200, help="--saga: how many are under way at a time; default: 200")
     options = parser.parse_args()
     try:
+        if options.contracts:
+            return 0 if contracts.run(options.quick) else 1
         if options.saga and options.long:
             return 0 if saga_chaos.run(saga_chaos.Amount(options.sagas, options.seconds)) else 1
         if options.saga:
