@@ -67,6 +67,7 @@ class Shop:
         self.requests = itertools.count()
         self.answered: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()
+        self.wanted, self.enough = 0, asyncio.Event()
         event.listen(self.engine.sync_engine, "connect", use_wal)
 
         routes = [
@@ -123,9 +124,9 @@ class Shop:
         """Give the next release more and more of the requests, take it back once, and give it all of them."""
         self.next = release
         for self.share in CANARY:
-            until = self.answered.total() + REQUESTS
-            while self.answered.total() < until:
-                await asyncio.sleep(0.01)
+            self.wanted = self.answered.total() + REQUESTS
+            self.enough.clear()
+            await self.enough.wait()
         self.release, self.share = release, 0
         print(f"rolled out: {name}")
 
@@ -154,6 +155,8 @@ class Shop:
             found = await client.get(url)
             good = written.status_code == 200 and found.status_code == 200 and found.json()["name"] == name
             self.answered["good" if good else "failed"] += 2
+            if self.answered.total() >= self.wanted:
+                self.enough.set()
 
 
 def use_wal(connection: Any, _: object) -> None:

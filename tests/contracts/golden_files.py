@@ -81,7 +81,7 @@ def load_redis(client: redis.Redis, golden: Any, prefix: str) -> None:
         if isinstance(value, dict):
             client.hset(place, mapping=value)
         else:
-            client.zadd(place, {member: score for member, score in value})
+            client.zadd(place, dict(value))
 
 
 def _dump_sql(connection: sqlalchemy.Connection) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import inspect
+from sqlalchemy import create_engine, inspect
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from idempotency.outbox import Message, Outbox, PollingRelay, Sent
@@ -59,9 +59,7 @@ async def test_records_in_sql_of_version_1(store_target: Target, engine: Any, fi
     async with Opened(store_target, file) as store:
         await store.create_schema()
         await store.create_saga_schema()
-        golden = golden_files.read(file)["sql"]
-        async with engine.begin() as connection:
-            await connection.run_sync(golden_files.load_sql, golden, store_target.name)
+        load(store_target, file)
 
         assert await golden_files.do_all(store, tmp_path / "ledger") == ANSWERS
     assert (tmp_path / "ledger").read_text() == ""
@@ -76,6 +74,14 @@ async def test_records_in_redis_of_version_1(store_target: Target, file: str, tm
     async with Opened(store_target, file) as store:
         assert await golden_files.do_all(store, tmp_path / "ledger") == ANSWERS
     assert (tmp_path / "ledger").read_text() == ""
+
+
+def load(target: Target, file: str) -> None:
+    """Insert the rows of a golden file."""
+    engine = create_engine(target.sync_url)
+    with engine.begin() as connection:
+        golden_files.load_sql(connection, golden_files.read(file)["sql"], target.name)
+    engine.dispose()
 
 
 class Opened:
@@ -98,9 +104,8 @@ async def test_messages_and_events_of_version_1(store_target: Target, engine: An
     outbox, streams = Outbox(f"{store_target.name}_outbox"), golden_files.streams(f"{store_target.name}_event")
     await outbox.create_schema(engine)
     await streams.create_schema(engine)
-    golden, published = golden_files.read("messages-1.json")["sql"], []
-    async with engine.begin() as connection:
-        await connection.run_sync(golden_files.load_sql, golden, store_target.name)
+    load(store_target, "messages-1.json")
+    published: list[Message] = []
 
     class Publisher:
         delivery_timeout = 5.0
