@@ -69,9 +69,14 @@ def _as_bytes(found: dict[str, Any]) -> Any:
 def load_sql(connection: sqlalchemy.Connection, golden: Any, name: str) -> None:
     """Insert the rows of a golden file into tables whose names begin with ``name``, which exist."""
     for table in tables(name):
-        rows = golden.get(table.name.replace(name, "golden", 1))
-        if rows:
-            connection.execute(table.insert(), rows)
+        # MariaDB has names as bytes, to tell letters apart.
+        kinds = {each.name: each.type.dialect_impl(connection.dialect).python_type for each in table.columns}
+        for row in golden.get(table.name.replace(name, "golden", 1), ()):
+            values = {
+                column: value.encode() if kinds[column] is bytes and isinstance(value, str) else value
+                for column, value in row.items()
+            }
+            connection.execute(table.insert(), values)
 
 
 def load_redis(client: redis.Redis, golden: Any, prefix: str) -> None:
