@@ -12,6 +12,7 @@ from tests.kit.paths import ROOT
     [
         "README.md",
         "docs/clients.md",
+        "docs/contracts.md",
         "docs/encryption.md",
         "docs/guarantees.md",
         "docs/http.md",

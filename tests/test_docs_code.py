@@ -38,6 +38,7 @@ def blocks(page: str) -> dict[str, list[str]]:
     return found
 
 
+CONTRACTS = blocks("contracts.md")
 ENCRYPTION = blocks("encryption.md")
 HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
@@ -427,3 +428,31 @@ async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., d
     ]
     assert len(keys) == 6
     await names["store"].aclose()
+
+
+async def test_the_code_for_contracts_runs(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A contract of two versions, a table that is filled, and a price that is compared."""
+    from sqlalchemy import text
+    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+    from idempotency.projections import create_projections_schema
+
+    names = run(*(block for found in CONTRACTS.values() for block in found))
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    await create_projections_schema(engine)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE orders (id INTEGER PRIMARY KEY, price INT, count INT, total INT)"))
+        await connection.execute(text("INSERT INTO orders (id, price, count) VALUES (1, 5, 2), (2, 3, 1)"))
+
+    async def price(order: int) -> int:
+        return order * 2
+
+    await names["main"](async_sessionmaker(engine))
+    async with engine.connect() as connection:
+        totals = (await connection.execute(text("SELECT total FROM orders ORDER BY id"))).scalars().all()
+    await engine.dispose()
+
+    assert [(each.name, each.version) for each in names["contracts"]] == [("type Paid", 2)]
+    assert names["paid"].load(1, b'{"euros":5}') == names["Paid"](500)
+    assert totals == [10, 3]
+    assert await names["price_of"](3, price, price) == 6
