@@ -47,6 +47,8 @@ PAIRS = [
     (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
     (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
+    (Half("contracts/_compare.py", "compare"), Half("contracts/_compare.py", "compare_sync")),
+    (Half("contracts/_backfill.py", "backfill"), Half("contracts/_backfill.py", "backfill_sync")),
 ]
 
 SAME_NAMES = {"loop_time": "monotonic", "asynccontextmanager": "contextmanager"}

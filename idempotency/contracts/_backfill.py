@@ -40,7 +40,7 @@ async def backfill(
     table: str = DEFAULT_TABLE,
     on_event: ProgressHook = log_progress,
 ) -> int:
-    """Call ``batch`` until no row is left, each time in a transaction of its own, and return the last key.
+    """Call ``batch`` until no row is to be filled, each time in a transaction of its own, and return the last key.
 
     ``batch(session, after, most)`` fills the rows that come after the key ``after``, at most ``most`` of them in the
     order of their keys, and returns the last key; None where there is none. Keys are numbers of at least 1. Let its
@@ -150,7 +150,7 @@ class _Pace:
         return min(_LONGEST_PAUSE, max(self._pause, 0.01) * 2.0**self._tries)
 
     def done(self, last: int) -> int:
-        """Note that no row is left, and return the last key."""
+        """Note that no row is to be filled, and return the last key."""
         self._last = last
         self._deliver("done", 0.0)
         return last
