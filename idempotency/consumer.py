@@ -214,7 +214,7 @@ def idempotent_consumer(
             handler = _handler_async(Consumer(store, consumer, function, options), read, bind)
         else:
             handler = _handler_sync(SyncConsumer(store, consumer, function, options), read, bind)
-        handler._made = DecoratedFunction(function, key)
+        handler._made = DecoratedFunction(function, key, consumer, options.get("codec"))
         if scope_is_taken(store, f"consumer:{consumer}", handler._made):
             _logger.warning(
                 "two different handlers of this process are the consumer %r: a message that one has handled is not "

@@ -32,6 +32,7 @@ PROBES = {
     "_hooks.py": "inspects functions",
     "_http/*.py": "inspects requests of Starlette, exit stacks of FastAPI, tasks of asyncio and iterables of WSGI",
     "_results/*.py": "inspects annotations and functions",
+    "contracts/__init__.py": "imports by name",
     "_signature.py": "inspects functions",
     "_sql/*.py": "inspects objects of SQLAlchemy and of drivers",
     "adapters/*": "inspects objects of frameworks and brokers",

@@ -13,6 +13,7 @@ from tests.kit.paths import ROOT
         "README.md",
         "docs/clients.md",
         "docs/console.md",
+        "docs/contracts.md",
         "docs/cors.md",
         "docs/encryption.md",
         "docs/events.md",

@@ -43,6 +43,7 @@ def blocks(page: str) -> dict[str, list[str]]:
 CLIENTS = blocks("clients.md")
 CONSOLE = blocks("console.md")
 CORS = blocks("cors.md")
+CONTRACTS = blocks("contracts.md")
 ENCRYPTION = blocks("encryption.md")
 EVENTS = blocks("events.md")
 FASTAPI = blocks("fastapi.md")
@@ -825,3 +826,31 @@ async def test_the_code_for_projections_reads_what_was_written(run: Callable[...
 
     assert (late.status_code, read.json()) == (503, 1)
     assert ([tuple(row) for row in found], invoices) == ([("order-7",)], 1)
+
+
+async def test_the_code_for_contracts_runs(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A contract of two versions, a table that is filled, and a price that is compared."""
+    from sqlalchemy import text
+    from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+    from idempotency.projections import create_projections_schema
+
+    names = run(*(block for found in CONTRACTS.values() for block in found))
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/shop.db")
+    await create_projections_schema(engine)
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE orders (id INTEGER PRIMARY KEY, price INT, count INT, total INT)"))
+        await connection.execute(text("INSERT INTO orders (id, price, count) VALUES (1, 5, 2), (2, 3, 1)"))
+
+    async def price(order: int) -> int:
+        return order * 2
+
+    await names["main"](async_sessionmaker(engine))
+    async with engine.connect() as connection:
+        totals = (await connection.execute(text("SELECT total FROM orders ORDER BY id"))).scalars().all()
+    await engine.dispose()
+
+    assert [(each.name, each.version) for each in names["contracts"]] == [("type Paid", 2)]
+    assert names["paid"].load(1, b'{"euros":5}') == names["Paid"](500)
+    assert totals == [10, 3]
+    assert await names["price_of"](3, price, price) == 6

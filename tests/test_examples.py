@@ -167,6 +167,17 @@ def test_order_views() -> None:
     ]
 
 
+def test_expand_contract() -> None:
+    """A column is renamed in four releases, each a canary that is taken back once, and no request fails."""
+    lines = run("expand_contract.py")
+
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        *("migrated", "rolled out", "filled", "rolled out", "compared", "rolled out", "rolled out", "migrated")
+    ]
+    assert lines[4] == "compared: 0 differ, same: True"
+    assert lines[-1] == "0 failed requests, more than 1000 good ones: True"
+
+
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
 from idempotency._cli.audit import audit
+from idempotency._cli.contracts import contracts as contracts_commands
 from idempotency._cli.lookup import open_named, run_on_store
 from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
@@ -65,6 +66,7 @@ app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
 app.add_typer(projection_commands, name="projection")
+app.add_typer(contracts_commands, name="contracts")
 app.command()(relay)
 app.command()(audit)
 

@@ -47,15 +47,26 @@ def _importable(module: str) -> str:
 
 
 class DecoratedFunction:
-    """A decorated function and the function of its key. It exists as long as the decorator's result."""
+    """A decorated function and the function of its key. It exists as long as the decorator's result.
 
-    __slots__ = ("__weakref__", "function", "key", "load")
+    ``name`` is that under which its results are recorded, ``codec`` what turns them into bytes; None: their annotation.
+    """
 
-    def __init__(self, function: Any, key: Any = None) -> None:
+    __slots__ = ("__weakref__", "codec", "function", "key", "load", "name")
+
+    def __init__(self, function: Any, key: Any = None, name: str = "", codec: Any = None) -> None:
         self.function = function
         self.key = key
+        self.name = name
+        self.codec = codec
         # A module that is loaded again has another spec object, by which two loads of it differ.
         self.load = getattr(sys.modules.get(_module_of(_named(function))), "__spec__", None)
+
+
+def decorated(function: object) -> DecoratedFunction | None:
+    """Return what a decorator of this library has made of a function; None where it is not decorated."""
+    found = getattr(function, "_made", None)
+    return found if isinstance(found, DecoratedFunction) else None
 
 
 _MADE: WeakKeyDictionary[object, WeakValueDictionary[str, DecoratedFunction]] = WeakKeyDictionary()

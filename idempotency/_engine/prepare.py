@@ -57,7 +57,8 @@ def prepare(
     Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work, and for a name that another function
     has.
     """
-    scope = f"{kind}:1:{full_name_of(function) if name is None else name}"
+    recorded = full_name_of(function) if name is None else name
+    scope = f"{kind}:1:{recorded}"
     calls = Calls(
         name=name or name_of(function),
         scope=scope,
@@ -69,7 +70,7 @@ def prepare(
     )
     asynchronous = is_async(function)
     run = runner_of(asynchronous, store, calls, session, lock_timeout)
-    made = DecoratedFunction(function, key)
+    made = DecoratedFunction(function, key, recorded, codec)
     if name is None and scope_is_taken(store, scope, made):
         raise ConfigurationError(
             f"another function of this store has the name {full_name_of(function)} too, so that they would share "

@@ -136,7 +136,7 @@ class _Finder:
         self._classes: dict[type, Shape] = {}
 
     def find(self, annotation: Any) -> Shape:
-        annotation = _bare(annotation)
+        annotation = bare(annotation)
         origin, arguments = get_origin(annotation), get_args(annotation)
         if origin in (*_SEQUENCES, dict) and not arguments and annotation != tuple[()]:
             # List of typing, and the like, without arguments.
@@ -173,7 +173,7 @@ class _Finder:
         # The number of the member is written before the value.
         shapes = [self.find(member) for member in members]
         # Float is tried last: it takes an int too, which may be another member.
-        tried = sorted(enumerate(shapes), key=lambda each: _bare(members[each[0]]) is float)
+        tried = sorted(enumerate(shapes), key=lambda each: bare(members[each[0]]) is float)
         return Shape(lambda value: _numbered(tried, value), lambda found: shapes[found[0]].from_json(found[1]))
 
     def _literal(self, values: tuple[Any, ...]) -> Shape:
@@ -204,7 +204,7 @@ class _Finder:
         )
 
     def _dict(self, arguments: tuple[Any, ...]) -> Shape:
-        if _bare(arguments[0]) is not str:
+        if bare(arguments[0]) is not str:
             raise self._refusal(types.GenericAlias(dict, arguments))
         check, text, shape = _exactly(dict), _exactly(str), self.find(arguments[1])
         return Shape(
@@ -244,6 +244,7 @@ class _Finder:
     def _dataclass(self, kind: type) -> Shape:
         check = _exactly(kind)
         given = [field.name for field in dataclasses.fields(kind) if field.init]
+        known = frozenset(given)
         fields = self._fields(kind, [field.name for field in dataclasses.fields(kind)])
         for each in inspect.signature(kind).parameters.values():
             if each.name not in given and each.default is inspect.Parameter.empty:
@@ -262,7 +263,8 @@ class _Finder:
             return {name: shape.to_json(getattr(value, name)) for name, shape in fields.items()}
 
         def from_json(found: Any) -> Any:
-            return kind(**{name: fields[name].from_json(each) for name, each in found.items()})
+            # Fields that this code does not know are those of later code.
+            return kind(**{name: fields[name].from_json(each) for name, each in found.items() if name in known})
 
         return Shape(to_json, from_json)
 
@@ -272,11 +274,11 @@ class _Finder:
         fields = self._fields(kind, kind.__annotations__)
         return Shape(
             lambda value: {name: fields[name].to_json(each) for name, each in check(value).items()},
-            lambda found: {name: fields[name].from_json(each) for name, each in check(found).items()},
+            lambda found: {name: fields[name].from_json(each) for name, each in check(found).items() if name in fields},
         )
 
 
-def _bare(annotation: Any) -> Any:
+def bare(annotation: Any) -> Any:
     """Remove what only names or decorates a type."""
     while True:
         if get_origin(annotation) is Annotated:

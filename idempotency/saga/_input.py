@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, get_args, get_type_hints
 
-from idempotency._results.by_annotation import PLAIN, Shape, dump, load, shape_of
+from idempotency._results.by_annotation import dump, load, shape_of
 from idempotency._results.codec import Results, results_of
 from idempotency._signature import name_of
 from idempotency.errors import ConfigurationError, UnreadableError
@@ -29,7 +29,12 @@ class Input:
                 f"{self.name} takes {', '.join(refused)}: its arguments are recorded by name, so give it named ones"
             )
         self._signature = signature.replace(parameters=own)
-        self._shapes = _shapes(function, [each.name for each in own], self.name)
+        hints = _hints(function, self.name)
+        self.annotations = {each.name: hints.get(each.name, Any) for each in own}
+        """The annotation of each argument; Any where it has none."""
+        self.optional = frozenset(each.name for each in own if each.default is not inspect.Parameter.empty)
+        """The arguments that have a default."""
+        self._shapes = {name: shape_of(each, f"{self.name}({name})") for name, each in self.annotations.items()}
         self._defaults = self._encoded_defaults()
 
     def _encoded_defaults(self) -> dict[str, bytes]:
@@ -92,10 +97,8 @@ def results_named(annotation: Any) -> Results:
     return results_of(probe)
 
 
-def _shapes(function: Callable[..., Any], names: list[str], where: str) -> dict[str, Shape]:
-    plain = inspect.unwrap(function)
+def _hints(function: Callable[..., Any], where: str) -> dict[str, Any]:
     try:
-        hints = get_type_hints(plain, include_extras=True)
+        return get_type_hints(inspect.unwrap(function), include_extras=True)
     except Exception as error:
         raise ConfigurationError(f"the annotations of {where} cannot be resolved: {error}") from error
-    return {name: shape_of(hints[name], f"{where}({name})") if name in hints else PLAIN for name in names}

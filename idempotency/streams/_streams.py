@@ -64,6 +64,11 @@ class Streams:
     def __repr__(self) -> str:
         return f"<Streams {self._reached.tables.events.fullname}>"
 
+    @property
+    def event_types(self) -> list[Versioned[Any]]:
+        """Return the types of its events."""
+        return list(self._by_name.values())
+
     async def append(
         self,
         session: AnyAsync,

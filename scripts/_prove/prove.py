@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import broker_contract
+import contracts
 import outbox
 import outbox_chaos
 import saga
@@ -189,6 +190,11 @@ def main() -> int:
     parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
     parser.add_argument("--streams", action="store_true", help="prove streams of events instead, also under load")
     parser.add_argument("--events", metavar="N", type=int, help="--streams: how many; default: 200,000, or 5,000 quick")
+    parser.add_argument(
+        "--contracts",
+        action="store_true",
+        help="prove instead that earlier commits and this one read each other's records, at once on one store",
+    )
     chaos = parser.add_argument_group("of --outbox and --saga")
     chaos.add_argument(
         "--long",
@@ -201,6 +207,8 @@ def main() -> int:
     chaos.add_argument("--sagas", type=int, default=200, help="--saga: how many are under way at a time; default: 200")
     options = parser.parse_args()
     try:
+        if options.contracts:
+            return 0 if contracts.run(options.quick) else 1
         if options.saga and options.long:
             return 0 if saga_chaos.run(saga_chaos.Amount(options.sagas, options.seconds)) else 1
         if options.saga:

@@ -1,0 +1,142 @@
+"""The file of contracts in the user's repository: read, compare, write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from idempotency.contracts._contracts import Contract, Contracts
+from idempotency.contracts._rules import Change, changes_between
+from idempotency.contracts._schema import Schema
+from idempotency.errors import ConfigurationError
+
+DEFAULT_FILE = "contracts.json"
+
+_FORMAT = 1
+_REMOVED = Change("", "removed: what is stored could not be read any more")
+_LOWERED = Change("", "version lowered: what is stored in this version could not be read any more")
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A change of a contract that is not safe, and what to do instead."""
+
+    contract: str
+    version: int
+    change: Change
+
+    def __str__(self) -> str:
+        return f"{self.contract}, version {self.version}: {self.change}. {_remedy(self.contract, self.change)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check has found: what is ``broken``, and what was ``written`` into the file, as ``"NAME, version 1"``."""
+
+    broken: list[Broken]
+    written: list[str]
+
+
+def check(
+    contracts: Contracts | Iterable[object], file: str | Path = DEFAULT_FILE, accept: str | None = None
+) -> Checked:
+    """Compare contracts with every schema in a file, and write the file where all changes are safe.
+
+    A change is safe if code of before it and code of after it read what the other one writes, for every schema that
+    the file has of this version (FULL_TRANSITIVE, as registries of schemas name it). Where a change is not, the file
+    stays as it is, unless ``accept`` gives a reason: then the file has the new schema in place of the older ones, and
+    the reason. Raises :class:`~idempotency.errors.ConfigurationError` for a file that cannot be read.
+    """
+    if accept is not None and not accept.strip():
+        raise ConfigurationError("say why the change is accepted: the reason is written into the file")
+    path, known = Path(file), _read(Path(file))
+    declared = contracts if isinstance(contracts, Contracts) else Contracts(contracts)
+    broken = sorted(_broken(declared, known), key=lambda each: (each.contract, each.version, each.change))
+    if broken and accept is None:
+        return Checked(broken, [])
+    before = json.dumps(known)
+    for (contract, version), some in groupby(broken, lambda each: (each.contract, each.version)):
+        _forget(known, contract, version)
+        changes = [str(each.change) for each in some]
+        entry = {"contract": contract, "version": version, "changes": changes, "reason": accept}
+        known["accepted"].append(entry)
+    written = [_name(each) for each in declared if _add(known, each)]
+    if json.dumps(known) != before:
+        _write(path, known)
+    return Checked(broken, written)
+
+
+def _broken(declared: Contracts, known: Any) -> Iterator[Broken]:
+    newest = {each.name: each for each in declared}
+    for name, versions in known["contracts"].items():
+        contract = newest.get(name)
+        for version in map(int, versions):
+            if contract is None:
+                yield Broken(name, version, _REMOVED)
+            elif version > contract.version:
+                yield Broken(name, version, _LOWERED)
+    for contract in declared:
+        schemas = known["contracts"].get(contract.name, {}).get(str(contract.version), [])
+        for change in sorted({each for old in schemas for each in changes_between(old, contract.schema)}):
+            yield Broken(contract.name, contract.version, change)
+
+
+def _add(known: Any, contract: Contract) -> bool:
+    """Write the schema of a contract; return whether that has changed anything."""
+    schemas: list[Schema] = known["contracts"].setdefault(contract.name, {}).setdefault(str(contract.version), [])
+    if contract.schema in schemas[-1:]:
+        return False
+    if contract.schema in schemas:
+        schemas.remove(contract.schema)
+    schemas.append(contract.schema)
+    return True
+
+
+def _forget(known: Any, contract: str, version: int) -> None:
+    del known["contracts"][contract][str(version)]
+    if not known["contracts"][contract]:
+        del known["contracts"][contract]
+
+
+def _name(contract: Contract) -> str:
+    return f"{contract.name}, version {contract.version}"
+
+
+def _remedy(contract: str, change: Change) -> str:
+    if change.rule in (_REMOVED.rule, _LOWERED.rule):
+        return "Keep it as long as anything of it is stored"
+    if change.rule in ("required field added", "optional field made required"):
+        return "Give the field a default"
+    if contract.startswith("arguments of "):
+        return "Add an argument with a default, or declare a saga of another name"
+    if contract.startswith("result of "):
+        return "Add a field with a default, or a new version with an upcast: codec=Versioned(...)"
+    return "Add a field with a default, or a new version with an upcast: Versioned(..., version=, upcast=)"
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        return {"format": _FORMAT, "contracts": {}, "accepted": []}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = found["format"], type(found["contracts"]), type(found["accepted"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"{path} is no file of contracts: {error!r}") from error
+    if known != (_FORMAT, dict, list):
+        raise ConfigurationError(f"{path} is of format {known[0]!r}, and this release reads format {_FORMAT}")
+    return found
+
+
+def _write(path: Path, known: Any) -> None:
+    text = json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error}") from error

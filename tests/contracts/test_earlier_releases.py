@@ -1,0 +1,54 @@
+"""Processes of earlier commits beside those of this one, on one store; the proof on more stores is scripts/prove."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
+from tests.kit.servers import missing
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def contracts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module of the proof, where the history has the earlier commits."""
+    module = script_modules(monkeypatch, SCRIPTS / "_prove")("contracts")
+    if not module.has_history():
+        missing("the history of the repository has no earlier commits")
+    return module
+
+
+@pytest.mark.parametrize("earlier", ["FIRST", "SAGAS"])
+def test_earlier_code_and_this_one_share_a_store(contracts: Any, earlier: str, sqlite_url: str, tmp_path: Path) -> None:
+    """Results, failures, responses, deliveries and sagas: each is done once, and all are answered the same."""
+    known = getattr(contracts, earlier)
+    package = contracts.wheel_of(known.commit, tmp_path)
+    place = contracts.Place("SQLite", sqlite_url, {})
+    contracts.create(place, package, known.sagas)
+    arguments = {"count": 4, "sagas": known.sagas, "key": ""}
+
+    result = contracts.run_together(place, [package, contracts.ROOT], arguments, tmp_path / "ledger")
+
+    kinds = 6 if known.sagas else 4  # a saga has two effects
+    assert result.wrong == []
+    assert (result.effects, result.lost, result.doubled, result.errors) == (4 * kinds, 0, 0, 0)
+
+
+def test_what_is_lost_doubled_or_answered_otherwise_is_wrong(contracts: Any) -> None:
+    """The judge sees each of it."""
+    answers = [{"function 1": "a", "saga 1": "b"}, {"function 1": "c", "saga 1": "error: E: no"}]
+
+    result = contracts.judged(answers, ["function 1", "function 1", "saga 1"])
+
+    assert (result.doubled, result.lost, result.errors) == (1, 1, 1)
+    assert result.wrong == [
+        "function 1: ['a', 'c']",
+        "function 1: done 2 times",
+        "saga 1: ['b', 'error: E: no']",
+        "pay 1: done 0 times",
+    ]
