@@ -8,13 +8,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.orm import Session
 
-from idempotency._sql.commit_guard import discard, give_back, lost_connection, roll_back
+from idempotency._sql.commit_guard import discard, give_back, interrupt, lost_connection, roll_back
 from idempotency._sql.threads import CONNECTING, WORKING
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_ENDS: tuple[Callable[[Session], None], ...] = (discard, give_back, roll_back)
+_ENDS: tuple[Callable[[Session], None], ...] = (discard, give_back, interrupt, roll_back)
 """What needs no connection if there is none."""
 
 

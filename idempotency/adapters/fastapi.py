@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from starlette.requests import HTTPConnection, Request
@@ -43,6 +44,7 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session, sessionmaker
 
+    from idempotency._sql.commit_guard import interrupt, watch
     from idempotency._sql.sessions import is_synchronous
     from idempotency._sql.threads import WORKING
 
@@ -67,11 +69,17 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
             yield session
             return
         own = sessions()
+        watch(own)
+        end: Callable[[Session], None] = Session.close
         try:
             yield own
             await WORKING.run(own.commit)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                end = interrupt  # the thread of a cancelled endpoint goes on
+            raise
         finally:
-            await WORKING.run(own.close)
+            await WORKING.run(partial(end, own))
 
     return in_threads if kind is Session else awaited
 
