@@ -33,7 +33,8 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     ``sessions`` is the ``async_sessionmaker`` or ``sessionmaker`` that the middleware has as ``session=``. In an
     operation, the dependency gives the operation's session, which is committed with the recorded response; the endpoint
     never commits it. In any other request (a GET, one without a key, an application without the middleware) it gives a
-    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed.
+    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed. Used
+    after that, as by a background task, it raises :class:`~idempotency.errors.TransactionError`.
     With ``scope="function"`` that commit comes before the response is sent. By FastAPI's default, since 0.118, it comes
     after: a client may then hold a response whose commit failed.
 
@@ -44,7 +45,7 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session, sessionmaker
 
-    from idempotency._sql.commit_guard import interrupt, watch
+    from idempotency._sql.commit_guard import finish, install, interrupt, watch
     from idempotency._sql.sessions import is_synchronous
     from idempotency._sql.threads import WORKING
 
@@ -53,6 +54,7 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
             f"session_of takes an async_sessionmaker or a sessionmaker, not {type(sessions).__name__}"
         )
     kind = Session if is_synchronous(sessions) else AsyncSession
+    install()
 
     async def awaited(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
         session = _session_in_operation(connection, kind)
@@ -60,8 +62,11 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
             yield session
             return
         async with sessions() as own:
-            yield own
-            await own.commit()
+            try:
+                yield own
+                await own.commit()
+            finally:
+                finish(own.sync_session)  # a statement would begin a transaction that nobody ends
 
     async def in_threads(connection: HTTPConnection) -> AsyncIterator[Session]:
         session = _session_in_operation(connection, kind)
@@ -79,6 +84,7 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
                 end = interrupt  # the thread of a cancelled endpoint goes on
             raise
         finally:
+            finish(own)
             await WORKING.run(partial(end, own))
 
     return in_threads if kind is Session else awaited
