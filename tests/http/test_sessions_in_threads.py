@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -250,13 +250,12 @@ def end_what_sleeps(shop: Shop) -> None:
 
 
 @pytest.mark.stores("postgres", "postgres_psycopg2", "mariadb")
-@pytest.mark.parametrize("headers", [{"Idempotency-Key": "k"}, {}], ids=["key", "no key"])
-async def test_a_cursor_of_a_cancelled_endpoint_is_in_no_other_transaction(shop: Shop, headers: dict[str, str]) -> None:
+@pytest.mark.parametrize("how", ["with a key", "without a key", "by a time-out inside"])
+async def test_a_cursor_of_a_cancelled_endpoint_is_in_no_other_transaction(shop: Shop, how: str) -> None:
     """The endpoint has a cursor of the driver, which no session can refuse: it fails, and others are not disturbed."""
     begun, go_on, ended = asyncio.Event(), threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
     raised: list[BaseException] = []
-
     dependency = Depends(session_of(shop.sessions), scope="function")
 
     @shop.app.post("/orders")
@@ -272,16 +271,35 @@ async def test_a_cursor_of_a_cancelled_endpoint_is_in_no_other_transaction(shop:
         finally:
             ended.set()
 
+    if how == "by a time-out inside":
+        shop.app.add_middleware(TimedOut, begun=begun)
     shop.protect()
     async with shop.client() as client:
+        headers = {} if how == "without a key" else key()
         sent = asyncio.create_task(client.post("/orders", headers=headers))
         await begun.wait()
-        sent.cancel()
+        if how != "by a time-out inside":
+            sent.cancel()
         await asyncio.wait({sent}, timeout=20)
     assert await asyncio.to_thread(orders_meanwhile, shop, go_on, ended) == ["0", "1", "2"]
 
     assert len(raised) == 1
     assert shop.orders() == ["0", "1", "2"]
+
+
+class TimedOut:
+    """A middleware that cancels the endpoint once it has ``begun``, and answers 504."""
+
+    def __init__(self, app: Any, begun: asyncio.Event) -> None:
+        self._app = app
+        self._begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        running = asyncio.create_task(self._app(scope, receive, send))
+        await self._begun.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        await Response(status_code=504)(scope, receive, send)
 
 
 def orders_meanwhile(shop: Shop, go_on: threading.Event, ended: threading.Event) -> list[str]:
