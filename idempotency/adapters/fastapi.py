@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from starlette.requests import HTTPConnection, Request
@@ -45,9 +44,9 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session, sessionmaker
 
-    from idempotency._sql.commit_guard import finish, install, interrupt, watch
+    from idempotency._sql.commit_guard import finish, install
+    from idempotency._sql.session_in_threads import committed_in_threads
     from idempotency._sql.sessions import is_synchronous
-    from idempotency._sql.threads import WORKING
 
     if not isinstance(sessions, async_sessionmaker | sessionmaker):
         raise ConfigurationError(
@@ -73,19 +72,8 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
         if session is not None:
             yield session
             return
-        own = sessions()
-        watch(own)
-        end: Callable[[Session], None] = Session.close
-        try:
+        async with committed_in_threads(sessions) as own:
             yield own
-            await WORKING.run(own.commit)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                end = interrupt  # the thread of a cancelled endpoint goes on
-            raise
-        finally:
-            finish(own)
-            await WORKING.run(partial(end, own))
 
     return in_threads if kind is Session else awaited
 

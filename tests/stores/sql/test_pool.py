@@ -106,6 +106,7 @@ def test_a_thread_that_is_interrupted_anywhere_keeps_no_slot(tmp_path: Path) -> 
     """As by a signal: at whichever line it has or asks for a slot, later verbs find every slot free."""
     store = SQLStore(create_engine(f"sqlite:///{tmp_path}/records.db", pool_size=2, max_overflow=0), timeout=1)
     store.create_schema_sync()
+    point = 0
     for point in itertools.count():
         lines = 0
 
