@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from idempotency._sql.commit_guard import discard, finish, give_back, interrupt, lost_connection, roll_back, watch
 from idempotency._sql.threads import CONNECTING, WORKING
@@ -58,7 +58,7 @@ class SessionInThreads:
 
 
 @asynccontextmanager
-async def committed_in_threads(sessions: sessionmaker[Session]) -> AsyncIterator[Session]:
+async def committed_in_threads(sessions: Callable[[], Session]) -> AsyncIterator[Session]:
     """Give a session of its own, commit it, and close it. Nothing of it is committed where the block raises."""
     own = sessions()
     watch(own)

@@ -72,7 +72,8 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
         if session is not None:
             yield session
             return
-        async with committed_in_threads(sessions) as own:
+        make: Any = sessions
+        async with committed_in_threads(make) as own:
             yield own
 
     return in_threads if kind is Session else awaited
