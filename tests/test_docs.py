@@ -12,6 +12,8 @@ from tests.kit.paths import ROOT
     [
         "README.md",
         "docs/clients.md",
+        "docs/console.md",
+        "docs/cors.md",
         "docs/encryption.md",
         "docs/events.md",
         "docs/fastapi.md",

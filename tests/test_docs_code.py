@@ -40,6 +40,8 @@ def blocks(page: str) -> dict[str, list[str]]:
 
 
 CLIENTS = blocks("clients.md")
+CONSOLE = blocks("console.md")
+CORS = blocks("cors.md")
 ENCRYPTION = blocks("encryption.md")
 EVENTS = blocks("events.md")
 FASTAPI = blocks("fastapi.md")
@@ -92,6 +94,43 @@ def test_the_code_for_encryption_encrypts(run: Callable[..., dict[str, Any]], mo
     headers = [(b"x-card", b"4"), (b"a", b"b")]
     pairs, body = names["policy"].redact(200, headers, b"4111111111111111")
     assert (pairs, body) == ([(b"a", b"b")], b"...1111")
+
+
+async def test_the_code_for_the_page_lets_operators_in(run: Callable[..., dict[str, Any]]) -> None:
+    """Those of a group may see what is stuck, and nobody else."""
+    names = run(*CONSOLE["The page of what is stuck"])
+    await names["store"].create_schema()
+    user: Any = None
+
+    async def with_user(scope: Any, receive: Any, send: Any) -> None:
+        await names["app"](scope | {"user": user}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(with_user), base_url="http://shop") as client:
+        unknown = await client.get("/stuck/")
+        user = SimpleNamespace(name="ada", groups={"operations"})
+        known = await client.get("/stuck/")
+    for each in ("store", "outbox"):
+        await names[each].aclose()
+
+    assert unknown.status_code == 404
+    assert "ada (read only)" in known.text
+
+
+async def test_the_code_for_cors_lets_a_page_send_a_key(run: Callable[..., dict[str, Any]]) -> None:
+    """The preflight of the browser allows it, and an answer of ours has the headers too."""
+    app = run(*CORS["Starlette and FastAPI"])["app"]
+    origin = {"origin": "https://shop.example"}
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "idempotency-key"}
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
+        preflight = await client.options("/orders", headers=origin | asked)
+        refused = await client.post("/orders", headers=origin | {"idempotency-key": "x" * 256})
+
+    assert preflight.status_code == 200
+    assert refused.status_code == 400
+    for answer in (preflight, refused):
+        assert answer.headers["access-control-allow-origin"] == "https://shop.example"
+    assert "Retry-After" in refused.headers["access-control-expose-headers"]
 
 
 @pytest.mark.parametrize("framework", [heading for heading in MESSAGES if heading != SETUP])

@@ -195,6 +195,7 @@ PUBLIC = {
     "idempotency.stores.sql": [
         "SQLStore",
         "SagaTables",
+        "audit_table",
         "records_table",
         "saga_schema_sql",
         "saga_tables",
@@ -239,6 +240,7 @@ PUBLIC = {
         "repeats_have_no_effect",
         "tool_call",
     ],
+    "idempotency.web": ["Console", "Operator", "console"],
     "idempotency.webhooks": [
         "WEBHOOKS",
         "Endpoint",

@@ -16,22 +16,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from idempotency._cli import show
-from idempotency._cli.lookup import (
+from idempotency._cli.audit import audit
+from idempotency._cli.lookup import open_named, run_on_store
+from idempotency._cli.open_outbox import examine_outbox
+from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
+from idempotency._cli.outbox import outbox as outbox_commands
+from idempotency._cli.records import (
     deliveries,
     find,
     find_key,
     forget_counts,
     hexadecimal,
     holds_what_cannot_be_shown,
+    keeps_sagas,
     one,
-    open_named,
-    run_on_store,
 )
-from idempotency._cli.open_outbox import examine_outbox
-from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
-from idempotency._cli.outbox import outbox as outbox_commands
 from idempotency._cli.relay import relay
-from idempotency._cli.saga import examine_sagas, keeps_sagas
+from idempotency._cli.saga import examine_sagas
 from idempotency._cli.saga import saga as saga_commands
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
@@ -62,6 +63,7 @@ app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
 app.command()(relay)
+app.command()(audit)
 
 Sagas = Annotated[bool, typer.Option("--sagas", help="SQL: also the tables of sagas, NAME_saga and NAME_saga_entry.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]

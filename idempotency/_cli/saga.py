@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -12,16 +11,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from idempotency._cli import show
-from idempotency._cli.lookup import MANY, open_named, run_on_store
+from idempotency._cli.lookup import open_named, run_on_store
 from idempotency._cli.options import AsJson, Names, confirmed, fail, on_store
+from idempotency._cli.records import MANY, keeps_sagas
 from idempotency._cli.show_saga import print_saga, print_sagas, saga_as_json
 from idempotency._cli.sweep import sweep
-from idempotency._sagas.journal import Journaling
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError
 from idempotency.saga import SagaDetail, SagaOperations, SagaView
 from idempotency.saga._view import SagaState
 from idempotency.stores import AnyStore
-from idempotency.stores.base import CreatingSagaSchema, Finding, supports
+from idempotency.stores.base import Finding
 
 T = TypeVar("T")
 
@@ -177,15 +176,6 @@ def signal(
 async def examine_sagas(opened: AnyStore) -> list[Finding]:
     """Examine the sagas of a store that keeps some."""
     return await SagaOperations(opened).examine() if await keeps_sagas(opened) else []
-
-
-async def keeps_sagas(opened: object) -> bool:
-    """Return whether a store can keep sagas, and has the tables for them where it needs some."""
-    if not supports(opened, Journaling):
-        return False
-    with suppress(StoreError):  # then examine() says so
-        return await opened.has_saga_schema() if supports(opened, CreatingSagaSchema) else True
-    return True
 
 
 def _run(work: Callable[[SagaOperations], Awaitable[T]], at: Names) -> T:

@@ -6,14 +6,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from idempotency._cli.lookup import LOGGED
+from idempotency._cli.records import LOGGED
+from idempotency._cli.words import duration as duration
+from idempotency._cli.words import printable as printable
+from idempotency._cli.words import state as state
 from idempotency._rules import State
 from idempotency.stores.base import Count, Entry, Finding
 
@@ -104,36 +107,6 @@ def print_rows(rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row.values()))
     Console().print(table)
-
-
-def state(entry: Entry) -> Literal["running", "lapsed", "done", "unknown", "count"]:
-    """Return the name of the state.
-
-    ``unknown`` is also that of a held record whose lease is over, as its outcome is; ``lapsed`` that of another one,
-    which nobody runs; ``count`` that of a record which is no operation, but counts the deliveries of a message.
-    """
-    if entry.counts is not None:
-        return "count"
-    if entry.unresolved:
-        return "unknown"
-    if entry.lapsed:
-        return "lapsed"
-    return "done" if entry.state is State.DONE else "running"
-
-
-def printable(text: str) -> str:
-    """Escape what would begin a new line or control the terminal."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def duration(seconds: float) -> str:
-    """Write a duration in its two largest units."""
-    whole = max(0, round(seconds))
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    parts = [f"{value}{unit}" for value, unit in ((days, "d"), (hour, "h"), (minute, "m"), (second, "s")) if value]
-    return " ".join(parts[:2]) or "0s"
 
 
 def _columns(entry: Entry) -> dict[str, str]:

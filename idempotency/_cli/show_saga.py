@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from idempotency._cli import show
-from idempotency._cli.lookup import LOGGED
+from idempotency._cli.records import LOGGED
 
 if TYPE_CHECKING:
     from idempotency.saga import SagaDetail, SagaFact, SagaView

@@ -151,7 +151,7 @@ class Delivery:
                 case Sent() | Duplicate():
                     judged.settlement.gone.append(row.seq)
                 case Refused(reason):
-                    judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
+                    judged.settlement.dead.setdefault(stored_reason(reason), []).append(row.seq)
                 case RetryLater():
                     tried = self._tried.get(row.seq, before)
                     counts = not outcome.held and (self._confirmations > tried or outcome.after is not None)
@@ -188,7 +188,7 @@ class Delivery:
         pause = pauses[attempts]
         if pause is None and counts:
             reason = f"given up after {attempts} attempts: {outcome.reason}"
-            judged.settlement.dead.setdefault(_stored(reason), []).append(row.seq)
+            judged.settlement.dead.setdefault(stored_reason(reason), []).append(row.seq)
             return
         delay = milliseconds(max(_UNCOUNTED if pause is None else pause, _asked(outcome.after)))
         judged.settlement.retry.setdefault((attempts, delay), []).append(row.seq)
@@ -280,7 +280,7 @@ def _outcome_in(returned: object) -> Outcome:
     return RetryLater(f"ConfigurationError: the publisher returned a {type(returned).__name__}, {what}")
 
 
-def _stored(reason: str) -> str:
+def stored_reason(reason: str) -> str:
     """Return a reason as every database can store it: without NUL, and as text in UTF-8."""
     return reason[:MOST_REASON].replace("\0", "?").encode(errors="replace").decode()
 

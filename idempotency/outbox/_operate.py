@@ -7,7 +7,7 @@ from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
-from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy import Connection, Engine, inspect, select
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -17,7 +17,9 @@ from idempotency._outbox.table import Tables
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox._database import RelayDatabase
 from idempotency.outbox._examine import examine, read_retained
-from idempotency.outbox._redrive import dead_ids, last_dead, move, next_dead, remove
+from idempotency.outbox._names import slot_of
+from idempotency.outbox._redrive import dead_ids, give_up, last_dead, move, next_dead, remove, send_now
+from idempotency.outbox._slot import SlotState, read_slot
 from idempotency.outbox._states import OutboxEntry, OutboxStats, read_entries, read_stats
 from idempotency.stores.base import Finding
 
@@ -58,6 +60,36 @@ class OutboxOperations:
         if key is not None and "/" not in key:
             raise ConfigurationError(f"a key is TYPE/ID, such as order/7, not {key!r}")
         return await self._run(partial(read_entries, dead=dead, key=key, limit=limit, payload=payload))
+
+    async def blocked(self, *, limit: int = 100) -> list[OutboxEntry]:
+        """List the messages that are blocked: those that wait to be sent again, and what is behind each of its key."""
+        return await self._run(partial(read_entries, dead=False, blocked=True, key=None, limit=limit, payload=False))
+
+    async def message(self, id: str) -> OutboxEntry | None:
+        """Return a message, dead or not, without its payload; None if there is none."""
+        for dead in (False, True):
+            one = partial(read_entries, dead=dead, id=_uuid(id), key=None, limit=1, payload=False)
+            for found in await self._run(one):
+                return found
+        return None
+
+    async def slots(self) -> dict[str, SlotState]:
+        """Return what PostgreSQL says of the slots of the relays that read its log, by name; elsewhere nothing."""
+        return await self._run(_slots)
+
+    async def retry(self, id: str) -> bool:
+        """Let a message be sent at once that waits for a time; False if there is none that waits.
+
+        Behind a message of its key that is blocked, it waits further for that one.
+        """
+        return await self._run(partial(send_now, id=_uuid(id)))
+
+    async def give_up(self, id: str, reason: str) -> bool:
+        """Move a message to the dead ones, so that those behind it go on; False if it does not wait.
+
+        A relay that has read it already may still send it.
+        """
+        return await self._run(partial(give_up, id=_uuid(id), reason=reason))
 
     async def redrive(self, ids: Collection[str]) -> int:
         """Put dead messages back into the outbox, with the same ids, and return how many.
@@ -132,6 +164,14 @@ def _exists(connection: Connection, tables: Tables) -> bool:
 
 def _create(connection: Connection, tables: Tables) -> None:
     tables.create(connection)
+
+
+def _slots(connection: Connection, tables: Tables) -> dict[str, SlotState]:
+    if connection.dialect.name != "postgresql":
+        return {}
+    names = {slot_of(tables), *connection.execute(select(tables.position.c.slot)).scalars()}
+    found = {name: read_slot(connection, name) for name in sorted(names)}
+    return {name: state for name, state in found.items() if state is not None}
 
 
 def _redrive(connection: Connection, tables: Tables, ids: Collection[str]) -> int:

@@ -1,13 +1,30 @@
-"""Send dead messages again, or delete messages for good."""
+"""What an operator decides about messages: to send them again or at once, to give them up, or to delete them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, case, delete, func, insert, literal, null, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Select,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    null,
+    select,
+    update,
+)
 
 from idempotency._outbox.table import Tables
+from idempotency._sql.clock import NOW_MS
+from idempotency.outbox._deliver import stored_reason
+from idempotency.outbox._statements import Statements
 
 BATCH = 500
 """How many messages one transaction moves."""
@@ -56,3 +73,21 @@ def remove(connection: Connection, tables: Tables, id: str) -> bool:
     """Delete a message, dead or not; False if there is none of this id."""
     removed = [connection.execute(delete(table).where(table.c.id == id)).rowcount for table in tables.all[:2]]
     return any(removed)
+
+
+def send_now(connection: Connection, tables: Tables, id: str) -> bool:
+    """Let the time of a message that waits for one be now; False if it waits for none."""
+    row = tables.messages.c
+    now: ColumnElement[int] = literal_column(NOW_MS[connection.dialect.name], BigInteger)
+    changed = update(tables.messages).where(row.id == id, row.available_ms > now).values(available_ms=now)
+    return connection.execute(changed).rowcount > 0
+
+
+def give_up(connection: Connection, tables: Tables, id: str, reason: str) -> bool:
+    """Move a message to the dead ones; False if it is none that waits."""
+    row = tables.messages.c
+    # A relay may delete it meanwhile. The lock lets only one of both succeed.
+    seqs = list(connection.execute(select(row.seq).where(row.id == id).with_for_update()).scalars())
+    if seqs:
+        Statements(tables, connection.dialect.name).give_up(connection, stored_reason(reason), seqs)
+    return bool(seqs)

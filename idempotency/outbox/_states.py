@@ -133,9 +133,20 @@ def _relays(rows: Iterable[Any]) -> tuple[RunningRelay, ...]:
 
 
 def read_entries(
-    connection: Connection, tables: Tables, *, dead: bool, key: str | None, limit: int, payload: bool
+    connection: Connection,
+    tables: Tables,
+    *,
+    dead: bool,
+    key: str | None,
+    limit: int,
+    payload: bool,
+    blocked: bool = False,
+    id: str | None = None,
 ) -> list[OutboxEntry]:
-    """List messages in the order in which they were written, the dead ones or the others."""
+    """List messages in the order in which they were written, the dead ones or the others.
+
+    ``blocked``: of the others, only those that are. ``id``: only the one of this id.
+    """
     now = _now(connection)
     row = (tables.dead if dead else tables.messages).c
     shown = (
@@ -158,8 +169,20 @@ def read_entries(
     page = select(row.seq).order_by(row.seq).limit(limit)
     if key is not None:
         page = page.where(row.aggregatetype + "/" + row.aggregateid == key)
+    if id is not None:
+        page = page.where(row.id == id)
+    if blocked:
+        page = _blocked(page, tables, now)
     listed = query.where(row.seq.in_(select(page.subquery("page").c.seq))).order_by(row.seq)
     return [_entry(found) for found in connection.execute(listed)]
+
+
+def _blocked(page: Select[Any], tables: Tables, now: CTE) -> Select[Any]:
+    """Narrow a selection of messages to those that are blocked."""
+    row, heads = tables.messages.c, _retried(tables, now)
+    begun = (row.attempts > 0) | row.available_ms.is_(None)
+    page = page.join(heads, and_(*(heads.c[name] == row[name] for name in _KEY), row.seq >= heads.c.seq))
+    return page.where(begun | (row.available_ms <= select(now.c.ms).scalar_subquery()))
 
 
 def _entry(row: Row[Any]) -> OutboxEntry:

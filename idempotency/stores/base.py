@@ -35,6 +35,8 @@ from idempotency._rules import Claim, Record, State
 from idempotency._sagas.journal import CreatingSagaSchema as CreatingSagaSchema
 from idempotency._synchronization import Changed as Changed
 from idempotency.errors import ConfigurationError
+from idempotency.stores._auditing import Action as Action
+from idempotency.stores._auditing import Auditing as Auditing
 from idempotency.stores._counts import Count as Count
 from idempotency.stores._counts import count_of
 from idempotency.stores._joining import Joining as Joining
@@ -192,6 +194,14 @@ class Resolving(Protocol):
         ``"release"``: it did not, and the next request runs. The token of the owner that vanished is replaced: should
         it return, it cannot write.
         """
+        ...
+
+
+class ResolvingByParts(Protocol):
+    """List the records whose outcome is unknown where that takes long: a part of them in a given time."""
+
+    async def unresolved_part(self, limit: int, after: str, seconds: float) -> tuple[list[Entry], str]:
+        """Look for ``seconds``; return the oldest found, and the ``after`` to look on from: empty at both ends."""
         ...
 
 

@@ -17,6 +17,7 @@ from idempotency._hooks import check_callable
 from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores import _sealing
+from idempotency.stores._audit_memory import AuditInMemory
 from idempotency.stores._operating import id_digits
 from idempotency.stores._saga_memory import JournalInMemory
 from idempotency.stores._sealing import Sealing, sealed_result
@@ -27,7 +28,7 @@ from idempotency.stores.encryption import Encryption
 _DROPPED_PER_CLAIM = 32
 
 
-class MemoryStore(JournalInMemory):
+class MemoryStore(JournalInMemory, AuditInMemory):
     """Store records in this process. Threads and event loops can share one store, each with verbs of its own.
 
     ``max_records``: how many records there may be. Default 100000. ``max_bytes``: how many bytes of keys and results
@@ -55,7 +56,8 @@ class MemoryStore(JournalInMemory):
         self._max_bytes = max_bytes
         self._clock = clock
         self._sealing = _sealing.sealing_of(encryption, digest_names)
-        super().__init__(clock, self._sealing)
+        JournalInMemory.__init__(self, clock, self._sealing)
+        AuditInMemory.__init__(self, clock)
         self._lock = threading.Lock()
         self._records: dict[bytes, _Stored] = {}
         self._bytes = 0
@@ -148,9 +150,8 @@ class MemoryStore(JournalInMemory):
             yield watcher.changed
         finally:
             with self._lock:
-                watchers = self._watchers[record]
-                watchers.discard(watcher)
-                if not watchers:
+                self._watchers[record].discard(watcher)
+                if not self._watchers[record]:
                     del self._watchers[record]
 
     async def aclose(self) -> None:
@@ -169,8 +170,7 @@ class MemoryStore(JournalInMemory):
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
-        unresolved = [entry for entry in self._entries() if entry.unresolved]
-        return heapq.nlargest(limit, unresolved, key=lambda entry: entry.age)
+        return heapq.nlargest(limit, (one for one in self._entries(True) if one.unresolved), key=lambda one: one.age)
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Searching.find`."""
@@ -178,10 +178,10 @@ class MemoryStore(JournalInMemory):
         found = (each for each in self._entries() if each.id.hex().startswith(digits))
         return list(islice((each for each in found if keys is None or each.key in keys), limit))
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self, held: bool = False) -> list[Entry]:
         with self._lock:
             now = self._clock()
-            live = ((record, stored) for record, stored in self._records.items() if stored.expires > now)
+            live = [one for one in self._records.items() if one[1].expires > now and one[1].hold >= held]
             return [stored.entry(record, now, self._sealing) for record, stored in live]
 
     async def resolve(

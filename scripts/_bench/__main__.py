@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from urllib.parse import urlsplit
 
 import calls
+import console
 import encryption
 import http_report
 import http_run
@@ -42,6 +43,7 @@ _RABBITMQ = "amqp://guest:guest@127.0.0.1:5672/"
 
 _ALONE = {
     "table": "the cost against the size of the table",
+    "console": "the page of what is stuck: milliseconds to its first byte",
     "calls": "functions: joined transactions, and calls on Redis",
     "encryption": "what encryption adds to a replay",
     "messages": "a consumer of a local RabbitMQ, with effects in PostgreSQL",
@@ -74,6 +76,11 @@ async def _run(urls: Sequence[str], *, quick: bool, only: str | None, largest: i
         await _calls(subjects, quick)
     if only == "messages":
         await _messages(subjects, quick)
+    if only == "console":
+        print(console.HEAD)
+        for subject in subjects:
+            async with opened(subject):
+                print(console.row(subject.name, await console.measure(subject, min(largest, 10**5))), flush=True)
     if only == "encryption":
         print(report.ENCRYPTION)
         for url in urls:
@@ -178,7 +185,7 @@ def _parsed() -> argparse.Namespace:
         metavar="URL",
         action="append",
         help="a store to measure; repeatable; default: memory, a SQLite file, a local Redis and PostgreSQL; for --http "
-        "only these servers; for --calls MariaDB too",
+        "only these servers; for --calls and --console MariaDB too",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and smaller tables")
     parser.add_argument(
@@ -212,7 +219,7 @@ def _plan(options: argparse.Namespace) -> http_run.Plan:
 
 
 def _urls(only: str | None, directory: str) -> list[str]:
-    servers = _reachable((*_SERVERS, _MARIADB) if only == "calls" else _SERVERS)
+    servers = _reachable((*_SERVERS, _MARIADB) if only in ("calls", "console") else _SERVERS)
     served = ("http", "messages", "outbox", "saga")
     # In memory there is no round trip to compare encryption to.
     memory = [] if only in ("encryption", *served) else ["memory://"]

@@ -49,6 +49,6 @@ async def of_saga(url: str, table: str, *, joined: bool) -> AsyncIterator[Workfl
 
     yield run
     async with engine.begin() as connection:
-        for name in (table, f"{table}_saga", f"{table}_saga_entry"):
+        for name in (table, f"{table}_audit", f"{table}_saga", f"{table}_saga_entry"):
             await connection.execute(text(f"DROP TABLE {name}"))
     await engine.dispose()

@@ -15,7 +15,7 @@ from subjects import FINGERPRINT, RESULT, Subject, Verb, claim_of
 
 from idempotency import open_store
 from idempotency._rules import Claim
-from idempotency.stores.sql import records_table
+from idempotency.stores.sql import audit_table, records_table
 
 _BATCH = 10_000
 _DAY = 86_400_000
@@ -73,10 +73,11 @@ class SQL(Subject):
         await self.store.claim(self._again)
 
     async def close(self) -> None:
-        """Drop the table."""
+        """Drop the table, and that of the audit."""
         await self.store.aclose()
         async with self._engine.begin() as connection:
-            await connection.run_sync(self._table.drop, checkfirst=True)
+            for table in (self._table, audit_table(MetaData(), self.place)):
+                await connection.run_sync(table.drop, checkfirst=True)
         await self._engine.dispose()
 
     async def fill(self, keys: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ class Trial:
                 await connection.execute(text(f"DROP PUBLICATION IF EXISTS {publication_of(self.outbox.tables)}"))
         tables = [*self.outbox.tables.all, self.order, table_of(self.name, "effect")]
         async with engine.begin() as connection:
-            for name in (*(table.name for table in tables), f"{self.name}_record"):
+            for name in (*(table.name for table in tables), f"{self.name}_record", f"{self.name}_record_audit"):
                 await connection.execute(text(f"DROP TABLE IF EXISTS {name}"))
         await engine.dispose()
         await self.broker.remove()

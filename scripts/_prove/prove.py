@@ -126,7 +126,7 @@ def _drop_tables(url: str) -> None:
     async def drop() -> None:
         engine = create_async_engine(url)
         async with engine.begin() as connection:
-            for table in (scenarios.RECORDS, scenarios.EFFECTS.name):
+            for table in (scenarios.RECORDS, f"{scenarios.RECORDS}_audit", scenarios.EFFECTS.name):
                 await connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
         await engine.dispose()
 

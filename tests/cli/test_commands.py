@@ -352,7 +352,7 @@ def test_schema_create_makes_the_tables_of_sagas_if_asked(store_target: Target) 
     engine = sqlalchemy.create_engine(store_target.sync_url)
     found = {name for name in sqlalchemy.inspect(engine).get_table_names() if name.startswith(table)}
     engine.dispose()
-    assert found == {table, f"{table}_saga", f"{table}_saga_entry"}
+    assert found == {table, f"{table}_audit", f"{table}_saga", f"{table}_saga_entry"}
 
 
 def test_a_mistyped_sqlite_file_is_not_created(tmp_path: Path) -> None:
@@ -365,7 +365,8 @@ def test_a_mistyped_sqlite_file_is_not_created(tmp_path: Path) -> None:
 
     CliRunner().invoke(app, ["schema", "create", "--store", url])
     refused(CliRunner().invoke(app, ["list", "--store", url, "--table", "other"]), "has no table other")
-    assert sqlalchemy.inspect(sqlalchemy.create_engine(f"sqlite:///{file}")).get_table_names() == ["idempotency_record"]
+    tables = sqlalchemy.inspect(sqlalchemy.create_engine(f"sqlite:///{file}")).get_table_names()
+    assert tables == ["idempotency_record", "idempotency_record_audit"]
 
 
 def test_schema_sql_needs_no_store() -> None:

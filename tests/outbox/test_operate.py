@@ -109,6 +109,59 @@ async def test_messages_are_listed_with_their_states(box: Box) -> None:
     assert (names[dead.id], dead.state, dead.attempts, dead.reason) == ("refused", "dead", 3, "too large")
 
 
+async def test_those_that_are_blocked_are_listed_alone(box: Box) -> None:
+    """The message that blocks its key, and what is due behind it."""
+    assert await box.operations.blocked() == []
+    await in_every_state(box)
+
+    blocked = await box.operations.blocked()
+
+    assert [each.id for each in blocked] == [box.ids["retried"], box.ids["behind"]]
+    assert [each.state for each in blocked] == ["blocked", "blocked"]
+    assert [each.id for each in await box.operations.blocked(limit=1)] == [box.ids["retried"]]
+
+
+async def test_one_message_is_found_by_its_id(box: Box) -> None:
+    """Dead or not."""
+    await in_every_state(box)
+
+    states = {name: await box.operations.message(box.ids[name]) for name in ("first", "behind", "refused")}
+
+    assert {name: found and found.state for name, found in states.items()} == {
+        "first": "due",
+        "behind": "blocked",
+        "refused": "dead",
+    }
+    assert await box.operations.message(NOBODY) is None
+
+
+async def test_a_message_that_waits_is_sent_at_once_on_demand(box: Box) -> None:
+    """Its time is now, and what it has blocked is due behind it."""
+    await in_every_state(box)
+
+    assert await box.operations.retry(box.ids["retried"])
+
+    states = {each.id: each.state for each in await box.operations.messages(key="order/1")}
+    assert states[box.ids["retried"]] == states[box.ids["behind"]] == "due"
+    assert not await box.operations.retry(box.ids["retried"])
+    assert not await box.operations.retry(NOBODY)
+
+
+async def test_a_message_is_given_up_on_demand(box: Box) -> None:
+    """It is dead for the reason that was given, and those behind it go on."""
+    await in_every_state(box)
+
+    assert await box.operations.give_up(box.ids["retried"], "the customer is gone\0")
+
+    dead = {each.id: each.reason for each in await box.operations.messages(dead=True)}
+    assert dead[box.ids["retried"]] == "the customer is gone?"
+    found = await box.operations.message(box.ids["behind"])
+    assert found is not None
+    assert found.state == "due"
+    assert not await box.operations.give_up(box.ids["retried"], "again")
+    assert await box.operations.redrive([box.ids["retried"]]) == 1
+
+
 async def test_the_relays_that_run_are_named_with_what_they_own(box: Box) -> None:
     """A relay whose leases are over does not run."""
     rows = [

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import re
 from collections.abc import AsyncIterator
+from math import inf
+from time import monotonic
 from typing import Any
 
+from idempotency.errors import ConfigurationError
 from idempotency.stores._operating import DIGITS
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.base import Entry
@@ -23,16 +28,38 @@ async def ids(clients: Clients, prefix: bytes, start: str) -> AsyncIterator[byte
             yield record
 
 
-async def unresolved(clients: Clients, prefix: bytes, limit: int, sealing: Sealing | None) -> list[Entry]:
-    """List the records whose outcome is unknown, in the order of their first claims."""
-    found: list[tuple[int, Entry]] = []
-    async for batch in _batches(clients, prefix, ""):
-        replies = await asyncio.gather(*(clients.run(wire.inspect(prefix + each.hex().encode())) for each in batch))
-        for record, reply in zip(batch, replies, strict=True):
-            entry = wire.entry(record, reply, sealing)
-            if entry is not None and entry.unresolved:
-                found.append((wire.first_claimed(reply), entry))
-    return [entry for _, entry in sorted(found, key=lambda one: one[0])[:limit]]
+async def unresolved(
+    clients: Clients, prefix: bytes, limit: int, sealing: Sealing | None, after: str = "", seconds: float = inf
+) -> tuple[list[Entry], str]:
+    """List the records whose outcome is unknown, in the order of their first claims, and where to look on.
+
+    It looks for up to ``seconds``, on from ``after``, and then returns the oldest that it has found; empty: at the end.
+    """
+    servers = await clients.primaries()
+    oldest: list[tuple[int, bytes]] = []
+    place, cursor = _place(after)
+    until = monotonic() + seconds
+    while place < len(servers):
+        reply = await clients.ask(servers[place], *wire.scan_unresolved(prefix, cursor), raw=True)
+        cursor, found = wire.unresolved(prefix, reply)
+        oldest = heapq.nsmallest(limit, {*oldest, *found})
+        place += cursor == 0
+        if monotonic() > until:
+            break
+    replies = await asyncio.gather(*(clients.run(wire.inspect(prefix + record.hex().encode())) for _, record in oldest))
+    entries = (wire.entry(record, reply, sealing) for (_, record), reply in zip(oldest, replies, strict=True))
+    following = f"{place}-{cursor}" if place < len(servers) else ""
+    return [entry for entry in entries if entry is not None and entry.unresolved], following
+
+
+def _place(after: str) -> tuple[int, int]:
+    """Read the number of a server, and a cursor of it."""
+    if not after:
+        return 0, 0
+    if not re.fullmatch(r"\d{1,5}-\d{1,20}", after, re.ASCII):
+        raise ConfigurationError(f"to look on takes what was returned before, not {after!r}")
+    place, _, cursor = after.partition("-")
+    return int(place), int(cursor)
 
 
 async def _batches(clients: Clients, prefix: bytes, start: str) -> AsyncIterator[list[bytes]]:

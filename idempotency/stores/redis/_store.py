@@ -21,6 +21,7 @@ from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.redis import _examine, _find, _sagas
 from idempotency.stores.redis import _wire as wire
+from idempotency.stores.redis._audit import AuditInRedis
 from idempotency.stores.redis._clients import Clients
 from idempotency.stores.redis._open import AsyncClient, SyncClient, read_url
 from idempotency.stores.redis._per_loop import Threads
@@ -31,7 +32,7 @@ from idempotency.stores.redis._wire import Command, Durability
 R = TypeVar("R")
 
 
-class RedisStore:
+class RedisStore(AuditInRedis):
     """Store records in Redis.
 
     ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store,
@@ -227,7 +228,11 @@ class RedisStore:
 
     async def unresolved(self, limit: int = 100) -> list[Entry]:
         """See :meth:`idempotency.stores.base.Resolving.unresolved`; it scans all keys of the database."""
-        return await _find.unresolved(self._clients, self._prefix, limit, self._sealing)
+        return (await _find.unresolved(self._clients, self._prefix, limit, self._sealing))[0]
+
+    async def unresolved_part(self, limit: int, after: str, seconds: float) -> tuple[list[Entry], str]:
+        """See :meth:`idempotency.stores.base.ResolvingByParts.unresolved_part`."""
+        return await _find.unresolved(self._clients, self._prefix, limit, self._sealing, after, seconds)
 
     async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
         """See :meth:`idempotency.stores.base.Searching.find`; it scans all keys of the database."""

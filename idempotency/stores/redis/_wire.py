@@ -49,9 +49,14 @@ class Script:
         self.by_text = b"\r\n$4\r\nEVAL\r\n$%d\r\n%b" % (len(self.text), self.text)
 
 
-_CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE, _FORGET = map(
-    Script, ("claim", "renew", "complete", "release", "inspect", "resolve", "forget")
+_CLAIM, _RENEW, _COMPLETE, _RELEASE, _INSPECT, _RESOLVE, _FORGET, _UNRESOLVED = map(
+    Script, ("claim", "renew", "complete", "release", "inspect", "resolve", "forget", "unresolved")
 )
+
+_SCANNED = 1000
+"""Keys of a server that one command looks at."""
+
+_ID = re.compile(rb"[0-9a-f]{64}")
 
 Command = tuple[Script, tuple[bytes, ...]]
 """A script, and what follows it in the command: the number of keys, the key, the arguments."""
@@ -237,19 +242,29 @@ class Durability:
 
 def scan(prefix: bytes, cursor: int) -> tuple[Any, ...]:
     """Make the command that lists a part of the records of one server, after ``cursor``."""
-    return "SCAN", cursor, "MATCH", re.sub(rb"([*?\[\]\\^])", rb"\\\1", prefix) + b"*", "COUNT", 1000
+    return "SCAN", cursor, "MATCH", _pattern(prefix), "COUNT", _SCANNED
+
+
+def scan_unresolved(prefix: bytes, cursor: int) -> tuple[Any, ...]:
+    """Make the command that lists records of unknown outcome in a part of one server; see :func:`unresolved`."""
+    return EVAL, _UNRESOLVED.text, 0, cursor, _pattern(prefix), _SCANNED
+
+
+def unresolved(prefix: bytes, reply: Sequence[Any]) -> tuple[int, list[tuple[int, bytes]]]:
+    """Read the next cursor, and the time of the first claim and the id of each record, from such a list."""
+    cursor, found = reply
+    digits = ((key[len(prefix) :], int(first)) for key, first in zip(found[::2], found[1::2], strict=True))
+    return int(cursor), [(first, bytes.fromhex(id.decode())) for id, first in digits if _ID.fullmatch(id)]
+
+
+def _pattern(prefix: bytes) -> bytes:
+    return re.sub(rb"([*?\[\]\\^])", rb"\\\1", prefix) + b"*"
 
 
 def ids(prefix: bytes, keys: Sequence[bytes]) -> list[bytes]:
     """Read the ids of records from the names of keys; other keys are ignored."""
     digits = (key[len(prefix) :] for key in keys)
-    return [bytes.fromhex(found.decode()) for found in digits if re.fullmatch(rb"[0-9a-f]{64}", found)]
-
-
-def first_claimed(reply: Sequence[Any]) -> int:
-    """Read from the reply to an inspection when the key was first claimed, to order records by."""
-    created: int = reply[-1]
-    return created
+    return [bytes.fromhex(found.decode()) for found in digits if _ID.fullmatch(found)]
 
 
 class _Heads(dict[int, bytes]):

@@ -31,6 +31,7 @@ from idempotency.stores._operating import check_and_examine, id_digits, inspect_
 from idempotency.stores._sealing import Sealing, findings_in, forms_of_key, sealed_result, sealing_of
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
+from idempotency.stores.sql._audit import Audit, AuditInSQL
 from idempotency.stores.sql._database import Settings, Work
 from idempotency.stores.sql._examine import examine, examine_saga_tables
 from idempotency.stores.sql._find import ids
@@ -41,6 +42,7 @@ from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
 from idempotency.stores.sql._sagas import SagaVerbs
 from idempotency.stores.sql._table import (
     DEFAULT_TABLE,
+    audit_table,
     located,
     records_table,
     schema_by,
@@ -51,7 +53,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class SQLStore(InSessions):
+class SQLStore(InSessions, AuditInSQL):
     """A store for asyncio and for threads, with housekeeping, on a SQL database.
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
@@ -144,6 +146,7 @@ class SQLStore(InSessions):
         self._opening = threading.Lock()
         self._joined: JoinedVerbs | None = None
         self._sagas = SagaVerbs(table, lock_wait_limit(timeout))
+        self._audit = Audit(audit_table(MetaData(), table), timeout)
         self._clock_guard = ClockGuard()
         self.abandoned = Abandoned()
         self.watchdog = Watchdog(timeout)
@@ -279,7 +282,7 @@ class SQLStore(InSessions):
         await self._run(lambda verbs, connection: verbs.check(connection))
 
     async def create_schema(self) -> None:
-        """Create the table and its index where they are missing; safe in any number of processes at once."""
+        """Create the table, that of the audit, and their indexes where they are missing; in any number of processes."""
         await self._run(self._create, transaction=True)
 
     def create_schema_sync(self) -> None:
@@ -339,7 +342,7 @@ class SQLStore(InSessions):
         return f"table {located(self._table, self._schema).fullname}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
-        create_tables(connection, self._table)
+        create_tables(connection, self._table, self._audit.table)
 
     async def aclose(self) -> None:
         """Dispose of the engine this store opened on the running loop, and stop listening."""

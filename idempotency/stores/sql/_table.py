@@ -1,4 +1,4 @@
-"""The table of records as SQLAlchemy describes it, and how it is created."""
+"""The table of records and that of the audit as SQLAlchemy describes them, and how they are created."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -70,6 +71,36 @@ def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
     )
 
 
+def audit_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
+    """Make the table of the audit in ``metadata``, for Alembic, or to be created with the other tables.
+
+    ``name`` is the name of the store's table of records, as for :func:`~idempotency.stores.sql.records_table`. The
+    audit is in ``NAME_audit``.
+    """
+    schema, records = split_name(name)
+    return _audit(metadata, schema, f"{records}_audit")
+
+
+def _audit(metadata: MetaData, schema: str | None, name: str) -> Table:
+    place = BigInteger().with_variant(Integer, "sqlite")
+    return Table(
+        name,
+        metadata,
+        Column("seq", place, Identity(), primary_key=True),
+        Column("id", String(32), nullable=False),
+        Column("began_ms", BigInteger, nullable=False),
+        Column("operator", Text, nullable=False),
+        Column("action", Text, nullable=False),
+        Column("thing", Text, nullable=False),
+        Column("reason", Text, nullable=False),
+        Column("outcome", Text),
+        Index(f"{name}_id", "id"),
+        schema=schema,
+        **MYSQL_TABLE,
+        sqlite_autoincrement=True,
+    )
+
+
 def located(table: Table, schema: str | None) -> Table:
     """Return the table in ``schema``, where SQLAlchemy's option ``schema_translate_map`` may have moved it."""
     check_schema(table, schema)
@@ -99,11 +130,13 @@ def check_same_schema(table: Table, claimed: str | None, completed: str | None) 
 
 
 def schema_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
-    """Return the statements that create the table, for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``.
+    """Return the statements that create the tables, for ``"postgresql"``, ``"mysql"``, ``"mariadb"`` or ``"sqlite"``.
 
     ``table`` may be ``"schema.table"``; the schema itself must be there.
     """
     known = dialect_named(dialect)
-    records = records_table(MetaData(), table)
-    statements: list[ExecutableDDLElement] = [CreateTable(records), *map(CreateIndex, records.indexes)]
+    tables = [records_table(MetaData(), table), audit_table(MetaData(), table)]
+    statements: list[ExecutableDDLElement] = []
+    for each in tables:
+        statements += [CreateTable(each), *map(CreateIndex, each.indexes)]
     return "\n".join(f"{str(statement.compile(dialect=known)).strip()};\n" for statement in statements)

@@ -77,10 +77,11 @@ async def test_sqlite_creates_its_table(url: str, table: str) -> None:
     [("postgresql", "BYTEA"), ("mysql", "LONGBLOB"), ("mariadb", "LONGBLOB"), ("sqlite", "BLOB")],
 )
 def test_schema_sql(dialect: str, types: str) -> None:
-    """The DDL of each dialect creates the table and its index."""
+    """The DDL of each dialect creates the table, that of the audit, and their indexes."""
     ddl = schema_sql(dialect, "records")
 
-    assert ddl.count("CREATE TABLE records") == 1
+    assert ddl.count("CREATE TABLE records (") == 1
+    assert ddl.count("CREATE TABLE records_audit (") == 1
     assert ddl.count("CREATE INDEX records_expires ON records (expires_ms);") == 1
     assert f"result {types}" in ddl
     assert ("ENGINE=InnoDB" in ddl) == (types == "LONGBLOB")

@@ -1,0 +1,88 @@
+"""Who looks at the page, and what is checked of each request before anything is shown."""
+
+from __future__ import annotations
+
+import hmac
+import inspect
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+from idempotency.errors import ConfigurationError
+
+COOKIE = "idempotency_console"
+_LONGEST_NAME = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """Who looks at the page. ``name`` is written into the audit: 1 to 255 characters.
+
+    ``read_only``: sees the page, and can do nothing. Default False.
+    """
+
+    name: str
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= _LONGEST_NAME:
+            raise ConfigurationError(f"the name of an operator is text of 1 to {_LONGEST_NAME} characters")
+
+
+Allowed = Operator | str | None
+Allow = Callable[[Request], Allowed | Awaitable[Allowed]]
+"""Names the operator of a request; None for one that must not see the page."""
+
+
+async def operator_of(allow: Allow, request: Request) -> Operator | None:
+    """Ask ``allow`` who makes a request. Whatever it raises is passed on, and nothing is shown."""
+    answer = allow(request)
+    found = await answer if inspect.isawaitable(answer) else answer
+    if found is None or isinstance(found, Operator):
+        return found
+    if isinstance(found, str):
+        return Operator(name=found)
+    raise ConfigurationError(
+        f"allow must return the name of the operator, an Operator or None, not {type(found).__name__}"
+    )
+
+
+class Forms:
+    """The token of the forms of one browser: a random cookie, and a digest of it and of the operator in each form.
+
+    Another site can neither read the cookie nor set it. So any process can check a form, without a shared secret.
+    """
+
+    def __init__(self, request: Request, operator: Operator) -> None:
+        known = request.cookies.get(COOKIE, "")
+        self.is_new = len(known) != 64
+        self.cookie = secrets.token_hex(32) if self.is_new else known
+        self._request = request
+        self.token = hmac.digest(self.cookie.encode(), operator.name.encode("utf-8", "surrogatepass"), "sha256").hex()
+
+    def set_cookie(self) -> str:
+        """Return the value of the header Set-Cookie."""
+        path = self._request.scope.get("root_path", "") or "/"
+        secure = "; Secure" if self._request.url.scheme == "https" else ""
+        return f"{COOKIE}={self.cookie}; Path={path}; HttpOnly; SameSite=Strict{secure}"
+
+    def refuse(self, token: str) -> str | None:
+        """Return why a form must not be accepted; None if it was sent from this page, by this operator."""
+        if not _same_origin(self._request):
+            return "The form was not sent from this page."
+        if self.is_new or not hmac.compare_digest(token.encode(), self.token.encode()):
+            return "The form is not of this browser and operator: load the page again."
+        return None
+
+
+def _same_origin(request: Request) -> bool:
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None and site != "same-origin":
+        return False
+    # The scheme is not compared: behind a proxy that ends TLS, the application sees http.
+    if origin is not None:
+        return urlsplit(origin).netloc == request.headers.get("host") and origin != "null"
+    return site is not None
