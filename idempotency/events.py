@@ -10,6 +10,7 @@ configured, when it is made or started; and the exceptions of an event hook or o
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -73,6 +74,8 @@ OTHER = "other"
 """What stands for the path of a request in its route where no template is known."""
 
 _logger = logging.getLogger("idempotency")
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,12 +175,22 @@ class EventHooks(Hooks[Event]):
         super().__init__(on_event, None if silent else log_event)
         self._tracing: Tracing | None = None
         for each in self.hooks:
-            if isinstance(each, Tracing):
+            if isinstance(each, Tracing) and callable(each.traceparent):
                 self._tracing = each
 
     def traceparent(self) -> str:
-        """Return the trace context of the code that runs; empty if there is none, or no hook knows it."""
-        return "" if self._tracing is None else self._tracing.traceparent()
+        """Return the trace context of the code that runs; empty if there is none, or no hook knows it.
+
+        What the hook raises is logged, and what is no ``traceparent`` is not returned: results are recorded without.
+        """
+        if self._tracing is None:
+            return ""
+        try:
+            found: object = self._tracing.traceparent()
+        except Exception:
+            _logger.exception("the event hook failed")
+            return ""
+        return found if isinstance(found, str) and _TRACEPARENT.fullmatch(found) else ""
 
 
 def hooks_of(on_event: OnEvent | EventHooks) -> EventHooks:
