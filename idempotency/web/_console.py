@@ -212,8 +212,8 @@ class Console:
         thing = await self._look(parts[0], parts[1], page) if len(parts) == 2 else None
         offers = [] if thing is None else [*thing.offers, *self._key_offer(thing)]
         offer = next((offer for offer in offers if offer.id == form.get("action")), None)
-        if thing is None or offer is None:
-            words = "It has changed, and does not allow this any more. Nothing was changed."
+        if thing is None or offer is None or not offer.is_as_seen(form, page.clock.seconds):
+            words = "It has changed since the page was read. Nothing was changed: look at it again."
             return page.problem(409, "Not possible", words)
         action = await self._do(page.operator, thing, offer, form, reason)
         if offer.name == _SHOW_KEY:

@@ -29,6 +29,11 @@ class Clock:
         """Read the clock of this process."""
         return cls(datetime.now(UTC))
 
+    @property
+    def seconds(self) -> float:
+        """Return the time as seconds since 1970."""
+        return self.now.timestamp()
+
     def at(self, seconds: float) -> str:
         """Return the time in so many seconds, ``2026-11-29 14:03:12``."""
         # Up to what a datetime can show.
