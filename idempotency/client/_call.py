@@ -96,7 +96,10 @@ class Outgoing(Protocol):
         ...
 
     def set_key(self, header_name: str, key: str, call: Call) -> None:
-        """Write the key, and make the request part of the call."""
+        """Make the request part of the call, and write the key into what is sent of it.
+
+        The request itself has no key then: the client may copy it into a redirect, which another transport sends.
+        """
         ...
 
 

@@ -69,14 +69,15 @@ class IdempotentTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, and send it again where that is of use."""
-        call = self._begin(HttpxRequest(request))
+        outgoing = HttpxRequest(request)
+        call = self._begin(outgoing)
         if call is None:
             return self._transport.handle_request(request)
         attempts = Attempts(self._retry, repeatable=is_repeatable(request))
         while True:
             call.attempts += 1
             try:
-                response = _read(self._transport.handle_request(request))
+                response = _read(self._transport.handle_request(outgoing.sent))
             except FAILURES as error:
                 pause = attempts.pause(None if is_untrusted(error) else 0.0)
                 if pause is None:
