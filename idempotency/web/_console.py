@@ -16,7 +16,7 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores.base import Action, Auditing, Searching, Store, check_store, require
 from idempotency.web._audited import audited
 from idempotency.web._message import Messages, Slots
-from idempotency.web._operator import Allow, Operator, operator_of
+from idempotency.web._operator import Allow, Operator, operator_of, path_in_page
 from idempotency.web._pages import Page, headers
 from idempotency.web._record import Records
 from idempotency.web._saga import Sagas
@@ -127,12 +127,13 @@ class Console:
             return page.problem(400, "This cannot be shown", str(error))
 
     async def _answer(self, request: Request, page: Page) -> Response:
-        root, path = request.scope.get("root_path", ""), request.scope["path"]
-        parts = path.removeprefix(root).strip("/").split("/", 1)
+        parts = path_in_page(request).split("/", 1)
         if request.method == "POST":
             return await self._act(request, page, parts)
         if request.method not in ("GET", "HEAD"):
-            return page.problem(405, "Not allowed", f"The method {request.method} means nothing here.")
+            refused = page.problem(405, "Not allowed", f"The method {request.method} means nothing here.")
+            refused.headers["allow"] = "GET, HEAD, POST"
+            return refused
         match parts:
             case [""]:
                 return await self._stuck(request, page)
@@ -200,6 +201,9 @@ class Console:
 
     async def _act(self, request: Request, page: Page, parts: list[str]) -> Response:
         form = await _form_of(request)
+        if form is None:
+            words = f"A form has at most {_LARGEST_FORM} bytes. Nothing was changed."
+            return page.problem(413, "Too large", words)
         refused = (
             "This operator may only look." if page.operator.read_only else page.forms.refuse(form.get("token", ""))
         )
@@ -226,15 +230,15 @@ class Console:
         return await audited(self._auditing, action, lambda: offer.act(operator.name, form))
 
 
-async def _form_of(request: Request) -> dict[str, str]:
-    """Read a form, or nothing of one that is too large or of another type."""
+async def _form_of(request: Request) -> dict[str, str] | None:
+    """Read a form, nothing of one of another type; None: it is too large, and not read to its end."""
     if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         return {}
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > _LARGEST_FORM:
-            return {}
+            return None
     return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
 
