@@ -37,7 +37,7 @@ class IdempotentTransport(httpx.BaseTransport):
     progress, and after what the server says is worth it. Every other answer is returned. A body that is a stream is
     sent once, since it may be consumed.
     ``methods``: the methods that get a key, default POST and PATCH. A key that the request has already is sent as it
-    is, with any method.
+    is, with any method, and a request that has a name itself gets its key with any method.
     ``header_name``: the header, default ``Idempotency-Key``. ``quoted``: whether a key is sent as a String of RFC 9651,
     in quotes; default False.
     ``store``: where the keys of named calls are, so that another process sends the same; see :func:`call`. It is not
