@@ -140,7 +140,7 @@ def log_event(event: Event, /) -> None:
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",
-            f": {event.detail}" if event.detail else "",
+            f": {in_one_line(event.detail)}" if event.detail else "",
         )
 
 

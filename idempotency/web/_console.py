@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from idempotency._cli.records import LOGGED
@@ -48,7 +48,8 @@ def console(
 
     ``store``: that of the records and sagas, whose verbs are awaited.
     ``allow``: required. A function, sync or async, of the request (a ``starlette.requests.Request``) that returns the
-    name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer.
+    name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer, and
+    must not read the body of the request.
     ``outbox``: an :class:`~idempotency.outbox.OutboxOperations`, to show its messages and slots too. Default None.
     ``refusal``: the status for who is not allowed, 404 (the default), 403, or 401, by which a browser asks for a name
     and a password (HTTP Basic) that ``allow`` then finds in the request.
@@ -111,7 +112,7 @@ class Console:
         try:
             operator = await operator_of(self._allow, request)
         except HTTPException as error:
-            return PlainTextResponse(error.detail, error.status_code, dict(error.headers or {}))
+            return _answer_of(error)
         if operator is None:
             challenge = (
                 {"www-authenticate": 'Basic realm="idempotency", charset="UTF-8"'} if self._refusal == 401 else {}
@@ -240,6 +241,13 @@ async def _form_of(request: Request) -> dict[str, str] | None:
         if len(body) > _LARGEST_FORM:
             return None
     return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+
+
+def _answer_of(error: HTTPException) -> Response:
+    detail: object = error.detail  # that of FastAPI may be anything that is JSON
+    if isinstance(detail, str):
+        return PlainTextResponse(detail, error.status_code, dict(error.headers or {}))
+    return JSONResponse({"detail": detail}, error.status_code, dict(error.headers or {}))
 
 
 async def _refuse_other(scope: Scope, receive: Receive, send: Send) -> None:

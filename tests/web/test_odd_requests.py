@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from litestar import Litestar, asgi
 from starlette.applications import Starlette
+from starlette.types import Receive, Send
 
 from idempotency.saga import SagaError, SagaOperations, hold, saga, wait_for
 from idempotency.stores.base import Action
@@ -140,3 +142,20 @@ async def test_head_of_a_page_has_no_body(memory: MemoryStore) -> None:
 
     assert head.content == b""
     assert head.headers["content-length"] == got.headers["content-length"]
+
+
+async def test_litestar_mounts_the_page(memory: MemoryStore) -> None:
+    """It removes the path of the mount, which is given to the page as ``root_path``."""
+    page = console(memory, allow=lambda _: "ada")
+
+    @asgi("/stuck", is_mount=True, copy_scope=True)
+    async def stuck(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        await page({**scope, "root_path": "/stuck"}, receive, send)
+
+    path = await unknown(memory, "order-7")
+    visitor = Visitor(Litestar([stuck]), mount="/stuck")
+
+    answer = await visitor.act(path, "resolve done:")
+
+    assert f'href="/stuck/{path}"' in (await visitor.get("audit")).text
+    assert answer.headers["location"].startswith("/stuck/audit?done=")
