@@ -127,7 +127,9 @@ class _Description:
 
     def _is_declared(self, parameters: list[Any]) -> bool:
         found = (self._components.resolve(parameter) for parameter in parameters)
-        return any(each.get("in") == "header" and each["name"].lower() == self._header.lower() for each in found)
+        return any(
+            each.get("in") == "header" and str(each.get("name")).lower() == self._header.lower() for each in found
+        )
 
     def _parameter(self) -> Json:
         policy, strict = self._policy, self._options.strict

@@ -13,8 +13,8 @@ Act = Callable[[str, Mapping[str, str]], Awaitable[str]]
 """Does an action for the operator of this name, with what the form says, and returns its outcome in words."""
 
 
-_SKEW = 1.0
-"""Seconds by which the clocks of two processes that show the page may differ."""
+_SKEW = 2.0
+"""Seconds by which the clocks of two processes that show the page may differ, and the time in a form is rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ def test_an_operation_that_two_paths_share_is_described_for_each(shared: str) ->
         {"/a": {"post": operation(), "parameters": None}},
         {"/a": {"post": {"parameters": None, "responses": {"201": {"description": "Created"}}}}},
         {"/a": {"post": {"responses": None}}},
+        {"/a": {"post": {"parameters": [{"in": "header", "name": None}, {"in": "header"}]}}},
     ],
 )
 def test_a_part_that_is_null_is_none(paths: dict[str, Any]) -> None:
