@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency._rules import State
 from idempotency.errors import StoreError
@@ -48,6 +49,7 @@ def _text(html: str) -> str:
 async def box(ledger: Ledger) -> Box:
     """An outbox without messages, on the database of the store."""
     outbox = Outbox(f"{ledger.name}_out"[:50], notify=False)
+    assert isinstance(ledger.engine, AsyncEngine)
     await outbox.create_schema(ledger.engine)
     return Box(ledger.engine, outbox)
 
@@ -325,6 +327,7 @@ async def test_messages_are_sent_again_given_up_and_forgotten(store: Any, box: B
 async def test_the_page_reads_a_few_statements(store: Any, ledger: Ledger) -> None:
     """However many records there are: what is not stuck is not read."""
     assert isinstance(store, SQLStore)
+    assert isinstance(ledger.engine, AsyncEngine)
     visitor = Visitor(console(SQLStore(ledger.engine, table=store._table.name), allow=lambda _: "ada"))
     await visitor.get()
     statements: list[str] = []

@@ -40,13 +40,7 @@ from idempotency.stores.sql._in_sessions import InSessions
 from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
 from idempotency.stores.sql._sagas import SagaVerbs
-from idempotency.stores.sql._table import (
-    DEFAULT_TABLE,
-    audit_table,
-    located,
-    records_table,
-    schema_by,
-)
+from idempotency.stores.sql._table import DEFAULT_TABLE, audit_table, located, records_table, schema_by
 from idempotency.stores.sql._verbs import Verbs
 
 R = TypeVar("R")
