@@ -238,12 +238,14 @@ def test_the_code_for_flask_replays_a_response(run: Callable[..., dict[str, Any]
     Base.metadata.create_all(names["engine"])
     client = names["app"].test_client()
     refunds = [client.post("/refunds", headers={"Idempotency-Key": "2"}) for _ in range(2)]
+    counted = client.get("/refunds")
     names["engine"].dispose()
 
     assert (first.status_code, second.status_code, second.json) == (201, 201, first.json)
     assert "idempotent-replayed" not in first.headers
     assert second.headers["idempotent-replayed"] == "true"
     assert [each.headers.get("idempotent-replayed") for each in refunds] == [None, "true"]
+    assert counted.json == {"refunds": 1}
 
 
 def test_the_code_for_django_under_wsgi_replays_a_response(tmp_path: Path) -> None:
