@@ -330,7 +330,8 @@ class SQLStore(InSessions, AuditInSQL):
     @property
     def schema(self) -> str:
         """Return what :meth:`create_schema` creates."""
-        return f"table {located(self._table, self._schema).fullname}"
+        names = (located(each, self._schema).fullname for each in (self._table, self._audit.table))
+        return f"tables {' and '.join(names)}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
         create_tables(connection, self._table, self._audit.table)
