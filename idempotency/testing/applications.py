@@ -90,12 +90,18 @@ def _bound_to(store: object, session: Any) -> Iterator[None]:
         yield
         return
     from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.orm import sessionmaker
 
     from idempotency.stores.sql import SQLStore
 
     engine = store._source if isinstance(store, SQLStore) else None
     if engine is None or isinstance(engine, URL):
         raise ConfigurationError("with session=, use_store takes an SQLStore on an engine: SQLStore(engine)")
+    if not isinstance(session, async_sessionmaker | sessionmaker):
+        raise ConfigurationError(
+            f"session= takes the sessionmaker that the middleware has, not {type(session).__name__}"
+        )
     own = session.kw.get("bind")
     session.configure(bind=engine)
     try:

@@ -136,6 +136,12 @@ def test_use_store_refuses_what_it_cannot_do(sqlite_url: str) -> None:
         sessions = async_sessionmaker(engine)
         with pytest.raises(ConfigurationError, match=error), use_store(app, store, session=sessions):
             pass
+    wrong: Any = engine
+    with (
+        pytest.raises(ConfigurationError, match="not AsyncEngine"),
+        use_store(transactional, SQLStore(engine), session=wrong),
+    ):
+        pass
     with pytest.raises(ConfigurationError, match="must be a Store"), use_store(protect(Effects()), object()):  # type: ignore[arg-type]
         pass
 
