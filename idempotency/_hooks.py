@@ -32,7 +32,8 @@ class Hooks(Generic[E]):
         self, on_event: Callable[[E], object] | Sequence[Callable[[E], object]], log: Callable[[E], object] | None
     ) -> None:
         one: Any = on_event
-        several = isinstance(on_event, Sequence) and not isinstance(on_event, str)
+        # A hook may be a sequence itself, such as a list that collects its events.
+        several = isinstance(on_event, Sequence) and not isinstance(on_event, str) and not callable(on_event)
         given: Sequence[Callable[[E], object]] = one if several else (one,)
         for each in given:
             check_callable("on_event", each)

@@ -10,6 +10,7 @@ configured, when it is made or started; and the exceptions of an event hook or o
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from time import monotonic
@@ -79,6 +80,8 @@ OTHER = "other"
 
 _logger = logging.getLogger("idempotency")
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
 
 @value(frozen=True, slots=True, kw_only=True)
 class Event:
@@ -142,7 +145,7 @@ def log_event(event: Event, /) -> None:
             event.record or "-",
             event.attempt,
             f" error={event.error}" if event.error else "",
-            f": {event.detail}" if event.detail else "",
+            f": {in_one_line(event.detail)}" if event.detail else "",
         )
 
 
@@ -177,12 +180,22 @@ class EventHooks(Hooks[Event]):
         super().__init__(on_event, None if silent else log_event)
         self._tracing: Tracing | None = None
         for each in self.hooks:
-            if isinstance(each, Tracing):
+            if isinstance(each, Tracing) and callable(each.traceparent):
                 self._tracing = each
 
     def traceparent(self) -> str:
-        """Return the trace context of the code that runs; empty if there is none, or no hook knows it."""
-        return "" if self._tracing is None else self._tracing.traceparent()
+        """Return the trace context of the code that runs; empty if there is none, or no hook knows it.
+
+        What the hook raises is logged, and what is no ``traceparent`` is not returned: results are recorded without.
+        """
+        if self._tracing is None:
+            return ""
+        try:
+            found: object = self._tracing.traceparent()
+        except Exception:
+            _logger.exception("the event hook failed")
+            return ""
+        return found if isinstance(found, str) and _TRACEPARENT.fullmatch(found) else ""
 
     def wants(self, kind: EventKind) -> bool:
         """Return whether an event of this kind is given to a hook or logged. Most are not, if there is no hook."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeVar
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from idempotency._engine.lease_sync import SyncLease
@@ -55,6 +56,8 @@ from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, sessionmaker
+
+    S = TypeVar("S", bound=Session)
 
 _OPERATION = "idempotency"
 """The member of an environ in which the application finds its operation."""
@@ -337,3 +340,20 @@ class _Exchange:
 
     def _route(self) -> str:
         return self._middleware._route_names.name_of(self._scope)
+
+
+def session_of(sessions: sessionmaker[S], /) -> Callable[[], AbstractContextManager[S]]:
+    """Make a function that gives code one session: ``with get_session() as session:``.
+
+    ``sessions`` is the ``sessionmaker`` that the middleware has as ``session=``. In an operation, the context has the
+    operation's session, which is committed with the recorded response; the code never commits it, and an exception that
+    leaves the block rolls it back. Anywhere else (a GET, a request without a key, an application without the
+    middleware) it has a session of its own, which is committed at the end of the block, rolled back on an exception,
+    and closed.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for what is no such factory, and in a request
+    :class:`~idempotency.errors.TransactionError` where the middleware has no ``session=``.
+    """
+    from idempotency._sql.session_of import contexts_of
+
+    return contexts_of(sessions)

@@ -1,10 +1,18 @@
 """What the documents say, checked against the tests they name."""
 
 import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
+from idempotency._cli.commands import app
 from tests.kit.paths import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,52 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def commands_of(page: Path) -> Iterator[tuple[list[str], bool]]:
+    """Give the words of each command on a page, and whether it is one to copy: a line in a block of a shell."""
+    text = page.read_text()
+    for block in re.findall(r"^ *```(?:sh|console)\n(.*?)^ *```$", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            for start in (number for number, word in enumerate(words) if word == "idempotency"):
+                if all("=" in word for word in words[:start]) or words[start - 1] == "-m":
+                    yield words[start + 1 :], True
+    for code in re.findall(r"(?<!`)`idempotency\s+([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+        yield shlex.split(code), False
+
+
+def parsed(words: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Parse a command by the parser of the command line; return its definition, and what it is given."""
+    command: Any = typer.main.get_command(app)
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, f"no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
+    context = command.context_class(command)
+    given, extra, _ = command.make_parser(context).parse_args(args=list(words))
+    assert not extra, f"not expected: {extra}"
+    for parameter in command.params:
+        value = given.get(parameter.name)
+        if isinstance(value, str) and hasattr(parameter.type, "choices") and not value.isupper():
+            parameter.type.convert(value, parameter, context)
+    return command, given
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_in_a_document_is_one(page: Path) -> None:
+    """It exists, has these options and takes these values; one to copy has all its arguments."""
+    for words, is_to_copy in commands_of(page):
+        command, given = parsed(words)
+        missing = [each.name for each in command.params if each.required and not given.get(each.name)]
+        assert not (is_to_copy and missing), f"{words} lacks {missing}"
+
+
+def test_a_command_that_does_not_exist_is_noticed() -> None:
+    """By its name, by an option, by a value, by an argument too many."""
+    assert sum(1 for page in PAGES for _ in commands_of(page)) > 40
+    for words in ("unresolved", "list --all", "list --state stuck", "doctor now", "outbox schema make"):
+        with pytest.raises(Exception, match="no command|No such option|is not|not expected"):
+            parsed(words.split())
 
 
 def test_every_file_that_a_contributor_is_sent_to_exists() -> None:

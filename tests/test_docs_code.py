@@ -104,7 +104,7 @@ def test_the_code_for_encryption_encrypts(run: Callable[..., dict[str, Any]], mo
 
 async def test_the_code_for_the_page_lets_operators_in(run: Callable[..., dict[str, Any]]) -> None:
     """Those of a group may see what is stuck, and nobody else."""
-    names = run(*CONSOLE["The page of what is stuck"])
+    names = run(*CONSOLE["With your own users, and an outbox"])
     await names["store"].create_schema()
     user: Any = None
 
@@ -120,6 +120,26 @@ async def test_the_code_for_the_page_lets_operators_in(run: Callable[..., dict[s
 
     assert unknown.status_code == 404
     assert "ada (read only)" in known.text
+
+
+async def test_the_shortest_code_for_the_page_asks_for_a_password(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser is asked for it; only the right one shows the page."""
+    monkeypatch.setenv("STUCK_PASSWORD", "s3cret")
+    names = run(*CONSOLE["The page of what is stuck"])
+    await names["store"].create_schema()
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://shop") as client:
+        answers = [
+            await client.get("/stuck/", auth=auth)
+            for auth in (None, ("ops", "other"), ("eve", "s3cret"), ("ops", "s3cret"))
+        ]
+    await names["store"].aclose()
+
+    assert [answer.status_code for answer in answers] == [401, 401, 401, 200]
+    assert answers[0].headers["www-authenticate"].startswith("Basic")
+    assert "Held by the slot" not in answers[-1].text
 
 
 async def test_the_code_for_cors_lets_a_page_send_a_key(run: Callable[..., dict[str, Any]]) -> None:
@@ -258,12 +278,14 @@ def test_the_code_for_flask_replays_a_response(run: Callable[..., dict[str, Any]
     Base.metadata.create_all(names["engine"])
     client = names["app"].test_client()
     refunds = [client.post("/refunds", headers={"Idempotency-Key": "2"}) for _ in range(2)]
+    counted = client.get("/refunds")
     names["engine"].dispose()
 
     assert (first.status_code, second.status_code, second.json) == (201, 201, first.json)
     assert "idempotent-replayed" not in first.headers
     assert second.headers["idempotent-replayed"] == "true"
     assert [each.headers.get("idempotent-replayed") for each in refunds] == [None, "true"]
+    assert counted.json == {"refunds": 1}
 
 
 def test_the_code_for_django_under_wsgi_replays_a_response(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from idempotency._cli import show
 from idempotency._cli.lookup import open_named, run_on_store
 from idempotency._cli.options import AsJson, Prefix, Table, Url
+from idempotency._cli.words import NO_VALUE
 from idempotency.stores import AnyStore
 from idempotency.stores.base import Action, Auditing, require
 
@@ -44,5 +45,5 @@ def _columns(action: Action) -> dict[str, str]:
         "action": show.printable(action.name),
         "thing": show.printable(action.thing),
         "reason": show.printable(action.reason),
-        "outcome": show.printable(action.outcome or "none"),
+        "outcome": show.printable(action.outcome or NO_VALUE),
     }

@@ -60,8 +60,13 @@ from idempotency.stores.base import (
 _PAUSE = 4
 """The pause of ``purge`` after a batch, in times of what the batch took: it works for a fifth of the time."""
 
+_NONE_UNRESOLVED = (
+    "no record waits to be resolved; with on_crash=hold, one whose process was killed is listed once its lease is over,"
+    " 30 s by default"
+)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-schema = typer.Typer(help="Create the table of a SQL store, or print how.")
+schema = typer.Typer(help="Create the tables of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
@@ -151,7 +156,7 @@ def list_(
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
-        typer.echo("no record waits to be resolved", err=True)
+        typer.echo(_NONE_UNRESOLVED, err=True)
     else:
         show.print_entries(entries)
 
@@ -271,7 +276,7 @@ def doctor(
 
 @schema.command()
 def create(store: Url = None, table: Table = None, sagas: Sagas = False, streams: StreamsTable = None) -> None:
-    """Create the table and its index where they are missing."""
+    """Create the table, that of the audit, and their indexes where they are missing."""
 
     async def make(opened: AnyStore) -> str:
         await require(opened, CreatingSchema, "schema create").create_schema()
@@ -282,7 +287,7 @@ def create(store: Url = None, table: Table = None, sagas: Sagas = False, streams
             typer.echo(f"{await create_streams(store, streams)} are there")
         if not supports(opened, NamingSchema):
             return "the schema is there"
-        return f"{opened.schema} is there" if opened.schema else f"{_name_of(opened)} needs no schema"
+        return f"{opened.schema} are there" if opened.schema else f"{_name_of(opened)} needs no schema"
 
     typer.echo(run_on_store(lambda *names: open_named(*names, create=True), make, store, table, None))
 
@@ -294,7 +299,7 @@ def sql(
     sagas: Sagas = False,
     streams: StreamsTable = None,
 ) -> None:
-    """Print the statements that create the table; needs no store."""
+    """Print the statements that create the tables; needs no store."""
     try:
         from idempotency.stores.sql import saga_schema_sql, schema_sql
     except ImportError:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from idempotency._cli.records import LOGGED
+from idempotency._cli.words import NO_VALUE
 from idempotency._cli.words import duration as duration
 from idempotency._cli.words import printable as printable
 from idempotency._cli.words import state as state
@@ -74,7 +75,7 @@ def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> Non
         "lease": lease,
         "on crash": "hold" if entry.hold else "rerun",
         "expires": expires,
-        "result": "none" if entry.result_size is None else f"{entry.result_size} bytes",
+        "result": NO_VALUE if entry.result_size is None else f"{entry.result_size} bytes",
         "format": entry.version,
     }
     if entry.counts is not None:

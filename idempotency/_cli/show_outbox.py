@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from idempotency._cli import show
+from idempotency._cli.words import NO_VALUE
 
 if TYPE_CHECKING:
     from idempotency.outbox._states import OutboxEntry, OutboxStats
@@ -42,7 +43,7 @@ def print_stats(stats: OutboxStats) -> None:
         owned += [f"slot {show.printable(slot)}" for slot in relay.slots]
         typer.echo(f"{'relay:':<11}{show.printable(relay.owner)} {', '.join(owned) or 'no buckets'}")
     if not stats.relays:
-        typer.echo(f"{'relay:':<11}none")
+        typer.echo(f"{'relay:':<11}{NO_VALUE}")
 
 
 def _columns(message: OutboxEntry, payload: bool) -> dict[str, str]:
@@ -59,7 +60,7 @@ def _columns(message: OutboxEntry, payload: bool) -> dict[str, str]:
     if message.reason is not None:
         columns["reason"] = show.printable(message.reason)
     if payload:
-        columns |= {name: show.printable(value or "none") for name, value in _payload(message).items()}
+        columns |= {name: show.printable(value or NO_VALUE) for name, value in _payload(message).items()}
     return columns
 
 

@@ -11,12 +11,10 @@ import typer
 
 from idempotency._cli import show
 from idempotency._cli.records import LOGGED
+from idempotency._cli.words import NO_VALUE
 
 if TYPE_CHECKING:
     from idempotency.saga import SagaDetail, SagaFact, SagaView
-
-_NOTHING = "-"
-"""What is shown where there is no value: a step or an error may have the name ``none``."""
 
 
 def print_sagas(sagas: Sequence[SagaView]) -> None:
@@ -38,11 +36,11 @@ def print_saga(saga: SagaDetail, *, values: bool) -> None:
         "name": show.printable(saga.name),
         "key": show.printable(saga.key),
         "state": saga.state,
-        "reason": show.printable(saga.reason) or _NOTHING,
-        "step": show.printable(saga.step) or _NOTHING,
-        "error": saga.error or _NOTHING,
+        "reason": show.printable(saga.reason) or NO_VALUE,
+        "step": show.printable(saga.step) or NO_VALUE,
+        "error": saga.error or NO_VALUE,
         "next": _next(saga),
-        "owner": saga.owner or _NOTHING,
+        "owner": saga.owner or NO_VALUE,
         "attempts": f"{saga.attempts}{crashes}",
         "age": show.duration(saga.age),
         "deadline": _deadline(saga),
@@ -62,12 +60,12 @@ def _columns(saga: SagaView) -> dict[str, str]:
         "age": show.duration(saga.age),
         "attempts": str(saga.attempts),
         "next": _next(saga),
-        "owner": saga.owner or _NOTHING,
-        "step": show.printable(saga.step) or _NOTHING,
-        "error": saga.error or _NOTHING,
+        "owner": saga.owner or NO_VALUE,
+        "step": show.printable(saga.step) or NO_VALUE,
+        "error": saga.error or NO_VALUE,
         "name": show.printable(saga.name),
         "key": show.printable(saga.key),
-        "reason": show.printable(saga.reason) or _NOTHING,
+        "reason": show.printable(saga.reason) or NO_VALUE,
     }
 
 
@@ -79,27 +77,27 @@ def _fact_columns(fact: SagaFact, values: bool) -> dict[str, str]:
         "attempts": str(fact.attempts),
         "began": "not" if to_come else f"{show.duration(fact.began)} ago",
         "changed": "not" if to_come else f"{show.duration(fact.changed)} ago",
-        "error": fact.error or _NOTHING,
+        "error": fact.error or NO_VALUE,
         "result": _size(fact.size),
-        "note": show.printable(fact.note) or _NOTHING,
+        "note": show.printable(fact.note) or NO_VALUE,
     }
     return columns | ({"value": _text(fact.value)} if values else {})
 
 
 def _next(saga: SagaView) -> str:
     if saga.next_in is None:
-        return _NOTHING
+        return NO_VALUE
     return f"{saga.next} {f'in {show.duration(saga.next_in)}' if saga.next_in > 0 else 'now'}"
 
 
 def _deadline(saga: SagaView) -> str:
     if saga.deadline_in is None:
-        return _NOTHING
+        return NO_VALUE
     return f"in {show.duration(saga.deadline_in)}" if saga.deadline_in > 0 else "over"
 
 
 def _size(size: int | None) -> str:
-    return _NOTHING if size is None else f"{size} bytes"
+    return NO_VALUE if size is None else f"{size} bytes"
 
 
 def _text(value: object) -> str:

@@ -7,6 +7,9 @@ from typing import Literal
 from idempotency._rules import State
 from idempotency.stores.base import Entry
 
+NO_VALUE = "-"
+"""What is shown where there is no value. A step, an error or a payload may have the text ``none``."""
+
 
 def state(entry: Entry) -> Literal["running", "lapsed", "done", "unknown", "count"]:
     """Return the name of the state.

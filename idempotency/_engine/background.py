@@ -14,7 +14,7 @@ from contextlib import suppress
 from time import monotonic
 from weakref import WeakKeyDictionary, WeakSet
 
-from idempotency.errors import StoreError
+from idempotency.errors import ConfigurationError, SchemaMissingError, StoreError, StoreRefusedError
 
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
@@ -28,6 +28,9 @@ RELEASE_TRIES = 5
 
 RELEASE_OF_HELD = 600.0
 """Seconds for which the release of a claim with ``hold`` is repeated, at least."""
+
+NOT_CLAIMED = (ConfigurationError, SchemaMissingError, StoreRefusedError)
+"""The errors of a claim that the store has certainly not applied, so that there is nothing to release."""
 
 _written: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[asyncio.Task[None], float]] = WeakKeyDictionary()
 """The writes of each event loop, and until when a stop waits for them."""

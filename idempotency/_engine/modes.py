@@ -46,7 +46,10 @@ def awaited_store(store: object, session: object) -> Store:
         except ImportError as error:
             raise ConfigurationError(_NEEDS_SQLALCHEMY) from error
         if is_synchronous(session) and isinstance(store, SQLStore):
-            store.check_side(asynchronous=False)
+            try:
+                store.check_side(asynchronous=False)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"session= makes sessions that are not awaited: {error}") from error
             return store.awaited_in_threads()
     return check_store(store, Store)
 

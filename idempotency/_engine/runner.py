@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from math import inf
 
-from idempotency._engine.background import MOST_WRITES, RELEASE_OF_HELD, RELEASE_TRIES, repeat
+from idempotency._engine.background import MOST_WRITES, NOT_CLAIMED, RELEASE_OF_HELD, RELEASE_TRIES, repeat
 from idempotency._rules import Claim, Execute, InProgress, Record, Verdict, judge_with_releases
 from idempotency._synchronization import loop_time
 from idempotency.errors import StoreError, WaitFailedError
@@ -54,7 +54,8 @@ class Runner:
         have begun earlier.
 
         Raises :class:`~idempotency.errors.StoreError`. Then, or when cancelled, nothing runs under this claim, and it
-        is released in the background, as the store may have applied it.
+        is released in the background, as the store may have applied it. Where the table is missing, or the store
+        refuses the record, it has not.
         """
         verdict, asked = await self._ask(claim)
         # async only: the wait begins with the first answer, and a timer ends it.
@@ -73,8 +74,9 @@ class Runner:
         try:
             return judge_with_releases(claim, await self.store.claim(claim), self._releasing), asked
         # async only: not around all of claim(): a waiter that waits for another waiter's answer has nothing to release.
-        except (StoreError, asyncio.CancelledError):
-            self.release_later(claim)
+        except (StoreError, asyncio.CancelledError) as error:
+            if not isinstance(error, NOT_CLAIMED):
+                self.release_later(claim)
             raise
 
     # async only: one waiter for each key asks the store, and the others of this event loop wait for its answer.

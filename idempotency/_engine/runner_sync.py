@@ -12,13 +12,14 @@ from idempotency._engine.background import (
     FIRST_PAUSE,
     LONGEST_PAUSE,
     MOST_WRITES,
+    NOT_CLAIMED,
     RELEASE_OF_HELD,
     RELEASE_TRIES,
     PendingWrites,
 )
 from idempotency._engine.scheduler import Scheduler
 from idempotency._rules import Claim, Execute, InProgress, Verdict, judge_with_releases
-from idempotency.errors import ConfigurationError, StoreError, WaitFailedError
+from idempotency.errors import StoreError, WaitFailedError
 from idempotency.events import EventHooks, EventKind, Failure, OnEvent, Surface, emit_event, hooks_of
 from idempotency.stores.base import SyncStore
 
@@ -57,7 +58,8 @@ class SyncRunner:
         begun earlier.
 
         Raises :class:`~idempotency.errors.StoreError`. Then, or when interrupted, nothing runs under this claim, and it
-        is released in the background, as the store may have applied it.
+        is released in the background, as the store may have applied it. Where the table is missing, or the store
+        refuses the record, it has not.
         """
         began = monotonic()  # sync only: the wait includes the first answer, as no timer ends a wait for the store
         try:
@@ -73,7 +75,7 @@ class SyncRunner:
             return verdict, asked
         # sync only: a signal may interrupt a thread at any point, so that one place releases the claim.
         except BaseException as error:
-            if not isinstance(error, ConfigurationError):
+            if not isinstance(error, NOT_CLAIMED):
                 self.release_later(claim)
             raise
 

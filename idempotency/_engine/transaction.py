@@ -231,6 +231,11 @@ class Transaction:
             await look.close()
         return record is not None and record.token == self._claim.token and record.state is state
 
+    # async only: a handler in a thread has returned.
+    async def fail(self) -> None:
+        """Undo the effect of a handler that failed. A thread of it may go on, and use its session."""
+        await self.roll_back()
+
     async def roll_back(self) -> None:
         """Undo the effect, if there is one."""
         self._emitted.drop()

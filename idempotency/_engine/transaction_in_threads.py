@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -12,14 +13,13 @@ from sqlalchemy.orm import Session, sessionmaker
 from idempotency._engine.transaction import Transaction, check_completing_sessions
 from idempotency._outbox.emit import Outbox
 from idempotency._rules import Claim
-from idempotency._sql.commit_guard import finish, is_executing
+from idempotency._sql.commit_guard import finish, interrupt, is_executing
+from idempotency._sql.guarded_connection import LOOP_THREAD
 from idempotency._sql.session_in_threads import SessionInThreads
 from idempotency._sql.sessions import Sessionmaker, is_synchronous
+from idempotency.errors import StoreError
 from idempotency.operation import NewMessage, Operation
 from idempotency.stores._joining import Ending
-
-_LOOK = 0.01
-"""Seconds between two looks whether a statement has ended."""
 
 
 def transactions(store: object, sessions: Sessionmaker) -> Callable[[Claim], Transaction]:
@@ -31,14 +31,21 @@ def transactions(store: object, sessions: Sessionmaker) -> Callable[[Claim], Tra
 
 
 class TransactionInThreads(Transaction):
-    """A transaction whose steps run in threads. The operation is given a ``Session``, and uses it where it likes."""
+    """A transaction whose steps run in threads. The operation is given a ``Session``, and uses it in its threads."""
 
     __slots__ = ()
 
     def __init__(self, store: Ending, sessions: sessionmaker[Session], claim: Claim) -> None:
-        # It has every method of AsyncSession that Transaction and the store call.
-        opened: Any = lambda: SessionInThreads(sessions())  # noqa: E731
-        super().__init__(store, opened, claim)
+        loop_thread = threading.get_ident()
+
+        def opened() -> Any:
+            session = sessions()
+            session.info[LOOP_THREAD] = loop_thread
+            # It has every method of AsyncSession that Transaction and the store call.
+            return SessionInThreads(session)
+
+        made: Any = opened
+        super().__init__(store, made, claim)
 
     @property
     def session(self) -> Any:
@@ -49,22 +56,25 @@ class TransactionInThreads(Transaction):
         """See :meth:`Transaction.emit`."""
         return self._emitted.add(operation, message, outbox, self.session)
 
-    async def roll_back(self) -> None:
-        """See :meth:`Transaction.roll_back`.
+    async def fail(self) -> None:
+        """See :meth:`Transaction.fail`.
 
-        The thread of a cancelled endpoint goes on. If it executes a statement now, its connection is cut off.
+        The thread of a cancelled endpoint goes on, perhaps with a cursor of the driver. So nobody else is given the
+        connection: what that thread sends would be part of another transaction.
         """
+        self._emitted.drop()
+        if self.used:
+            with suppress(StoreError):  # not ended in time: this goes on in the background
+                await self._do(interrupt)
+            self._abandoned = True
+
+    async def roll_back(self) -> None:
+        """See :meth:`Transaction.roll_back`."""
         if self.used:
             session = self._opened.sync_session
             # In this order: a statement that begins after the first line is refused, and one before it is seen.
             finish(session)
             if is_executing(session):
-                self._emitted.drop()
-                self._abandon(asyncio.get_running_loop().create_task(_until_idle(session)))
+                await self.fail()
                 return
         await super().roll_back()
-
-
-async def _until_idle(session: Session) -> None:
-    while is_executing(session):  # noqa: ASYNC110 - what ends is a statement in a thread
-        await asyncio.sleep(_LOOK)

@@ -60,7 +60,8 @@ class TransactionalLease(Lease):
     async def fail(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """Roll the effect back, and record how the operation ended; see :meth:`end`."""
         if not self._has_ended() and self._transaction.used:
-            await self._transaction.roll_back()
+            # async only: where a handler was cancelled, its thread goes on.
+            await self._transaction.fail()
         return await super().end(outcome, result, error)
 
     async def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
@@ -70,9 +71,11 @@ class TransactionalLease(Lease):
         :class:`~idempotency.errors.StoreError`, or the database's own error when it refused the commit. After the
         latter the caller can still end the operation, by :meth:`fail`.
         """
-        if self._has_ended() or outcome != "store" or not self._transaction.used:
-            return await self.fail(outcome, result, error)
-        return await self._commit(result, error)
+        if not self._has_ended() and self._transaction.used:
+            if outcome == "store":
+                return await self._commit(result, error)
+            await self._transaction.roll_back()
+        return await super().end(outcome, result, error)
 
     def _has_ended(self) -> bool:
         """Return whether the operation has ended; raise the failure of its commit, if there is one."""

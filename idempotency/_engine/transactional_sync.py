@@ -59,14 +59,17 @@ class SyncTransactionalLease(SyncLease):
     def fail(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """See :meth:`TransactionalLease.fail`."""
         if not self._has_ended() and self._transaction.used:
+            # sync only: the handler has returned.
             self._transaction.roll_back()
         return super().end(outcome, result, error)
 
     def end(self, outcome: Outcome, result: bytes | None = None, error: Failure = None) -> Known | None:
         """See :meth:`TransactionalLease.end`."""
-        if self._has_ended() or outcome != "store" or not self._transaction.used:
-            return self.fail(outcome, result, error)
-        return self._commit(result, error)
+        if not self._has_ended() and self._transaction.used:
+            if outcome == "store":
+                return self._commit(result, error)
+            self._transaction.roll_back()
+        return super().end(outcome, result, error)
 
     def _has_ended(self) -> bool:
         """See :meth:`TransactionalLease._has_ended`."""

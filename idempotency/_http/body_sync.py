@@ -49,7 +49,7 @@ def _length(environ: WSGIEnvironment) -> float:
     """Return the number of bytes to read; infinity: to the end of the input."""
     length = environ.get("CONTENT_LENGTH") or ""
     if length.isascii() and length.isdigit():
-        return int(length[:19])  # 19 digits are more than any limit
+        return int(length.lstrip("0")[:19] or "0")  # 19 digits are more than any limit
     if environ.get("wsgi.input_terminated"):
         return inf
     if length or environ.get("HTTP_TRANSFER_ENCODING"):

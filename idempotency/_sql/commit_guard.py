@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from time import sleep
 from typing import NamedTuple
 
 from sqlalchemy import Connection, RootTransaction, event
@@ -28,6 +29,7 @@ from idempotency._sql.guarded_connection import (
     GuardedConnection,
     guard_connection,
     roll_back_driver,
+    watch_connection,
 )
 from idempotency._sql.send import pooled
 from idempotency.errors import ConfigurationError, TransactionError
@@ -37,6 +39,12 @@ ON_ROLLBACK = "idempotency: called at a rollback"
 
 _IN_USE = "idempotency: the connection in use"
 """A key of ``session.info``, whose value is an :class:`_InUse`."""
+
+_WATCHED = "idempotency: may be interrupted"
+"""A key of ``session.info``. While it is there, the connection of a session that is not guarded is noted too."""
+
+_LOOK = 0.01
+"""Seconds between two looks whether a statement has ended."""
 
 SESSION_ENDED = (
     "The session was closed inside the handler, or rolled back together with its record, which also happens by a commit"
@@ -81,6 +89,12 @@ def guard_commit(session: Session) -> None:
     for mark in (ENDED, ON_ROLLBACK, FINISHED, _IN_USE):
         session.info.pop(mark, None)
     session.info[GUARDED] = True
+
+
+def watch(session: Session) -> None:
+    """Prepare ``session`` for :func:`interrupt`, without a guard: its commits are its own."""
+    install()
+    session.info[_WATCHED] = True
 
 
 def unguard_commit(session: Session) -> None:
@@ -158,6 +172,20 @@ def cut_off_session(session: Session) -> None:
         cut_off(used.connection.dialect.driver, used.pooled)
 
 
+def interrupt(session: Session) -> None:
+    """End ``session``, which another thread may be using: its connection is cut off, and neither is used again.
+
+    The transaction is rolled back by the server. This waits for the statement that is executed to end.
+    """
+    # In this order: a statement that begins after the first line is refused, and one before it is seen.
+    finish(session)
+    cut_off_session(session)
+    while is_executing(session):
+        sleep(_LOOK)
+        cut_off_session(session)  # again: a driver may have been connecting anew, or between two statements
+    discard(session)
+
+
 def discard(session: Session) -> None:
     """Close the connection of ``session``, which was lost or is in the middle of a statement, and use neither again.
 
@@ -202,6 +230,9 @@ def _guard_new_connection(session: Session, _: object, connection: Connection) -
         assert transaction is not None  # the event is for a transaction that has begun
         session.info[_IN_USE] = _InUse(connection, transaction, pooled(connection))
         guard_connection(connection, session)
+    elif _WATCHED in session.info and (transaction := connection.get_transaction()) is not None:
+        session.info[_IN_USE] = _InUse(connection, transaction, pooled(connection))
+        watch_connection(connection, session)
 
 
 def _note_end(session: Session, transaction: SessionTransaction) -> None:

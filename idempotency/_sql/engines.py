@@ -76,10 +76,12 @@ def check_side(source: AsyncEngine | Engine | URL, asynchronous: bool) -> None:
     if isinstance(source, URL):
         check_driver(source, asynchronous)
     if asynchronous and isinstance(source, Engine):
-        raise ConfigurationError("the store was given an Engine, and the function is awaited: pass an AsyncEngine")
+        raise ConfigurationError(
+            "the store was given an Engine, and it is awaited here: pass an AsyncEngine, of create_async_engine(...)"
+        )
     if not asynchronous and isinstance(source, AsyncEngine):
         raise ConfigurationError(
-            "the store was given an AsyncEngine, and the function is not awaited: pass create_engine(...)"
+            "the store was given an AsyncEngine, and it is not awaited here: pass an Engine, of create_engine(...)"
         )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import suppress
 from typing import Any
 from weakref import ref
@@ -31,6 +32,14 @@ FINISHED = "idempotency: its operation is settled"
 ENDED = "idempotency: ended by its operation"
 """A key of ``session.info``. It is there once the operation has ended the transaction, other than by a rollback."""
 
+LOOP_THREAD = "idempotency: the thread of its event loop"
+"""A key of ``session.info``, whose value identifies the thread in which a synchronous session may execute nothing."""
+
+_IN_LOOP = (
+    "This session is synchronous, and was used in the event loop. A statement that waited there for a lock would stop"
+    " every request, also the one that has the lock. Declare the endpoint or dependency by def instead of async def, or"
+    " call what uses the session by run_in_threadpool()."
+)
 REFUSED = (
     "This session is committed together with the idempotency record, when its operation has ended: use flush(), or"
     " begin_nested() for a part that may fail."
@@ -151,8 +160,11 @@ class GuardedConnection(Connection):
         self.executing = True
         try:
             session = self._session()
-            if session is not None and FINISHED in session.info:
-                raise TransactionError(TOO_LATE)
+            if session is not None:
+                if FINISHED in session.info:
+                    raise TransactionError(TOO_LATE)
+                if session.info.get(LOOP_THREAD) == threading.get_ident():
+                    raise TransactionError(_IN_LOOP)
             return self._execute_guarded(*args, **kwargs)
         finally:
             self.executing = False
@@ -204,9 +216,14 @@ class GuardedConnection(Connection):
 
 def guard_connection(connection: Connection, session: Session) -> None:
     """Make ``connection``, on which ``session`` has just begun, refuse what would end or bypass its transaction."""
-    opened: Any = pooled(connection)
     if commits_by_itself(connection):
         raise ConfigurationError(COMMITS_BY_ITSELF)
+    watch_connection(connection, session)
+
+
+def watch_connection(connection: Connection, session: Session) -> None:
+    """Make ``connection`` show when it executes, and refuse every statement once ``session`` is finished."""
+    opened: Any = pooled(connection)
     if not (hasattr(Connection, "_commit_impl") and hasattr(Connection, "_execute_context")):
         raise ConfigurationError(_UNKNOWN)
     guarded: Any = connection

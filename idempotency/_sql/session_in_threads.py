@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.orm import Session
 
-from idempotency._sql.commit_guard import discard, give_back, lost_connection, roll_back
+from idempotency._sql.commit_guard import discard, finish, give_back, interrupt, lost_connection, roll_back, watch
 from idempotency._sql.threads import CONNECTING, WORKING
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_ENDS: tuple[Callable[[Session], None], ...] = (discard, give_back, roll_back)
+_ENDS: tuple[Callable[[Session], None], ...] = (discard, give_back, interrupt, roll_back)
 """What needs no connection if there is none."""
 
 
@@ -54,3 +55,21 @@ class SessionInThreads:
         if work not in _ENDS and lost_connection(self.sync_session) is None:
             await CONNECTING.run(self.sync_session.connection)
         return await WORKING.run(partial(work, self.sync_session, *args, **options))
+
+
+@asynccontextmanager
+async def committed_in_threads(sessions: Callable[[], Session]) -> AsyncIterator[Session]:
+    """Give a session of its own, commit it, and close it. Nothing of it is committed where the block raises."""
+    own = sessions()
+    watch(own)
+    end: Callable[[Session], None] = Session.close
+    try:
+        yield own
+        await WORKING.run(own.commit)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            end = interrupt  # the thread of a cancelled endpoint goes on
+        raise
+    finally:
+        finish(own)
+        await WORKING.run(partial(end, own))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from starlette.requests import HTTPConnection, Request
 
-from idempotency.errors import ConfigurationError, TransactionError
+from idempotency.errors import TransactionError
 from idempotency.operation import Operation
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     ``sessions`` is the ``async_sessionmaker`` or ``sessionmaker`` that the middleware has as ``session=``. In an
     operation, the dependency gives the operation's session, which is committed with the recorded response; the endpoint
     never commits it. In any other request (a GET, one without a key, an application without the middleware) it gives a
-    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed.
+    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed. Used
+    after that, as by a background task, it raises :class:`~idempotency.errors.TransactionError`.
     With ``scope="function"`` that commit comes before the response is sent. By FastAPI's default, since 0.118, it comes
     after: a client may then hold a response whose commit failed.
 
@@ -40,53 +41,41 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     the middleware has a factory of the other kind, and :class:`~idempotency.errors.TransactionError` where the
     middleware has no ``session=``.
     """
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session, sessionmaker
+    from sqlalchemy.orm import Session
 
-    from idempotency._sql.sessions import is_synchronous
-    from idempotency._sql.threads import WORKING
+    from idempotency._sql.commit_guard import finish, install
+    from idempotency._sql.session_in_threads import committed_in_threads
+    from idempotency._sql.session_of import kind_of, session_in
 
-    if not isinstance(sessions, async_sessionmaker | sessionmaker):
-        raise ConfigurationError(
-            f"session_of takes an async_sessionmaker or a sessionmaker, not {type(sessions).__name__}"
-        )
-    kind = Session if is_synchronous(sessions) else AsyncSession
+    kind = kind_of(sessions)
+    install()
 
     async def awaited(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
-        session = _session_in_operation(connection, kind)
+        session = session_in(_operation_of(connection), kind)
         if session is not None:
             yield session
             return
         async with sessions() as own:
-            yield own
-            await own.commit()
+            try:
+                yield own
+                await own.commit()
+            finally:
+                finish(own.sync_session)  # a statement would begin a transaction that nobody ends
 
     async def in_threads(connection: HTTPConnection) -> AsyncIterator[Session]:
-        session = _session_in_operation(connection, kind)
+        session = session_in(_operation_of(connection), kind)
         if session is not None:
             yield session
             return
-        own = sessions()
-        try:
+        make: Any = sessions
+        async with committed_in_threads(make) as own:
             yield own
-            await WORKING.run(own.commit)
-        finally:
-            await WORKING.run(own.close)
 
     return in_threads if kind is Session else awaited
 
 
-def _session_in_operation(connection: HTTPConnection, kind: type[AsyncSession] | type[Session]) -> Any:
-    operation = getattr(connection.state, "idempotency", None)
-    if not isinstance(operation, Operation):
-        return None
-    session = operation.session
-    if not isinstance(session, kind):
-        raise ConfigurationError(
-            f"session_of was given a factory of {kind.__name__}, and the session= of the middleware makes"
-            f" {type(session).__name__}: give both the same factory"
-        )
-    return session
+def _operation_of(connection: HTTPConnection) -> object:
+    return getattr(connection.state, "idempotency", None)
 
 
 def session(request: Request) -> AsyncSession:
@@ -96,7 +85,7 @@ def session(request: Request) -> AsyncSession:
     :class:`~idempotency.errors.TransactionError`: require a key for the route, with ``Policy(required=True)``, or use
     :func:`session_of`.
     """
-    operation = getattr(request.state, "idempotency", None)
+    operation = _operation_of(request)
     if not isinstance(operation, Operation):
         raise TransactionError("This request runs without an idempotency key: require one, with Policy(required=True).")
     made: AsyncSession = operation.session

@@ -96,7 +96,10 @@ class Outgoing(Protocol):
         ...
 
     def set_key(self, header_name: str, key: str, call: Call) -> None:
-        """Write the key, and make the request part of the call."""
+        """Make the request part of the call, and write the key into what is sent of it.
+
+        The request itself has no key then: the client may copy it into a redirect, which another transport sends.
+        """
         ...
 
 
@@ -127,7 +130,8 @@ class Keys:
         given = request.given(self._header_name)
         if given is not None:
             return self._set(request, given)
-        if request.method.upper() not in self._methods:
+        # Other requests may be in the block of a call. A request that has a name itself is meant.
+        if request.method.upper() not in self._methods and request.named is None:
             return None
         name = _NAME.get() if request.named is None else _checked(request.named)
         if name is None:

@@ -51,14 +51,15 @@ class AsyncIdempotentTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, and send it again where that is of use."""
-        call = await self._begin(HttpxRequest(request))
+        outgoing = HttpxRequest(request)
+        call = await self._begin(outgoing)
         if call is None:
             return await self._transport.handle_async_request(request)
         attempts = Attempts(self._retry, repeatable=is_repeatable(request))
         while True:
             call.attempts += 1
             try:
-                response = await _read(await self._transport.handle_async_request(request))
+                response = await _read(await self._transport.handle_async_request(outgoing.sent))
             except FAILURES as error:
                 pause = attempts.pause(None if is_untrusted(error) else 0.0)
                 if pause is None:
@@ -97,10 +98,11 @@ async def _read(response: httpx.Response) -> httpx.Response:
 
 
 class HttpxRequest:
-    """A request of httpx, as the keys see it."""
+    """A request of httpx, as the keys see it. ``sent``: the request that is sent, with the key."""
 
     def __init__(self, request: httpx.Request) -> None:
         self._request = request
+        self.sent = request
 
     @property
     def method(self) -> str:
@@ -138,9 +140,16 @@ class HttpxRequest:
         return self.named if isinstance(self.named, Call) else None
 
     def set_key(self, header_name: str, key: str, call: Call) -> None:
-        """Write the key. The client copies extensions into the request to which it is redirected."""
-        self._request.headers[header_name] = key
-        self._request.extensions[EXTENSION] = call
+        """See :class:`Outgoing`. The client copies headers and extensions into the request of a redirect."""
+        request = self._request
+        request.headers.pop(header_name, None)
+        # Not written into the given dictionary, which may be that of several requests.
+        request.extensions = {**request.extensions, EXTENSION: call}
+        headers = request.headers.copy()
+        headers[header_name] = key
+        self.sent = httpx.Request(
+            request.method, request.url, headers=headers, stream=request.stream, extensions=request.extensions
+        )
 
 
 def is_repeatable(request: httpx.Request) -> bool:

@@ -37,7 +37,7 @@ class IdempotentTransport(httpx.BaseTransport):
     progress, and after what the server says is worth it. Every other answer is returned. A body that is a stream is
     sent once, since it may be consumed.
     ``methods``: the methods that get a key, default POST and PATCH. A key that the request has already is sent as it
-    is, with any method.
+    is, with any method, and a request that has a name itself gets its key with any method.
     ``header_name``: the header, default ``Idempotency-Key``. ``quoted``: whether a key is sent as a String of RFC 9651,
     in quotes; default False.
     ``store``: where the keys of named calls are, so that another process sends the same; see :func:`call`. It is not
@@ -69,14 +69,15 @@ class IdempotentTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, and send it again where that is of use."""
-        call = self._begin(HttpxRequest(request))
+        outgoing = HttpxRequest(request)
+        call = self._begin(outgoing)
         if call is None:
             return self._transport.handle_request(request)
         attempts = Attempts(self._retry, repeatable=is_repeatable(request))
         while True:
             call.attempts += 1
             try:
-                response = _read(self._transport.handle_request(request))
+                response = _read(self._transport.handle_request(outgoing.sent))
             except FAILURES as error:
                 pause = attempts.pause(None if is_untrusted(error) else 0.0)
                 if pause is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, MutableMapping
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,10 @@ from idempotency.stores.base import SyncStore, check_store
 _FAILURES = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 _LASTING = (requests.exceptions.SSLError, requests.exceptions.ProxyError)
 """Of these, what another attempt does not change."""
+
+
+_CALL = "idempotency"
+"""Where the hooks of a request have its call: its copies, such as that for a redirect, have the same hooks."""
 
 
 class IdempotentAdapter(BaseAdapter):
@@ -60,14 +64,15 @@ class IdempotentAdapter(BaseAdapter):
     ) -> requests.Response:
         """Send one request, and send it again where that is of use."""
         options = {"stream": stream, "timeout": timeout, "verify": verify, "cert": cert, "proxies": proxies}
-        call = self._begin(_Prepared(request))
+        outgoing = _Prepared(request)
+        call = self._begin(outgoing)
         if call is None:
             return self._adapter.send(request, **options)
         attempts = Attempts(self._retry, repeatable=_body_of(request) is not None)
         while True:
             call.attempts += 1
             try:
-                response = _read(self._adapter.send(request, **options), request, stream)
+                response = _read(self._adapter.send(outgoing.sent, **options), request, stream)
             except _FAILURES as error:
                 pause = attempts.pause(None if isinstance(error, _LASTING) else 0.0)
                 if pause is None:
@@ -97,22 +102,17 @@ class IdempotentAdapter(BaseAdapter):
 def call_of(sent: requests.Response | requests.RequestException) -> Call | None:
     """Return the call that a response, or an error, is the end of; None if its request has no key of a call."""
     request = sent.request
-    return None if request is None else _call_in(request.headers)
-
-
-class _Key(str):
-    """A key as the value of a header, with its call: a redirect copies the headers, and nothing else of ours."""
-
-    call: Call
+    return None if request is None else _call_in(request)
 
 
 class _Prepared:
-    """A request of requests, as the keys see it."""
+    """A request of requests, as the keys see it. ``sent``: the request that is sent, with the key."""
 
     named = None
 
     def __init__(self, request: requests.PreparedRequest) -> None:
         self._request = request
+        self.sent = request
 
     @property
     def method(self) -> str:
@@ -136,16 +136,19 @@ class _Prepared:
 
     @property
     def call(self) -> Call | None:
-        return _call_in(self._request.headers)
+        return _call_in(self._request)
 
     def set_key(self, header_name: str, key: str, call: Call) -> None:
-        value = _Key(key)
-        value.call = call
-        self._request.headers[header_name] = value
+        hooks: dict[str, Any] = self._request.hooks
+        hooks[_CALL] = call
+        self._request.headers.pop(header_name, None)
+        self.sent = self._request.copy()
+        self.sent.headers[header_name] = key
 
 
-def _call_in(headers: Mapping[str, Any]) -> Call | None:
-    return next((value.call for value in headers.values() if isinstance(value, _Key)), None)
+def _call_in(request: requests.PreparedRequest | requests.Request) -> Call | None:
+    found: object = request.hooks.get(_CALL)
+    return found if isinstance(found, Call) else None
 
 
 def _body_of(request: requests.PreparedRequest) -> bytes | None:

@@ -183,14 +183,19 @@ def _is_starlette(app: object) -> bool:
     return starlette is not None and isinstance(app, starlette.Starlette)
 
 
+def _is_router(app: object) -> bool:
+    routing = sys.modules.get("starlette.routing")
+    return routing is not None and isinstance(app, routing.Router)
+
+
 def _is_litestar(app: object) -> bool:
     litestar = sys.modules.get("litestar")
     return litestar is not None and isinstance(app, litestar.Litestar)
 
 
 def _mounts(app: Any) -> Iterator[tuple[str, object]]:
-    """Return the applications that a Starlette application has mounted, with their paths."""
-    if _is_starlette(app):
+    """Return the applications that an application or a router of Starlette has mounted, with their paths."""
+    if _is_starlette(app) or _is_router(app):
         from starlette.routing import Mount
 
         for route in app.routes:

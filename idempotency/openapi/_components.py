@@ -23,7 +23,9 @@ class Components:
 
         One that is there already is used again. Another one of this name stays: the new name then has a number.
         """
-        section: Json = self._document.setdefault("components", {}).setdefault(kind, {})
+        components = self._document["components"] = object_of(self._document.get("components"))
+        section: Json = object_of(components.get(kind))
+        components[kind] = section
         chosen, number = name, 1
         # A copy, because the user may change the document.
         while section.setdefault(chosen, deepcopy(component)) != component:
@@ -40,15 +42,15 @@ class Components:
         seen: set[str] = set()
         while isinstance(part, Mapping) and "$ref" in part:
             reference = part["$ref"]
+            if not isinstance(reference, str):
+                raise ConfigurationError(f"the document has the reference {reference!r}, which is no text")
             if reference in seen:
                 raise ConfigurationError(f"the reference {reference!r} of the document leads to itself")
             seen.add(reference)
             # OpenAPI 3.1 allows a description beside a reference, which replaces the one that is referred to.
             beside = {name: value for name, value in part.items() if name != "$ref"}
             part = {**self._find(reference), **beside}
-        if not isinstance(part, Mapping):
-            raise ConfigurationError(f"the document has a {type(part).__name__} where OpenAPI needs an object")
-        return deepcopy(dict(part))
+        return deepcopy(dict(_checked(part)))
 
     def _find(self, reference: str) -> Json:
         if not reference.startswith("#/"):
@@ -65,3 +67,24 @@ class Components:
         if not isinstance(found, Mapping):
             raise ConfigurationError(f"the reference {reference!r} of the document does not lead to an object")
         return dict(found)
+
+
+def object_of(part: Any) -> Json:
+    """Return an object of a document, and an empty one for null: YAML reads an empty part so.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for a part of another kind.
+    """
+    return {} if part is None else _checked(part)
+
+
+def list_of(part: Any) -> list[Any]:
+    """Return an array of a document; see :func:`object_of`."""
+    if part is None or isinstance(part, list):
+        return part or []
+    raise ConfigurationError(f"the document has a {type(part).__name__} where OpenAPI needs an array")
+
+
+def _checked(part: Any) -> Json:
+    if not isinstance(part, dict):
+        raise ConfigurationError(f"the document has a {type(part).__name__} where OpenAPI needs an object")
+    return part

@@ -12,7 +12,7 @@ from idempotency._http.options import Options
 from idempotency._http.protection import Protection
 from idempotency.errors import ConfigurationError
 from idempotency.openapi._answers import answers
-from idempotency.openapi._components import Components, Json
+from idempotency.openapi._components import Components, Json, list_of, object_of
 from idempotency.openapi._responses import beside, is_replayed, merged, ours, with_headers
 from idempotency.openapi._vendors import Vendor, check_vendors, extend
 from idempotency.policy import Policy
@@ -66,10 +66,12 @@ def describe(
     components, protection = Components(described), middleware.protection
     for path, item in _paths(described, components):
         for method in _METHODS:
-            policy = protection.routes.policy_for(method.upper(), prefix + path) if method in item else None
-            if policy is not None and EXTENSION not in item[method]:
-                operation: Json = item[method]
-                _Description(policy, protection.options, components).add_to(operation, item.get("parameters", []))
+            operation = object_of(item.get(method))
+            policy = protection.routes.policy_for(method.upper(), prefix + path)
+            if policy is not None and item.get(method) is not None and EXTENSION not in operation:
+                # A copy: one operation may be that of several paths, which have policies of their own.
+                operation = item[method] = {**operation}
+                _Description(policy, protection.options, components).add_to(operation, list_of(item.get("parameters")))
                 extend(described, operation, policy, field_name(protection.options.header_name), chosen)
     return described
 
@@ -83,12 +85,12 @@ def _check_version(document: object) -> None:
 
 
 def _paths(document: Json, components: Components) -> list[tuple[str, Json]]:
-    """Return the paths with their items, in which references are replaced by what they refer to."""
-    paths: Json = document.get("paths") or {}
-    for path, item in paths.items():
-        if path.startswith("/") and "$ref" in item:
-            paths[path] = components.resolve(item)
-    return [(path, item) for path, item in paths.items() if path.startswith("/")]
+    """Return the paths with their items, each a copy, in which references are replaced by what they refer to."""
+    paths = object_of(document.get("paths"))
+    found = {path: item for path, item in paths.items() if path.startswith("/") and item is not None}
+    for path, item in found.items():
+        paths[path] = components.resolve(item) if "$ref" in object_of(item) else {**item}
+    return [(path, paths[path]) for path in found]
 
 
 def field_name(name: bytes) -> str:
@@ -112,17 +114,22 @@ class _Description:
             "ttl": _number(self._policy.ttl),
             "scope": _scope(self._options),
         }
-        if not self._is_declared([*of_path, *operation.get("parameters", [])]):
-            parameter = self._components.add("parameters", "IdempotencyKey", self._parameter())
-            operation["parameters"] = [*operation.get("parameters", []), parameter]
+        own = list_of(operation.get("parameters"))
+        if not self._is_declared([*of_path, *own]):
+            operation["parameters"] = [
+                *own,
+                self._components.add("parameters", "IdempotencyKey", self._parameter()),
+            ]
         # A key of YAML may be a number.
-        responses = {str(status): response for status, response in operation.get("responses", {}).items()}
+        responses = {str(status): response for status, response in object_of(operation.get("responses")).items()}
         theirs = self._of_application(responses)
         operation["responses"] = {**theirs, **self._ours(theirs)}
 
     def _is_declared(self, parameters: list[Any]) -> bool:
         found = (self._components.resolve(parameter) for parameter in parameters)
-        return any(each.get("in") == "header" and each["name"].lower() == self._header.lower() for each in found)
+        return any(
+            each.get("in") == "header" and str(each.get("name")).lower() == self._header.lower() for each in found
+        )
 
     def _parameter(self) -> Json:
         policy, strict = self._policy, self._options.strict

@@ -236,7 +236,7 @@ class CreatingSchema(Protocol):
     """Create what the records need."""
 
     async def create_schema(self) -> None:
-        """Create what the records need, where it is missing: a table in SQL, elsewhere nothing.
+        """Create what the records need, where it is missing: in SQL its table and that of the audit, elsewhere nothing.
 
         Safe in any number of processes at once.
         """
@@ -248,7 +248,7 @@ class NamingSchema(Protocol):
 
     @property
     def schema(self) -> str:
-        """Return what is created, as ``table idempotency_record``; empty where the records need nothing."""
+        """Return what is created, ``tables NAME and NAME_audit`` in SQL; empty where the records need nothing."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -130,3 +131,17 @@ class Watch:
         stats = await self._sagas.stats()
         values = ((SAGA_STUCK, stats.stuck), (SAGA_OLDEST, stats.oldest_age), (SAGA_LATE, stats.late))
         return [Measurement(Series(instrument, (self.name,)), value) for instrument, value in values]
+
+
+def check_watches(watches: object) -> tuple[Watch, ...]:
+    """Return the watches of an exporter.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for anything else, and for two of one name, whose gauges
+    would be the same series twice.
+    """
+    if not isinstance(watches, Sequence) or not all(isinstance(each, Watch) for each in watches):
+        raise ConfigurationError(f"watches must be a sequence of Watch, not {watches!r}")
+    names = [each.name for each in watches]
+    if len({*names}) < len(names):
+        raise ConfigurationError(f"watches need names of their own, as in Watch('orders', store=store), not {names}")
+    return tuple(watches)

@@ -27,7 +27,7 @@ from idempotency.telemetry._instruments import (
     measurements_of,
     series_at_zero,
 )
-from idempotency.telemetry._watch import Watch
+from idempotency.telemetry._watch import Watch, check_watches
 
 try:
     from opentelemetry.context import attach, detach
@@ -65,6 +65,7 @@ class OpenTelemetry:
     then; none is made where that is a span of this process that is sampled out. With this hook, a recorded response
     contains the trace context of its run, and the span of a replay has a link to it. The span of a batch that a relay
     has published has links to where its messages were emitted.
+    Raises :class:`~idempotency.errors.ConfigurationError` for two watches of one name.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class OpenTelemetry:
             for each in COUNTED
             if each.kind == "histogram"
         }
-        for instrument in GAUGES if watches else ():
-            callback = partial(_observe, tuple(watches), instrument)
+        checked = check_watches(watches)
+        for instrument in GAUGES if checked else ():
+            callback = partial(_observe, checked, instrument)
             meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
         self._attributes: dict[Series, dict[str, str]] = {}
 
@@ -120,7 +122,7 @@ class OpenTelemetry:
         have them, with values as text or bytes. Where the broker's own instrumentation continues the trace, it is not
         needed.
         """
-        found = {name.lower(): _text_of(value) for name, value in dict(headers or ()).items()}
+        found = {_text_of(name).lower(): _text_of(value) for name, value in dict(headers or ()).items()}
         token = attach(extract(found))
         try:
             yield

@@ -15,7 +15,7 @@ from idempotency.telemetry._instruments import (
     measurements_of,
     series_at_zero,
 )
-from idempotency.telemetry._watch import Watch
+from idempotency.telemetry._watch import Watch, check_watches
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
@@ -34,14 +34,16 @@ class Prometheus:
     ``registry``: where the metrics are, default that of the process. There is one of these for each registry; give the
     same one to all middlewares, consumers, functions, relays and sagas. ``watches``: their gauges are in the registry
     too, as they were read last: a scrape asks no database.
-    Raises :class:`~idempotency.errors.ConfigurationError` if the registry has these metrics already.
+    Raises :class:`~idempotency.errors.ConfigurationError` if the registry has these metrics already, and for two
+    watches of one name.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, *, watches: Sequence[Watch] = ()) -> None:
         registry = REGISTRY if registry is None else registry
+        checked = check_watches(watches)
         try:
             self._metrics = {instrument: _metric(instrument, registry) for instrument in COUNTED}
-            registry.register(_Gauges(watches))
+            registry.register(_Gauges(checked))
         except ValueError as error:
             raise ConfigurationError("the registry has these metrics already: use one Prometheus() for it") from error
         # By instrument and labels, whose values are from finite lists.

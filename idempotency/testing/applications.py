@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 from uuid import uuid4
 
 from idempotency._engine.calls import Calls
+from idempotency._engine.modes import awaited_store, leases_of
 from idempotency._http.applications import inside, owner_of
 from idempotency._http.request import KeyedRequest
 from idempotency._rules import Claim
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.errors import ConfigurationError
-from idempotency.stores.base import Forgetting, Searching, Store, check_store, require
+from idempotency.stores.base import Forgetting, Searching, Store, SyncStore, require
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.orm import sessionmaker
 
 _BATCH = 1000
 
@@ -42,32 +47,67 @@ def _new_key() -> str:
 
 
 @contextmanager
-def use_store(app: object, store: Store) -> Iterator[None]:
+def use_store(
+    app: object, store: Store | SyncStore, *, session: async_sessionmaker[Any] | sessionmaker[Any] | None = None
+) -> Iterator[None]:
     """Let the middleware of ``app`` use ``store`` instead of its own, for the requests within the context.
 
     ``app``: the application to which the middleware was added (Starlette, FastAPI, Quart), or the middleware around it.
+    ``session``: the sessionmaker that a middleware with ``session=`` has. ``store`` is then an ``SQLStore`` on an
+    engine, such as that of :func:`rolled_back`, to which the sessionmaker is bound for the same time: what else makes
+    sessions by it, as ``session_of`` does, uses that engine too.
 
-    Raises :class:`~idempotency.errors.ConfigurationError` where there is no such middleware, and for one with
-    ``session=``, whose store is in the database of its sessions: use :func:`rolled_back` there.
+    Raises :class:`~idempotency.errors.ConfigurationError` where there is no such middleware, where ``session`` is
+    missing or the middleware has none, and where store and sessions do not fit each other.
     """
-    check_store(store, Store)
     found = list(_middleware(app))
     if not found:
         raise ConfigurationError("the application has no IdempotencyMiddleware: give the one to which it was added")
-    if any(each._options.transactional for each in found):
+    if any(each._options.transactional is not (session is not None) for each in found):
         raise ConfigurationError(
-            "the middleware has session=, so its records are where its sessions are: give the application the engine of"
-            " idempotency.testing.rolled_back"
+            "the middleware has session=, so its records are where its sessions are: use_store(app, SQLStore(engine),"
+            " session=its_sessionmaker), with the engine of idempotency.testing.rolled_back, or another one"
+            if session is None
+            else "the middleware has no session=: give use_store none either"
         )
-    runners = [each._runner for each in found]
-    own = [runner.store for runner in runners]
+    with _bound_to(store, session):
+        awaited = awaited_store(store, session)
+        own = [(each, each._runner.store, each._new_lease) for each in found]
+        try:
+            for each in found:
+                each._runner.store = awaited
+                each._new_lease = leases_of(each._runner, session)
+            yield
+        finally:
+            for each, before, new_lease in own:
+                each._runner.store, each._new_lease = before, new_lease
+
+
+@contextmanager
+def _bound_to(store: object, session: Any) -> Iterator[None]:
+    """Bind a sessionmaker to the engine of a store for a while."""
+    if session is None:
+        yield
+        return
+    from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.orm import sessionmaker
+
+    from idempotency.stores.sql import SQLStore
+
+    engine = store._source if isinstance(store, SQLStore) else None
+    if engine is None or isinstance(engine, URL):
+        raise ConfigurationError("with session=, use_store takes an SQLStore on an engine: SQLStore(engine)")
+    if not isinstance(session, async_sessionmaker | sessionmaker):
+        raise ConfigurationError(
+            f"session= takes the sessionmaker that the middleware has, not {type(session).__name__}"
+        )
+    own = session.kw.get("bind")
+    session.configure(bind=engine)
     try:
-        for runner in runners:
-            runner.store = store
         yield
     finally:
-        for runner, before in zip(runners, own, strict=True):
-            runner.store = before
+        session.configure(bind=own)
 
 
 def _middleware(app: object) -> Iterator[IdempotencyMiddleware]:

@@ -39,5 +39,6 @@ async def audited(auditing: Auditing, action: Action, work: Callable[[], Awaitab
 async def _write_outcome(auditing: Auditing, action: Action, outcome: str) -> None:
     try:
         await auditing.write_outcome(action.id, outcome)
-    except StoreError as error:
-        _logger.error("the outcome of the action %s is not in the audit: %s", action.id, error)
+    except Exception as error:  # the action has happened, and its operator must see that
+        why = error if isinstance(error, StoreError) else type(error).__name__
+        _logger.error("the outcome of the action %s is not in the audit: %s", action.id, why)

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from idempotency._cli.records import LOGGED
@@ -16,7 +16,7 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores.base import Action, Auditing, Searching, Store, check_store, require
 from idempotency.web._audited import audited
 from idempotency.web._message import Messages, Slots
-from idempotency.web._operator import Allow, Operator, operator_of
+from idempotency.web._operator import Allow, Operator, operator_of, path_in_page
 from idempotency.web._pages import Page, headers
 from idempotency.web._record import Records
 from idempotency.web._saga import Sagas
@@ -48,7 +48,8 @@ def console(
 
     ``store``: that of the records and sagas, whose verbs are awaited.
     ``allow``: required. A function, sync or async, of the request (a ``starlette.requests.Request``) that returns the
-    name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer.
+    name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer, and
+    must not read the body of the request.
     ``outbox``: an :class:`~idempotency.outbox.OutboxOperations`, to show its messages and slots too. Default None.
     ``refusal``: the status for who is not allowed, 404 (the default), 403, or 401, by which a browser asks for a name
     and a password (HTTP Basic) that ``allow`` then finds in the request.
@@ -111,7 +112,7 @@ class Console:
         try:
             operator = await operator_of(self._allow, request)
         except HTTPException as error:
-            return PlainTextResponse(error.detail, error.status_code, dict(error.headers or {}))
+            return _answer_of(error)
         if operator is None:
             challenge = (
                 {"www-authenticate": 'Basic realm="idempotency", charset="UTF-8"'} if self._refusal == 401 else {}
@@ -127,12 +128,13 @@ class Console:
             return page.problem(400, "This cannot be shown", str(error))
 
     async def _answer(self, request: Request, page: Page) -> Response:
-        root, path = request.scope.get("root_path", ""), request.scope["path"]
-        parts = path.removeprefix(root).strip("/").split("/", 1)
+        parts = path_in_page(request).split("/", 1)
         if request.method == "POST":
             return await self._act(request, page, parts)
         if request.method not in ("GET", "HEAD"):
-            return page.problem(405, "Not allowed", f"The method {request.method} means nothing here.")
+            refused = page.problem(405, "Not allowed", f"The method {request.method} means nothing here.")
+            refused.headers["allow"] = "GET, HEAD, POST"
+            return refused
         match parts:
             case [""]:
                 return await self._stuck(request, page)
@@ -200,6 +202,9 @@ class Console:
 
     async def _act(self, request: Request, page: Page, parts: list[str]) -> Response:
         form = await _form_of(request)
+        if form is None:
+            words = f"A form has at most {_LARGEST_FORM} bytes. Nothing was changed."
+            return page.problem(413, "Too large", words)
         refused = (
             "This operator may only look." if page.operator.read_only else page.forms.refuse(form.get("token", ""))
         )
@@ -212,8 +217,8 @@ class Console:
         thing = await self._look(parts[0], parts[1], page) if len(parts) == 2 else None
         offers = [] if thing is None else [*thing.offers, *self._key_offer(thing)]
         offer = next((offer for offer in offers if offer.id == form.get("action")), None)
-        if thing is None or offer is None:
-            words = "It has changed, and does not allow this any more. Nothing was changed."
+        if thing is None or offer is None or not offer.is_as_seen(form, page.clock.seconds):
+            words = "It has changed since the page was read. Nothing was changed: look at it again."
             return page.problem(409, "Not possible", words)
         action = await self._do(page.operator, thing, offer, form, reason)
         if offer.name == _SHOW_KEY:
@@ -226,16 +231,23 @@ class Console:
         return await audited(self._auditing, action, lambda: offer.act(operator.name, form))
 
 
-async def _form_of(request: Request) -> dict[str, str]:
-    """Read a form, or nothing of one that is too large or of another type."""
+async def _form_of(request: Request) -> dict[str, str] | None:
+    """Read a form, nothing of one of another type; None: it is too large, and not read to its end."""
     if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
         return {}
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > _LARGEST_FORM:
-            return {}
+            return None
     return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+
+
+def _answer_of(error: HTTPException) -> Response:
+    detail: object = error.detail  # that of FastAPI may be anything that is JSON
+    if isinstance(detail, str):
+        return PlainTextResponse(detail, error.status_code, dict(error.headers or {}))
+    return JSONResponse({"detail": detail}, error.status_code, dict(error.headers or {}))
 
 
 async def _refuse_other(scope: Scope, receive: Receive, send: Send) -> None:

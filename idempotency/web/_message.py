@@ -71,19 +71,20 @@ class Messages:
             return changed(await self._outbox.give_up(message.id, reason), "it is dead")
 
         words = "Send it no more. It can be redriven later, and the messages behind it go on now."
-        return Offer(name="move to dead", help=words, act=act)
+        return Offer(name="move to dead", help=words, act=act, seen=_seen(message))
 
     def _redrive(self, message: OutboxEntry) -> Offer:
         async def act(*_: object) -> str:
             return changed(await self._outbox.redrive([message.id]) == 1, "it waits again, at the end of its key")
 
-        return Offer(name="redrive", help="Send it again, after what waits now of its key.", act=act)
+        words = "Send it again, after what waits now of its key."
+        return Offer(name="redrive", help=words, act=act, seen=_seen(message))
 
     def _forget(self, message: OutboxEntry) -> Offer:
         async def act(*_: object) -> str:
             return changed(await self._outbox.forget(message.id), "forgotten")
 
-        return Offer(name="forget", help="Delete it for good. It is never sent.", act=act)
+        return Offer(name="forget", help="Delete it for good. It is never sent.", act=act, seen=_seen(message))
 
 
 class Slots:
@@ -109,6 +110,10 @@ class Slots:
             "read last": slot.inactive_since or "not known",
         }
         return Thing(kind="slot", id=id, facts=facts)
+
+
+def _seen(message: OutboxEntry) -> str:
+    return "dead" if message.state == "dead" else "waits"
 
 
 def _facts(message: OutboxEntry, of_key: list[OutboxEntry], clock: Clock) -> dict[str, str]:

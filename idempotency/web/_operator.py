@@ -7,7 +7,7 @@ import inspect
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
 
@@ -50,6 +50,22 @@ async def operator_of(allow: Allow, request: Request) -> Operator | None:
     )
 
 
+def mounted_at(request: Request) -> str:
+    """Return the path under which the page is mounted, as it stands in a URL: empty, or with a slash before it only."""
+    return quote(request.scope.get("root_path", "").rstrip("/"))
+
+
+def path_in_page(request: Request) -> str:
+    """Return the path of a request below the page."""
+    path: str = request.scope["path"]
+    root: str = request.scope.get("root_path", "").rstrip("/")
+    # A proxy may have removed the prefix of the application, which is in root_path nevertheless.
+    for prefix in (root, root.removeprefix(request.scope.get("app_root_path", ""))):
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return path[len(prefix) :].strip("/")
+    return path.strip("/")
+
+
 class Forms:
     """The token of the forms of one browser: a random cookie, and a digest of it and of the operator in each form.
 
@@ -65,7 +81,7 @@ class Forms:
 
     def set_cookie(self) -> str:
         """Return the value of the header Set-Cookie."""
-        path = self._request.scope.get("root_path", "") or "/"
+        path = mounted_at(self._request) or "/"
         secure = "; Secure" if self._request.url.scheme == "https" else ""
         return f"{COOKIE}={self.cookie}; Path={path}; HttpOnly; SameSite=Strict{secure}"
 
@@ -84,5 +100,12 @@ def _same_origin(request: Request) -> bool:
         return False
     # The scheme is not compared: behind a proxy that ends TLS, the application sees http.
     if origin is not None:
-        return urlsplit(origin).netloc == request.headers.get("host") and origin != "null"
+        return origin != "null" and _host_of(origin) == request.headers.get("host")
     return site is not None
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None

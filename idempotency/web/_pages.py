@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from idempotency._cli.words import duration
-from idempotency.web._operator import Forms, Operator
+from idempotency.web._operator import Forms, Operator, mounted_at
 from idempotency.web._words import Clock, ago, short, size
 
 
@@ -68,7 +68,7 @@ class Page:
         self.operator = operator
         self.clock = Clock.read()
         self.forms = Forms(request, operator)
-        self._base = request.scope.get("root_path", "").rstrip("/")
+        self._base = mounted_at(request)
 
     def url(self, path: str = "", **query: object) -> str:
         """Return the URL of a path below the page."""

@@ -49,7 +49,7 @@ class Records:
                 resolved = await self._resolving.resolve(entry.id, outcome)
                 return await self._without_counts(entry, changed(resolved, "done" if outcome == "done" else "released"))
 
-            yield Offer(name=name, help=words, act=act)
+            yield Offer(name=name, help=words, act=act, seen=_seen(entry), age=entry.age)
 
     def _forget(self, entry: Entry) -> Iterator[Offer]:
         async def act(*_: object) -> str:
@@ -57,12 +57,17 @@ class Records:
             return await self._without_counts(entry, changed(gone, "forgotten"))
 
         if entry.state is not State.RUNNING or entry.lease_left <= 0:
-            yield Offer(name="forget", help="Delete the record. The next request with the key runs again.", act=act)
+            words = "Delete the record. The next request with the key runs again."
+            yield Offer(name="forget", help=words, act=act, seen=_seen(entry), age=entry.age)
 
     async def _without_counts(self, entry: Entry, outcome: str) -> str:
         if await forget_counts(self._store, entry):
             return outcome
         return f"{outcome}; if it is a message, the counts of its deliveries remain until they expire"
+
+
+def _seen(entry: Entry) -> str:
+    return f"{state(entry)}, attempt {entry.attempt}"
 
 
 def _facts(entry: Entry, clock: Clock) -> dict[str, str]:

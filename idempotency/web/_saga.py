@@ -72,20 +72,25 @@ class Sagas:
     def _resolutions(self, saga: SagaDetail) -> Iterator[Offer]:
         for fact in saga.facts:
             if fact.kind == "step" and (fact.state in _OPEN or (fact.state == "failed" and _failure_is_open(saga))):
-                yield self._resolve(saga, fact.name, "done", "Its effect happened. The saga goes on with this result.")
-                yield self._resolve(saga, fact.name, "not-done", "Its effect did not happen. The step is done again.")
+                yield self._resolve(saga, fact, "done", "Its effect happened. The saga goes on with this result.")
+                yield self._resolve(saga, fact, "not-done", "Its effect did not happen. The step is done again.")
             if fact.kind == "undo" and fact.state in (*_OPEN, "waiting"):
-                yield self._resolve(saga, f"undo:{fact.name}", "done", "It is undone. The undo is not tried again.")
+                yield self._resolve(saga, fact, "done", "It is undone. The undo is not tried again.")
 
-    def _resolve(self, saga: SagaDetail, step: str, outcome: Any, words: str) -> Offer:
+    def _resolve(self, saga: SagaDetail, fact: SagaFact, outcome: Any, words: str) -> Offer:
+        step = f"undo:{fact.name}" if fact.kind == "undo" else fact.name
+
         async def act(operator: str, form: Mapping[str, str]) -> str:
             result = json_in(form, "result") if inputs else None
             await self._operations.resolve(saga.name, saga.key, step, outcome, result, by=operator)
             return f"{step} is {outcome.replace('-', ' ')}, and the saga goes on now"
 
-        takes_result = outcome == "done" and not step.startswith("undo:")
+        takes_result = outcome == "done" and fact.kind == "step"
         inputs = {"result": "Result of the step, as JSON; empty: null"} if takes_result else {}
-        return Offer(name=f"resolve {outcome.replace('-', ' ')}", target=step, help=words, act=act, inputs=inputs)
+        # A step that is run again begins with its first attempt, in another run of the saga.
+        seen = f"{fact.state}, attempt {fact.attempts}, in run {saga.attempts}"
+        name = f"resolve {outcome.replace('-', ' ')}"
+        return Offer(name=name, target=step, help=words, act=act, inputs=inputs, seen=seen)
 
     def _signals(self, saga: SagaDetail) -> Iterator[Offer]:
         for name in dict.fromkeys(fact.name for fact in saga.facts if (fact.kind, fact.state) == ("wait", "waiting")):
@@ -105,9 +110,9 @@ class Sagas:
             await self._operations.compensate(saga.name, saga.key)
             return "it has failed, and is undone from now on"
 
-        return Offer(
-            name="compensate", help="Fail it, and undo what it has done, without running its function.", act=act
-        )
+        words = "Fail it, and undo what it has done, without running its function."
+        seen = f"{saga.state} at {saga.step}, in run {saga.attempts}"
+        return Offer(name="compensate", help=words, act=act, seen=seen)
 
     def _cancel(self, saga: SagaDetail) -> Offer:
         async def act(operator: str, _: object) -> str:

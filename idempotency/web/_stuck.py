@@ -99,6 +99,7 @@ class Stuck:
     rows: Sequence[Row]
     oldest: float | None
     unattended: str
+    has_outbox: bool
     slot_bytes: int | None
     notes: Sequence[str]
     after: str
@@ -125,6 +126,7 @@ class Sources:
             rows=rows[(wanted.page - 1) * PAGE : wanted.page * PAGE],
             oldest=max((row.age for row in rows if row.age is not None), default=None),
             unattended=f"{sum(each.unattended for each in found)}{more}",
+            has_outbox=self._outbox is not None,
             slot_bytes=found[2].slot_bytes,
             notes=[each.note for each in found if each.note],
             after=found[0].after,

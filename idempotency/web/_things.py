@@ -13,11 +13,16 @@ Act = Callable[[str, Mapping[str, str]], Awaitable[str]]
 """Does an action for the operator of this name, with what the form says, and returns its outcome in words."""
 
 
+_SKEW = 2.0
+"""Seconds by which the clocks of two processes that show the page may differ, and the time in a form is rounded."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """An action that a thing allows. ``target``: the step or signal that it is about. ``help``: what it does.
 
-    ``inputs``: names of JSON values that the form asks for besides, each with its label.
+    ``inputs``: names of JSON values that the form asks for besides, each with its label. ``seen``: what an operator
+    decides about, which a form sends back; ``age``: how many seconds ago it began, None where that does not count.
     """
 
     name: str
@@ -25,11 +30,25 @@ class Offer:
     act: Act
     target: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict)
+    seen: str = ""
+    age: float | None = None
 
     @property
     def id(self) -> str:
         """Return what a form sends to name this action."""
         return f"{self.name}:{self.target}"
+
+    def is_as_seen(self, form: Mapping[str, str], now: float) -> bool:
+        """Return whether this is still what the operator saw who sent a form.
+
+        The same state may have come again: then it began after the page was read. ``now`` is in seconds.
+        """
+        if form.get("seen", "") != self.seen:
+            return False
+        if self.age is None:
+            return True
+        read = form.get("read", "")
+        return read.isdecimal() and len(read) < 20 and self.age > now - int(read) - _SKEW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

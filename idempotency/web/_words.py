@@ -15,7 +15,7 @@ from idempotency.stores.base import Entry
 _KINDS: dict[str, Any] = {"http": "request", "function": "function", "consumer": "message", "tool": "tool"}
 _DIGEST = re.compile(r"(?:hmac-)?sha256:")
 _UUID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
-_SAGA_AND_KEY = re.compile(r"\b(saga|held by) ([^/]*)/.*")
+_SAGA_AND_KEY = re.compile(r"\b(saga|held by) ([^/]*)/.*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,11 @@ class Clock:
     def read(cls) -> Clock:
         """Read the clock of this process."""
         return cls(datetime.now(UTC))
+
+    @property
+    def seconds(self) -> float:
+        """Return the time as seconds since 1970."""
+        return self.now.timestamp()
 
     def at(self, seconds: float) -> str:
         """Return the time in so many seconds, ``2026-11-29 14:03:12``."""

@@ -35,7 +35,7 @@ def test_the_audit_is_listed_by_a_command(store_target: Target) -> None:
     [only] = json.loads(command(store_target, "--limit", "1", "--json").stdout)
 
     assert last.split("\t")[:2] == [two.id, "not ended"]
-    assert last.endswith("\toperator=eve\taction=redrive\tthing=message 7\treason=the broker is back\toutcome=none")
+    assert last.endswith("\toperator=eve\taction=redrive\tthing=message 7\treason=the broker is back\toutcome=-")
     assert first.split("\t")[:2] == [one.id, "ended"]
     assert first.endswith("\taction=forget\tthing=record 1f5a\treason=it is\\ndone\toutcome=forgotten")
     assert (only["id"], only["operator"], only["outcome"]) == (two.id, "eve", None)

@@ -148,6 +148,21 @@ def test_no_record_is_one_line(place: Target) -> None:
 
 
 @STORES
+def test_a_killed_request_is_listed_once_its_lease_is_over(place: Target) -> None:
+    """Until then the command says so, on stderr, beside an empty list."""
+    left(place, claimed("running", hold=True), None)
+
+    before = command(place, "list")
+    left(place, claimed("killed", hold=True, lease=0.0), None)
+    after = command(place, "list")
+
+    assert (before.exit_code, before.stdout) == (0, "")
+    assert "whose process was killed is listed once its lease is over, 30 s by default" in before.stderr
+    assert "\tkey=killed\t" in after.stdout
+    assert "running" not in after.stdout
+
+
+@STORES
 def test_list_gives_what_waits_to_be_resolved(place: Target) -> None:
     """Only records of unknown outcome are listed, a line each, at most ``--limit``."""
     waiting = left(place, claimed("lost\nmessage"), State.UNKNOWN)
@@ -333,8 +348,9 @@ def test_schema_create_is_what_doctor_asks_for(store_target: Target) -> None:
     assert before.exit_code in (1, 2)
     assert "table" in before.output or "no SQLite database" in before.output
 
+    names = f"{store_target.name} and {store_target.name}_audit"
     for _ in range(2):
-        assert command(store_target, "schema", "create").stdout == f"table {store_target.name} is there\n"
+        assert command(store_target, "schema", "create").stdout == f"tables {names} are there\n"
 
     after = command(store_target, "doctor")
     assert "ok   reachable, and the table has every column\n" in after.stdout
@@ -347,7 +363,10 @@ def test_schema_create_makes_the_tables_of_sagas_if_asked(store_target: Target) 
     table = store_target.name
     for _ in range(2):
         made = command(store_target, "schema", "create", "--sagas").stdout
-        assert made == f"tables {table}_saga and {table}_saga_entry are there\ntable {table} is there\n"
+        assert (
+            made
+            == f"tables {table}_saga and {table}_saga_entry are there\ntables {table} and {table}_audit are there\n"
+        )
 
     engine = sqlalchemy.create_engine(store_target.sync_url)
     found = {name for name in sqlalchemy.inspect(engine).get_table_names() if name.startswith(table)}

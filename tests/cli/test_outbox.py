@@ -152,7 +152,7 @@ def test_stats_of_an_outbox(place: Place) -> None:
     names = [*(f"bucket-{number:02}" for number in (0, 1, 2, 40)), "relay-a", "slot-orders"]
     rows = [{"name": name, "owner": "a", "until_ms": FAR * 1000} for name in names]
 
-    assert place.command("outbox", "stats").stdout.splitlines()[-1] == "relay:     none"
+    assert place.command("outbox", "stats").stdout.splitlines()[-1] == "relay:     -"
     place.do(lambda box: box.execute(insert(lease).values(rows)))
 
     lines = place.command("outbox", "stats").stdout.splitlines()

@@ -37,7 +37,7 @@ def test_a_relay_runs_until_it_is_told_to_stop(place: Place, number: signal.Sign
 
         assert process.wait(20) == 0
     lines = place.command("outbox", "stats").stdout.splitlines()
-    assert (lines[0], lines[-1]) == ("due:       0", "relay:     none")
+    assert (lines[0], lines[-1]) == ("due:       0", "relay:     -")
 
 
 @pytest.mark.stores("sqlite")

@@ -57,6 +57,18 @@ def test_a_name_has_one_key(kind: str, server: Scripted) -> None:
     assert first == again != other
 
 
+@pytest.mark.parametrize("kind", [HTTPX, ASYNC_HTTPX])
+def test_a_request_that_has_a_name_has_a_key_with_any_method(kind: str, server: Scripted) -> None:
+    """It would else be sent without one, as often as it is called, and nothing would say so."""
+    server.script(503)
+
+    for _ in range(2):
+        Sender(kind, store=MemoryStore()).post(server.url, method="PUT", name="invoice-7")
+
+    assert None not in server.keys
+    assert server.keys[0] == server.keys[1]
+
+
 def test_all_clients_have_the_same_key(server: Scripted) -> None:
     """They compare requests alike."""
     server.script()

@@ -349,6 +349,14 @@ async def test_a_path_cannot_forge_a_line(path, caplog):
     assert "forged" in message
 
 
+def test_what_a_server_says_cannot_forge_a_line(caplog):
+    """Databases answer in several lines, in which they quote what they were sent."""
+    log_event(Event(kind="unavailable", operation="POST /", detail="it is away\nWARNING forged"))
+    [message] = caplog.messages
+    assert message.isprintable()
+    assert "it is away" in message
+
+
 async def test_a_readable_path_stays_readable(caplog):
     """Letters of any script are no danger."""
     caplog.set_level(logging.DEBUG, "idempotency")

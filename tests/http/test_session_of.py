@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, HTTPException, WebSocket
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, WebSocket
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -190,6 +190,28 @@ async def test_a_commit_of_the_endpoint_is_refused_under_a_key_only(shop: Shop) 
 
 
 @pytest.mark.stores("sqlite")
+@pytest.mark.parametrize("headers", [KEY, {}], ids=["key", "no key"])
+async def test_a_background_task_cannot_use_the_session_that_has_ended(shop: Shop, headers: dict[str, str]) -> None:
+    """What it did would be lost, and its connection would be left open."""
+    shop.serve()
+    raised: list[str] = []
+    dependency = Depends(session_of(shop.sessions), scope="function")
+
+    @shop.app.post("/later")
+    async def later(tasks: BackgroundTasks, session: Any = dependency) -> None:
+        async def task() -> None:
+            with pytest.raises(TransactionError) as error:
+                await awaited(session).execute(INSERT, {"item": "late"})
+            raised.append(str(error.value))
+
+        await awaited(session).execute(INSERT, {"item": "tea"})
+        tasks.add_task(task)
+
+    assert (await shop.send(path="/later", **headers)).status_code == 200
+    assert [each.partition(":")[0] for each in raised] == ["The operation is settled"]
+    assert await shop.orders() == ["tea"]
+
+
 async def test_sessions_of_two_kinds_are_refused(shop: Shop) -> None:
     """The endpoint would be given a session that it does not expect."""
     other: Any = sessionmaker() if isinstance(shop.sessions, async_sessionmaker) else async_sessionmaker()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -25,6 +25,7 @@ from starlette.concurrency import run_in_threadpool
 
 from idempotency import ConfigurationError, IdempotencyMiddleware, Policy
 from idempotency._sql.threads import Threads
+from idempotency.adapters.fastapi import session_of
 from idempotency.errors import TransactionError
 from idempotency.stores.sql import SQLStore
 from tests.kit.servers import free_port
@@ -246,6 +247,125 @@ def end_what_sleeps(shop: Shop) -> None:
             )
             for thread in connection.execute(text(sleeping)).scalars().all():
                 connection.execute(text(f"KILL {thread:d}"))
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg2", "mariadb")
+@pytest.mark.parametrize("how", ["with a key", "without a key", "by a time-out inside"])
+async def test_a_cursor_of_a_cancelled_endpoint_is_in_no_other_transaction(shop: Shop, how: str) -> None:
+    """The endpoint has a cursor of the driver, which no session can refuse: it fails, and others are not disturbed."""
+    begun, go_on, ended = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    raised: list[BaseException] = []
+    dependency = Depends(session_of(shop.sessions), scope="function")
+
+    @shop.app.post("/orders")
+    def order(session: Any = dependency) -> None:
+        try:
+            cursor: Any = session.connection().connection.cursor()
+            cursor.execute("INSERT INTO orders VALUES ('tea')")
+            loop.call_soon_threadsafe(begun.set)
+            go_on.wait(20)
+            cursor.execute("INSERT INTO orders VALUES ('cup')")
+        except Exception as error:
+            raised.append(error)
+        finally:
+            ended.set()
+
+    if how == "by a time-out inside":
+        shop.app.add_middleware(TimedOut, begun=begun)
+    shop.protect()
+    async with shop.client() as client:
+        headers = {} if how == "without a key" else key()
+        sent = asyncio.create_task(client.post("/orders", headers=headers))
+        await begun.wait()
+        if how != "by a time-out inside":
+            sent.cancel()
+        await asyncio.wait({sent}, timeout=20)
+    assert await asyncio.to_thread(orders_meanwhile, shop, go_on, ended) == ["0", "1", "2"]
+
+    assert len(raised) == 1
+    assert shop.orders() == ["0", "1", "2"]
+
+
+class TimedOut:
+    """A middleware that cancels the endpoint once it has ``begun``, and answers 504."""
+
+    def __init__(self, app: Any, begun: asyncio.Event) -> None:
+        self._app = app
+        self._begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        running = asyncio.create_task(self._app(scope, receive, send))
+        await self._begun.wait()
+        running.cancel()
+        await asyncio.wait({running})
+        await Response(status_code=504)(scope, receive, send)
+
+
+def orders_meanwhile(shop: Shop, go_on: threading.Event, ended: threading.Event) -> list[str]:
+    """Let the thread go on while every connection of the pool is used by another transaction, and commit these."""
+    with ExitStack() as stack:
+        others = [stack.enter_context(shop.engine.begin()) for _ in range(3)]
+        for item, other in enumerate(others):
+            other.execute(INSERT, {"item": str(item)})
+        go_on.set()
+        assert ended.wait(20)
+        assert [other.scalar(text("SELECT 1")) for other in others] == [1, 1, 1]
+    return shop.orders()
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg2", "mariadb")
+async def test_a_statement_of_a_cancelled_endpoint_is_cut_off_without_a_key(shop: Shop) -> None:
+    """Its ordinary session is closed after the statement has ended, and its connection is used by nobody else."""
+    begun, ended = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    raised: list[BaseException] = []
+
+    dependency = Depends(session_of(shop.sessions), scope="function")
+
+    @shop.app.post("/orders")
+    def order(session: Any = dependency) -> None:
+        try:
+            session.execute(INSERT, {"item": "tea"})
+            hold_up(shop.engine.dialect.name, session, lambda: loop.call_soon_threadsafe(begun.set))
+        except Exception as error:
+            raised.append(error)
+        finally:
+            ended.set()
+
+    async with shop.client() as client:
+        sent = asyncio.create_task(client.post("/orders"))
+        await begun.wait()
+        sent.cancel()
+        await asyncio.wait({sent}, timeout=20)
+    assert await asyncio.to_thread(ended.wait, 20)
+    end_what_sleeps(shop)
+
+    assert len(raised) == 1
+    assert shop.orders() == []
+
+
+@pytest.mark.parametrize("kind", ["executed", "read"])
+async def test_a_statement_in_the_event_loop_is_refused(shop: Shop, kind: str) -> None:
+    """While it waited there for the lock of another request, that one could not commit: all would stand still."""
+    raised: list[str] = []
+
+    @shop.app.post("/orders")
+    async def order(request: Request) -> None:
+        session = request.state.idempotency.session
+        use: Any = (session.execute, INSERT, {"item": "tea"}) if kind == "executed" else (session.get, Order, "tea")
+        with pytest.raises(TransactionError) as refused:
+            use[0](*use[1:])
+        raised.append(str(refused.value))
+        session.rollback()
+        await run_in_threadpool(session.execute, INSERT, {"item": "cup"})
+
+    shop.protect()
+    async with shop.client() as client:
+        assert (await client.post("/orders", headers=key())).status_code == 200
+
+    assert ["Declare the endpoint or dependency by def" in each for each in raised] == [True]
+    assert shop.orders() == ["cup"]
 
 
 async def test_a_client_that_leaves_has_its_order(shop: Shop) -> None:

@@ -17,6 +17,8 @@ from fastapi.security import APIKeyCookie, APIKeyHeader, APIKeyQuery, HTTPBearer
 from litestar import Litestar, post
 from litestar.middleware import DefineMiddleware
 from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 from starlette.applications import Starlette
 from starlette.authentication import AuthenticationBackend
 from starlette.middleware import Middleware
@@ -25,7 +27,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
-from idempotency import IdempotencyMiddleware, Policy
+from idempotency import IdempotencyMiddleware, Policy, idempotent
 from idempotency._http import startup
 from idempotency._http.startup import Startup
 from idempotency._http.workers import has_siblings
@@ -342,6 +344,29 @@ async def test_a_store_of_the_wrong_side_is_refused(sqlite_url: str, lines: Call
 
     assert len(lines()) == 2
     engine.dispose()
+
+
+def test_the_error_of_the_wrong_side_fits_its_place(sqlite_url: str) -> None:
+    """In the middleware, with sessions of one kind and an engine of the other, and where there is a function."""
+    awaited, blocking = create_async_engine(sqlite_url), create_engine(sqlite_url.replace("+aiosqlite", ""))
+    of_awaited, of_blocking = SQLStore(awaited), SQLStore(blocking)
+
+    with pytest.raises(ConfigurationError) as mixed:
+        protect(Effects(), of_awaited, session=sessionmaker(blocking))
+    with pytest.raises(ConfigurationError) as reverse:
+        protect(Effects(), of_blocking, session=async_sessionmaker(awaited))
+    with pytest.raises(ConfigurationError) as function:
+        idempotent(of_awaited, key=lambda: "k")(lambda: None)
+    blocking.dispose()
+
+    not_awaited = (
+        "the store was given an AsyncEngine, and it is not awaited here: pass an Engine, of create_engine(...)"
+    )
+    assert str(mixed.value) == f"session= makes sessions that are not awaited: {not_awaited}"
+    assert str(function.value) == not_awaited
+    assert str(reverse.value) == (
+        "the store was given an Engine, and it is awaited here: pass an AsyncEngine, of create_async_engine(...)"
+    )
 
 
 def api(*schemes: Any, scope: Any = "credentials") -> FastAPI:

@@ -20,6 +20,8 @@ from idempotency.events import Event, EventKind
 from idempotency.outbox._states import State
 from idempotency.outbox.events import RelayEvent, RelayEventKind
 from idempotency.saga.events import SagaEvent, SagaEventKind
+from idempotency.stores.memory import MemoryStore
+from idempotency.telemetry import Watch
 from idempotency.telemetry._instruments import (
     COUNTED,
     GAUGES,
@@ -55,11 +57,12 @@ VALUES = {
 """The values that a label may have in a query."""
 
 
-@dataclass
-class Gauges:
+class Gauges(Watch):
     """A watch whose values a test sets."""
 
-    values: tuple[Measurement, ...] = ()
+    def __init__(self) -> None:
+        super().__init__(store=MemoryStore())
+        self.values: tuple[Measurement, ...] = ()
 
     def measurements(self) -> tuple[Measurement, ...]:
         return self.values

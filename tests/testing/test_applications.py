@@ -23,6 +23,7 @@ from idempotency.stores.memory import MemoryStore
 from idempotency.stores.sql import SQLStore
 from idempotency.testing import FaultyStore, clear, disabled, rolled_back, use_store
 from tests.kit.asgi_calls import Effects, call, protect
+from tests.kit.awaited import awaited
 from tests.kit.servers import with_driver
 from tests.kit.targets import unique_name
 
@@ -127,8 +128,59 @@ def test_use_store_refuses_what_it_cannot_do(sqlite_url: str) -> None:
         pass
     with pytest.raises(ConfigurationError, match="rolled_back"), use_store(transactional, MemoryStore()):
         pass
+    for app, store, error in (
+        (protect(Effects()), SQLStore(engine), "has no session="),
+        (transactional, MemoryStore(), "an SQLStore on an engine"),
+        (transactional, SQLStore.from_url(sqlite_url), "an SQLStore on an engine"),
+    ):
+        sessions = async_sessionmaker(engine)
+        with pytest.raises(ConfigurationError, match=error), use_store(app, store, session=sessions):
+            pass
+    wrong: Any = engine
+    with (
+        pytest.raises(ConfigurationError, match="not AsyncEngine"),
+        use_store(transactional, SQLStore(engine), session=wrong),
+    ):
+        pass
     with pytest.raises(ConfigurationError, match="must be a Store"), use_store(protect(Effects()), object()):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_use_store_binds_the_sessions_of_the_middleware_too(
+    tables: tuple[str, Engine], synchronous: bool
+) -> None:
+    """Of either kind: what is requested is rolled back; afterwards store and sessions are the application's own."""
+    _, committed = tables
+    own: Any = committed if synchronous else create_async_engine(tables[0])
+    sessions: Any = sessionmaker(own) if synchronous else async_sessionmaker(own)
+
+    async def order(request: Request) -> JSONResponse:
+        await awaited(request.state.idempotency.session).execute(insert(ORDERS).values(item="tea"))
+        return JSONResponse({}, 201)
+
+    store = SQLStore(own, table=RECORDS)
+    app = protect(Starlette(routes=[Route("/orders", order, methods=["POST"])]), store, session=sessions)
+
+    async def within(tested: Any) -> list[bool]:
+        with use_store(app, SQLStore(tested, table=RECORDS), session=sessions):
+            assert sessions.kw["bind"] is tested
+            return [(await call(app, key="a")).replayed for _ in range(2)]
+
+    if synchronous:
+        with rolled_back(own) as tested:
+            replayed = await within(tested)
+    else:
+        async with rolled_back(own) as tested:
+            replayed = await within(tested)
+    left = count_of(committed)
+    again = await call(app, key="a")
+    if not synchronous:
+        await own.dispose()
+
+    assert (replayed, left, again.replayed) == ([False, True], (0, 0), False)
+    assert sessions.kw["bind"] is own
+    assert count_of(committed) == (1, 1)
 
 
 @pytest.mark.stores("memory", "sqlite", "redis", "postgres")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.kit import servers
 from tests.kit.paths import ROOT
+from tests.test_docs_code import blocks
 
 FILES = dict(
     re.findall(
@@ -51,7 +52,7 @@ def test_the_page_has_the_files() -> None:
     """Each block whose first line is a name."""
     assert list(FILES) == [
         *("pytest.ini", "conftest.py", "mails.py", "test_mails.py"),
-        *("shop.py", "test_orders.py", "test_crashes.py"),
+        *("shop.py", "test_orders.py", "test_shop.py", "test_crashes.py"),
     ]
 
 
@@ -78,6 +79,15 @@ def test_the_page_on_testing_is_a_suite_that_passes(postgres_url: str, tmp_path:
         # A process for each of all the labels takes half a minute.
         few = 'only=["after claim", "after UPDATE idempotency_record", "after COMMIT"]'
         crashes = (tmp_path / "test_crashes.py").read_text()
-        (tmp_path / "test_crashes.py").write_text(crashes.replace("(Orders, URL)", f"(Orders, URL, {few})"))
+        (tmp_path / "test_crashes.py").write_text(crashes.replace("assert_once(Orders)", f"assert_once(Orders, {few})"))
 
         assert run(tmp_path, "test_orders.py", "test_crashes.py").startswith("3 passed")
+
+
+def test_the_application_of_the_tutorial_is_tested_as_it_is(tmp_path: Path) -> None:
+    """In files of SQLite, one for each test, and not in its own."""
+    write(tmp_path)
+    (tmp_path / "shop.py").write_text(blocks("tutorial.md")["3. Close the gap between effect and record"][0])
+
+    assert run(tmp_path, "test_shop.py").startswith("2 passed")
+    assert not (tmp_path / "shop.db").exists()

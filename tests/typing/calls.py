@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, assert_type
 
@@ -12,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.requests import HTTPConnection
 
-from idempotency import IdempotencyMiddleware, Policy, current, idempotent, idempotent_consumer, open_store
+from idempotency import IdempotencyMiddleware, Policy, current, idempotent, idempotent_consumer, open_store, wsgi
 from idempotency.adapters.fastapi import session_of
 from idempotency.consumer import DeadLetter, Delivered, Done, Failed, Replayed, Retry
 from idempotency.errors import InProgressError
@@ -96,6 +97,7 @@ async def consume() -> None:
     on_mail("1")
 
 
+assert_type(wsgi.session_of(sessionmaker(engine)), Callable[[], AbstractContextManager[Session]])
 assert_type(session_of(sessionmaker(engine)), Callable[[HTTPConnection], AsyncIterator[Session]])
 assert_type(session_of(async_sessionmaker(async_engine)), Callable[[HTTPConnection], AsyncIterator[AsyncSession]])
 IdempotencyMiddleware(FastAPI(), store=SQLStore(engine), session=sessionmaker(engine))

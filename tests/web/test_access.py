@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import fastapi
 import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -115,6 +116,18 @@ async def test_allow_may_answer_itself(memory: MemoryStore) -> None:
     answer = await Visitor(console(memory, allow=allow)).get()
 
     assert (answer.status_code, answer.headers["location"]) == (303, "/login")
+
+
+async def test_allow_may_answer_as_fastapi_does(memory: MemoryStore) -> None:
+    """The exceptions of FastAPI may have any JSON as their detail."""
+
+    def allow(_: Request) -> str:
+        raise fastapi.HTTPException(401, {"reason": "no token"}, {"www-authenticate": "Bearer"})
+
+    answer = await Visitor(console(memory, allow=allow)).get()
+
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert answer.json() == {"detail": {"reason": "no token"}}
 
 
 async def test_an_allow_that_fails_shows_nothing(memory: MemoryStore) -> None:

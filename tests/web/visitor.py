@@ -36,8 +36,19 @@ class Visitor:
         return found[1]
 
     async def act(self, path: str, action: str, reason: str = "the provider says so", **form: str) -> httpx.Response:
-        """Send the form of an action."""
-        return await self.post(path, {"action": action, "reason": reason, "token": await self.token(path), **form})
+        """Read a page, and send its form of an action; of an action that it does not have, only a token."""
+        return await self.post(path, {**await self.form(path, action), "reason": reason, **form})
+
+    async def form(self, path: str, action: str) -> dict[str, str]:
+        """Return what the form of an action on a page sends by itself."""
+        text = (await self.get(path)).text
+        for each in re.findall(r"<form method=\"post\".*?</form>", text, re.DOTALL):
+            hidden = {
+                name: unescape(value) for name, value in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', each)
+            }
+            if hidden["action"] == action:
+                return hidden
+        return {"action": action, "token": await self.token(path)}
 
     async def post(self, path: str, form: dict[str, str], **headers: str) -> httpx.Response:
         """Send a form, as a browser does from a page of the same origin."""

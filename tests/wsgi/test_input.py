@@ -42,12 +42,13 @@ def test_every_byte_is_compared_and_given_back(size: int) -> None:
     assert answers[2].code == "key-reused"
 
 
-def test_a_body_ends_where_its_length_says() -> None:
+@pytest.mark.parametrize("length", ["4", "0" * 20 + "4"])
+def test_a_body_ends_where_its_length_says(length: str) -> None:
     """What follows in the input belongs to the next request of the connection."""
     app = Effects()
     source = Input(b"bodyGET / HTTP/1.1")
 
-    call(protect(app), key="k", CONTENT_LENGTH="4", **{"wsgi.input": source})
+    call(protect(app), key="k", CONTENT_LENGTH=length, **{"wsgi.input": source})
 
     assert app.bodies == [b"body"]
     assert source.tell() == 4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, TypeVar
+from weakref import ref
 
 from sqlalchemy import Engine
 from sqlalchemy.engine import URL
@@ -142,23 +143,48 @@ def _open(source: AsyncEngine | Engine | URL, settings: Settings, in_threads: bo
     return source
 
 
+class _Slot:
+    """The right to run one verb.
+
+    It is free again at the latest when nothing refers to it: a signal may interrupt the thread that has just got it.
+    """
+
+    __slots__ = ("_free", "_taken")
+
+    def __init__(self, free: SimpleQueue[_Slot]) -> None:
+        self._free = ref(free)  # which contains this slot
+        self._taken = True  # once it is taken out
+
+    def give_back(self) -> None:
+        """Let another verb run; the first call counts."""
+        free = self._free()
+        if free is not None and self._taken:
+            free.put(_Slot(free))
+            self._taken = False
+
+    def __del__(self) -> None:
+        self.give_back()
+
+
 class Threads(NamedTuple):
     """What threads share: the database, and a slot for each verb that may run at once."""
 
     database: Database
-    slots: threading.BoundedSemaphore
+    slots: SimpleQueue[_Slot]
 
     def run(self, work: Work[T], timeout: float, watchdog: Watchdog, transaction: bool = False) -> T:
         """Run ``work``, for at most about ``timeout`` seconds."""
-        if not self.slots.acquire(timeout=timeout):
+        try:
+            slot = self.slots.get(timeout=timeout)
+        except Empty:
             database = describe_database(self.database.engine.url)
-            raise StoreError(f"{database}: no connection became free within {timeout:g} s")
+            raise StoreError(f"{database}: no connection became free within {timeout:g} s") from None
         statement = InFlight()
         try:
             with watchdog.watch(timeout, statement.cut_off):
                 return self.database.perform(work, statement, transaction)
         finally:
-            self.slots.release()
+            slot.give_back()
 
 
 def open_threads(source: AsyncEngine | Engine | URL, settings: Settings) -> Threads:
@@ -167,4 +193,7 @@ def open_threads(source: AsyncEngine | Engine | URL, settings: Settings) -> Thre
         raise ConfigurationError("the store was given an AsyncEngine: pass create_engine(...) for *_sync verbs")
     engine = open_sync(source, settings.timeout, settings.pooler) if isinstance(source, URL) else source
     database = Database(engine, settings, owned=isinstance(source, URL))
-    return Threads(database, threading.BoundedSemaphore(database.max_parallel))
+    slots: SimpleQueue[_Slot] = SimpleQueue()
+    for _ in range(database.max_parallel):
+        slots.put(_Slot(slots))
+    return Threads(database, slots)

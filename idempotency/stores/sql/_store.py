@@ -40,13 +40,7 @@ from idempotency.stores.sql._in_sessions import InSessions
 from idempotency.stores.sql._joined import JoinedVerbs
 from idempotency.stores.sql._per_loop import PerLoop, Threads, open_threads
 from idempotency.stores.sql._sagas import SagaVerbs
-from idempotency.stores.sql._table import (
-    DEFAULT_TABLE,
-    audit_table,
-    located,
-    records_table,
-    schema_by,
-)
+from idempotency.stores.sql._table import DEFAULT_TABLE, audit_table, located, records_table, schema_by
 from idempotency.stores.sql._verbs import Verbs
 
 R = TypeVar("R")
@@ -336,7 +330,8 @@ class SQLStore(InSessions, AuditInSQL):
     @property
     def schema(self) -> str:
         """Return what :meth:`create_schema` creates."""
-        return f"table {located(self._table, self._schema).fullname}"
+        names = (located(each, self._schema).fullname for each in (self._table, self._audit.table))
+        return f"tables {' and '.join(names)}"
 
     def _create(self, _: Verbs, connection: Connection) -> None:
         create_tables(connection, self._table, self._audit.table)

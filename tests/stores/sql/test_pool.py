@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from idempotency._rules import Execute, InProgress, judge
 from idempotency.errors import StoreError
 from idempotency.stores.sql import SQLStore
+from idempotency.stores.sql._per_loop import Threads
 from tests.kit.sql_store import DRIVERS, is_idle, new_claim, scalar, until
 
 
@@ -90,3 +96,40 @@ async def test_a_release_cannot_overtake_a_cancelled_claim(store: SQLStore) -> N
         await store.release(mine)
 
         assert await store.inspect(mine.id) is None
+
+
+class Interrupted(BaseException):
+    """What a handler of signals raises."""
+
+
+def test_a_thread_that_is_interrupted_anywhere_keeps_no_slot(tmp_path: Path) -> None:
+    """As by a signal: at whichever line it has or asks for a slot, later verbs find every slot free."""
+    store = SQLStore(create_engine(f"sqlite:///{tmp_path}/records.db", pool_size=2, max_overflow=0), timeout=1)
+    store.create_schema_sync()
+    point = 0
+    for point in itertools.count():
+        lines = 0
+
+        def trace(frame: FrameType, kind: str, _: object, point: int = point) -> Any:
+            nonlocal lines
+            if frame.f_code is not Threads.run.__code__:
+                return None
+            if kind == "line":
+                lines += 1
+                if lines > point:
+                    raise Interrupted
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            store.renew_sync(new_claim())
+            break
+        except Interrupted:
+            pass
+        finally:
+            sys.settrace(before)
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(store.renew_sync, [new_claim(), new_claim()])) == [False, False]
+
+    assert point >= 5

@@ -117,7 +117,7 @@ async def test_each_tenant_has_its_own_records(tenants: Tenants, way: str, table
     assert (await first.purge(), await second.purge()) == (0, 1)
     assert not await second.release(lapsed)
     assert [finding for finding in await second.examine() if finding.level == "fix" and table in finding.what] == []
-    assert second.schema == f"table {tenants.names[1]}.{table}"
+    assert second.schema == f"tables {tenants.names[1]}.{table} and {tenants.names[1]}.{table}_audit"
     for store in stores:
         await store.aclose()
 
