@@ -86,7 +86,7 @@ ONE_SIDED: dict[str, tuple[Callable[[], Any], str]] = {
     "something else": (object, "as open_store\\(url\\) makes it, not object"),
 }
 OTHER_SIDED: dict[str, tuple[Callable[[], Any], str]] = {
-    "engine": (lambda: SQLStore(create_async_engine(AWAITED_FILE)), "pass create_engine"),
+    "engine": (lambda: SQLStore(create_async_engine(AWAITED_FILE)), "pass an Engine, of create_engine"),
     "client": (lambda: RedisStore(redis.asyncio.Redis()), "give it a sync_client"),
     "URL": (lambda: open_store(AWAITED_FILE), "use sqlite://"),
     "URL of asyncpg": (lambda: open_store("postgresql+asyncpg://h/d"), "use postgresql\\+psycopg://"),
