@@ -49,7 +49,10 @@ def awaited_store(store: object, session: object) -> Store:
             try:
                 store.check_side(asynchronous=False)
             except ConfigurationError as error:
-                raise ConfigurationError(f"session= makes sessions that are not awaited: {error}") from error
+                raise ConfigurationError(
+                    "session= makes sessions that are not awaited: give it an async_sessionmaker, or another store:"
+                    f" {error}"
+                ) from error
             return store.awaited_in_threads()
     return check_store(store, Store)
 

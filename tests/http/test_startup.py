@@ -362,7 +362,9 @@ def test_the_error_of_the_wrong_side_fits_its_place(sqlite_url: str) -> None:
     not_awaited = (
         "the store was given an AsyncEngine, and it is not awaited here: pass an Engine, of create_engine(...)"
     )
-    assert str(mixed.value) == f"session= makes sessions that are not awaited: {not_awaited}"
+    assert str(mixed.value) == (
+        f"session= makes sessions that are not awaited: give it an async_sessionmaker, or another store: {not_awaited}"
+    )
     assert str(function.value) == not_awaited
     assert str(reverse.value) == (
         "the store was given an Engine, and it is awaited here: pass an AsyncEngine, of create_async_engine(...)"
