@@ -31,7 +31,8 @@ class InnerCors:
         cors = sys.modules.get("starlette.middleware.cors")
         if cors is None:
             return None
-        return next((each for each in inside(self._app) if isinstance(each, cors.CORSMiddleware)), None)
+        found: Any = next((each for each in inside(self._app) if isinstance(each, cors.CORSMiddleware)), None)
+        return found  # type: ignore[no-any-return]
 
     async def headed(self, scope: MutableMapping[str, Any], response: StoredResponse) -> StoredResponse:
         """Return an answer with the headers that the CORS middleware gives to answers of the application."""

@@ -102,10 +102,15 @@ class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer = consumer
         self._projection = projection
 
-    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+    # It is awaited, though its base is annotated as a plain function.
+    async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, revoked: Collection[TopicPartition]
+    ) -> None:
         """Do nothing: a message that another member applies meanwhile is a duplicate here."""
 
-    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+    async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, assigned: Collection[TopicPartition]
+    ) -> None:
         """Seek, before the first message of a partition is read."""
         checkpoints = await self._projection.checkpoints()
         for each in assigned:

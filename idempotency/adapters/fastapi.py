@@ -30,10 +30,11 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     """Make a dependency that gives each endpoint one session: ``Depends(session_of(Session), scope="function")``.
 
     ``sessions`` is the ``async_sessionmaker`` or ``sessionmaker`` that the middleware has as ``session=``. In an
-    operation, the dependency gives the operation's session, which is committed with the recorded response; the endpoint
-    never commits it. In any other request (a GET, one without a key, an application without the middleware) it gives a
-    session of its own, which is committed when the endpoint has returned, rolled back when it raises, and closed. Used
-    after that, as by a background task, it raises :class:`~idempotency.errors.TransactionError`.
+    operation, the dependency gives the operation's session, which is committed with the recorded response, and rolled
+    back when the endpoint raises; the endpoint never commits it. In any other request (a GET, one without a key, an
+    application without the middleware) it gives a session of its own, which is committed when the endpoint has
+    returned, rolled back when it raises, and closed. Used after that, as by a background task, it raises
+    :class:`~idempotency.errors.TransactionError`.
     With ``scope="function"`` that commit comes before the response is sent. By FastAPI's default, since 0.118, it comes
     after: a client may then hold a response whose commit failed.
 
@@ -46,6 +47,7 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     from idempotency._sql.commit_guard import finish, install
     from idempotency._sql.session_in_threads import committed_in_threads
     from idempotency._sql.session_of import kind_of, session_in
+    from idempotency._sql.threads import WORKING
 
     kind = kind_of(sessions)
     install()
@@ -53,7 +55,12 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     async def awaited(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
         session = session_in(_operation_of(connection), kind)
         if session is not None:
-            yield session
+            try:
+                yield session
+            except Exception:
+                # The application may answer the exception with a response that is recorded, such as a 404.
+                await session.rollback()
+                raise
             return
         async with sessions() as own:
             try:
@@ -65,7 +72,11 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     async def in_threads(connection: HTTPConnection) -> AsyncIterator[Session]:
         session = session_in(_operation_of(connection), kind)
         if session is not None:
-            yield session
+            try:
+                yield session
+            except Exception:
+                await WORKING.run(session.rollback)
+                raise
             return
         make: Any = sessions
         async with committed_in_threads(make) as own:

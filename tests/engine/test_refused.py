@@ -150,7 +150,8 @@ def test_sessions_that_cannot_be_awaited_are_refused(make: Any, sessions: Any) -
     """Whether it is their factory, their class or their engine that is of the wrong side."""
     store, of_wrong_side = SQLStore(create_async_engine(AWAITED_FILE)), sessions()
     # The middleware takes a synchronous sessionmaker, beside a store that is synchronous too.
-    both = make is middleware and type(of_wrong_side) is sessionmaker and not issubclass(of_wrong_side.class_, AsyncSession)
+    of_threads = type(of_wrong_side) is sessionmaker and not issubclass(of_wrong_side.class_, AsyncSession)
+    both = make is middleware and of_threads
     with pytest.raises(ConfigurationError, match="pass an Engine" if both else "async_sessionmaker"):
         make(store, session=of_wrong_side)
 

@@ -46,8 +46,8 @@ class Shop:
         @app.post("/orders", status_code=201)
         async def order(item: str, session: Any = dependency) -> str:
             await awaited(session).execute(INSERT, {"item": item})
-            if item == "milk":
-                raise HTTPException(409)
+            if item in ("milk", "gone"):
+                raise HTTPException(409 if item == "milk" else 404)
             self.log.append("returned")
             return item
 
@@ -118,10 +118,13 @@ async def test_one_dependency_serves_reads_and_writes_with_and_without_a_key(sho
 
 
 async def test_an_exception_rolls_back_with_and_without_a_key(shop: Shop) -> None:
-    """An HTTPException of the endpoint too, where its status is not recorded."""
+    """An HTTPException of the endpoint too, whether its status is recorded or not."""
     shop.serve()
 
     assert [(await shop.send(item="milk", **headers)).status_code for headers in (KEY, {})] == [409, 409]
+    answers = [await shop.send(item="gone", **headers) for headers in (KEY, KEY, {})]
+    assert [each.status_code for each in answers] == [404] * 3
+    assert "idempotent-replayed" in answers[1].headers
     assert await shop.orders() == []
 
 
