@@ -32,6 +32,7 @@ from idempotency._cli.records import (
     holds_what_cannot_be_shown,
     keeps_sagas,
     one,
+    waiting,
 )
 from idempotency._cli.relay import relay
 from idempotency._cli.saga import examine_sagas
@@ -268,7 +269,12 @@ def doctor(
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
         of_outbox = await examine_outbox(store, outbox, publish, lease)
-        others = (*of_outbox, *await examine_sagas(opened), *await examine_streams(store, streams))
+        others = (
+            *await waiting(opened),
+            *of_outbox,
+            *await examine_sagas(opened),
+            *await examine_streams(store, streams),
+        )
         return [*of_store, *(finding for finding in others if finding not in of_store)]
 
     show.print_findings(run_on_store(open_named, examine, store, table, prefix, key_file), as_json)

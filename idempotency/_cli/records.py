@@ -10,7 +10,17 @@ from idempotency.errors import ConfigurationError, StoreError, UnreadableError
 from idempotency.stores._counts import COUNTS, Count, count_of, count_scope
 from idempotency.stores._operating import DIGITS
 from idempotency.stores._sealing import LOOKED_AT, cannot_be_shown
-from idempotency.stores.base import CreatingSagaSchema, Entry, Forgetting, Inspecting, Searching, require, supports
+from idempotency.stores.base import (
+    CreatingSagaSchema,
+    Entry,
+    Finding,
+    Forgetting,
+    Inspecting,
+    Resolving,
+    Searching,
+    require,
+    supports,
+)
 
 LOGGED = 12
 """Hex digits of an id in a log, and the fewest to look for."""
@@ -115,3 +125,14 @@ async def keeps_sagas(opened: object) -> bool:
     with suppress(StoreError):  # then examine() says so
         return await opened.has_saga_schema() if supports(opened, CreatingSagaSchema) else True
     return True
+
+
+async def waiting(store: object) -> list[Finding]:
+    """Return how many records wait to be resolved, if there are any."""
+    if supports(store, Resolving):
+        with suppress(StoreError):  # then examine() says so
+            found = len(await store.unresolved(MANY))
+            if found:
+                number = "1 record waits" if found == 1 else f"{found}{' or more' * (found == MANY)} records wait"
+                return [Finding("note", f"{number} to be resolved, as the outcome is not known: idempotency list")]
+    return []

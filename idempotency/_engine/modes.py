@@ -50,8 +50,8 @@ def awaited_store(store: object, session: object) -> Store:
                 store.check_side(asynchronous=False)
             except ConfigurationError as error:
                 raise ConfigurationError(
-                    "session= makes sessions that are not awaited: give it an async_sessionmaker, or another store:"
-                    f" {error}"
+                    "session= is synchronous, and the store is not. Give session= an async_sessionmaker; or keep it,"
+                    f" and change the store. {error}"
                 ) from error
             return store.awaited_in_threads()
     return check_store(store, Store)

@@ -509,6 +509,24 @@ def test_doctor_on_sqlite(place: Target) -> None:
     assert "has no index on expires_ms" in broken.stdout
 
 
+@pytest.mark.stores("sqlite")
+def test_doctor_notes_what_waits_to_be_resolved(place: Target) -> None:
+    """It is no mistake of the configuration, so that the exit code is 0."""
+    left(place, claimed("running", hold=True), None)
+    nothing = command(place, "doctor")
+    left(place, claimed("killed", hold=True, lease=0.0), None)
+    one = command(place, "doctor")
+    for number in range(20):
+        left(place, claimed(f"held-{number}"), State.UNKNOWN)
+    many = command(place, "doctor")
+
+    assert [each.exit_code for each in (nothing, one, many)] == [0, 0, 0]
+    assert "resolved" not in nothing.stdout
+    for result, number in ((one, "1 record waits"), (many, "20 or more records wait")):
+        lines = " ".join(result.stdout.split())
+        assert f"note {number} to be resolved, as the outcome is not known: idempotency list" in lines
+
+
 @pytest.mark.stores("mariadb")
 def test_records_on_mariadb(place: Target) -> None:
     """Ids are compared as bytes there too, and doctor knows its settings."""

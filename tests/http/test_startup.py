@@ -363,7 +363,8 @@ def test_the_error_of_the_wrong_side_fits_its_place(sqlite_url: str) -> None:
         "the store was given an AsyncEngine, and it is not awaited here: pass an Engine, of create_engine(...)"
     )
     assert str(mixed.value) == (
-        f"session= makes sessions that are not awaited: give it an async_sessionmaker, or another store: {not_awaited}"
+        "session= is synchronous, and the store is not. Give session= an async_sessionmaker; or keep it, and change the"
+        f" store. {not_awaited}"
     )
     assert str(function.value) == not_awaited
     assert str(reverse.value) == (
