@@ -54,8 +54,9 @@ async def test_the_attempt_counts_owners_that_vanished():
     first = asyncio.create_task(call(protected, key="k"))
     await app.running.wait()
     clock.advance(31)
+    app.running.clear()
     second = asyncio.create_task(call(protected, key="k"))
-    await settled()
+    await app.running.wait()
     app.gate.set()
     await asyncio.gather(first, second)
     one, two = app.operations

@@ -56,11 +56,12 @@ def test_blocking_verbs_wait_for_a_slot_in_time(tmp_path: Any, table: str) -> No
     store = SQLStore.from_url(f"sqlite:///{tmp_path / 'db'}", table=table, timeout=0.2)
     store.claim_sync(new_claim())
     assert store._threads is not None
-    store._threads[1].acquire()
+    taken = [store._threads.slots.get(timeout=1) for _ in range(store._threads.database.max_parallel)]
 
     with pytest.raises(StoreError, match="no connection became free"):
         store.claim_sync(new_claim())
-    store._threads[1].release()
+    taken[0].give_back()
+    assert store.claim_sync(new_claim()) is not None
     store.close()
 
 
