@@ -12,7 +12,7 @@ from idempotency import Policy
 from idempotency.events import Event
 from idempotency.testing import FaultyStore
 from tests.kit.asgi_calls import Effects, call, protect, respond
-from tests.kit.time_travel import settled, travelling, travelling_store
+from tests.kit.time_travel import settled, travelling, travelling_store, written
 
 pytestmark = pytest.mark.fronts("asgi", "wsgi")
 
@@ -26,7 +26,7 @@ async def test_fail_closed_runs_nothing(fault):
     first = await call(protected, key="k")
     assert (first.status, first.code, app.runs) == (503, "store-unavailable", 0)
     assert json.loads(first.body)["retryable"] is True
-    await settled()
+    await written()
     assert (await call(protected, key="k")).status == 201
     assert (await call(protected, key="k")).replayed
 
@@ -42,7 +42,7 @@ async def test_fail_open_runs_unprotected_and_says_so(fault):
     reply = await call(protected, key="k", body=b"payload", state=state)
     assert (reply.status, app.bodies, state) == (201, [b"payload"], {"idempotency": None})
     assert [event.kind for event in events] == ["unprotected"]
-    await settled()
+    await written()
     assert (await call(protected, key="k", body=b"payload")).body == b'{"run":2}'
 
 

@@ -27,7 +27,7 @@ from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore, ManualClock
 from tests.kit.asgi_calls import Client, Effects, Reply, call, http_scope, protect, read, respond
 from tests.kit.observed_store import ObservedStore
-from tests.kit.time_travel import settled, travelling, travelling_store
+from tests.kit.time_travel import settled, travelling, travelling_store, written
 
 pytestmark = pytest.mark.fronts("asgi", "wsgi")
 
@@ -701,7 +701,7 @@ async def test_a_claim_whose_answer_was_lost_does_not_lock_the_only_client_out()
     app = Effects()
     protected = protect(app, store)
     assert (await call(protected, key="k")).code == "store-unavailable"
-    await settled()
+    await written()
     assert (await call(protected, key="k")).status == 201
     assert app.runs == 1
 

@@ -8,6 +8,7 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from idempotency import drain_sync
 from idempotency.stores.memory import MemoryStore
 
 
@@ -64,6 +65,12 @@ async def settled() -> None:
     """Let every task go on until it waits for something that is not ready."""
     for _ in range(50):
         await asyncio.sleep(0)
+
+
+async def written() -> None:
+    """Wait until what is written in the background is written, by tasks or, behind WSGI, by threads."""
+    await settled()
+    await asyncio.to_thread(drain_sync)
 
 
 def others() -> set[asyncio.Task[Any]]:
