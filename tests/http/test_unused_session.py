@@ -30,7 +30,7 @@ async def engine(sqlite_url: str) -> AsyncIterator[Any]:
 
 
 async def events_of(engine: Any, app: Any, *paths: str, **options: Any) -> list[tuple[str, str]]:
-    """Return what is told of each route, when its path is sent under a key of its own."""
+    """Return the event of each route, when its path is sent under a key of its own."""
     events: list[Event] = []
     options = {"session": async_sessionmaker(engine), "on_event": events.append, **options}
     protected = IdempotencyMiddleware(app, store=SQLStore(engine), **options)
