@@ -487,7 +487,7 @@ async def test_a_conflict_at_the_librarys_flush_is_unavailable(shop: Shop) -> No
 
 async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop) -> None:
     """The completion waits for less than the store's timeout, and then says 503, not the application's error."""
-    shop.store = SQLStore(shop.used, table=shop.store._table.name, timeout=0.5)
+    patient, shop.store = shop.store, SQLStore(shop.used, table=shop.store._table.name, timeout=0.5)
     other = await shop.engine.connect()
 
     async def lock_the_record(request: Request, session: AsyncSession) -> JSONResponse:
@@ -501,7 +501,8 @@ async def test_a_record_that_another_transaction_locks_is_unavailable(shop: Shop
     await other.close()
 
     assert (answer.status_code, answer.json()["code"]) == (503, "store-unavailable")
-    shop.handle = done
+    shop.store, shop.handle = patient, done
+    shop.protect(shop.app.app, Policy(lease=5))
     assert await first_answer(shop, "tea") == 201
     assert await shop.orders() == ["tea"]
 
