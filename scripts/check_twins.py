@@ -57,6 +57,8 @@ PAIRS = [
     (Half("saga/_join.py", "_join_once"), Half("saga/_join.py", "_join_once_sync")),
     (Half("client/_httpx.py", "AsyncIdempotentTransport"), Half("client/_httpx_sync.py", "IdempotentTransport")),
     (Half("client/_httpx.py", "_read"), Half("client/_httpx_sync.py", "_read")),
+    (Half("client/_repeat.py", "repeat"), Half("client/_repeat_sync.py", "repeat_sync")),
+    (Half("client/_stored.py", "begin"), Half("client/_stored_sync.py", "begin_sync")),
     (Half("client/_stored.py", "stored_key"), Half("client/_stored_sync.py", "stored_key_sync")),
     (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),

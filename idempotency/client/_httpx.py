@@ -6,13 +6,12 @@ import ssl
 from collections.abc import Collection, MutableMapping
 from datetime import timedelta
 
-import anyio
 import httpx
 
-from idempotency._rules import Claim
 from idempotency.client._answers import Attempts, is_small, pause_asked
 from idempotency.client._call import DAY, HEADER_NAME, METHODS, Call, Keys
-from idempotency.client._stored import stored_key
+from idempotency.client._repeat import repeat
+from idempotency.client._stored import begin
 from idempotency.client.options import RETRY, Retry, check_retry
 from idempotency.stores.base import Store, check_store
 
@@ -52,36 +51,21 @@ class AsyncIdempotentTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, and send it again where that is of use."""
         outgoing = HttpxRequest(request)
-        call = await self._begin(outgoing)
+        call = await begin(self._keys, self._store, outgoing)
         if call is None:
             return await self._transport.handle_async_request(request)
+
+        async def send() -> httpx.Response:
+            return await _read(await self._transport.handle_async_request(outgoing.sent))
+
         attempts = Attempts(self._retry, repeatable=is_repeatable(request))
-        while True:
-            call.attempts += 1
-            try:
-                response = await _read(await self._transport.handle_async_request(outgoing.sent))
-            except FAILURES as error:
-                pause = attempts.pause(None if is_untrusted(error) else 0.0)
-                if pause is None:
-                    raise
-            else:
-                pause = attempts.pause(pause_of(response))
-                if pause is None:
-                    response.extensions[EXTENSION] = call
-                    return response
-                await response.aclose()
-            await anyio.sleep(pause)
+        response = await repeat(call, attempts, send, FAILURES, is_untrusted, pause_of)
+        response.extensions[EXTENSION] = call
+        return response
 
     async def aclose(self) -> None:
         """Close the transport that is wrapped, and not the store."""
         await self._transport.aclose()
-
-    async def _begin(self, request: HttpxRequest) -> Call | None:
-        begun = self._keys.begin(request)
-        if isinstance(begun, Claim):
-            assert self._store is not None
-            return self._keys.begin_stored(request, await stored_key(self._store, begun))
-        return begun
 
 
 async def _read(response: httpx.Response) -> httpx.Response:

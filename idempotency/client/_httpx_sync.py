@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection
 from datetime import timedelta
 
 import httpx
 
-from idempotency._rules import Claim
 from idempotency.client._answers import Attempts, is_small
-from idempotency.client._call import DAY, HEADER_NAME, METHODS, Call, Keys
+from idempotency.client._call import DAY, HEADER_NAME, METHODS, Keys
 from idempotency.client._httpx import (
     EXTENSION,
     FAILURES,
@@ -20,7 +18,8 @@ from idempotency.client._httpx import (
     pause_of,
     whole,
 )
-from idempotency.client._stored_sync import stored_key_sync
+from idempotency.client._repeat_sync import repeat_sync
+from idempotency.client._stored_sync import begin_sync
 from idempotency.client.options import RETRY, Retry, check_retry
 from idempotency.stores.base import SyncStore, check_store
 
@@ -70,36 +69,21 @@ class IdempotentTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request, and send it again where that is of use."""
         outgoing = HttpxRequest(request)
-        call = self._begin(outgoing)
+        call = begin_sync(self._keys, self._store, outgoing)
         if call is None:
             return self._transport.handle_request(request)
+
+        def send() -> httpx.Response:
+            return _read(self._transport.handle_request(outgoing.sent))
+
         attempts = Attempts(self._retry, repeatable=is_repeatable(request))
-        while True:
-            call.attempts += 1
-            try:
-                response = _read(self._transport.handle_request(outgoing.sent))
-            except FAILURES as error:
-                pause = attempts.pause(None if is_untrusted(error) else 0.0)
-                if pause is None:
-                    raise
-            else:
-                pause = attempts.pause(pause_of(response))
-                if pause is None:
-                    response.extensions[EXTENSION] = call
-                    return response
-                response.close()
-            time.sleep(pause)
+        response = repeat_sync(call, attempts, send, FAILURES, is_untrusted, pause_of)
+        response.extensions[EXTENSION] = call
+        return response
 
     def close(self) -> None:
         """Close the transport that is wrapped, and not the store."""
         self._transport.close()
-
-    def _begin(self, request: HttpxRequest) -> Call | None:
-        begun = self._keys.begin(request)
-        if isinstance(begun, Claim):
-            assert self._store is not None
-            return self._keys.begin_stored(request, stored_key_sync(self._store, begun))
-        return begun
 
 
 def _read(response: httpx.Response) -> httpx.Response:

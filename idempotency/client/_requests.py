@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, MutableMapping
 from datetime import timedelta
 from typing import Any
@@ -10,17 +9,14 @@ from typing import Any
 import requests
 from requests.adapters import BaseAdapter, HTTPAdapter
 
-from idempotency._rules import Claim
 from idempotency.client._answers import Attempts, is_small, pause_asked
 from idempotency.client._call import DAY, HEADER_NAME, METHODS, Call, Keys
-from idempotency.client._stored_sync import stored_key_sync
+from idempotency.client._repeat_sync import repeat_sync
+from idempotency.client._stored_sync import begin_sync
 from idempotency.client.options import RETRY, Retry, check_retry
 from idempotency.stores.base import SyncStore, check_store
 
 _FAILURES = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-_LASTING = (requests.exceptions.SSLError, requests.exceptions.ProxyError)
-"""Of these, what another attempt does not change."""
-
 
 _CALL = "idempotency"
 """Where the hooks of a request have its call: its copies, such as that for a redirect, have the same hooks."""
@@ -65,38 +61,26 @@ class IdempotentAdapter(BaseAdapter):
         """Send one request, and send it again where that is of use."""
         options = {"stream": stream, "timeout": timeout, "verify": verify, "cert": cert, "proxies": proxies}
         outgoing = _Prepared(request)
-        call = self._begin(outgoing)
+        call = begin_sync(self._keys, self._store, outgoing)
         if call is None:
             return self._adapter.send(request, **options)
+
+        def send() -> requests.Response:
+            return _read(self._adapter.send(outgoing.sent, **options), request, stream)
+
+        def pause_of(response: requests.Response) -> float | None:
+            body = response.content if _is_read(response, stream) else b""
+            return pause_asked(response.status_code, response.headers, body)
+
         attempts = Attempts(self._retry, repeatable=_body_of(request) is not None)
-        while True:
-            call.attempts += 1
-            try:
-                response = _read(self._adapter.send(outgoing.sent, **options), request, stream)
-            except _FAILURES as error:
-                pause = attempts.pause(None if isinstance(error, _LASTING) else 0.0)
-                if pause is None:
-                    raise
-            else:
-                body = response.content if _is_read(response, stream) else b""
-                pause = attempts.pause(pause_asked(response.status_code, response.headers, body))
-                if pause is None:
-                    # By this, Digest authentication sends its second request.
-                    response.connection = self  # type: ignore[assignment]
-                    return response
-                response.close()
-            time.sleep(pause)
+        response = repeat_sync(call, attempts, send, _FAILURES, _is_lasting, pause_of)
+        # By this, Digest authentication sends its second request.
+        response.connection = self  # type: ignore[assignment]
+        return response
 
     def close(self) -> None:
         """Close the adapter that is wrapped, and not the store."""
         self._adapter.close()
-
-    def _begin(self, request: _Prepared) -> Call | None:
-        begun = self._keys.begin(request)
-        if isinstance(begun, Claim):
-            assert self._store is not None
-            return self._keys.begin_stored(request, stored_key_sync(self._store, begun))
-        return begun
 
 
 def call_of(sent: requests.Response | requests.RequestException) -> Call | None:
@@ -144,6 +128,11 @@ class _Prepared:
         self._request.headers.pop(header_name, None)
         self.sent = self._request.copy()
         self.sent.headers[header_name] = key
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Return whether another attempt does not change the error."""
+    return isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError)
 
 
 def _call_in(request: requests.PreparedRequest | requests.Request) -> Call | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from idempotency._rules import Claim, Execute, InProgress, Known, Mismatch, Replay, judge
-from idempotency.client._call import new_key
+from idempotency.client._call import Call, Keys, Outgoing, new_key
 from idempotency.errors import KeyReusedError, StoreError, UnreadableError
 from idempotency.stores.base import Store
 
@@ -12,6 +12,19 @@ ROUNDS = 20
 
 _FORMAT = b"client-key:1:"
 """How a recorded key begins; the result of a record is a contract."""
+
+
+async def begin(keys: Keys, store: Store | None, request: Outgoing) -> Call | None:
+    """Set the key of a request and return its call; None if the request has no key.
+
+    Raises what :func:`stored_key` raises, and :class:`~idempotency.errors.ConfigurationError` for a name whose key can
+    be neither stored nor derived.
+    """
+    begun = keys.begin(request)
+    if isinstance(begun, Claim):
+        assert store is not None
+        return keys.begin_stored(request, await stored_key(store, begun))
+    return begun
 
 
 async def stored_key(store: Store, claim: Claim) -> str:
