@@ -354,6 +354,6 @@ def session_of(sessions: sessionmaker[S], /) -> Callable[[], AbstractContextMana
     Raises :class:`~idempotency.errors.ConfigurationError` for what is no such factory, and in a request
     :class:`~idempotency.errors.TransactionError` where the middleware has no ``session=``.
     """
-    from idempotency._sql.session_of import contexts_of
+    from idempotency._sql.session_of import contexts_of_sync
 
-    return contexts_of(sessions)
+    return contexts_of_sync(sessions)

@@ -42,47 +42,15 @@ def session_of(sessions: Any, /) -> Callable[[HTTPConnection], AsyncIterator[Any
     the middleware has a factory of the other kind, and :class:`~idempotency.errors.TransactionError` where the
     middleware has no ``session=``.
     """
-    from sqlalchemy.orm import Session
+    from idempotency._sql.session_of import contexts_of
 
-    from idempotency._sql.commit_guard import finish, install
-    from idempotency._sql.session_in_threads import committed_in_threads
-    from idempotency._sql.session_of import kind_of, session_in
-    from idempotency._sql.threads import WORKING
+    context_of = contexts_of(sessions)
 
-    kind = kind_of(sessions)
-    install()
+    async def dependency(connection: HTTPConnection) -> AsyncIterator[Any]:
+        async with context_of(_operation_of(connection)) as session:
+            yield session
 
-    async def awaited(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
-        session = session_in(_operation_of(connection), kind)
-        if session is not None:
-            try:
-                yield session
-            except Exception:
-                # The application may answer the exception with a response that is recorded, such as a 404.
-                await session.rollback()
-                raise
-            return
-        async with sessions() as own:
-            try:
-                yield own
-                await own.commit()
-            finally:
-                finish(own.sync_session)  # a statement would begin a transaction that nobody ends
-
-    async def in_threads(connection: HTTPConnection) -> AsyncIterator[Session]:
-        session = session_in(_operation_of(connection), kind)
-        if session is not None:
-            try:
-                yield session
-            except Exception:
-                await WORKING.run(session.rollback)
-                raise
-            return
-        make: Any = sessions
-        async with committed_in_threads(make) as own:
-            yield own
-
-    return in_threads if kind is Session else awaited
+    return dependency
 
 
 def _operation_of(connection: HTTPConnection) -> object:
