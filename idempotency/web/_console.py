@@ -16,7 +16,7 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreError
 from idempotency.stores.base import Action, Auditing, Searching, Store, check_store, require
 from idempotency.web._audited import audited
 from idempotency.web._message import Messages, Slots
-from idempotency.web._operator import Allow, Operator, operator_of, path_in_page
+from idempotency.web._operator import LARGEST_FORM, Allow, Body, Operator, operator_of, path_in_page
 from idempotency.web._pages import Page, headers
 from idempotency.web._record import Records
 from idempotency.web._saga import Sagas
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _REFUSALS = (401, 403, 404)
 _SHOW_KEY = "show key"
-_LARGEST_FORM = 16_384
 _LONGEST_REASON = 1000
 _LOOKED_AT = 1000
 """How many actions are looked through for those on one thing."""
@@ -49,7 +48,7 @@ def console(
     ``store``: that of the records and sagas, whose verbs are awaited.
     ``allow``: required. A function, sync or async, of the request (a ``starlette.requests.Request``) that returns the
     name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer, and
-    must not read the body of the request.
+    may read the body of the request.
     ``outbox``: an :class:`~idempotency.outbox.OutboxOperations`, to show its messages and slots too. Default None.
     ``refusal``: the status for who is not allowed, 404 (the default), 403, or 401, by which a browser asks for a name
     and a password (HTTP Basic) that ``allow`` then finds in the request.
@@ -102,15 +101,14 @@ class Console:
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
-        request = Request(scope, receive)
-        response = await self._checked(request)
-        if request.method == "HEAD":
+        response = await self._checked(scope, Body(receive))
+        if scope["method"] == "HEAD":
             response.body = b""
         await response(scope, receive, send_with_headers)
 
-    async def _checked(self, request: Request) -> Response:
+    async def _checked(self, scope: Scope, body: Body) -> Response:
         try:
-            operator = await operator_of(self._allow, request)
+            operator = await operator_of(self._allow, Request(scope, body.first))
         except HTTPException as error:
             return _answer_of(error)
         if operator is None:
@@ -119,6 +117,7 @@ class Console:
             )
             words = {401: "Unauthorized", 403: "Forbidden", 404: "Not Found"}[self._refusal]
             return PlainTextResponse(words, self._refusal, challenge)
+        request = Request(scope, body.again)
         page = Page(request, operator)
         try:
             return await self._answer(request, page)
@@ -203,7 +202,7 @@ class Console:
     async def _act(self, request: Request, page: Page, parts: list[str]) -> Response:
         form = await _form_of(request)
         if form is None:
-            words = f"A form has at most {_LARGEST_FORM} bytes. Nothing was changed."
+            words = f"A form has at most {LARGEST_FORM} bytes. Nothing was changed."
             return page.problem(413, "Too large", words)
         refused = (
             "This operator may only look." if page.operator.read_only else page.forms.refuse(form.get("token", ""))
@@ -238,7 +237,7 @@ async def _form_of(request: Request) -> dict[str, str] | None:
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _LARGEST_FORM:
+        if len(body) > LARGEST_FORM:
             return None
     return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
+from starlette.types import Message, Receive
 
 from idempotency.errors import ConfigurationError
 
 COOKIE = "idempotency_console"
+LARGEST_FORM = 16_384
+"""Bytes of a form."""
+
 _LONGEST_NAME = 255
 
 
@@ -35,6 +39,27 @@ class Operator:
 Allowed = Operator | str | None
 Allow = Callable[[Request], Allowed | Awaitable[Allowed]]
 """Names the operator of a request; None for one that must not see the page."""
+
+
+class Body:
+    """The body of a request, which ``allow`` may read before the page does."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._read: list[Message] = []
+        self._size = 0
+
+    async def first(self) -> Message:
+        """Return the next message, and remember it; not behind one with which the body is too large for a form."""
+        message = await self._receive()
+        if self._size <= LARGEST_FORM:
+            self._read.append(message)
+            self._size += len(message.get("body", b""))
+        return message
+
+    async def again(self) -> Message:
+        """Return the messages that were read first, and then those that follow."""
+        return self._read.pop(0) if self._read else await self._receive()
 
 
 async def operator_of(allow: Allow, request: Request) -> Operator | None:

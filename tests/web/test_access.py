@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import fastapi
@@ -138,6 +139,50 @@ async def test_an_allow_that_fails_shows_nothing(memory: MemoryStore) -> None:
 
     with pytest.raises(RuntimeError, match="the directory of users is away"):
         await Visitor(console(memory, allow=allow)).get()
+
+
+@pytest.mark.parametrize("how", ["body", "form", "stream"])
+async def test_allow_may_read_the_body(memory: MemoryStore, how: str) -> None:
+    """However it does, the page reads the form again."""
+    read: list[bool] = []
+
+    async def allow(request: Request) -> str:
+        if how == "stream":
+            text = b"".join([part async for part in request.stream()])
+        else:
+            text = await request.body() if how == "body" else repr(await request.form()).encode()
+        read.append(b"provider" in text)
+        return "ada"
+
+    visitor = Visitor(console(memory, allow=allow))
+    path = await unknown(memory, "order-7")
+
+    answer = await visitor.act(path, "forget:")
+
+    assert (answer.status_code, read[-1]) == (303, True)
+    assert await memory.unresolved() == []
+
+
+@pytest.mark.parametrize("parts", [1, 1000])
+async def test_a_form_that_is_too_large_is_refused_also_if_allow_has_read_it(memory: MemoryStore, parts: int) -> None:
+    """In however many pieces it comes."""
+    body = b"reason=" + b"x" * 20_000
+
+    async def pieces() -> AsyncIterator[bytes]:
+        size = len(body) // parts + 1
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    async def allow(request: Request) -> str:
+        return "ada" if len(await request.body()) == len(body) else ""
+
+    visitor = Visitor(console(memory, allow=allow))
+
+    answer = await visitor.client.post(
+        "/record/00", content=pieces(), headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+
+    assert (answer.status_code, "at most 16384 bytes" in answer.text) == (413, True)
 
 
 @pytest.mark.parametrize("answer", [True, 7, "", "x" * 256])

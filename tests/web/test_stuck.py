@@ -200,6 +200,24 @@ async def test_a_record_is_found_by_how_its_id_begins(visitor: Visitor, memory: 
     assert (await visitor.get("find", id="'; drop --------")).status_code == 404
 
 
+async def test_a_record_whose_owner_has_vanished_says_that_the_next_request_runs() -> None:
+    """It is not stuck, so it is on no list."""
+    clock = ManualClock()
+    memory = MemoryStore(clock=clock)
+    claim = claim_of("order-7", hold=False)
+    await memory.claim(claim)
+    clock.advance(31)
+    visitor = Visitor(console(memory, allow=lambda _: "ada"))
+
+    found = await visitor.get("find", id=claim.id.hex()[:12])
+    shown = (await visitor.get(f"record/{claim.id.hex()}")).text
+
+    assert found.headers["location"] == f"/record/{claim.id.hex()}"
+    assert "<dd>lapsed</dd>" in shown
+    assert "<dd>the next request with the key runs</dd>" in shown
+    assert claim.id.hex()[:12] not in (await visitor.get()).text
+
+
 @pytest.mark.stores("postgres", "mariadb", "sqlite")
 async def test_a_store_without_sagas_is_looked_through_too(store: Any) -> None:
     """It has no tables for them."""
