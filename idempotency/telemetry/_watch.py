@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from idempotency._durations import positive
 from idempotency.errors import ConfigurationError
-from idempotency.stores.base import Resolving, Store, SyncStore, require
+from idempotency.stores.base import Resolving, Store, check_store, require
 from idempotency.telemetry._instruments import (
     OUTBOX_OLDEST,
     OUTBOX_RELAYS,
@@ -40,9 +40,9 @@ _logger = logging.getLogger("idempotency")
 class Watch:
     """Read the gauges of a store, an outbox and sagas every few seconds, for the exporters that are given this.
 
-    ``name``: the value of the label ``source``. ``store``: its unresolved records. ``outbox``: its messages by state,
-    the oldest, its relays, and on PostgreSQL what its slots retain. ``sagas``: those that are stuck, the oldest, and
-    how late they are. ``every``: seconds between two readings, default 15.
+    ``name``: the value of the label ``source``. ``store``: its unresolved records; its verbs are awaited. ``outbox``:
+    its messages by state, the oldest, its relays, and on PostgreSQL what its slots retain. ``sagas``: those that are
+    stuck, the oldest, and how late they are. ``every``: seconds between two readings, default 15.
 
     :meth:`run` reads for ever: start it as a task in the event loop of the store. Once the values are older than four
     readings they are not exported any more; ``idempotency_watch_age_seconds`` is, and says so.
@@ -53,7 +53,7 @@ class Watch:
         self,
         name: str = "default",
         *,
-        store: Store | SyncStore | None = None,
+        store: Store | None = None,
         outbox: OutboxOperations | None = None,
         sagas: SagaOperations | None = None,
         every: float | timedelta = 15.0,
@@ -63,7 +63,7 @@ class Watch:
         if store is None and outbox is None and sagas is None:
             raise ConfigurationError("a Watch needs what it is to read: give store=, outbox= or sagas=")
         self.name = name
-        self._store = None if store is None else require(store, Resolving, "a Watch")
+        self._store = None if store is None else _check(store)
         self._outbox = outbox
         self._sagas = sagas
         self._every = positive("every", every)
@@ -131,6 +131,17 @@ class Watch:
         stats = await self._sagas.stats()
         values = ((SAGA_STUCK, stats.stuck), (SAGA_OLDEST, stats.oldest_age), (SAGA_LATE, stats.late))
         return [Measurement(Series(instrument, (self.name,)), value) for instrument, value in values]
+
+
+def _check(store: Store) -> Resolving:
+    try:
+        awaited = check_store(store, Store)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            "a Watch awaits its store=, also where the application does not: give it another one on the same database,"
+            f" such as open_store(url). {error}"
+        ) from error
+    return require(awaited, Resolving, "a Watch")
 
 
 def check_watches(watches: object) -> tuple[Watch, ...]:

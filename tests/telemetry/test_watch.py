@@ -10,12 +10,14 @@ import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
+from sqlalchemy import create_engine
 
 from idempotency import Policy, idempotent
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.outbox import OutboxOperations, PollingRelay, Refused, Sent
 from idempotency.saga import SagaOperations, SagaPendingError, saga, sleep
 from idempotency.stores.memory import MemoryStore
+from idempotency.stores.sql import SQLStore
 from idempotency.telemetry import Watch
 from idempotency.telemetry.opentelemetry import OpenTelemetry
 from idempotency.telemetry.prometheus import Prometheus
@@ -64,6 +66,14 @@ async def test_records_whose_outcome_is_unknown_are_counted() -> None:
     assert after == {"idempotency_unresolved": 2, "idempotency_unresolved_oldest_seconds": 60}
     [sample] = [sample for family in registry.collect() for sample in family.samples if "oldest" in sample.name]
     assert sample.labels == {"source": "orders"}
+
+
+def test_a_store_that_is_not_awaited_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """When the watch is made, and not at its first reading, which would only be logged."""
+    store = SQLStore(create_engine(f"sqlite:///{tmp_path}/orders.db"))
+
+    with pytest.raises(ConfigurationError, match=r"such as open_store\(url\). the store was given an Engine"):
+        Watch("orders", store=store)
 
 
 async def test_an_outbox_is_counted_by_state(tmp_path: Path) -> None:
