@@ -23,11 +23,10 @@ from idempotency._http.fields import values_of
 from idempotency._http.inner_cors import InnerCors
 from idempotency._http.lifespan import Lifespan
 from idempotency._http.options import Caller as Caller
-from idempotency._http.options import CallerScope, check_options, require_starlette
+from idempotency._http.options import CallerScope, protect, require_starlette
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
-from idempotency._http.protection import Protection
 from idempotency._http.recorded_headers import replayed_headers, trace_of
 from idempotency._http.redact import record_of
 from idempotency._http.request import AnsweredError, KeyedRequest
@@ -126,10 +125,11 @@ class IdempotencyMiddleware:
         hooks = EventHooks(on_event)
         self.app = app
         own = choose(profile, error, echo_key, policy)
-        self._options = check_options(
-            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, session is not None
+        self.protection = protect(
+            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, policies, session
         )
-        self._routes = Routes(own.policy, {} if policies is None else policies)
+        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
+        self._routes, self._options = self.protection.routes, self.protection.options
         self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         opened = open_store(store) if isinstance(store, str) else store
         awaited = awaited_store(opened, session)
@@ -141,11 +141,6 @@ class IdempotencyMiddleware:
         self._new_lease = leases_of(self._runner, session)
         self._unused_sessions = UnusedSessions(self._route_names)
         self._inner_cors = InnerCors(app)
-
-    @property
-    def protection(self) -> Protection:
-        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
-        return Protection(self._routes, self._options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -287,7 +282,9 @@ class _Exchange:
     async def _execute(self, operation: Operation, receive: Receive) -> None:
         disconnect = Disconnect(receive, operation)
         stacks = ExitStacks(self._scope, self._middleware.app)
-        capture = ResponseCapture(self._send, self._policy.max_response, self._end, disconnect, stacks)
+        capture = ResponseCapture(
+            self._send, self._send_own, self._policy.max_response, self._settle, disconnect, stacks
+        )
         self._state = RequestState(self._scope, operation)
         token = RUNNING.set(operation)
         try:
@@ -306,11 +303,6 @@ class _Exchange:
             self._state.leave()
             RUNNING.reset(token)
             await self._lease.close()
-
-    # async only: see _send_own().
-    async def _end(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
-        own = await self._settle(status, headers, body)
-        return None if own is None else await self._middleware._inner_cors.headed(self._scope, own)
 
     async def _settle(self, status: int, headers: Headers, body: bytes | None) -> StoredResponse | None:
         self._state.share()  # async only: an environ belongs to one request

@@ -23,16 +23,14 @@ from idempotency._http.environ import path_below, scope_of, variable_of
 from idempotency._http.error_hook import ErrorHook, answer_to
 from idempotency._http.fingerprint import OfBody
 from idempotency._http.options import Caller as Caller
-from idempotency._http.options import EnvironScope, check_options
+from idempotency._http.options import EnvironScope, protect
 from idempotency._http.outcome import REFUSAL, is_brief, outcome_of_response
 from idempotency._http.problem import DRAFT, describe
 from idempotency._http.profile import Profile, choose
-from idempotency._http.protection import Protection
 from idempotency._http.recorded_headers import replayed_headers, trace_of
 from idempotency._http.redact import record_of
 from idempotency._http.request_sync import AnsweredError, SyncKeyedRequest
 from idempotency._http.route_names import RouteNames
-from idempotency._http.routes import Routes
 from idempotency._http.startup import Startup
 from idempotency._http.unrouted_sync import is_unrouted_sync
 from idempotency._http.unused_session import UnusedSessions
@@ -109,10 +107,11 @@ class IdempotencyMiddleware:
         hooks = EventHooks(on_event)
         self.app = app
         own = choose(profile, error, echo_key, policy)
-        self._options = check_options(
-            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, session is not None
+        self.protection = protect(
+            scope, unknown_credentials, secret, header_name, replayed_header, strict, docs, own, policies, session
         )
-        self._routes = Routes(own.policy, {} if policies is None else policies)
+        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
+        self._routes, self._options = self.protection.routes, self.protection.options
         self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         self._check_functions(scope)
         opened = open_store(store) if isinstance(store, str) else store
@@ -125,11 +124,6 @@ class IdempotencyMiddleware:
         self._new_lease = leases_of_sync(self._runner, session)
         self._key_variable = variable_of(self._options.header_name)
         self._unused_sessions = UnusedSessions(self._route_names)
-
-    @property
-    def protection(self) -> Protection:
-        """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
-        return Protection(self._routes, self._options)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Handle one request."""

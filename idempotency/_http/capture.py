@@ -15,6 +15,9 @@ from idempotency.policy import Headers
 PATIENCE = 2.0
 """Seconds for which a response in pieces is held back. After them it is sent live, and its body is not recorded."""
 
+SendOwn = Callable[[StoredResponse], Awaitable[None]]
+"""Send an answer of this library."""
+
 Settle = Callable[[int, Headers, bytes | None], Awaitable[StoredResponse | None]]
 """Record a response (body None: it cannot be recorded); return what to send in its place, or None to send it."""
 
@@ -24,7 +27,8 @@ class ResponseCapture:
 
     A response that ends within ``limit`` bytes is settled and then sent, in however many pieces it comes. So a client
     never has a success that is not recorded. A larger one, an event stream, a file sent by path, one with trailers,
-    or one still unfinished after :data:`PATIENCE` is settled without its body and then sent live.
+    or one still unfinished after :data:`PATIENCE` is settled without its body and then sent live. What ``settle``
+    returns is sent by ``send_own`` in the place of the response.
 
     Where ``stacks`` still have something to run after the response, it may fail and undo the effect. Then the response
     is settled, and its end sent, once the application has returned. A response that is sent live is sent before it is
@@ -41,6 +45,7 @@ class ResponseCapture:
         "_lock",
         "_returned",
         "_send",
+        "_send_own",
         "_settle",
         "_settled",
         "_size",
@@ -49,8 +54,11 @@ class ResponseCapture:
         "_timer",
     )
 
-    def __init__(self, send: Send, limit: int, settle: Settle, disconnect: Disconnect, stacks: ExitStacks) -> None:
+    def __init__(
+        self, send: Send, send_own: SendOwn, limit: int, settle: Settle, disconnect: Disconnect, stacks: ExitStacks
+    ) -> None:
         self._send = send
+        self._send_own = send_own
         self._limit = limit
         self._settle = settle
         self._disconnect = disconnect
@@ -209,7 +217,7 @@ class ResponseCapture:
             await self._send(start)
         else:
             self._settled = None
-            await send_response(self._send, instead)
+            await self._send_own(instead)
         # Not sooner: an application that stops at a disconnect would not send its start, and an outer
         # BaseHTTPMiddleware would raise that there is no response.
         self._disconnect.pass_on()

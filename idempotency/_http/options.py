@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from idempotency._http.caller import Credentials, CredentialScope, KnownCaller, 
 from idempotency._http.error_hook import FIELD_NAME, ErrorHook
 from idempotency._http.problem import check_docs
 from idempotency._http.profile import Profile
+from idempotency._http.routes import Routes
 from idempotency.errors import ConfigurationError
+from idempotency.policy import Policy
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
@@ -41,7 +43,15 @@ class Options:
     """Whether the effect of a request is committed together with its response."""
 
 
-def check_options(
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """The routes of one middleware with their policies, and what all its requests have in common."""
+
+    routes: Routes
+    options: Options
+
+
+def protect(
     scope: CallerScope | EnvironScope | CredentialScope | KnownCaller | None,
     unknown_credentials: UnknownCredentials,
     secret: bytes | str | None,
@@ -50,9 +60,10 @@ def check_options(
     strict: bool,
     docs: str,
     profile: Profile,
-    transactional: bool,
-) -> Options:
-    """Check the options of a middleware, whose docstring says what they mean.
+    policies: Mapping[str, Policy | None] | None,
+    session: object,
+) -> Protection:
+    """Check the options of a middleware, whose docstring says what they mean, and put them into their two objects.
 
     Raises :class:`~idempotency.errors.ConfigurationError` for a value that cannot work.
     """
@@ -72,7 +83,7 @@ def check_options(
         raise ConfigurationError(f"echo_key must be True or False, not {profile.echo_key!r}")
     if profile.error is not None:
         check_callable("error", profile.error)
-    return Options(
+    options = Options(
         caller=_caller(scope, secret, header, unknown_credentials),
         secret=secret,
         header_name=header,
@@ -81,8 +92,9 @@ def check_options(
         docs=check_docs(docs),
         error=profile.error,
         echo_key=profile.echo_key,
-        transactional=transactional,
+        transactional=session is not None,
     )
+    return Protection(Routes(profile.policy, {} if policies is None else policies), options)
 
 
 def _caller(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from idempotency._http.applications import inside
-from idempotency._http.protection import Protection
+from idempotency._http.options import Protection
 from idempotency.asgi import IdempotencyMiddleware
 from idempotency.errors import ConfigurationError
 from idempotency.openapi._components import Json

@@ -8,8 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from idempotency._http.caller import Credentials
 from idempotency._http.key import MAX_LENGTH
-from idempotency._http.options import Options
-from idempotency._http.protection import Protection
+from idempotency._http.options import Options, Protection
 from idempotency.errors import ConfigurationError
 from idempotency.openapi._answers import answers
 from idempotency.openapi._components import Components, Json, list_of, object_of
