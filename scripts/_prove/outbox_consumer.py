@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
+from counts import Counts
 from outbox_brokers import Delivered
 from sqlalchemy import Column, Integer, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -20,7 +21,7 @@ logging.getLogger("idempotency").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Counts):
     """What is wrong at the end; nothing is where all are zero. ``repeated``: deliveries with an id seen before.
 
     ``reordered``: messages whose first delivery came after that of a later one of their key. ``stuck``: messages that
@@ -33,18 +34,6 @@ class Found:
     reordered: int = 0
     stuck: int = 0
     repeated: int = 0
-
-    def __add__(self, other: Found) -> Found:
-        return Found(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def ok(self) -> bool:
-        return not any(astuple(self)[:-1])
-
-    @property
-    def cells(self) -> str:
-        """Return the counts as cells of a table with the columns :data:`COLUMNS`."""
-        return "  ".join(f"{value:>{len(name)}}" for name, value in zip(COLUMNS, astuple(self), strict=True))
 
 
 COLUMNS = tuple(field.name for field in fields(Found))

@@ -7,10 +7,11 @@ import json
 import os
 import signal
 from collections import Counter
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import count, pairwise
 from pathlib import Path
 
+from counts import Counts
 from processes import run
 from saga_stage import STEPS, Noted, Place, Plan, Stage
 
@@ -20,7 +21,7 @@ from idempotency.testing._points import arm, watch
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Counts):
     """What is wrong at the end; nothing is where all are zero but ``repeated``: leased effects that were there twice.
 
     ``lost``: an effect that is not there, of a saga that is done. ``doubled``: one that is there twice, and must not.
@@ -34,19 +35,6 @@ class Found:
     stuck: int = 0
     overlapped: int = 0
     repeated: int = 0
-
-    def __add__(self, other: Found) -> Found:
-        return Found(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
-    @property
-    def ok(self) -> bool:
-        """Return whether nothing is wrong."""
-        return not any(astuple(self)[:-1])
-
-    @property
-    def cells(self) -> str:
-        """Return the counts as cells of a table with the columns :data:`COLUMNS`."""
-        return "  ".join(f"{value:>{len(name)}}" for name, value in zip(COLUMNS, astuple(self), strict=True))
 
 
 COLUMNS = tuple(field.name for field in fields(Found))
