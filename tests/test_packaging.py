@@ -1,4 +1,4 @@
-"""What an installed package is: importable without extras, typed, small at the front, and told its version."""
+"""What an installed package is: importable without extras, typed, small at the front, and with its version."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_public_names_are_sorted() -> None:
 
 
 def test_public_names_are_those_promised() -> None:
-    """What users are told to import from the top is there."""
+    """What the documents import from the top is there."""
     assert {"IdempotencyMiddleware", "Policy", "current", "open_store"} <= set(idempotency.__all__)
 
 

@@ -130,7 +130,7 @@ class Stage:
             await self.store.create_saga_schema()
 
     async def run(self, plan: Plan) -> None:
-        """Run a saga to its end, as its caller, whoever approves it, and a sweeper would."""
+        """Run a saga to its end, as its caller, those who approve it, and a sweeper would."""
         with suppress(SagaError):
             await self.trip(plan, key=plan.key)
         while not await self._ended(plan):

@@ -314,7 +314,7 @@ async def test_an_error_that_stops_the_consumer_does_not_interrupt_the_others(
             raise ValueError(message.message_id)
         await both.wait()
         await asyncio.wait(failing)
-        # Whoever waits for that task is told in the turns of the loop that follow.
+        # What waits for that task goes on in the next rounds of the loop.
         for _ in range(5):
             await asyncio.sleep(0)
         handled.append(message.message_id)

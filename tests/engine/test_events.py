@@ -1,4 +1,4 @@
-"""What is told of an operation: one event per outcome, and never what it was about."""
+"""The events of an operation: one for each outcome, without what the caller sent."""
 
 from __future__ import annotations
 
@@ -246,10 +246,10 @@ async def test_a_lost_lease_is_one_event():
 
 
 OF_DELIVERIES = {"dead-lettered", "unsettled"}
-"""Kinds that are told of messages alone, and shown with their brokers."""
+"""Kinds that only messages have, which are tested with their brokers."""
 
 OF_SESSIONS = {"session-unused"}
-"""Kinds that are told where requests have sessions, and shown in ``tests/http/test_unused_session.py``."""
+"""Kinds of requests that have sessions, which are tested in ``tests/http/test_unused_session.py``."""
 
 
 def test_every_kind_is_shown():
@@ -316,7 +316,7 @@ async def test_no_secret_is_told(scene, caplog, monkeypatch):
 
 
 async def test_a_credential_is_not_told(caplog):
-    """The caller is known by a digest, and that is not told either."""
+    """The caller is known by a digest, and that is in no event either."""
     caplog.set_level(logging.DEBUG)
     app = Effects(status=503)
     protected = protect(app)

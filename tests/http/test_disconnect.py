@@ -1,4 +1,4 @@
-"""A client that leaves before its answer is recorded: whoever listens for it, nothing is stopped, lost or hung."""
+"""A client that leaves before its answer is recorded: nothing is stopped, lost or hung."""
 
 from __future__ import annotations
 

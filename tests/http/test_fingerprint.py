@@ -141,7 +141,7 @@ def test_other_boundaries_of_a_cut_are_told_apart():
     ],
 )
 def test_without_a_usable_boundary_every_byte_counts(content_type):
-    """Row 24: a body that cannot be told into parts is compared as it is."""
+    """Row 24: a body that cannot be read as parts is compared as it is."""
     data = form(b"aaa", b"one")
 
     assert body(data, content_type) == body(data)

@@ -1,4 +1,4 @@
-"""What a client is told when its request does not run (conformance rows 40-49)."""
+"""The answer to a request that does not run (conformance rows 40-49)."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ async def test_a_late_owner_neither_overwrites_nor_frees_its_successors_record(s
     late = await first
     third = await call(protected, key="k")
     assert (third.body, third.replayed, app.runs) == (b"2", True, 2)
-    # A success that is not recorded is not told either.
+    # A success that is not recorded is not sent either.
     assert late.body == (b"2" if status == 201 else b"1")
 
 

@@ -168,7 +168,7 @@ def test_the_more_specific_path_decides(turn):
     ],
 )
 def test_a_malformed_key_is_refused_at_construction(key):
-    """A mistake in a route is told when the application starts, with the key in the message."""
+    """A mistake in a route is an error when the application starts, with the key in the message."""
     with pytest.raises(ConfigurationError) as caught:
         Routes(DEFAULT, {key: A})
 

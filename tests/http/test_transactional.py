@@ -714,7 +714,7 @@ async def test_sessions_that_do_not_begin_by_themselves_are_refused(shop: Shop) 
 @pytest.mark.stores("postgres", "postgres_psycopg")
 @pytest.mark.parametrize("by", ["word", "policy"])
 async def test_what_is_held_stays_held_when_its_commit_is_refused(shop: Shop, by: str) -> None:
-    """An effect elsewhere that the handler told of, or the policy fears, is not repeated because of the database."""
+    """An effect elsewhere, which the handler or the policy holds, is not repeated because of the database."""
     await shop.check_items_at_the_commit()
 
     async def order_a_cup(request: Request, session: AsyncSession) -> JSONResponse:

@@ -94,7 +94,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     indirect=["bench"],
 )
 async def test_a_paused_owner_learns_that_it_lost(kind: str, bench: Bench) -> None:
-    """A worker paused for longer than its lease is told so, records nothing, and answers what the other one did."""
+    """A worker paused for longer than its lease learns that, records nothing, and answers what the other one did."""
     key = new_key()
 
     with Live(kind, 1, bench) as paused, Live(kind, 1, bench) as other:

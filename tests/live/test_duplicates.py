@@ -51,7 +51,7 @@ async def test_waiting_duplicates_get_the_answer(live: Live) -> None:
 
 @over(EVERY)
 async def test_a_burst_has_one_effect(live: Live) -> None:
-    """Of 200 requests at once nobody waits for anybody, each is told 409 or the one answer."""
+    """Of 200 requests at once none waits for another: each gets 409 or the one answer."""
     key = new_key()
 
     answers = await asyncio.gather(*(post_alone(live, "/order", key) for _ in range(MANY)))

@@ -75,7 +75,7 @@ async def test_a_delivery_costs_one_commit(ledger: Ledger) -> None:
 
 @everywhere
 async def test_without_a_session_a_message_is_leased(store: Any) -> None:
-    """On any store, a handler without a session runs once, and is told apart by its consumer's name."""
+    """On any store, a handler without a session runs once for each name of a consumer."""
     runs: list[str] = []
 
     def consumer(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a server must have before its log is read, and what an operator is told of a slot."""
+"""What a server must have before its log is read, and what an operator is shown of a slot."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def retained(engine: AsyncEngine, size: str) -> AsyncIterator[None]:
 
 
 async def findings(engine: AsyncEngine) -> list[tuple[str, str]]:
-    """What an operator is told of this database's slot."""
+    """What an operator is shown of this database's slot."""
 
     def ask(connection: Connection) -> list[tuple[str, str]]:
         return [(each.level, each.what) for each in slot_findings(connection, slot_of(engine))]

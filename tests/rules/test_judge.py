@@ -75,7 +75,7 @@ def a_claim(fingerprint: bytes = ASKED, token: str = "second", hold: bool = Fals
 )
 @pytest.mark.parametrize("hold", [False, True])
 def test_duplicate_is_told(record: Record, same: Verdict, other: Verdict, hold: bool) -> None:
-    """A claim that does not own is told by the state found, and first by whether it asks the same."""
+    """The verdict of a claim that does not own follows from the state found, and first from the fingerprint."""
     assert judge(a_claim(hold=hold), record) == same
     assert judge(a_claim(OTHER, hold=hold), record) == other
 

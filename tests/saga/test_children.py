@@ -216,7 +216,7 @@ async def test_a_child_that_this_process_does_not_have(
 async def test_a_saga_that_is_called_in_the_function_of_another_one_has_a_key_of_its_own(
     faulty: FaultyStore, process: Process, done: list[Any]
 ) -> None:
-    """The key is the same whoever runs the function; a wait of the inner one is a wait of the outer one."""
+    """The key is the same in every process; a wait of the inner one is a wait of the outer one."""
     _, child = family(faulty)
 
     @saga(faulty, name="outer")

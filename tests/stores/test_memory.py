@@ -162,7 +162,7 @@ def test_unresolved_oldest_first(clock: ManualClock) -> None:
 
 @pytest.mark.parametrize("end", ["complete", "release", "resolve"])
 async def test_woken_by_another_thread(end: str) -> None:
-    """A change made in a thread, with or without an event loop, wakes whoever waits in this one."""
+    """A change made in a thread, with or without an event loop, wakes those that wait in this one."""
     store = MemoryStore()
     claim = a_claim("1")
     store.claim_sync(claim)

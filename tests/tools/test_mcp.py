@@ -291,7 +291,7 @@ async def post_raw(url: str, name: str, arguments: Any) -> None:
 
 
 async def result_of(client: Client) -> Any:
-    """Call again while the call is told to be running, as its words say."""
+    """Call again while the answer is that the call runs, as its words say."""
     while True:
         found = await client.call_tool("refund", REFUND)
         if WORDS["running"] not in text_of(found)[0]:

@@ -41,7 +41,7 @@ class OutOfStockError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """One consumer: what its process is told in the environment. ``place`` names its queue, tables and keys."""
+    """One consumer, as the environment of its process describes it. ``place`` names its queue, tables and keys."""
 
     place: str
     mode: str

@@ -138,7 +138,7 @@ def test_a_commit_of_what_a_connection_began_anew_is_refused(
 
     with pytest.raises(TransactionError):
         order()
-    for _ in range(2):  # whoever gets the connection next commits what it finds
+    for _ in range(2):  # the next user of the connection commits what it finds
         with sync_ledger.sessions.begin() as other:
             assert other.execute(sync_ledger.everything).all() == []
 
@@ -311,7 +311,7 @@ async def test_transactions_of_others_are_not_listened_to(ledger: Ledger) -> Non
 
 @pytest.mark.stores("postgres", "mariadb")
 def test_commits_of_others_beside_an_operation_are_not_refused(sync_ledger: Ledger) -> None:
-    """One engine serves both, and whoever gets the operation's connection after it."""
+    """One engine serves both, and what gets the operation's connection after it."""
 
     @idempotent(sync_ledger.store, key=lambda: "k", session=sync_ledger.sessions)
     def order(session: Any) -> None:

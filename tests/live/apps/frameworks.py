@@ -176,7 +176,7 @@ def shared() -> Any:
 
 
 class Noting:
-    """What stands outside: notes that the client of a request has left, when that is told inside."""
+    """What stands outside: notes when the application learns that the client of a request has left."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

@@ -17,7 +17,7 @@ from tests.kit.redis_store import new_claim
 
 
 async def test_refusals_say_what_to_do(server: RedisProcess) -> None:
-    """A wrong password, a replica and full memory are told apart, in words to act on."""
+    """A wrong password, a replica and full memory have different errors, each with its remedy."""
     url = f"redis://nobody:secret@127.0.0.1:{server.port}"
     refused = RedisStore.from_url(url)
     with pytest.raises(StoreError, match="correct the URL") as caught:
