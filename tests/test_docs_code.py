@@ -7,7 +7,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -18,10 +19,12 @@ import httpx
 import pytest
 from celery._state import _TLS
 
+from idempotency import idempotent
 from idempotency.outbox import Message, Outcome, Publisher, Refused, Sent
 from idempotency.outbox.publishers import open_publisher
 from idempotency.webhooks import sign
 from tests.clients.senders import Answer, scripted
+from tests.kit.servers import PgBouncerServer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -51,6 +54,7 @@ HTTP = blocks("http.md")
 MESSAGES = blocks("messages.md")
 OPENAPI = blocks("openapi.md")
 OPERATIONS = blocks("operations.md")
+PGBOUNCER = blocks("pgbouncer.md")
 PROFILES = blocks("profiles.md")
 PROJECTIONS = blocks("projections.md")
 SAGAS = blocks("sagas.md")
@@ -140,6 +144,33 @@ async def test_the_shortest_code_for_the_page_asks_for_a_password(
     assert [answer.status_code for answer in answers] == [401, 401, 401, 200]
     assert answers[0].headers["www-authenticate"].startswith("Basic")
     assert "Held by the slot" not in answers[-1].text
+
+
+async def test_the_code_for_pgbouncer_works_behind_one(postgres_url: str) -> None:
+    """In its transaction mode, with fewer connections than calls, of two engines: each call has its effect once."""
+    processes: list[dict[str, Any]] = [{}, {}]
+    effects: Counter[str] = Counter()
+
+    def charge_by(store: Any) -> Callable[[str], Awaitable[None]]:
+        @idempotent(store, key=lambda key: key, name="charge")
+        async def charge(key: str) -> None:
+            effects[key] += 1
+
+        return charge
+
+    with PgBouncerServer(postgres_url, pool_mode="transaction") as bouncer:
+        for names in processes:
+            [block] = PGBOUNCER["PgBouncer"]
+            exec(compile(re.sub(r"postgresql\+asyncpg://[^\"]*", bouncer.url, block), "shop.py", "exec"), names)
+        await processes[0]["store"].create_schema()
+        one, other = (charge_by(names["store"]) for names in processes)
+        keys = [f"key {number}" for number in range(20)]
+        await asyncio.gather(*map(one, keys[:10]), *map(other, keys[10:]))
+        await asyncio.gather(*map(other, keys[:10]), *map(one, keys[10:]))
+        for names in processes:
+            await names["engine"].dispose()
+
+    assert effects == Counter(keys)
 
 
 async def test_the_code_for_cors_lets_a_page_send_a_key(run: Callable[..., dict[str, Any]]) -> None:
