@@ -109,6 +109,8 @@ def replayed_headers(headers: Headers, marker: tuple[bytes, bytes]) -> list[tupl
 
     A record may be older than a name in the table above, or than the present name of the marker.
     """
+    if headers and headers[-1][0] == TRACE:
+        headers = headers[:-1]  # sooner than by the table, so that the names are those of every other such replay
     if _are_replayed(tuple([name for name, _ in headers]), marker[0]):
         return [*headers, marker]
     return [*(pair for pair in recorded_headers(headers) if pair[0].lower() != marker[0]), marker]
