@@ -1,0 +1,101 @@
+"""The saga of an order: it asks the services one after the other, and undoes what they did when one refuses.
+
+    python -m shop.fulfilment
+
+Each step commits its message with its record, so that a process that is killed asks nobody twice. While the saga waits
+for an answer it is a row, and no process. The sweeper goes on with it when the answer is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import suppress
+from typing import Any
+
+from shop import broker, orders
+from shop.orders import Order, OrderAccepted, OrderConfirmed, OrderRejected
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from idempotency import Policy, idempotent_consumer
+from idempotency.saga import SagaError, Sweeper, saga, step, wait_for
+
+service = orders.service
+
+
+class RefusedError(Exception):
+    """A service has refused."""
+
+
+# What the steps do, and what undoes them: each in one transaction with its record.
+
+
+async def accept(order: Order, session: AsyncSession) -> None:
+    await orders.record(session, order, OrderAccepted())
+
+
+async def reject(order: Order, session: AsyncSession, failure: Any) -> None:
+    await orders.record(session, order, OrderRejected(failure.message))
+    orders.tell("OrderRejected", order, service.outbox)
+
+
+async def reserve(order: Order, session: AsyncSession) -> None:
+    orders.tell("ReserveStock", order, service.outbox)
+
+
+async def release(order: Order, session: AsyncSession) -> None:
+    orders.tell("ReleaseStock", order, service.outbox)
+
+
+async def redeem(order: Order, session: AsyncSession) -> None:
+    orders.tell("RedeemCoupon", order, service.outbox)
+
+
+async def give_back(order: Order, session: AsyncSession) -> None:
+    orders.tell("GiveBackCoupon", order, service.outbox)
+
+
+async def confirm(order: Order, session: AsyncSession) -> None:
+    await orders.record(session, order, OrderConfirmed())
+    orders.tell("OrderConfirmed", order, service.outbox)
+
+
+async def agreed(about: str) -> None:
+    """Wait for the answer of a service. It has no time-out: a service that is away delays an order, and no more."""
+    if refused := await wait_for(about):
+        raise RefusedError(refused)
+
+
+@saga(service.store, name="fulfil", session=service.sessions, lease=3.0)
+async def fulfil(order: Order) -> None:
+    await step("accept", accept, order, undo=reject)
+    await step("reserve", reserve, order, undo=release)
+    await agreed("stock")
+    if order.coupon:
+        await step("redeem", redeem, order, undo=give_back)
+        await agreed("coupon")
+    await step("confirm", confirm, order, kind="pivot")
+
+
+@idempotent_consumer(service.store, consumer="orders", policy=Policy(lease=3.0), max_attempts=20)
+async def on_answer(message: Any) -> None:
+    """Give the answer of a service to the saga that waits for it. The first answer of a name counts."""
+    type, order, more = broker.read(message)
+    # Killed between the signal and its record, it comes here again: then the saga may have ended.
+    with suppress(SagaError):
+        await fulfil.signal(order.id, "stock" if type.startswith("Stock") else "coupon", more["refused"])
+
+
+async def main() -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    sweeper = Sweeper(service.store, [fulfil], poll=0.2)
+    sweeping = asyncio.create_task(sweeper.run())
+    await broker.consume(service.name, on_answer, stop)
+    await sweeper.stop()
+    await sweeping
+    await service.engine.dispose()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
