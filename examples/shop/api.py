@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from shop import fulfilment, orders, views
-from shop.orders import Order, OrderPlaced
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -20,6 +18,8 @@ from starlette.routing import Route
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.projections import SyncTokenMiddleware, sync_token
+from shop import fulfilment, orders, views
+from shop.orders import Order, OrderPlaced
 
 SECONDS = 3.0
 """For which the key of a request stays claimed after its process was killed."""

@@ -13,10 +13,10 @@ from typing import Any
 import aio_pika
 import nats
 from nats.js.api import ConsumerConfig, StreamConfig
-from shop.orders import Order
 
 from idempotency.adapters import aio_pika as rabbitmq
 from idempotency.adapters import nats as jetstreams
+from shop.orders import Order
 
 URL = os.environ.get("SHOP_BROKER", "nats://localhost:4222")
 NAME = os.environ.get("SHOP_NAME", "shop")

@@ -1,6 +1,6 @@
 """Create the databases and the queues of the shop, and put something on its shelves.
 
-    python -m shop.create
+python -m shop.create
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A customer: it orders over HTTP, and sends each request again with its key until there is an answer.
 
-    python -m shop.customer
+python -m shop.customer
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ import signal
 from contextlib import suppress
 from typing import Any
 
-from shop import broker, orders
-from shop.orders import Order, OrderAccepted, OrderConfirmed, OrderRejected
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from idempotency import Policy, idempotent_consumer
 from idempotency.saga import SagaError, Sweeper, saga, step, wait_for
+from shop import broker, orders
+from shop.orders import Order, OrderAccepted, OrderConfirmed, OrderRejected
 
 service = orders.service
 

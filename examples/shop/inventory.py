@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from shop.broker import read
-from shop.database import Service
-from shop.orders import Order, tell
-from shop.serving import serve
 from sqlalchemy import String, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from idempotency import idempotent_consumer
+from shop.broker import read
+from shop.database import Service
+from shop.orders import Order, tell
+from shop.serving import serve
 
 
 class Base(DeclarativeBase):

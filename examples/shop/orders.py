@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shop.database import Service
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from idempotency import current
 from idempotency.outbox import Outbox
 from idempotency.projections import create_projections_schema
 from idempotency.streams import Appended, Streams
+from shop.database import Service
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ import asyncio
 import signal
 from typing import Any
 
-from shop import broker
-from shop.database import Service
-
 from idempotency.outbox import PollingRelay
 from idempotency.outbox.publishers import open_publisher
+from shop import broker
+from shop.database import Service
 
 
 async def serve(service: Service, handler: Any) -> None:

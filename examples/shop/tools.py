@@ -12,12 +12,12 @@ import os
 
 import httpx
 from mcp.server.mcpserver import MCPServer
-from shop.database import Service
 
 from idempotency import Policy, current
 from idempotency.adapters.mcp import IdempotentTools
 from idempotency.client import AsyncIdempotentTransport
 from idempotency.tool import idempotent_tool
+from shop.database import Service
 
 API = os.environ.get("SHOP_API", "http://127.0.0.1:8000")
 
@@ -41,4 +41,4 @@ async def order(item: str, occasion: str) -> str:
     return str(answer.json()["id"])
 
 
-app = MCPServer("shop", extensions=[tools]).streamable_http_app()
+app = MCPServer("shop", extensions=[tools], log_level="WARNING").streamable_http_app()

@@ -11,14 +11,14 @@ import asyncio
 import signal
 from typing import Any
 
-from shop import orders
-from shop.orders import OrderConfirmed, OrderPlaced, OrderRejected
 from sqlalchemy import String
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from idempotency.projections import projection
 from idempotency.streams import RecordedEvent
+from shop import orders
+from shop.orders import OrderConfirmed, OrderPlaced, OrderRejected
 
 
 class Base(DeclarativeBase):
@@ -50,7 +50,7 @@ async def order_list(event: RecordedEvent, session: AsyncSession) -> None:
 async def find(id: str) -> dict[str, Any] | None:
     async with orders.service.sessions() as session:
         row = await session.get(Row, id)
-    return row and {"id": row.id, "item": row.item, "state": row.state, "reason": row.reason}
+    return None if row is None else {"id": row.id, "item": row.item, "state": row.state, "reason": row.reason}
 
 
 async def create() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class RabbitMQ:
         """Send every message a second time, under its own id."""
         exchange = await self._channel.get_exchange(self._name)
         queue = await self._channel.declare_queue(exclusive=True)
-        for type in sum(self._handled.values(), []):
+        for type in chain(*self._handled.values()):
             await queue.bind(exchange, type)
 
         async def again(message: Any) -> None:

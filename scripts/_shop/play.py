@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import httpx
-from _shop.brokers import Nats, RabbitMQ
-from _shop.processes import Process
-from shop import books, create, inventory, marketing, orders
+from shop import books, inventory, marketing, orders
 from shop.customer import client_of, order
 
+from _shop.brokers import Nats, RabbitMQ
+from _shop.processes import Process
 from idempotency.outbox import OutboxOperations
 from idempotency.saga import SagaOperations
 
@@ -29,16 +29,19 @@ SERVICES = (orders.service, inventory.service, marketing.service)
 
 @dataclass
 class Play:
-    """The shop while it runs. ``pause``: seconds between two kills."""
+    """The shop while it runs. ``stock``, ``coupons``: what there is at first. ``pause``: seconds between two kills."""
 
     processes: list[Process]
     agent: Process
     broker: Nats | RabbitMQ
+    stock: dict[str, int]
+    coupons: dict[str, int]
     customers: int
     pause: float
     wanted: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     killed: asyncio.Event = field(default_factory=asyncio.Event)
+    began: float = field(default_factory=time.monotonic)
 
     async def run(self) -> None:
         """Run the shop until everything is ordered, killed, started again and settled; then stop it."""
@@ -48,11 +51,14 @@ class Play:
             for process in self.processes:
                 process.start()
             async with client_of("customer-0") as client:
-                await self._order(client, "customer-0", 0)  # the shop is open
+                await self._order(client, "customer-0", 0)
+            self._say("the shop is open")
             self.agent.start()
             await asyncio.gather(self._kill_each(), *(self._buy(number) for number in range(1, self.customers + 1)))
+            self._say(f"{len(self.wanted)} orders are placed, and those of customers decided")
             await self._agent_ends()
             await self._settle()
+            self._say("nothing is on its way any more")
         finally:
             await self._stop()
 
@@ -79,8 +85,11 @@ class Play:
             self._check(process)
             process.kill()
             process.start()
-            print(f"kill -9 and start again: {process.name}", flush=True)
+            self._say(f"kill -9 and start again: {process.name}")
         self.killed.set()
+
+    def _say(self, what: str) -> None:
+        print(f"{time.monotonic() - self.began:5.1f} s  {what}", flush=True)
 
     def _check(self, process: Process) -> None:
         if process.status is not None and (process is not self.agent or process.status):
@@ -125,7 +134,7 @@ class Play:
         await asyncio.gather(*(asyncio.to_thread(process.wait) for process in running))
 
     def disagreements(self, found: books.Books) -> list[str]:
-        return list(books.disagreements(found, self.wanted, create.STOCK, create.COUPONS))
+        return list(books.disagreements(found, self.wanted, self.stock, self.coupons))
 
     async def report(self) -> bool:
         """Print the books; return whether they agree, and nothing else went wrong."""
@@ -139,8 +148,8 @@ class Play:
                 print(f"{process.name} has logged an error: {process.last_line}")
         wrong = self.problems + self.disagreements(found) + ([f"{dead} dead messages"] if dead else [])
         print(f"orders   {len(self.wanted)} wanted, {', '.join(f'{n} {state}' for state, n in sorted(states.items()))}")
-        print(f"stock    {books_of(create.STOCK, found.stock)}")
-        print(f"coupons  {books_of(create.COUPONS, found.coupons)}")
+        print(f"stock    {change(self.stock, found.stock)}")
+        print(f"coupons  {change(self.coupons, found.coupons)}")
         print(f"mails    {sum(map(len, found.mails.values()))}, two for each order")
         for line in wrong:
             print(f"WRONG: {line}")
@@ -148,5 +157,5 @@ class Play:
         return not wrong
 
 
-def books_of(before: dict[str, int], now: dict[str, int]) -> str:
+def change(before: dict[str, int], now: dict[str, int]) -> str:
     return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in before)

@@ -73,9 +73,7 @@ def processes(environment: dict[str, str], ports: tuple[int, int], publish: str,
         "views": ["shop.views"],
         "tools": ["uvicorn", "shop.tools:app", *tools],
     }
-    return [
-        Process(name, arguments, environment, directory / f"{name}.log") for name, arguments in commands.items()
-    ]
+    return [Process(name, arguments, environment, directory / f"{name}.log") for name, arguments in commands.items()]
 
 
 def environment_of(**settings: str) -> dict[str, str]:
