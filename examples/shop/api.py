@@ -18,11 +18,12 @@ from starlette.routing import Route
 
 from idempotency import IdempotencyMiddleware, Policy
 from idempotency.projections import SyncTokenMiddleware, sync_token
-from shop import fulfilment, orders, views
+from shop import orders, views
 from shop.orders import Order, OrderPlaced
+from shop.saga import fulfil
 
-SECONDS = 3.0
-"""For which the key of a request stays claimed after its process was killed."""
+LEASE = 3.0
+"""Seconds for which the key of a request stays claimed after its process was killed."""
 
 
 async def place_order(request: Request) -> JSONResponse:
@@ -33,7 +34,7 @@ async def place_order(request: Request) -> JSONResponse:
     placed = OrderPlaced(order.customer, order.reference, order.item, order.coupon)
     appended = await orders.record(session, order, placed)
     orders.tell("OrderPlaced", order, orders.service.outbox)
-    await fulfilment.fulfil.start(order, key=order.id, session=session)
+    await fulfil.start(order, key=order.id, session=session)
     return JSONResponse({"id": order.id}, 201, {"Sync-Token": sync_token(appended)})
 
 
@@ -47,7 +48,7 @@ idempotent = Middleware(
     IdempotencyMiddleware,
     store=orders.service.store,
     session=orders.service.sessions,
-    policy=Policy(required=True, lease=SECONDS),
+    policy=Policy(required=True, lease=LEASE),
 )
 # A customer who gives back the Sync-Token of the first answer waits until the read model has the order.
 reading = Middleware(SyncTokenMiddleware, projections=[views.order_list])

@@ -17,7 +17,7 @@ from _shop.processes import Process
 from idempotency.outbox import OutboxOperations
 from idempotency.saga import SagaOperations
 
-SETTLE = 60.0
+SETTLE = 120.0
 """Seconds after which it is reported what has not settled."""
 UNCHANGED = 5.0
 """Seconds without a message or a saga on its way, after which the books stay as they are."""
