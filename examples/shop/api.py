@@ -2,8 +2,8 @@
 
     uvicorn --app-dir examples shop.api:app
 
-Five things commit in one transaction, or none does: the recorded answer under its key, the order, the message that the
-order is placed, and the saga that carries it out.
+Four things commit in one transaction, or none does: the recorded answer under its key, the order, the message that it
+is placed, and the saga that carries it out.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the movement and the answer are one transaction.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import String, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -23,12 +23,12 @@ from shop.serving import serve
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map: ClassVar = {str: String(200)}
 
 
 class Stock(Base):
     __tablename__ = "stock"
-    item: Mapped[str] = mapped_column(String(50), primary_key=True)
+    item: Mapped[str] = mapped_column(primary_key=True)
     pieces: Mapped[int]
 
 
@@ -37,8 +37,8 @@ class Movement(Base):
 
     __tablename__ = "movements"
     id: Mapped[int] = mapped_column(primary_key=True)
-    order: Mapped[str] = mapped_column("order_id", String(50))
-    item: Mapped[str] = mapped_column(String(50))
+    order: Mapped[str]
+    item: Mapped[str]
     pieces: Mapped[int]
 
 

@@ -9,7 +9,7 @@ them, and nobody waits.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import String, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -23,12 +23,12 @@ from shop.serving import serve
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map: ClassVar = {str: String(200)}
 
 
 class Coupon(Base):
     __tablename__ = "coupons"
-    code: Mapped[str] = mapped_column(String(50), primary_key=True)
+    code: Mapped[str] = mapped_column(primary_key=True)
     uses: Mapped[int]
 
 
@@ -37,16 +37,16 @@ class Use(Base):
 
     __tablename__ = "uses"
     id: Mapped[int] = mapped_column(primary_key=True)
-    order: Mapped[str] = mapped_column("order_id", String(50))
-    code: Mapped[str] = mapped_column(String(50))
+    order: Mapped[str]
+    code: Mapped[str]
     uses: Mapped[int]
 
 
 class Mail(Base):
     __tablename__ = "mails"
     id: Mapped[int] = mapped_column(primary_key=True)
-    order: Mapped[str] = mapped_column("order_id", String(50))
-    subject: Mapped[str] = mapped_column(String(50))
+    order: Mapped[str]
+    subject: Mapped[str]
 
 
 service = Service("marketing")

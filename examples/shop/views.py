@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import String
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -22,12 +22,12 @@ from shop.orders import OrderConfirmed, OrderPlaced, OrderRejected
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map: ClassVar = {str: String(200)}
 
 
 class Row(Base):
     __tablename__ = "order_list"
-    id: Mapped[str] = mapped_column(String(50), primary_key=True)
+    id: Mapped[str] = mapped_column(primary_key=True)
     customer: Mapped[str]
     item: Mapped[str]
     state: Mapped[str]
