@@ -1,6 +1,6 @@
 """The broker between the services: NATS JetStream, or RabbitMQ, as the URL says. The library has both adapters.
 
-A message is published under its type. Each service has a queue of its own, with the types that it handles.
+A message is published under its type. Each service has a stream, or a queue, of its own with the types that it handles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shop.orders import Order
 
 URL = os.environ.get("SHOP_BROKER", "nats://localhost:4222")
 NAME = os.environ.get("SHOP_NAME", "shop")
-"""Of the stream of NATS, or the exchange of RabbitMQ."""
+"""Of the subjects of NATS, or the exchange of RabbitMQ."""
 
 HANDLED = {
     "inventory": ["ReserveStock", "ReleaseStock"],
@@ -36,12 +36,11 @@ async def create() -> None:
     if IS_NATS:
         async with await nats.connect(URL) as client:
             jetstream = client.jetstream()
-            await jetstream.add_stream(StreamConfig(name=NAME, subjects=[f"{NAME}.*"]))
             await jetstream.add_stream(StreamConfig(name=f"{NAME}-dead", subjects=[f"{NAME}-dead"]))
             for service, types in HANDLED.items():
-                subjects = [f"{NAME}.{type}" for type in types]
-                config = ConsumerConfig(durable_name=service, filter_subjects=subjects, ack_wait=3)
-                await jetstream.add_consumer(NAME, config)
+                stream = f"{NAME}-{service}"
+                await jetstream.add_stream(StreamConfig(name=stream, subjects=[f"{NAME}.{type}" for type in types]))
+                await jetstream.add_consumer(stream, ConsumerConfig(durable_name=service, ack_wait=3))
         return
     async with await aio_pika.connect(URL) as connection:
         channel = await connection.channel()
@@ -59,7 +58,7 @@ async def consume(service: str, handler: Any, stop: asyncio.Event) -> None:
     if IS_NATS:
         async with await nats.connect(URL) as client:
             jetstream = client.jetstream()
-            subscription = await jetstream.pull_subscribe_bind(service, NAME)
+            subscription = await jetstream.pull_subscribe_bind(service, f"{NAME}-{service}")
             await jetstreams.consume(jetstream, subscription, handler, dead_letter=f"{NAME}-dead", stop=stop)
         return
     async with await aio_pika.connect_robust(URL) as connection:

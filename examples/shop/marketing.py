@@ -75,7 +75,7 @@ async def on_message(message: Any, session: AsyncSession) -> None:
         used = await session.scalar(select(func.sum(Use.uses)).where(Use.order == order.id))
         if used:  # else it was refused
             await use(session, order, -int(used))
-    else:
+    elif type.startswith("Order"):
         session.add(Mail(order=order.id, subject=type))
 
 

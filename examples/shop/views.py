@@ -61,6 +61,7 @@ async def create() -> None:
 async def main() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, order_list.stop)
     await order_list.run()
+    await orders.service.engine.dispose()
 
 
 if __name__ == "__main__":

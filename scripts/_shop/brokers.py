@@ -60,7 +60,10 @@ class Nats:
     """The streams of the shop on NATS."""
 
     def __init__(self, client: Any, name: str, handled: dict[str, list[str]]) -> None:
-        self._jetstream, self._name, self._handled = client.jetstream(), name, handled
+        self._jetstream = client.jetstream()
+        self._dead = f"{name}-dead"
+        self._streams = {service: f"{name}-{service}" for service in handled}
+        self._subjects = [f"{name}.{type}" for type in chain(*handled.values())]
 
     async def repeat(self) -> None:
         """Send every message a second time, under its own id: the server does not drop it."""
@@ -70,18 +73,19 @@ class Nats:
             if headers.pop("Nats-Msg-Id", None) and REPEATED not in headers:
                 await self._jetstream.publish(message.subject, message.data, headers={**headers, REPEATED: "yes"})
 
-        await self._jetstream.subscribe(f"{self._name}.*", cb=again, ordered_consumer=True)
+        for subject in self._subjects:
+            await self._jetstream.subscribe(subject, cb=again, ordered_consumer=True)
 
     async def unhandled(self) -> int:
         """Count the messages that no service has acknowledged yet."""
-        infos = [await self._jetstream.consumer_info(self._name, service) for service in self._handled]
+        infos = [await self._jetstream.consumer_info(stream, service) for service, stream in self._streams.items()]
         return sum((info.num_pending or 0) + (info.num_ack_pending or 0) for info in infos)
 
     async def dead(self) -> int:
-        return int((await self._jetstream.stream_info(f"{self._name}-dead")).state.messages)
+        return int((await self._jetstream.stream_info(self._dead)).state.messages)
 
     async def delete(self) -> None:
-        for name in (self._name, f"{self._name}-dead"):
+        for name in (*self._streams.values(), self._dead):
             with suppress(NotFoundError):
                 await self._jetstream.delete_stream(name)
 
