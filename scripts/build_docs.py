@@ -20,6 +20,10 @@ import yaml
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "build" / "docs"
 SITE = ROOT / "build" / "site"
+EXAMPLES = (
+    "Each runs by itself, with `python examples/NAME.py`, and is run by the tests. Those below `shop` are one system:"
+    " see [A whole shop](../shop.md)."
+)
 
 _ROLE = re.compile(r":[a-z]+:`~?(?:[\w.]*\.)?(\w+)`")
 _STARS = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}
@@ -34,7 +38,7 @@ def main() -> int:
         shutil.copy(ROOT / f"{name}.md", PAGES / f"{page}.md")
     write_examples()
     write_reference()
-    write_index("examples", "Examples", "Each runs by itself, with `python examples/NAME.py`, and is run by the tests.")
+    write_index("examples", "Examples", EXAMPLES)
     write_index("decisions", "Decisions", "Why things are as they are, and what else was weighed.")
     for page in PAGES.rglob("*.md"):
         page.write_text(with_links_of_the_site(page))

@@ -26,6 +26,7 @@ LEASE = 4.0
 START_TIMEOUT = 30.0
 DUPLICATES = 50
 NO_ANSWER = "no answer"
+SHOP = "scripts/demo --shop runs a whole shop, kills each of its processes, and compares its books."
 
 
 class DemoError(Exception):
@@ -214,7 +215,7 @@ async def run(url: str, directory: Path) -> bool:
 
 def main() -> int:
     """Return the exit status: 0 if every scene ended with one order, 1 if not, 2 if the demo could not run."""
-    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__, epilog=SHOP)
     parser.add_argument("--store", metavar="URL", help="the store of the keys; default: a SQLite file")
     url: str | None = parser.parse_args().store
     with tempfile.TemporaryDirectory(prefix="orders-demo-") as directory:

@@ -37,6 +37,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
         "docs/projections.md",
         "docs/tools.md",
         "docs/sagas.md",
+        "docs/shop.md",
         "docs/startup.md",
         "docs/streams.md",
         "docs/telemetry.md",
