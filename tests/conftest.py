@@ -30,9 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--fast"):
-        hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
-        hypothesis.settings.load_profile("fast")
+    # An example takes long where the machine is busy.
+    hypothesis.settings.register_profile("all", deadline=None)
+    hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
+    hypothesis.settings.load_profile("fast" if config.getoption("--fast") else "all")
     # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
     # for what it writes in the background.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

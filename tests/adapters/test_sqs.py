@@ -169,7 +169,7 @@ def test_a_message_whose_deletion_failed_is_replayed_by_its_message_id(client: C
 
 
 def test_a_handler_may_take_longer_than_the_visibility_timeout(client: Client, create: Create) -> None:
-    url, runs, finish = create(VisibilityTimeout="1"), list[str](), threading.Event()
+    url, runs, finish = create(VisibilityTimeout="2"), list[str](), threading.Event()
 
     @idempotent_consumer(MemoryStore(), consumer="billing")
     def on_order(message: dict[str, Any]) -> None:
@@ -178,10 +178,10 @@ def test_a_handler_may_take_longer_than_the_visibility_timeout(client: Client, c
 
     send(client, url, "order-1")
     assert take(client, url) is not None, "without an extension"
-    assert take(client, url, 3) is not None, "it is delivered again"
+    assert take(client, url, 4) is not None, "it is delivered again"
     with consuming(client, url, on_order, concurrency=1):
         until(lambda: runs, "it is being handled")
-        assert take(client, url, 3) is None
+        assert take(client, url, 4) is None
         finish.set()
     assert runs == ["order-1"]
     assert count(client, url) == 0

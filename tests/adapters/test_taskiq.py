@@ -217,7 +217,7 @@ async def test_a_time_limit_interrupts_a_task_and_loses_nothing() -> None:
         if len(handled) == 1:
             await asyncio.Event().wait()
 
-    await office.task(bill, labels={"timeout": 0.05}).kiq("A-1")
+    await office.task(bill, labels={"timeout": 0.5}).kiq("A-1")
     async with office.open():
         pass
     assert handled == ["A-1", "A-1"]
@@ -233,7 +233,7 @@ async def test_a_time_limit_does_not_interrupt_the_settlement() -> None:
             office.broker.refuses = 20
             raise OSError("out of stock")
 
-    await office.task(bill, labels={"timeout": 0.05}).kiq("A-1")
+    await office.task(bill, labels={"timeout": 0.5}).kiq("A-1")
     async with office.open():
         pass
     assert handled == ["A-1", "A-1"]
@@ -246,7 +246,7 @@ async def test_what_always_outlives_its_time_limit_becomes_a_dead_letter() -> No
         handled.append(order)
         await asyncio.Event().wait()
 
-    await office.task(bill, labels={"timeout": 0.05}, max_attempts=2).kiq("A-1")
+    await office.task(bill, labels={"timeout": 0.5}, max_attempts=2).kiq("A-1")
     async with office.open():
         pass
     assert handled == ["A-1", "A-1"]
@@ -410,7 +410,7 @@ async def test_dependencies_are_told_of_a_failure_and_closed_after_a_time_limit(
         if len(handled) == 2:
             await asyncio.Event().wait()
 
-    await office.task(bill, labels={"timeout": 0.05}).kiq("A-1")
+    await office.task(bill, labels={"timeout": 0.5}).kiq("A-1")
     async with office.open():
         pass
     assert told == ["OSError", "rolled back", "CancelledError", "rolled back"]

@@ -16,7 +16,7 @@ Answers = dict[Call, Got]
 
 UVICORN, HYPERCORN = "uvicorn-httptools", "hypercorn"
 EACH_CLIENT = pytest.mark.parametrize("client", CLIENTS)
-SOON = 3.0
+SOON = 15.0
 """Seconds after its first request in which a client has its answer."""
 
 

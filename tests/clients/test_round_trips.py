@@ -77,7 +77,7 @@ def test_a_call_that_is_cut_while_it_runs_waits_for_its_result(kind: str) -> Non
     """A time-out ends the first attempt, 409 in-progress the second; the third gets the result."""
     effects = Effects()
     with effects.behind() as proxy:
-        got = Sender(kind, retry=SOON, timeout=0.4).post(orders(proxy, "?seconds=0.8"))
+        got = Sender(kind, retry=SOON, timeout=1).post(orders(proxy, "?seconds=1.5"))
 
     assert (got.status, json.loads(got.content)) == (201, {"order": 1})
     assert (effects.count, len(set(effects.keys))) == (1, 1)
@@ -148,7 +148,7 @@ class LikeStripe:
             error = {"type": "idempotency_error", "code": "idempotency_key_in_use"}
             return 409, [], json.dumps({"error": error}).encode()
         self._running.add(key)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.5)
         self.effects += 1
         self._results[key] = b'{"id": "ch_%d"}' % self.effects
         return 200, [], self._results[key]
@@ -159,7 +159,7 @@ def test_a_call_to_a_server_like_stripe_is_done_once(kind: str) -> None:
     """A time-out ends the first attempt, others are answered that the key is in use, and the last gets the replay."""
     server = LikeStripe()
     with served(server) as url:
-        got = Sender(kind, retry=SOON, timeout=0.2).post(url)
+        got = Sender(kind, retry=SOON, timeout=1).post(url)
 
     assert (got.status, got.content) == (200, b'{"id": "ch_1"}')
     assert (server.effects, server.replays) == (1, 1)

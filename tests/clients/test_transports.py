@@ -255,7 +255,7 @@ def test_a_time_out_is_followed_by_a_retry_with_the_same_key(kind: str, server: 
     """The server may have done the work, which the key makes safe."""
     server.script(Answer(silent=True))
 
-    got = Sender(kind, timeout=0.5).post(server.url)
+    got = Sender(kind, timeout=2).post(server.url)
 
     assert (got.status, got.attempts) == (201, 2)
     assert len(set(server.keys)) == 1

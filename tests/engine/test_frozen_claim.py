@@ -19,7 +19,7 @@ from tests.kit.servers import with_driver
 
 pytestmark = pytest.mark.alone
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 LOCK_TIMEOUT = 1.0
 DRIVERS = ("postgresql+asyncpg", "postgresql+psycopg")
 

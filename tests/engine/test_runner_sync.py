@@ -92,6 +92,12 @@ class Clock:
     def __call__(self) -> float:
         return time.monotonic() + self.ahead
 
+    def advance(self, seconds: float, runner: SyncRunner) -> None:
+        """Put it forward, and wake the thread that renews, which waits by the real clock."""
+        self.ahead += seconds
+        with runner.heartbeats._changed:
+            runner.heartbeats._changed.notify()
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -185,37 +191,44 @@ def test_a_duplicate_waits_no_longer_than_it_may(runner: SyncRunner) -> None:
     assert 0.2 <= time.monotonic() - began < 5
 
 
-def test_a_lease_is_renewed_while_it_lasts(runner: SyncRunner, store: Faulty) -> None:
+def test_a_lease_is_renewed_while_it_lasts(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
     """An owner that works longer than its lease keeps it."""
-    lease = lease_of(runner, a_claim(lease=0.3))
+    store.inner = MemoryStore(clock=clock)
+    lease = lease_of(runner, a_claim(lease=30))
 
-    store.until("renew", 6)
+    for times in range(1, 6):
+        clock.advance(10, runner)
+        store.until("renew", times)
 
     assert not lease.operation.lost
-    assert isinstance(runner.claim(a_claim(lease=0.3))[0], InProgress)
+    assert isinstance(runner.claim(a_claim())[0], InProgress)
     assert lease.end("store", b"late") is None
 
 
-def test_one_thread_renews_all(runner: SyncRunner, store: Faulty) -> None:
+def test_one_thread_renews_all(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
     """Any number of leases of one runner share a thread."""
     before = set(threading.enumerate())
 
-    leases = [lease_of(runner, a_claim(f"key {number}", lease=0.3)) for number in range(20)]
-    store.until("renew", 60)
+    leases = [lease_of(runner, a_claim(f"key {number}", lease=30)) for number in range(20)]
+    for times in (20, 40, 60):
+        clock.advance(10, runner)
+        store.until("renew", times)
 
     new = set(threading.enumerate()) - before
     assert [thread.name for thread in new] == ["idempotency"]
     assert [lease.end("store", b"") for lease in leases] == [None] * 20
 
 
-def test_an_ended_lease_is_not_renewed(runner: SyncRunner, store: Faulty) -> None:
+def test_an_ended_lease_is_not_renewed(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
     """After the end nothing is sent any more: a lease that runs on is renewed, the ended one is not."""
-    lease_of(runner, a_claim("ended", lease=0.2)).end("store", b"")
-    going_on = lease_of(runner, a_claim(lease=0.2))
+    lease_of(runner, a_claim("ended", lease=30)).end("store", b"")
+    going_on = lease_of(runner, a_claim(lease=30))
 
     renewed: list[str] = []
     store.inner.renew_sync = lambda claim: bool(renewed.append(claim.key)) or True  # type: ignore[method-assign]
-    store.until("renew", 4)
+    for times in range(1, 5):
+        clock.advance(10, runner)
+        store.until("renew", times)
 
     going_on.stop()
     assert set(renewed) == {"k"}
@@ -531,9 +544,10 @@ def test_the_thread_survives_a_job_that_fails(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> None:
+def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty, clock: Clock) -> None:
     """A worker forked from a process that already held leases has a thread of its own."""
-    mine = lease_of(runner, a_claim("parent", lease=0.3))
+    mine = lease_of(runner, a_claim("parent", lease=30))
+    clock.advance(10, runner)
     store.until("renew")
 
     child = os.fork()
@@ -544,8 +558,10 @@ def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> N
             store.called = threading.Condition()
             store.inner = MemoryStore()
             store.calls.clear()
-            lease = lease_of(runner, a_claim("child", lease=0.3))
-            store.until("renew", 4)
+            lease = lease_of(runner, a_claim("child", lease=30))
+            for times in range(1, 5):
+                clock.advance(10, runner)
+                store.until("renew", times)
             status = 0 if lease.end("store", b"") is None and not lease.operation.lost else 2
         finally:
             os._exit(status)
@@ -554,20 +570,23 @@ def test_a_forked_child_renews_by_itself(runner: SyncRunner, store: Faulty) -> N
 
 
 def test_a_thread_that_could_not_begin_is_begun_by_the_next_lease(
-    runner: SyncRunner, store: Faulty, monkeypatch: pytest.MonkeyPatch
+    runner: SyncRunner, store: Faulty, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that had too many threads for a moment renews what it claims later, and not what it could not run."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    store.inner = MemoryStore(clock=clock)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError):
-            lease_of(runner, a_claim("refused", lease=0.3))
-    mine = lease_of(runner, a_claim("mine", lease=0.3))
+            lease_of(runner, a_claim("refused", lease=30))
+    mine = lease_of(runner, a_claim("mine", lease=30))
 
-    store.until("renew", 3)
+    for times in range(1, 4):
+        clock.advance(10, runner)
+        store.until("renew", times)
     assert mine.end("store", b"") is None
     assert not mine.operation.lost
     again = a_claim("refused")

@@ -25,7 +25,7 @@ from tests.kit.targets import unique_name
 
 pytestmark = pytest.mark.processes
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 LEASE = 8.0
 """Long enough for the store to come back in it."""
 

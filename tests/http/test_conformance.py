@@ -318,7 +318,7 @@ async def _problems(**options: Any) -> dict[str, Reply]:
     """Meet every problem that can be met without a failing store."""
     app = Effects()
     app.gate = asyncio.Event()
-    store = MemoryStore()
+    store = MemoryStore(clock=ManualClock())
     policies = {
         "/needed": Policy(required=True),
         "/small": Policy(max_request=1),

@@ -44,7 +44,7 @@ async def _twice(scope: dict[str, Any], chunks: tuple[bytes, ...], options: dict
     statuses = []
     for _ in range(2):
         reply = Reply()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await protected({**scope, "state": {}}, Client(*chunks), reply.send)
         assert reply.complete
         statuses.append(reply.status)

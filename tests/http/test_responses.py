@@ -127,7 +127,7 @@ async def test_patience_is_a_constant_that_is_read_when_it_counts(monkeypatch):
         if message.get("body") == b"tick":
             live.set()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await protect(Effects(handler))(http_scope(key="k"), Client(), send)
 
 

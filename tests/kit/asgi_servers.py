@@ -29,10 +29,10 @@ from tests.kit.servers import LOOPBACK, Proxy, free_port, listening, with_port
 from tests.kit.targets import Target, unique_name
 
 BEHAVIOURS = "tests.live.apps.behaviours:app"
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a live test gives up on what it waits for."""
 
-LEASE = 0.8
+LEASE = 1.5
 STORE_TIMEOUT = 1.0
 
 SERVERS: dict[str, list[str]] = {

@@ -86,7 +86,7 @@ class RedisProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         with self.client() as client:
             while True:
                 with contextlib.suppress(redis.ConnectionError):

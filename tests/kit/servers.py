@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 LOOPBACK = "127.0.0.1"
-START_TIMEOUT = 30.0
+START_TIMEOUT = 60.0
 NOBODY = 65534
 
 
@@ -219,7 +219,7 @@ class RedisServer(Server):
 def redis_answers(url: str) -> bool:
     """Say whether a Redis answers at ``url``."""
     try:
-        with redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=2) as client:
+        with redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=10) as client:
             return bool(client.ping())
     except redis.RedisError:
         return False
@@ -412,7 +412,7 @@ def _libpq(url: str) -> str:
 def postgres_answers(url: str) -> bool:
     """Say whether a PostgreSQL lets us in at ``url``."""
     try:
-        psycopg.connect(_libpq(url), connect_timeout=3).close()
+        psycopg.connect(_libpq(url), connect_timeout=10).close()
     except psycopg.Error:
         return False
     return True
@@ -469,7 +469,7 @@ def _mariadb_connect(url: str) -> pymysql.Connection[Any]:
         port=parts.port or 3306,
         user=parts.username,
         password=parts.password or "",
-        connect_timeout=3,
+        connect_timeout=10,
         autocommit=True,
     )
 

@@ -47,7 +47,7 @@ async def async_work() -> str:
     return "done"
 
 
-store = open_store(URL, prefix=PREFIX, timeout=1)
+store = open_store(URL, prefix=PREFIX, timeout=2)
 policy = Policy(lease=LEASE)
 call = idempotent(store, key=lambda: "k", policy=policy, on_event=hear)
 charge = call(sync_work)

@@ -123,7 +123,8 @@ class Target:
     async def create(self) -> None:
         """Make the table, where there is one."""
         if self.is_sql:
-            store = self.open()
+            # It writes more to the disk than a verb, and may take longer on a busy machine.
+            store = open_store(self.url, **self.options, timeout=60)
             await store.create_schema()
             await store.aclose()
 

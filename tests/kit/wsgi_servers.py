@@ -19,7 +19,7 @@ from tests.kit.paths import ROOT
 from tests.kit.servers import LOOPBACK, free_port, listening
 from tests.kit.targets import Target
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

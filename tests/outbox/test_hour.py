@@ -24,6 +24,8 @@ from tests.kit.relays import count, emit, relay_on
 from tests.kit.sql_store import until
 from tests.outbox.kit.logical import Recorder, slot_of
 
+pytestmark = pytest.mark.timeout(180)
+
 KEYS = 5
 WAITS = 60.0
 """Seconds between two looks of a relay. Its lease is longer than the test."""
@@ -102,7 +104,7 @@ async def until_true(condition: Callable[[], bool]) -> None:
     async def met() -> bool:
         return condition()
 
-    await until(met, 60)
+    await until(met, 150)
 
 
 def log_relay(hour: Hour, publisher: Any) -> LogRelay:

@@ -328,6 +328,8 @@ async def test_a_relay_that_was_replaced_writes_nothing(shop: Shop) -> None:
     other = Recorder()
 
     class Paused(Recorder):
+        delivery_timeout = 20.0
+
         async def publish(self, batch: Any, /) -> Any:
             if not other.messages:
                 await shop.rows("UPDATE outbox_lease SET until_ms = 0 RETURNING 1")

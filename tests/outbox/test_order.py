@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idempotency.outbox import Outbox
 from tests.kit.ledger import Ledger
-from tests.kit.relay_child import BATCH, LEASE, Relays, relays
+from tests.kit.relay_child import BATCH, Relays, relays
 from tests.kit.relays import ScriptedPublisher, count, emit, relay_on
 from tests.kit.sql_store import until
 
@@ -105,7 +105,7 @@ async def test_a_relay_that_is_paused_for_longer_than_its_lease_publishes_nothin
         await write_rounds(ledger.engine, outbox, 0, range(ROUNDS, ROUNDS + 1))  # type: ignore[arg-type]
         return paused.pid in {each.pid for each in group.arrivals() if each.number >= ROUNDS * MESSAGES}
 
-    await until(shares_again, 5 * LEASE)
+    await until(shares_again)
 
 
 async def arrived(group: Relays) -> bool:

@@ -261,7 +261,7 @@ async def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done:
 
     FAULTS["a"] = [go_on.wait]
     running = asyncio.create_task(slow(key="7"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while faulty.calls.count("write") < 3:
             await asyncio.sleep(0.001)
     go_on.set()

@@ -34,7 +34,7 @@ from tests.kit.targets import Target
 
 EVERY = pytest.mark.stores("memory", "fakeredis", "redis", "sqlite", "postgres", "mariadb")
 
-LEASE = 1.0
+LEASE = 2.0
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def trips(store: FaultyStore) -> Any:
 
 async def until_free(call: Callable[[], Awaitable[Any]]) -> Any:
     """Call until no vanished process owns the saga any more."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             with suppress(SagaPendingError):
                 return await call()
@@ -121,7 +121,7 @@ async def test_a_saga_that_a_process_cannot_read_is_left_to_the_others(
     with pytest.raises(asyncio.CancelledError):
         await new_trip("Rome", key="7")
     sweeper = Sweeper(old_trip._definition.store, [old_trip])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not await sweeper.sweep():
             await asyncio.sleep(LEASE / 10)
     assert await sweeper.sweep() == 0
@@ -187,7 +187,7 @@ async def test_a_process_that_is_overtaken_writes_nothing_more(process: Process,
 
 @EVERY
 async def test_signals_sleeps_and_held_resources(process: Process, done: list[Any]) -> None:
-    @saga(process.store, name="s", lease=LEASE)
+    @saga(process.store, name="s")
     async def waiting() -> str:
         await hold("seat")
         await sleep("moment", 0.01)
@@ -200,7 +200,7 @@ async def test_signals_sleeps_and_held_resources(process: Process, done: list[An
             return f"{value}, {type(error).__name__}"
         return ""
 
-    @saga(process.store, name="other", lease=LEASE)
+    @saga(process.store, name="other")
     async def other() -> tuple[str, str]:
         try:
             await hold("seat")

@@ -30,6 +30,9 @@ from tests.kit.tcp_proxy import Proxy
 pytestmark = pytest.mark.alone
 
 TIMEOUT = 0.5
+SLACK = 3.0
+"""Seconds that a loaded machine may add."""
+
 ASYNC = ("postgresql+asyncpg", "postgresql+psycopg", "mysql+aiomysql", "mysql+asyncmy")
 SYNC = ("postgresql+psycopg", "postgresql+psycopg2", "postgresql+pg8000", "mysql+pymysql", "mysql+mysqlconnector")
 
@@ -132,7 +135,7 @@ async def test_a_commit_that_was_given_up_poisons_no_connection(url: str) -> Non
                 bench.proxy.pause()
             return what
 
-        assert await took(lambda: order("tea")) < TIMEOUT + 1
+        assert await took(lambda: order("tea")) < TIMEOUT + SLACK
         bench.proxy.resume()
         claim = new_claim()
 
@@ -191,7 +194,7 @@ async def test_a_call_cancelled_in_any_step_leaves_no_connection_behind(url: str
         task.cancel()
         with pytest.raises((asyncio.CancelledError, StoreError, ValueError)):
             await task
-        assert loop.time() - since < TIMEOUT + 0.5
+        assert loop.time() - since < TIMEOUT + SLACK
 
         bench.proxy.resume()
         claim = new_claim()
@@ -210,7 +213,7 @@ def test_a_blocking_verb_ends_in_time(url: str) -> None:
         since = monotonic()
         with pytest.raises(StoreError):
             bench.store.claim_sync(new_claim())
-        assert monotonic() - since < 1.25 * TIMEOUT + 0.5
+        assert monotonic() - since < 1.25 * TIMEOUT + SLACK
 
         bench.proxy.resume()
         claim = new_claim("after")
@@ -238,7 +241,7 @@ def test_a_blocking_joined_call_ends_in_time(url: str, step: str) -> None:
         with pytest.raises(StoreError):
             order("tea")
         # The commit, and the look whether it was applied after all.
-        assert monotonic() - since < 2 * 1.25 * TIMEOUT + 1
+        assert monotonic() - since < 2 * 1.25 * TIMEOUT + SLACK
 
         bench.proxy.resume()
         claim = new_claim()
@@ -264,7 +267,7 @@ def test_a_blocking_verb_goes_on_where_no_thread_can_begin(url: str, monkeypatch
         since = monotonic()
         with pytest.raises(StoreError):
             bench.store.claim_sync(new_claim("frozen"))
-        assert monotonic() - since < 1.25 * TIMEOUT + 0.5
+        assert monotonic() - since < 1.25 * TIMEOUT + SLACK
 
 
 class _OutOfTimeError(Exception):
@@ -341,7 +344,7 @@ async def test_a_verb_that_waits_for_a_lock_ends_in_the_server_too(url: str, ver
         event.listen(bench.engine.sync_engine, "connect", lambda driver, _: backends.add(id(driver)))
         with locked(bench, claim):
             for _ in range(2):
-                assert await took(lambda: VERBS[verb](bench.store, claim)) < TIMEOUT + 0.2
+                assert await took(lambda: VERBS[verb](bench.store, claim)) < TIMEOUT + SLACK
                 assert bench.server.statements() == 0
         assert len(backends) <= 1
         assert bench.engine.pool.checkedout() == 0
@@ -467,7 +470,7 @@ def test_an_event_loop_that_ends_leaves_nothing_of_what_was_given_up(
         bench = Bench(store, engine, async_sessionmaker(engine), proxy, server, _direct(url), f"{name}_effects")
         since = monotonic()
         asyncio.run(main(bench))
-        assert monotonic() - since < 2 * TIMEOUT + 3
+        assert monotonic() - since < 2 * TIMEOUT + SLACK
         del bench, store, engine
         gc.collect()
         proxy.resume()

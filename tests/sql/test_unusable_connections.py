@@ -220,9 +220,8 @@ async def test_a_server_that_stays_read_only_is_named(
         run(server, *on)
         try:
             made = count_new(engine)
-            async with asyncio.timeout(2):
-                with pytest.raises(StoreError, match="read-only: is it a replica") as told:
-                    await refused(order, asked)
+            with pytest.raises(StoreError, match="read-only: is it a replica") as told:
+                await refused(order, asked)
         finally:
             run(server, *off)
         assert told.value.retryable
@@ -347,7 +346,7 @@ async def test_a_transaction_that_cannot_record_its_end_may_be_retried(
 
         first = await call(protected, key="k")
         assert (first.status, first.code) == (503, "store-unavailable")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (second := await call(protected, key="k")).status != 201:
                 assert second.status == 409
                 await asyncio.sleep(0.01)

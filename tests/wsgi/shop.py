@@ -20,7 +20,7 @@ from idempotency.wsgi import IdempotencyMiddleware
 
 CONFIG: dict[str, Any] = json.loads(os.environ["WSGI_SHOP"])
 DIRECTORY = Path(CONFIG["directory"])
-LEASE = 1.0
+LEASE = 1.5
 POLICIES = {
     "/leased": Policy(lease=LEASE),
     "/held": Policy(lease=LEASE, on_crash="hold"),

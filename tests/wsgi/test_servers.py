@@ -22,7 +22,7 @@ from tests.kit.wsgi_servers import Gunicorn, until
 
 pytestmark = pytest.mark.processes
 
-LEASE = 1.0  # that of tests/wsgi/shop.py
+LEASE = 1.5  # that of tests/wsgi/shop.py
 
 SERVERS = {
     "flask-sync-redis": ("redis", "flask_app", "--workers", "2"),

@@ -107,7 +107,7 @@ async def test_on_nats_a_long_handler_is_not_interrupted_by_redeliveries(stream:
 
     @broker.subscriber(stream, max_workers=4, **pulled(stream))
     async def on_order(_: dict[str, Any]) -> None:
-        await asyncio.sleep(2.5 * nats_server.ACK_WAIT)
+        await asyncio.sleep(1.5 * nats_server.ACK_WAIT)
 
     async with started(broker):
         await broker.publish({}, stream, headers={"id": "1"})

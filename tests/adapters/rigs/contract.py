@@ -72,7 +72,7 @@ class Case:
 
     def settled(self) -> int:
         """Wait for a while until everything is settled; say what is not."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while (unsettled := self.rig.unsettled()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return unsettled

@@ -20,7 +20,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 
 from tests.kit.servers import LOOPBACK, Server, listening, missing
 
-ACK_WAIT = 1.0
+ACK_WAIT = 2.0
 
 
 class NatsServer(Server):

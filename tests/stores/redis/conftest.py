@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from idempotency.stores.redis import RedisStore
+from idempotency.stores.redis import RedisStore, _watch
 from tests.kit.redis_servers import RedisProcess, embedded, require
 from tests.kit.redis_store import empty
 
@@ -30,6 +30,12 @@ def mortal() -> Iterator[RedisProcess]:
     """A server that the test may kill or freeze."""
     with RedisProcess() as server:
         yield server
+
+
+@pytest.fixture
+def announced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have watchers be woken by what is announced only, and not look by themselves now and then."""
+    monkeypatch.setattr(_watch, "_LOOK", 60.0)
 
 
 @pytest.fixture

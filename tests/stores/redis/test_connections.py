@@ -272,7 +272,7 @@ async def test_a_store_that_is_dropped_leaves_no_tls_socket_open(tmp_path: Path)
     try:
         async with ScriptedRedis(lambda _, command: owned(command), tls) as server:
             await asyncio.to_thread(use)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(20):
                 await server.closed.wait()
     finally:
         gc.enable()

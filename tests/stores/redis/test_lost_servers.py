@@ -20,10 +20,10 @@ from tests.kit.redis_store import new_claim
 @pytest.mark.alone
 async def test_frozen_server_fails_in_time(mortal: RedisProcess) -> None:
     """A server that gives no answer at all is an error within the time-out, and serves again once it answers."""
-    store = RedisStore.from_url(mortal.url, timeout=0.4)
-    fresh = RedisStore.from_url(mortal.url, timeout=0.4)
+    store = RedisStore.from_url(mortal.url, timeout=1)
+    fresh = RedisStore.from_url(mortal.url, timeout=1)
     async with aioredis.Redis(port=mortal.port) as client:
-        passed = RedisStore(client, timeout=0.4)
+        passed = RedisStore(client, timeout=1)
         await store.claim(new_claim("before"))
         await passed.claim(new_claim("before"))
         mortal.freeze()
@@ -34,9 +34,9 @@ async def test_frozen_server_fails_in_time(mortal: RedisProcess) -> None:
             return_exceptions=True,
         )
 
-        assert 0.35 < time.monotonic() - begun < 1
+        assert 0.9 < time.monotonic() - begun < 4
         assert {type(failure) for failure in failures} == {StoreError}
-        assert f"127.0.0.1:{mortal.port}: no answer within 0.4 s" in str(failures[0])
+        assert f"127.0.0.1:{mortal.port}: no answer within 1 s" in str(failures[0])
         mortal.thaw()
         for each in (store, fresh, passed):
             assert (await each.claim(new_claim("after", token="t"))).token == "t"
@@ -47,15 +47,15 @@ async def test_frozen_server_fails_in_time(mortal: RedisProcess) -> None:
 @pytest.mark.alone
 def test_frozen_server_fails_in_time_for_threads(mortal: RedisProcess) -> None:
     """So it is for the blocking verbs of a store opened by URL."""
-    store = RedisStore.from_url(mortal.url, timeout=0.4)
+    store = RedisStore.from_url(mortal.url, timeout=1)
     store.claim_sync(new_claim())
     mortal.freeze()
     begun = time.monotonic()
 
-    with pytest.raises(StoreError, match=r"no answer within 0\.4 s"):
+    with pytest.raises(StoreError, match=r"no answer within 1 s"):
         store.claim_sync(new_claim())
 
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 4
     store.close()
 
 

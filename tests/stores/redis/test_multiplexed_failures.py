@@ -144,17 +144,17 @@ async def test_a_late_reply_fails_its_own_call_only() -> None:
         return owned(command)
 
     async with ScriptedRedis(answer) as server:
-        store = RedisStore.from_url(server.url, timeout=0.4)
+        store = RedisStore.from_url(server.url, timeout=2)
         assert (await store.claim(new_claim("0"))).attempt == 0
         begun = time.monotonic()
         silent = asyncio.create_task(store.claim(new_claim("1")))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1)
         behind = asyncio.create_task(store.claim(new_claim("2")))
         await server.received(3)
 
-        with pytest.raises(StoreError, match=r"no answer within 0\.4 s; check that the server is up"):
+        with pytest.raises(StoreError, match="no answer within 2 s; check that the server is up"):
             await silent
-        assert 0.39 < time.monotonic() - begun < 0.6
+        assert 1.9 < time.monotonic() - begun < 3
         assert (await store.claim(new_claim("3"))).attempt == 3
         assert not server.closed.is_set()
         server.peers[0].send(b"".join(late))
@@ -168,12 +168,12 @@ async def test_a_late_reply_fails_its_own_call_only() -> None:
 async def test_a_silent_connection_is_replaced_without_callers() -> None:
     """A connection that owes a reply at its call's time-out is given up, also when the caller was cancelled."""
     async with ScriptedRedis(lambda peer, command: owned(command) if peer.number > 1 else None) as server:
-        store = RedisStore.from_url(server.url, timeout=0.2)
+        store = RedisStore.from_url(server.url, timeout=1)
         call = asyncio.create_task(store.claim(new_claim("1")))
         await server.received(1)
         call.cancel()
 
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await server.closed.wait()
         assert (await store.claim(new_claim("2"))).attempt == 2
         await store.aclose()
@@ -181,11 +181,11 @@ async def test_a_silent_connection_is_replaced_without_callers() -> None:
 
 async def test_half_open_connection_is_replaced(proxy: Proxy) -> None:
     """A connection whose replies vanish fails what is in flight in time; what comes next is answered over another."""
-    store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.3)
+    store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=1)
     await store.claim(new_claim("before"))
     proxy.swallow_replies()
     failures = await asyncio.gather(*map(store.claim, numbered(20)), return_exceptions=True)
-    assert [str(failure).partition(": ")[2][:22] for failure in failures] == ["no answer within 0.3 s"] * 20
+    assert [str(failure).partition(": ")[2][:20] for failure in failures] == ["no answer within 1 s"] * 20
     proxy.resume()
 
     records = await asyncio.gather(*map(store.claim, numbered(20, 20)))
@@ -244,12 +244,12 @@ async def test_connecting_is_not_cancelled_with_its_first_caller(proxy: Proxy) -
 
 async def test_a_wait_for_the_connection_has_its_own_deadline(proxy: Proxy) -> None:
     """A call that begins while another waits for a connection is not failed by the time-out of the other."""
-    store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=0.4)
+    store = RedisStore.from_url(f"redis://127.0.0.1:{proxy.port}", timeout=2)
     proxy.pause()
     first = asyncio.create_task(store.claim(new_claim("1")))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(1)
     second = asyncio.create_task(store.claim(new_claim("2", token="t2")))
-    with pytest.raises(StoreError, match=r"no answer within 0\.4 s"):
+    with pytest.raises(StoreError, match="no answer within 2 s"):
         await first
     assert not second.done()
     proxy.resume()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 
+import pytest
 import redis.asyncio as aioredis
 
 from idempotency._rules import State
@@ -14,16 +15,16 @@ from tests.kit.redis_servers import RedisProcess
 from tests.kit.redis_store import name_of, new_claim
 
 
+@pytest.mark.usefixtures("announced_only")
 async def test_watcher_is_woken_at_once(store: RedisStore) -> None:
-    """Completion, hold and release wake a waiting duplicate within a fifth of a second."""
+    """Completion, hold and release wake a waiting duplicate before it would look by itself."""
     for end in ("complete", "hold", "release"):
         owner = new_claim(end)
         await store.claim(owner)
         async with store.watch(owner) as changed:
             await store.claim(new_claim(end, watched=True))
-            waiting = asyncio.create_task(changed(5))
+            waiting = asyncio.create_task(changed(60))
             await asyncio.sleep(0)
-            begun = time.monotonic()
 
             match end:
                 case "complete":
@@ -33,8 +34,8 @@ async def test_watcher_is_woken_at_once(store: RedisStore) -> None:
                 case "release":
                     await store.release(owner)
 
-            await waiting
-            assert time.monotonic() - begun < 0.2
+            async with asyncio.timeout(20):
+                await waiting
 
 
 async def test_many_watchers_share_one_connection(store: RedisStore, server: RedisProcess) -> None:
@@ -62,11 +63,12 @@ async def test_many_watchers_share_one_connection(store: RedisStore, server: Red
             await asyncio.gather(*waiting)
 
     with server.client() as client:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             while client.client_list(_type="pubsub"):
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.usefixtures("announced_only")
 async def test_watching_survives_a_lost_connection(store: RedisStore, server: RedisProcess) -> None:
     """When the subscription is cut the watcher is woken to look again, and later ends are announced again."""
     owner = new_claim()
@@ -75,14 +77,13 @@ async def test_watching_survives_a_lost_connection(store: RedisStore, server: Re
         await store.claim(new_claim(watched=True))
         with server.client() as client:
             client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
-            async with asyncio.timeout(0.6):
-                await changed(5)
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(20):
+                await changed(60)
                 while not client.pubsub_numsub(name_of(owner))[0][1]:
                     await asyncio.sleep(0.01)
-            waiting = asyncio.create_task(changed(5))
+            waiting = asyncio.create_task(changed(60))
             await store.complete(owner, b"")
-            async with asyncio.timeout(0.3):
+            async with asyncio.timeout(20):
                 await waiting
 
 
@@ -92,5 +93,5 @@ async def test_client_without_room_is_polled(server: RedisProcess) -> None:
         store = RedisStore(client)
         async with store.watch(new_claim()) as changed:
             begun = time.monotonic()
-            await changed(5)
-            assert 0.2 < time.monotonic() - begun < 0.5
+            await changed(60)
+            assert 0.2 < time.monotonic() - begun < 20

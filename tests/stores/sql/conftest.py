@@ -9,6 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from idempotency._sql import listen
 from idempotency.stores.sql import SQLStore
 from tests.kit.servers import with_driver
 from tests.kit.sql_store import DRIVERS, is_idle
@@ -24,6 +25,13 @@ def table() -> str:
 @pytest.fixture
 def driver() -> str:
     return "postgres"
+
+
+@pytest.fixture
+def notified_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have watchers be woken by notifications only, and not poll."""
+    for interval in ("_FIRST_POLL", "_LAST_POLL", "_LISTENING_POLL"):
+        monkeypatch.setattr(listen, interval, 60.0)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_blocking_verbs(request: pytest.FixtureRequest, side: str, table: str) -
 
 def test_blocking_verbs_wait_for_a_slot_in_time(tmp_path: Any, table: str) -> None:
     """When all slots are taken by verbs that hang, another thread is told so within the time-out."""
-    store = SQLStore.from_url(f"sqlite:///{tmp_path / 'db'}", table=table, timeout=0.2)
+    store = SQLStore.from_url(f"sqlite:///{tmp_path / 'db'}", table=table, timeout=1)
     store.claim_sync(new_claim())
     assert store._threads is not None
     taken = [store._threads.slots.get(timeout=1) for _ in range(store._threads.database.max_parallel)]

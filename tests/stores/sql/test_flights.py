@@ -13,6 +13,7 @@ import pytest
 from idempotency._sql.bounded import Abandoned, InFlight
 from idempotency.stores.sql import _flights
 from idempotency.stores.sql._flights import Flights, Limits
+from tests.kit.time_travel import travelling
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ class Airport:
         return asyncio.create_task(self.flights.send((record or call).encode(), call, size))
 
     async def departed(self, flights: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while len(self.sent) < flights:
                 await asyncio.sleep(0)
 
@@ -149,6 +150,7 @@ async def test_an_exception_fails_its_own_call() -> None:
     assert [repr(answer) for answer in answers] == ["'answer'", "OSError('failed')", "None"]
 
 
+@travelling
 async def test_the_time_of_each_call_is_its_own() -> None:
     airport = Airport(timeout=0.3)
     early = airport.call("early")
@@ -167,6 +169,7 @@ async def test_the_time_of_each_call_is_its_own() -> None:
     await airport.abandoned.wait()
 
 
+@travelling
 async def test_the_end_of_an_abandoned_flight_gives_back_no_call_that_waits_for_another() -> None:
     airport = Airport(timeout=0.5)
     early = airport.call("early")

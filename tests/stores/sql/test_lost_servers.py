@@ -21,7 +21,7 @@ from tests.kit.tcp_proxy import Proxy
 @pytest.mark.parametrize("driver", SERVERS)
 async def test_a_frozen_server_is_a_store_error_in_time(url: str, proxy: Proxy, table: str) -> None:
     """A server that says nothing, even to a cancel request, costs a verb its time-out; later verbs work again."""
-    store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=0.5)
+    store = SQLStore.from_url(with_port(url, proxy.port), table=table, timeout=1)
     await store.create_schema()
     await store.claim(new_claim("before"))
     proxy.pause()
@@ -37,7 +37,7 @@ async def test_a_frozen_server_is_a_store_error_in_time(url: str, proxy: Proxy, 
     await until(lambda: is_idle(side._engine))
     await store.aclose()
 
-    assert took < 2.5
+    assert took < 8
     assert judge(mine, record) == Execute()
 
 

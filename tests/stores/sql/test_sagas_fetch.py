@@ -79,7 +79,7 @@ async def test_a_request_that_waits_for_a_lock_in_vain_is_not_sent_again(
     """Twice the wait would be longer than the store may take."""
     owner = opening()
     await owned(saga_store, owner)
-    impatient = SQLStore(engine, table=saga_store._table.name, timeout=0.5)
+    impatient = SQLStore(engine, table=saga_store._table.name, timeout=2)
     async with engine.begin() as connection:
         held: Write = write(owner, entry("held"))
         await connection.run_sync(lambda sync: saga_store._sagas.answer_in(sync, held, None))

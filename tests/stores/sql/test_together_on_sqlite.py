@@ -66,7 +66,7 @@ async def trace(engine: AsyncEngine) -> Trace:
 @pytest.fixture
 async def store(trace: Trace, engine: AsyncEngine, table: str) -> AsyncIterator[SQLStore]:
     """A store on an engine of the application's, whose driver was tried."""
-    store = SQLStore(engine, table=table, timeout=2)
+    store = SQLStore(engine, table=table)
     await store.claim(new_claim("warm"))
     trace.statements.clear()
     trace.waits.clear()
@@ -157,7 +157,7 @@ async def test_a_lock_that_is_held_for_too_long_is_named_to_each_that_needs_it(
     assert [record.result for record in answers[:5]] == [b"done"] * 5
     assert all(isinstance(each, StoreError) and "locked by another writer" in str(each) for each in answers[5:])
     # 0.8 times the time-out of the store, and not once for each call.
-    assert 1.5 < took < 3
+    assert 3.9 < took < 15
     assert await scalar(engine, "PRAGMA busy_timeout") == 5000
     assert are_owned(fresh, await claim_all(store, fresh))
 
@@ -215,7 +215,7 @@ async def test_a_flight_that_fails_gives_its_calls_back(store: SQLStore, path: s
 async def test_a_flight_that_is_cut_off_leaves_nothing(engine: AsyncEngine, path: str, table: str, how: str) -> None:
     """One that is not answered in time is undone when its statement ends, and so is one that nobody waits for."""
     reached, go_on = held_up(engine)
-    store = SQLStore(engine, table=table, timeout=0.5)
+    store = SQLStore(engine, table=table, timeout=1)
     await store.claim(new_claim("warm"))
     with closing(sqlite3.connect(path)) as other:
         condition = "WHEN NEW.key = 'key-9' BEGIN SELECT hold_up(); END"

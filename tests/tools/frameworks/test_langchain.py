@@ -170,7 +170,7 @@ async def test_a_node_with_a_time_out_and_retries_refunds_once(store, refunds, s
     """LangGraph cancels the node, and runs it again."""
     graph = StateGraph(state_schema)
     retry = RetryPolicy(initial_interval=0, jitter=False)
-    graph.add_node("tools", tool_node(refunds.tool(store, asyncio.Event().wait)), timeout=0.05, retry_policy=retry)
+    graph.add_node("tools", tool_node(refunds.tool(store, asyncio.Event().wait)), timeout=1, retry_policy=retry)
     graph.add_edge(START, "tools")
 
     state = await graph.compile().ainvoke({"messages": [called()]})
