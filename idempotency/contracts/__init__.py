@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from idempotency.contracts._compare import compare, compare_sync
-from idempotency.contracts._contracts import Contract, Contracts
+from idempotency.contracts._contracts import Contract, Contracts, step_of
 from idempotency.contracts._file import Broken, Checked, check
 from idempotency.contracts._rules import Change
 from idempotency.contracts.events import Comparison, Progress
@@ -27,6 +27,7 @@ __all__ = [
     "check",
     "compare",
     "compare_sync",
+    "step_of",
 ]
 
 

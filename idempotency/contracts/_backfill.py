@@ -71,7 +71,7 @@ async def backfill(
         if last is None:
             return pace.done(after)
         pace.moved(last, perf_counter() - begun)
-        await asyncio.sleep(pause + (await wait() if wait is not None else 0))
+        await asyncio.sleep(pace.rest(await wait() if wait is not None else 0))
 
 
 def backfill_sync(
@@ -102,7 +102,7 @@ def backfill_sync(
         if last is None:
             return pace.done(after)
         pace.moved(last, perf_counter() - begun)
-        time.sleep(pause + (wait() if wait is not None else 0))
+        time.sleep(pace.rest(wait() if wait is not None else 0))
 
 
 class _Pace:
@@ -137,6 +137,10 @@ class _Pace:
         """Note a batch that is committed."""
         self.size, self._tries, self._last = min(self._most, self.size * 2), 0, last
         self._deliver("moved", batch_s)
+
+    def rest(self, lag: float) -> float:
+        """Return the seconds before the next batch. A lag that is measured by two clocks may be below 0."""
+        return self._pause + max(0.0, lag)
 
     def pause_after(self, error: DBAPIError | StoreError) -> float:
         """Return the seconds after which to try a batch again; raise the error where that does not help."""

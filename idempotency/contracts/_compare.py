@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +34,10 @@ async def compare(
     never reaches the caller, and its answer is compared by ``==``, an error by its class.
     ``ignore``: called with both answers where they differ; True means that this difference is expected.
     ``sample``: which part of the calls is compared, from 0 to 1, the default: all.
-    The candidate must only read. Give it a session of its own: a statement that fails would fail the transaction of the
-    control too. Inside of an operation the candidate cannot emit a message, or append an event: this
-    raises :class:`~idempotency.errors.EmitRefusedError` in it, and the event is ``"refused"``.
+    The candidate must only read, and not change an object that the control has returned. Give it a session of its own:
+    a statement that fails would fail the transaction of the control too. Inside of an operation the candidate cannot
+    emit a message, or append an event: this raises :class:`~idempotency.errors.EmitRefusedError` in it, and the event
+    is ``"refused"``. It has no time-out: give it one, such as ``lambda: asyncio.wait_for(candidate(), 1)``.
     """
     comparing = _Comparing(name, ignore, sample, on_event)
     try:
@@ -65,7 +68,7 @@ def compare_sync(
     finally:
         if comparing.due:
             with comparing.reading():
-                comparing.candidate.value = candidate()
+                comparing.candidate.value = _not_awaitable(candidate())
             comparing.report()
     return value
 
@@ -109,14 +112,15 @@ class _Comparing:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Run the candidate: it cannot emit, and its error is noted only, unless it is cancelled."""
+        """Run the candidate: it cannot emit, and its error is noted only."""
         operation = RUNNING.get()
         token = RUNNING.set(None if operation is None else _Reading(operation))
         try:
             with self.candidate:
                 yield
-        except Exception:  # noqa: S110 - noted in the run
-            pass
+        except BaseException as error:
+            if not _is_of_candidate(error):
+                raise
         finally:
             RUNNING.reset(token)
 
@@ -148,6 +152,24 @@ class _Comparing:
         except Exception as error:
             return "failed", error
         return ("ignored" if ignored else "mismatch"), None
+
+
+def _is_of_candidate(error: BaseException) -> bool:
+    """Return whether the candidate has raised it, and not the process or the task that is to end."""
+    if isinstance(error, asyncio.CancelledError):
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # a thread without an event loop
+            task = None
+        return task is None or not task.cancelling()
+    return isinstance(error, Exception | SystemExit)
+
+
+def _not_awaitable(value: T) -> T:
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError("the candidate of compare_sync is not awaited")
+    return value
 
 
 class _Reading(Operation):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from idempotency._engine.names import decorated
 from idempotency._results.codec import return_annotation
 from idempotency._results.versioned import Versioned
+from idempotency._signature import name_of
 from idempotency.contracts._schema import Schema, schema_of, schema_of_fields
 from idempotency.errors import ConfigurationError
-from idempotency.saga._definition import Definition, definition_of
+from idempotency.saga._definition import definition_of
+from idempotency.saga._input import Input
+from idempotency.saga._undo import undo_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Contracts:
 
     Each item is a :class:`~idempotency.streams.Versioned` or a class, of an event or a message; ``Streams``, for all of
     its event types; a function that is decorated by ``@idempotent``, ``@idempotent_consumer`` or ``@idempotent_tool``,
-    for its result; a saga, for its arguments and its result; other ``Contracts``; or a list of these.
+    for its result; a saga, for its arguments and its result; what :func:`step_of` returns, for a step of it; other
+    ``Contracts``; or a list of these. The type of a snapshot of streams is given as a class or ``Versioned`` too.
     Raises :class:`~idempotency.errors.ConfigurationError` for anything else, for a type that has no JSON, and for two
     different contracts of one name.
     """
@@ -48,6 +52,24 @@ class Contracts:
         return len(self._found)
 
 
+def step_of(
+    saga: Any, name: str, function: Callable[..., Any], *, undo: Callable[..., Any] | None = None
+) -> list[Contract]:
+    """Return the contracts of a step: of its result, and of the arguments that are stored for its undo.
+
+    ``name``, ``function`` and ``undo`` are those that the saga gives to :func:`~idempotency.saga.step`.
+    Raises :class:`~idempotency.errors.ConfigurationError` for what is no saga, and for a type that has no JSON.
+    """
+    definition, child = definition_of(saga), definition_of(function)
+    if definition is None:
+        raise ConfigurationError(f"{name_of(saga)} is no saga")
+    step = f"step {name} of {definition.name}"
+    found = [_result(step, function if child is None else child.function, None)]
+    if undo is not None:
+        found.append(Contract(f"arguments of the undo of {step}", 1, _arguments(undo_input(undo))))
+    return found
+
+
 def _contracts_of(item: Any) -> Iterator[Contract]:
     definition, made = definition_of(item), decorated(item)
     if isinstance(item, Contracts | list | tuple):
@@ -57,7 +79,7 @@ def _contracts_of(item: Any) -> Iterator[Contract]:
     elif isinstance(item, Versioned):
         yield _versioned(f"type {item.name}", item)
     elif definition is not None:
-        yield Contract(f"arguments of {definition.name}", 1, _arguments(definition))
+        yield Contract(f"arguments of {definition.name}", 1, _arguments(definition.input))
         yield _result(definition.name, definition.function, None)
     elif made is not None:
         yield _result(made.name, made.function, made.codec)
@@ -85,8 +107,7 @@ def _versioned(name: str, known: Versioned[Any]) -> Contract:
     return Contract(name, known.version, schema_of(known.kind, known.name))
 
 
-def _arguments(definition: Definition) -> Schema:
-    given = definition.input
+def _arguments(given: Input) -> Schema:
     required = {*given.annotations} - given.optional
     return schema_of_fields(given.annotations, required)
 

@@ -50,7 +50,7 @@ def check(
     A change is safe if code of before it and code of after it read what the other one writes, for every schema that
     the file has of this version (FULL_TRANSITIVE, as registries of schemas name it). Where a change is not, the file
     stays as it is, unless ``accept`` gives a reason: then the file has the new schema in place of the older ones, and
-    the reason. Raises :class:`~idempotency.errors.ConfigurationError` for a file that cannot be read.
+    the reason. What is removed is compared with too when its name comes back. Raises :class:`~idempotency.errors.ConfigurationError` for a file that cannot be read.
     """
     if accept is not None and not accept.strip():
         raise ConfigurationError("say why the change is accepted: the reason is written into the file")
@@ -61,8 +61,11 @@ def check(
         return Checked(broken, [])
     before = json.dumps(known)
     for (contract, version), some in groupby(broken, lambda each: (each.contract, each.version)):
-        _forget(known, contract, version)
-        changes = [str(each.change) for each in some]
+        found = [each.change for each in some]
+        schemas = _take(known["contracts"], contract, version) + _take(known["removed"], contract, version)
+        if found[0] in (_REMOVED, _LOWERED):
+            known["removed"].setdefault(contract, {})[str(version)] = schemas
+        changes = [str(each) for each in found]
         entry = {"contract": contract, "version": version, "changes": changes, "reason": accept}
         known["accepted"].append(entry)
     written = [_name(each) for each in declared if _add(known, each)]
@@ -81,26 +84,31 @@ def _broken(declared: Contracts, known: Any) -> Iterator[Broken]:
             elif version > contract.version:
                 yield Broken(name, version, _LOWERED)
     for contract in declared:
-        schemas = known["contracts"].get(contract.name, {}).get(str(contract.version), [])
-        for change in sorted({each for old in schemas for each in changes_between(old, contract.schema)}):
+        schemas = [
+            schema
+            for part in ("contracts", "removed")
+            for schema in known[part].get(contract.name, {}).get(str(contract.version), [])
+        ]
+        for change in {each for old in schemas for each in changes_between(old, contract.schema)}:
             yield Broken(contract.name, contract.version, change)
 
 
 def _add(known: Any, contract: Contract) -> bool:
     """Write the schema of a contract; return whether that has changed anything."""
-    schemas: list[Schema] = known["contracts"].setdefault(contract.name, {}).setdefault(str(contract.version), [])
-    if contract.schema in schemas[-1:]:
-        return False
-    if contract.schema in schemas:
-        schemas.remove(contract.schema)
-    schemas.append(contract.schema)
-    return True
+    versions = known["contracts"].setdefault(contract.name, {})
+    before: list[Schema] = versions.get(str(contract.version), [])
+    earlier = _take(known["removed"], contract.name, contract.version) + before
+    versions[str(contract.version)] = after = [*(each for each in earlier if each != contract.schema), contract.schema]
+    return after != before
 
 
-def _forget(known: Any, contract: str, version: int) -> None:
-    del known["contracts"][contract][str(version)]
-    if not known["contracts"][contract]:
-        del known["contracts"][contract]
+def _take(part: Any, contract: str, version: int) -> list[Schema]:
+    """Remove the schemas of one version from a part of the file, and return them."""
+    versions = part.get(contract, {})
+    schemas: list[Schema] = versions.pop(str(version), [])
+    if contract in part and not versions:
+        del part[contract]
+    return schemas
 
 
 def _name(contract: Contract) -> str:
@@ -112,6 +120,10 @@ def _remedy(contract: str, change: Change) -> str:
         return "Keep it as long as anything of it is stored"
     if change.rule in ("required field added", "optional field made required"):
         return "Give the field a default"
+    if contract.startswith("arguments of the undo "):
+        return "Add an argument with a default, or give the step another undo"
+    if contract.startswith("result of step "):
+        return "Add a field with a default, or give the step another name"
     if contract.startswith("arguments of "):
         return "Add an argument with a default, or declare a saga of another name"
     if contract.startswith("result of "):
@@ -121,14 +133,20 @@ def _remedy(contract: str, change: Change) -> str:
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        return {"format": _FORMAT, "contracts": {}, "accepted": []}
+        return {"format": _FORMAT, "contracts": {}, "removed": {}, "accepted": []}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = found["format"], type(found["contracts"]), type(found["accepted"])
+        text = path.read_text(encoding="utf-8")
+        if "\n<<<<<<< " in text:
+            raise ConfigurationError(
+                f"{path} has a conflict of git: take the file of the branch that is deployed, and run this command again"
+            )
+        found = {"removed": {}, **json.loads(text)}
+        parts = [type(found[name]) for name in ("contracts", "removed", "accepted")]
+        known = found["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigurationError(f"{path} is no file of contracts: {error!r}") from error
-    if known != (_FORMAT, dict, list):
-        raise ConfigurationError(f"{path} is of format {known[0]!r}, and this release reads format {_FORMAT}")
+    if known != _FORMAT or parts != [dict, dict, list]:
+        raise ConfigurationError(f"{path} is of format {known!r}, and this release reads format {_FORMAT}")
     return found
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 Schema = Any
 
 _NUMBERS_AT_LEAST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
-_NUMBERS_AT_MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
-_EXACT = ("pattern", "multipleOf", "uniqueItems")
+_NUMBERS_AT_MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties", "maxDigits")
+_EXACT = ("pattern", "multipleOf", "uniqueItems", "decimalPlaces")
 _FORMS = ("format", "contentEncoding")
 _TYPES: dict[type, str] = {
     **{type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string"},
@@ -101,14 +101,14 @@ class _Comparison:
 
     def _resolve(self, field: str, reader: Schema, writer: Schema) -> Iterator[Change]:
         reader, writer = _resolved(self._reader, reader), _resolved(self._writer, writer)
-        if reader is True or (isinstance(reader, dict) and not reader):
+        if _is_anything(reader):
             return
-        if writer is True or not writer:
+        if _is_anything(writer):
             yield Change(field, self._words.type)
-            return
-        read, written = _alternatives(reader), _alternatives(writer)
-        if len(read) > 1 or len(written) > 1:
-            yield from self._unions(field, read, written)
+        elif "oneOf" in reader or "oneOf" in writer:
+            yield from self._marked_unions(field, _alternatives(reader), _alternatives(writer))
+        elif "anyOf" in reader or "anyOf" in writer:
+            yield from self._unions(field, _alternatives(reader), _alternatives(writer))
         elif (values := _values(reader)) is not None or _values(writer) is not None:
             yield from self._literals(field, reader, writer, values)
         else:
@@ -118,8 +118,8 @@ class _Comparison:
         comparison = _Comparison(self._reader, self._writer, self._words, self._inside)
         return not list(comparison._compare("", reader, writer))
 
-    def _unions(self, field: str, read: list[Schema], written: list[Schema]) -> Iterator[Change]:
-        """Compare each member with the one of the same number, or of the same type if there is one of it."""
+    def _marked_unions(self, field: str, read: list[Schema], written: list[Schema]) -> Iterator[Change]:
+        """Compare members that say which one they are: by a number before the value, or a field of one literal."""
         for each in written:
             if any(self._fits(other, each) for other in read):
                 continue
@@ -129,6 +129,16 @@ class _Comparison:
                 place = f"{field}[{number}]"
                 yield from self._compare(place, alike[0]["prefixItems"][1], each["prefixItems"][1])
             else:
+                yield Change(field, self._words.type)
+
+    def _unions(self, field: str, read: list[Schema], written: list[Schema]) -> Iterator[Change]:
+        """Compare members that a reader tells apart by their JSON type, and where that is the same by their order."""
+        readers = _by_type(self._reader, read)
+        for kinds, some in _by_type(self._writer, written).items():
+            others = readers.get(kinds, [])
+            for one, other in zip(others, some, strict=False):
+                yield from self._compare(field, one, other)
+            if len(some) > len(others):
                 yield Change(field, self._words.type)
 
     def _literals(self, field: str, reader: Schema, writer: Schema, known: set[Any] | None) -> Iterator[Change]:
@@ -173,17 +183,23 @@ class _Comparison:
                 yield Change(_below(field, name), self._words.missing)
             elif name not in writer.get("required", ()):
                 yield Change(_below(field, name), self._words.optional)
+        # A reader takes fields that it does not know. A writer writes those that it names, unless it names none.
         others = reader.get("additionalProperties", True)
+        added = writer.get("additionalProperties", "properties" not in writer)
         for name, schema in written.items():
-            if name in read:
-                yield from self._compare(_below(field, name), read[name], schema)
-            elif others is False:
+            if name not in read and others is False:
                 yield Change(_below(field, name), self._words.unknown)
             else:
-                yield from self._compare(_below(field, name), others, schema)
-        if isinstance(writer.get("additionalProperties"), dict):
-            for name, schema in [*read.items(), ("*", others)]:
-                yield from self._compare(_below(field, name), schema, writer["additionalProperties"])
+                yield from self._compare(_below(field, name), read.get(name, others), schema)
+        if added is not False:
+            if others is False:
+                yield Change(_below(field, "*"), self._words.unknown)
+            else:
+                yield from self._compare(_below(field, "*"), others, added)
+            for name in read.keys() - written.keys():
+                yield from self._compare(_below(field, name), read[name], added)
+        names = reader.get("propertyNames", {}), writer.get("propertyNames", {})
+        yield from self._compare(f"{field} (key)".strip(), *names)
 
     def _arrays(self, field: str, reader: Schema, writer: Schema) -> Iterator[Change]:
         read, written = reader.get("prefixItems", ()), writer.get("prefixItems", ())
@@ -215,6 +231,21 @@ def _number(schema: Schema) -> int | None:
     """Return the number of a member of a union, which is stored before its value."""
     prefix = schema.get("prefixItems") or [] if isinstance(schema, dict) else []
     return prefix[0].get("const") if len(prefix) == 2 and isinstance(prefix[0], dict) else None
+
+
+def _is_anything(schema: Schema) -> bool:
+    return schema in (True, {}) or any(each in (True, {}) for each in schema.get("anyOf", ()))
+
+
+def _by_type(root: Schema, members: list[Schema]) -> dict[frozenset[str], list[Schema]]:
+    """Return the members of a union by the JSON types of their values; integers are numbers."""
+    found: dict[frozenset[str], list[Schema]] = {}
+    for member in members:
+        schema = _resolved(root, member)
+        values = _values(schema)
+        kinds = _types(schema) if values is None else {kind for kind, _ in values}
+        found.setdefault(frozenset("number" if each == "integer" else each for each in kinds), []).append(member)
+    return found
 
 
 def _values(schema: Schema) -> set[Any] | None:

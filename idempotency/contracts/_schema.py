@@ -127,9 +127,11 @@ class _Finder:
         return self.fields({each.name: hints[each.name] for each in fields}, required)
 
     def _model(self, kind: Any) -> Schema:
-        """Return pydantic's own schema; its definitions get a name that no other class has."""
+        """Return the schema of a pydantic model; its definitions get a name that no other class has."""
+        from idempotency.contracts._models import model_schema
+
         prefix = f"{self._names[kind]}."
-        found: Schema = _without_texts(kind.model_json_schema(ref_template=f"#/$defs/{prefix}{{model}}"))
+        found: Schema = _without_texts(model_schema(kind, f"#/$defs/{prefix}{{model}}"))
         for name, schema in found.pop("$defs", {}).items():
             self.definitions[prefix + name] = schema
         return found

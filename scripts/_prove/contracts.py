@@ -15,11 +15,13 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import contracts_events
 from sqlalchemy import create_engine, text
 
 from tests.kit import servers
@@ -39,10 +41,14 @@ class Earlier:
     why: str
     sagas: bool = False
     sealed: bool = False
+    events: bool = False
 
 
 FIRST = Earlier("d2cb44a", "the first whose records are written as those of today")
-SAGAS = Earlier("dbd1ae0", "with sagas and encryption", sagas=True, sealed=True)
+SAGAS = Earlier("dbd1ae0", "with sagas, tools and encryption", sagas=True, sealed=True)
+OUTBOX = Earlier("66fb224", "the first whose messages have the ids and buckets of today")
+EVENTS = Earlier("1808e18", "the first with streams, snapshots and the checkpoints of projections", events=True)
+ALL = (FIRST, SAGAS, OUTBOX, EVENTS)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,7 @@ class Result:
 def has_history() -> bool:
     """Return whether the earlier commits are in this repository."""
     command = ["git", "-C", str(ROOT), "cat-file", "-e"]
-    return all(
-        subprocess.run([*command, each.commit], stderr=subprocess.DEVNULL).returncode == 0 for each in (FIRST, SAGAS)
-    )
+    return all(subprocess.run([*command, each.commit], stderr=subprocess.DEVNULL).returncode == 0 for each in ALL)
 
 
 def wheel_of(commit: str, directory: Path) -> Path:
@@ -201,19 +205,40 @@ def run(quick: bool, count: int = 10) -> bool:
     if not has_history():
         print("the earlier commits are not in this repository: fetch its history")
         return False
-    good, began = True, time.monotonic()
-    print(f"{'with':<10} {'store':<11} {'stored':<9} answers  effects  lost  doubled  errors   time")
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="idempotency-contracts-") as name:
         directory = Path(name)
-        with places(directory, quick) as found:
-            for earlier in (FIRST, SAGAS):
-                package = wheel_of(earlier.commit, directory)
-                for place in found:
-                    for stored, key in cases(earlier):
-                        good &= _prove(place, earlier, package, stored, key, count, directory)
-    said = "each reads what the other writes" if good else "WRONG"
+        with ThreadPoolExecutor() as pool:
+            built = pool.map(lambda each: wheel_of(each.commit, directory), ALL)
+            packages = dict(zip(ALL, built, strict=True))
+        good = [_prove_records(packages, count, quick, directory), _prove_events(packages, quick, directory)]
+    said = "each reads what the other writes" if all(good) else "WRONG"
     print(f"\ntwo processes of an earlier commit beside two of {NEW}, in {time.monotonic() - began:.0f} s: {said}")
-    return good
+    return all(good)
+
+
+def _prove_records(packages: dict[Earlier, Path], count: int, quick: bool, directory: Path) -> bool:
+    print(f"{'with':<10} {'store':<11} {'stored':<9} answers  effects  lost  doubled  errors   time")
+    with places(directory, quick) as found:
+        return all(
+            [
+                _prove(place, earlier, packages[earlier], stored, key, count, directory)
+                for earlier in (FIRST, SAGAS)
+                for place in found
+                for stored, key in cases(earlier)
+            ]
+        )
+
+
+def _prove_events(packages: dict[Earlier, Path], quick: bool, directory: Path) -> bool:
+    print(f"\n{'with':<10} {'database':<11} messages  events  wrong   time")
+    count = 3 if quick else 6
+    return all(
+        [
+            contracts_events.run(each.commit, packages[each], ROOT, count, each.events, quick, directory)
+            for each in (OUTBOX, EVENTS)
+        ]
+    )
 
 
 def _prove(place: Place, earlier: Earlier, package: Path, stored: str, key: str, count: int, directory: Path) -> bool:

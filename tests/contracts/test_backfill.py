@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from idempotency.contracts import Progress, backfill, backfill_sync
+from idempotency.contracts import Progress, _backfill, backfill, backfill_sync
 from idempotency.errors import ConfigurationError
 from idempotency.projections import create_projections_schema
 from tests.kit.targets import Target
@@ -136,6 +138,117 @@ async def test_the_batch_of_the_slower_process_is_undone(orders: Orders) -> None
     assert await orders.books() == FILLED
 
 
+async def test_a_cancelled_backfill_leaves_whole_batches(orders: Orders) -> None:
+    """What the batch had done is rolled back; later code, with another size of batches, goes on after the last one."""
+    stopped = asyncio.Event()
+
+    async def batch(session: Any, after: int, most: int) -> int | None:
+        last = await orders.batch(session, after, most)
+        if after:
+            stopped.set()
+            await asyncio.Event().wait()
+        return last
+
+    task = asyncio.create_task(backfill("totals", orders.sessions, batch, **orders.options))
+    await stopped.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await orders.books())[0] == 10
+
+    moved = orders.events.append
+    await backfill("totals", orders.sessions, orders.batch, **{**orders.options, "size": 7, "on_event": moved})
+
+    assert [event.position for event in orders.events] == [17, 24, 25, 25]
+    assert await orders.books() == FILLED
+
+
+async def test_rows_that_are_inserted_meanwhile_are_filled_once(orders: Orders) -> None:
+    """Those behind the checkpoint by the code that writes both columns, those after it by the backfill."""
+    new = f"INSERT INTO {orders.name}_o (id, amount, total, filled) VALUES (:id, 0, :total, :filled)"
+
+    async def batch(session: Any, after: int, most: int) -> int | None:
+        if after == 20:
+            async with orders.sessions.begin() as other:
+                await other.execute(text(new), {"id": -1, "total": 0, "filled": 1})
+                await other.execute(text(new), {"id": 40, "total": None, "filled": 0})
+        return await orders.batch(session, after, most)
+
+    # SQLite has one writer: it inserts before the batch has begun to write.
+    last = await backfill("totals", orders.sessions, batch, **orders.options)
+
+    assert last == 40
+    assert await orders.books() == (ROWS + 2, ROWS * (ROWS + 1), 1)
+
+
+async def test_a_table_whose_key_is_no_number_is_filled_by_counting_batches(orders: Orders) -> None:
+    """The batch takes rows that are not filled, in any order, and returns which batch this is."""
+    async with orders.engine.begin() as connection:
+        await connection.execute(text(f"CREATE TABLE {orders.name}_b (id VARCHAR(9) PRIMARY KEY, total INTEGER)"))
+        names = [{"id": f"k{number}"} for number in range(25)]
+        await connection.execute(text(f"INSERT INTO {orders.name}_b (id) VALUES (:id)"), names)
+
+    async def batch(session: Any, after: int, most: int) -> int | None:
+        found = text(f"SELECT id FROM {orders.name}_b WHERE total IS NULL LIMIT :most")
+        names = [{"id": name} for name in await session.scalars(found, {"most": most})]
+        if names:
+            await session.execute(text(f"UPDATE {orders.name}_b SET total = 1 WHERE id = :id"), names)
+        return after + 1 if names else None
+
+    try:
+        last = await backfill("names", orders.sessions, batch, **orders.options)
+        async with orders.engine.connect() as connection:
+            filled = (await connection.execute(text(f"SELECT count(total) FROM {orders.name}_b"))).scalar()
+    finally:
+        async with orders.engine.begin() as connection:
+            await connection.execute(text(f"DROP TABLE {orders.name}_b"))
+
+    assert (last, filled) == (3, 25)
+
+
+async def test_a_batch_that_waits_too_often_for_a_lock_ends_the_backfill(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is raised after ten attempts; the batches before it stay, and a later run goes on."""
+    monkeypatch.setattr(_backfill, "_LONGEST_PAUSE", 0.0)
+    code = {"sqlite": ("sqlite_errorcode", 5), "postgresql": ("sqlstate", "55P03")}
+    sizes: list[int] = []
+
+    async def batch(session: Any, after: int, most: int) -> int | None:
+        if not after:
+            return await orders.batch(session, after, most)
+        sizes.append(most)
+        error = Exception("locked")
+        name, value = code.get(session.bind.dialect.name, ("args", (1205, "locked")))
+        setattr(error, name, value)
+        raise OperationalError("UPDATE", {}, error)
+
+    options = {**orders.options, "on_event": orders.events.append}
+    with pytest.raises(OperationalError):
+        await backfill("totals", orders.sessions, batch, **options)
+
+    assert sizes == [10, 5, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [event.kind for event in orders.events] == ["moved", *["waiting"] * 9]
+    assert (await orders.books())[0] == 10
+
+
+@pytest.mark.stores("postgres", "mariadb")
+async def test_two_backfills_of_one_name_at_once_fill_each_row_once(orders: Orders) -> None:
+    """Both write, at the same time; each of them ends with the last key."""
+    begun = asyncio.Barrier(2)
+    meeting = [begun.wait, begun.wait]
+
+    async def batch(session: Any, after: int, most: int) -> int | None:
+        if meeting:
+            await meeting.pop()()  # both have read the checkpoint, and none has filled a row
+        return await orders.batch(session, after, most)
+
+    both = (backfill("totals", orders.sessions, batch, **orders.options) for _ in range(2))
+
+    assert await asyncio.gather(*both) == [ROWS, ROWS]
+    assert await orders.books() == FILLED
+
+
 @pytest.mark.stores("postgres", "mariadb")
 async def test_a_backfill_makes_way_for_other_transactions(orders: Orders) -> None:
     """A batch that waited for a lock is tried again, smaller, and grows again."""
@@ -163,8 +276,8 @@ async def test_a_backfill_makes_way_for_other_transactions(orders: Orders) -> No
 
 @pytest.mark.stores("sqlite")
 async def test_a_replica_that_lags_is_waited_for(orders: Orders) -> None:
-    """``wait`` is asked after each batch."""
-    lags = iter([0.05, 0, 0])
+    """``wait`` is asked after each batch; one that is below 0, by another clock, is no wait."""
+    lags = iter([0.05, 0, -1])
 
     async def lag() -> float:
         return next(lags)

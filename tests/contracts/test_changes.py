@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from uuid import UUID
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -200,6 +201,12 @@ ALLOWED = {
     "a description is added to a model": (Model, Documented),
     "a field with a default is added to a model": (Model, ModelWithNote),
     "a class that contains itself has a new field with a default": (Tree, TreeWithNote),
+    "Optional is written in the other order": (int | None, None | int),
+    "a literal becomes an enum of the same names": (Literal["RED", "BLUE"], Colour),
+    "a set becomes a frozenset, a list a tuple of any length": (
+        tuple[set[int], list[int]],
+        tuple[frozenset[int], tuple[int, ...]],
+    ),
     "an annotation is decorated": (Decimal, Annotated[Decimal, "money"]),
 }
 
@@ -232,6 +239,23 @@ REFUSED = {
     "a list becomes a set": (list[int], set[int], ["constraint tightened"]),
     "a place of a tuple is added": (tuple[int, str], tuple[int, str, str], ["number of items changed"]),
     "anything becomes text": (Any, str, ["type narrowed"]),
+    "a literal becomes text": (Literal["a"], str, ["type widened"]),
+    "a member of a union that is None changes places": (
+        int | str | None,
+        None | int | str,
+        ["[0]: type changed", "[1]: type changed", "[2]: type changed"],
+    ),
+    "a dict gets a type for its values": (dict, dict[str, int], ["*: type narrowed"]),
+    "values of a dict are of another type": (dict[str, int], dict[str, str], ["*: type changed"]),
+    "items of a list may be null": (list[int], list[int | None], ["[]: type widened"]),
+    "a place of a tuple is of another type": (tuple[int, str], tuple[int, int], ["[1]: type changed"]),
+    "a tuple gets any length": (tuple[int, int], tuple[int, ...], ["number of items changed"]),
+    "a Decimal becomes a float": (Decimal, float, ["type changed"]),
+    "a Decimal becomes text": (Decimal, str, ["format changed"]),
+    "an id becomes text": (UUID, str, ["format changed"]),
+    "bytes become text": (bytes, str, ["format changed"]),
+    "a datetime becomes a date": (datetime, date, ["format changed", "type narrowed"]),
+    "an int becomes a bool": (int, bool, ["type changed"]),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from idempotency import idempotent, idempotent_consumer
 from idempotency._cli.commands import app
-from idempotency.contracts import Contracts, check
+from idempotency.contracts import Checked, Contract, Contracts, check, step_of
+from idempotency.contracts._schema import schema_of
 from idempotency.errors import ConfigurationError
 from idempotency.saga import saga
 from idempotency.stores.memory import MemoryStore
@@ -35,6 +37,19 @@ class PlacedWithNote:
 class PlacedWithNumber:
     order: str
     note: int = 0
+
+
+@dataclass
+class PlacedWithTime:
+    order: str
+    time: str = ""
+
+
+@dataclass
+class PlacedWithBoth:
+    order: str
+    note: str = ""
+    time: str = ""
 
 
 def placed(kind: type, version: int = 1, upcast: Any = None) -> list[Versioned[Any]]:
@@ -75,6 +90,62 @@ def test_everything_that_is_stored_is_found() -> None:
         "$defs": {"Placed": a_placed},
     }
     assert result.schema == {"$ref": "#/$defs/Placed", "$defs": {"Placed": a_placed}}
+
+
+def test_steps_of_a_saga_are_found() -> None:
+    """The result of each, also of a child saga, and what is stored for its undo."""
+    store = MemoryStore()
+
+    async def book(to: str) -> Placed:
+        return Placed(to)
+
+    async def cancel(to: str, nights: int = 1, *, result: Placed | None = None) -> None: ...
+
+    @saga(store, name="payment")
+    async def payment(order: str) -> int:
+        return 1
+
+    @saga(store, name="trip")
+    async def trip(to: str) -> None: ...
+
+    steps = [step_of(trip, "flight", book, undo=cancel), step_of(trip, "pay", payment)]
+
+    assert [(each.name, each.schema) for each in Contracts(steps)] == [
+        (
+            "arguments of the undo of step flight of trip",
+            {
+                "type": "object",
+                "properties": {"nights": {"type": "integer"}, "to": {"type": "string"}},
+                "required": ["to"],
+            },
+        ),
+        ("result of step flight of trip", schema_of(Placed, "it")),
+        ("result of step pay of trip", {"type": "integer"}),
+    ]
+    with pytest.raises(ConfigurationError, match=r"book is no saga"):
+        step_of(book, "flight", book)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("result of step flight of trip", "Add a field with a default, or give the step another name"),
+        ("result of trip", "Add a field with a default, or a new version with an upcast: codec=Versioned(...)"),
+        ("arguments of trip", "Add an argument with a default, or declare a saga of another name"),
+        (
+            "arguments of the undo of step flight of trip",
+            "Add an argument with a default, or give the step another undo",
+        ),
+    ],
+)
+def test_each_kind_of_contract_has_a_remedy(name: str, remedy: str, tmp_path: Path) -> None:
+    """It is what works for this kind."""
+    file = tmp_path / "contracts.json"
+    check([Contract(name, 1, {"type": "string"})], file)
+
+    [broken] = check([Contract(name, 1, {"type": "integer"})], file).broken
+
+    assert str(broken) == f"{name}, version 1: type changed. {remedy}"
 
 
 def test_what_has_no_contract_is_refused() -> None:
@@ -151,6 +222,65 @@ def test_an_accepted_change_is_written_down(tmp_path: Path) -> None:
         check(placed(Placed), file, " ")
 
 
+def test_the_same_change_is_accepted_each_time(tmp_path: Path) -> None:
+    """A reason is for one change: taken back, and made once more, it needs a reason each time."""
+    file = tmp_path / "contracts.json"
+    check(placed(PlacedWithNote), file)
+    check(placed(PlacedWithNumber), file, "never deployed")
+
+    for kind in (PlacedWithNote, PlacedWithNumber):
+        assert [each.change.rule for each in check(placed(kind), file).broken] == ["type changed"]
+        check(placed(kind), file, "never deployed either")
+
+    assert len(json.loads(file.read_text())["accepted"]) == 3
+
+
+def test_what_was_removed_comes_back_in_its_form_alone(tmp_path: Path) -> None:
+    """Its removal was accepted, and still something of it may be stored: another form of the version is refused."""
+    file = tmp_path / "contracts.json"
+    others: list[Any] = [PlacedWithTime]
+    check([*placed(PlacedWithNote, 2, {1: dict}), *others], file)
+    check(others, file, "nobody writes it")
+    removed = file.read_text()
+
+    assert check(others, file) == Checked([], [])
+    broken = check([*placed(PlacedWithNumber, 2, {1: dict}), *others], file).broken
+    assert [str(each.change) for each in broken] == ["note: type changed"]
+    assert file.read_text() == removed
+
+    back = check([*placed(PlacedWithNote, 2, {1: dict}), *others], file)
+    assert back == Checked([], ["type Placed, version 2"])
+    assert json.loads(file.read_text())["removed"] == {}
+
+
+def test_two_branches_that_change_one_contract_conflict_in_git(tmp_path: Path) -> None:
+    """Neither of the two forms is lost: the one that is deployed is in the file that is taken."""
+    file = tmp_path / "contracts.json"
+
+    def git(*arguments: str) -> int:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@localhost", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode
+
+    def commit(branch: str, kind: type) -> None:
+        git("checkout", "-q", "-b", branch)
+        check(placed(kind), file)
+        git("add", "contracts.json")
+        git("commit", "-q", "-m", branch)
+
+    git("init", "-q")
+    commit("base", Placed)
+    commit("one", PlacedWithNote)
+    git("checkout", "-q", "base")
+    commit("other", PlacedWithTime)
+
+    assert git("merge", "one") == 1
+    with pytest.raises(ConfigurationError, match=r"contracts.json has a conflict of git: take the file"):
+        check(placed(PlacedWithBoth), file)
+    git("checkout", "--theirs", "contracts.json")
+    assert check(placed(PlacedWithBoth), file) == Checked([], ["type Placed, version 1"])
+    assert len(json.loads(file.read_text())["contracts"]["type Placed"]["1"]) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -184,7 +314,7 @@ SHOP = """
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It writes what is new, and ends with 1 where a change is not safe, unless a reason is given."""
+    """It writes what is new, and ends with 1 where a change is not safe, unless a reason is [*placed(PlacedWithNote, 2, {1: dict}), *others]."""
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
 

@@ -51,6 +51,9 @@ CASES = [
     (returns(1), returns("a"), "failed", "", "TypeError"),
     (fails(KeyError("x")), fails(KeyError("y")), "same", "KeyError", "KeyError"),
     (fails(KeyError("x")), returns(1), "mismatch", "KeyError", ""),
+    (returns(1), fails(SystemExit(2)), "failed", "", "SystemExit"),
+    (fails(KeyError("x")), fails(SystemExit(2)), "failed", "KeyError", "SystemExit"),
+    (returns(1), fails(asyncio.CancelledError()), "failed", "", "CancelledError"),
 ]
 
 
@@ -105,6 +108,71 @@ async def test_a_cancelled_call_calls_no_candidate() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ran == []
+
+
+async def cancels_a_task_of_its_own() -> None:
+    task = asyncio.create_task(asyncio.Event().wait())
+    task.cancel()
+    await task
+
+
+async def hangs() -> None:
+    await asyncio.wait_for(asyncio.Event().wait(), 0.001)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "error"), [(cancels_a_task_of_its_own, "CancelledError"), (hangs, "TimeoutError")]
+)
+@pytest.mark.parametrize("control", [returns(1), fails(KeyError("x"))])
+async def test_a_candidate_that_is_cancelled_or_too_late_has_failed(control: Fails, candidate: Any, error: str) -> None:
+    """The caller is not cancelled, and gets the answer of the control."""
+    events: list[Comparison] = []
+
+    async def answer() -> Any:
+        return control()
+
+    [found] = await asyncio.gather(compare("price", answer, candidate, on_event=events.append), return_exceptions=True)
+
+    assert found == 1 or isinstance(found, KeyError)
+    assert [(each.kind, each.error) for each in events] == [("failed", error)]
+
+
+async def test_a_caller_that_is_cancelled_waits_for_no_candidate() -> None:
+    """Its task ends, and no event says that the candidate has failed."""
+    events: list[Comparison] = []
+    begun = asyncio.Event()
+
+    async def control() -> int:
+        return 1
+
+    async def candidate() -> int:
+        begun.set()
+        await asyncio.Event().wait()
+        return 1
+
+    task = asyncio.create_task(compare("price", control, candidate, on_event=events.append))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert events == []
+
+
+def test_an_interrupt_is_not_the_candidates() -> None:
+    """The process that a user ends does end."""
+    with pytest.raises(KeyboardInterrupt):
+        compare_sync("price", returns(1), fails(KeyboardInterrupt()))
+
+
+def test_a_candidate_that_had_to_be_awaited_has_failed() -> None:
+    """It is closed, so that Python does not warn; the control's answer is given back as it is."""
+    events: list[Comparison] = []
+
+    async def candidate() -> int:
+        return 1
+
+    assert compare_sync("price", returns(1), candidate, on_event=events.append) == 1  # type: ignore[comparison-overlap]
+    assert [(each.kind, each.error) for each in events] == [("failed", "TypeError")]
 
 
 @pytest.mark.parametrize("how", ["operation", "outbox"])
