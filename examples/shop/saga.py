@@ -1,8 +1,7 @@
 """The saga of an order: it asks the services one after the other, and undoes what they did when one refuses.
 
 Each step commits its message with its record, so that a process that is killed asks nobody twice. While the saga waits
-for an answer it is a row, and no process. An undo is recorded by its module and name: this module is imported by every
-process that knows the saga, and is the main program of none.
+for an answer it is a row, and no process. An undo is recorded by its name, and found in this module.
 """
 
 from __future__ import annotations
