@@ -47,11 +47,11 @@ def console(
 
     ``store``: that of the records and sagas, whose verbs are awaited.
     ``allow``: required. A function, sync or async, of the request (a ``starlette.requests.Request``) that returns the
-    name of the operator, an :class:`Operator`, or None for who must see nothing. It is asked before every answer, and
-    may read the body of the request.
+    name of the operator, an :class:`Operator`, or None for a person who must see nothing. It is asked before every
+    answer, and may read the body of the request.
     ``outbox``: an :class:`~idempotency.outbox.OutboxOperations`, to show its messages and slots too. Default None.
-    ``refusal``: the status for who is not allowed, 404 (the default), 403, or 401, by which a browser asks for a name
-    and a password (HTTP Basic) that ``allow`` then finds in the request.
+    ``refusal``: the status for a person who is not allowed, 404 (the default), 403, or 401, by which a browser asks for
+    a name and a password (HTTP Basic) that ``allow`` then finds in the request.
     ``show_keys``: whether an operator may look at a key, which is written into the audit. Default False.
 
     Raises :class:`~idempotency.errors.ConfigurationError` without ``allow``, and for a store that lacks what the page
@@ -59,8 +59,8 @@ def console(
     """
     if allow is None:
         raise ConfigurationError(
-            "the page needs allow=, a function of the request that returns the name of the operator, or None for who"
-            " must see nothing: without it anyone could see and change records"
+            "the page needs allow=, a function of the request that returns the name of the operator, or None for"
+            " a person who must see nothing: without it anyone could see and change records"
         )
     if not callable(allow):
         raise ConfigurationError(f"allow must be a function, not {allow!r}")
