@@ -222,13 +222,12 @@ def _prove_records(packages: dict[Earlier, Path], count: int, quick: bool, direc
     print(f"{'with':<10} {'store':<11} {'stored':<9} answers  effects  lost  doubled  errors   time", flush=True)
 
     def on(place: Place) -> bool:
-        return all(
-            [
-                _prove(place, earlier, packages[earlier], stored, key, count, directory)
-                for earlier in (FIRST, SAGAS)
-                for stored, key in cases(earlier)
-            ]
-        )
+        good = [
+            _prove(place, earlier, packages[earlier], stored, key, count, directory)
+            for earlier in (FIRST, SAGAS)
+            for stored, key in cases(earlier)
+        ]
+        return all(good)
 
     with places(directory, quick) as found, ThreadPoolExecutor() as pool:
         return all(list(pool.map(on, found)))
