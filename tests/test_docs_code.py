@@ -904,6 +904,12 @@ async def test_the_code_for_contracts_runs(run: Callable[..., dict[str, Any]], t
     await engine.dispose()
 
     assert [(each.name, each.version) for each in names["contracts"]] == [("type Paid", 2)]
+    assert [each.name for each in names["of_the_trip"]] == [
+        "arguments of book-trip",
+        "arguments of the undo of step flight of book-trip",
+        "result of book-trip",
+        "result of step flight of book-trip",
+    ]
     assert names["paid"].load(1, b'{"euros":5}') == names["Paid"](500)
     assert totals == [10, 3]
     assert await names["price_of"](3, price, price) == 6

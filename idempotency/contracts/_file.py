@@ -50,7 +50,8 @@ def check(
     A change is safe if code of before it and code of after it read what the other one writes, for every schema that
     the file has of this version (FULL_TRANSITIVE, as registries of schemas name it). Where a change is not, the file
     stays as it is, unless ``accept`` gives a reason: then the file has the new schema in place of the older ones, and
-    the reason. What is removed is compared with too when its name comes back. Raises :class:`~idempotency.errors.ConfigurationError` for a file that cannot be read.
+    the reason. What is removed stays in the file, and is compared with when its name comes back.
+    Raises :class:`~idempotency.errors.ConfigurationError` for a file that cannot be read.
     """
     if accept is not None and not accept.strip():
         raise ConfigurationError("say why the change is accepted: the reason is written into the file")
@@ -138,7 +139,7 @@ def _read(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         if "\n<<<<<<< " in text:
             raise ConfigurationError(
-                f"{path} has a conflict of git: take the file of the branch that is deployed, and run this command again"
+                f"{path} has a conflict of git: take the file of the branch that is deployed, and run the check again"
             )
         found = {"removed": {}, **json.loads(text)}
         parts = [type(found[name]) for name in ("contracts", "removed", "accepted")]

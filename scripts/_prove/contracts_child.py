@@ -138,6 +138,22 @@ def with_sagas(work: Work) -> dict[str, Callable[[int], Awaitable[Any]]]:
     return {"saga": answer}
 
 
+def with_tools(work: Work) -> dict[str, Callable[[int], Awaitable[Any]]]:
+    """Return a tool as one more kind: its calls are one by their intent."""
+    from idempotency.tool import idempotent_tool
+
+    async def refund(number: int, lines: Any) -> str:
+        await work.effect("tool", number)
+        return f"refunded {number}"
+
+    tool = idempotent_tool(work.store, name="refund", intent=("number",), policy=WAITS)(refund)
+
+    async def answer(number: int) -> Any:
+        return await tool(number, lines={"price": 1.5, "names": ["ä", None, number]})
+
+    return {"tool": answer}
+
+
 async def main(url: str, options: dict[str, Any], ledger: str, count: int, sagas: bool, key: str) -> None:
     """Do everything once, in an order of its own, and print the answers by kind and number."""
     if key:
@@ -146,7 +162,7 @@ async def main(url: str, options: dict[str, Any], ledger: str, count: int, sagas
         options["encryption"] = Encryption(key)
     store = open_store(url, **options)
     work = Work(store, ledger)
-    kinds = work.kinds() | (with_sagas(work) if sagas else {})
+    kinds = work.kinds() | (with_sagas(work) | with_tools(work) if sagas else {})
     todo = [(kind, number) for kind in kinds for number in range(count)]
     random.Random(os.getpid()).shuffle(todo)
     free = asyncio.Semaphore(CONCURRENCY)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,26 +61,40 @@ class Child:
         self._process.communicate()
 
 
-def run(earlier: str, package: Path, this_one: Path, count: int, events: bool, quick: bool, directory: Path) -> bool:
-    """Prove one earlier commit on each database, and print a line for each; return whether nothing was wrong."""
-    good = True
-    with databases(earlier, directory, quick) as found:
-        for database, url in found.items():
-            since = time.monotonic()
-            packages = {"earlier": [package] * 2, "this one": [this_one] * 2}
-            result = run_together(url, packages, count, events, directory / f"{earlier}-{database}")
-            counts = f"{result.messages:>8}  {result.events:>6}  {len(result.wrong):>5}"
-            print(f"{earlier:<10} {database:<11} {counts}  {time.monotonic() - since:>4.1f} s", flush=True)
-            for line in result.wrong[:10]:
-                print(f"  WRONG: {line}")
-            good &= not result.wrong
-    return good
+@dataclass(frozen=True)
+class Trial:
+    """An earlier commit and this one. ``packages``: those of the processes, by side. ``events``: it has streams."""
+
+    commit: str
+    packages: dict[str, list[Path]]
+    events: bool
+
+
+def run(trials: list[Trial], count: int, quick: bool, directory: Path) -> bool:
+    """Prove all trials on all databases at once, and print a line for each; return whether nothing was wrong."""
+    print(f"\n{'with':<10} {'database':<11} messages  events  wrong   time", flush=True)
+
+    def prove(trial: Trial, database: str, url: str) -> bool:
+        since = time.monotonic()
+        result = run_together(url, trial, count, directory / f"{trial.commit}-{database}")
+        counts = f"{result.messages:>8}  {result.events:>6}  {len(result.wrong):>5}"
+        lines = [f"{trial.commit:<10} {database:<11} {counts}  {time.monotonic() - since:>4.1f} s"]
+        print("\n  WRONG: ".join([*lines, *result.wrong[:10]]), flush=True)
+        return not result.wrong
+
+    with ExitStack() as stack:
+        todo = [
+            (trial, database, url)
+            for trial in trials
+            for database, url in stack.enter_context(databases(trial.commit, directory, quick)).items()
+        ]
+        return all(stack.enter_context(ThreadPoolExecutor()).map(lambda each: prove(*each), todo))
 
 
 @contextmanager
-def databases(earlier: str, directory: Path, quick: bool) -> Iterator[dict[str, str]]:
-    """Yield a new database of SQLite, and unless ``quick`` of the servers that run here."""
-    name = f"idempotency_contracts_{earlier}_{os.getpid()}"
+def databases(commit: str, directory: Path, quick: bool) -> Iterator[dict[str, str]]:
+    """Yield a new database of SQLite, and unless ``quick`` of the servers that run here, by name."""
+    name = f"idempotency_contracts_{commit}_{os.getpid()}"
     found = {"SQLite": f"sqlite+aiosqlite:///{directory}/{name}.sqlite3"}
     with ExitStack() as stack:
         if not quick and (url := servers.local_postgres()):
@@ -98,16 +113,12 @@ class Result:
     wrong: list[str]
 
 
-def run_together(url: str, packages: dict[str, list[Path]], count: int, events: bool, ledger: Path) -> Result:
-    """Do all steps in a database that has no tables.
-
-    ``packages``: those of the processes, by side. ``count``: how often each process writes to each key in a step.
-    ``events``: the earlier release has streams and projections.
-    """
-    given = {"url": url, "count": count, "events": events, "ledger": str(ledger)}
-    with _children(packages, given) as children:
+def run_together(url: str, trial: Trial, count: int, ledger: Path) -> Result:
+    """Do all steps in a database without tables. ``count``: how often each process writes to each key in a step."""
+    given = {"url": url, "count": count, "events": trial.events, "ledger": str(ledger)}
+    with _children(trial.packages, given) as children:
         _do(children[:1], ["create"])
-        expected = Expected(count, events)
+        expected = Expected(count, trial.events)
         for step in STEPS:
             writers = [each for each in children if step in (each.side, "both")]
             expected.add(step, writers)

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Publisher:
         self._ledger = os.open(ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._side = side
 
-    async def publish(self, messages: list[Any]) -> list[Any]:
+    async def publish(self, messages: Sequence[Any], /) -> Sequence[Any]:
         """Write one line for each message."""
         for message in messages:
             found = {"side": self._side, "key": message.aggregate_id, "trace": message.headers["trace"]}
@@ -80,7 +81,7 @@ class Work:
             self.engine = self.engine.execution_options(isolation_level="READ COMMITTED")
         self.sessions = async_sessionmaker(self.engine)
         self.outbox, self.store = Outbox(), SQLStore(self.engine)
-        self.place = idempotent(self.store, key=str, name="place", session=self.sessions)(self._place)
+        self.place: Any = idempotent(self.store, key=str, name="place", session=self.sessions)(self._place)
         if self.events:
             from idempotency.projections import projection
             from idempotency.streams import Streams
@@ -188,21 +189,17 @@ class Work:
 
 async def again(work: Any) -> None:
     """Do a transaction until it does not conflict with another one."""
-    for attempt in range(500):
+    for _ in range(500):
         try:
             await work()
-        except (StoreError, DBAPIError) as error:
-            if attempt == 499:
-                raise
-            last = error
-            await asyncio.sleep(0.01)
         except Exception as error:
-            if type(error).__name__ != "ConflictError":
+            # Earlier code has no streams, and no ConflictError.
+            if not isinstance(error, StoreError | DBAPIError) and type(error).__name__ != "ConflictError":
                 raise
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
         else:
             return
-    raise last
+    await work()
 
 
 async def main(given: dict[str, Any]) -> None:

@@ -109,25 +109,26 @@ def _dump_redis(client: redis.Redis) -> Iterator[tuple[str, Any]]:
             yield key.decode(), client.zrange(key, 0, -1, withscores=True)
 
 
-async def do_all(store: Any, ledger: Path) -> dict[str, Any]:
-    """Do every kind of work on a store, and return the answers by kind and number; effects are in the ledger."""
+async def do_all(store: Any, ledger: Path, file: str) -> dict[str, Any]:
+    """Do the work of a file on a store, and return the answers by kind and number; effects are in the ledger."""
     sys.path.insert(0, str(ROOT / "scripts" / "_prove"))
     try:
         import contracts_child
     finally:
         sys.path.pop(0)
     work = contracts_child.Work(store, str(ledger))
-    kinds = work.kinds() | contracts_child.with_sagas(work)
+    tools = file.startswith("tools")
+    kinds = contracts_child.with_tools(work) if tools else work.kinds() | contracts_child.with_sagas(work)
     return {f"{kind} {number}": await answer(number) for kind, answer in kinds.items() for number in NUMBERS}
 
 
 async def _write(redis_url: str, directory: Path) -> None:
-    for file, encryption in (("records-1.json", None), ("sealed-1.json", Encryption(KEY))):
+    for file, encryption in (("records-1.json", None), ("sealed-1.json", Encryption(KEY)), ("tools-1.json", None)):
         if not (FOLDER / file).exists():
             url = f"sqlite+aiosqlite:///{directory}/{file}"
-            found = {"sql": await _written_on_sql(url, encryption, directory / f"{file}.sql")}
+            found = {"sql": await _written_on_sql(url, encryption, directory / f"{file}.sql", file)}
             store = open_store(redis_url, prefix="golden", encryption=encryption)
-            await do_all(store, directory / f"{file}.redis")
+            await do_all(store, directory / f"{file}.redis", file)
             await store.aclose()
             with redis.Redis.from_url(redis_url) as client:
                 found["redis"] = dict(_dump_redis(client))
@@ -138,11 +139,11 @@ async def _write(redis_url: str, directory: Path) -> None:
         _write_file("messages-1.json", {"sql": await _messages(f"sqlite+aiosqlite:///{directory}/messages")})
 
 
-async def _written_on_sql(url: str, encryption: Encryption | None, ledger: Path) -> Any:
+async def _written_on_sql(url: str, encryption: Encryption | None, ledger: Path, file: str) -> Any:
     store: Any = open_store(url, table="golden", encryption=encryption)
     await store.create_schema()
     await store.create_saga_schema()
-    await do_all(store, ledger)
+    await do_all(store, ledger, file)
     await store.aclose()
     return await _dumped(url)
 

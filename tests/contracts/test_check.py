@@ -314,7 +314,7 @@ SHOP = """
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It writes what is new, and ends with 1 where a change is not safe, unless a reason is [*placed(PlacedWithNote, 2, {1: dict}), *others]."""
+    """It writes what is new, and ends with 1 where a change is not safe, unless a reason is given."""
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
 

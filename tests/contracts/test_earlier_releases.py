@@ -25,7 +25,7 @@ def contracts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("earlier", ["FIRST", "SAGAS"])
 def test_earlier_code_and_this_one_share_a_store(contracts: Any, earlier: str, sqlite_url: str, tmp_path: Path) -> None:
-    """Results, failures, responses, deliveries and sagas: each is done once, and all are answered the same."""
+    """Results, failures, responses, deliveries, sagas and tools: each is done once, and all are answered the same."""
     known = getattr(contracts, earlier)
     package = contracts.wheel_of(known.commit, tmp_path)
     place = contracts.Place("SQLite", sqlite_url, {})
@@ -34,9 +34,51 @@ def test_earlier_code_and_this_one_share_a_store(contracts: Any, earlier: str, s
 
     result = contracts.run_together(place, [package, contracts.ROOT], arguments, tmp_path / "ledger")
 
-    kinds = 6 if known.sagas else 4  # a saga has two effects
+    kinds = 7 if known.sagas else 4  # a saga has two effects
     assert result.wrong == []
     assert (result.effects, result.lost, result.doubled, result.errors) == (4 * kinds, 0, 0, 0)
+
+
+@pytest.mark.parametrize("earlier", ["OUTBOX", "EVENTS"])
+def test_earlier_code_and_this_one_share_an_outbox_and_streams(
+    contracts: Any, earlier: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """Each publishes and projects what the other one wrote: once, in order; snapshots are read as they were written."""
+    known = getattr(contracts, earlier)
+    packages = {"earlier": [contracts.wheel_of(known.commit, tmp_path)], "this one": [contracts.ROOT]}
+    trial = contracts.contracts_events.Trial(known.commit, packages, known.events)
+
+    result = contracts.contracts_events.run_together(sqlite_url, trial, 2, tmp_path / "ledger")
+
+    # Five keys, 2 messages each, by one process, by the other one, and by both; and 2 operations in each step.
+    assert result == contracts.contracts_events.Result(46, 40 if known.events else 0, [])
+
+
+def test_what_the_other_one_lost_doubled_or_read_otherwise_is_wrong(contracts: Any) -> None:
+    """The judge of messages and events sees each of it."""
+    expected = contracts.contracts_events.Expected(1, True)
+
+    class Writer:
+        me = "p0"
+
+    expected.add("earlier", [Writer])
+    names = ["place earlier-0", *(f"account-{key} p0 earlier 0" for key in range(1, 5))]
+    published = [{"name": name, "side": "this one", "trace": "ä"} for name in [*names, names[0]]]
+    published[1]["side"] = "earlier"
+    events = [[f"account-{key}", 1, "p0 earlier 0", 0] for key in range(4)]
+    states = {f"account-{key}": [1, 0, 1, key != 2] for key in range(5)}
+    answer = {"states": states, "events": events, "seen": [["account-0", 1]] * 5}
+
+    wrong = sorted(expected.wrong(published, [answer]))
+
+    assert [each.partition(":")[0].partition(" {")[0] for each in wrong] == [
+        "events lost or doubled",
+        "message account-0 p0 earlier 0",
+        "message place earlier-0",
+        "message published otherwise",
+        "projected 5 events, 1 of 5 that there are",
+        "streams are",
+    ]
 
 
 def test_what_is_lost_doubled_or_answered_otherwise_is_wrong(contracts: Any) -> None:
