@@ -58,7 +58,6 @@ PAIRS = [
     (Half("client/_httpx.py", "AsyncIdempotentTransport"), Half("client/_httpx_sync.py", "IdempotentTransport")),
     (Half("client/_httpx.py", "_read"), Half("client/_httpx_sync.py", "_read")),
     (Half("client/_stored.py", "stored_key"), Half("client/_stored_sync.py", "stored_key_sync")),
-    (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
     (Half("contracts/_compare.py", "compare"), Half("contracts/_compare.py", "compare_sync")),
     (Half("contracts/_backfill.py", "backfill"), Half("contracts/_backfill.py", "backfill_sync")),
