@@ -60,7 +60,6 @@ PAIRS = [
     (Half("client/_repeat.py", "repeat"), Half("client/_repeat_sync.py", "repeat_sync")),
     (Half("client/_stored.py", "begin"), Half("client/_stored_sync.py", "begin_sync")),
     (Half("client/_stored.py", "stored_key"), Half("client/_stored_sync.py", "stored_key_sync")),
-    (Half("projections/_async.py", "AsyncProjection"), Half("projections/_sync.py", "SyncProjection")),
     (Half("consumer.py", "_handler_async"), Half("consumer.py", "_handler_sync")),
     (Half("contracts/_compare.py", "compare"), Half("contracts/_compare.py", "compare_sync")),
     (Half("contracts/_backfill.py", "backfill"), Half("contracts/_backfill.py", "backfill_sync")),

@@ -37,7 +37,13 @@ from idempotency._cli.records import (
 from idempotency._cli.relay import relay
 from idempotency._cli.saga import examine_sagas
 from idempotency._cli.saga import saga as saga_commands
-from idempotency._cli.streams import StreamsTable, create_streams, examine_streams
+from idempotency._cli.streams import (
+    CheckpointsTable,
+    StreamsTable,
+    create_projections,
+    create_streams,
+    examine_streams,
+)
 from idempotency._http.codec import encode_response
 from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.saga import SagaOperations
@@ -281,7 +287,13 @@ def doctor(
 
 
 @schema.command()
-def create(store: Url = None, table: Table = None, sagas: Sagas = False, streams: StreamsTable = None) -> None:
+def create(
+    store: Url = None,
+    table: Table = None,
+    sagas: Sagas = False,
+    streams: StreamsTable = None,
+    projections: CheckpointsTable = None,
+) -> None:
     """Create the table, that of the audit, and their indexes where they are missing."""
 
     async def make(opened: AnyStore) -> str:
@@ -291,6 +303,8 @@ def create(store: Url = None, table: Table = None, sagas: Sagas = False, streams
             typer.echo(f"{opened.saga_schema} are there")
         if streams is not None:
             typer.echo(f"{await create_streams(store, streams)} are there")
+        if projections is not None:
+            typer.echo(f"{await create_projections(store, projections)} are there")
         if not supports(opened, NamingSchema):
             return "the schema is there"
         return f"{opened.schema} are there" if opened.schema else f"{_name_of(opened)} needs no schema"
@@ -304,6 +318,7 @@ def sql(
     table: Table = None,
     sagas: Sagas = False,
     streams: StreamsTable = None,
+    projections: CheckpointsTable = None,
 ) -> None:
     """Print the statements that create the tables; needs no store."""
     try:
@@ -318,6 +333,10 @@ def sql(
             from idempotency.streams import streams_sql
 
             typer.echo(streams_sql(dialect, streams), nl=False)
+        if projections is not None:
+            from idempotency.projections import projections_sql
+
+            typer.echo(projections_sql(dialect, projections), nl=False)
     except IdempotencyError as error:
         fail(str(error))
 

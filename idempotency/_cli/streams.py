@@ -1,4 +1,4 @@
-"""The tables of streams of events, as an operator creates and examines them."""
+"""The tables of streams of events and of checkpoints, as an operator creates and examines them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ _END = Position(2**63 - 1, 2**63 - 1)
 StreamsTable = Annotated[
     str | None, typer.Option("--streams", metavar="TABLE", help="SQL: the table of streams of events: stream_event.")
 ]
+CheckpointsTable = Annotated[
+    str | None,
+    typer.Option("--projections", metavar="TABLE", help="SQL: the table of checkpoints: idempotency_checkpoint."),
+]
 
 
 async def create_streams(url: str | None, table: str) -> str:
@@ -31,6 +35,15 @@ async def create_streams(url: str | None, table: str) -> str:
     async with _engine(url) as engine:
         await Streams([], table).create_schema(engine)
     return f"{table}, {table}_snapshot, {table}_place"
+
+
+async def create_projections(url: str | None, table: str) -> str:
+    """Create the tables of checkpoints where they are missing; return their names."""
+    async with _engine(url, "--projections") as engine:
+        from idempotency.projections import create_projections_schema
+
+        await create_projections_schema(engine, table)
+    return f"{table}, {table}_live, {table}_skipped"
 
 
 async def examine_streams(url: str | None, table: str | None) -> list[Finding]:
@@ -50,9 +63,9 @@ async def examine_streams(url: str | None, table: str | None) -> list[Finding]:
 
 
 @asynccontextmanager
-async def _engine(url: str | None) -> AsyncIterator[AsyncEngine]:
+async def _engine(url: str | None, option: str = "--streams") -> AsyncIterator[AsyncEngine]:
     if not is_sql(url):
-        raise ConfigurationError("--streams is for a SQL database")
+        raise ConfigurationError(f"{option} is for a SQL database")
     from idempotency._sql.engines import open_async, read_url
 
     engine = open_async(read_url(url or ""), 30.0)

@@ -56,7 +56,7 @@ def encode_row(row: Mapping[str, Any]) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def decode_message(content: bytes, created: float) -> Message:
+def decode_message(content: bytes, created: float, position: tuple[int, int]) -> Message:
     """Return the message of what :func:`encode_row` wrote. ``created``: its commit, in seconds since the epoch.
 
     Raises an error of Python, or :class:`~idempotency.errors.EmitRefusedError`, for anything else: a message that could
@@ -72,6 +72,7 @@ def decode_message(content: bytes, created: float) -> Message:
         payload=None if payload is None else payload.encode(),
         headers=headers_from_text(fields.get("headers")),
         created=created,
+        position=position,
     )
 
 

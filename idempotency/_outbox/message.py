@@ -25,7 +25,8 @@ class Message:
     ``id`` is a UUID as text, and the same at every delivery. Messages of one ``key`` (``aggregate_type`` and
     ``aggregate_id``) are in order. ``payload`` is the body as it goes to the broker: what was emitted as bytes, or its
     JSON in UTF-8; None is a tombstone. ``headers`` are the row's own. ``created`` is when it was emitted, in seconds
-    since the epoch by the database's clock. ``attempt`` counts its deliveries from 1.
+    since the epoch by the database's clock. ``attempt`` counts its deliveries from 1. ``position`` is its place in the
+    log of PostgreSQL, where it was read from there: that of its commit, and its number in the commit from 1.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Message:
     headers: Mapping[str, str] = field(default_factory=lambda: NO_HEADERS)
     created: float = 0.0
     attempt: int = 1
+    position: tuple[int, int] | None = None
 
     @property
     def key(self) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from idempotency._sql.engines import level_of
 from idempotency._sql.guarded_connection import (
     COMMITS_BY_ITSELF,
     ENDED,
+    FAILURE,
     FINISHED,
     GUARDED,
     REFUSED,
@@ -86,7 +87,7 @@ def install() -> None:
 def guard_commit(session: Session) -> None:
     """Refuse every commit of ``session``, and note when it is closed, until :func:`unguard_commit`."""
     install()
-    for mark in (ENDED, ON_ROLLBACK, FINISHED, _IN_USE):
+    for mark in (ENDED, ON_ROLLBACK, FINISHED, FAILURE, _IN_USE):
         session.info.pop(mark, None)
     session.info[GUARDED] = True
 

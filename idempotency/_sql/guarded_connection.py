@@ -32,6 +32,9 @@ FINISHED = "idempotency: its operation is settled"
 ENDED = "idempotency: ended by its operation"
 """A key of ``session.info``. It is there once the operation has ended the transaction, other than by a rollback."""
 
+FAILURE = "idempotency: what a statement raised"
+"""A key of ``session.info``, whose value is the last error of a statement of a guarded session."""
+
 LOOP_THREAD = "idempotency: the thread of its event loop"
 """A key of ``session.info``, whose value identifies the thread in which a synchronous session may execute nothing."""
 
@@ -158,14 +161,18 @@ class GuardedConnection(Connection):
     def _execute_context(self, *args: Any, **kwargs: Any) -> Any:
         # Noted before the session is asked: who finishes it from another thread then looks whether it executes.
         self.executing = True
+        session = self._session()
         try:
-            session = self._session()
             if session is not None:
                 if FINISHED in session.info:
                     raise TransactionError(TOO_LATE)
                 if session.info.get(LOOP_THREAD) == threading.get_ident():
                     raise TransactionError(_IN_LOOP)
             return self._execute_guarded(*args, **kwargs)
+        except Exception as error:
+            if session is not None:
+                session.info[FAILURE] = error
+            raise
         finally:
             self.executing = False
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from idempotency._sql.commit_guard import lost_connection
 from idempotency._sql.failures import ConflictError, conflicts, unreachable, unusable, waited_for_lock
+from idempotency._sql.guarded_connection import FAILURE
 from idempotency.errors import IdempotencyError, StoreError
 
 
@@ -34,6 +35,15 @@ def failure_of(error: Exception, session: Session) -> Exception:
     if isinstance(error, DBAPIError) and waited_for_lock(error):
         return StoreError("the transaction waited for a lock for too long: nothing is committed")
     return error
+
+
+def own_failure(error: BaseException, session: Session) -> Exception | None:
+    """Return the error of the last statement of a guarded ``session``, if it is ``error`` or what that came from."""
+    own: Exception | None = session.info.get(FAILURE)
+    each: BaseException | None = error
+    while each is not None and each is not own:
+        each = each.__cause__ or each.__context__
+    return own if each is not None else None
 
 
 @contextmanager

@@ -85,7 +85,7 @@ class LogReader:
                 " two outboxes another table"
             )
         try:
-            return Logged(position, None, decode_message(content, self._committed))
+            return Logged(position, None, decode_message(content, self._committed, position))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, EmitRefusedError):
             message = unreadable_message(content, self._committed)
             return Logged(position, None, message, "it was not written by an outbox: emit() writes these messages")
@@ -103,5 +103,6 @@ class LogReader:
             payload=None if payload is None else unhexlify(payload[2:]),
             headers=own,
             created=int(created) / 1000,
+            position=position,
         )
         return [Logged(position, int(seq), message, refused)]

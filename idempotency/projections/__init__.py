@@ -19,9 +19,9 @@ if TYPE_CHECKING:
         create_projections_schema_sync,
     )
     from idempotency.projections._projection import projection
-    from idempotency.projections._sync import SyncProjection
     from idempotency.projections._sync_token import SyncTokenMiddleware, sync_token
     from idempotency.projections._table import projections_sql, projections_table
+    from idempotency.projections._worker import SyncProjection
 
 __all__ = [
     "AsyncProjection",
@@ -46,7 +46,7 @@ __all__ = [
 # What needs SQLAlchemy is imported at its first use.
 _LAZY = {
     "AsyncProjection": "_async",
-    "SyncProjection": "_sync",
+    "SyncProjection": "_worker",
     "SyncTokenMiddleware": "_sync_token",
     "checkpoint": "_checkpoint",
     "checkpoint_sync": "_checkpoint",

@@ -1,41 +1,47 @@
-"""A projection whose function is awaited. Its twin for threads is in ``_sync.py``."""
+"""A projection whose function is awaited. The code of ``_worker.py`` runs in a greenlet, as SQLAlchemy's own does."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_session
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, greenlet_spawn
 
-from idempotency._outbox.after_commit import woken
-from idempotency._sql.commit_guard import SESSION_ENDED, guard_commit, unguard_commit, was_closed
-from idempotency._sql.session_failures import failure_of
 from idempotency._sql.sessions import as_async
-from idempotency._synchronization import loop_time
-from idempotency.errors import StoreError, TransactionError
-from idempotency.projections._checkpoint import AnyPosition, checked, position_of
-from idempotency.projections._rows import BusyError, Mark
-from idempotency.projections._worker import (
-    AWAY_PAUSE,
-    FIRST_PAUSE,
-    LAST_PAUSE,
-    STOPPED_PAUSE,
-    FunctionFailedError,
-    Step,
-    Wake,
-    Worker,
-    class_of,
-    do,
-    of_database,
-    sleep,
-)
-from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
-from idempotency.streams._position import Appended, Position, RecordedEvent
+from idempotency.errors import ConfigurationError
+from idempotency.projections._checkpoint import AnyPosition
+from idempotency.projections._definition import Definition
+from idempotency.projections._worker import SyncProjection, Waiting
+from idempotency.streams._position import Appended, Position
 
 
-class AsyncProjection(Worker):
+class AsyncProjection:
     """A projection whose function is awaited; :func:`projection` makes it."""
+
+    def __init__(self, definition: Definition) -> None:
+        self._definition = definition
+        self._worker = _Awaiting(definition)
+
+    @property
+    def name(self) -> str:
+        """Return the name."""
+        return self._worker.name
+
+    @property
+    def version(self) -> int:
+        """Return the version."""
+        return self._worker.version
+
+    def __repr__(self) -> str:
+        return repr(self._worker)
+
+    def stop(self) -> None:
+        """Let :meth:`run` return after the batch that is under way; any thread may call it."""
+        self._worker.stop()
 
     async def run(self) -> None:
         """Apply events as they are committed, until :meth:`stop`; any number of workers may run, one of them applies.
@@ -43,25 +49,7 @@ class AsyncProjection(Worker):
         While the projection has stopped at an event it waits for an operator. While the database is away it tries
         again, after up to 5 seconds.
         """
-        wake = self._wake = Wake()
-        self._stopping, pause = False, FIRST_PAUSE
-        with woken(self._definition.feed().table, wake):
-            while not self._stopping:
-                try:
-                    step = await self._step()
-                except ProjectionStoppedError:
-                    await wake.pause(STOPPED_PAUSE)
-                    continue
-                except StoreError as error:
-                    self._emit("unavailable", error=type(error).__name__)
-                    pause = min(pause * 2, AWAY_PAUSE)
-                    await wake.pause(pause)
-                    continue
-                if step.events or step.again is not None:
-                    pause = FIRST_PAUSE
-                if not step.more:
-                    await wake.pause(pause if step.again is None else step.again)
-                    pause = min(pause * 2, LAST_PAUSE)
+        await greenlet_spawn(self._worker.run)
 
     async def run_once(self) -> int:
         """Apply the next batch, and return how many events it had; 0 if there is none, or another worker has the lock.
@@ -69,20 +57,11 @@ class AsyncProjection(Worker):
         Raises :class:`ProjectionStoppedError` where an event has failed too often, and
         :class:`~idempotency.errors.StoreError` where the database failed.
         """
-        while (step := await self._step()).again is not None:
-            await sleep(step.again)
-        return step.events
+        return await greenlet_spawn(self._worker.run_once)
 
     async def catch_up(self) -> int:
         """Apply all events that are committed, and return how many these were. It raises as :meth:`run_once` does."""
-        total = 0
-        while True:
-            step = await self._step()
-            total += step.events
-            if step.again is not None or step.busy:
-                await sleep(step.again or LAST_PAUSE)
-            elif not step.more:
-                return total
+        return await greenlet_spawn(self._worker.catch_up)
 
     async def apply(self, event: Any, session: AsyncSession, *, stream: str, position: AnyPosition) -> bool:
         """Apply an event of a broker in the caller's transaction; False: it was applied before.
@@ -90,22 +69,22 @@ class AsyncProjection(Worker):
         ``stream``: what has one order, such as ``"orders/3"`` for a partition. ``position``: the place in it, such as
         an offset. Roll the transaction back where this raises.
         """
-        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
-        if not await do(as_async(session, "apply"), self._move_or_stop, name, place):
-            return False
-        await self._call_with([event], session)
-        return True
+        own = as_async(session, "apply")
+        if not isinstance(own, AsyncSession):
+            raise ConfigurationError("apply() takes an AsyncSession, which it gives to the function")
+        return await greenlet_spawn(self._worker.apply, event, own.sync_session, stream=stream, position=position)
 
     async def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
-        """Apply an event of a broker in a transaction of its own; see :meth:`apply`."""
-        async with self._transaction() as session:
-            return await self.apply(event, session, stream=stream, position=position)
+        """Apply an event of a broker in a transaction of its own; False: it was applied before.
+
+        It raises what the function raises, and :class:`~idempotency.errors.StoreError` where the database failed. See
+        :meth:`apply`.
+        """
+        return await greenlet_spawn(self._worker.deliver, event, stream=stream, position=position)
 
     async def checkpoints(self) -> Mapping[str, Position]:
         """Return how far this version has come, by stream, as :meth:`apply` names them."""
-        async with self._transaction() as session:
-            marks = await do(session, self._rows.of_consumer, self.name, self.version)
-            return {mark.name.stream: mark.position for mark in marks}
+        return await greenlet_spawn(self._worker.checkpoints)
 
     async def reached(self, position: AnyPosition | Appended, *, timeout: float = 5.0, stream: str = "") -> bool:
         """Wait until the live version has applied everything up to a position; False: it has not after ``timeout``.
@@ -113,37 +92,19 @@ class AsyncProjection(Worker):
         ``position``: what an append returned, which need not be committed yet, or a position. ``timeout``: seconds.
         ``stream``: as in :meth:`apply`.
         """
-        place = position if isinstance(position, Appended) else position_of(position)
-        until, pause, wake = loop_time() + timeout, FIRST_PAUSE, Wake()
-        with woken(self._rows.woken_by, wake):
-            while True:
-                async with self._transaction() as session:
-                    if await do(session, self._is_at, place, stream):
-                        return True
-                remaining = until - loop_time()
-                if remaining <= 0:
-                    return False
-                await wake.pause(min(pause, remaining))
-                pause = min(pause * 2, LAST_PAUSE)
+        return await greenlet_spawn(self._worker.reached, position, timeout=timeout, stream=stream)
 
     async def live_version(self, session: AsyncSession | AsyncConnection) -> int | None:
         """Return the version to read in this transaction; None until the projection has run for the first time."""
-        found: int | None = await do(as_async(session, "live_version"), self._rows.live, self.name)
-        return found
+        return await as_async(session, "live_version").run_sync(self._worker.live_version)
 
     async def lag(self, session: AsyncSession | AsyncConnection) -> float:
         """Return for how many seconds the oldest event has waited that this version has not applied; 0 for none."""
-        found: float = await do(as_async(session, "lag"), self._lag)
-        return found
+        return await as_async(session, "lag").run_sync(self._worker.lag)
 
     async def rebuild(self) -> None:
         """Build this version from the first event on, beside the live one, and switch to it; go on where it was."""
-        while True:
-            await self.catch_up()
-            try:
-                return await self.switch()
-            except ProjectionBehindError:
-                continue
+        await greenlet_spawn(self._worker.rebuild)
 
     async def switch(self, *, most: int = 1000) -> None:
         """Make this version the live one, in one transaction, which applies what it lacks.
@@ -151,98 +112,57 @@ class AsyncProjection(Worker):
         Raises :class:`ProjectionBehindError` where that is more than ``most`` events. The other version is not changed:
         a switch back is the same call on it.
         """
-        await self._prepare()
-        async with self._transaction() as session:
-            mine = await do(session, self._lock_both)
-            at, applied = mine.position, 0
-            while page := await do(session, self._page, at, self._most):
-                applied += len(page)
-                self._behind(applied, most)
-                await self._call(page, session)
-                await do(session, self._moved, page)
-                at = page[-1].position
-            await do(session, self._rows.switch, self._name)
-        self._emit("switched", position=str(at), events=applied)
+        await greenlet_spawn(self._worker.switch, most=most)
 
     async def drop(self, version: int) -> None:
         """End a version that is not the live one. Its workers stop; then drop the tables of your own that it had."""
-        async with self._transaction() as session:
-            await do(session, self._rows.drop, self._name._replace(version=version))
+        await greenlet_spawn(self._worker.drop, version)
 
     async def skip(self, position: AnyPosition, reason: str) -> None:
         """Go on after the event at which this version has stopped. The reason is written down with its position."""
-        async with self._transaction() as session:
-            await do(session, self._rows.skip, self._name, position_of(position), reason)
+        await greenlet_spawn(self._worker.skip, position, reason)
 
     async def resume(self) -> None:
         """Try the event again at which this version has stopped, once its cause is removed."""
-        async with self._transaction() as session:
-            await do(session, self._rows.resume, self._name)
+        await greenlet_spawn(self._worker.resume)
 
-    async def _step(self) -> Step:
-        """Apply one batch in one transaction, under the lock of the checkpoint."""
-        await self._prepare()
-        most, mark, page = self._most, None, None
+
+class _Awaiting(SyncProjection):
+    """A worker in an event loop: it awaits where one for threads blocks."""
+
+    @contextmanager
+    def _open(self) -> Iterator[Session]:
+        opened: AsyncSession = self._definition.sessions()
         try:
-            async with self._transaction() as session:
-                mark = await do(session, self._lock)
-                page = await do(session, self._page, mark.position, most)
-                if page:
-                    await self._call(page, session)
-                    await do(session, self._moved, page)
-        except BusyError:
-            return Step(busy=True)
-        except (StoreError, ProjectionStoppedError):
-            raise
-        except Exception as error:
-            if mark is None or page == []:
-                raise
-            return await self._failed(mark, page, most, error)
-        return self._applied(mark, page, most)
+            yield opened.sync_session
+        finally:
+            # Not close(): a second cancellation would interrupt it.
+            await_only(opened.__aexit__(None, None, None))
 
-    async def _failed(self, mark: Mark, page: Sequence[RecordedEvent] | None, most: int, error: Exception) -> Step:
-        if most > 1 if page is None else len(page) > 1:
-            return self._try_one_by_one(most, error)
-        async with self._transaction() as session:
-            failed = await do(session, self._failed_at, mark) if page is None else str(page[0].position)
-            attempts = await do(session, self._rows.fail, mark, failed, class_of(error), self._definition.attempts)
-        return self._after_failure(mark, failed, attempts, error)
+    def _call_function(self, given: Any, session: Session, keywords: dict[str, int]) -> None:
+        await_only(self._definition.function(given, session=async_session(session), **keywords))
 
-    async def _call(self, page: Sequence[Any], session: AsyncSession) -> None:
-        try:
-            await self._call_with(page, session)
-        except Exception as error:
-            if of_database(error):
-                raise
-            raise FunctionFailedError from error
+    def _waiting(self) -> Waiting:
+        return _LoopWaiting()
 
-    async def _call_with(self, page: Sequence[Any], session: AsyncSession) -> None:
-        definition = self._definition
-        if definition.batch is not None:
-            await definition.function(page, session=session, **definition.keywords)
-        else:
-            for event in page:
-                await definition.function(event, session=session, **definition.keywords)
 
-    async def _prepare(self) -> None:
-        if not self._prepared:
-            async with self._transaction() as session:
-                await do(session, self._rows.add, self._name)
-            self._prepared = True
+class _LoopWaiting:
+    """See :class:`Waiting`."""
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncSession]:
-        """Open a session of the user, and commit it here and nowhere else."""
-        async with self._definition.sessions() as session:
-            guard_commit(session.sync_session)
-            try:
-                yield session
-                if was_closed(session.sync_session):
-                    raise TransactionError(SESSION_ENDED)
-                unguard_commit(session.sync_session)
-                await session.commit()
-            except Exception as error:
-                failure = failure_of(error, session.sync_session)
-                if failure is error:
-                    raise
-                raise failure from error
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+
+    def __call__(self) -> None:
+        self._loop.call_soon_threadsafe(self._woken.set)
+
+    def pause(self, seconds: float) -> None:
+        """See :meth:`Waiting.pause`."""
+        await_only(self._pause(seconds))
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            # Not asyncio.wait_for: that of Python 3.11 can swallow a cancellation.
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        self._woken.clear()

@@ -11,7 +11,10 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from idempotency._sql.engines import open_async, read_url
 from idempotency.projections._rows import RUNNING, STOPPED, Mark, Name, Rows
 from idempotency.projections._table import DEFAULT_TABLE, tables_named
-from idempotency.streams import Position, Streams
+from idempotency.streams import Delay, Position, Streams
+
+DELAYED = 1.0
+"""For how many seconds a transaction is open before it is named as what delays projections."""
 
 _TIMEOUT = 10.0
 """Seconds, the longest wait for a connection, and on SQLite for a writer."""
@@ -22,7 +25,8 @@ class ProjectionView:
     """One checkpoint. ``version`` 0: of a consumer that is no projection. ``moved``: seconds since it moved.
 
     ``lag``: for how many seconds the oldest event has waited; None without a table of events, or for a broker's stream.
-    ``failed``, ``error``, ``attempts``: the event that fails, and how. ``next``: what happens by itself.
+    ``failed``, ``error``, ``attempts``: the event that fails, and how. ``next``: what happens by itself, and which
+    open transaction delays it, on PostgreSQL.
     """
 
     name: str
@@ -84,12 +88,15 @@ class ProjectionOperations:
             await session.run_sync(work, *args)
 
     def _views(self, session: Any) -> list[ProjectionView]:
-        if self._streams is not None:
-            # MariaDB: first the events that are committed get their places, then the snapshot of this session begins.
-            self._streams.peek(session, Position())
-        return [self._view(session, mark) for mark in self._rows.list(session)]
+        if self._streams is None:
+            return [self._view(session, mark, None) for mark in self._rows.list(session)]
+        # MariaDB: first the events that are committed get their places, then the snapshot of this session begins.
+        self._streams.peek(session, Position())
+        delay = self._streams.delayed_by_sync(session)
+        named = delay if delay and (delay.seconds is None or delay.seconds >= DELAYED) else None
+        return [self._view(session, mark, named) for mark in self._rows.list(session)]
 
-    def _view(self, session: Any, mark: Mark) -> ProjectionView:
+    def _view(self, session: Any, mark: Mark, delay: Delay | None) -> ProjectionView:
         name, lag = mark.name, None
         if self._streams is not None and name.version and not name.stream:
             found = self._streams.peek(session, mark.position)
@@ -106,7 +113,7 @@ class ProjectionOperations:
             failed=mark.failed,
             error=mark.error,
             attempts=mark.attempts,
-            next=_next(mark),
+            next=_next(mark) + (f"; {delay}" if delay and lag is not None and mark.state == RUNNING else ""),
         )
 
 

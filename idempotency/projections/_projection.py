@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, overload
 
@@ -14,10 +15,10 @@ from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
 from idempotency.projections._checkpoint import checked
+from idempotency.projections._definition import Definition, Source
 from idempotency.projections._rows import Name, Rows
-from idempotency.projections._sync import SyncProjection
 from idempotency.projections._table import DEFAULT_TABLE, tables_named
-from idempotency.projections._worker import Definition, Source, takes_version
+from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
 
 Function = Callable[..., Awaitable[None]]
@@ -100,7 +101,7 @@ def projection(
             attempts=attempts,
             rows=Rows(tables_named(table)),
             on_event=on_event,
-            passes_version=takes_version(function),
+            passes_version="version" in inspect.signature(function).parameters,
         )
         return AsyncProjection(definition) if asynchronous else SyncProjection(definition)
 

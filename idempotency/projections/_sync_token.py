@@ -74,7 +74,7 @@ class SyncTokenMiddleware:
         if not projections or not all(isinstance(each, AsyncProjection) for each in projections):
             raise ConfigurationError("projections must be a list of projections with session=async_sessionmaker(...)")
         for each in projections:
-            each.check_source()
+            each._definition.feed()
         if late not in ("refuse", "stale"):
             raise ConfigurationError(f"late must be 'refuse' or 'stale', not {late!r}")
         if seconds("wait", wait, DAY) < 0:

@@ -1,28 +1,26 @@
-"""What the two kinds of projections share: options, and what is done on one connection."""
+"""A projection for threads. ``_async.py`` lets the same code run in an event loop."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from idempotency._sql.commit_guard import SESSION_ENDED
-from idempotency._sql.sessions import connection_of
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
-from idempotency.projections._rows import DROPPED, RUNNING, AnySync, Mark, Name, Rows
+from idempotency._outbox.after_commit import woken
+from idempotency._sql.commit_guard import SESSION_ENDED, guard_commit, unguard_commit, was_closed
+from idempotency._sql.session_failures import failure_of, own_failure
+from idempotency._sql.sessions import as_sync, connection_of
+from idempotency.errors import StoreError, TransactionError
+from idempotency.projections._checkpoint import AnyPosition, checked, position_of
+from idempotency.projections._definition import Definition
+from idempotency.projections._rows import DROPPED, RUNNING, AnySync, BusyError, Mark, Name
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
-from idempotency.projections.events import ProjectionEvent, ProjectionHook, emit_projection_event
+from idempotency.projections.events import ProjectionEvent, emit_projection_event
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
 PAGE = 100
@@ -43,27 +41,6 @@ _LOCKED = "idempotency: has the lock of a projection"
 _NO_TRANSACTION = "There is no transaction to read in: begin one."
 
 
-class Source(Protocol):
-    """What a projection reads: :class:`~idempotency.streams.Streams`."""
-
-    @property
-    def table(self) -> str:
-        """Return the name of the table of events."""
-        ...
-
-    def page_of_all(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
-        """Read events after a position."""
-        ...
-
-    def peek(self, session: AnySync, after: Position) -> tuple[Position, float] | None:
-        """Return position and time of the next event."""
-        ...
-
-    def position_sync(self, session: AnySync, appended: Appended) -> Position | None:
-        """Return the position of an event."""
-        ...
-
-
 class Step(NamedTuple):
     """What one transaction has done. ``again``: after how many seconds what has failed is tried again."""
 
@@ -77,39 +54,18 @@ class FunctionFailedError(Exception):
     """The function of a projection has raised; the cause is its error."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Definition:
-    """The options of a projection. ``batch`` None: the function is given one event at a time."""
+class Waiting(Protocol):
+    """A pause that a call ends; any thread may call it."""
 
-    function: Callable[..., Any]
-    name: Name
-    source: Source | None
-    sessions: Any
-    batch: int | None
-    attempts: int
-    rows: Rows
-    on_event: ProjectionHook
-    passes_version: bool
+    def __call__(self) -> None: ...
 
-    @property
-    def keywords(self) -> dict[str, int]:
-        """Return what the function is given beside events and session."""
-        return {"version": self.name.version} if self.passes_version else {}
-
-    def feed(self) -> Source:
-        """Return the source; ConfigurationError where there is none, since another one feeds the projection."""
-        if self.source is None:
-            raise ConfigurationError(f"the projection {self.name.consumer!r} has no source=: it is fed by apply()")
-        return self.source
+    def pause(self, seconds: float) -> None:
+        """Wait for so long, or until it is called."""
+        ...
 
 
-def takes_version(function: Callable[..., Any]) -> bool:
-    """Return whether a function is given the version of its projection."""
-    return "version" in inspect.signature(function).parameters
-
-
-class Worker:
-    """What a worker of one projection remembers, and does on one connection."""
+class SyncProjection:
+    """A projection for threads; :func:`projection` makes it."""
 
     def __init__(self, definition: Definition) -> None:
         self._definition = definition
@@ -133,55 +89,241 @@ class Worker:
     def __repr__(self) -> str:
         return f"<projection {self.name} version {self.version}>"
 
-    def check_source(self) -> None:
-        """Raise ConfigurationError for a projection without ``source=``."""
-        self._definition.feed()
-
     def stop(self) -> None:
         """Let :meth:`run` return after the batch that is under way; any thread may call it."""
         self._stopping = True
         if self._wake is not None:
             self._wake()
 
+    def run(self) -> None:
+        """See :meth:`AsyncProjection.run`."""
+        wake = self._wake = self._waiting()
+        self._stopping, pause = False, FIRST_PAUSE
+        with woken(self._definition.feed().table, wake):
+            while not self._stopping:
+                try:
+                    step = self._step()
+                except ProjectionStoppedError:
+                    wake.pause(STOPPED_PAUSE)
+                    continue
+                except StoreError as error:
+                    self._emit("unavailable", error=type(error).__name__)
+                    pause = min(pause * 2, AWAY_PAUSE)
+                    wake.pause(pause)
+                    continue
+                if step.events or step.again is not None:
+                    pause = FIRST_PAUSE
+                if not step.more:
+                    wake.pause(pause if step.again is None else step.again)
+                    pause = min(pause * 2, LAST_PAUSE)
+
+    def run_once(self) -> int:
+        """See :meth:`AsyncProjection.run_once`."""
+        while (step := self._step()).again is not None:
+            self._waiting().pause(step.again)
+        return step.events
+
+    def catch_up(self) -> int:
+        """See :meth:`AsyncProjection.catch_up`."""
+        total = 0
+        while True:
+            step = self._step()
+            total += step.events
+            if step.again is not None or step.busy:
+                self._waiting().pause(step.again or LAST_PAUSE)
+            elif not step.more:
+                return total
+
+    def apply(self, event: Any, session: Session, *, stream: str, position: AnyPosition) -> bool:
+        """See :meth:`AsyncProjection.apply`."""
+        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
+        if not self._move_or_stop(as_sync(session, "apply"), name, place):
+            return False
+        self._apply([event], session)
+        return True
+
+    def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
+        """See :meth:`AsyncProjection.deliver`."""
+        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
+        try:
+            with self._transaction() as session:
+                if not self._move_or_stop(session, name, place):
+                    return False
+                self._call([event], session)
+                return True
+        except FunctionFailedError as error:
+            raise error.__cause__ or error from None
+
+    def checkpoints(self) -> Mapping[str, Position]:
+        """See :meth:`AsyncProjection.checkpoints`."""
+        with self._transaction() as session:
+            marks = self._rows.of_consumer(session, self.name, self.version)
+            return {mark.name.stream: mark.position for mark in marks}
+
+    def reached(self, position: AnyPosition | Appended, *, timeout: float = 5.0, stream: str = "") -> bool:
+        """See :meth:`AsyncProjection.reached`."""
+        place = position if isinstance(position, Appended) else position_of(position)
+        until, pause, wake = monotonic() + timeout, FIRST_PAUSE, self._waiting()
+        with woken(self._rows.woken_by, wake):
+            while True:
+                with self._transaction() as session:
+                    if self._is_at(session, place, stream):
+                        return True
+                remaining = until - monotonic()
+                if remaining <= 0:
+                    return False
+                wake.pause(min(pause, remaining))
+                pause = min(pause * 2, LAST_PAUSE)
+
+    def live_version(self, session: Session | Connection) -> int | None:
+        """See :meth:`AsyncProjection.live_version`."""
+        return self._rows.live(as_sync(session, "live_version"), self.name)
+
+    def lag(self, session: Session | Connection) -> float:
+        """See :meth:`AsyncProjection.lag`."""
+        own, feed = as_sync(session, "lag"), self._definition.feed()
+        # MariaDB: first the events that are committed get their places, then the snapshot of this transaction begins.
+        feed.peek(own, Position())
+        mark = self._rows.find(own, self._name)
+        found = feed.peek(own, Position() if mark is None else mark.position)
+        return 0.0 if found is None else max(0.0, self._rows.now(connection_of(own, _NO_TRANSACTION)) - found[1])
+
+    def rebuild(self) -> None:
+        """See :meth:`AsyncProjection.rebuild`."""
+        while True:
+            self.catch_up()
+            try:
+                return self.switch()
+            except ProjectionBehindError:
+                continue
+
+    def switch(self, *, most: int = 1000) -> None:
+        """See :meth:`AsyncProjection.switch`."""
+        self._prepare()
+        with self._transaction() as session:
+            at, applied = self._rows.lock_both(session, self._name)[0].position, 0
+            session.info[_LOCKED] = session.get_transaction()
+            while page := self._page(session, at, self._most):
+                applied += len(page)
+                if applied > most:
+                    raise ProjectionBehindError(f"{self._shown} is more than {most} events behind")
+                at = self._apply_page(page, session)
+            self._rows.switch(session, self._name)
+        self._emit("switched", position=str(at), events=applied)
+
+    def drop(self, version: int) -> None:
+        """See :meth:`AsyncProjection.drop`."""
+        with self._transaction() as session:
+            self._rows.drop(session, self._name._replace(version=version))
+
+    def skip(self, position: AnyPosition, reason: str) -> None:
+        """See :meth:`AsyncProjection.skip`."""
+        with self._transaction() as session:
+            self._rows.skip(session, self._name, position_of(position), reason)
+
+    def resume(self) -> None:
+        """See :meth:`AsyncProjection.resume`."""
+        with self._transaction() as session:
+            self._rows.resume(session, self._name)
+
+    @property
+    def _shown(self) -> str:
+        return f"{self.name} version {self.version}"
+
     @property
     def _most(self) -> int:
         return 1 if self._one_by_one else self._definition.batch or PAGE
+
+    def _step(self) -> Step:
+        """Apply one batch in one transaction, under the lock of the checkpoint."""
+        self._prepare()
+        most, mark, page = self._most, None, None
+        try:
+            with self._transaction() as session:
+                mark = self._lock(session)
+                page = self._page(session, mark.position, most)
+                if page:
+                    self._apply_page(page, session)
+        except BusyError:
+            return Step(busy=True)
+        except (StoreError, ProjectionStoppedError):
+            raise
+        except Exception as error:
+            if mark is None or page == []:
+                raise
+            return self._failed(mark, page, most, error)
+        self._one_by_one = max(0, self._one_by_one - len(page))
+        if page:
+            lag = max(0.0, mark.now_ms / 1000 - page[-1].at)
+            self._emit("applied", position=str(page[-1].position), events=len(page), lag=lag)
+        return Step(len(page), more=len(page) == most or self._one_by_one > 0 < len(page))
+
+    def _failed(self, mark: Mark, page: Sequence[RecordedEvent] | None, most: int, error: Exception) -> Step:
+        """Note a failure of one event; let those of a batch, or of a page that cannot be read, be tried alone."""
+        cause = error.__cause__ if isinstance(error, FunctionFailedError) and error.__cause__ else error
+        kind = type(cause).__name__
+        if (most if page is None else len(page)) > 1:
+            self._one_by_one = most
+            self._emit("failed", error=kind)
+            return Step(again=0.0)
+        with self._transaction() as session:
+            failed = self._next(session, mark.position) if page is None else str(page[0].position)
+            attempts = self._rows.fail(session, mark, failed, kind, self._definition.attempts)
+        stopped = attempts >= self._definition.attempts
+        self._emit("stopped" if stopped else "failed", position=failed, attempt=attempts, error=kind)
+        if not stopped:
+            return Step(again=0.1 * 2**attempts)
+        self._one_by_one = 0
+        raise self._stopped(failed, kind, attempts) from cause
 
     def _lock(self, session: Session) -> Mark:
         mark = self._rows.lock(session, self._name)
         if mark is None:
             raise StoreError("the checkpoint was deleted while the projection runs: start it again")
         if mark.state != RUNNING:
-            raise self._stopped(mark)
+            raise self._stopped_at(mark)
         session.info[_LOCKED] = session.get_transaction()
         return mark
-
-    def _lock_both(self, session: Session) -> Mark:
-        mine, _ = self._rows.lock_both(session, self._name)
-        session.info[_LOCKED] = session.get_transaction()
-        return mine
 
     def _page(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
         return self._definition.feed().page_of_all(session, after, most)
 
-    def _moved(self, session: Session, page: Sequence[RecordedEvent]) -> None:
+    def _next(self, session: AnySync, after: Position) -> str:
+        found = self._definition.feed().peek(session, after)
+        return str(found[0]) if found else ""
+
+    def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> Position:
+        """Apply events and move the checkpoint behind them; return where it is."""
+        self._call(page, session)
         if session.get_transaction() is not session.info[_LOCKED]:
             raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
         position = page[-1].position
         assert position is not None, "what is read in the order of all events has its position"
         if not self._rows.move(session, self._name, position):
             raise StoreError("the checkpoint has moved under its lock")
+        return position
 
-    def _failed_at(self, session: AnySync, mark: Mark) -> str:
-        found = self._definition.feed().peek(session, mark.position)
-        return str(found[0]) if found else ""
+    def _call(self, events: Sequence[Any], session: Session) -> None:
+        """Apply events. What the function raises is its own failure, unless this session's database has failed."""
+        try:
+            self._apply(events, session)
+        except Exception as error:
+            own = own_failure(error, session)
+            if own is not None and (failure := failure_of(own, session)) is not own:
+                raise failure from error
+            raise FunctionFailedError from error
+
+    def _apply(self, events: Sequence[Any], session: Session) -> None:
+        keywords = {"version": self.version} if self._definition.passes_version else {}
+        for given in [events] if self._definition.batch is not None else events:
+            self._call_function(given, session, keywords)
 
     def _move_or_stop(self, session: AnySync, name: Name, position: Position) -> bool:
         if self._rows.move(session, name, position):
             return True
         mark = self._rows.find(session, name)
         if mark is not None and mark.state == DROPPED:
-            raise self._stopped(mark)
+            raise self._stopped_at(mark)
         return False
 
     def _is_at(self, session: AnySync, position: Position | Appended, stream: str) -> bool:
@@ -193,95 +335,58 @@ class Worker:
         at = self._rows.reached(session, self._name._replace(stream=stream))
         return at is not None and at >= position
 
-    def _lag(self, session: AnySync) -> float:
-        # MariaDB: first the events that are committed get their places, then the snapshot of this transaction begins.
-        self._definition.feed().peek(session, Position())
-        mark = self._rows.find(session, self._name)
-        after = Position() if mark is None else mark.position
-        found = self._definition.feed().peek(session, after)
-        if found is None:
-            return 0.0
-        return max(0.0, self._rows.now(connection_of(session, _NO_TRANSACTION)) - found[1])
+    def _stopped_at(self, mark: Mark) -> ProjectionStoppedError:
+        if mark.state == DROPPED:
+            return ProjectionStoppedError(f"{self._shown} has stopped for ever: it was dropped")
+        return self._stopped(mark.failed or "", mark.error, mark.attempts)
 
-    def _stopped(self, mark: Mark) -> ProjectionStoppedError:
-        why = f"at {mark.failed}: {mark.error}" if mark.state != DROPPED else "for ever: it was dropped"
-        error = ProjectionStoppedError(f"{self.name} version {self.version} has stopped {why}")
-        error.position, error.error, error.attempts = mark.failed or "", mark.error, mark.attempts
+    def _stopped(self, failed: str, kind: str, attempts: int) -> ProjectionStoppedError:
+        error = ProjectionStoppedError(f"{self._shown} has stopped at {failed}: {kind}")
+        error.position, error.error, error.attempts = failed, kind, attempts
         return error
-
-    def _behind(self, applied: int, most: int) -> None:
-        if applied > most:
-            raise ProjectionBehindError(f"{self.name} version {self.version} is more than {most} events behind")
-
-    def _applied(self, mark: Mark, page: Sequence[RecordedEvent], most: int) -> Step:
-        self._one_by_one = max(0, self._one_by_one - len(page))
-        if page:
-            lag = max(0.0, mark.now_ms / 1000 - page[-1].at)
-            self._emit("applied", position=str(page[-1].position), events=len(page), lag=lag)
-        return Step(len(page), more=len(page) == most or self._one_by_one > 0 < len(page))
-
-    def _try_one_by_one(self, most: int, error: BaseException) -> Step:
-        self._one_by_one = most
-        self._emit("failed", error=class_of(error))
-        return Step(again=0.0)
-
-    def _after_failure(self, mark: Mark, failed: str, attempts: int, error: BaseException) -> Step:
-        stopped = attempts >= self._definition.attempts
-        self._emit("stopped" if stopped else "failed", position=failed, attempt=attempts, error=class_of(error))
-        if stopped:
-            self._one_by_one = 0
-            after = Mark(mark.name, mark.position, "stopped", attempts, class_of(error), failed, 0, 0)
-            raise self._stopped(after) from (error.__cause__ or error)
-        return Step(again=0.1 * 2**attempts)
 
     def _emit(self, kind: Any, **fields: Any) -> None:
         event = ProjectionEvent(kind=kind, projection=self.name, version=self.version, **fields)
         emit_projection_event(self._definition.on_event, event)
 
+    def _prepare(self) -> None:
+        if not self._prepared:
+            with self._transaction() as session:
+                self._rows.add(session, self._name)
+            self._prepared = True
 
-def class_of(error: BaseException) -> str:
-    """Return the name of the class of a failure; that of the cause where the function has raised it."""
-    return type((error.__cause__ or error) if isinstance(error, FunctionFailedError) else error).__name__
+    @contextmanager
+    def _transaction(self) -> Iterator[Session]:
+        """Open a session of the user, and commit it here and nowhere else."""
+        with self._open() as session:
+            guard_commit(session)
+            try:
+                yield session
+                if was_closed(session):
+                    raise TransactionError(SESSION_ENDED)
+                unguard_commit(session)
+                session.commit()
+            except Exception as error:
+                failure = failure_of(error, session)
+                if failure is error:
+                    raise
+                raise failure from error
 
+    # What is another one in an event loop.
 
-def of_database(error: Exception) -> bool:
-    """Return whether an error that a function has raised may be one of its database, and not of the event."""
-    return isinstance(error, DBAPIError | PoolTimeoutError | StoreError)
+    def _open(self) -> AbstractContextManager[Session]:
+        opened: Session = self._definition.sessions()
+        return opened
 
+    def _call_function(self, given: Any, session: Session, keywords: dict[str, int]) -> None:
+        self._definition.function(given, session=session, **keywords)
 
-async def do(session: AsyncSession | AsyncConnection, work: Callable[..., Any], *args: Any) -> Any:
-    """Do what works on a connection that blocks."""
-    return await session.run_sync(work, *args)
-
-
-def do_sync(session: Session | Connection, work: Callable[..., Any], *args: Any) -> Any:
-    """See :func:`do`."""
-    return work(session, *args)
-
-
-class Wake:
-    """A pause that a commit in this process ends; any thread may call it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._woken = asyncio.Event()
-
-    def __call__(self) -> None:
-        self._loop.call_soon_threadsafe(self._woken.set)
-
-    async def pause(self, seconds: float) -> bool:
-        """Wait for so long, and return whether it was woken."""
-        with suppress(TimeoutError):
-            # Not asyncio.wait_for: that of Python 3.11 can swallow a cancellation.
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
-        woken = self._woken.is_set()
-        self._woken.clear()
-        return woken
+    def _waiting(self) -> Waiting:
+        return ThreadWaiting()
 
 
-class SyncWake:
-    """See :class:`Wake`."""
+class ThreadWaiting:
+    """See :class:`Waiting`."""
 
     def __init__(self) -> None:
         self._woken = threading.Event()
@@ -289,18 +394,7 @@ class SyncWake:
     def __call__(self) -> None:
         self._woken.set()
 
-    def pause(self, seconds: float) -> bool:
-        """See :meth:`Wake.pause`."""
-        woken = self._woken.wait(seconds)
+    def pause(self, seconds: float) -> None:
+        """See :meth:`Waiting.pause`."""
+        self._woken.wait(seconds)
         self._woken.clear()
-        return woken
-
-
-async def sleep(seconds: float) -> None:
-    """Wait for so long."""
-    await asyncio.sleep(seconds)
-
-
-def sleep_sync(seconds: float) -> None:
-    """Wait for so long."""
-    time.sleep(seconds)

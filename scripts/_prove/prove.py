@@ -18,6 +18,7 @@ import broker_contract
 import contracts
 import outbox
 import outbox_chaos
+import projections
 import saga
 import saga_chaos
 import scenarios
@@ -189,7 +190,17 @@ def main() -> int:
     )
     parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
     parser.add_argument("--streams", action="store_true", help="prove streams of events instead, also under load")
-    parser.add_argument("--events", metavar="N", type=int, help="--streams: how many; default: 200,000, or 5,000 quick")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="prove instead that a projection is built anew beside writers and readers, while its builder is killed",
+    )
+    parser.add_argument(
+        "--events",
+        metavar="N",
+        type=int,
+        help="how many; default: --streams 200,000, --rebuild 20,000, and 5,000 if --quick",
+    )
     parser.add_argument(
         "--contracts",
         action="store_true",
@@ -219,6 +230,8 @@ def main() -> int:
             return 0 if outbox.run(options.quick) else 1
         if options.streams:
             return 0 if streams.run(options.quick, options.events) else 1
+        if options.rebuild:
+            return 0 if projections.run(options.quick, options.events, options.store or []) else 1
         if options.brokers is not None:
             return 0 if broker_contract.run(options.brokers) else 1
         with given_places(options.store) if options.store else default_places(options.quick) as places:

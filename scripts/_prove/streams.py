@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import projections_scenarios
 import streams_load
 import streams_scenarios
 from processes import fork_server
@@ -25,6 +26,7 @@ SCENARIOS: dict[str, Any] = {
     "joined append": streams_scenarios.JoinedAppend,
     "leased append": streams_scenarios.LeasedAppend,
     "joined append, sync": streams_scenarios.JoinedAppendSync,
+    **projections_scenarios.SCENARIOS,
 }
 """What is killed at every point. Each counts how often its effect is there."""
 

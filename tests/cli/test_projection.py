@@ -6,9 +6,11 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
 from typer.testing import CliRunner, Result
 
 from idempotency._cli.commands import app
@@ -130,6 +132,31 @@ def test_the_tables_are_created_or_printed(store_target: Target) -> None:
     assert place.command("list").stderr == "there is no checkpoint\n"
     printed = CliRunner().invoke(app, ["projection", "schema", "--dialect", "sqlite"]).stdout
     assert printed.startswith("CREATE TABLE idempotency_checkpoint (")
+
+
+def test_the_tables_are_created_with_those_of_the_store(store_target: Target) -> None:
+    """As those of streams are, and printed with them."""
+    name = store_target.name
+    options = ["--table", name, "--streams", f"{name}_ev", "--projections", f"{name}_ck"]
+    created = CliRunner().invoke(app, ["schema", "create", "--store", store_target.url, *options])
+    assert f"{name}_ck, {name}_ck_live, {name}_ck_skipped are there\n" in created.stdout
+    assert Place(store_target).command("list").stderr == "there is no checkpoint\n"
+    printed = CliRunner().invoke(app, ["schema", "sql", "--dialect", "sqlite", "--projections", "progress"]).stdout
+    assert [f"CREATE TABLE progress{each} (" in printed for each in ("", "_live", "_skipped")] == [True] * 3
+
+
+@pytest.mark.stores("postgres")
+def test_a_transaction_that_delays_projections_is_named(place: Place) -> None:
+    """It is open and has written: what is committed after it began is not applied yet."""
+    engine = create_engine(place.target.sync_url)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT txid_current()"))
+        end = monotonic() + 60
+        while "delays those who read all events" not in place.listed()[1]["next"]:
+            assert monotonic() < end
+    engine.dispose()
+
+    assert place.listed()[0]["next"] == "none: skip the event, or resume"
 
 
 def test_a_store_that_is_no_database_is_refused(store_target: Target) -> None:

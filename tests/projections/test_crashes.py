@@ -1,24 +1,45 @@
-"""A worker is killed at each place of its work, on each database."""
+"""A process is killed at places of the work of a projection, on each database; scripts/prove --streams has them all."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 
-from tests.kit.paths import ROOT
+from idempotency.testing import crash_everywhere
+from tests.kit.paths import SCRIPTS
+from tests.kit.script_modules import script_modules
 from tests.kit.targets import Target
 from tests.projections.kit import KINDS
 
 pytestmark = pytest.mark.processes
 
+APPLIED = ("after INSERT prove_view", "after INSERT prove_view_checkpoint #2", "before COMMIT #3", "after COMMIT #3")
+SWITCHED = ("after UPDATE prove_view_checkpoint_live",)
+
+
+@pytest.fixture
+def scenarios(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of scripts/_prove with the scenarios."""
+    return script_modules(monkeypatch, SCRIPTS / "_prove")("projections_scenarios")
+
 
 @pytest.mark.stores(*KINDS)
-def test_nothing_is_lost_doubled_or_disordered_by_a_kill(store_target: Target) -> None:
-    """Before and after the lock, the move, the switch and the commit: in a batch, and while a version is built."""
-    script = ROOT / "scripts" / "_prove" / "projections.py"
-    run = subprocess.run([sys.executable, script, store_target.url], capture_output=True, text=True, timeout=110)
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("Applied", APPLIED),
+        ("AppliedSync", APPLIED),
+        ("Delivered", ("after INSERT prove_view", "after COMMIT")),
+        ("Skipped", ("after INSERT prove_view_checkpoint_skipped",)),
+        ("Rebuilt", (*APPLIED, *SWITCHED)),
+    ],
+)
+def test_nothing_is_lost_doubled_or_disordered_by_a_kill(
+    name: str, labels: tuple[str, ...], store_target: Target, scenarios: Any
+) -> None:
+    """In a batch, and while an event is skipped and a version is built: another process goes on."""
+    report = crash_everywhere(getattr(scenarios, name), store_target.url, only=labels, jobs=2, patience=60)
 
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == "Found(lost=0, doubled=0, disordered=0, survived=0, wrong_version=0)\n"
+    assert report.ok, report
+    assert (report.expected, report.found) == (len(labels), len(labels))

@@ -1,4 +1,4 @@
-"""Projections for threads do what those do that are awaited; their code is compared by scripts/check_twins.py."""
+"""Projections for threads do what those do that are awaited."""
 
 from __future__ import annotations
 

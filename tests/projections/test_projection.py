@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -15,7 +17,7 @@ from idempotency import ConfigurationError
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections import ProjectionEvent, ProjectionStoppedError, projection
 from idempotency.streams import Position
-from tests.projections.kit import ASYNC_KINDS, Bank, until
+from tests.projections.kit import ASYNC_KINDS, KINDS, Bank, until
 
 
 @pytest.mark.stores(*ASYNC_KINDS)
@@ -234,6 +236,62 @@ async def test_a_connection_that_dies_is_no_failure_of_the_event(bank: Bank) -> 
 
     assert bank.kinds == ["unavailable", "applied"]
     assert await bank.seen() == (1, 5)
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_lost_connection_is_recognized_behind_an_error_of_the_function(bank: Bank) -> None:
+    """The function raises an error of its own from that of its session."""
+    kill = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}[bank.engine.dialect.name]
+    own = {"postgresql": "SELECT pg_backend_pid()", "mysql": "SELECT connection_id()"}[bank.engine.dialect.name]
+
+    @projection("balance", **bank.options(attempts=1))
+    async def apply(event: Any, session: Any) -> None:
+        process = await session.scalar(text(own))
+        async with bank.engine.connect() as connection:
+            await connection.execute(text(kill.format(process)))
+        try:
+            await session.execute(bank.insert(event, 1))
+        except DBAPIError as error:
+            raise OSError("not written") from error
+
+    await bank.append(5)
+    await bank.readable()
+    with pytest.raises(StoreError, match="the connection was lost"):
+        await apply.run_once()
+    assert bank.events == []
+
+
+@pytest.mark.stores(*KINDS)
+@pytest.mark.parametrize("error", [OSError, ConnectionResetError, TimeoutError, StoreError, PoolTimeoutError])
+async def test_an_error_of_the_function_is_no_failure_of_the_database(error: type[Exception], bank: Bank) -> None:
+    """What it raises from elsewhere, such as a file or another server, counts as a failure and stops the projection."""
+
+    @projection("balance", **bank.options(attempts=2))
+    async def apply(event: Any, session: Any) -> None:
+        await session.execute(bank.insert(event, 1))
+        raise error("elsewhere")
+
+    await bank.append(5)
+    await bank.readable()
+    with pytest.raises(ProjectionStoppedError) as stopped:
+        await apply.catch_up()
+
+    assert (stopped.value.error, stopped.value.attempts) == (error.__name__, 2)
+    assert isinstance(stopped.value.__cause__, error)
+    assert (bank.kinds, await bank.seen()) == (["failed", "stopped"], (0, 0))
+
+
+@pytest.mark.stores(*KINDS)
+async def test_what_the_function_raises_is_raised_by_deliver(bank: Bank) -> None:
+    """As it is, and nothing is applied of the message."""
+
+    @projection("mirror", **bank.options(source=None))
+    async def mirror(message: Any, session: Any) -> None:
+        raise ConnectionResetError("elsewhere")
+
+    with pytest.raises(ConnectionResetError, match="elsewhere"):
+        await mirror.deliver("m1", stream="orders/3", position=1)
+    assert await mirror.checkpoints() == {}
 
 
 @pytest.mark.stores("sqlite", "postgres", "mariadb")
