@@ -105,6 +105,11 @@ def running(name: str, server: RedisServer, directory: Path, lease: float = LEAS
             program.process.wait()
 
 
+def said_by(program: Program) -> set[str]:
+    """Return the first words of the lines of its log, but of those in which asyncio says that something was slow."""
+    return {line.split()[0] for line in program.log.read_text().splitlines()} - {"Executing"}
+
+
 @pytest.mark.parametrize("name", ["function", "forked", "forks_while_writing", "coroutine", "closed"])
 def test_a_program_ends_when_its_record_is_written(server: RedisServer, tmp_path: Path, name: str) -> None:
     """Threads and event loops, parents and forked children write what they have to record before they end."""
@@ -114,7 +119,7 @@ def test_a_program_ends_when_its_record_is_written(server: RedisServer, tmp_path
         program.come_back()
         assert program.end() == 0
         assert program.recorded
-        assert {line.split()[0] for line in program.log.read_text().splitlines()} == {"unrecorded"}
+        assert said_by(program) == {"unrecorded"}
 
 
 @pytest.mark.parametrize("name", ["worker", "consumer", "cancelled"])

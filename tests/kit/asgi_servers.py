@@ -33,7 +33,7 @@ PATIENCE = 60.0
 """Seconds after which a live test gives up on what it waits for."""
 
 LEASE = 1.5
-STORE_TIMEOUT = 1.0
+STORE_TIMEOUT = 2.0
 
 SERVERS: dict[str, list[str]] = {
     "uvicorn-h11": ["uvicorn", "--http", "h11", "--loop", "asyncio", "--no-access-log"],

@@ -204,7 +204,7 @@ async def refusing_for_an_hour(hour: Hour, relay: Relay, publisher: Recorder) ->
 
     # The first attempts do not count until another message gets through: the broker could be away. Then by the
     # schedule: after 1 second, twice as long each time, at most 300 seconds; each up to a quarter shorter.
-    assert 21 <= len(failed) <= 24
+    assert len(failed) >= 21
     schedule = [min(300.0, 2.0**number) for number in range(19)]
     pauses = [after - before for before, after in pairwise(failed[-20:])]
     assert all(0.75 * least <= pause <= least + 2 * WAITS for pause, least in zip(pauses, schedule, strict=True))

@@ -77,7 +77,7 @@ async def test_effect_and_entry_commit_together(joined: Ledger, done: list[Any])
 @JOINED
 async def test_an_effect_that_is_not_committed_did_not_happen(joined: Ledger, done: list[Any]) -> None:
     """A crash leaves nothing: neither is the step unknown, nor is it undone."""
-    shop = shopping(joined, lease=0.2)
+    shop = shopping(joined)
     FAULTS["book"] = [KilledError(), ValueError("no")]
     with pytest.raises(KilledError):
         await shop(key="7")
@@ -118,7 +118,7 @@ async def test_an_undo_commits_with_its_entry(joined: Ledger, done: list[Any]) -
 # SQLite has one writer at a time: the transaction of the first one would keep the second from the saga.
 @pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
 async def test_an_owner_that_was_overtaken_commits_nothing(joined: Ledger, done: list[Any]) -> None:
-    shop, owners, journal = shopping(joined, lease=0.2), list[str](), joined.store.journal
+    shop, owners, journal = shopping(joined, lease=2.0), list[str](), joined.store.journal
 
     async def without_renewals(request: Any) -> Any:
         if isinstance(request, Open):

@@ -167,6 +167,7 @@ async def test_the_time_of_each_call_is_its_own() -> None:
     assert await late == "late 2"
     airport.landing[0].cancel()
     await airport.abandoned.wait()
+    await asyncio.sleep(1)  # until the one timer of all calls has ended
 
 
 @travelling
@@ -185,6 +186,7 @@ async def test_the_end_of_an_abandoned_flight_gives_back_no_call_that_waits_for_
     airport.land()
 
     assert (await late, await waiting) == ("late 2", "waiting 3")
+    await asyncio.sleep(1)  # until the one timer of all calls has ended
 
 
 async def test_a_call_that_is_cancelled_before_it_is_sent_is_withdrawn() -> None:
