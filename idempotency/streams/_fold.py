@@ -17,6 +17,9 @@ from idempotency.streams._reached import Reached
 
 S = TypeVar("S")
 Until = int | datetime | None
+Decode = Callable[[str, str, int, str], Any]
+"""Make an event of its stream, the name and version of its type, and its JSON."""
+
 _PAGE = 1000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -48,7 +51,12 @@ class Fold(Generic[S]):
         return cls(apply, initial, snapshot, every)
 
     def load(
-        self, reached: Reached, connection: Connection, stream: str, decode: Callable[[Any], Any], until: Until
+        self,
+        reached: Reached,
+        connection: Connection,
+        stream: str,
+        decode: Callable[[str, str, int, str], Any],
+        until: Until,
     ) -> tuple[S, int]:
         """Return the state and the version of a stream."""
         last = until if isinstance(until, int) else None
@@ -63,7 +71,7 @@ class Fold(Generic[S]):
             for row in rows:
                 if last_ms is not None and row[9] > last_ms:
                     return state, version
-                state, version = self.apply(state, decode(row)), row[3]
+                state, version = self.apply(state, decode(stream, *row[5:8])), row[3]
             full = len(rows) == _PAGE
         if until is None and self.snapshot is not None and self.every is not None and version - stored >= self.every:
             values = {"stream": stream, "type": self.snapshot.name, "type_version": self.snapshot.version}

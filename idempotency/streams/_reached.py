@@ -244,7 +244,11 @@ class Reached:
 
     def _rows(self, connection: Connection, statement: Any, values: Row) -> Sequence[Any]:
         try:
-            return connection.exec_driver_sql(statement.sql, statement.parameters(values) or None).all()
+            result = connection.exec_driver_sql(statement.sql, statement.parameters(values) or None)
+            # As the driver gives them: to make a Row of each takes as long as to read it.
+            rows: Sequence[Any] = result.cursor.fetchall()
+            result.close()
+            return rows
         except DBAPIError as error:
             self.explain(connection, error)
             raise
