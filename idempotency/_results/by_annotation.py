@@ -54,7 +54,7 @@ def load(data: bytes | str) -> Any:
         try:
             value, end = _decoder.raw_decode(data)
         except ValueError:
-            end = -1
+            value, end = None, -1
         if end == len(data):
             return value
     return json.loads(data)
