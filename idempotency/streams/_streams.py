@@ -34,7 +34,7 @@ Headers = Mapping[str, str] | None
 Apply = Callable[[Any, Any], S]
 START = Position()
 
-_PAGE = 1000
+_PAGE = 2000
 # A call of the class itself takes twice as long.
 _recorded = partial(tuple.__new__, RecordedEvent)
 _position = partial(tuple.__new__, Position)

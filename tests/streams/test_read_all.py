@@ -71,14 +71,14 @@ async def test_an_event_comes_after_what_its_writer_had_read(ledger: Ledger, str
 @stores
 async def test_pages_and_positions(ledger: Ledger, streams: Streams) -> None:
     for number in range(3):
-        await append(ledger, streams, f"s{number}", *range(400))
+        await append(ledger, streams, f"s{number}", *range(800))
     events = await all_of(ledger, streams)
     positions = [event.position for event in events]
 
-    assert len(events) == 1200
+    assert len(events) == 2400
     assert None not in positions
     assert positions == sorted(set(positions))  # type: ignore[type-var]
-    for place in (0, 499, 999, 1000, 1199):
+    for place in (0, 499, 1999, 2000, 2399):
         position = positions[place]
         assert position is not None
         assert Position.parse(str(position)) == position
