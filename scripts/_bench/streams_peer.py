@@ -67,7 +67,7 @@ class Peer:
     def read_all(self) -> int:
         """Read all events as objects, and return how many there are.
 
-        Its projection runner reads the same log and uses the same mapper, in pages of 500 that a thread reads: these are larger.
+        Its projection runner reads the same log and uses the same mapper, in pages of 500, which a thread reads.
         """
         found = start = 0
         while True:
