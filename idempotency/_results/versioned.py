@@ -44,6 +44,7 @@ class Versioned(Generic[T]):
         self.version = version
         self._upcast = dict(upcast)
         self._shape = shape_of(kind, self.name)
+        self._from_json = self._shape.from_json
 
     def __repr__(self) -> str:
         return f"<Versioned {self.name} {self.version}>"
@@ -64,9 +65,10 @@ class Versioned(Generic[T]):
             )
         try:
             value = load(data)
-            for step in range(version, self.version):
-                value = self._upcast[step](value)
-            read: T = self._shape.from_json(value)
+            if version != self.version:
+                for step in range(version, self.version):
+                    value = self._upcast[step](value)
+            read: T = self._from_json(value)
         except Exception as error:
             raise UnreadableError(f"what is stored is no {self.name} of version {version}") from error
         return read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from idempotency.errors import ConfigurationError, IdempotencyError
@@ -30,8 +29,7 @@ class Position(NamedTuple):
         return cls(int(place), int(seq))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedEvent:
+class RecordedEvent(NamedTuple):
     """One event as it is stored.
 
     ``version`` counts the events of its ``stream`` from 1. ``data`` is the event as your code knows it, in the newest

@@ -17,7 +17,7 @@ was restored in a server whose transactions are numbered anew.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 
 from sqlalchemy import Connection, text
 
@@ -47,13 +47,19 @@ class Statements:
             full_name(connection, each).replace(":", "\\:") for each in tables.all
         )
         self._name = tables.events.name
-        self._appends: dict[int, Compiled] = {}
-        self._owns: dict[int, Compiled] = {}
+        self.table, self.snapshots, self.place = (each.fullname for each in tables.all)
+        self.append, self.own = cache(self._append), cache(self._own)
 
     @property
     def _read(self) -> str:
         # A driver would make an object of each id, and that a text.
         return _READ.format("CAST(id AS text)" if self.name == "postgresql" else "id")
+
+    @property
+    def _most(self) -> str:
+        # PostgreSQL plans for a tenth of the rows where it does not know the number, and so by the index. Otherwise,
+        # until it has statistics of the table, it would sort all that comes after a position, for each page.
+        return "(SELECT CAST(:most AS bigint))" if self.name == "postgresql" else ":most"
 
     def _compiled(self, sql: str) -> Compiled:
         return Compiled(text(sql), self._dialect)
@@ -63,30 +69,26 @@ class Statements:
         kind = _TYPES.get(name)
         return f"CAST(:{name}{number} AS {kind})" if self.name == "postgresql" and kind else f":{name}{number}"
 
-    def append(self, count: int) -> Compiled:
+    def _append(self, count: int) -> Compiled:
         """Append ``count`` events after ``expected``, or none; it returns or changes as many rows as were appended.
 
         PostgreSQL appends the first, and the others if that was appended: a part of them would be no append, and an
         error would end the transaction. MariaDB looks for ``expected`` by :attr:`has`, before: an INSERT with a SELECT
         would lock the table's counter.
         """
-        if count not in self._appends:
-            rows = [self._row(number) for number in range(1, count + 1)]
-            insert = f"INSERT INTO {self._events} ({_COLUMNS})"
-            guard = f"({self._bind('expected')} = 0 OR EXISTS ({self._has}))"
-            if self.name in MYSQL:
-                sql = f"{insert} VALUES {', '.join(f'({row})' for row in rows)}"
-            elif self.name == "sqlite":
-                sql = f"{insert} SELECT * FROM ({_union(rows)}) WHERE {guard}"
-            else:
-                first = f"{insert} SELECT {rows[0]} WHERE {guard} ON CONFLICT DO NOTHING RETURNING 1"
-                rest, total = "", "(SELECT count(*) FROM first)"
-                if count > 1:
-                    others = f"SELECT others.* FROM ({_union(rows[1:])}) AS others, first ORDER BY 3"
-                    rest, total = f", rest AS ({insert} {others} RETURNING 1)", f"{total} + (SELECT count(*) FROM rest)"
-                sql = f"WITH first AS ({first}){rest} SELECT {total}"
-            self._appends[count] = self._compiled(sql)
-        return self._appends[count]
+        rows = [self._row(number) for number in range(1, count + 1)]
+        insert = f"INSERT INTO {self._events} ({_COLUMNS})"
+        guard = f"({self._bind('expected')} = 0 OR EXISTS ({self._has}))"
+        if self.name in MYSQL:
+            return self._compiled(f"{insert} VALUES {', '.join(f'({row})' for row in rows)}")
+        if self.name == "sqlite":
+            return self._compiled(f"{insert} SELECT * FROM ({_union(rows)}) WHERE {guard}")
+        first = f"{insert} SELECT {rows[0]} WHERE {guard} ON CONFLICT DO NOTHING RETURNING 1"
+        rest, total = "", "(SELECT count(*) FROM first)"
+        if count > 1:
+            others = f"SELECT others.* FROM ({_union(rows[1:])}) AS others, first ORDER BY 3"
+            rest, total = f", rest AS ({insert} {others} RETURNING 1)", f"{total} + (SELECT count(*) FROM rest)"
+        return self._compiled(f"WITH first AS ({first}){rest} SELECT {total}")
 
     @property
     def _has(self) -> str:
@@ -105,14 +107,15 @@ class Statements:
 
     @property
     def _new_place(self) -> str:
-        match self.name:
-            case "postgresql":
-                newest = "txid_snapshot_xmax(txid_current_snapshot()) - 1"
-                return f"(SELECT place FROM {self._place} WHERE id = 1) + GREATEST(txid_current(), {newest})"
-            case "sqlite":
-                return "0"
-            case _:
-                return "NULL"
+        if self.name == "postgresql":
+            newest = "txid_snapshot_xmax(txid_current_snapshot()) - 1"
+            return f"{self._added} + GREATEST(txid_current(), {newest})"
+        return "0" if self.name == "sqlite" else "NULL"
+
+    @property
+    def _added(self) -> str:
+        """PostgreSQL: what is added to the number of a transaction."""
+        return f"(SELECT place FROM {self._place} WHERE id = 1)"
 
     @cached_property
     def version(self) -> Compiled:
@@ -135,39 +138,32 @@ class Statements:
         """MariaDB: name the table and an index, without which a small table is scanned, and others are waited for."""
         return f"{self._events} FORCE INDEX ({self._name}_{index})"
 
-    def own(self, count: int) -> Compiled:
+    def _own(self, count: int) -> Compiled:
         """Read which of ``count`` events are there, by their ids, with their streams and versions."""
-        if count not in self._owns:
-            ids = ", ".join(self._bind("id", number) for number in range(1, count + 1))
-            events, lock = (self._locked("id"), " LOCK IN SHARE MODE") if self.name in MYSQL else (self._events, "")
-            self._owns[count] = self._compiled(
-                f"SELECT stream, version FROM {events} WHERE id IN ({ids}) ORDER BY version{lock}"
-            )
-        return self._owns[count]
+        ids = ", ".join(self._bind("id", number) for number in range(1, count + 1))
+        events, lock = (self._locked("id"), " LOCK IN SHARE MODE") if self.name in MYSQL else (self._events, "")
+        return self._compiled(f"SELECT stream, version FROM {events} WHERE id IN ({ids}) ORDER BY version{lock}")
 
     @cached_property
     def read(self) -> Compiled:
         """Read events of one stream, by version."""
         return self._compiled(
             f"SELECT {self._read} FROM {self._events} WHERE stream = :stream AND version > :after AND version <= :until"
-            " ORDER BY version LIMIT :most"
+            f" ORDER BY version LIMIT {self._most}"
         )
 
     @cached_property
     def read_all(self) -> Compiled:
         """Read events of all streams after a position, in the order in which they were committed."""
-        match self.name:
-            case "postgresql":
-                bound = (
-                    f"(place, seq) > (:place, :seq) AND place < (SELECT place FROM {self._place} WHERE id = 1)"
-                    " + txid_snapshot_xmin(txid_current_snapshot())"
-                )
-            case "sqlite":
-                bound = "seq > :seq"
-            case _:
-                bound = "place > :place"
-        order = "seq" if self.name == "sqlite" else "place, seq"
-        return self._compiled(f"SELECT {self._read} FROM {self._events} WHERE {bound} ORDER BY {order} LIMIT :most")
+        if self.name == "postgresql":
+            oldest = "txid_snapshot_xmin(txid_current_snapshot())"
+            bound, order = f"(place, seq) > (:place, :seq) AND place < {self._added} + {oldest}", "place, seq"
+        else:
+            order = "seq" if self.name == "sqlite" else "place"
+            bound = f"{order} > :{order}"
+        return self._compiled(
+            f"SELECT {self._read} FROM {self._events} WHERE {bound} ORDER BY {order} LIMIT {self._most}"
+        )
 
     @cached_property
     def position(self) -> Compiled:
@@ -208,8 +204,8 @@ class Statements:
     def behind(self) -> Compiled:
         """PostgreSQL: read by how much the numbers of transactions are behind the places of events."""
         return self._compiled(
-            f"SELECT (SELECT coalesce(max(place), 0) FROM {self._events}) + 1"
-            f" - (SELECT place FROM {self._place} WHERE id = 1) - txid_snapshot_xmax(txid_current_snapshot())"
+            f"SELECT (SELECT coalesce(max(place), 0) FROM {self._events}) + 1 - {self._added}"
+            " - txid_snapshot_xmax(txid_current_snapshot())"
         )
 
     @cached_property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -19,18 +20,34 @@ from idempotency._sql.sessions import as_async, as_sync, connection_of
 from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
 from idempotency.operation import current
 from idempotency.streams._delay import Delay, find_delay
-from idempotency.streams._fold import Fold, Until, check_until
+from idempotency.streams._fold import Fold, Until
 from idempotency.streams._position import Appended, Position, RecordedEvent
 from idempotency.streams._reached import Reached, Row
+from idempotency.streams._statements import Statements
 from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 
 S = TypeVar("S")
 AnyAsync = AsyncSession | AsyncConnection
 AnySync = Session | Connection
+Events = Sequence[object]
+Headers = Mapping[str, str] | None
+Apply = Callable[[Any, Any], S]
 START = Position()
 
-_PAGE = 500
+_PAGE = 2000
+# A call of the class itself takes twice as long.
+_recorded = partial(tuple.__new__, RecordedEvent)
+_position = partial(tuple.__new__, Position)
 _NO_TRANSACTION = "There is no transaction to append in: begin one, or give the middleware or decorator session=."
+
+
+class LoadOptions(TypedDict, Generic[S], total=False):
+    """The options of a load; :meth:`Streams.load` says what they mean."""
+
+    initial: Any
+    snapshot_every: int | None
+    snapshot: Versioned[S] | None
+    until: Until
 
 
 class Streams:
@@ -57,12 +74,13 @@ class Streams:
             if known.name in self._by_name or known.kind in self._by_class:
                 raise ConfigurationError(f"two event types are named {known.name}, or are of one class: give name=")
             self._by_name[known.name] = self._by_class[known.kind] = known
-        self._reached = Reached(tables_named(table))
+        self._tables = tables_named(table)
+        self._statements: dict[object, Statements] = {}
         self._outbox = outbox
         self._aggregate_type = aggregate_type
 
     def __repr__(self) -> str:
-        return f"<Streams {self._reached.tables.events.fullname}>"
+        return f"<Streams {self._tables.events.fullname}>"
 
     @property
     def event_types(self) -> list[Versioned[Any]]:
@@ -70,13 +88,7 @@ class Streams:
         return list(self._by_name.values())
 
     async def append(
-        self,
-        session: AnyAsync,
-        stream: str,
-        events: Sequence[object],
-        *,
-        expected: int | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, session: AnyAsync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
     ) -> Appended:
         """Append events to a stream, in the transaction of ``session``, and return the last version of it.
 
@@ -90,98 +102,56 @@ class Streams:
         return await as_async(session, "append").run_sync(self._append, stream, rows, expected)
 
     def append_sync(
-        self,
-        session: AnySync,
-        stream: str,
-        events: Sequence[object],
-        *,
-        expected: int | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, session: AnySync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
     ) -> Appended:
         """See :meth:`append`."""
         rows = self._rows(stream, events, expected, headers)
         return self._append(as_sync(session, "append"), stream, rows, expected)
 
-    async def load(
-        self,
-        session: AnyAsync,
-        stream: str,
-        apply: Callable[[Any, Any], S],
-        *,
-        initial: Any = None,
-        snapshot_every: int | None = None,
-        snapshot: Versioned[S] | None = None,
-        until: Until = None,
-    ) -> S:
-        """Return what ``apply`` makes of the events of a stream, one after the other, beginning with ``initial``.
+    async def load(self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]) -> S:
+        """Return what ``apply`` makes of the events of a stream, one after the other.
 
-        ``apply(state, event)`` returns the next state. ``snapshot_every``: after so many events the state is stored,
-        in this transaction, and the next load begins there; ``snapshot`` describes its type, default what ``apply`` is
-        annotated to return. ``until``: a version, or a time with its zone: the state as it was then.
+        ``apply(state, event)`` returns the next state. ``initial``: the state before the first event, default None.
+        ``snapshot_every``: after so many events the state is stored, in this transaction, and the next load begins
+        there; ``snapshot`` describes its type, default what ``apply`` is annotated to return. ``until``: a version, or
+        a time with its zone: the state as it was then.
         """
-        fold = Fold.of(apply, initial, snapshot_every, snapshot)
-        return (await as_async(session, "load").run_sync(self._load, stream, fold, until))[0]
+        return (await self.load_versioned(session, stream, apply, **options))[0]
 
-    def load_sync(
-        self,
-        session: AnySync,
-        stream: str,
-        apply: Callable[[Any, Any], S],
-        *,
-        initial: Any = None,
-        snapshot_every: int | None = None,
-        snapshot: Versioned[S] | None = None,
-        until: Until = None,
-    ) -> S:
+    def load_sync(self, session: AnySync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]) -> S:
         """See :meth:`load`."""
-        fold = Fold.of(apply, initial, snapshot_every, snapshot)
-        return self._load(as_sync(session, "load"), stream, fold, until)[0]
+        return self.load_versioned_sync(session, stream, apply, **options)[0]
 
     async def load_versioned(
-        self,
-        session: AnyAsync,
-        stream: str,
-        apply: Callable[[Any, Any], S],
-        *,
-        initial: Any = None,
-        snapshot_every: int | None = None,
-        snapshot: Versioned[S] | None = None,
+        self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
-        """Return the state as :meth:`load` does, and the version of the stream, which the next append expects."""
-        fold = Fold.of(apply, initial, snapshot_every, snapshot)
-        return await as_async(session, "load_versioned").run_sync(self._load, stream, fold, None)
+        """Return the state as :meth:`load` does, and the version it has, which the next append expects."""
+        fold = Fold.of(apply, **options)
+        return await as_async(session, "load").run_sync(self._load, stream, fold)
 
     def load_versioned_sync(
-        self,
-        session: AnySync,
-        stream: str,
-        apply: Callable[[Any, Any], S],
-        *,
-        initial: Any = None,
-        snapshot_every: int | None = None,
-        snapshot: Versioned[S] | None = None,
+        self, session: AnySync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
         """See :meth:`load_versioned`."""
-        fold = Fold.of(apply, initial, snapshot_every, snapshot)
-        return self._load(as_sync(session, "load_versioned"), stream, fold, None)
+        fold = Fold.of(apply, **options)
+        return self._load(as_sync(session, "load"), stream, fold)
 
     async def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
         """Read the events of a stream after a version, in order."""
         own, full = as_async(session, "read"), True
         while full:
-            page = await own.run_sync(self._page, stream, after)
-            for event in page:
-                yield event
-                after = event.version
-            full = len(page) == _PAGE
+            rows = await own.run_sync(self._rows_of, stream, after)
+            for row in rows:
+                yield self._event(row)
+            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
 
     def read_sync(self, session: AnySync, stream: str, *, after: int = 0) -> Iterator[RecordedEvent]:
         """See :meth:`read`."""
         own, full = as_sync(session, "read"), True
         while full:
-            page = self._page(own, stream, after)
-            yield from page
-            after, full = page[-1].version if page else after, len(page) == _PAGE
+            rows = self._rows_of(own, stream, after)
+            yield from map(self._event, rows)
+            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
 
     async def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
         """Read the events of all streams after a position, in the order in which they were committed, without a gap.
@@ -191,19 +161,19 @@ class Streams:
         """
         own, full = as_async(session, "read_all"), True
         while full:
-            page = await own.run_sync(self.page_of_all, after, _PAGE)
-            for event in page:
-                yield event
-                after = event.position or after
-            full = len(page) == _PAGE
+            rows = await own.run_sync(self._rows_of_all, after, _PAGE)
+            # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
+            for row in rows:
+                yield self._event(row)
+            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
 
     def read_all_sync(self, session: AnySync, *, after: Position = START) -> Iterator[RecordedEvent]:
         """See :meth:`read_all`."""
         own, full = as_sync(session, "read_all"), True
         while full:
-            page = self.page_of_all(own, after, _PAGE)
-            yield from page
-            after, full = (page[-1].position or after) if page else after, len(page) == _PAGE
+            rows = self._rows_of_all(own, after, _PAGE)
+            yield from map(self._event, rows)
+            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
 
     async def position(self, session: AnyAsync, appended: Appended) -> Position | None:
         """Return the position of an event; None while its database has not given it one, as MariaDB before a commit."""
@@ -216,12 +186,12 @@ class Streams:
     async def create_schema(self, engine: AsyncEngine) -> None:
         """Create the tables where they are missing; safe in any number of processes at once."""
         async with engine.begin() as connection:
-            await connection.run_sync(self._reached.tables.create)
+            await connection.run_sync(self._tables.create)
 
     def create_schema_sync(self, engine: Engine) -> None:
         """See :meth:`create_schema`."""
         with engine.begin() as connection:
-            self._reached.tables.create(connection)
+            self._tables.create(connection)
 
     async def delayed_by(self, session: AnyAsync) -> Delay | None:
         """Return the oldest open transaction that :meth:`read_all` waits for; None if there is none.
@@ -240,48 +210,55 @@ class Streams:
         The numbers of transactions are lower there, and until it was called nothing can be appended or read. It returns
         by how much they were lower, 0 where nothing was to be done.
         """
-        return await as_async(session, "rebase").run_sync(lambda own: self._reached.rebase(_connection(own)))
+        return await as_async(session, "rebase").run_sync(lambda own: self._reached(own).rebase())
 
     def rebase_sync(self, session: AnySync) -> int:
         """See :meth:`rebase`."""
-        return self._reached.rebase(_connection(as_sync(session, "rebase")))
+        return self._reached(as_sync(session, "rebase")).rebase()
 
     def page_of_all(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
         """Read at most so many events of all streams after a position."""
-        return [self._event(row) for row in self._reached.read_all(_connection(session), after, most)]
+        return [self._event(row) for row in self._rows_of_all(session, after, most)]
 
     @property
     def table(self) -> str:
         """Return the name of the table of events."""
-        return self._reached.tables.events.fullname
+        return self._tables.events.fullname
 
     def peek(self, session: AnySync, after: Position) -> tuple[Position, float] | None:
         """Return where the next event is, and its time in seconds since the epoch, without reading what it holds."""
-        rows = self._reached.read_all(_connection(session), after, 1)
+        rows = self._rows_of_all(session, after, 1)
         return (Position(rows[0][0], rows[0][1]), rows[0][9] / 1000) if rows else None
 
-    def _page(self, session: AnySync, stream: str, after: int) -> list[RecordedEvent]:
-        rows = self._reached.read(_connection(session), _name(stream), after, None, _PAGE)
-        return [self._event(row) for row in rows]
+    def _reached(self, session: AnySync) -> Reached:
+        connection = _connection(session)
+        dialect, schema = connection.dialect, connection.schema_for_object(self._tables.events)
+        # Made once for each driver and schema.
+        wanted = dialect.name, dialect.driver, dialect.paramstyle, schema
+        if wanted not in self._statements:
+            self._statements[wanted] = Statements(connection, self._tables)
+        return Reached(connection, self._statements[wanted])
+
+    def _rows_of(self, session: AnySync, stream: str, after: int) -> Sequence[Any]:
+        return self._reached(session).read(_name(stream), after, None, _PAGE)
+
+    def _rows_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[Any]:
+        return self._reached(session).read_all(after, most)
 
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
-        connection = _connection(session)
-        appended = self._reached.append(connection, stream, rows, expected)
-        emitted(session, connection, self.table, notify=False)
+        appended = self._reached(session).append(stream, rows, expected)
+        emitted(session, _connection(session), self.table, notify=False)
         if self._outbox is not None and appended.new:
             self._outbox.write(session, [self._message(stream, row) for row in rows])
         return appended
 
-    def _load(self, session: AnySync, stream: str, fold: Fold[S], until: Until) -> tuple[S, int]:
-        check_until(until)
-        return fold.load(self._reached, _connection(session), _name(stream), self._data, until)
+    def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
+        return fold.load(self._reached(session), _name(stream), self._read)
 
     def _position(self, session: AnySync, appended: Appended) -> Position | None:
-        return self._reached.position(_connection(session), appended.stream, appended.version)
+        return self._reached(session).position(appended.stream, appended.version)
 
-    def _rows(
-        self, stream: str, events: Sequence[object], expected: int | None, headers: Mapping[str, str] | None
-    ) -> list[Row]:
+    def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
         _name(stream)
         if expected is not None and (type(expected) is not int or expected < 0):
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
@@ -309,25 +286,20 @@ class Streams:
             raise ConfigurationError(f"{type(event).__name__} is not in event_types, which has {known}")
         return kind
 
-    def _data(self, row: Any) -> Any:
-        kind = self._by_name.get(row[5])
+    def _read(self, stream: str, name: str, version: int, data: str) -> Any:
+        kind = self._by_name.get(name)
         if kind is None:
             raise UnreadableError(
-                f"{row[2]} has an event of type {row[5]}, which is not in event_types: deploy the code that knows it"
+                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it"
             )
-        return kind.load(row[6], row[7])
+        return kind.load(version, data)
 
     def _event(self, row: Any) -> RecordedEvent:
-        return RecordedEvent(
-            stream=row[2],
-            version=row[3],
-            id=row[4],
-            type=row[5],
-            data=self._data(row),
-            position=None if row[0] is None else Position(row[0], row[1]),
-            at=row[9] / 1000,
-            headers=json.loads(row[8]) if row[8] else {},
-        )
+        place, seq, stream, version, id_, kind, kind_version, data, headers, created_ms = row
+        event = self._read(stream, kind, kind_version, data)
+        position = None if place is None else _position((place, seq))
+        read_headers = json.loads(headers) if headers else {}
+        return _recorded((stream, version, id_, kind, event, position, created_ms / 1000, read_headers))
 
     def _message(self, stream: str, row: Row) -> dict[str, Any]:
         assert self._outbox is not None

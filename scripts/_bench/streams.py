@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import streams_peer
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from idempotency.streams import Position, Streams
+from idempotency.streams import Streams
 from tests.kit import servers
 
 WRITERS = 16
-_PAGE = 1000
 _EVERY = 200
 SHORT, LONG = 100, 100_000
 _AT_ONCE = 1000
+HISTORY, _STREAM = 20_000, 100
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,27 @@ class Amount(NamedTuple):
     events: int
 
 
-class Subject(Protocol):
-    """What appends and reads events."""
+class Reader(Protocol):
+    """What reads events."""
 
     name: str
+
+    def read_all(self) -> int:
+        """Read all events from the first on as objects, one at a time, and return how many there are."""
+
+
+class Subject(Reader, Protocol):
+    """What appends events too."""
 
     def append(self, writer: int, events: int) -> None:
         """Append events to a new stream, one in a transaction."""
 
-    def read_all(self) -> int:
-        """Read all events from the first on, and return how many there are."""
+    def fill(self, events: int) -> None:
+        """Append events to new streams, a hundred in a transaction."""
 
 
 class Rates(NamedTuple):
-    """Events a second."""
+    """Events a second; 0 appends where only reading is measured."""
 
     name: str
     appends: float
@@ -81,37 +90,68 @@ class Ours:
             with self.engine.begin() as connection:
                 self.streams.append_sync(connection, name, [Changed(number)], expected=number)
 
+    def fill(self, events: int) -> None:
+        for number in range(0, events, _STREAM):
+            with self.engine.begin() as connection:
+                self.streams.append_sync(connection, f"past-{number}", [Changed(1)] * _STREAM, expected=0)
+
     def read_all(self) -> int:
-        found, position = 0, Position()
-        while True:
-            with self.engine.connect() as connection:
-                page = self.streams.page_of_all(connection, position, _PAGE)
-            found += len(page)
-            if len(page) < _PAGE:
-                return found
-            position = page[-1].position or position
+        with self.engine.connect() as connection:
+            return sum(1 for _ in self.streams.read_all_sync(connection))
+
+
+class Awaited:
+    """The same table, read by asyncpg in an event loop."""
+
+    name = "streams, asyncpg"
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_async_engine(url)
+        self._streams = Streams([Changed], "bench_event")
+        self._loop = asyncio.Runner()
+
+    def read_all(self) -> int:
+        return self._loop.run(self._read_all())
+
+    async def _read_all(self) -> int:
+        found = 0
+        async with self._engine.connect() as connection:
+            async for _ in self._streams.read_all(connection):
+                found += 1
+        return found
+
+    def close(self) -> None:
+        self._loop.run(self._engine.dispose())
+        self._loop.close()
 
 
 def measure(url: str, name: str, amount: Amount) -> Iterator[Rates]:
-    """Measure each in a database of its own, in turns; yield the medians."""
+    """Measure each in a database of its own, in turns; yield the medians, those of eventsourcing first."""
     with servers.postgres_database(url, name) as one, servers.postgres_database(url, f"{name}_peer") as two:
         engine = create_engine(servers.with_driver(one, "postgresql+psycopg"), pool_size=WRITERS)
-        subjects: list[Any] = [Ours(engine)]
-        if streams_peer.installed:
-            subjects.append(streams_peer.Peer(two, WRITERS))
-        appends: dict[str, list[float]] = {each.name: [] for each in subjects}
-        catch_up: dict[str, list[float]] = {each.name: [] for each in subjects}
+        ours, awaited = Ours(engine), Awaited(servers.with_driver(one, "postgresql+asyncpg"))
+        peers = [streams_peer.Peer(two, WRITERS)] if streams_peer.installed else []
+        writing: list[Subject] = [*peers, ours]
+        reading: list[Reader] = [*writing, awaited]
+        appends: dict[str, list[float]] = {each.name: [] for each in reading}
+        catch_up: dict[str, list[float]] = {each.name: [] for each in reading}
         with ThreadPoolExecutor(WRITERS) as pool:
+            # The first of each opens connections.
             for number in range(amount.rounds + 1):
-                for each in subjects:
-                    written, read = _burst(pool, each, amount.events), _catch_up(each)
-                    # The first burst opens connections.
-                    if number:
-                        appends[each.name].append(written)
-                        catch_up[each.name].append(read)
-        for each in subjects:
-            yield Rates(each.name, median(appends[each.name]), median(catch_up[each.name]))
-            each.close() if isinstance(each, streams_peer.Peer) else engine.dispose()
+                for each in writing:
+                    rate = _burst(pool, each, amount.events)
+                    appends[each.name] += [rate] if number else []
+        for each in writing:
+            each.fill(HISTORY)
+        for number in range(amount.rounds + 1):
+            for reader in reading:
+                rate = _catch_up(reader)
+                catch_up[reader.name] += [rate] if number else []
+        for reader in reading:
+            yield Rates(reader.name, median(appends[reader.name] or [0.0]), median(catch_up[reader.name]))
+        for opened in (*peers, awaited):
+            opened.close()
+        engine.dispose()
 
 
 def loads(url: str, name: str, amount: Amount) -> tuple[float, float]:
@@ -145,7 +185,7 @@ def _burst(pool: ThreadPoolExecutor, subject: Subject, events: int) -> float:
     return WRITERS * events / seconds
 
 
-def _catch_up(subject: Subject) -> float:
+def _catch_up(subject: Reader) -> float:
     began = perf_counter()
     return subject.read_all() / (perf_counter() - began)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from streams import LONG, SHORT, WRITERS, Amount, Rates, loads, measure
+from streams import HISTORY, LONG, SHORT, WRITERS, Amount, Rates, loads, measure
+from streams_peer import Peer
 
-_ROW = "{:<16}{:>12}{:>8}{:>14}{:>8}{:>9}"
+_ROW = "{:<18}{:>12}{:>8}{:>14}{:>8}{:>9}"
 HEAD = "\n".join(
     (
         "",
         f"Streams on PostgreSQL: events a second that {WRITERS} threads append, one in a transaction, and that one",
-        "reads from the first on, and their ratio to those of eventsourcing where it is installed.",
+        f"reads from the first on, where there are {HISTORY} and more, and their ratio to those of eventsourcing where",
+        "it is installed.",
         "",
         _ROW.format("", "appends/s", "ratio", "catch-up/s", "ratio", "goal"),
     )
@@ -20,10 +22,10 @@ HEAD = "\n".join(
 
 def rows(url: str, name: str, amount: Amount) -> Iterator[str]:
     """Measure, and yield the lines."""
-    ours, *others = measure(url, name, amount)
-    yield _row(ours, others[0] if others else None)
-    for each in others:
-        yield _row(each, None)
+    measured = list(measure(url, name, amount))
+    peer = next((each for each in measured if each.name == Peer.name), None)
+    for each in measured:
+        yield _row(each, None if each is peer else peer)
     short, long = loads(url, f"{name}_loads", amount)
     yield (
         f"\nload of a stream of {SHORT} events {short * 1e3:.2f} ms, of {LONG + SHORT} events with a snapshot"
@@ -32,6 +34,7 @@ def rows(url: str, name: str, amount: Amount) -> Iterator[str]:
 
 
 def _row(rates: Rates, peer: Rates | None) -> str:
-    ratios = [f"{a / b:.2f}" for a, b in zip(rates[1:], peer[1:], strict=True)] if peer else ["", ""]
+    ratios = [f"{a / b:.2f}" if a else "" for a, b in zip(rates[1:], peer[1:], strict=True)] if peer else ["", ""]
+    appends = f"{rates.appends:.0f}" if rates.appends else ""
     goal = ">= 3.00" if peer else ""
-    return _ROW.format(rates.name, f"{rates.appends:.0f}", ratios[0], f"{rates.catch_up:.0f}", ratios[1], goal).rstrip()
+    return _ROW.format(rates.name, appends, ratios[0], f"{rates.catch_up:.0f}", ratios[1], goal).rstrip()

@@ -117,7 +117,7 @@ class Bank:
         await until(all_there)
 
     def _rows(self, session: Any, most: int) -> Any:
-        return self.streams._reached.read_all(session.connection(), Position(), most)
+        return self.streams._rows_of_all(session, Position(), most)
 
     async def seen(self, version: int = 1) -> tuple[int, int]:
         async with self.sessions() as session:

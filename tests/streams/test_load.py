@@ -199,6 +199,18 @@ def test_an_upcast_that_fails_says_what_was_read() -> None:
         broken.load(1, b'{"amount":1}')
 
 
+def test_json_is_read_whatever_wrote_it() -> None:
+    """Spaces, bytes, and fields of later code do not matter; another type does, and so does what is not JSON."""
+    withdrawn = Versioned(Withdrawn)
+
+    assert withdrawn.load(1, '{"amount":1}') == Withdrawn(1)
+    assert withdrawn.load(1, ' {"amount": 1, "why": "rent"}\n') == Withdrawn(1, "rent")
+    assert withdrawn.load(1, b'{"amount":1,"since_later_code":[]}') == Withdrawn(1)
+    for broken in ('{"amount":true}', '{"amount":"1"}', '{"amount":1}{"amount":2}', '{"amount":1', "", "[]", "{}"):
+        with pytest.raises(UnreadableError, match="what is stored is no Withdrawn of version 1"):
+            withdrawn.load(1, broken)
+
+
 def test_the_bytes_of_released_versions_stay() -> None:
     """They are stored: a later version of this library reads them."""
     paid = Paid(amount=1, currency="EUR", note="")

@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from idempotency.errors import ConfigurationError, StoreError
+from idempotency.errors import ConfigurationError, StoreError, UnreadableError
 from idempotency.streams import Position, Streams
 from tests.kit.ledger import Ledger
 from tests.streams.kit import KINDS, TYPES, Deposited, Withdrawn, all_of, append, shown
@@ -71,18 +71,53 @@ async def test_an_event_comes_after_what_its_writer_had_read(ledger: Ledger, str
 @stores
 async def test_pages_and_positions(ledger: Ledger, streams: Streams) -> None:
     for number in range(3):
-        await append(ledger, streams, f"s{number}", *range(400))
+        await append(ledger, streams, f"s{number}", *range(800))
     events = await all_of(ledger, streams)
     positions = [event.position for event in events]
 
-    assert len(events) == 1200
+    assert len(events) == 2400
     assert None not in positions
     assert positions == sorted(set(positions))  # type: ignore[type-var]
-    for place in (0, 499, 500, 777, 1199):
+    for place in (0, 499, 1999, 2000, 2399):
         position = positions[place]
         assert position is not None
         assert Position.parse(str(position)) == position
         assert await all_of(ledger, streams, position) == events[place + 1 :]
+
+
+@pytest.mark.stores("postgres18")
+async def test_a_page_is_read_by_the_index_before_there_are_statistics(ledger: Ledger, streams: Streams) -> None:
+    """To sort all that comes after a position would take time for each page that grows with the table."""
+    sent: list[tuple[str, Any]] = []
+    engine: Any = ledger.engine
+    event.listen(engine.sync_engine, "before_cursor_execute", lambda *given: sent.append((given[2], given[3])))
+    for number in range(20):
+        await append(ledger, streams, f"s{number}", *range(100))
+    await all_of(ledger, streams)
+    statement, values = next(each for each in reversed(sent) if "ORDER BY place, seq" in each[0])
+    async with engine.connect() as connection:
+        plan = (await connection.exec_driver_sql(f"EXPLAIN {statement}", values)).scalars().all()
+
+    assert any("_order" in line for line in plan)
+    assert not [line for line in plan if "Sort" in line]
+
+
+@stores
+async def test_events_before_one_that_cannot_be_read_are_read(ledger: Ledger, streams: Streams) -> None:
+    await append(ledger, streams, "a", 1, 2, 3)
+    async with ledger.sessions.begin() as session:
+        await session.execute(text(f"UPDATE {streams.table} SET data = '{{}} {{}}' WHERE version = 2"))
+    read: list[int] = []
+
+    async def follow() -> None:
+        async with ledger.sessions() as session:
+            async for recorded in streams.read_all(session):
+                read.append(recorded.version)
+
+    with pytest.raises(UnreadableError, match="what is stored is no Deposited of version 1"):
+        await follow()
+
+    assert read == [1]
 
 
 @stores
