@@ -9,7 +9,16 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, read_only
+from idempotency._sql.engines import level_of
+from idempotency._sql.failures import (
+    MadeBy,
+    conflicts,
+    describe_failure,
+    error_code,
+    lacks_table,
+    read_only,
+    waited_for_lock,
+)
 from idempotency._sql.send import Compiled
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL
@@ -156,6 +165,10 @@ class Reached:
         """MariaDB: give places to the events that are committed, in a transaction of its own."""
         if connection.dialect.name not in MYSQL:
             return
+        if level_of(connection.dialect, connection.get_execution_options()) == "READ UNCOMMITTED":
+            raise TransactionError(
+                "under READ UNCOMMITTED, events are read whose places may change: take another level"
+            )
         statements = self.statements(connection)
         try:
             # On a connection of its own: the caller's snapshot is to begin afterwards.
@@ -170,11 +183,14 @@ class Reached:
                 " pool_size or max_overflow"
             ) from error
         except DBAPIError as error:
-            if not read_only(error):
+            if not (read_only(error) or waited_for_lock(error)):
                 raise
-            # A replica: its primary gives places, and what has none is read later.
+            # A replica, whose primary gives places; or an open transaction has locked an event that has none, as the
+            # first one of a stream to which it appends. What has no place is read later.
 
     def _give_places(self, own: Connection, statements: Statements) -> int:
+        if is_autocommit(own):
+            own.exec_driver_sql("START TRANSACTION")
         last = self._scalar(own, statements.last_place, {})
         if last is None:
             raise StoreError(_NO_START.format(self.tables.place.fullname))
@@ -187,13 +203,18 @@ class Reached:
         return len(numbers)
 
     def _check_places(self, connection: Connection) -> None:
-        """PostgreSQL: refuse tables whose events are ahead of the server's transactions; once for each connection."""
+        """PostgreSQL: refuse tables whose events have the numbers of another server; once for each connection."""
         statements = self.statements(connection)
         if statements.name != "postgresql":
             return
         checked = connection.info.setdefault(_CHECKED, set())
         if statements.behind.sql in checked:
             return
+        if self._scalar(connection, statements.subscribed, {}):
+            raise StoreError(
+                f"{self.tables.events.fullname} is filled by a logical subscription, which commits in another order:"
+                " use its publisher, or drop the subscription first"
+            )
         if self._behind(connection) > 0:
             raise StoreError(
                 f"{self.tables.events.fullname} was restored from another server, whose transactions have higher"
