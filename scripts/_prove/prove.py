@@ -189,7 +189,7 @@ def main() -> int:
     )
     parser.add_argument("--saga", action="store_true", help="prove sagas instead, on the stores that run here")
     parser.add_argument("--streams", action="store_true", help="prove streams of events instead, also under load")
-    parser.add_argument("--events", metavar="N", type=int, help="--streams: how many; default: 200,000, or 5,000 quick")
+    parser.add_argument("--events", metavar="N", type=int, help="--streams: how many; default: 12,000, or 1,600 quick")
     parser.add_argument(
         "--contracts",
         action="store_true",
