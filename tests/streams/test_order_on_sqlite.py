@@ -14,13 +14,19 @@ from tests.streams.kit import TYPES, Deposited, shown
 
 WRITE = """
 import sys
-from tests.streams.kit import Deposited
-from tests.streams.test_order_on_sqlite import opened
-engine, streams = opened(sys.argv[1])
+from dataclasses import dataclass
+from sqlalchemy import create_engine
+from idempotency.streams import Streams
+@dataclass(frozen=True)
+class Deposited:
+    amount: int
+engine, streams = create_engine(sys.argv[1], connect_args={"timeout": 60}), Streams([Deposited])
 for number in range(20):
     with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA synchronous = OFF")
         streams.append_sync(connection, sys.argv[2], [Deposited(number), Deposited(number)])
         connection.rollback() if number % 4 == 0 else connection.commit()
+    print(number, flush=True)
 """
 
 
@@ -43,18 +49,23 @@ def test_processes_write_while_the_file_is_vacuumed(tmp_path: Path) -> None:
     engine, streams = opened(url)
     alone(engine, "PRAGMA journal_mode = WAL")
     streams.create_schema_sync(engine)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITE, url, name]) for name in "ab"]
+    command = [sys.executable, "-c", WRITE, url]
+    writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE) for name in "ab"]
     found: list[RecordedEvent] = []
 
     def read() -> list[RecordedEvent]:
         with engine.connect() as connection:
             return list(streams.read_all_sync(connection, after=(found[-1].position if found else None) or Position()))
 
-    for part in (1, 10, 25):
-        while len(found) < part:
-            found += read()
+    for writer in (*writers, *writers):
+        assert writer.stdout is not None
+        # It has written once more.
+        assert writer.stdout.readline()
         alone(engine, "VACUUM")
-    ends = [writer.wait() for writer in writers]
+        found += read()
+    for writer in writers:
+        writer.communicate()
+    ends = [writer.returncode for writer in writers]
     found += read()
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM stream_event WHERE seq = (SELECT max(seq) FROM stream_event)"))
