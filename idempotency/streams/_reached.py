@@ -9,7 +9,16 @@ from sqlalchemy import Connection, CursorResult
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, read_only
+from idempotency._sql.engines import level_of
+from idempotency._sql.failures import (
+    MadeBy,
+    conflicts,
+    describe_failure,
+    error_code,
+    lacks_table,
+    read_only,
+    waited_for_lock,
+)
 from idempotency._sql.send import Compiled
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL
@@ -140,6 +149,10 @@ class Reached:
         """MariaDB: give places to the events that are committed, in a transaction of its own."""
         if self._dialect not in MYSQL:
             return
+        if level_of(self._connection.dialect, self._connection.get_execution_options()) == "READ UNCOMMITTED":
+            raise TransactionError(
+                "under READ UNCOMMITTED, events are read whose places may change: take another level"
+            )
         try:
             # On a connection of its own: the caller's snapshot is to begin afterwards.
             with self._connection.engine.connect() as connection:
@@ -154,11 +167,14 @@ class Reached:
                 " pool_size or max_overflow"
             ) from error
         except DBAPIError as error:
-            if not read_only(error):
+            if not (read_only(error) or waited_for_lock(error)):
                 raise
-            # A replica: its primary gives places, and what has none is read later.
+            # A replica, whose primary gives places; or an open transaction has locked an event that has none, as the
+            # first one of a stream to which it appends. What has no place is read later.
 
     def _give_places_once(self) -> int:
+        if is_autocommit(self._connection):
+            self._connection.exec_driver_sql("START TRANSACTION")
         last = self._scalar(self._statements.last_place)
         if last is None:
             raise self._no_start()
@@ -171,12 +187,17 @@ class Reached:
         return len(numbers)
 
     def _check_places(self) -> None:
-        """PostgreSQL: refuse tables whose events are ahead of the server's transactions; once for each connection."""
+        """PostgreSQL: refuse tables whose events have the numbers of another server; once for each connection."""
         if self._dialect != "postgresql":
             return
         checked = self._connection.info.setdefault(_CHECKED, set())
         if self._statements.behind.sql in checked:
             return
+        if self._scalar(self._statements.subscribed):
+            raise StoreError(
+                f"{self._statements.table} is filled by a logical subscription, which commits in another order:"
+                " use its publisher, or drop the subscription first"
+            )
         if self._behind() > 0:
             raise StoreError(
                 f"{self._statements.table} was restored from another server, whose transactions have higher"

@@ -209,6 +209,12 @@ class Statements:
         )
 
     @cached_property
+    def subscribed(self) -> Compiled:
+        """PostgreSQL: look whether another server's events are replicated into the table."""
+        name = self._events.replace("'", "''")
+        return self._compiled(f"SELECT 1 FROM pg_subscription_rel WHERE srrelid = CAST('{name}' AS regclass)")
+
+    @cached_property
     def rebase(self) -> Compiled:
         """PostgreSQL: raise what is added to the numbers of transactions."""
         return self._compiled(f"UPDATE {self._place} SET place = place + :more WHERE id = 1")

@@ -199,7 +199,7 @@ def main() -> int:
         "--events",
         metavar="N",
         type=int,
-        help="how many; default: --streams 200,000, --rebuild 20,000, and 5,000 if --quick",
+        help="how many; default: --streams 12,000, or 1,600 if --quick; --rebuild 20,000, or 5,000",
     )
     parser.add_argument(
         "--contracts",

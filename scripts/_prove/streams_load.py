@@ -1,34 +1,38 @@
-"""Streams under load: many processes append, some read all events, and one transaction stays open beside them."""
+"""Streams under load: many processes append, some read all events, one transaction stays open; some are killed.
+
+What each process has done is in a file of its own, a line for each step, so that a process that is killed leaves what
+it knew: see :mod:`streams_judge`, which compares what was committed with what was read.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import random
+import re
 import time
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, create_engine, event, func, select
 from streams_scenarios import sync_url
 
 from idempotency.streams import ConflictError, Position, Streams
-
-WRITERS, READERS = 16, 4
-PATIENCE = 300.0
-"""Seconds without a new event after which a reader gives up."""
+from idempotency.streams._table import tables_named
 
 _PAGE = 1000
-_MOST = 10
+_MOST = 40
 """Events of one append."""
+
+_BOUND = re.compile(r" AND place < \(SELECT .*?txid_snapshot_xmin\(txid_current_snapshot\(\)\)")
 
 
 @dataclass(frozen=True)
 class Written:
-    """One event: its writer, and which of the writer's events it is."""
+    """One event: which process appended it, in which of its transactions, and which of its events it is."""
 
-    writer: int
+    writer: str
+    batch: int
     number: int
 
 
@@ -41,9 +45,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Load:
-    """Where, and how much: each writer appends ``each`` events to one of ``streams``.
+    """Where, and how much: each writer appends ``each`` events to some of ``streams``.
 
-    ``hold`` and ``rest`` are in seconds.
+    ``hold`` and ``rest``: for how many seconds a transaction is open beside the others, and then none. ``patience``:
+    seconds without a new event after which a reader gives up. ``bounded`` False: readers do not mind open transactions,
+    as a proof that must fail. ``killed_writers`` and ``killed_readers``: how many are killed while there is work; the
+    process that comes after one goes on with its work.
     """
 
     url: str
@@ -53,7 +60,22 @@ class Load:
     hold: float
     rest: float
     directory: str
-    """In it are the files ``written``, once all have written, and ``total``, in which is how many events there are."""
+    patience: float = 300.0
+    bounded: bool = True
+    writers: int = 16
+    readers: int = 4
+    killed_writers: int = 9
+    killed_readers: int = 3
+
+    @property
+    def held(self) -> int:
+        """The number of the writer whose transactions stay open."""
+        return self.writers
+
+    @property
+    def late(self) -> int:
+        """The reader that begins when half of the events are there."""
+        return self.readers - 1
 
     @property
     def events(self) -> Streams:
@@ -65,32 +87,30 @@ class Load:
             event.listen(engine, "connect", lambda opened, _: opened.execute("PRAGMA journal_mode=WAL"))
         return engine
 
+    def count(self) -> int:
+        """Return how many events are there."""
+        engine = self.engine()
+        with engine.connect() as connection:
+            query = select(func.count()).select_from(tables_named(self.table).events)
+            found = int(connection.execute(query).scalar_one())
+        engine.dispose()
+        return found
 
-@dataclass(frozen=True)
-class Read:
-    """What a reader has found."""
-
-    count: int = 0
-    doubled: int = 0
-    disordered: int = 0
-    digest: str = ""
+    def file(self, name: str) -> Path:
+        return Path(self.directory, name)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a load has shown."""
+class Log:
+    """A file to which each line is written at once, so that it is there when its process is killed."""
 
-    events: int
-    written_in: float
-    read_in: float
-    conflicts: int
-    lost: int
-    doubled: int
-    disordered: int
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    @property
-    def ok(self) -> bool:
-        return not (self.lost or self.doubled or self.disordered)
+    def write(self, *words: object) -> None:
+        os.write(self._file, f"{' '.join(map(str, words))}\n".encode())
+
+    def write_page(self, lines: list[str]) -> None:
+        os.write(self._file, "".join(f"{line}\n" for line in lines).encode())
 
 
 def count(state: Counted, _event: Written) -> Counted:
@@ -98,103 +118,97 @@ def count(state: Counted, _event: Written) -> Counted:
     return Counted(state.events + 1)
 
 
-def write(load: Load, writer: int) -> int:
-    """Append all events of a writer, and return how many conflicts there were.
+def write(load: Load, done: Any, writer: int, life: int) -> None:
+    """Append until this writer has ``load.each`` events; ``done`` has how many it has, also those of earlier lives.
 
     Each second writer loads the stream, with snapshots, and expects its version. Some transactions are rolled back.
     """
-    engine, events, chance = load.engine(), load.events, random.Random(writer)
-    conflicts = number = 0
-    while number < load.each:
-        stream = f"s{chance.randrange(load.streams)}"
-        batch = [Written(writer, n) for n in range(number, min(load.each, number + chance.randint(1, _MOST)))]
-        expected = None
+    engine, events, name = load.engine(), load.events, f"{writer}.{life}"
+    chance, log, batch = random.Random(name), Log(load.file(f"writer-{name}")), 0
+    while done[writer] < load.each:
+        stream, size = f"s{chance.randrange(load.streams)}", min(load.each - done[writer], chance.randint(1, _MOST))
+        log.write(batch, "begun", stream, size)
         with engine.connect() as connection:
             try:
-                if writer % 2:
-                    state, expected = events.load_versioned_sync(
-                        connection, stream, count, initial=Counted(0), snapshot_every=200
-                    )
-                    assert state.events == expected
-                events.append_sync(connection, stream, batch, expected=expected)
+                expected = _version(events, connection, stream) if writer % 2 else None
+                batched = [Written(name, batch, number) for number in range(size)]
+                events.append_sync(connection, stream, batched, expected=expected)
             except ConflictError:
-                conflicts += 1
-                continue
-            if chance.random() < 0.05:
-                connection.rollback()
-                continue
-            connection.commit()
-        number += len(batch)
+                log.write(batch, "refused")
+            else:
+                if chance.random() < 0.05:
+                    connection.rollback()
+                    log.write(batch, "undone")
+                else:
+                    connection.commit()
+                    log.write(batch, "committed")
+                    done[writer] += size
+        batch += 1
     engine.dispose()
-    return conflicts
 
 
-def hold(load: Load) -> int:
-    """Have a transaction open for seconds, with an event in it, again and again; return how many there were."""
-    engine, events, number = load.engine(), load.events, 0
-    while not Path(load.directory, "written").exists():
+def _version(events: Streams, connection: Any, stream: str) -> int:
+    state, version = events.load_versioned_sync(connection, stream, count, initial=Counted(0), snapshot_every=200)
+    assert state.events == version
+    return version
+
+
+def hold(load: Load) -> None:
+    """Have a transaction open for seconds, with an event in it, again and again, until all have written."""
+    engine, events, name, batch = load.engine(), load.events, f"{load.held}.0", 0
+    log = Log(load.file(f"writer-{name}"))
+    while not load.file("written").exists():
+        log.write(batch, "begun", "held", 1)
         with engine.begin() as connection:
-            events.append_sync(connection, "held", [Written(-1, number)])
+            events.append_sync(connection, "held", [Written(name, batch, 0)])
             time.sleep(load.hold)
-        number += 1
+        log.write(batch, "committed")
+        batch += 1
         time.sleep(load.rest)
     engine.dispose()
-    return number
 
 
-def read(load: Load) -> Read:
-    """Read all events as they come, until all are there; count what comes twice, or in another order."""
+def read(load: Load, reader: int) -> None:
+    """Read all events as they come, until all are there; go on where the process of this reader was killed."""
     engine, events = load.engine(), load.events
-    versions: Counter[str] = Counter()
-    numbers: Counter[int] = Counter()
-    digest, position = hashlib.sha256(), Position()
-    found = doubled = disordered = 0
-    expected, total = None, Path(load.directory, "total")
-    last = time.monotonic()
-    while (expected is None or found < expected) and time.monotonic() - last < PATIENCE:
-        if expected is None and total.exists():
-            expected = int(total.read_text())
+    if not load.bounded:
+        event.listen(engine, "before_cursor_execute", _without_bound, retval=True)
+    while reader == load.late and not load.file("half").exists():
+        time.sleep(0.05)
+    found, position = resume(load.file(f"reader-{reader}"))
+    log, last = Log(load.file(f"reader-{reader}")), time.monotonic()
+    while time.monotonic() - last < load.patience:
+        total = load.file("total")
+        if total.exists() and found >= int(total.read_text()):
+            break
         with engine.connect() as connection:
             page = events.page_of_all(connection, position, _PAGE)
-        for each in page:
-            assert each.position is not None
-            doubled += each.version <= versions[each.stream]
-            disordered += each.version != versions[each.stream] + 1 or each.position <= position
-            disordered += each.data.number != numbers[each.data.writer]
-            versions[each.stream] = each.version
-            numbers[each.data.writer] = each.data.number + 1
-            digest.update(f"{each.stream} {each.version} {each.data}".encode())
-            position, found, last = each.position, found + 1, time.monotonic()
         if not page:
             time.sleep(0.01)
+            continue
+        position = page[-1].position or position
+        log.write_page([*map(_line, page), f"= {position}"])
+        found, last = found + len(page), time.monotonic()
     engine.dispose()
-    return Read(found, doubled, disordered, digest.hexdigest())
 
 
-def run(pool: ProcessPoolExecutor, load: Load) -> Result:
-    """Run one load: all writers, all readers, and the one transaction beside them."""
-    engine = load.engine()
-    load.events.create_schema_sync(engine)
-    engine.dispose()
-    written, total = Path(load.directory, "written"), Path(load.directory, "total")
-    started = time.monotonic()
-    readers = [pool.submit(read, load) for _ in range(READERS)]
-    holder = pool.submit(hold, load)
-    writers = [pool.submit(write, load, number) for number in range(WRITERS)]
-    conflicts = sum(each.result() for each in writers)
-    written_in = time.monotonic() - started
-    written.touch()
-    events = WRITERS * load.each + holder.result()
-    # Under its name it is whole.
-    total.with_suffix(".new").write_text(str(events))
-    total.with_suffix(".new").rename(total)
-    found = [each.result() for each in readers]
-    return Result(
-        events,
-        written_in,
-        time.monotonic() - started,
-        conflicts,
-        sum(abs(events - each.count) for each in found),
-        sum(each.doubled for each in found),
-        sum(each.disordered for each in found) + len({each.digest for each in found}) - 1,
-    )
+def _line(each: Any) -> str:
+    own = each.data
+    return f"{each.position} {each.stream} {each.version} {own.writer} {own.batch} {own.number}"
+
+
+def resume(path: Path) -> tuple[int, Position]:
+    """Return how many events were read and where to go on; forget a page that was not written to its end."""
+    whole = path.read_bytes() if path.exists() else b""
+    start = whole.rfind(b"\n= ", 0, whole.rfind(b"\n") + 1)
+    end = whole.index(b"\n", start + 1) + 1 if start >= 0 else 0
+    path.write_bytes(whole[:end])
+    if not end:
+        return 0, Position()
+    lines = whole[:end].decode().splitlines()
+    return sum(not line.startswith("=") for line in lines), Position.parse(lines[-1].removeprefix("= "))
+
+
+def _without_bound(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    """Take the bound out of the statement that reads all events."""
+    return _BOUND.sub("", statement), parameters

@@ -104,7 +104,23 @@ class JoinedAppend(_OnStreams):
         async def change(key: str, session: AsyncSession) -> None:
             await self.append(session, key)
 
-        self.deliver: Any = change
+        self.change: Any = change
+
+    async def deliver(self, key: str) -> None:
+        await self.change(key)
+
+
+class AppendAndRead(JoinedAppend):
+    """A reader gives places on MariaDB: it is killed also between the commit and the place of its events.
+
+    One at a time: the places of its events are given by itself.
+    """
+
+    async def deliver(self, key: str) -> None:
+        await self.change(key)
+        async with self.sessions() as session:
+            async for _ in STREAMS.read_all(session):
+                pass
 
 
 class LeasedAppend(_OnStreams):
