@@ -48,17 +48,20 @@ def raise_version(place: contracts.Place, package: Path, count: int, ledger: Pat
     writing = replace(place, options={**place.options, "write_version": 2})
     sides = [(package, place), (contracts.ROOT, place), *[(contracts.ROOT, writing)] * 3]
     with ExitStack() as stack:
-        children = [_start(*side, given, stack) for side in sides]
+        children = [_start(*side, given | {"pauses": place < 3}, stack) for place, side in enumerate(sides)]
         early, late = children[:3], children[3:]
         for child in children:
             _expect(child, "ready")
-        _begin(early)
+        _go_on(early)
         for child in early:
             _expect(child, "under load")
         since = time.monotonic()
         _upgrade(place)
         upgrade = time.monotonic() - since
-        _begin(late)
+        _go_on(late)
+        for child in late:
+            _expect(child, "under load")
+        _go_on(early)
         answers = [child.communicate(timeout=300) for child in children]
     failed = [error[-2000:] for child, (_, error) in zip(children, answers, strict=True) if child.returncode]
     if failed:
@@ -92,7 +95,7 @@ def _expect(child: subprocess.Popen[str], line: str) -> None:
         raise RuntimeError(f"a process did not say {line!r}: {child.communicate()[1][-2000:]}")
 
 
-def _begin(children: Sequence[subprocess.Popen[str]]) -> None:
+def _go_on(children: Sequence[subprocess.Popen[str]]) -> None:
     for child in children:
         assert child.stdin is not None
         child.stdin.write("go\n")

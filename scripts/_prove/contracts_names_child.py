@@ -18,17 +18,23 @@ import contracts_child
 from idempotency import open_store
 
 
-async def main(url: str, options: dict[str, Any], ledger: str, count: int, seconds: float) -> None:
-    """Do everything once, within about ``seconds``, say when a quarter of that is over, and print the answers."""
+async def main(url: str, options: dict[str, Any], ledger: str, count: int, seconds: float, pauses: bool) -> None:
+    """Do everything once, within about ``seconds``, say when a quarter of it is done, and print the answers.
+
+    ``pauses``: begin the second half when a further line is read.
+    """
     store = open_store(url, **options)
     kinds = contracts_child.Work(store, ledger).kinds()
     todo = [(kind, number) for kind in kinds for number in range(count)]
     random.Random(os.getpid()).shuffle(todo)
     free = asyncio.Semaphore(contracts_child.CONCURRENCY)
     answers: dict[str, Any] = {}
+    going_on = asyncio.Event()
 
     async def do(place: int, kind: str, number: int) -> None:
         await asyncio.sleep(seconds * place / len(todo))
+        if pauses and place >= len(todo) // 2:
+            await going_on.wait()
         async with free:
             try:
                 answers[f"{kind} {number}"] = await kinds[kind](number)
@@ -39,7 +45,11 @@ async def main(url: str, options: dict[str, Any], ledger: str, count: int, secon
 
     print("ready", flush=True)
     sys.stdin.readline()
-    await asyncio.gather(*(do(place, *each) for place, each in enumerate(todo)))
+    work = asyncio.gather(*(do(place, *each) for place, each in enumerate(todo)))
+    if pauses:
+        await asyncio.to_thread(sys.stdin.readline)
+        going_on.set()
+    await work
     await store.aclose()
     print(json.dumps(answers))
 
