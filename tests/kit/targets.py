@@ -137,10 +137,10 @@ class Target:
             await store.aclose()
 
     @contextmanager
-    def opened_sync(self) -> Iterator[Any]:
+    def opened_sync(self, **options: Any) -> Iterator[Any]:
         """Open another instance for the blocking verbs and close it at the end."""
         if not self.is_sql:
-            store = self.open()
+            store = self.open(**options)
             yield store
             store.close()
             return
@@ -148,7 +148,7 @@ class Target:
 
         engine = sqlalchemy.create_engine(self.sync_url)
         try:
-            yield SQLStore(engine, table=self.name)
+            yield SQLStore(engine, table=self.name, **options)
         finally:
             engine.dispose()
 

@@ -13,7 +13,7 @@ from idempotency.errors import ConfigurationError
 from idempotency.stores import open_store
 from idempotency.stores.encryption import Encryption
 from idempotency.testing.contract._claims import SHORT, lapsed, new_claim, rival
-from tests.kit.targets import Target, redis_client
+from tests.kit.targets import SYNC_KINDS, Target, redis_client
 
 SHARED = pytest.mark.stores("fakeredis", "redis", "redis62", "sqlite", "postgres", "mariadb")
 BOTH = pytest.mark.parametrize("first", [1, 2])
@@ -52,6 +52,17 @@ async def test_each_does_what_the_other_began(stores: dict[int, Any], first: int
         entry, resolved = await store.inspect(over.id), await store.inspect(held.id)
         assert (entry.attempt, entry.name) == (2, "charge")
         assert resolved.name == ("charge" if first == 2 else "")
+
+
+@pytest.mark.stores(*SYNC_KINDS)
+def test_the_blocking_verbs_write_names(target: Target) -> None:
+    """By every driver that blocks."""
+    with target.opened_sync(write_version=2) as store:
+        store.claim_sync(claim := new_claim(name="charge"))
+        entry = store.inspect_sync(claim.id)
+
+        assert entry is not None
+        assert entry.name == "charge"
 
 
 @pytest.mark.stores("fakeredis", "redis")
