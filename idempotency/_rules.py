@@ -42,7 +42,10 @@ else:
 
 
 FORMAT = 1
-"""The record format that this library writes, and the newest that it reads."""
+"""The format that is stored with a record, and the newest that this library reads: what a reader must know.
+
+A field that a reader may ignore, such as the name of an operation, does not raise it; see ``stores/_versions.py``.
+"""
 
 _WIDTH = 64
 """The most characters of a token and bytes of a fingerprint that are stored."""
@@ -82,6 +85,7 @@ class Claim:
     ``token`` is the owner's: every later write is fenced by it. ``id`` is the record's (:func:`record_id`).
     ``began`` is when the caller began, by the monotonic clock of its process, 0 if it does not say. No store
     reads it.
+    ``name`` says to an operator what is done, and is in clear: it must contain nothing that a caller has sent.
     A token that is not printable ASCII of at most 64 characters is replaced by its digest, and so is a fingerprint of
     more than 64 bytes.
     """
@@ -96,6 +100,7 @@ class Claim:
     transactional: bool = False
     token: str = field(default_factory=lambda: os.urandom(16).hex())
     began: float = field(default=0.0, compare=False)
+    name: str = field(default="", compare=False)
     id: bytes = field(init=False)
 
     def __post_init__(self) -> None:

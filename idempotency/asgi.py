@@ -50,7 +50,7 @@ from idempotency.events import EventHooks, EventKind, OnEvent
 from idempotency.operation import RUNNING, Operation
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import Checking, Store, supports
+from idempotency.stores.base import Checking, Store, supports, writes_names
 from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ class IdempotencyMiddleware:
         )
         """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
         self._routes, self._options = self.protection.routes, self.protection.options
-        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         opened = open_store(store) if isinstance(store, str) else store
+        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks) or writes_names(opened))
         awaited = awaited_store(opened, session)
         self._runner = Runner(awaited, hooks)
         self._startup = _startup(app, self._routes, scope == "credentials", awaited)
@@ -226,7 +226,7 @@ class _Exchange:
         """Answer the request."""
         try:
             self._key = key = self._request.key()
-            claim = None if self._is_protected_already(key) else await self._request.claim(key)
+            claim = None if self._is_protected_already(key) else await self._request.claim(key, self._route())
         except _REFUSALS as error:
             await self._refuse("refused", error)
         except AnsweredError as answered:
@@ -274,7 +274,7 @@ class _Exchange:
             await self._send_own(await self._answer(verdict))
             return False
         self._lease = self._middleware._new_lease(
-            claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
+            claim, verdict.attempt, self._request.name, claimed_at, policy, claim.name
         )
         return True
 
@@ -374,4 +374,6 @@ class _Exchange:
             runner.emit(kind, name, self._claim, error=error, route=route, first_trace=first_trace)
 
     def _route(self) -> str:
+        if self._claim is not None:
+            return self._claim.name
         return self._middleware._route_names.name_of(self._scope)

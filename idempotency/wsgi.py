@@ -49,7 +49,7 @@ from idempotency.events import EventHooks, EventKind, OnEvent
 from idempotency.operation import RUNNING
 from idempotency.policy import Headers, Policy
 from idempotency.stores import open_store
-from idempotency.stores.base import SyncStore, check_store
+from idempotency.stores.base import SyncStore, check_store, writes_names
 from idempotency.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ class IdempotencyMiddleware:
         )
         """Which requests are protected and how, for :func:`idempotency.openapi.describe`."""
         self._routes, self._options = self.protection.routes, self.protection.options
-        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks))
         self._check_functions(scope)
         opened = open_store(store) if isinstance(store, str) else store
+        self._route_names = RouteNames(app, self._routes, wanted=bool(hooks.hooks) or writes_names(opened))
         self._runner = SyncRunner(check_store(opened, SyncStore), hooks)
         in_memory = isinstance(opened, MemoryStore)
         self._startup = Startup(app, self._routes, by_headers=scope == "credentials", in_memory=in_memory)
@@ -191,7 +191,7 @@ class _Exchange:
         """Answer the request."""
         try:
             self._key = key = self._request.key()
-            claim = None if self._is_protected_already(key) else self._request.claim(key)
+            claim = None if self._is_protected_already(key) else self._request.claim(key, self._route())
         except _REFUSALS as error:
             return self._refuse("refused", error)
         except AnsweredError as answered:
@@ -230,7 +230,7 @@ class _Exchange:
             self._request.close()
             return send_response_sync(self._send_own, self._answer(verdict))
         self._lease = self._middleware._new_lease(
-            claim, verdict.attempt, self._request.name, claimed_at, policy, self._route()
+            claim, verdict.attempt, self._request.name, claimed_at, policy, claim.name
         )
         return self._execute()
 
@@ -333,6 +333,8 @@ class _Exchange:
             runner.emit(kind, name, self._claim, error=error, route=route, first_trace=first_trace)
 
     def _route(self) -> str:
+        if self._claim is not None:
+            return self._claim.name
         return self._middleware._route_names.name_of(self._scope)
 
 

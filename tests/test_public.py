@@ -200,6 +200,7 @@ PUBLIC = {
         "saga_schema_sql",
         "saga_tables",
         "schema_sql",
+        "upgrade_sql",
     ],
     "idempotency.testing": [
         "FaultyStore",

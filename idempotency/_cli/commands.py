@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -37,31 +37,24 @@ from idempotency._cli.records import (
 from idempotency._cli.relay import relay
 from idempotency._cli.saga import examine_sagas
 from idempotency._cli.saga import saga as saga_commands
-from idempotency._cli.streams import (
-    CheckpointsTable,
-    StreamsTable,
-    create_projections,
-    create_streams,
-    examine_streams,
-)
+from idempotency._cli.schema import schema
+from idempotency._cli.streams import StreamsTable, examine_streams
 from idempotency._http.codec import encode_response
-from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.errors import ConfigurationError
 from idempotency.saga import SagaOperations
 from idempotency.stores import AnyStore
 from idempotency.stores._sealing import cannot_be_shown, needs_key
 from idempotency.stores.base import (
     Count,
-    CreatingSagaSchema,
-    CreatingSchema,
     Entry,
     Examining,
     Finding,
     Forgetting,
-    NamingSchema,
+    ListedState,
+    Listing,
     Purging,
     Resolving,
     require,
-    supports,
 )
 
 _PAUSE = 4
@@ -73,7 +66,6 @@ _NONE_UNRESOLVED = (
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-schema = typer.Typer(help="Create the tables of a SQL store, or print how.")
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
 app.add_typer(saga_commands, name="saga")
@@ -82,7 +74,6 @@ app.add_typer(contracts_commands, name="contracts")
 app.command()(relay)
 app.command()(audit)
 
-Sagas = Annotated[bool, typer.Option("--sagas", help="SQL: also the tables of sagas, NAME_saga and NAME_saga_entry.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The record's id in hex, or its first 12 digits as logged.")]
 
 
@@ -90,6 +81,19 @@ class Listed(StrEnum):
     """The state that can be listed."""
 
     UNKNOWN = "unknown"
+    RUNNING = "running"
+    LAPSED = "lapsed"
+    DONE = "done"
+    ALL = "all"
+
+
+_STATES: Mapping[Listed, ListedState | None] = {
+    Listed.UNKNOWN: "unknown",
+    Listed.RUNNING: "running",
+    Listed.LAPSED: "lapsed",
+    Listed.DONE: "done",
+    Listed.ALL: None,
+}
 
 
 class Outcome(StrEnum):
@@ -146,7 +150,12 @@ def inspect(
 
 @app.command("list")
 def list_(
-    state: Annotated[Listed, typer.Option(help="The state of the records to list.")] = Listed.UNKNOWN,
+    state: Annotated[
+        Listed, typer.Option(help="The state of the records to list; any but unknown reads all records.")
+    ] = Listed.UNKNOWN,
+    name: Annotated[
+        str | None, typer.Option(help="The name of the operation, as it is listed; reads all records.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="The most records to list; the oldest come first.")] = 100,
     store: Url = None,
     table: Table = None,
@@ -154,16 +163,22 @@ def list_(
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the records that wait to be resolved."""
+    """List the records that wait to be resolved, or those of another state or of one operation."""
 
-    async def unresolved(opened: AnyStore) -> list[Entry]:
-        return await require(opened, Resolving, "list").unresolved(limit)
+    async def listed(opened: AnyStore) -> list[Entry]:
+        if unresolved:
+            return await require(opened, Resolving, "list").unresolved(limit)
+        listing = require(opened, Listing, "list with --state or --name")
+        return await listing.list_records(_STATES[state], name=name, limit=limit)
 
-    entries = run_on_store(open_named, unresolved, store, table, prefix, key_file)
+    unresolved = state is Listed.UNKNOWN and name is None
+    entries = run_on_store(open_named, listed, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
-        typer.echo(_NONE_UNRESOLVED, err=True)
+        typer.echo(
+            _NONE_UNRESOLVED if state is Listed.UNKNOWN and name is None else "there is no such record", err=True
+        )
     else:
         show.print_entries(entries)
 
@@ -284,65 +299,6 @@ def doctor(
         return [*of_store, *(finding for finding in others if finding not in of_store)]
 
     show.print_findings(run_on_store(open_named, examine, store, table, prefix, key_file), as_json)
-
-
-@schema.command()
-def create(
-    store: Url = None,
-    table: Table = None,
-    sagas: Sagas = False,
-    streams: StreamsTable = None,
-    projections: CheckpointsTable = None,
-) -> None:
-    """Create the table, that of the audit, and their indexes where they are missing."""
-
-    async def make(opened: AnyStore) -> str:
-        await require(opened, CreatingSchema, "schema create").create_schema()
-        if sagas and supports(opened, CreatingSagaSchema):
-            await opened.create_saga_schema()
-            typer.echo(f"{opened.saga_schema} are there")
-        if streams is not None:
-            typer.echo(f"{await create_streams(store, streams)} are there")
-        if projections is not None:
-            typer.echo(f"{await create_projections(store, projections)} are there")
-        if not supports(opened, NamingSchema):
-            return "the schema is there"
-        return f"{opened.schema} are there" if opened.schema else f"{_name_of(opened)} needs no schema"
-
-    typer.echo(run_on_store(lambda *names: open_named(*names, create=True), make, store, table, None))
-
-
-@schema.command()
-def sql(
-    dialect: Annotated[str, typer.Option(help="postgresql, mysql, mariadb or sqlite.")] = "postgresql",
-    table: Table = None,
-    sagas: Sagas = False,
-    streams: StreamsTable = None,
-    projections: CheckpointsTable = None,
-) -> None:
-    """Print the statements that create the tables; needs no store."""
-    try:
-        from idempotency.stores.sql import saga_schema_sql, schema_sql
-    except ImportError:
-        fail("this needs SQLAlchemy: pip install 'asgi-idempotency[sql]'")
-    try:
-        typer.echo(schema_sql(dialect, table or "idempotency_record"), nl=False)
-        if sagas:
-            typer.echo(saga_schema_sql(dialect, table or "idempotency_record"), nl=False)
-        if streams is not None:
-            from idempotency.streams import streams_sql
-
-            typer.echo(streams_sql(dialect, streams), nl=False)
-        if projections is not None:
-            from idempotency.projections import projections_sql
-
-            typer.echo(projections_sql(dialect, projections), nl=False)
-    except IdempotencyError as error:
-        fail(str(error))
-
-
-def _name_of(store: object) -> str:
-    return type(store).__name__.removesuffix("Store")
 
 
 async def _forget_counts(opened: AnyStore, entry: Entry) -> None:

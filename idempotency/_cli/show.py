@@ -67,6 +67,7 @@ def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> Non
         lease = "ended"
     lines: dict[str, object] = {
         "id": entry.id.hex(),
+        "name": printable(entry.name) or NO_VALUE,
         "key": printable(entry.key),
         "scope": printable(entry.scope),
         "state": f"lapsed: {_LAPSED}" if entry.lapsed else state(entry),
@@ -80,7 +81,7 @@ def print_entry(entry: Entry, deliveries: Mapping[Count, int] = _NOTHING) -> Non
     }
     if entry.counts is not None:
         # It has no owner and no result.
-        lines = {name: lines[name] for name in ("id", "key", "scope", "state", "age", "expires", "format")}
+        lines = {name: lines[name] for name in ("id", "name", "key", "scope", "state", "age", "expires", "format")}
         deliveries = {entry.counts: entry.attempt}
     for count, number in deliveries.items():
         lines[count] = f"{number} ({_COUNTED[count]})"
@@ -115,6 +116,7 @@ def _columns(entry: Entry) -> dict[str, str]:
         "state": state(entry),
         "age": duration(entry.age),
         "attempt": str(entry.attempt),
+        "name": printable(entry.name) or NO_VALUE,
         "key": printable(entry.key),
         "scope": printable(entry.scope),
     }

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from idempotency._rules import State
-from idempotency.stores.base import Entry
+from idempotency.stores._entry import Entry, ListedState, listed_state
 
 NO_VALUE = "-"
 """What is shown where there is no value. A step, an error or a payload may have the text ``none``."""
 
 
-def state(entry: Entry) -> Literal["running", "lapsed", "done", "unknown", "count"]:
-    """Return the name of the state.
-
-    ``unknown`` is also that of a held record whose lease is over, as its outcome is; ``lapsed`` that of another one,
-    which nobody runs; ``count`` that of a record which is no operation, but counts the deliveries of a message.
-    """
-    if entry.counts is not None:
-        return "count"
-    if entry.unresolved:
-        return "unknown"
-    if entry.lapsed:
-        return "lapsed"
-    return "done" if entry.state is State.DONE else "running"
+def state(entry: Entry) -> ListedState | Literal["count"]:
+    """Return the name of the state; ``count`` is that of a record which is no operation, but counts deliveries."""
+    return "count" if entry.counts is not None else listed_state(entry)
 
 
 def printable(text: str) -> str:

@@ -87,6 +87,7 @@ class Calls:
             ttl=policy.ttl,
             hold=policy.on_crash == "hold",
             began=monotonic(),
+            name=self.name,
         )
 
     def emit(self, kind: EventKind, claim: Claim | None, attempt: int = 0, error: Failure = None) -> None:

@@ -63,7 +63,7 @@ class Head:
         fields = dict(reversed(self._scope["headers"]))
         return bytes(fields.get(b"content-type", b"")), bytes(fields.get(b"content-length", b""))
 
-    def _claim(self, key: str, caller: str, content_type: bytes, body_digest: bytes) -> Claim:
+    def _claim(self, key: str, route: str, caller: str, content_type: bytes, body_digest: bytes) -> Claim:
         policy, scope, options = self._policy, self._scope, self._options
         return Claim(
             scope=path_scope(caller, scope["path"]) if policy.key_per_path else caller,
@@ -76,4 +76,5 @@ class Head:
             hold=policy.on_crash == "hold",
             transactional=options.transactional,
             began=self._began,
+            name=route,
         )

@@ -60,8 +60,10 @@ class KeyedRequest(Head):
             self.send = send_with_key(send, keys, options.header_name, strict=options.strict)
         self._body: Body | None = None
 
-    async def claim(self, key: str) -> Claim:
+    async def claim(self, key: str, route: str) -> Claim:
         """Read the caller and the body, and return the claim for ``key``. Call it once; :meth:`close` the request then.
+
+        ``route`` is the name of the operation in the record.
 
         Raises :class:`~idempotency.errors.CallerUnknownError`, :class:`~idempotency.errors.RequestTooLargeError`,
         :class:`~idempotency.errors.BodyInvalidError`, :class:`DisconnectedError`, and :class:`AnsweredError` for an
@@ -72,7 +74,7 @@ class KeyedRequest(Head):
         content_type, length = self._content()
         self._body = body = await read_body(self._receive, policy.max_request, content_type, length)
         digest = body.digest if policy.fingerprint == "raw" else await self._digest_by(policy.fingerprint, body)
-        return self._claim(key, caller, content_type, digest)
+        return self._claim(key, route, caller, content_type, digest)
 
     def receive(self) -> Receive:
         """Make the ``receive`` of the application, which gives the body that :meth:`claim` has read."""

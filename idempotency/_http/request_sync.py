@@ -55,7 +55,7 @@ class SyncKeyedRequest(Head):
             self.start_response = echoing(start_response, options.header_name, sent)
         self._body: Body | None = None
 
-    def claim(self, key: str) -> Claim:
+    def claim(self, key: str, route: str) -> Claim:
         """See :meth:`KeyedRequest.claim`."""
         policy, named = self._policy, self._options.caller
         caller = named.caller_of(self._scope) if isinstance(named, NAMING) else self._caller_by(named)
@@ -66,7 +66,7 @@ class SyncKeyedRequest(Head):
         except BaseException:
             body.close()
             raise
-        return self._claim(key, caller, content_type, digest)
+        return self._claim(key, route, caller, content_type, digest)
 
     def give_body_back(self) -> None:
         """Put the body that :meth:`claim` has read into the environ, for the application."""

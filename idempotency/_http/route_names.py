@@ -13,8 +13,9 @@ from idempotency.events import OTHER
 class RouteNames:
     """Find the name of a request's route: the application's own template, else that of ``policies``, else ``other``.
 
-    ``wanted``: whether a hook is given it; if not, every name is empty, and nothing is computed. The routes of ``app``
-    are read at the first request, because routes may be added to it after its middleware.
+    ``wanted``: whether a hook is given it, or the store records it; if not, every name is empty, and nothing is
+    computed. The routes of ``app`` are read at the first request, because routes may be added to it after its
+    middleware.
     """
 
     def __init__(self, app: object, policies: Routes, *, wanted: bool) -> None:

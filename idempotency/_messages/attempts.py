@@ -94,6 +94,7 @@ class Attempts:
             fingerprint=FINGERPRINT_OF_NOTHING,
             lease=0.0,
             ttl=self.ttl,
+            name=claim.name,
         )
 
     def record_ids(self, key: str) -> list[bytes]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+import heapq
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 from idempotency.errors import ConfigurationError, StoreError
-from idempotency.stores.base import Entry, Finding
+from idempotency.stores._entry import listed_state
+from idempotency.stores._versions import short_name
+from idempotency.stores.base import Entry, Finding, ListedState
 
 DIGITS = 64
 """Hex digits of a whole id."""
@@ -34,6 +37,17 @@ async def inspect_all(
         if len(found) >= limit:
             break
     return list(found.values())
+
+
+def oldest(entries: Iterable[Entry], state: ListedState | None, name: str | None, limit: int) -> list[Entry]:
+    """Return the oldest records of this state, or of any, whose operation has this name, or any."""
+    wanted = None if name is None else short_name(name)
+    found = (
+        each
+        for each in entries
+        if each.counts is None and state in (None, listed_state(each)) and wanted in (None, each.name)
+    )
+    return heapq.nlargest(limit, found, key=lambda each: each.age)
 
 
 async def check_and_examine(

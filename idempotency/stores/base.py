@@ -38,50 +38,11 @@ from idempotency.errors import ConfigurationError
 from idempotency.stores._auditing import Action as Action
 from idempotency.stores._auditing import Auditing as Auditing
 from idempotency.stores._counts import Count as Count
-from idempotency.stores._counts import count_of
+from idempotency.stores._entry import Entry as Entry
+from idempotency.stores._entry import ListedState as ListedState
 from idempotency.stores._joining import Joining as Joining
 
 C = TypeVar("C")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What an operator sees of a record. Durations are seconds; ``expires_in`` None means never.
-
-    ``unresolved`` is True for a record that no owner will finish: completed as unknown, or held and its lease over.
-    ``lapsed`` is True for one that is not held and whose lease is over: the next claim runs it. ``counts`` names what a
-    record counts that is no operation: ``attempt`` is then the count, and ``state`` has no meaning.
-    ``result_size`` is None where there is no result. Of a ``scope`` or ``key`` longer than 1000 characters, the
-    beginning and a digest are shown.
-    """
-
-    id: bytes
-    scope: str
-    key: str
-    state: State
-    attempt: int
-    hold: bool
-    age: float
-    lease_left: float
-    expires_in: float | None
-    result_size: int | None
-    version: int
-
-    @property
-    def unresolved(self) -> bool:
-        """Return whether the outcome is unknown and waits for :meth:`Resolving.resolve`."""
-        return self.state is State.UNKNOWN or (self.state is State.RUNNING and self.hold and self.lease_left <= 0)
-
-    @property
-    def lapsed(self) -> bool:
-        """Return whether the owner has vanished, so that the next claim takes over."""
-        over = self.state is State.RUNNING and not self.hold and self.lease_left <= 0
-        return over and self.counts is None
-
-    @property
-    def counts(self) -> Count | None:
-        """Return what is counted in this record, of the deliveries of a message; None for that of an operation."""
-        return count_of(self.scope)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +136,28 @@ class Searching(Protocol):
         With ``key``, only its records, in every scope; the store may have to read all records for that. Raises
         :class:`~idempotency.errors.ConfigurationError` when ``start`` is not made of hex digits.
         """
+        ...
+
+
+class Listing(Protocol):
+    """List records by their state, and by the name of their operation."""
+
+    async def list_records(
+        self, state: ListedState | None = None, *, name: str | None = None, limit: int = 100
+    ) -> list[Entry]:
+        """List records, oldest first; None stands for any state, or name. The store may have to read all records.
+
+        Records that count the deliveries of a message are not listed.
+        """
+        ...
+
+
+class Naming(Protocol):
+    """Say whether the names of operations are stored."""
+
+    @property
+    def writes_names(self) -> bool:
+        """Return whether the store records :attr:`Claim.name`; where it does not, nobody needs to find it out."""
         ...
 
 
@@ -331,6 +314,11 @@ class Forkable(Protocol):
 def supports(store: object, capability: type[C]) -> TypeGuard[C]:
     """Return whether a store has a capability: a protocol of this module, or several combined in one."""
     return not _missing(store, capability)
+
+
+def writes_names(store: object) -> bool:
+    """Return whether a store records the names of operations; one that does not say so does not."""
+    return supports(store, Naming) and store.writes_names
 
 
 def require(store: object, capability: type[C], for_what: str) -> C:

@@ -18,11 +18,12 @@ from idempotency._rules import FORMAT, Claim, Record, State, takes_over
 from idempotency.errors import StoreError
 from idempotency.stores import _sealing
 from idempotency.stores._audit_memory import AuditInMemory
-from idempotency.stores._operating import id_digits
+from idempotency.stores._memory_record import StoredInMemory
+from idempotency.stores._operating import id_digits, oldest
 from idempotency.stores._saga_memory import JournalInMemory
-from idempotency.stores._sealing import Sealing, sealed_result
+from idempotency.stores._sealing import sealed_result
 from idempotency.stores._watcher import Watcher
-from idempotency.stores.base import Changed, Entry, Finding
+from idempotency.stores.base import Changed, Entry, Finding, ListedState
 from idempotency.stores.encryption import Encryption
 
 _DROPPED_PER_CLAIM = 32
@@ -59,7 +60,7 @@ class MemoryStore(JournalInMemory, AuditInMemory):
         JournalInMemory.__init__(self, clock, self._sealing)
         AuditInMemory.__init__(self, clock)
         self._lock = threading.Lock()
-        self._records: dict[bytes, _Stored] = {}
+        self._records: dict[bytes, StoredInMemory] = {}
         self._bytes = 0
         self._expiries: list[tuple[float, bytes]] = []
         self._watchers: dict[bytes, set[Watcher]] = {}
@@ -73,7 +74,7 @@ class MemoryStore(JournalInMemory, AuditInMemory):
             stored = self._live(record, now)
             if stored is None:
                 self._make_room(now)
-                stored = self._records[record] = _Stored(claim, now, self._sealing)
+                stored = self._records[record] = StoredInMemory(claim, now, self._sealing)
                 self._bytes += stored.size
             else:
                 found = stored.record(now)
@@ -178,6 +179,17 @@ class MemoryStore(JournalInMemory, AuditInMemory):
         found = (each for each in self._entries() if each.id.hex().startswith(digits))
         return list(islice((each for each in found if keys is None or each.key in keys), limit))
 
+    async def list_records(
+        self, state: ListedState | None = None, *, name: str | None = None, limit: int = 100
+    ) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Listing.list_records`."""
+        return oldest(self._entries(), state, name, limit)
+
+    @property
+    def writes_names(self) -> bool:
+        """Return True: no other process reads these records, and so there is no ``write_version``."""
+        return True
+
     def _entries(self, held: bool = False) -> list[Entry]:
         with self._lock:
             now = self._clock()
@@ -250,18 +262,18 @@ class MemoryStore(JournalInMemory, AuditInMemory):
         with self._lock:
             return self._drop_expired(self._clock(), batch)
 
-    def _live(self, record: bytes, now: float) -> _Stored | None:
+    def _live(self, record: bytes, now: float) -> StoredInMemory | None:
         stored = self._records.get(record)
         if stored is not None and stored.expires <= now:
             self._forget(record)
             return None
         return stored
 
-    def _owned(self, claim: Claim, now: float) -> _Stored | None:
+    def _owned(self, claim: Claim, now: float) -> StoredInMemory | None:
         stored = self._live(claim.id, now)
         return stored if stored is not None and stored.token == claim.token and stored.version <= FORMAT else None
 
-    def _end(self, record: bytes, stored: _Stored, state: State, result: bytes | None, expires: float) -> None:
+    def _end(self, record: bytes, stored: StoredInMemory, state: State, result: bytes | None, expires: float) -> None:
         self._bytes -= len(stored.result or b"")
         stored.state = state
         stored.result = None if result is None else bytes(result)
@@ -273,7 +285,7 @@ class MemoryStore(JournalInMemory, AuditInMemory):
     def _forget(self, record: bytes) -> None:
         self._bytes -= self._records.pop(record).size
 
-    def _schedule(self, record: bytes, stored: _Stored) -> None:
+    def _schedule(self, record: bytes, stored: StoredInMemory) -> None:
         # A record that was renewed is queued again when its old expiry is reached, so a renewal costs nothing here.
         if stored.expires < stored.queued:
             stored.queued = stored.expires
@@ -315,86 +327,3 @@ class MemoryStore(JournalInMemory, AuditInMemory):
             watchers = tuple(self._watchers.get(record, ()))
         for watcher in watchers:
             watcher.wake()
-
-
-class _Stored:
-    """A record in the store. ``queued``: the time under which it is in the queue of expiries."""
-
-    __slots__ = (
-        "attempt",
-        "created",
-        "expires",
-        "fingerprint",
-        "hold",
-        "lease",
-        "lease_end",
-        "names",
-        "queued",
-        "result",
-        "state",
-        "token",
-        "version",
-    )
-
-    def __init__(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
-        self.attempt = 0
-        self.created = now
-        self.queued = inf
-        self.result: bytes | None = None
-        self.state = State.RUNNING
-        self.token = ""
-        self.version = FORMAT
-        self.own(claim, now, sealing)
-
-    def own(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
-        if self.token != claim.token:
-            self.attempt += 1
-        self.names: tuple[str, str] | tuple[bytes, bytes]
-        self.names = (claim.scope, claim.key) if sealing is None else sealing.names(claim)
-        self.fingerprint = claim.fingerprint
-        self.token = claim.token
-        self.hold = claim.hold
-        self.start_lease(claim, now)
-
-    def start_lease(self, claim: Claim, now: float) -> None:
-        self.lease = claim.lease
-        self.lease_end = now + claim.lease
-        self.expires = inf if self.hold else self.lease_end + claim.ttl
-
-    def remaining_lease(self, now: float) -> float:
-        # Rounding in the last digit can make the difference longer than the lease that was added.
-        return min(self.lease_end - now, self.lease)
-
-    @property
-    def size(self) -> int:
-        """Bytes that grow with what users send, counting text as one byte a character."""
-        return sum(map(len, (*self.names, self.fingerprint, self.result or b"")))
-
-    def record(self, now: float) -> Record:
-        return Record(
-            token=self.token,
-            fingerprint=self.fingerprint,
-            state=self.state,
-            attempt=self.attempt,
-            lease_left=self.remaining_lease(now),
-            hold=self.hold,
-            result=self.result,
-            version=self.version,
-            age=max(0.0, now - self.created),
-        )
-
-    def entry(self, record: bytes, now: float, sealing: Sealing | None) -> Entry:
-        scope, key, size = _sealing.shown_of(sealing, record, self.names, self.result)
-        return Entry(
-            id=record,
-            scope=scope,
-            key=key,
-            state=self.state,
-            attempt=self.attempt,
-            hold=self.hold,
-            age=now - self.created,
-            lease_left=self.remaining_lease(now),
-            expires_in=None if self.expires == inf else self.expires - now,
-            result_size=size,
-            version=self.version,
-        )

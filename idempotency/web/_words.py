@@ -63,11 +63,14 @@ def short(id: str) -> str:
 
 
 def kind_of(entry: Entry) -> tuple[Any, str]:
-    """Return what a record is of, and the name of the function or consumer; its scope may name a caller."""
+    """Return what a record is of, and the name of its operation.
+
+    Where that is not recorded, the scope of a function or consumer has it. That of a request names a caller.
+    """
     surface, version, name = count_of(entry.scope)[1].partition(":1:")
     if not version or surface not in _KINDS:
-        return "record", ""
-    return _KINDS[surface], "" if surface == "http" or _DIGEST.match(name) else name
+        return "record", entry.name
+    return _KINDS[surface], entry.name or ("" if surface == "http" or _DIGEST.match(name) else name)
 
 
 def size(number: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import broker_contract
 import contracts
+import contracts_names
 import outbox
 import outbox_chaos
 import projections
@@ -219,7 +220,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.contracts:
-            return 0 if contracts.run(options.quick) else 1
+            together = contracts.run(options.quick)
+            return 0 if contracts_names.run(options.quick) and together else 1
         if options.saga and options.long:
             return 0 if saga_chaos.run(saga_chaos.Amount(options.sagas, options.seconds)) else 1
         if options.saga:

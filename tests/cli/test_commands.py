@@ -136,6 +136,7 @@ def test_inspect_as_json(place: Target) -> None:
         "result_size": None,
         "version": 1,
         "unresolved": True,
+        "name": "",
     }
 
 
@@ -172,10 +173,52 @@ def test_list_gives_what_waits_to_be_resolved(place: Target) -> None:
 
     (line,) = result.stdout.splitlines()
     assert line.startswith(f"{waiting}\tunknown\tage=")
-    assert line.endswith(f"\tattempt=1\tkey=lost\\nmessage\tscope={SCOPE}")
+    assert line.endswith(f"\tattempt=1\tname=-\tkey=lost\\nmessage\tscope={SCOPE}")
     left(place, claimed("another"), State.UNKNOWN)
     assert len(json.loads(command(place, "list", "--json").stdout)) == 2
     assert len(json.loads(command(place, "list", "--json", "--limit", "1").stdout)) == 1
+
+
+@STORES
+def test_list_by_state_and_by_name(place: Target) -> None:
+    """Records of any state are listed, with the name of their operation, and those of one name alone."""
+    named = {key: claimed(key, name=f"POST /{key}") for key in ("orders", "refunds")}
+
+    async def work(_: Any) -> None:
+        async with place.opened(write_version=2) as store:
+            for claim in named.values():
+                await store.claim(claim)
+            await store.complete(named["refunds"], b"done")
+
+    run_on(place, work)
+    waiting = left(place, claimed("nameless"), State.UNKNOWN)
+
+    def listed(*options: str) -> dict[str, str]:
+        found = json.loads(command(place, "list", "--json", *options).stdout)
+        return {each["key"]: each["name"] for each in found}
+
+    assert listed() == {"nameless": ""}
+    assert listed("--state", "running") == {"orders": "POST /orders"}
+    assert listed("--state", "done") == {"refunds": "POST /refunds"}
+    assert listed("--state", "lapsed") == {}
+    assert listed("--state", "all") == {"orders": "POST /orders", "refunds": "POST /refunds", "nameless": ""}
+    assert listed("--state", "all", "--name", "POST /refunds") == {"refunds": "POST /refunds"}
+    assert listed("--name", "POST /refunds") == {}
+    assert "\tname=POST /orders\t" in command(place, "list", "--state", "running").stdout
+    assert "name:     POST /orders\n" in command(place, "inspect", "orders").stdout
+    nothing = command(place, "list", "--name", "POST /refunds")
+    assert (nothing.stdout, nothing.stderr) == ("", "there is no such record\n")
+    assert waiting in command(place, "list").stdout
+
+
+def test_schema_upgrade_prints_statements() -> None:
+    """For each dialect, those that add the columns of a table."""
+    for dialect in ("postgresql", "mysql", "mariadb", "sqlite"):
+        result = CliRunner().invoke(app, ["schema", "upgrade", "--dialect", dialect, "--table", "records"])
+        assert result.exit_code == 0
+        assert "ALTER TABLE records ADD COLUMN" in result.stdout
+        assert "operation_name TEXT" in result.stdout
+    refused(CliRunner().invoke(app, ["schema", "upgrade", "--dialect", "cobol"]), "dialect must be")
 
 
 @STORES
@@ -583,8 +626,8 @@ def test_on_a_terminal_records_are_a_table(monkeypatch: pytest.MonkeyPatch, caps
     show.print_entries([entry])
 
     head, line = capsys.readouterr().out.splitlines()
-    assert head.split() == ["id", "state", "age", "attempt", "key", "scope"]
-    assert line.split() == [NOBODY[:12], "unknown", "1d", "1h", "2", "[red]k", SCOPE]
+    assert head.split() == ["id", "state", "age", "attempt", "name", "key", "scope"]
+    assert line.split() == [NOBODY[:12], "unknown", "1d", "1h", "2", "-", "[red]k", SCOPE]
 
 
 @pytest.mark.stores("sqlite")

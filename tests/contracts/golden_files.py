@@ -1,4 +1,4 @@
-"""The golden files: what version 1 of every stored format looks like in a store, read by every later version.
+"""The golden files: what each version of every stored format looks like in a store, read by every later version.
 
 ``python -m tests.contracts.golden_files REDIS_URL`` writes those that are missing. A file that exists is never written
 again: a new version of a format gets a new file, beside those of all versions before it.
@@ -30,6 +30,13 @@ from tests.kit.paths import ROOT
 FOLDER = Path(__file__).parent / "golden"
 KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 NUMBERS = range(3)
+WRITTEN: dict[str, dict[str, Any]] = {
+    "records-1.json": {},
+    "sealed-1.json": {"encryption": Encryption(KEY)},
+    "records-2.json": {"write_version": 2},
+    "tools-1.json": {},
+}
+"""The files of records, and the options of the store that has written each."""
 _NEVER_MS = 4102444800000
 
 
@@ -123,11 +130,11 @@ async def do_all(store: Any, ledger: Path, file: str) -> dict[str, Any]:
 
 
 async def _write(redis_url: str, directory: Path) -> None:
-    for file, encryption in (("records-1.json", None), ("sealed-1.json", Encryption(KEY)), ("tools-1.json", None)):
+    for file, options in WRITTEN.items():
         if not (FOLDER / file).exists():
             url = f"sqlite+aiosqlite:///{directory}/{file}"
-            found = {"sql": await _written_on_sql(url, encryption, directory / f"{file}.sql", file)}
-            store = open_store(redis_url, prefix="golden", encryption=encryption)
+            found = {"sql": await _written_on_sql(url, options, directory / f"{file}.sql", file)}
+            store = open_store(redis_url, prefix="golden", **options)
             await do_all(store, directory / f"{file}.redis", file)
             await store.aclose()
             with redis.Redis.from_url(redis_url) as client:
@@ -139,8 +146,8 @@ async def _write(redis_url: str, directory: Path) -> None:
         _write_file("messages-1.json", {"sql": await _messages(f"sqlite+aiosqlite:///{directory}/messages")})
 
 
-async def _written_on_sql(url: str, encryption: Encryption | None, ledger: Path, file: str) -> Any:
-    store: Any = open_store(url, table="golden", encryption=encryption)
+async def _written_on_sql(url: str, options: dict[str, Any], ledger: Path, file: str) -> Any:
+    store: Any = open_store(url, table="golden", **options)
     await store.create_schema()
     await store.create_saga_schema()
     await do_all(store, ledger, file)

@@ -23,6 +23,12 @@ def contracts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.fixture
+def names(contracts: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module of the proof that the version is raised."""
+    return script_modules(monkeypatch, SCRIPTS / "_prove")("contracts_names")
+
+
 @pytest.mark.parametrize("earlier", ["FIRST", "SAGAS"])
 def test_earlier_code_and_this_one_share_a_store(contracts: Any, earlier: str, sqlite_url: str, tmp_path: Path) -> None:
     """Results, failures, responses, deliveries, sagas and tools: each is done once, and all are answered the same."""
@@ -94,3 +100,21 @@ def test_what_is_lost_doubled_or_answered_otherwise_is_wrong(contracts: Any) -> 
         "saga 1: ['b', 'error: E: no']",
         "pay 1: done 0 times",
     ]
+
+
+@pytest.mark.parametrize("earlier", ["FIRST", "SAGAS"])
+def test_the_version_is_raised_beside_earlier_code(
+    contracts: Any, names: Any, earlier: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The columns are added while an earlier commit works; names are written, and nothing else changes."""
+    known = getattr(contracts, earlier)
+    package = contracts.wheel_of(known.commit, tmp_path)
+    place = contracts.Place("SQLite", sqlite_url, {})
+    contracts.create(place, package, False)
+
+    raised = names.raise_version(place, package, 10, tmp_path / "ledger", seconds=1.0)
+
+    assert raised.result.wrong == []
+    assert (raised.result.effects, raised.result.lost, raised.result.doubled, raised.result.errors) == (40, 0, 0, 0)
+    assert raised.result.answers == 5 * 40
+    assert raised.records == 40

@@ -1,7 +1,8 @@
-"""Golden files: what version 1 of each format has stored is read by this version, on each store, and nothing runs."""
+"""Golden files: what each version of a format has stored is read by this version, on each store, and nothing runs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,20 @@ ANSWERS = {
 
 
 TOOLS = {f"tool {number}": f"refunded {number}" for number in range(3)}
-FILES = ["records-1.json", "sealed-1.json", "tools-1.json"]
+NAMES = {
+    "records-2.json": {"charge": 3, "refuse": 3, "billing": 3, "POST other": 3},
+    "tools-1.json": {"": 3},
+}
+"""How many records of a file have which name, where it is not that of those from before names."""
 
 
 def answers_of(file: str) -> dict[str, Any]:
     return TOOLS if file.startswith("tools") else ANSWERS
+
+
+async def names_in(store: Any) -> dict[str, int]:
+    """Count the records of each name."""
+    return dict(Counter(entry.name for entry in await store.list_records()))
 
 
 @pytest.fixture
@@ -61,8 +71,8 @@ async def engine(store_target: Target) -> AsyncIterator[Any]:
 
 
 @SQL
-@pytest.mark.parametrize("file", FILES)
-async def test_records_in_sql_of_version_1(store_target: Target, engine: Any, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", list(golden_files.WRITTEN))
+async def test_records_in_sql_of_every_version(store_target: Target, engine: Any, file: str, tmp_path: Path) -> None:
     """Keys, fingerprints, results, failures, responses, deliveries and sagas, in clear and encrypted."""
     async with Opened(store_target, file) as store:
         await store.create_schema()
@@ -70,17 +80,19 @@ async def test_records_in_sql_of_version_1(store_target: Target, engine: Any, fi
         load(store_target, file)
 
         assert await golden_files.do_all(store, tmp_path / "ledger", file) == answers_of(file)
+        assert await names_in(store) == NAMES.get(file, {"": 12})
     assert (tmp_path / "ledger").read_text() == ""
 
 
 @pytest.mark.stores("redis")
-@pytest.mark.parametrize("file", FILES)
-async def test_records_in_redis_of_version_1(store_target: Target, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", list(golden_files.WRITTEN))
+async def test_records_in_redis_of_every_version(store_target: Target, file: str, tmp_path: Path) -> None:
     """The same, on Redis."""
     with redis.Redis.from_url(store_target.url) as client:
         golden_files.load_redis(client, golden_files.read(file)["redis"], store_target.name)
     async with Opened(store_target, file) as store:
         assert await golden_files.do_all(store, tmp_path / "ledger", file) == answers_of(file)
+        assert await names_in(store) == NAMES.get(file, {"": 12})
     assert (tmp_path / "ledger").read_text() == ""
 
 

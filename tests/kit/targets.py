@@ -112,13 +112,13 @@ class Target:
         family = next(name for name in _SYNC_DRIVERS if self.kind.startswith(name))
         return servers.with_driver(self.url, _SYNC_DRIVERS[family])
 
-    def open(self) -> Any:
-        """Open another instance on the same records."""
+    def open(self, **options: Any) -> Any:
+        """Open another instance on the same records; memory has no options."""
         if self.kind == "memory":
             return _in_process.setdefault(self.name, MemoryStore())
         if self.kind == "fakeredis":
-            return self._open_fake()
-        return open_store(self.url, **self.options)
+            return self._open_fake(**options)
+        return open_store(self.url, **self.options, **options)
 
     async def create(self) -> None:
         """Make the table, where there is one."""
@@ -129,19 +129,19 @@ class Target:
             await store.aclose()
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[Any]:
+    async def opened(self, **options: Any) -> AsyncIterator[Any]:
         """Open another instance and close it at the end."""
-        store = self.open()
+        store = self.open(**options)
         try:
             yield store
         finally:
             await store.aclose()
 
     @contextmanager
-    def opened_sync(self) -> Iterator[Any]:
+    def opened_sync(self, **options: Any) -> Iterator[Any]:
         """Open another instance for the blocking verbs and close it at the end."""
         if not self.is_sql:
-            store = self.open()
+            store = self.open(**options)
             yield store
             store.close()
             return
@@ -149,7 +149,7 @@ class Target:
 
         engine = sqlalchemy.create_engine(self.sync_url)
         try:
-            yield SQLStore(engine, table=self.name)
+            yield SQLStore(engine, table=self.name, **options)
         finally:
             engine.dispose()
 
@@ -159,10 +159,10 @@ class Target:
         if self.kind == "redis":
             servers.forget_redis_keys(self.url, self.name)
 
-    def _open_fake(self) -> Any:
+    def _open_fake(self, **options: Any) -> Any:
         server = self._fake_server()
         client = fakeredis.FakeAsyncRedis(server=server)
-        return RedisStore(client, sync_client=fakeredis.FakeRedis(server=server), prefix=self.name)
+        return RedisStore(client, sync_client=fakeredis.FakeRedis(server=server), prefix=self.name, **options)
 
     def _fake_server(self) -> fakeredis.FakeServer:
         server: fakeredis.FakeServer = _in_process.setdefault(self.name, fakeredis.FakeServer(version=(7,)))

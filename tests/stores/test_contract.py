@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,11 @@ class TestContract(StoreContract):
     @pytest.fixture
     async def another(self, store: Any, open_another: Callable[[], Awaitable[Any]]) -> Any:
         return await open_another()
+
+    @pytest.fixture
+    async def naming(self, target: Target) -> AsyncIterator[Any]:
+        async with target.opened(write_version=2) as store:
+            yield store
 
     @pytest.fixture
     def make_newer(self, target: Target) -> Callable[[bytes], Awaitable[None]]:

@@ -1,4 +1,4 @@
-"""Look through all records of a store: by the beginning of their ids, by their keys, or for unknown outcomes."""
+"""Look through all records of a store: by the beginning of their ids, by their keys, states and names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,50 @@ from time import monotonic
 from typing import Any
 
 from idempotency.errors import ConfigurationError
-from idempotency.stores._operating import DIGITS
-from idempotency.stores._sealing import Sealing
-from idempotency.stores.base import Entry
+from idempotency.stores._operating import DIGITS, id_digits, inspect_all, oldest
+from idempotency.stores._sealing import Sealing, forms_of_key
+from idempotency.stores.base import Entry, ListedState
 from idempotency.stores.redis import _wire as wire
 from idempotency.stores.redis._clients import Clients
+
+
+class ListingInRedis:
+    """How a :class:`~idempotency.stores.redis.RedisStore`, which sets the attributes, finds records for an operator.
+
+    Each call scans all keys of the database.
+    """
+
+    _clients: Clients
+    _prefix: bytes
+    _sealing: Sealing | None
+
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """See :meth:`idempotency.stores.base.Inspecting.inspect`."""
+        raise NotImplementedError
+
+    async def unresolved(self, limit: int = 100) -> list[Entry]:
+        """See :meth:`idempotency.stores.base.Resolving.unresolved`."""
+        return (await unresolved(self._clients, self._prefix, limit, self._sealing))[0]
+
+    async def unresolved_part(self, limit: int, after: str, seconds: float) -> tuple[list[Entry], str]:
+        """See :meth:`idempotency.stores.base.ResolvingByParts.unresolved_part`."""
+        return await unresolved(self._clients, self._prefix, limit, self._sealing, after, seconds)
+
+    async def list_records(
+        self, state: ListedState | None = None, *, name: str | None = None, limit: int = 100
+    ) -> list[Entry]:
+        """See :meth:`idempotency.stores.base.Listing.list_records`."""
+        found: dict[bytes, Entry] = {}
+        async for batch in _batches(self._clients, self._prefix, ""):
+            entries = [each for each in await asyncio.gather(*map(self.inspect, batch)) if each is not None]
+            candidates = {**found, **{each.id: each for each in entries}}
+            found = {each.id: each for each in oldest(candidates.values(), state, name, limit)}
+        return list(found.values())
+
+    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
+        """See :meth:`idempotency.stores.base.Searching.find`."""
+        keys = None if key is None else forms_of_key(self._sealing, key)
+        return await inspect_all(ids(self._clients, self._prefix, id_digits(start)), self.inspect, keys, limit)
 
 
 async def ids(clients: Clients, prefix: bytes, start: str) -> AsyncIterator[bytes]:

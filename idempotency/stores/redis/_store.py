@@ -15,14 +15,16 @@ from idempotency._rules import Claim, Record, State
 from idempotency._sagas.journal import Request
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores._clock_guard import Asked, ClockGuard
-from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
-from idempotency.stores._sealing import findings_in, forms_of_key, sealed_result, sealing_of
+from idempotency.stores._operating import check_and_examine
+from idempotency.stores._sealing import findings_in, sealed_result, sealing_of
+from idempotency.stores._versions import OLDEST, WITH_NAMES, check_write_version
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
-from idempotency.stores.redis import _examine, _find, _sagas
+from idempotency.stores.redis import _examine, _sagas
 from idempotency.stores.redis import _wire as wire
 from idempotency.stores.redis._audit import AuditInRedis
 from idempotency.stores.redis._clients import Clients
+from idempotency.stores.redis._find import ListingInRedis
 from idempotency.stores.redis._open import AsyncClient, SyncClient, read_url
 from idempotency.stores.redis._per_loop import Threads
 from idempotency.stores.redis._send import send_and_wait
@@ -32,7 +34,7 @@ from idempotency.stores.redis._wire import Command, Durability
 R = TypeVar("R")
 
 
-class RedisStore(AuditInRedis):
+class RedisStore(ListingInRedis, AuditInRedis):
     """Store records in Redis.
 
     ``client``: a ``redis.asyncio.Redis`` or ``RedisCluster`` for the asyncio verbs. It is never closed by the store,
@@ -45,6 +47,7 @@ class RedisStore(AuditInRedis):
     ``durability``: a :class:`Durability`; default None, see there what a failover can lose.
     ``encryption``: an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys; default None.
     ``digest_names``: whether scopes and keys are stored as digests only. Default False.
+    ``write_version``: 2 to write the names of operations, 1 not to, the default; see :doc:`contracts <contracts>`.
 
     In a cluster the sagas of one name, and their indexes, are on one server; those of another name may be on another.
 
@@ -66,6 +69,7 @@ class RedisStore(AuditInRedis):
         durability: Durability | None = None,
         encryption: Encryption | None = None,
         digest_names: bool = False,
+        write_version: int = OLDEST,
     ) -> None:
         if isinstance(client, (redis.Redis, redis.RedisCluster)):
             if sync_client is not None:
@@ -76,7 +80,7 @@ class RedisStore(AuditInRedis):
         if client is not None and not isinstance(client, (aioredis.Redis, aiocluster.RedisCluster)):
             raise ConfigurationError(f"RedisStore takes a redis-py client, not {type(client).__name__}")
         self._sealing = sealing_of(encryption, digest_names)
-        timeout = self._set_up(prefix, timeout, durability)
+        timeout = self._set_up(prefix, timeout, durability, write_version)
         self._clients = Clients(client, sync_client, timeout=timeout, share=durability is None)
 
     @classmethod
@@ -89,6 +93,7 @@ class RedisStore(AuditInRedis):
         durability: Durability | None = None,
         encryption: Encryption | None = None,
         digest_names: bool = False,
+        write_version: int = OLDEST,
     ) -> Self:
         """Open a store by URL, for the asyncio and the blocking verbs; it connects at its first use.
 
@@ -100,13 +105,13 @@ class RedisStore(AuditInRedis):
         store = cls.__new__(cls)
         address = read_url(url)
         store._sealing = sealing_of(encryption, digest_names)
-        timeout = store._set_up(prefix, timeout, durability)
+        timeout = store._set_up(prefix, timeout, durability, write_version)
         # Commands that wait for copies use the client's pool, and so do the others then.
         alone = durability is None
         store._clients = Clients(None, None, address=address, timeout=timeout, own=alone, share=alone)
         return store
 
-    def _set_up(self, prefix: str, timeout: float, durability: Durability | None) -> float:
+    def _set_up(self, prefix: str, timeout: float, durability: Durability | None, write_version: int) -> float:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(prefix, str) or not prefix:
             raise ConfigurationError(f"prefix must be text, and not empty, not {prefix!r}")
@@ -115,11 +120,17 @@ class RedisStore(AuditInRedis):
                 f"the store's timeout ({timeout!r}) must be longer than the durability's ({durability.timeout!r})"
             )
         self._prefix = f"{prefix}:1:".encode()
+        self._writes_names = check_write_version(write_version) >= WITH_NAMES
         self._durability = durability
         self._sagas = _sagas.Sagas(self._prefix, self._sealing)
         self._largest_result: int | None = None
         self._clock_guard = ClockGuard()
         return timeout
+
+    @property
+    def writes_names(self) -> bool:
+        """Return whether the names of operations are written."""
+        return self._writes_names
 
     def check_side(self, asynchronous: bool) -> None:
         """Raise ConfigurationError if this store was given only clients for the other kind of verbs."""
@@ -130,7 +141,7 @@ class RedisStore(AuditInRedis):
     async def claim(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
         asked = self._clock_guard.ask(claim)
-        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing, named=self._writes_names)
         if self._durability is None:
             return self._read(asked, claim, await self._clients.run(command))
         reply, copies = await self._run_durably(command, self._durability)
@@ -180,7 +191,7 @@ class RedisStore(AuditInRedis):
     def claim_sync(self, claim: Claim, /) -> Record:
         """See :meth:`idempotency.stores.base.Store.claim`."""
         asked = self._clock_guard.ask(claim)
-        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing)
+        command = wire.claim(self._key_of(claim.id), claim, asked.latest, self._sealing, named=self._writes_names)
         if self._durability is None:
             return self._read(asked, claim, self._clients.run_sync(command))
         reply, copies = self._run_durably_sync(command, self._durability)
@@ -225,19 +236,6 @@ class RedisStore(AuditInRedis):
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
         return wire.entry(record, self._clients.run_sync(wire.inspect(self._key_of(record))), self._sealing)
-
-    async def unresolved(self, limit: int = 100) -> list[Entry]:
-        """See :meth:`idempotency.stores.base.Resolving.unresolved`; it scans all keys of the database."""
-        return (await _find.unresolved(self._clients, self._prefix, limit, self._sealing))[0]
-
-    async def unresolved_part(self, limit: int, after: str, seconds: float) -> tuple[list[Entry], str]:
-        """See :meth:`idempotency.stores.base.ResolvingByParts.unresolved_part`."""
-        return await _find.unresolved(self._clients, self._prefix, limit, self._sealing, after, seconds)
-
-    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
-        """See :meth:`idempotency.stores.base.Searching.find`; it scans all keys of the database."""
-        keys = None if key is None else forms_of_key(self._sealing, key)
-        return await inspect_all(_find.ids(self._clients, self._prefix, id_digits(start)), self.inspect, keys, limit)
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400

@@ -2,7 +2,8 @@
 
 A record is one hash under ``{prefix}:1:{64 hex digits of its id}``. Its fields: ``v`` format, ``s`` state, ``t``
 token, ``f`` fingerprint, ``a`` attempt, ``l`` end of the lease, ``h`` hold, ``r`` result, ``c`` scope, ``k`` key, ``n``
-time of the first claim, ``w`` set while a duplicate waits. Times are milliseconds by the clock of the Redis server.
+time of the first claim, ``w`` set while a duplicate waits, and with ``write_version=2`` ``o`` name of the operation.
+Times are milliseconds by the clock of the Redis server.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreRefusedError, UnreadableError
 from idempotency.stores._sealing import Sealing, opened_result, shown, shown_size
 from idempotency.stores._shown import shortened
+from idempotency.stores._versions import short_name
 from idempotency.stores.base import Entry
 
 EVAL, EVALSHA = "EVAL", "EVALSHA"
@@ -66,13 +68,14 @@ _FLAG = (b"0", b"1")
 _STATES = {int(state): state for state in State}
 
 
-def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None) -> Command:
+def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None, *, named: bool = False) -> Command:
     """Make the command of ``Store.claim``; :func:`record` and :func:`clock` read its reply.
 
-    ``latest``: the last end of a lease that it takes over, in milliseconds by the server's clock.
+    ``latest``: the last end of a lease that it takes over, in milliseconds by the server's clock. ``named``: the name
+    of the operation is written.
     """
     scope, name = _names(claim) if sealing is None else sealing.names(claim)
-    return _CLAIM, (
+    values = (
         b"1",
         key,
         _FORMAT,
@@ -86,6 +89,9 @@ def claim(key: bytes, claim: Claim, latest: int, sealing: Sealing | None = None)
         name,
         b"%d" % latest,
     )
+    if not named:
+        return _CLAIM, values
+    return _CLAIM, (*values, short_name(claim.name).encode("utf-8", "surrogatepass"))
 
 
 def _names(claim: Claim) -> tuple[bytes, bytes]:
@@ -169,7 +175,7 @@ def entry(record: bytes, reply: Sequence[Any] | None, sealing: Sealing | None) -
     """Read the reply to an inspection of the record of this id."""
     if not reply or not State.RUNNING <= reply[1] <= State.UNKNOWN:
         return None
-    version, state, attempt, hold, age, lease, expires, size, stored_scope, stored_key, _ = reply
+    version, state, attempt, hold, age, lease, expires, size, stored_scope, stored_key, _, name = reply
     scope, key = shown(sealing, record, stored_scope, stored_key)
     return Entry(
         id=record,
@@ -183,6 +189,7 @@ def entry(record: bytes, reply: Sequence[Any] | None, sealing: Sealing | None) -
         expires_in=None if expires < 0 else expires / 1000,
         result_size=shown_size(stored_scope, None if size < 0 else size),
         version=version,
+        name=name.decode("utf-8", "replace"),
     )
 
 

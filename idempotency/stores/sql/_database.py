@@ -50,6 +50,7 @@ class Settings(NamedTuple):
     table: Table
     timeout: float
     pooler: bool | None
+    writes_names: bool
 
 
 class Database:
@@ -63,6 +64,7 @@ class Database:
         self.engine = engine
         self.table = settings.table
         self._timeout = settings.timeout
+        self._writes_names = settings.writes_names
         self._lock_wait = lock_wait_limit(settings.timeout)
         self._verbs_in = lru_cache(SCHEMAS)(self._make_verbs)
         self._sqlite = engine.dialect.name == "sqlite"
@@ -161,7 +163,7 @@ class Database:
 
     def _make_verbs(self, schema: str | None) -> Verbs:
         table = located(self.table, schema)
-        return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait)
+        return Verbs(self.engine.dialect, table, self._lock_wait, self._lowers_lock_wait, self._writes_names)
 
     @contextmanager
     def _opened(self, statement: InFlight) -> Iterator[Connection]:

@@ -1,4 +1,4 @@
-"""Find the ids of records in a SQL table: by how they begin, or by the key."""
+"""Find records in a SQL table: by how their ids begin, by the key, or by their state and the name of the operation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,45 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from idempotency._sql.tables import MYSQL
-from idempotency.stores._operating import DIGITS
-from idempotency.stores._sealing import Sealing, shown
+from idempotency.stores._operating import DIGITS, id_digits, inspect_all
+from idempotency.stores._sealing import Sealing, forms_of_key, shown
+from idempotency.stores.base import Entry, ListedState
 from idempotency.stores.sql._database import Work
 from idempotency.stores.sql._values import storable, stored_name
 
 T = TypeVar("T")
 _MOST = 1000
 """The most ids that one search reads, and the most keys that are decrypted at a time."""
+
+
+class ListingInSQL:
+    """How a :class:`~idempotency.stores.sql.SQLStore`, which sets the attributes, finds records for an operator."""
+
+    _table: Table
+    _sealing: Sealing | None
+
+    async def _run(self, work: Work[T], transaction: bool = False) -> T:
+        raise NotImplementedError
+
+    async def inspect(self, record: bytes, /) -> Entry | None:
+        """See :meth:`~idempotency.stores.base.Inspecting.inspect`."""
+        raise NotImplementedError
+
+    async def unresolved(self, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Resolving.unresolved`."""
+        return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit, self._sealing))
+
+    async def list_records(
+        self, state: ListedState | None = None, *, name: str | None = None, limit: int = 100
+    ) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Listing.list_records`; it reads the whole table."""
+        return await self._run(lambda verbs, connection: verbs.listed(connection, state, name, limit, self._sealing))
+
+    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Searching.find`; with ``key`` alone, it reads the whole table."""
+        keys = None if key is None else forms_of_key(self._sealing, key)
+        found = ids(self._run, self._table, id_digits(start), keys, self._sealing)
+        return await inspect_all(found, self.inspect, keys, limit)
 
 
 class Run(Protocol):

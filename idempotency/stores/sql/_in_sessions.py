@@ -47,6 +47,11 @@ class InSessions:
     _sagas: SagaVerbs
 
     @property
+    def writes_names(self) -> bool:
+        """Return whether the names of operations are written."""
+        raise NotImplementedError
+
+    @property
     def _schema(self) -> str | None:
         """Return the schema in which the store's own engine finds the table."""
         raise NotImplementedError
@@ -141,5 +146,7 @@ class InSessions:
         if self._joined is None:
             with connecting(session):
                 engine = session.connection().engine
-            self._joined = JoinedVerbs(engine, self._table, self._timeout, self._clock_guard)
+            self._joined = JoinedVerbs(
+                engine, self._table, self._timeout, self._clock_guard, writes_names=self.writes_names
+            )
         return self._joined

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, TextClause
 from sqlalchemy.exc import DBAPIError
@@ -32,9 +33,10 @@ from idempotency.errors import ConfigurationError, IdempotencyError, StoreRefuse
 from idempotency.stores._clock_guard import ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._limits import check_size
+from idempotency.stores.sql._operation_name import Names
 from idempotency.stores.sql._statements import Statements
 from idempotency.stores.sql._table import SCHEMAS, located
-from idempotency.stores.sql._trust import has_begun, try_driver
+from idempotency.stores.sql._trust import has_begun, has_names, try_driver
 from idempotency.stores.sql._values import packed
 from idempotency.stores.sql._verbs import (
     CLAIM_TRIES,
@@ -50,18 +52,25 @@ _LARGE = 64 * 1024
 _SAVEPOINT = "idempotency_result"
 
 
-class _InSchema(NamedTuple):
-    """The table in one schema, its statements, and those that are compiled, by the driver."""
+@dataclass(slots=True)
+class _InSchema:
+    """The table in one schema, its statements, and those that are compiled, by the driver.
+
+    ``looked``: whether it is known if the table has columns for the name of an operation.
+    """
 
     table: Table
     sql: Statements
-    compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]]
+    looked: bool
+    compiled: dict[tuple[TextClause, str], tuple[str, Sequence[str] | None]] = field(default_factory=dict)
 
 
 class JoinedVerbs:
     """The verbs over one table, for sessions on ``engine``, which must have connected once."""
 
-    def __init__(self, engine: Engine, table: Table, timeout: float, guard: ClockGuard) -> None:
+    def __init__(
+        self, engine: Engine, table: Table, timeout: float, guard: ClockGuard, *, writes_names: bool = False
+    ) -> None:
         self._url = engine.url
         self._lock_wait = lock_wait_limit(timeout)
         self._dialect = engine.dialect
@@ -71,10 +80,11 @@ class JoinedVerbs:
         self._family = engine.dialect.name
         self._mariadb = bool(getattr(engine.dialect, "is_mariadb", False))
         self._trusted = False
+        self._writes_names = writes_names
 
     def _make(self, schema: str | None) -> _InSchema:
         table = located(self._table, schema)
-        return _InSchema(table, Statements(self._dialect, table, self._lock_wait), {})
+        return _InSchema(table, Statements(self._dialect, table, self._lock_wait), looked=not self._writes_names)
 
     def _of(self, connection: Connection) -> _InSchema:
         return self._in_schema(connection.schema_for_object(self._table))
@@ -91,6 +101,11 @@ class JoinedVerbs:
         if not self._trusted:
             try_driver(connection, self._of(connection).sql)
             self._trusted = True
+        here = self._of(connection)
+        if not here.looked:
+            if has_names(connection, here.sql):
+                here.sql = Statements(self._dialect, here.table, self._lock_wait, Names(shown=True, written=True))
+            here.looked = True
         deadline, remaining = monotonic() + wait, wait
         asked = self._clock_guard.ask(claim)
         values = claim_values(claim, asked, sealing)

@@ -17,27 +17,20 @@ from idempotency._sql.clock import NOW_MS
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import Compiled
 from idempotency.errors import ConfigurationError
-
-# A lease of 0 is over by every clock: also by one that is set back, and by MariaDB's, which stands still during a
-# statement.
-_UNTIL = "CASE WHEN :lease > 0 THEN {now} + :lease ELSE 0 END"
-
-_SANE = f"{{r}}version BETWEEN 1 AND {FORMAT} AND {{r}}attempt > 0"
-_EXPIRED = "COALESCE({r}expires_ms <= {now}, FALSE)"
-_RUNNING = f"{_SANE} AND {{r}}state = {State.RUNNING:d}"
-_OURS = f"({_RUNNING} AND {{r}}token = :token)"
-_LAPSED = (
-    f"({_RUNNING} AND {{r}}lease_until_ms <= {{now}} AND {{r}}lease_until_ms <= :latest"
-    " AND NOT {r}hold AND NOT :hold AND {r}fingerprint = :fingerprint)"
+from idempotency.stores.base import ListedState
+from idempotency.stores.sql._conditions import (
+    EXPIRED,
+    FREE,
+    LAPSED,
+    LISTED,
+    OURS,
+    OWNED,
+    RUNNING,
+    SANE,
+    UNRESOLVED,
+    UNTIL,
 )
-# Whether the claim takes the row: it is expired, or _rules.takes_over says so.
-_FREE = f"({_EXPIRED} OR {_OURS} OR {_LAPSED})"
-_OWNED = f"id = :id AND token = :token AND NOT {_EXPIRED}"
-# A record that is unresolved never expires. So expires_ms IS NULL, which an index finds, comes first.
-_UNRESOLVED = (
-    f"(expires_ms IS NULL AND {_SANE} AND (state = {State.UNKNOWN:d}"
-    f" OR (state = {State.RUNNING:d} AND hold AND lease_until_ms <= {{now}})))"
-)
+from idempotency.stores.sql._operation_name import HAS_NAMES, NO_NAMES, Names, name_words
 
 _NAMES = "version, state, token, fingerprint, attempt, hold, lease_until_ms, created_ms, now_ms, result"
 _FOUND = (
@@ -46,8 +39,8 @@ _FOUND = (
 )
 _ENTRY = (
     "SELECT id, scope, {key}, version, state, attempt, hold, {now} - created_ms AS age,"
-    " lease_until_ms - {now} AS lease_left, expires_ms - {now} AS expires_in, length(result) AS result_size"
-    " FROM {table}"
+    " lease_until_ms - {now} AS lease_left, expires_ms - {now} AS expires_in, length(result) AS result_size,"
+    " {name} AS operation_name FROM {table}"
 )
 _COLUMNS = (
     "id, scope, {key}, version, state, token, fingerprint, attempt, hold, watched,"
@@ -62,18 +55,22 @@ _TAKE = f"""
 ON CONFLICT (id) DO UPDATE SET
     scope = excluded.scope, {{key}} = excluded.{{key}},
     version = excluded.version, state = excluded.state, token = excluded.token, fingerprint = excluded.fingerprint,
-    attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
+    attempt = CASE WHEN {EXPIRED} THEN 1 WHEN {{r}}token = :token THEN {{r}}attempt ELSE {{r}}attempt + 1 END,
     hold = excluded.hold, watched = {{r}}watched OR excluded.watched,
-    created_ms = CASE WHEN {_EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
-    lease_until_ms = {{until}}, expires_ms = {{now}} + :keep, result = NULL
-WHERE {_FREE}
+    created_ms = CASE WHEN {EXPIRED} THEN {{now}} ELSE {{r}}created_ms END,
+    lease_until_ms = {{until}}, expires_ms = {{now}} + :keep, result = NULL{{named_taken}}
+WHERE {FREE}
 RETURNING {_FOUND}"""
 
-_CLAIM_SQLITE = f"INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES}) {_TAKE}"
-_LOOK = f"SELECT {_FOUND}, {_FREE} AS free FROM {{table}} WHERE id = :id"
+# Into the columns of the name too, where they are written: see _operation_name.py.
+_INSERT = f"({_COLUMNS}{{named_columns}})"
+_INSERTED = f"{_VALUES}{{named_values}}"
+
+_CLAIM_SQLITE = f"INSERT INTO {{table}} {_INSERT} VALUES ({_INSERTED}) {_TAKE}"
+_LOOK = f"SELECT {_FOUND}, {FREE} AS free FROM {{table}} WHERE id = :id"
 # It also returns for how long the connection waits for the lock, and a row of NULLs where there is no record.
 _LOOK_WAITING = (
-    f"SELECT busy.timeout, {_FOUND}, {_FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
+    f"SELECT busy.timeout, {_FOUND}, {FREE} AS free FROM pragma_busy_timeout AS busy LEFT JOIN {{table}} ON id = :id"
 )
 
 # A statement that the client abandons must not wait in the server for ever. So it sets lock_timeout for itself alone:
@@ -88,10 +85,10 @@ _BOUNDED = {"from": " FROM bound", "using": " USING bound", "bounded": "bound.ap
 # after this statement began: then the statement is repeated.
 _CLAIM_POSTGRESQL = f"""
 WITH {_BOUND}, seen AS (
-    SELECT {_FOUND}, {{r}}watched, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
+    SELECT {_FOUND}, {{r}}watched, {FREE} AS free FROM {{table}} AS r WHERE id = :id
 ), won AS (
-    INSERT INTO {{table}} AS r ({_COLUMNS})
-    SELECT {_VALUES} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
+    INSERT INTO {{table}} AS r {_INSERT}
+    SELECT {_INSERTED} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
 ){{flag}}
 SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free{{flagged}}"""
 
@@ -104,10 +101,10 @@ WITH before AS MATERIALIZED (
 ), bound AS MATERIALIZED (
     SELECT setting, set_config('lock_timeout', :wait, TRUE) AS applied FROM before
 ), seen AS (
-    SELECT {_FOUND}, {_FREE} AS free FROM {{table}} AS r WHERE id = :id
+    SELECT {_FOUND}, {FREE} AS free FROM {{table}} AS r WHERE id = :id
 ), won AS (
-    INSERT INTO {{table}} AS r ({_COLUMNS})
-    SELECT {_VALUES} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
+    INSERT INTO {{table}} AS r {_INSERT}
+    SELECT {_INSERTED} FROM bound WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE NOT free) {_TAKE}
 ), found AS (
     SELECT {_NAMES} FROM won UNION ALL SELECT {_NAMES} FROM seen WHERE NOT free
 )
@@ -121,9 +118,9 @@ CLAIMED_TOGETHER = ("id", "scope", "key", "token", "fingerprint", "hold", "lates
 """The parameters of a claim in a flight of several, of which each is an array, named in the plural."""
 
 
-def _asked(names: Sequence[str]) -> str:
+def _asked(names: Sequence[str], arrays_too: str = "", names_too: str = "") -> str:
     arrays = ", ".join(f":{name}s" for name in names)
-    return f"SELECT * FROM unnest({arrays}) AS asked({', '.join(names)})"
+    return f"SELECT * FROM unnest({arrays}{arrays_too}) AS asked({', '.join(names)}{names_too})"
 
 
 _BOUND_IN_FLIGHT = """bound AS MATERIALIZED (
@@ -132,13 +129,14 @@ _BOUND_IN_FLIGHT = """bound AS MATERIALIZED (
 )"""
 _CLAIM_TOGETHER = f"""
 WITH {_BOUND_IN_FLIGHT}, asked AS MATERIALIZED (
-    {_asked(CLAIMED_TOGETHER)}
+    {_asked(CLAIMED_TOGETHER, "{named_arrays}", "{named_asked}")}
 ), seen AS MATERIALIZED (
-    SELECT r.id, {_FOUND}, {_FREE} AS free
+    SELECT r.id, {_FOUND}, {FREE} AS free
     FROM asked CROSS JOIN LATERAL (SELECT * FROM {{table}} AS found WHERE found.id = asked.id LIMIT 1) AS r
 ), won AS (
-    INSERT INTO {{table}} ({_COLUMNS})
-    SELECT {_VALUES.format(now="{now}", until=_UNTIL).replace(":watched", "FALSE")} FROM bound, asked
+    INSERT INTO {{table}} {_INSERT}
+    SELECT {_VALUES.format(now="{now}", until=UNTIL).replace(":watched", "FALSE")}{{named_asked_values}}
+    FROM bound, asked
     WHERE applied IS NOT NULL AND NOT EXISTS (SELECT 1 FROM seen WHERE seen.id = asked.id)
     ORDER BY asked.id
     ON CONFLICT (id) DO NOTHING RETURNING id
@@ -158,7 +156,7 @@ WITH asked AS MATERIALIZED (
 ), owned AS MATERIALIZED (
     SELECT r.*, asked.state AS end_state, asked.result AS end_result, asked.keep FROM asked CROSS JOIN LATERAL (
         SELECT {_COLUMNS} FROM {{table}} AS r
-        WHERE r.id = asked.id AND r.token = asked.token AND NOT {_EXPIRED} AND {_SANE}
+        WHERE r.id = asked.id AND r.token = asked.token AND NOT {EXPIRED} AND {SANE}
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS r
 ), ended AS (
@@ -181,49 +179,49 @@ _FLAGGED = f" AND (watched OR state <> {State.RUNNING:d} OR EXISTS (SELECT 1 FRO
 
 # Assignments are evaluated in their order and see the columns assigned before. The token stores the decision: after
 # it is assigned, the claim has won the row if the row's token is ours and the row was expired or running. Once state
-# and version are assigned too, _OURS says the same in less text, all of which the server reads each time.
-_WON = f"(token = :token AND ({_EXPIRED} OR ({_RUNNING})))"
+# and version are assigned too, OURS says the same in less text, all of which the server reads each time.
+_WON = f"(token = :token AND ({EXPIRED} OR ({RUNNING})))"
 _CLAIM_MYSQL = f"""
-INSERT INTO {{table}} ({_COLUMNS}) VALUES ({_VALUES})
+INSERT INTO {{table}} {_INSERT} VALUES ({_INSERTED})
 ON DUPLICATE KEY UPDATE
-    attempt = CASE WHEN {_EXPIRED} THEN 1 WHEN {_OURS} THEN attempt WHEN {_LAPSED} THEN attempt + 1 ELSE attempt END,
-    created_ms = IF({_EXPIRED}, VALUES(created_ms), created_ms),
-    token = IF({_FREE}, VALUES(token), token),
+    attempt = CASE WHEN {EXPIRED} THEN 1 WHEN {OURS} THEN attempt WHEN {LAPSED} THEN attempt + 1 ELSE attempt END,
+    created_ms = IF({EXPIRED}, VALUES(created_ms), created_ms),
+    token = IF({FREE}, VALUES(token), token),
     state = IF({_WON}, VALUES(state), state),
     version = IF({_WON}, VALUES(version), version),
-    fingerprint = IF({_OURS}, VALUES(fingerprint), fingerprint),
-    scope = IF({_OURS}, VALUES(scope), scope),
-    {{key}} = IF({_OURS}, VALUES({{key}}), {{key}}),
-    hold = IF({_OURS}, VALUES(hold), hold),
-    watched = IF({_OURS}, watched OR VALUES(watched), watched),
-    lease_until_ms = IF({_OURS}, VALUES(lease_until_ms), lease_until_ms),
-    result = IF({_OURS}, NULL, result),
-    expires_ms = IF({_OURS}, VALUES(expires_ms), expires_ms)"""
+    fingerprint = IF({OURS}, VALUES(fingerprint), fingerprint),
+    scope = IF({OURS}, VALUES(scope), scope),
+    {{key}} = IF({OURS}, VALUES({{key}}), {{key}}),
+    hold = IF({OURS}, VALUES(hold), hold),
+    watched = IF({OURS}, watched OR VALUES(watched), watched),
+    lease_until_ms = IF({OURS}, VALUES(lease_until_ms), lease_until_ms),
+    result = IF({OURS}, NULL, result),
+    expires_ms = IF({OURS}, VALUES(expires_ms), expires_ms){{named_taken}}"""
 
 # {from}, {using} and {bounded} refer to the CTE ``bound``, where there is one: it is evaluated before a row is locked.
 _RENEW = (
     "UPDATE {table} SET lease_until_ms = {until}, expires_ms = {now} + :keep{from}"
-    f" WHERE {{bounded}}{_OWNED} AND {_RUNNING}"
+    f" WHERE {{bounded}}{OWNED} AND {RUNNING}"
 )
 _COMPLETE = (
     "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
-    f" WHERE {{bounded}}{_OWNED} AND {_SANE}"
+    f" WHERE {{bounded}}{OWNED} AND {SANE}"
 )
 # It need not ask whether the row is expired: the transaction owns it by its lock, or by its token, which another claim
 # that found it expired would have replaced.
 _COMPLETE_IN = (
     "UPDATE {table} SET state = :state, result = :result, expires_ms = {now} + :keep{from}"
-    f" WHERE {{bounded}}id = :id AND token = :token AND {_SANE}"
+    f" WHERE {{bounded}}id = :id AND token = :token AND {SANE}"
 )
-_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}{_OWNED} AND {_RUNNING}"
+_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}{OWNED} AND {RUNNING}"
 _RESOLVE_DONE = (
     f"UPDATE {{table}} SET state = {State.DONE:d}, result = :result, token = :token,"
-    f" expires_ms = {{now}} + :keep{{from}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
+    f" expires_ms = {{now}} + :keep{{from}} WHERE {{bounded}}id = :id AND {UNRESOLVED}"
 )
-_RESOLVE_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}id = :id AND {_UNRESOLVED}"
+_RESOLVE_RELEASE = f"DELETE FROM {{table}}{{using}} WHERE {{bounded}}id = :id AND {UNRESOLVED}"
 _FORGET = (
     f"DELETE FROM {{table}}{{using}}"
-    f" WHERE {{bounded}}id = :id AND NOT {_EXPIRED} AND NOT ({_RUNNING} AND lease_until_ms > {{now}})"
+    f" WHERE {{bounded}}id = :id AND NOT {EXPIRED} AND NOT ({RUNNING} AND lease_until_ms > {{now}})"
 )
 
 # The time is a subquery: PostgreSQL uses no index for a comparison with a clock that moves during the statement.
@@ -250,7 +248,9 @@ _NOTIFYING = (
 
 _TYPES = {
     **dict.fromkeys(("id", "fingerprint", "result"), "bytea"),
-    **dict.fromkeys(("scope", "key", "token", "channel", "payload", "wait", "commit", "relation"), "text"),
+    **dict.fromkeys(
+        ("scope", "key", "token", "channel", "payload", "wait", "commit", "relation", "operation_name"), "text"
+    ),
     **dict.fromkeys(("hold", "watched"), "boolean"),
     **dict.fromkeys(("lease", "keep", "latest", "limit", "after"), "bigint"),
     "state": "smallint",
@@ -291,9 +291,10 @@ class Statements:
     ``purge_resumes``: a purge gets the time from which it searches, and returns the times of what it deleted. It is
     ``purge_by_id`` where ``has_places``, about ``relation``, the quoted name of the table, returns false.
     ``packs``: bytes are sent as :func:`~idempotency.stores.sql._values.packed` makes them.
+    ``names``: what is done with the columns of the name of an operation. ``has_names`` asks whether they are there.
     """
 
-    def __init__(self, dialect: Dialect, table: Table, lock_wait: float) -> None:
+    def __init__(self, dialect: Dialect, table: Table, lock_wait: float, names: Names = NO_NAMES) -> None:
         family = "mysql" if dialect.name == "mariadb" else dialect.name
         if family not in NOW_MS:
             raise ConfigurationError(f"the database must be {', '.join(DATABASES.values())}, not {dialect.name}")
@@ -304,10 +305,12 @@ class Statements:
         self.packs = family == "mysql"
         self.relation = quote.format_table(table)
         self._words = {"now": NOW_MS[family], "table": self.relation, "key": quote.quote("key")}
-        self._words["until"] = _UNTIL.format(**self._words)
+        self._words["until"] = UNTIL.format(**self._words)
         # A lock_timeout of 0 would mean to wait for ever.
         self._words["bound"] = f"{max(1, round(lock_wait * 1000))}ms"
         self._words |= _BOUNDED if self._postgresql else dict.fromkeys(_BOUNDED, "")
+        self._words |= name_words(names, family, OURS.format(r=""))
+        self.has_names = self._text(HAS_NAMES[family], literal=f"'{table.name}'")
         # It takes fractions of a second; innodb_lock_wait_timeout takes whole seconds only.
         self._prefix = f"SET STATEMENT max_statement_time={lock_wait:.3f} FOR " if mariadb else ""
         self.claim_looks_first = self._sqlite
@@ -333,8 +336,8 @@ class Statements:
         self.unprobe = self._text("DELETE FROM {table} WHERE id = :id")
 
     def _make_housekeeping(self, plain: str, family: str) -> None:
-        self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {_EXPIRED}")
-        self.unresolved = self._text(f"{_ENTRY} WHERE {_UNRESOLVED} ORDER BY created_ms LIMIT :limit")
+        self.inspect = self._text(f"{_ENTRY} WHERE id = :id AND NOT {EXPIRED}")
+        self.unresolved = self._text(f"{_ENTRY} WHERE {UNRESOLVED} ORDER BY created_ms LIMIT :limit")
         self.resolve_done = self._bounded(plain, _RESOLVE_DONE)
         self.resolve_release = self._bounded(plain, _RESOLVE_RELEASE)
         self.forget = self._bounded(plain, _FORGET)
@@ -345,6 +348,11 @@ class Statements:
         # What an older transaction may still see, such as a backup, stays in the index: each batch would read it again.
         self.purge_resumes = self._postgresql
         self.check = self._text(f"SELECT {_COLUMNS}, result FROM {{table}} WHERE 1 = 0")
+
+    def listed(self, state: ListedState | None, *, named: bool) -> TextClause:
+        """Return the statement that lists records of a state, or of any; ``named``: of one name of an operation."""
+        name = " AND {name} = :operation_name" if named else ""
+        return self._text(f"{_ENTRY} WHERE {LISTED[state]} AND NOT {EXPIRED}{name} ORDER BY created_ms LIMIT :limit")
 
     def _bounded(self, frame: str, statement: str) -> TextClause:
         return self._text(self._prefix + frame.replace("{statement}", statement))

@@ -27,14 +27,15 @@ from idempotency._sql.tables import create_tables
 from idempotency._synchronization import LocalLock
 from idempotency.errors import ConfigurationError
 from idempotency.stores._clock_guard import ClockGuard
-from idempotency.stores._operating import check_and_examine, id_digits, inspect_all
-from idempotency.stores._sealing import Sealing, findings_in, forms_of_key, sealed_result, sealing_of
+from idempotency.stores._operating import check_and_examine
+from idempotency.stores._sealing import Sealing, findings_in, sealed_result, sealing_of
+from idempotency.stores._versions import OLDEST, WITH_NAMES, check_write_version
 from idempotency.stores.base import Changed, Entry, Finding
 from idempotency.stores.encryption import Encryption
 from idempotency.stores.sql._audit import Audit, AuditInSQL
 from idempotency.stores.sql._database import Settings, Work
 from idempotency.stores.sql._examine import examine, examine_saga_tables
-from idempotency.stores.sql._find import ids
+from idempotency.stores.sql._find import ListingInSQL
 from idempotency.stores.sql._forks import drop_in_children
 from idempotency.stores.sql._in_sessions import InSessions
 from idempotency.stores.sql._joined import JoinedVerbs
@@ -47,7 +48,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class SQLStore(InSessions, AuditInSQL):
+class SQLStore(InSessions, ListingInSQL, AuditInSQL):
     """A store for asyncio and for threads, with housekeeping, on a SQL database.
 
     ``engine`` is an ``AsyncEngine`` for the verbs that are awaited, or an ``Engine`` for those that end in ``_sync``;
@@ -71,6 +72,7 @@ class SQLStore(InSessions, AuditInSQL):
     ``pooler``: whether a pooler in transaction mode, such as PgBouncer, is between the engine and PostgreSQL. Then each
     verb is a transaction, and duplicates that wait poll. None, the default: each connection is asked once. False is for
     a pooler in session mode.
+    ``write_version``: 2 to write the names of operations, 1 not to, the default; see :doc:`contracts <contracts>`.
 
     Before the first claim, the engine's driver is tried: one that changes values, or counts no rows, is refused with
     :class:`~idempotency.errors.ConfigurationError`.
@@ -85,11 +87,12 @@ class SQLStore(InSessions, AuditInSQL):
         encryption: Encryption | None = None,
         digest_names: bool = False,
         pooler: bool | None = None,
+        write_version: int = OLDEST,
     ) -> None:
         if not isinstance(engine, AsyncEngine | Engine):
             raise ConfigurationError(f"engine must be an AsyncEngine or an Engine, not {type(engine).__name__}")
         check_backend(engine.url)
-        self._set_up(engine, pooler, table, timeout, sealing_of(encryption, digest_names))
+        self._set_up(engine, pooler, table, timeout, sealing_of(encryption, digest_names), write_version)
 
     @classmethod
     def from_url(
@@ -101,6 +104,7 @@ class SQLStore(InSessions, AuditInSQL):
         encryption: Encryption | None = None,
         digest_names: bool = False,
         pooler: bool | None = None,
+        write_version: int = OLDEST,
     ) -> Self:
         """Make a store that opens its engines itself, at the first use, and closes them.
 
@@ -111,7 +115,8 @@ class SQLStore(InSessions, AuditInSQL):
         Raises :class:`~idempotency.errors.ConfigurationError`, naming what to install, when the driver is missing.
         """
         store = cls.__new__(cls)
-        store._set_up(*read_pooler(read_url(url), pooler), table, timeout, sealing_of(encryption, digest_names))
+        sealing = sealing_of(encryption, digest_names)
+        store._set_up(*read_pooler(read_url(url), pooler), table, timeout, sealing, write_version)
         return store
 
     def _set_up(
@@ -121,6 +126,7 @@ class SQLStore(InSessions, AuditInSQL):
         table: str,
         timeout: float,
         sealing: Sealing | None,
+        write_version: int,
     ) -> None:
         timeout = positive("timeout", timeout, DAY)
         if not isinstance(table, str) or not table:
@@ -132,7 +138,8 @@ class SQLStore(InSessions, AuditInSQL):
         check_in_file(self._url)
         self._table = records_table(MetaData(), table)
         self._timeout = timeout
-        self._settings = Settings(self._table, timeout, pooler)
+        self._writes_names = check_write_version(write_version) >= WITH_NAMES
+        self._settings = Settings(self._table, timeout, pooler, self._writes_names)
         self._sealing = sealing
         self._per_loop: dict[asyncio.AbstractEventLoop, PerLoop] = {}
         self._awaited_in_threads = False
@@ -188,6 +195,11 @@ class SQLStore(InSessions, AuditInSQL):
         return self._timeout
 
     @property
+    def writes_names(self) -> bool:
+        """Return whether the names of operations are written, where the table has columns for them."""
+        return self._writes_names
+
+    @property
     def local_lock(self) -> LocalLock | None:
         """Return the lock that joined transactions take first, where the database has one writer at a time: SQLite.
 
@@ -240,10 +252,6 @@ class SQLStore(InSessions, AuditInSQL):
     def inspect_sync(self, record: bytes, /) -> Entry | None:
         """See :meth:`inspect`."""
         return self._run_sync(lambda verbs, connection: verbs.inspect(connection, record, self._sealing))
-
-    async def unresolved(self, limit: int = 100) -> list[Entry]:
-        """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
-        return await self._run(lambda verbs, connection: verbs.unresolved(connection, limit, self._sealing))
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400
@@ -311,12 +319,6 @@ class SQLStore(InSessions, AuditInSQL):
     def create_saga_schema_sync(self) -> None:
         """See :meth:`create_saga_schema`."""
         self._run_sync(lambda _, connection: self._sagas.create(connection), transaction=True)
-
-    async def find(self, start: str = "", *, key: str | None = None, limit: int = 100) -> list[Entry]:
-        """See :meth:`~idempotency.stores.base.Searching.find`; with ``key`` alone, it reads the whole table."""
-        keys = None if key is None else forms_of_key(self._sealing, key)
-        found = ids(self._run, self._table, id_digits(start), keys, self._sealing)
-        return await inspect_all(found, self.inspect, keys, limit)
 
     async def examine(self) -> list[Finding]:
         """See :meth:`~idempotency.stores.base.Examining.examine`."""

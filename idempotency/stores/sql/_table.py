@@ -25,6 +25,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency._sql.tables import LONG_BYTES, MYSQL, MYSQL_TABLE, dialect_named, split_name
 from idempotency.errors import ConfigurationError
+from idempotency.stores.sql._operation_name import COLUMN, FINGERPRINT
 
 DEFAULT_TABLE = "idempotency_record"
 
@@ -65,6 +66,9 @@ def _described(metadata: MetaData, schema: str | None, name: str) -> Table:
         Column("lease_until_ms", BigInteger, nullable=False),
         Column("expires_ms", BigInteger),
         Column("result", LONG_BYTES),
+        # Since version 2 of what is written (stores/_versions.py). A table of before may lack them.
+        Column(COLUMN, unbounded),
+        Column(FINGERPRINT, LargeBinary(64).with_variant(mysql.VARBINARY(64), *MYSQL)),
         Index(f"{name}_expires", "expires_ms"),
         schema=schema,
         **MYSQL_TABLE,

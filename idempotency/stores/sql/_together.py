@@ -25,6 +25,7 @@ from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._sealing import Sealing
 from idempotency.stores.sql._database import Database, Work
 from idempotency.stores.sql._flights import Flights, Limits
+from idempotency.stores.sql._operation_name import COLUMN
 from idempotency.stores.sql._statements import CLAIMED_TOGETHER, COMPLETED_TOGETHER, SENT_AS_ARRAY
 from idempotency.stores.sql._together_on_sqlite import OnSQLite
 from idempotency.stores.sql._values import array_text
@@ -158,7 +159,8 @@ class _OnPostgreSQL:
             rows = await self._fetch("claim", values[0] | settings, statement)
             found = {claim.id: Found(*row) for claim, row in zip(claims, rows, strict=False)}
         else:
-            rows = await self._fetch("claims", _arrays(CLAIMED_TOGETHER, values) | settings, statement)
+            columns = _arrays((*CLAIMED_TOGETHER, COLUMN), values)
+            rows = await self._fetch("claims", columns | settings, statement)
             found = {bytes(row[0]): Found(*row[1:]) for row in rows}
         return {
             claim.id: None if row.free else self._read(claim, asked[claim.lease], row)

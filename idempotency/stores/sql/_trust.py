@@ -84,6 +84,12 @@ def _refusal(connection: Connection, why: str) -> str:
     return f"records cannot be stored by {dialect.name}+{dialect.driver} as it is set up: it {why}"
 
 
+def has_names(connection: Connection, statements: Statements) -> bool:
+    """Return whether the table has the columns of the name of an operation."""
+    row = _send(connection, statements, statements.has_names, {"relation": statements.relation}).row
+    return row is not None and bool(row[0])
+
+
 def has_begun(connection: Connection) -> bool:
     """Return whether a transaction is open after a statement; for drivers that do not show whether they autocommit."""
     if connection.dialect.name == "sqlite" or connection.dialect.driver == "mysqlconnector":

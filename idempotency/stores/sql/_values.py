@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from idempotency.stores._shown import shortened
+from idempotency.stores._versions import short_name
 from idempotency.stores.encryption import MAGIC
 
 _ENVELOPE = "\\e"
@@ -27,6 +28,11 @@ def in_ascii(value: str) -> str:
         return value
     escaped = value.replace("\\", "\\\\").replace("\0", "\\0")
     return escaped.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def storable_operation_name(name: str) -> str | None:
+    """Return the name of an operation in ASCII, cut to its length; None for none. :func:`stored` reads it."""
+    return in_ascii(short_name(name)) or None
 
 
 def stored(value: Any) -> str:

@@ -7,6 +7,7 @@ that is in a caller's transaction.
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, Dialect, Row, Table, TextClause
@@ -17,10 +18,11 @@ from idempotency._sql.sqlite import lowered_lock_wait
 from idempotency.errors import StoreError, UnreadableError
 from idempotency.stores._clock_guard import Asked, ClockGuard
 from idempotency.stores._sealing import Sealing, opened_result, shown, shown_size
-from idempotency.stores.base import Entry
+from idempotency.stores.base import Entry, ListedState
 from idempotency.stores.sql._limits import check_size
+from idempotency.stores.sql._operation_name import NO_NAMES, Names
 from idempotency.stores.sql._statements import Statements
-from idempotency.stores.sql._trust import try_driver
+from idempotency.stores.sql._trust import has_names, try_driver
 from idempotency.stores.sql._values import (
     as_bytes,
     as_flag,
@@ -28,6 +30,8 @@ from idempotency.stores.sql._values import (
     packed,
     storable,
     storable_name,
+    storable_operation_name,
+    stored,
     stored_name,
 )
 
@@ -42,22 +46,44 @@ class Verbs:
     ``lock_wait``, and set back.
     ``trusted``: the driver was tried.
     ``in_flights`` and ``one_by_one``: see :class:`Statements`.
+    ``writes_names``: claims write the name of their operation, if the table has columns for it.
     """
 
-    def __init__(self, dialect: Dialect, table: Table, lock_wait: float, lowers_lock_wait: bool = False) -> None:
-        self._sql = Statements(dialect, table, lock_wait)
-        self.in_flights = self._sql.in_flights
-        self.one_by_one, self.lock_wait = self._sql.one_by_one, lock_wait
+    def __init__(
+        self,
+        dialect: Dialect,
+        table: Table,
+        lock_wait: float,
+        lowers_lock_wait: bool = False,
+        writes_names: bool = False,
+    ) -> None:
+        self._make = partial(Statements, dialect, table, lock_wait)
+        self._writes_names = writes_names
+        self._has_names: bool | None = None
+        self._use(NO_NAMES)
+        self.lock_wait = lock_wait
         self._lowers_lock_wait = lowers_lock_wait
         self._table = table
         self._notifies = dialect.name == "postgresql"
         self.trusted = False
         self._purged_until = 0
 
+    def _use(self, names: Names) -> None:
+        self._sql = self._make(names)
+        self.in_flights = self._sql.in_flights
+        self.one_by_one = self._sql.one_by_one
+
+    def _look_for_names(self, connection: Connection) -> None:
+        self._has_names = has_names(connection, self._sql)
+        if self._has_names:
+            self._use(Names(shown=True, written=self._writes_names))
+
     def claim(self, connection: Connection, claim: Claim, guard: ClockGuard, sealing: Sealing | None) -> Record:
         """See :meth:`~idempotency.stores.base.Store.claim`."""
         if not self.trusted:
             try_driver(connection, self._sql)
+            if self._writes_names:
+                self._look_for_names(connection)
             self.trusted = True
         statement = self._sql.claim_watched if claim.watched else self._sql.claim
         asked = guard.ask(claim)
@@ -103,12 +129,26 @@ class Verbs:
 
     def inspect(self, connection: Connection, record: bytes, sealing: Sealing | None) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Housekeeping.inspect`."""
+        if self._has_names is None:
+            self._look_for_names(connection)
         row = self._execute(connection, self._sql.inspect, {"id": record}).first()
         return None if row is None else _entry(row, sealing)
 
     def unresolved(self, connection: Connection, limit: int, sealing: Sealing | None) -> list[Entry]:
         """See :meth:`~idempotency.stores.base.Housekeeping.unresolved`."""
+        if not self._has_names:
+            self._look_for_names(connection)
         return [_entry(row, sealing) for row in self._execute(connection, self._sql.unresolved, {"limit": limit})]
+
+    def listed(
+        self, connection: Connection, state: ListedState | None, name: str | None, limit: int, sealing: Sealing | None
+    ) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Listing.list_records`."""
+        if not self._has_names:
+            self._look_for_names(connection)
+        values = {"limit": limit} if name is None else {"limit": limit, "operation_name": storable_operation_name(name)}
+        statement = self._sql.listed(state, named=name is not None)
+        return [_entry(row, sealing) for row in self._execute(connection, statement, values)]
 
     def resolve(
         self,
@@ -178,6 +218,7 @@ def claim_values(claim: Claim, asked: Asked, sealing: Sealing | None) -> dict[st
         "fingerprint": claim.fingerprint,
         "hold": claim.hold,
         "watched": claim.watched,
+        "operation_name": storable_operation_name(claim.name),
         "latest": asked.latest,
         "lease": milliseconds(claim.lease),
         "keep": None if claim.hold else milliseconds(claim.lease + claim.ttl),
@@ -250,6 +291,7 @@ def _entry(row: Row[Any], sealing: Sealing | None) -> Entry:
             expires_in=None if row.expires_in is None else float(row.expires_in) / 1000,
             result_size=shown_size(stored_scope, None if row.result_size is None else int(row.result_size)),
             version=int(row.version),
+            name="" if row.operation_name is None else stored(row.operation_name),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise UnreadableError(f"the record {bytes(row.id).hex()[:12]} is damaged") from error

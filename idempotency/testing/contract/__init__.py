@@ -17,6 +17,7 @@ from __future__ import annotations
 from idempotency.testing.contract._claiming import ClaimContract
 from idempotency.testing.contract._expiry import ExpiryContract
 from idempotency.testing.contract._housekeeping import HousekeepingContract
+from idempotency.testing.contract._names import NameContract
 from idempotency.testing.contract._races import RaceContract
 from idempotency.testing.contract._sync import SyncStoreContract
 from idempotency.testing.contract._watch import WatchContract
@@ -25,10 +26,18 @@ from idempotency.testing.contract._writing import WriteContract
 __all__ = ["StoreContract", "SyncStoreContract"]
 
 
-class StoreContract(ClaimContract, WriteContract, ExpiryContract, RaceContract, WatchContract, HousekeepingContract):
+class StoreContract(
+    ClaimContract,
+    WriteContract,
+    ExpiryContract,
+    RaceContract,
+    WatchContract,
+    HousekeepingContract,
+    NameContract,
+):
     """Check a store for asyncio, its housekeeping included.
 
-    Give the fixture ``store``. Two more make it stricter: ``another``, a second instance on the same records (by
-    default the same instance), and ``make_newer``, which overwrites the format version of a record (by default the
-    tests that need it are skipped).
+    Give the fixture ``store``. Three more make it stricter: ``another``, a second instance on the same records (by
+    default the same instance); ``make_newer``, which overwrites the format version of a record (by default the tests
+    that need it are skipped); and ``naming``, a store that records names (by default ``store``, if it does).
     """

@@ -1,6 +1,6 @@
 -- Own the record if it is absent or taken over; return what is there now.
 -- KEYS[1] record; ARGV: format, token, fingerprint, lease (ms), lease + ttl (ms), hold, watched, scope, key, the last
--- end of a lease (ms) that is taken over
+-- end of a lease (ms) that is taken over[, name of the operation]
 -- Reply: {now (ms), attempt, age (ms)} when the claim owns the record, else {now, version} when it cannot be read, else
 -- {now, version, state, attempt, remaining lease (ms), hold, age (ms), token, fingerprint[, result]}.
 local key = KEYS[1]
@@ -13,10 +13,11 @@ if found.err then
 end
 -- A lease of 0 is over by every clock, also one that is set back.
 local deadline = ARGV[4] == '0' and '0' or string.format('%.0f', now + ARGV[4])
+local name = ARGV[11] and {'o', ARGV[11]} or {}
 
 if not found[1] and redis.call('EXISTS', key) == 0 then
   redis.call('HSET', key, 'v', ARGV[1], 's', '1', 't', ARGV[2], 'f', ARGV[3], 'a', '1', 'l', deadline,
-    'h', ARGV[6], 'c', ARGV[8], 'k', ARGV[9], 'n', string.format('%.0f', now))
+    'h', ARGV[6], 'c', ARGV[8], 'k', ARGV[9], 'n', string.format('%.0f', now), unpack(name))
   if ARGV[6] == '0' then redis.call('PEXPIRE', key, ARGV[5]) end
   return {now, 1, 0}
 end
@@ -41,7 +42,7 @@ if mine or (state == 1 and remaining <= 0 and lease <= tonumber(ARGV[10]) and ho
   if not mine then attempt = attempt + 1 end
   -- Scope and key too: the new owner may encrypt them, or with another key.
   redis.call('HSET', key, 't', ARGV[2], 'a', string.format('%.0f', attempt), 'l', deadline, 'h', ARGV[6],
-    'c', ARGV[8], 'k', ARGV[9])
+    'c', ARGV[8], 'k', ARGV[9], unpack(name))
   if ARGV[6] == '1' then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ARGV[5]) end
   return {now, attempt, age}
 end
