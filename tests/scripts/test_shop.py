@@ -59,8 +59,9 @@ def test_a_server_that_is_away_is_one_line() -> None:
 @pytest.fixture
 def books(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import the module that checks the books."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("shop.books")
+    for directory in (EXAMPLES, SCRIPTS):
+        monkeypatch.syspath_prepend(str(directory))
+    return importlib.import_module("_shop.books")
 
 
 def right(books: Any) -> Any:
