@@ -1,7 +1,7 @@
 """The saga of an order: it asks the services one after the other, and undoes what they did when one refuses.
 
-Begin at the end, with ``fulfil``. Each step commits its message with the record of the step, so that after a crash no
-service is asked twice. While the saga waits for an answer, it is a row in the database, and no process runs it.
+Read ``fulfil`` first, at the end. Each step commits its message with the record of the step, so that a crash neither
+loses a message nor adds one. While the saga waits for an answer, it is a row in the database, and no process runs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class RefusedError(Exception):
     """A service has refused."""
 
 
-# What the steps do, and what undoes them. The session is that of the step: the library commits it with the record.
+# What the steps do, and what undoes them. The session is that of the step: the library commits it with the record. It
+# records an undo by the name of its function, and finds the function in this module.
 
 
 async def accept(order: Order, session: AsyncSession) -> None:
