@@ -132,6 +132,7 @@ PUBLIC = {
         "Retry",
         "SagaAnswer",
         "SagaDetail",
+        "SagaEndedError",
         "SagaError",
         "SagaEvent",
         "SagaFact",

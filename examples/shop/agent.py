@@ -1,4 +1,4 @@
-"""An agent that orders by the tool. Killed at any moment and started again, it has no memory and begins anew.
+"""An agent that orders by the tool. It has no memory: killed and started again, it begins from its first occasion.
 
     python -m shop.agent "a birthday" "a wedding"
 
@@ -8,12 +8,11 @@ The model is scripted: for each occasion it wants tea, and it calls the tool onc
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 
 from mcp.client.client import Client
 
-TOOLS = os.environ.get("SHOP_TOOLS", "http://127.0.0.1:8001/mcp")
+from shop.settings import TOOLS
 
 
 async def call(occasion: str) -> str:

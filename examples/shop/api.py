@@ -21,9 +21,7 @@ from idempotency.projections import SyncTokenMiddleware, sync_token
 from shop import orders, views
 from shop.orders import Order, OrderPlaced
 from shop.saga import fulfil
-
-LEASE = 3.0
-"""Seconds for which the key of a request stays claimed after its process was killed."""
+from shop.settings import LEASE
 
 
 async def place_order(request: Request) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Create the databases and the queues of the shop, and put something on its shelves.
+"""Create the databases of the shop and its queues at the broker, with the first stock and coupons.
 
 python -m shop.create
 """
@@ -6,13 +6,9 @@ python -m shop.create
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 
 from shop import broker, inventory, marketing, orders, tools, views
-
-STOCK: dict[str, int] = json.loads(os.environ.get("SHOP_STOCK", '{"tea": 10, "cake": 2}'))
-COUPONS: dict[str, int] = json.loads(os.environ.get("SHOP_COUPONS", '{"SPRING": 3}'))
+from shop.settings import COUPONS, STOCK
 
 
 async def main() -> None:
@@ -21,7 +17,7 @@ async def main() -> None:
     await inventory.create(STOCK)
     await marketing.create(COUPONS)
     await tools.service.create(None)
-    await broker.create()
+    await broker.create(broker.HANDLED)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m shop.customer
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,17 +14,17 @@ from uuid import uuid4
 import httpx
 
 from idempotency.client import AsyncIdempotentTransport, Retry
+from shop.settings import API
 
-API = os.environ.get("SHOP_API", "http://127.0.0.1:8000")
 ENDED = ("confirmed", "rejected")
 
 
 @asynccontextmanager
-async def client_of(customer: str, api: str = API) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(customer: str) -> AsyncIterator[httpx.AsyncClient]:
     """Open a client that retries with the same key, also while the API is started again."""
     transport = AsyncIdempotentTransport(retry=Retry(attempts=50, most=2.0, deadline=120.0))
     headers = {"Authorization": f"Bearer {customer}"}
-    async with httpx.AsyncClient(transport=transport, base_url=api, headers=headers, timeout=15) as client:
+    async with httpx.AsyncClient(transport=transport, base_url=API, headers=headers, timeout=15) as client:
         yield client
 
 

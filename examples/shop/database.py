@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
@@ -10,9 +9,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from idempotency.outbox import Outbox
 from idempotency.stores.sql import SQLStore
-
-DATABASES = os.environ.get("SHOP_DATABASES", "sqlite+aiosqlite:///shop-{}.db")
-"""The URL of the database of a service, whose name takes the place of the braces."""
+from shop.settings import DATABASES
 
 
 class Service:
@@ -26,7 +23,10 @@ class Service:
         self.outbox = Outbox()
 
     async def create(self, tables: type[DeclarativeBase] | None, *rows: Any) -> None:
-        """Create the tables, and put the first rows into them. In production these are migrations."""
+        """Create the tables of the library and those of the service, and add the first rows.
+
+        In production these are migrations.
+        """
         await self.store.create_schema()
         await self.outbox.create_schema(self.engine)
         if tables is not None:

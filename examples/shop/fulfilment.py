@@ -1,42 +1,34 @@
-"""The process that goes on with the sagas: it hears the answers of the services, and runs what can go on.
+"""The process that goes on with the sagas: it handles the answers of the services, and runs the sagas that can go on.
 
     python -m shop.fulfilment
 
-The sweeper also finds the sagas whose process was killed, when their lease is over.
+Its sweeper also finds the sagas whose process was killed, when their lease is over.
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
 from contextlib import suppress
 from typing import Any
 
 from idempotency import Policy, idempotent_consumer
-from idempotency.saga import SagaError, Sweeper
-from shop import broker
+from idempotency.saga import SagaEndedError, Sweeper
+from shop.broker import read
 from shop.saga import fulfil, service
+from shop.serving import serve_beside
+from shop.settings import LEASE
 
 
-@idempotent_consumer(service.store, consumer="orders", policy=Policy(lease=3.0), max_attempts=20)
+@idempotent_consumer(service.store, consumer="orders", policy=Policy(lease=LEASE), max_attempts=20)
 async def on_answer(message: Any) -> None:
-    """Give the answer of a service to the saga that waits for it. The first answer of a name counts."""
-    type, order, more = broker.read(message)
-    # Killed between the signal and its record, it comes here again: then the saga may have ended.
-    with suppress(SagaError):
-        await fulfil.signal(order.id, "stock" if type.startswith("Stock") else "coupon", more["refused"])
-
-
-async def main() -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    sweeper = Sweeper(service.store, [fulfil], poll=0.2)
-    sweeping = asyncio.create_task(sweeper.run())
-    await broker.consume(service.name, on_answer, stop)
-    await sweeper.stop()
-    await sweeping
-    await service.engine.dispose()
+    """Give the answer of a service to the saga of the order, which waits for it as a signal."""
+    type, order, more = read(message)
+    service_name = "inventory" if type.startswith("Stock") else "marketing"
+    # A process that is killed after the signal and before the record of the message gives the signal once more.
+    # The saga has its first signal then, and may have ended.
+    with suppress(SagaEndedError):
+        await fulfil.signal(order.id, service_name, more["refused"])
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(serve_beside(Sweeper(service.store, [fulfil], poll=0.2), service, on_answer))

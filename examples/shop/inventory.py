@@ -2,8 +2,8 @@
 
     python -m shop.inventory
 
-It knows nothing of coupons or sagas. A message that is delivered twice moves the stock once: the record of the message,
-the movement and the answer are one transaction.
+A message that is delivered twice moves the stock once: the record of the message, the movement and the answer are one
+transaction.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ async def on_message(message: Any, session: AsyncSession) -> None:
             tell("StockRefused", order, service.outbox, refused="out of stock")
     elif type == "ReleaseStock":
         moved = await session.scalar(select(func.sum(Movement.pieces)).where(Movement.order == order.id))
-        if moved:  # else nothing is reserved for it
+        if moved:  # otherwise the reservation was refused, and there is nothing to release
             await move(session, order, -int(moved))
 
 

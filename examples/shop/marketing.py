@@ -1,9 +1,9 @@
-"""Marketing: it redeems coupons and gives them back when it is asked, and it writes mails about what it hears.
+"""Marketing: it redeems coupons and gives them back when the saga asks, and it writes mails about orders.
 
     python -m shop.marketing
 
-The coupons are orchestrated: the saga asks, and waits for the answer. The mails are choreographed: nobody asks for
-them, and nobody waits.
+The coupons are orchestrated: the saga asks, and waits for the answer. The mails are choreographed: marketing handles
+the messages about orders, nobody asks for a mail, and nobody waits for one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def on_message(message: Any, session: AsyncSession) -> None:
             tell("CouponRefused", order, service.outbox, refused="no such coupon")
     elif type == "GiveBackCoupon":
         used = await session.scalar(select(func.sum(Use.uses)).where(Use.order == order.id))
-        if used:  # else it was refused
+        if used:  # otherwise the coupon was refused, and there is nothing to give back
             await use(session, order, -int(used))
     elif type.startswith("Order"):
         session.add(Mail(order=order.id, subject=type))

@@ -1,4 +1,4 @@
-"""What an order is: a stream of events in the database of the orders, and the messages that others get about it."""
+"""What an order is: a stream of events in the database of the orders. Other services get messages about it."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ async def record(session: AsyncSession, order: Order, event: Event) -> Appended:
 
 def tell(type: str, order: Order, outbox: Outbox, **more: Any) -> None:
     """Emit a message about an order, in the transaction of the running operation."""
-    operation = current()
+    operation = current()  # the request, the message or the step of a saga that runs now
     assert operation is not None
     payload = {**asdict(order), **more}
     operation.emit(aggregate_type="order", aggregate_id=order.id, type=type, payload=payload, outbox=outbox)
 
 
 async def create() -> None:
+    """Create the tables of records, outbox, sagas, events and checkpoints."""
     await service.create(None)
     await service.store.create_saga_schema()
     await events.create_schema(service.engine)

@@ -1,7 +1,7 @@
 """The saga of an order: it asks the services one after the other, and undoes what they did when one refuses.
 
-Each step commits its message with its record, so that a process that is killed asks nobody twice. While the saga waits
-for an answer it is a row, and no process. An undo is recorded by its name, and found in this module.
+Read ``fulfil`` first, at the end. Each step commits its message with the record of the step, so that a crash neither
+loses a message nor adds one. While the saga waits for an answer, it is a row in the database, and no process runs it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from idempotency.saga import saga, step, wait_for
 from shop import orders
 from shop.orders import Order, OrderAccepted, OrderConfirmed, OrderRejected
+from shop.settings import LEASE
 
 service = orders.service
 
@@ -21,7 +22,8 @@ class RefusedError(Exception):
     """A service has refused."""
 
 
-# What the steps do, and what undoes them: each in one transaction with its record.
+# What the steps do, and what undoes them. The session is that of the step: the library commits it with the record. It
+# records an undo by the name of its function, and finds the function in this module.
 
 
 async def accept(order: Order, session: AsyncSession) -> None:
@@ -54,18 +56,20 @@ async def confirm(order: Order, session: AsyncSession) -> None:
     orders.tell("OrderConfirmed", order, service.outbox)
 
 
-async def agreed(about: str) -> None:
-    """Wait for the answer of a service. It has no time-out: a service that is away delays an order, and no more."""
-    if refused := await wait_for(about):
+async def answer_of(service_name: str) -> None:
+    """Wait for the signal that a service has agreed, or why it has refused. The wait has no time-out."""
+    if refused := await wait_for(service_name):
         raise RefusedError(refused)
 
 
-@saga(service.store, name="fulfil", session=service.sessions, lease=3.0)
+@saga(service.store, name="fulfil", session=service.sessions, lease=LEASE)
 async def fulfil(order: Order) -> None:
+    # When a later step fails, the undos run in reverse order, so that this one rejects the order at the very end.
     await step("accept", accept, order, undo=reject)
     await step("reserve", reserve, order, undo=release)
-    await agreed("stock")
+    await answer_of("inventory")
     if order.coupon:
         await step("redeem", redeem, order, undo=give_back)
-        await agreed("coupon")
+        await answer_of("marketing")
+    # The pivot: once it is done, nothing is undone any more.
     await step("confirm", confirm, order, kind="pivot")

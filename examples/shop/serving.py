@@ -1,4 +1,4 @@
-"""The process of a service: it handles its messages, and publishes what it tells, until SIGTERM."""
+"""A process that handles the messages of a service, and works beside that, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from idempotency.outbox import PollingRelay
 from idempotency.outbox.publishers import open_publisher
 from shop import broker
 from shop.database import Service
+from shop.settings import LEASE
 
 
 async def serve(service: Service, handler: Any) -> None:
-    """Run the consumer of a service, and the relay of its outbox beside it."""
+    """Run the consumer of a service, and beside it the relay that publishes what it emits."""
+    publisher = open_publisher(broker.PUBLISH)
+    await serve_beside(PollingRelay(service.engine, publisher, outbox=service.outbox, lease=LEASE), service, handler)
+    await publisher.aclose()
+
+
+async def serve_beside(worker: Any, service: Service, handler: Any) -> None:
+    """Run the consumer of a service beside a relay or a sweeper. When one fails, the process ends."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    publisher = open_publisher(broker.PUBLISH)
-    relay = PollingRelay(service.engine, publisher, outbox=service.outbox, lease=4.0)
-    relaying = asyncio.create_task(relay.run())
-    await broker.consume(service.name, handler, stop)
-    await relay.stop()
-    await relaying
-    await publisher.aclose()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(worker.run())
+        await broker.consume(service.name, handler, stop)
+        await worker.stop()
     await service.engine.dispose()

@@ -2,13 +2,11 @@
 
     uvicorn --app-dir examples shop.tools:app
 
-A model that saw no answer, or that plans anew, calls the tool again. The *intent* says which calls are one: an agent
-that wants one thing for one occasion orders it once. A person who wants two says so by another occasion.
+A model that saw no answer, or that makes its plan again, calls the tool again. The *intent* says which calls are one:
+one item for one occasion is ordered once. Another occasion is another order.
 """
 
 from __future__ import annotations
-
-import os
 
 import httpx
 from mcp.server.mcpserver import MCPServer
@@ -18,13 +16,12 @@ from idempotency.adapters.mcp import IdempotentTools
 from idempotency.client import AsyncIdempotentTransport
 from idempotency.tool import idempotent_tool
 from shop.database import Service
-
-API = os.environ.get("SHOP_API", "http://127.0.0.1:8000")
+from shop.settings import API, LEASE
 
 service = Service("agents")
 tools = IdempotentTools()
-# The API knows the key at each attempt, so that the tool may run again after a crash.
-policy = Policy(on_crash="rerun", lease=3.0)
+# After a crash the tool runs again: it sends the same key to the API, which places one order.
+policy = Policy(on_crash="rerun", lease=LEASE)
 
 
 @tools.tool()

@@ -26,12 +26,12 @@ from idempotency.saga._step import as_data, failure_in
 from idempotency.saga._undo import undo_all
 from idempotency.saga._wait import let_go, waiting_for
 from idempotency.saga.errors import (
-    SagaError,
     SagaFailedError,
     SagaLostError,
     SagaPendingError,
     SagaStuckError,
     StepFailedError,
+    missing_error,
 )
 from idempotency.saga.events import SagaEventKind
 from idempotency.saga.options import backoff
@@ -49,7 +49,7 @@ def begin(definition: Definition, request: Open) -> Program[Run | Row]:
         yield from _hand_back(request)
         raise
     if opened is None:
-        raise SagaError(f"There is no saga {definition.name} of this key.")
+        raise missing_error(definition.name, request.key)
     if request.input is not None and opened.row.fingerprint != request.fingerprint:
         raise KeyReusedError("The key was used for a saga with other arguments.")
     if opened.row.token != request.token:

@@ -27,7 +27,7 @@ from idempotency.saga._resolve import Resolution, check_undoable, failing, refus
 from idempotency.saga._run import cancelled_by, head_of
 from idempotency.saga._view import SagaState, SagaView, is_run, plain, state_of, step_in, view_of
 from idempotency.saga._wait import HELD, digest_of, signal_entry
-from idempotency.saga.errors import CancelledByOperatorError, SagaError
+from idempotency.saga.errors import CancelledByOperatorError, ended_error, missing_error
 from idempotency.stores.base import Finding, Store, SyncStore
 
 _EVERY = 1_000_000
@@ -58,7 +58,8 @@ class SagaOperations:
 
     ``store``: that of the sagas. What an operator changes is fenced: where a process runs the saga, or has run it in
     between, nothing is changed, and :class:`~idempotency.saga.SagaError` says so. The same error is raised where there
-    is no such saga, or it has ended. Every method raises :class:`~idempotency.errors.StoreError` where the store fails.
+    is no such saga, and its subclass :class:`~idempotency.saga.SagaEndedError` where the saga has ended. Every method
+    raises :class:`~idempotency.errors.StoreError` where the store fails.
     """
 
     def __init__(self, store: Store | SyncStore) -> None:
@@ -117,7 +118,7 @@ class SagaOperations:
         """
         saga = await self._going_on(name, key)
         if not await self._ask(Wake(id=saga.row.id)):
-            raise refused(saga, "has ended")
+            raise ended_error(saga.row.name, saga.row.key)
 
     async def resolve(
         self, name: str, key: str, step: str, outcome: Resolution, result: object = None, *, by: str = ""
@@ -147,7 +148,7 @@ class SagaOperations:
         saga = await self._going_on(name, key)
         check_undoable(saga)
         if await self._ask(Put(id=saga.row.id, entry=cancelled_by(by))) is None:
-            raise refused(saga, "has ended")
+            raise ended_error(saga.row.name, saga.row.key)
 
     async def signal(
         self, name: str, key: str, signal: str, value: object = None, *, by: str = "", about: object = None
@@ -163,7 +164,7 @@ class SagaOperations:
         given = signal_entry(signal, value, by, about)
         found = await self._ask(Put(id=saga.row.id, entry=given))
         if found is None:
-            raise refused(saga, "has ended")
+            raise ended_error(saga.row.name, saga.row.key)
         return found.body == given.body
 
     async def purge(self, batch: int = 1000) -> int:
@@ -226,11 +227,9 @@ class SagaOperations:
     async def _going_on(self, name: str, key: str) -> Saga:
         saga = await self._ask(Look(id=saga_id(name, key)))
         if saga is None:
-            error = SagaError(f"There is no saga {name} of this key.")
-            error.name, error.key = name, key
-            raise error
+            raise missing_error(name, key)
         if saga.row.phase.ended:
-            raise refused(saga, "has ended")
+            raise ended_error(saga.row.name, saga.row.key)
         return saga
 
     async def _amend(self, name: str, key: str, request: Callable[[Saga], Amend]) -> None:

@@ -90,10 +90,10 @@ class AsyncSaga(Defined, Generic[R]):
 
         ``name``: that of the wait; of the second wait for a name it is ``name#2``. ``value``: JSON.
         ``about``: what is approved, which must be equal to what the saga asks about. ``by``: who gave it, for the
-        record. Raises :class:`~idempotency.saga.SagaError` where there is no such saga, it has ended, or it waits for
-        this about something else.
+        record. Raises :class:`~idempotency.saga.SagaEndedError` where the saga has ended, and otherwise
+        :class:`~idempotency.saga.SagaError` where there is no such saga, or it waits for this about something else.
         """
-        return await drive(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
+        return await drive(self._definition, give_signal(self.name, key, name, value, by, about))
 
     async def look(self, key: str) -> SagaView | None:
         """Return where the saga of ``key`` is, and why; None where there is none.
@@ -152,7 +152,7 @@ class SyncSaga(Defined, Generic[R]):
 
     def signal(self, key: str, name: str, value: object = None, *, by: str = "", about: object = None) -> bool:
         """See :meth:`AsyncSaga.signal`."""
-        return drive_sync(self._definition, give_signal(saga_id(self.name, key), name, value, by, about))
+        return drive_sync(self._definition, give_signal(self.name, key, name, value, by, about))
 
     def look(self, key: str) -> SagaView | None:
         """See :meth:`AsyncSaga.look`."""

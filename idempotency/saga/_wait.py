@@ -23,6 +23,8 @@ from idempotency.saga.errors import (
     SagaPendingError,
     SagaStuckError,
     SignalTimeoutError,
+    ended_error,
+    missing_error,
 )
 
 SHORT = 1.0
@@ -113,8 +115,9 @@ def look_again(run: Run) -> Program[None]:
     run.read([entry for entry in saga.entries if entry.name not in run.entries], asked)
 
 
-def give_signal(record: bytes, name: str, value: object, by: str, about: object) -> Program[bool]:
+def give_signal(saga_name: str, key: str, name: str, value: object, by: str, about: object) -> Program[bool]:
     """Give a saga a signal; return whether it is the first of its name."""
+    record = saga_id(saga_name, key)
     given = signal_entry(name, value, by, about)
     saga: Saga | None = yield Ask(Look(id=record))
     entries = {} if saga is None else {entry.name: entry for entry in saga.entries}
@@ -123,7 +126,7 @@ def give_signal(record: bytes, name: str, value: object, by: str, about: object)
         raise SagaError(f"The saga waits for {name!r} about something else: nothing was approved.")
     found: Entry | None = yield Ask(Put(id=record, entry=given))
     if found is None:
-        raise SagaError("There is no saga of this name and key that has not ended.")
+        raise missing_error(saga_name, key) if saga is None else ended_error(saga_name, key)
     return found.body == given.body
 
 

@@ -14,6 +14,14 @@ class SagaError(IdempotencyError):
     key: str = ""
 
 
+class SagaEndedError(SagaError):
+    """The saga has ended: what was asked of it comes too late, and nothing is changed."""
+
+    code = "saga-ended"
+    status = 409
+    title = "The saga has ended"
+
+
 class SagaPendingError(SagaError):
     """The saga has not ended: it waits, or another process runs it. It goes on by itself, with a :class:`Sweeper`.
 
@@ -100,3 +108,17 @@ class SignalTimeoutError(IdempotencyError):
     code = "signal-timeout"
     status = 504
     title = "No signal came in time"
+
+
+def ended_error(name: str, key: str) -> SagaEndedError:
+    """Return the error of what is asked of a saga that has ended."""
+    error = SagaEndedError(f"The saga {name} has ended: nothing was changed.")
+    error.name, error.key = name, key
+    return error
+
+
+def missing_error(name: str, key: str) -> SagaError:
+    """Return the error of a saga that is not there."""
+    error = SagaError(f"There is no saga {name} of this key.")
+    error.name, error.key = name, key
+    return error

@@ -16,6 +16,7 @@ from _shop.brokers import administered, broker, free_port
 from _shop.databases import databases
 from _shop.processes import Process, environment_of, processes
 
+CREATE = [sys.executable, "-m", "shop.create"]
 STOCK, COUPONS = {"tea": 1000, "cake": 3}, {"SPRING": 5}
 
 
@@ -40,11 +41,16 @@ async def run(options: argparse.Namespace, directory: Path) -> bool:
         os.environ.update(settings)
         sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
         environment = environment_of()
-        await open_shop(environment)
+        opening = subprocess.Popen(
+            CREATE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         from shop.broker import HANDLED, PUBLISH
 
         from _shop.play import OCCASIONS, Play
 
+        _, said = await asyncio.to_thread(opening.communicate)
+        if opening.returncode:
+            raise ShopError((said.splitlines() or ["it cannot be created"])[-1])
         agent = Process("agent", ["shop.agent", *OCCASIONS], environment, directory / "agent.log")
         async with administered(url, name, HANDLED) as admin:
             running = processes(environment, ports, PUBLISH, directory)
@@ -53,14 +59,6 @@ async def run(options: argparse.Namespace, directory: Path) -> bool:
             agree = await play.report()
         await close_engines()
     return agree
-
-
-async def open_shop(environment: dict[str, str]) -> None:
-    """Create what the shop needs, in a process of its own; ShopError with the last line where that fails."""
-    command = [sys.executable, "-m", "shop.create"]
-    made = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, text=True)
-    if made.returncode:
-        raise ShopError((made.stderr.splitlines() or ["it cannot be created"])[-1])
 
 
 async def close_engines() -> None:

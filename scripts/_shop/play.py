@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import httpx
-from shop import books, inventory, marketing, orders
+from shop import inventory, marketing, orders
 from shop.customer import client_of, order
 
+from _shop import books
 from _shop.brokers import Nats, RabbitMQ
 from _shop.processes import Process
 from idempotency.outbox import OutboxOperations
@@ -64,11 +65,13 @@ class Play:
             await self._stop()
 
     async def _buy(self, number: int) -> None:
-        """Order one thing after the other, until each process was killed."""
-        async with client_of(f"customer-{number}") as client:
-            for wish in count():
-                decided = await self._order(client, f"customer-{number}", wish)
-                if not decided or (self.killed.is_set() and wish + 1 >= len(WISHES)):
+        """Order every wish at once, again and again, until each process was killed."""
+        name = f"customer-{number}"
+        async with client_of(name) as client:
+            for first in count(0, len(WISHES)):
+                wishes = range(first, first + len(WISHES))
+                decided = await asyncio.gather(*(self._order(client, name, wish) for wish in wishes))
+                if self.killed.is_set() or not all(decided):
                     return
 
     async def _order(self, client: httpx.AsyncClient, name: str, wish: int) -> bool:

@@ -63,7 +63,7 @@ class Process:
 def processes(environment: dict[str, str], ports: tuple[int, int], publish: str, directory: Path) -> list[Process]:
     """Return the processes of the shop, in the order in which they are killed; the agent is another one."""
     api, tools = (["--port", str(port), "--log-level", "warning"] for port in ports)
-    relay = ["--store", environment["SHOP_DATABASES"].format("orders"), "--publish", publish, "--lease", "4"]
+    relay = ["--store", environment["SHOP_DATABASES"].format("orders"), "--publish", publish, "--lease", "3"]
     commands = {
         "api": ["uvicorn", "shop.api:app", *api],
         "relay": ["idempotency", "relay", *relay],

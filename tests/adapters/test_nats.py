@@ -424,6 +424,28 @@ async def test_dead_letters_that_the_same_consumer_reads_are_refused(
         await stream.jetstream.delete_stream(name)
 
 
+async def test_several_filters_need_nats_2_10(stream: Stream) -> None:
+    """An older server makes the consumer without its filters, and delivers every subject of the stream."""
+    async with await nats.connect(url()) as client:
+        version = client.connected_server_version
+    has_them = (version.major, version.minor) >= (2, 10)
+    name = f"{stream.name}_filtered"
+    await stream.jetstream.add_stream(StreamConfig(name=name, subjects=[f"{name}.>"]))
+    try:
+        filters = [f"{name}.new", f"{name}.changed"]
+        await stream.jetstream.add_consumer(name, stream.config(durable_name="some", filter_subjects=filters))
+        for subject in ("new", "gone", "changed"):
+            await stream.jetstream.publish(f"{name}.{subject}", b"")
+        subscription = await stream.jetstream.pull_subscribe_bind(consumer="some", stream=name)
+        info = await subscription.consumer_info()
+        delivered = [message.subject for message in await subscription.fetch(2 if has_them else 3)]
+        every = [f"{name}.new", f"{name}.gone", f"{name}.changed"]
+        assert (info.config.filter_subjects, info.num_pending) == ((filters, 2) if has_them else (None, 3))
+        assert delivered == (filters if has_them else every)
+    finally:
+        await stream.jetstream.delete_stream(name)
+
+
 @pytest.mark.parametrize(("max_age", "warned"), [(0, False), (3600, False), (3601, True)])
 async def test_records_that_are_gone_before_their_messages_are_warned_of(
     stream: Stream, caplog: pytest.LogCaptureFixture, max_age: int, warned: bool

@@ -9,6 +9,7 @@ import pytest
 
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.saga import (
+    SagaEndedError,
     SagaError,
     SagaFailedError,
     SagaPendingError,
@@ -124,10 +125,23 @@ async def test_the_first_signal_of_a_name_counts(faulty: FaultyStore, done: list
     assert not await waiting.signal("7", "approval", "second")
     assert await waiting.signal("7", "approval", "first"), "repeated, as after a lost answer"
     assert await waiting(key="7") == "first"
-    with pytest.raises(SagaError, match="There is no saga of this name and key that has not ended"):
-        await waiting.signal("7", "approval", "third")
-    with pytest.raises(SagaError, match="There is no saga of this name and key that has not ended"):
+
+
+async def test_a_signal_to_a_saga_that_has_ended_or_was_never_started(faulty: FaultyStore, done: list[Any]) -> None:
+    """The two are told apart: the first comes too late, the second is a mistake, or comes too early."""
+    waiting = approved(faulty)
+    await waiting.start(key="7")
+    await waiting.signal("7", "approval")
+    await waiting(key="7")
+
+    with pytest.raises(SagaEndedError, match=f"The saga {waiting.name} has ended: nothing was changed") as ended:
+        await waiting.signal("7", "approval")
+    with pytest.raises(SagaError, match=f"There is no saga {waiting.name} of this key") as missing:
         await waiting.signal("8", "approval")
+
+    assert not isinstance(missing.value, SagaEndedError)
+    assert (ended.value.name, ended.value.key) == (waiting.name, "7")
+    assert (missing.value.name, missing.value.key) == (waiting.name, "8")
 
 
 async def test_each_wait_for_a_name_has_a_signal_of_its_own(faulty: FaultyStore) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,11 +58,37 @@ def test_a_server_that_is_away_is_one_line() -> None:
     assert run.stderr.count("\n") == 1
 
 
+async def test_a_process_whose_worker_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not go on to handle messages without its relay or sweeper: it ends with the error."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    serving = importlib.import_module("shop.serving")
+    consuming, ended = asyncio.Event(), asyncio.Event()
+
+    async def consume(*arguments: object) -> None:
+        consuming.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def fail() -> None:
+        await consuming.wait()
+        raise ValueError("no table")
+
+    monkeypatch.setattr(serving.broker, "consume", consume)
+    with pytest.raises(ExceptionGroup) as failed:
+        await serving.serve_beside(SimpleNamespace(run=fail), SimpleNamespace(name="inventory"), None)
+
+    assert [str(each) for each in failed.value.exceptions] == ["no table"]
+    assert ended.is_set()
+
+
 @pytest.fixture
 def books(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import the module that checks the books."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("shop.books")
+    for directory in (EXAMPLES, SCRIPTS):
+        monkeypatch.syspath_prepend(str(directory))
+    return importlib.import_module("_shop.books")
 
 
 def right(books: Any) -> Any:

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from idempotency.saga import (
     AsyncSaga,
     CancelledByOperatorError,
+    SagaEndedError,
     SagaError,
     SagaFailedError,
     SagaOperations,
@@ -174,7 +175,7 @@ async def test_what_may_not_be_resolved(book_trip: AsyncSaga[str], operations: S
         operations.signal("book-trip", "8", "approve"),
     ]
     for refusal in ended:
-        with pytest.raises(SagaError, match="has ended: nothing was changed"):
+        with pytest.raises(SagaEndedError, match="has ended: nothing was changed"):
             await refusal
     with pytest.raises(SagaError, match="There is no saga book-trip of this key"):
         await operations.retry("book-trip", "9")

@@ -6,10 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import select
-
 from shop import inventory, marketing, orders, views
 from shop.orders import OrderConfirmed, OrderPlaced, OrderRejected
+from sqlalchemy import select
 
 
 @dataclass
