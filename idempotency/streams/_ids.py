@@ -45,22 +45,21 @@ def _names(stream: str, kind: str) -> tuple[str, str, str]:
 
 
 def _taken_by(connection: Connection) -> list[_Taken]:
-    taken = _open.get(connection)
-    if taken is None:
-        taken = _open[connection] = []
-        event.listen(connection, "commit", _forget)
-        event.listen(connection, "rollback", _rolled_back)
-    return taken
+    engine = connection.engine
+    # Once for each engine: to listen to a connection takes longer than all else here.
+    if not event.contains(engine, "rollback", _rolled_back):
+        event.listen(engine, "commit", _forget)
+        event.listen(engine, "rollback", _rolled_back)
+    return _open.setdefault(connection, [])
 
 
 def _forget(connection: Connection) -> None:
     # It is called just before the commit, of which nobody knows what becomes if it fails.
-    _open[connection].clear()
+    _open.pop(connection, None)
 
 
 def _rolled_back(connection: Connection) -> None:
-    _return(_open[connection])
-    _open[connection].clear()
+    _return(_open.pop(connection, ()))
 
 
 def _return(taken: Sequence[_Taken]) -> None:

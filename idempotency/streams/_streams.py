@@ -291,7 +291,8 @@ class Streams:
         kind = self._by_name.get(name)
         if kind is None:
             raise UnreadableError(
-                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it"
+                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it, or"
+                " give a class that was renamed its old name, Versioned(..., name=)"
             )
         return kind.load(version, data)
 
