@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import uuid
+from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -92,7 +93,10 @@ class Operation:
     that its lease is lost.
     """
 
-    __slots__ = ("_claim", "_derived", "_messages", "_override", "_transaction", "attempt", "lost", "name")
+    __slots__ = (
+        *("_claim", "_derived", "_messages", "_override", "_returned_ids", "_transaction"),
+        *("attempt", "lost", "name"),
+    )
 
     def __init__(self, claim: Claim, attempt: int, transaction: HasSession | None = None, name: str = "") -> None:
         self._claim = claim
@@ -101,6 +105,7 @@ class Operation:
         self._override: Outcome | None = None
         self._derived = False
         self._messages: dict[tuple[str, ...], itertools.count[int]] = {}
+        self._returned_ids: dict[tuple[str, ...], deque[str]] = {}
         self.attempt = attempt
         self.lost = Lost()
 
@@ -182,8 +187,18 @@ class Operation:
         It is the same at each run of the operation, also if a run emits its other messages in another order, or not
         all of them. Else one message could have the id of another one, and a consumer would drop it.
         """
+        # Not to look whether there is one: another thread might take it first.
+        with suppress(KeyError, IndexError):
+            return self._returned_ids[names].popleft()
         number = next(self._messages.setdefault(names, itertools.count(1)))
         return self._derive(b"message:1", "\0".join((*names, str(number))))
+
+    def return_message_id(self, id: str, *names: str) -> None:
+        """Let :meth:`next_message_id` give an id again, since what had it was not written.
+
+        Otherwise a run that tries again after a conflict would use other ids than the next run, which meets none.
+        """
+        self._returned_ids.setdefault(names, deque()).append(id)
 
     def hold(self) -> None:
         """Declare that the effect has happened: the key is not released from here on.

@@ -822,7 +822,7 @@ async def test_the_code_for_streams_appends_and_follows(
     [append], [upcast], [follow] = (
         STREAMS[each] for each in ("Append and load", "Types that change", "Read all events")
     )
-    names = run(append)
+    names = run(append, *STREAMS["In an endpoint"])
     events, engine = names["events"], names["engine"]
     await events.create_schema(engine)
     async with names["Session"].begin() as session:

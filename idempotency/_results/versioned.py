@@ -70,7 +70,10 @@ class Versioned(Generic[T]):
                     value = self._upcast[step](value)
             read: T = self._from_json(value)
         except Exception as error:
-            raise UnreadableError(f"what is stored is no {self.name} of version {version}") from error
+            raise UnreadableError(
+                f"what is stored is no {self.name} of version {version}: a type that has changed needs a new version,"
+                " with an upcast from this one"
+            ) from error
         return read
 
     def encode(self, value: T, /) -> bytes:

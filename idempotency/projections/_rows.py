@@ -72,6 +72,7 @@ class Rows:
     def add(self, session: AnySync, name: Name) -> None:
         """Add the row of a projection that has begun with nothing; the first version of a projection is live."""
         with self._connection(session) as connection:
+            _check_name(connection, name)
             rows = [
                 (self.tables.checkpoints, {**name._asdict(), **_begun(connection, Position())}),
                 (self.tables.live, {"name": name.consumer, "version": name.version}),
@@ -131,6 +132,7 @@ class Rows:
         with self._connection(session) as connection:
             if is_autocommit(connection):
                 raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
+            _check_name(connection, name)
             emitted(session, connection, self.woken_by, notify=False)
             row = self.tables.checkpoints
             values = _begun(connection, position)
@@ -293,6 +295,13 @@ def _begun(connection: Connection, position: Position) -> dict[str, Any]:
     """Return the columns of a checkpoint that has just moved to a position."""
     place = {"place": position.place, "seq": position.seq}
     return {"state": RUNNING, "attempts": 0, "error": "", "failed": None, "moved_ms": _now(connection), **place}
+
+
+def _check_name(connection: Connection, name: Name) -> None:
+    """MariaDB: refuse a name that it takes for another one."""
+    for each in (name.consumer, name.stream):
+        if connection.dialect.name in MYSQL and each.endswith(" "):
+            raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {each!r}")
 
 
 def _now(connection: Connection) -> Any:

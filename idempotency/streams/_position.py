@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from idempotency.errors import ConfigurationError, IdempotencyError
+
+# More digits are in no number that a database can compare.
+_TEXT = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
 
 
 class Position(NamedTuple):
@@ -23,10 +27,10 @@ class Position(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Position:
         """Read a position as text; ConfigurationError for any other text."""
-        place, dot, seq = text.partition(".")
-        if not (dot and place.isascii() and place.isdigit() and seq.isascii() and seq.isdigit()):
+        found = _TEXT.fullmatch(text)
+        if found is None:
             raise ConfigurationError(f"a position is two numbers with a dot, such as 12.345, not {text!r}")
-        return cls(int(place), int(seq))
+        return cls(int(found[1]), int(found[2]))
 
 
 class RecordedEvent(NamedTuple):

@@ -22,7 +22,7 @@ from idempotency._sql.failures import (
 from idempotency._sql.send import Compiled
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL
-from idempotency.errors import StoreError, TransactionError, UnreadableError
+from idempotency.errors import ConfigurationError, StoreError, TransactionError, UnreadableError
 from idempotency.streams._position import Appended, ConflictError, Position
 from idempotency.streams._statements import PLACES_AT_ONCE, Statements
 
@@ -33,7 +33,9 @@ MOST_TRIES = 100
 """How often an append that expects no version is tried, while other transactions append to the same stream."""
 
 _MOST_ROWS = 100
-_LAST = 2**63 - 1
+MOST_VERSION = 2**53
+"""More events than a stream can ever have; a database has numbers for as many again."""
+
 _NOT_UNIQUE = frozenset({"23505", 1062, 1555, 2067})
 _CHECKED = "idempotency.streams"
 _OTHERS = "an earlier run of this operation has appended other events than these to {}: roll the transaction back"
@@ -60,6 +62,7 @@ class Reached:
         """
         if is_autocommit(self._connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, with which events commit")
+        self._check_name(stream)
         self._check_places()
         after = expected or 0
         for tried in range(1 if expected is not None else MOST_TRIES):
@@ -73,6 +76,11 @@ class Reached:
         conflict = ConflictError(f"{stream} is not at version {after}: load it again, and decide again")
         conflict.expected = after
         raise conflict
+
+    def _check_name(self, stream: str) -> None:
+        """MariaDB: refuse a name that it takes for that of another stream."""
+        if self._dialect in MYSQL and stream.endswith(" "):
+            raise ConfigurationError(f"stream must not end with a space on MariaDB, which ignores it: {stream!r}")
 
     def _can_follow(self, stream: str, expected: int | None) -> bool:
         """MariaDB: return whether the version that is expected is there. The other databases look when they append."""
@@ -130,7 +138,8 @@ class Reached:
 
     def read(self, stream: str, after: int, until: int | None, most: int) -> Sequence[Any]:
         """Read events of one stream."""
-        last = _LAST if until is None else until
+        self._check_name(stream)
+        last = MOST_VERSION if until is None else min(until, MOST_VERSION)
         return self._rows(self._statements.read, stream=stream, after=after, until=last, most=most)
 
     def read_all(self, after: Position, most: int) -> Sequence[Any]:
@@ -210,7 +219,7 @@ class Reached:
 
         Raises UnreadableError for a version that the stream does not have.
         """
-        last = _LAST if until is None else until
+        last = MOST_VERSION if until is None else min(until, MOST_VERSION)
         rows = self._rows(self._statements.snapshot, stream=stream, type=kind, until=last)
         if not rows:
             return None

@@ -13,16 +13,15 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.emit import Outbox
-from idempotency._outbox.message import time_ordered_id
 from idempotency._outbox.payload import encode_headers, headers_as_text, name_of
 from idempotency._results.versioned import Versioned
 from idempotency._sql.sessions import as_async, as_sync, connection_of
 from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
-from idempotency.operation import current
 from idempotency.streams._delay import Delay, find_delay
 from idempotency.streams._fold import Fold, Until
+from idempotency.streams._ids import ids_taken, next_event_id
 from idempotency.streams._position import Appended, Position, RecordedEvent
-from idempotency.streams._reached import Reached, Row
+from idempotency.streams._reached import MOST_VERSION, Reached, Row
 from idempotency.streams._statements import Statements
 from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 
@@ -98,6 +97,7 @@ class Streams:
         :class:`~idempotency.errors.TransactionError` where there is no transaction; and
         :class:`~idempotency.errors.ConfigurationError` for what cannot be appended.
         """
+        stream = _name(stream)
         rows = self._rows(stream, events, expected, headers)
         return await as_async(session, "append").run_sync(self._append, stream, rows, expected)
 
@@ -105,6 +105,7 @@ class Streams:
         self, session: AnySync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
     ) -> Appended:
         """See :meth:`append`."""
+        stream = _name(stream)
         rows = self._rows(stream, events, expected, headers)
         return self._append(as_sync(session, "append"), stream, rows, expected)
 
@@ -246,8 +247,10 @@ class Streams:
         return self._reached(session).read_all(after, most)
 
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
-        appended = self._reached(session).append(stream, rows, expected)
-        emitted(session, _connection(session), self.table, notify=False)
+        connection = _connection(session)
+        with ids_taken(connection, stream, rows):
+            appended = self._reached(session).append(stream, rows, expected)
+        emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
             self._outbox.write(session, [self._message(stream, row) for row in rows])
         return appended
@@ -259,18 +262,16 @@ class Streams:
         return self._reached(session).position(appended.stream, appended.version)
 
     def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
-        _name(stream)
-        if expected is not None and (type(expected) is not int or expected < 0):
+        if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
         if not events:
             raise ConfigurationError("there are no events to append")
         written = headers_as_text(encode_headers(headers))
         kinds = [self._kind_of(event) for event in events]
         datas = [_dump(kind, event) for kind, event in zip(kinds, events, strict=True)]
-        operation = current()
         return [
             {
-                "id": time_ordered_id() if operation is None else operation.next_message_id("event", stream, kind.name),
+                "id": next_event_id(stream, kind.name),
                 "type": kind.name,
                 "type_version": kind.version,
                 "data": data,
@@ -290,7 +291,8 @@ class Streams:
         kind = self._by_name.get(name)
         if kind is None:
             raise UnreadableError(
-                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it"
+                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it, or"
+                " give a class that was renamed its old name, Versioned(..., name=)"
             )
         return kind.load(version, data)
 

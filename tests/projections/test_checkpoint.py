@@ -101,6 +101,19 @@ async def test_what_is_no_name_is_refused(name: Any, bank: Bank) -> None:
                 await checkpoint(session, *names, 1, table=bank.table)
 
 
+@pytest.mark.stores(*KINDS)
+async def test_a_name_with_a_space_at_its_end_is_another_one_or_refused(bank: Bank) -> None:
+    """MariaDB compares names without such spaces: the offsets of one partition would be duplicates of the other one."""
+    for consumer, stream in (("billing", "orders "), ("billing ", "orders")):
+        async with bank.sessions() as session, session.begin():
+            await checkpoint(session, "billing", "orders", 7, table=bank.table)
+            if bank.engine.dialect.name != "mysql":
+                assert await checkpoint(session, consumer, stream, 1, table=bank.table)
+                continue
+            with pytest.raises(ConfigurationError, match="must not end with a space"):
+                await checkpoint(session, consumer, stream, 1, table=bank.table)
+
+
 @pytest.mark.stores("postgres", "mariadb")
 async def test_autocommit_is_refused(bank: Bank) -> None:
     """Without a transaction, the checkpoint would move although the effect failed."""

@@ -77,11 +77,33 @@ async def test_many_and_large_events(ledger: Ledger, streams: Streams) -> None:
 
 @stores
 async def test_names_of_streams_are_any_text(ledger: Ledger, streams: Streams) -> None:
-    names = ["50%:s %(x)s", "ü" * 255, "'; --", "A", "a"]
+    names = ["50%:s %(x)s", "ü" * 255, "\N{GRINNING FACE}" * 255, "'; --", "A", "a", " a", "a\t", "\xe1", "a\u0301"]
     for name in names:
         await append(ledger, streams, name, 1, expected=0)
 
     assert [event.stream for event in await all_of(ledger, streams)] == names
+
+
+@stores
+async def test_a_name_with_a_space_at_its_end_is_another_one_or_refused(ledger: Ledger, streams: Streams) -> None:
+    """MariaDB compares names without such spaces: two accounts would be one."""
+    await append(ledger, streams, "account", 1)
+    if ledger.engine.dialect.name != "mysql":
+        await append(ledger, streams, "account ", 2, expected=0)
+        assert shown(await all_of(ledger, streams)) == [("account", 1), ("account ", 1)]
+        return
+    with pytest.raises(ConfigurationError, match="must not end with a space"):
+        await append(ledger, streams, "account ", 2)
+    async with ledger.sessions() as session:
+        with pytest.raises(ConfigurationError, match="must not end with a space"):
+            await streams.load(session, "account ", apply, initial=NEW)
+    assert shown(await all_of(ledger, streams)) == [("account", 1)]
+
+
+@stores
+async def test_a_number_as_the_name_of_a_stream_is_text(ledger: Ledger, streams: Streams) -> None:
+    name: Any = 7
+    assert await append(ledger, streams, name, 1) == Appended("7", 1)
 
 
 @pytest.mark.stores("sqlite")
@@ -94,6 +116,8 @@ async def test_what_cannot_be_appended_is_refused(ledger: Ledger, streams: Strea
         ("a", [Account()], {}, "Account is not in event_types, which has Deposited, Withdrawn"),
         ("a", [Deposited(1)], {"expected": -1}, "expected must be a version"),
         ("a", [Deposited(1)], {"expected": True}, "expected must be a version"),
+        ("a", [Deposited(1)], {"expected": 2**63}, "expected must be a version"),
+        ("a", [Deposited(10**5000)], {}, "Deposited cannot be written"),
         ("a", [Deposited(float("nan"))], {}, "Deposited cannot be written"),  # type: ignore[arg-type]
     ]
     for stream, events, options, reason in refused:
@@ -168,6 +192,52 @@ async def test_a_repeated_command_meets_its_own_events(ledger: Ledger, streams: 
 
     assert runs == [Appended("a", 2), Appended("a", 2, new=False), Appended("a", 5), Appended("a", 5, new=False)]
     assert len(await all_of(ledger, streams)) == 6
+
+
+@stores
+@pytest.mark.parametrize("undone", ["conflict", "rollback"])
+async def test_a_command_that_tried_again_is_repeated_with_the_same_ids(
+    undone: str, ledger: Ledger, streams: Streams
+) -> None:
+    """Its first try is not appended, its second one is, and then the process dies before the record is written."""
+    runs: list[Appended] = []
+
+    @idempotent(MemoryStore(), key=lambda: "deposit")
+    async def deposit() -> None:
+        if not runs and undone == "conflict":
+            with pytest.raises(ConflictError):
+                await append(ledger, streams, "a", 1, 2, expected=7)
+        if not runs and undone == "rollback":
+            async with ledger.sessions() as session:
+                await streams.append(session, "a", [Deposited(1), Deposited(2)])
+                await session.rollback()
+        runs.append(await append(ledger, streams, "a", 1, 2))
+        if len(runs) == 1:
+            raise ConnectionError("before the record is written")
+
+    with pytest.raises(ConnectionError):
+        await deposit()
+    await deposit()
+
+    assert runs == [Appended("a", 2), Appended("a", 2, new=False)]
+    assert [event.data for event in await all_of(ledger, streams)] == [Deposited(1), Deposited(2)]
+
+
+@stores
+async def test_what_an_operation_has_committed_keeps_its_ids(ledger: Ledger, streams: Streams) -> None:
+    """A rollback afterwards, also on the same connection, returns no id of what is committed."""
+
+    @idempotent(MemoryStore(), key=lambda: "deposit")
+    async def deposit() -> None:
+        async with ledger.engine.connect() as connection:
+            for amount in (1, 2):
+                await streams.append(connection, "a", [Deposited(amount)])
+                await connection.commit()
+                await streams.append(connection, "a", [Deposited(9)])
+                await connection.rollback()
+
+    await deposit()
+    assert [event.data for event in await all_of(ledger, streams)] == [Deposited(1), Deposited(2)]
 
 
 @stores

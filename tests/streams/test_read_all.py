@@ -131,7 +131,7 @@ async def test_the_position_of_an_append(ledger: Ledger, streams: Streams) -> No
     assert unknown is None
 
 
-@pytest.mark.parametrize("text", ["", "1", "1.", ".1", "1.2.3", "-1.2", "1.x", "¹.2"])
+@pytest.mark.parametrize("text", ["", "1", "1.", ".1", "1.2.3", "-1.2", "1.x", "¹.2", f"{10**18}.1"])
 def test_what_is_no_position_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match="a position is two numbers"):
         Position.parse(text)
