@@ -17,6 +17,7 @@ from idempotency._outbox.insert import Inserts, Row
 from idempotency._outbox.limits import Limits, refusal_of
 from idempotency._outbox.log_message import write_messages
 from idempotency._outbox.message import time_ordered_id, wire_headers
+from idempotency._outbox.message_ids import ids_taken
 from idempotency._outbox.payload import encode_headers, encode_payload, headers_as_text, name_of
 from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, tables_named
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table, refuses_data
@@ -99,8 +100,9 @@ class Outbox:
         :class:`~idempotency.errors.TransactionError` where there is no transaction.
         """
         session = as_async(session, "emit")
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
-        await session.run_sync(self.write, [row])
+        operation = current()
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, operation)
+        await session.run_sync(self._write_one, row, operation)
         return str(row["id"])
 
     def emit_sync(
@@ -116,8 +118,9 @@ class Outbox:
     ) -> str:
         """See :meth:`emit`."""
         session = as_sync(session, "emit")
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, current())
-        self.write(session, [row])
+        operation = current()
+        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, operation)
+        self._write_one(session, row, operation)
         return str(row["id"])
 
     def row(
@@ -151,6 +154,11 @@ class Outbox:
             "attempts": 0,
             "available_ms": available,
         }
+
+    def _write_one(self, session: Session | Connection, row: Row, operation: Operation | None) -> None:
+        names = row["aggregatetype"], row["aggregateid"], row["type"]
+        with ids_taken(connection_of(session, NO_TRANSACTION), operation, [(row["id"], names)]):
+            self.write(session, [row])
 
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""

@@ -13,13 +13,15 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.emit import Outbox
+from idempotency._outbox.message import time_ordered_id
+from idempotency._outbox.message_ids import ids_taken
 from idempotency._outbox.payload import encode_headers, headers_as_text, name_of
 from idempotency._results.versioned import Versioned
 from idempotency._sql.sessions import as_async, as_sync, connection_of
 from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
+from idempotency.operation import current
 from idempotency.streams._delay import Delay, find_delay
 from idempotency.streams._fold import Fold, Until
-from idempotency.streams._ids import ids_taken, next_event_id
 from idempotency.streams._position import Appended, Position, RecordedEvent
 from idempotency.streams._reached import MOST_VERSION, Reached, Row
 from idempotency.streams._statements import Statements
@@ -248,7 +250,8 @@ class Streams:
 
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
         connection = _connection(session)
-        with ids_taken(connection, stream, rows):
+        ids = [(row["id"], _id_names(stream, row["type"])) for row in rows]
+        with ids_taken(connection, current(), ids):
             appended = self._reached(session).append(stream, rows, expected)
         emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
@@ -266,12 +269,14 @@ class Streams:
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
         if not events:
             raise ConfigurationError("there are no events to append")
-        written = headers_as_text(encode_headers(headers))
+        written, operation = headers_as_text(encode_headers(headers)), current()
         kinds = [self._kind_of(event) for event in events]
         datas = [_dump(kind, event) for kind, event in zip(kinds, events, strict=True)]
         return [
             {
-                "id": next_event_id(stream, kind.name),
+                "id": time_ordered_id()
+                if operation is None
+                else operation.next_message_id(*_id_names(stream, kind.name)),
                 "type": kind.name,
                 "type_version": kind.version,
                 "data": data,
@@ -316,6 +321,10 @@ def _connection(session: AnySync) -> Connection:
 
 def _delay(session: AnySync) -> Delay | None:
     return find_delay(_connection(session))
+
+
+def _id_names(stream: str, kind: str) -> tuple[str, ...]:
+    return "event", stream, kind
 
 
 def _name(stream: str) -> str:

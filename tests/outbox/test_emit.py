@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import event, select
+from sqlalchemy import delete, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -127,6 +127,36 @@ async def test_a_run_that_is_repeated_emits_the_same_ids(ledger: Ledger, outbox:
     assert emitted[0] != emitted[1]
     # The second one was written at once, the first one before the commit.
     assert [str(row.id) for row in await rows_of(ledger, outbox)] == [emitted[3], emitted[2]]
+
+
+@pytest.mark.stores("postgres", "sqlite", "mariadb")
+async def test_what_was_rolled_back_gives_its_ids_to_what_is_emitted_next(ledger: Ledger, outbox: Outbox) -> None:
+    """A run that had to try again commits the ids that its repetition has, which need not try again."""
+    emitted: list[list[str]] = []
+
+    @idempotent(MemoryStore(), key=lambda: "one")
+    async def place() -> None:
+        async with ledger.sessions() as session:
+            if not emitted:
+                await outbox.emit(session, **ORDER, payload={})
+                await outbox.emit(session, **ORDER, payload={})
+                await session.rollback()
+            emitted.append([await outbox.emit(session, **ORDER, payload={})])
+            await session.commit()
+            emitted[-1].append(await outbox.emit(session, **ORDER, payload={}))
+            await session.commit()
+        if len(emitted) == 1:
+            raise ConnectionError("before the record is written")
+
+    with pytest.raises(ConnectionError):
+        await place()
+    # A relay has published them.
+    async with ledger.sessions.begin() as session:
+        await session.execute(delete(outbox.tables.messages))
+    await place()
+
+    assert emitted[0] == emitted[1]
+    assert emitted[0][0] != emitted[0][1]
 
 
 @pytest.mark.stores("postgres", "sqlite")
