@@ -27,7 +27,7 @@ FIRST_PAGE, LAST_PAGE = 100, 2000
 """How many events a function that is given one at a time applies in its first transaction, and at most in one."""
 
 PAGE_SECONDS = 0.1
-"""So long one transaction of such a function is to take: on PostgreSQL, it delays all who read events."""
+"""So long such a function is to take in one transaction: on PostgreSQL, it delays all who read events."""
 
 FIRST_PAUSE, LAST_PAUSE = 0.004, 0.1
 """Seconds between two looks for what another process commits: the pause doubles. This process is woken at once."""
@@ -232,7 +232,7 @@ class SyncProjection:
     def _step(self) -> Step:
         """Apply one batch in one transaction, under the lock of the checkpoint."""
         self._prepare()
-        most, began, mark, page = self._most, monotonic(), None, None
+        most, mark, page = self._most, None, None
         position, at = Position(), 0.0
         try:
             with self._transaction() as session:
@@ -250,7 +250,6 @@ class SyncProjection:
             return self._failed(mark, len(page), most, error)
         self._one_by_one = max(0, self._one_by_one - len(page))
         if page:
-            self._resize(len(page), monotonic() - began)
             lag = max(0.0, mark.now_ms / 1000 - at)
             self._emit("applied", position=str(position), events=len(page), lag=lag)
         return Step(len(page), more=len(page) == most or self._one_by_one > 0 < len(page))
@@ -297,7 +296,9 @@ class SyncProjection:
 
     def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> tuple[Position, float]:
         """Apply events and move the checkpoint behind them; return where it is, and the time of the last event."""
+        began = monotonic()
         last: RecordedEvent = self._call(page, session)
+        self._resize(len(page), monotonic() - began)
         if session.get_transaction() is not session.info[_LOCKED]:
             raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
         assert last.position is not None, "what is read in the order of all events has its position"
