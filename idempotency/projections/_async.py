@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_session
@@ -15,7 +14,8 @@ from idempotency._sql.sessions import as_async
 from idempotency.errors import ConfigurationError
 from idempotency.projections._checkpoint import AnyPosition
 from idempotency.projections._definition import Definition
-from idempotency.projections._worker import SyncProjection, Waiting
+from idempotency.projections._waiting import LoopWaiting, Waiting
+from idempotency.projections._worker import SyncProjection
 from idempotency.streams._position import Appended, Position
 
 
@@ -139,30 +139,14 @@ class _Awaiting(SyncProjection):
             # Not close(): a second cancellation would interrupt it.
             await_only(opened.__aexit__(None, None, None))
 
-    def _call_function(self, given: Any, session: Session, keywords: dict[str, int]) -> None:
-        await_only(self._definition.function(given, session=async_session(session), **keywords))
+    def _call_function(self, given: Sequence[Any], session: Session, keywords: dict[str, int]) -> None:
+        await_only(self._await_function(given, async_session(session), keywords))
+
+    async def _await_function(
+        self, given: Sequence[Any], session: AsyncSession | None, keywords: dict[str, int]
+    ) -> None:
+        for each in given:
+            await self._definition.function(each, session=session, **keywords)
 
     def _waiting(self) -> Waiting:
-        return _LoopWaiting()
-
-
-class _LoopWaiting:
-    """See :class:`Waiting`."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._woken = asyncio.Event()
-
-    def __call__(self) -> None:
-        self._loop.call_soon_threadsafe(self._woken.set)
-
-    def pause(self, seconds: float) -> None:
-        """See :meth:`Waiting.pause`."""
-        await_only(self._pause(seconds))
-
-    async def _pause(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            # Not asyncio.wait_for: that of Python 3.11 can swallow a cancellation.
-            async with asyncio.timeout(seconds):
-                await self._woken.wait()
-        self._woken.clear()
+        return LoopWaiting()

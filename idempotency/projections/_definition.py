@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Source(Protocol):
         """Return the name of the table of events."""
         ...
 
-    def page_of_all(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
+    def page_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
         """Read events after a position."""
         ...
 

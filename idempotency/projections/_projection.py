@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -25,17 +25,23 @@ Function = Callable[..., Awaitable[None]]
 SyncFunction = Callable[..., None]
 
 
+class Options(TypedDict, total=False):
+    """The options of a projection; :func:`projection` says what they mean."""
+
+    version: int
+    source: Source | None
+    batch: int | None
+    attempts: int
+    table: str
+    on_event: ProjectionHook
+
+
 @overload
 def projection(
     name: str,
     *,
     session: async_sessionmaker[AsyncSession],
-    version: int = 1,
-    source: Source | None = None,
-    batch: int | None = None,
-    attempts: int = 3,
-    table: str = DEFAULT_TABLE,
-    on_event: ProjectionHook = log_projection_event,
+    **options: Unpack[Options],
 ) -> Callable[[Function], AsyncProjection]: ...
 
 
@@ -44,12 +50,7 @@ def projection(
     name: str,
     *,
     session: sessionmaker[Session],
-    version: int = 1,
-    source: Source | None = None,
-    batch: int | None = None,
-    attempts: int = 3,
-    table: str = DEFAULT_TABLE,
-    on_event: ProjectionHook = log_projection_event,
+    **options: Unpack[Options],
 ) -> Callable[[SyncFunction], SyncProjection]: ...
 
 

@@ -228,8 +228,12 @@ class Rows:
     def switch(self, session: AnySync, name: Name) -> None:
         """Make a version the live one. Raises ProjectionBehindError where it is behind the one that is."""
         mine, other = self.lock_both(session, name)
-        if mine.position < other.position:
-            raise ProjectionBehindError(f"{_shown(name)} is at {mine.position}, before the live one: let it catch up")
+        self.make_live(session, name, mine.position, other.position)
+
+    def make_live(self, session: AnySync, name: Name, at: Position, other: Position) -> None:
+        """Make a version the live one, under both locks: it is ``at`` a position, and the live one at the ``other``."""
+        if at < other:
+            raise ProjectionBehindError(f"{_shown(name)} is at {at}, before the live one: let it catch up")
         with self._connection(session) as connection:
             row = self.tables.live
             connection.execute(update(row).where(row.c.name == name.consumer).values(version=name.version))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
@@ -19,12 +18,16 @@ from idempotency.errors import StoreError, TransactionError
 from idempotency.projections._checkpoint import AnyPosition, checked, position_of
 from idempotency.projections._definition import Definition
 from idempotency.projections._rows import DROPPED, RUNNING, AnySync, BusyError, Mark, Name
+from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent, emit_projection_event
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
-PAGE = 100
-"""How many events a function that is given one at a time applies in one transaction."""
+FIRST_PAGE, LAST_PAGE = 100, 2000
+"""How many events a function that is given one at a time applies in its first transaction, and at most in one."""
+
+PAGE_SECONDS = 0.1
+"""So long such a function is to take in one transaction: on PostgreSQL, it delays all who read events."""
 
 FIRST_PAUSE, LAST_PAUSE = 0.004, 0.1
 """Seconds between two looks for what another process commits: the pause doubles. This process is woken at once."""
@@ -54,16 +57,6 @@ class FunctionFailedError(Exception):
     """The function of a projection has raised; the cause is its error."""
 
 
-class Waiting(Protocol):
-    """A pause that a call ends; any thread may call it."""
-
-    def __call__(self) -> None: ...
-
-    def pause(self, seconds: float) -> None:
-        """Wait for so long, or until it is called."""
-        ...
-
-
 class SyncProjection:
     """A projection for threads; :func:`projection` makes it."""
 
@@ -72,6 +65,7 @@ class SyncProjection:
         self._rows = definition.rows
         self._name = definition.name
         self._prepared = False
+        self._page_size = FIRST_PAGE
         self._one_by_one = 0  # how many events are applied alone, since a batch of them has failed
         self._stopping = False
         self._wake: Callable[[], None] | None = None
@@ -201,14 +195,15 @@ class SyncProjection:
         """See :meth:`AsyncProjection.switch`."""
         self._prepare()
         with self._transaction() as session:
-            at, applied = self._rows.lock_both(session, self._name)[0].position, 0
+            mine, other = self._rows.lock_both(session, self._name)
+            at, applied = mine.position, 0
             session.info[_LOCKED] = session.get_transaction()
             while page := self._page(session, at, self._most):
                 applied += len(page)
                 if applied > most:
                     raise ProjectionBehindError(f"{self._shown} is more than {most} events behind")
-                at = self._apply_page(page, session)
-            self._rows.switch(session, self._name)
+                at, _ = self._apply_page(page, session)
+            self._rows.make_live(session, self._name, at, other.position)
         self._emit("switched", position=str(at), events=applied)
 
     def drop(self, version: int) -> None:
@@ -232,42 +227,49 @@ class SyncProjection:
 
     @property
     def _most(self) -> int:
-        return 1 if self._one_by_one else self._definition.batch or PAGE
+        return 1 if self._one_by_one else self._definition.batch or self._page_size
 
     def _step(self) -> Step:
         """Apply one batch in one transaction, under the lock of the checkpoint."""
         self._prepare()
         most, mark, page = self._most, None, None
+        position, at = Position(), 0.0
         try:
             with self._transaction() as session:
                 mark = self._lock(session)
                 page = self._page(session, mark.position, most)
                 if page:
-                    self._apply_page(page, session)
+                    position, at = self._apply_page(page, session)
         except BusyError:
             return Step(busy=True)
         except (StoreError, ProjectionStoppedError):
             raise
         except Exception as error:
-            if mark is None or page == []:
+            if mark is None or not page:
                 raise
-            return self._failed(mark, page, most, error)
+            return self._failed(mark, len(page), most, error)
         self._one_by_one = max(0, self._one_by_one - len(page))
         if page:
-            lag = max(0.0, mark.now_ms / 1000 - page[-1].at)
-            self._emit("applied", position=str(page[-1].position), events=len(page), lag=lag)
+            lag = max(0.0, mark.now_ms / 1000 - at)
+            self._emit("applied", position=str(position), events=len(page), lag=lag)
         return Step(len(page), more=len(page) == most or self._one_by_one > 0 < len(page))
 
-    def _failed(self, mark: Mark, page: Sequence[RecordedEvent] | None, most: int, error: Exception) -> Step:
-        """Note a failure of one event; let those of a batch, or of a page that cannot be read, be tried alone."""
+    def _resize(self, applied: int, seconds: float) -> None:
+        """Let the next page take as long as it is to, once a full one is applied."""
+        if applied == self._page_size:
+            fitting = int(applied * PAGE_SECONDS / max(seconds, 1e-6))
+            self._page_size = max(1, min(fitting, 4 * applied, LAST_PAGE))
+
+    def _failed(self, mark: Mark, events: int, most: int, error: Exception) -> Step:
+        """Note a failure of one event; let those of a batch be tried alone."""
         cause = error.__cause__ if isinstance(error, FunctionFailedError) and error.__cause__ else error
         kind = type(cause).__name__
-        if (most if page is None else len(page)) > 1:
+        if events > 1:
             self._one_by_one = most
             self._emit("failed", error=kind)
             return Step(again=0.0)
         with self._transaction() as session:
-            failed = self._next(session, mark.position) if page is None else str(page[0].position)
+            failed = self._next(session, mark.position)
             attempts = self._rows.fail(session, mark, failed, kind, self._definition.attempts)
         stopped = attempts >= self._definition.attempts
         self._emit("stopped" if stopped else "failed", position=failed, attempt=attempts, error=kind)
@@ -285,28 +287,35 @@ class SyncProjection:
         session.info[_LOCKED] = session.get_transaction()
         return mark
 
-    def _page(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
+    def _page(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
         return self._definition.feed().page_of_all(session, after, most)
 
     def _next(self, session: AnySync, after: Position) -> str:
         found = self._definition.feed().peek(session, after)
         return str(found[0]) if found else ""
 
-    def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> Position:
-        """Apply events and move the checkpoint behind them; return where it is."""
-        self._call(page, session)
+    def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> tuple[Position, float]:
+        """Apply events and move the checkpoint behind them; return where it is, and the time of the last event."""
+        began = monotonic()
+        last: RecordedEvent = self._call(page, session)
+        self._resize(len(page), monotonic() - began)
         if session.get_transaction() is not session.info[_LOCKED]:
             raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
-        position = page[-1].position
-        assert position is not None, "what is read in the order of all events has its position"
-        if not self._rows.move(session, self._name, position):
+        assert last.position is not None, "what is read in the order of all events has its position"
+        if not self._rows.move(session, self._name, last.position):
             raise StoreError("the checkpoint has moved under its lock")
-        return position
+        return last.position, last.at
 
-    def _call(self, events: Sequence[Any], session: Session) -> None:
-        """Apply events. What the function raises is its own failure, unless this session's database has failed."""
+    def _call(self, events: Sequence[Any], session: Session) -> Any:
+        """Apply events, and return the last one.
+
+        What the function raises, or what makes an event readable, is a failure of the event, unless this session's
+        database has failed.
+        """
         try:
+            last = events[-1]
             self._apply(events, session)
+            return last
         except Exception as error:
             own = own_failure(error, session)
             if own is not None and (failure := failure_of(own, session)) is not own:
@@ -314,9 +323,9 @@ class SyncProjection:
             raise FunctionFailedError from error
 
     def _apply(self, events: Sequence[Any], session: Session) -> None:
-        keywords = {"version": self.version} if self._definition.passes_version else {}
-        for given in [events] if self._definition.batch is not None else events:
-            self._call_function(given, session, keywords)
+        # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
+        given = events if self._definition.batch is None else [list(events)]
+        self._call_function(given, session, {"version": self.version} if self._definition.passes_version else {})
 
     def _move_or_stop(self, session: AnySync, name: Name, position: Position) -> bool:
         if self._rows.move(session, name, position):
@@ -378,23 +387,9 @@ class SyncProjection:
         opened: Session = self._definition.sessions()
         return opened
 
-    def _call_function(self, given: Any, session: Session, keywords: dict[str, int]) -> None:
-        self._definition.function(given, session=session, **keywords)
+    def _call_function(self, given: Sequence[Any], session: Session, keywords: dict[str, int]) -> None:
+        for each in given:
+            self._definition.function(each, session=session, **keywords)
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()
-
-
-class ThreadWaiting:
-    """See :class:`Waiting`."""
-
-    def __init__(self) -> None:
-        self._woken = threading.Event()
-
-    def __call__(self) -> None:
-        self._woken.set()
-
-    def pause(self, seconds: float) -> None:
-        """See :meth:`Waiting.pause`."""
-        self._woken.wait(seconds)
-        self._woken.clear()

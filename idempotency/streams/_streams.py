@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -219,9 +219,9 @@ class Streams:
         """See :meth:`rebase`."""
         return self._reached(as_sync(session, "rebase")).rebase()
 
-    def page_of_all(self, session: AnySync, after: Position, most: int) -> list[RecordedEvent]:
-        """Read at most so many events of all streams after a position."""
-        return [self._event(row) for row in self._rows_of_all(session, after, most)]
+    def page_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
+        """Read at most so many events of all streams after a position; each becomes an object when it is taken."""
+        return _Page(self._rows_of_all(session, after, most), self._event)
 
     @property
     def table(self) -> str:
@@ -313,6 +313,30 @@ class Streams:
         headers = json.loads(row["headers"]) if row["headers"] else None
         message = self._outbox.row(self._aggregate_type, stream, row["type"], row["data"].encode(), headers, None)
         return {**message, "id": row["id"]}
+
+
+class _Page(Sequence[RecordedEvent]):
+    """Events that were read, and become objects one at a time."""
+
+    def __init__(self, rows: Sequence[Any], event: Callable[[Any], RecordedEvent]) -> None:
+        self._rows, self._event = rows, event
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[RecordedEvent]:
+        return map(self._event, self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> RecordedEvent: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RecordedEvent]: ...
+
+    def __getitem__(self, index: int | slice) -> RecordedEvent | Sequence[RecordedEvent]:
+        if isinstance(index, slice):
+            return _Page(self._rows[index], self._event)
+        return self._event(self._rows[index])
 
 
 def _connection(session: AnySync) -> Connection:

@@ -12,8 +12,10 @@ from typing import NamedTuple, Protocol
 
 import streams_peer
 from sqlalchemy import Engine, create_engine
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
 
+from idempotency.projections import ProjectionEvent, create_projections_schema_sync, projection
 from idempotency.streams import Streams
 from tests.kit import servers
 
@@ -100,29 +102,67 @@ class Ours:
             return sum(1 for _ in self.streams.read_all_sync(connection))
 
 
+class Projected:
+    """The same table, applied by a projection whose function does nothing."""
+
+    name = "projection"
+
+    def __init__(self, ours: Ours) -> None:
+        self._sessions, self._streams = sessionmaker(ours.engine), ours.streams
+        create_projections_schema_sync(ours.engine)
+        self._runs = 0
+
+    def read_all(self) -> int:
+        self._runs += 1
+
+        @projection(f"bench-{self._runs}", session=self._sessions, source=self._streams, on_event=_quiet)
+        def nothing(event: object, session: object) -> None: ...
+
+        return nothing.catch_up()
+
+
+class ProjectedAwaited:
+    """The same in an event loop, by asyncpg."""
+
+    name = "projection, asyncpg"
+
+    def __init__(self, awaited: Awaited) -> None:
+        self._awaited = awaited
+        self._runs = 0
+
+    def read_all(self) -> int:
+        self._runs += 1
+        sessions = async_sessionmaker(self._awaited.engine)
+
+        @projection(f"bench-a-{self._runs}", session=sessions, source=self._awaited.streams, on_event=_quiet)
+        async def nothing(event: object, session: object) -> None: ...
+
+        return self._awaited.loop.run(nothing.catch_up())
+
+
 class Awaited:
     """The same table, read by asyncpg in an event loop."""
 
     name = "streams, asyncpg"
 
     def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(url)
-        self._streams = Streams([Changed], "bench_event")
-        self._loop = asyncio.Runner()
+        self.engine = create_async_engine(url)
+        self.streams = Streams([Changed], "bench_event")
+        self.loop = asyncio.Runner()
 
     def read_all(self) -> int:
-        return self._loop.run(self._read_all())
+        return self.loop.run(self._read_all())
 
     async def _read_all(self) -> int:
         found = 0
-        async with self._engine.connect() as connection:
-            async for _ in self._streams.read_all(connection):
+        async with self.engine.connect() as connection:
+            async for _ in self.streams.read_all(connection):
                 found += 1
         return found
 
     def close(self) -> None:
-        self._loop.run(self._engine.dispose())
-        self._loop.close()
+        self.loop.run(self.engine.dispose())
+        self.loop.close()
 
 
 def measure(url: str, name: str, amount: Amount) -> Iterator[Rates]:
@@ -132,7 +172,7 @@ def measure(url: str, name: str, amount: Amount) -> Iterator[Rates]:
         ours, awaited = Ours(engine), Awaited(servers.with_driver(one, "postgresql+asyncpg"))
         peers = [streams_peer.Peer(two, WRITERS)] if streams_peer.installed else []
         writing: list[Subject] = [*peers, ours]
-        reading: list[Reader] = [*writing, awaited]
+        reading: list[Reader] = [*writing, awaited, Projected(ours), ProjectedAwaited(awaited)]
         appends: dict[str, list[float]] = {each.name: [] for each in reading}
         catch_up: dict[str, list[float]] = {each.name: [] for each in reading}
         with ThreadPoolExecutor(WRITERS) as pool:
@@ -174,6 +214,10 @@ def loads(url: str, name: str, amount: Amount) -> tuple[float, float]:
         times = {stream: [_seconds(load, stream) for _ in range(20 * amount.rounds)] for stream in ("short", "long")}
         engine.dispose()
     return median(times["short"]), median(times["long"])
+
+
+def _quiet(event: ProjectionEvent, /) -> None:
+    """Log nothing."""
 
 
 def _apply(balance: Balance, event: Changed) -> Balance:

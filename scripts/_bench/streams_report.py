@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from streams import HISTORY, LONG, SHORT, WRITERS, Amount, Rates, loads, measure
 from streams_peer import Peer
 
-_ROW = "{:<18}{:>12}{:>8}{:>14}{:>8}{:>9}"
+_ROW = "{:<20}{:>12}{:>8}{:>14}{:>8}{:>9}"
 HEAD = "\n".join(
     (
         "",
         f"Streams on PostgreSQL: events a second that {WRITERS} threads append, one in a transaction, and that one",
         f"reads from the first on, where there are {HISTORY} and more, and their ratio to those of eventsourcing where",
-        "it is installed.",
+        "it is installed. A projection applies them by a function that does nothing.",
         "",
         _ROW.format("", "appends/s", "ratio", "catch-up/s", "ratio", "goal"),
     )
@@ -26,6 +26,9 @@ def rows(url: str, name: str, amount: Amount) -> Iterator[str]:
     peer = next((each for each in measured if each.name == Peer.name), None)
     for each in measured:
         yield _row(each, None if each is peer else peer)
+    rates = {each.name: each.catch_up for each in measured}
+    by = [rates["projection" + driver] / rates["streams" + driver] for driver in ("", ", asyncpg")]
+    yield f"\na projection catches up at {by[0]:.2f} of the rate of reading, by asyncpg {by[1]:.2f}, goal >= 0.60"
     short, long = loads(url, f"{name}_loads", amount)
     yield (
         f"\nload of a stream of {SHORT} events {short * 1e3:.2f} ms, of {LONG + SHORT} events with a snapshot"

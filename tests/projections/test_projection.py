@@ -16,8 +16,8 @@ from sqlalchemy.orm import sessionmaker
 from idempotency import ConfigurationError
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections import ProjectionEvent, ProjectionStoppedError, projection
-from idempotency.streams import Position
-from tests.projections.kit import ASYNC_KINDS, KINDS, Bank, until
+from idempotency.streams import Position, Streams, Versioned
+from tests.projections.kit import ASYNC_KINDS, KINDS, Bank, Deposited, until
 
 
 @pytest.mark.stores(*ASYNC_KINDS)
@@ -279,6 +279,41 @@ async def test_an_error_of_the_function_is_no_failure_of_the_database(error: typ
     assert (stopped.value.error, stopped.value.attempts) == (error.__name__, 2)
     assert isinstance(stopped.value.__cause__, error)
     assert (bank.kinds, await bank.seen()) == (["failed", "stopped"], (0, 0))
+
+
+@pytest.mark.stores("sqlite", "postgres")
+async def test_an_error_of_an_upcaster_is_no_failure_of_the_database(bank: Bank) -> None:
+    """What makes the second of two events readable fails: the first one is applied, and the projection stops."""
+
+    def upcast(old: Any) -> Any:
+        if old["amount"] == 2:
+            raise OSError("elsewhere")
+        return old
+
+    await bank.append(1, 2)
+    await bank.readable()
+    newer = Streams([Versioned(Deposited, version=2, upcast={1: upcast})], f"{bank.name}_ev")
+
+    with pytest.raises(ProjectionStoppedError) as stopped:
+        await bank.projection(source=newer, attempts=1).catch_up()
+
+    assert (stopped.value.error, await bank.seen()) == ("UnreadableError", (1, 1))
+
+
+@pytest.mark.stores("sqlite")
+def test_a_page_is_as_large_as_it_is_fast(sync_bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first 100 events; then four times as many, up to 2,000, while that is fast, and one if each takes long."""
+    seconds, now = {1: 0.001, 101: 0.001, 501: 0.001, 2101: 4000.0, 4101: 0.2, 4102: 0.2}, [0.0]
+    monkeypatch.setattr("idempotency.projections._worker.monotonic", lambda: now[0])
+
+    @projection("sizes", **sync_bank.options())
+    def apply(event: Any, session: Any) -> None:
+        now[0] += seconds.get(event.version, 0.0)
+
+    sync_bank.append_sync(*[1] * 4103)
+    apply.catch_up()
+
+    assert [event.events for event in sync_bank.events] == [100, 400, 1600, 2000, 1, 1, 1]
 
 
 @pytest.mark.stores(*KINDS)
