@@ -44,10 +44,10 @@ class AsyncProjection:
         self._worker.stop()
 
     async def run(self) -> None:
-        """Apply events as they are committed, until :meth:`stop`; any number of workers may run, one of them applies.
+        """Apply events as they are committed, until :meth:`stop`, or until the version is dropped.
 
-        While the projection has stopped at an event it waits for an operator. While the database is away it tries
-        again, after up to 5 seconds.
+        Any number of workers may run; one of them applies. While the projection has stopped at an event it waits for an
+        operator. While the database is away it tries again, after up to 5 seconds.
         """
         await greenlet_spawn(self._worker.run)
 

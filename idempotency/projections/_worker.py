@@ -97,7 +97,9 @@ class SyncProjection:
             while not self._stopping:
                 try:
                     step = self._step()
-                except ProjectionStoppedError:
+                except ProjectionStoppedError as error:
+                    if error.dropped:
+                        return
                     wake.pause(STOPPED_PAUSE)
                     continue
                 except StoreError as error:
@@ -346,7 +348,9 @@ class SyncProjection:
 
     def _stopped_at(self, mark: Mark) -> ProjectionStoppedError:
         if mark.state == DROPPED:
-            return ProjectionStoppedError(f"{self._shown} has stopped for ever: it was dropped")
+            error = ProjectionStoppedError(f"{self._shown} has stopped for ever: it was dropped")
+            error.dropped = True
+            return error
         return self._stopped(mark.failed or "", mark.error, mark.attempts)
 
     def _stopped(self, failed: str, kind: str, attempts: int) -> ProjectionStoppedError:

@@ -9,7 +9,7 @@ class ProjectionStoppedError(IdempotencyError):
     """A projection stands still until an operator decides: an event has failed too often, or the version is dropped.
 
     ``position``: that of the event, as text, or empty; ``error``: the class of its failure; ``attempts``: how often it
-    was tried alone.
+    was tried alone. ``dropped``: the version has ended, and no operator can resume it.
     """
 
     code = "projection-stopped"
@@ -17,6 +17,7 @@ class ProjectionStoppedError(IdempotencyError):
     position: str = ""
     error: str = ""
     attempts: int = 0
+    dropped: bool = False
 
 
 class ProjectionBehindError(IdempotencyError):

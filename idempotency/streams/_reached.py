@@ -140,6 +140,7 @@ class Reached:
         """Read events of one stream."""
         self._check_name(stream)
         last = MOST_VERSION if until is None else min(until, MOST_VERSION)
+        after = min(after, MOST_VERSION)
         return self._rows(self._statements.read, stream=stream, after=after, until=last, most=most)
 
     def read_all(self, after: Position, most: int) -> Sequence[Any]:

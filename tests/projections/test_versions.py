@@ -63,6 +63,8 @@ async def test_a_dropped_version_ends_for_ever(bank: Bank) -> None:
     await second.rebuild()
     await second.drop(1)
 
+    async with asyncio.timeout(20):
+        await first.run()
     with pytest.raises(ProjectionStoppedError, match="has stopped for ever: it was dropped"):
         await first.run_once()
     with pytest.raises(ProjectionStoppedError, match="dropped"):

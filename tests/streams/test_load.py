@@ -66,6 +66,15 @@ async def test_a_state_is_loaded_as_it_was_at_a_version(ledger: Ledger, streams:
 
 
 @stores
+async def test_a_version_that_no_stream_can_have_is_after_every_event(ledger: Ledger, streams: Streams) -> None:
+    await append(ledger, streams, "a", 1)
+
+    async with ledger.sessions() as session:
+        assert [event async for event in streams.read(session, "a", after=2**63)] == []
+    assert await load(ledger, streams, until=2**63) == Account(1, 1)
+
+
+@stores
 async def test_a_state_is_loaded_as_it_was_at_a_time(ledger: Ledger, streams: Streams) -> None:
     """The clock of the database was set back before the third event: nothing after the second is read."""
     await append(ledger, streams, "a", 1, 2, 3)
