@@ -146,7 +146,11 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Listing.list_records`."""
         if not self._has_names:
             self._look_for_names(connection)
-        values = {"limit": limit} if name is None else {"limit": limit, "operation_name": storable_operation_name(name)}
+        values = (
+            {"limit": limit}
+            if name is None
+            else {"limit": limit, "operation_name": storable_operation_name(name) or ""}
+        )
         statement = self._sql.listed(state, named=name is not None)
         return [_entry(row, sealing) for row in self._execute(connection, statement, values)]
 
