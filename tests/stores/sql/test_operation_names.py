@@ -182,6 +182,18 @@ async def test_a_name_does_not_outlive_its_operation(naming: SQLStore, store: SQ
     assert await name_of(naming, taken.id) == "charge"
 
 
+@ON_EACH
+async def test_a_damaged_row_does_not_end_the_list(naming: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """The others are listed."""
+    sound, damaged = new_claim(name="charge"), new_claim("damaged", name="charge")
+    for claim in (sound, damaged):
+        await naming.claim(claim)
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {table} SET state = 9 WHERE token = :token"), {"token": damaged.token})
+
+    assert [each.id for each in await naming.list_records(name="charge")] == [sound.id]
+
+
 @IN_FLIGHTS
 async def test_claims_that_are_sent_together_write_names(naming: SQLStore) -> None:
     """Each of them its own."""
