@@ -26,7 +26,7 @@ _BOTH = f"('{COLUMN}', '{FINGERPRINT}')"
 HAS_NAMES = {
     "postgresql": (
         "SELECT count(*) = 2 FROM pg_attribute WHERE attrelid = to_regclass(:relation)"
-        f" AND attname IN {_BOTH} AND NOT attisdropped"
+        f" AND attname IN {_BOTH} AND NOT attisdropped AND has_column_privilege(attrelid, attnum, 'SELECT')"
     ),
     "mysql": (
         "SELECT count(*) = 2 FROM information_schema.columns"
@@ -36,6 +36,8 @@ HAS_NAMES = {
     "sqlite": f"SELECT COALESCE(sum(name IN {_BOTH}) = 2, 1) FROM pragma_table_info({{literal}})",
 }
 """The statements that ask whether both columns are there, which migrations may add one after the other.
+
+On PostgreSQL and MySQL, columns on which the user has no rights, which may be granted by column, count as absent.
 
 None of them fails: that could end a caller's transaction."""
 

@@ -194,6 +194,28 @@ async def test_a_damaged_row_does_not_end_the_list(naming: SQLStore, engine: Asy
     assert [each.id for each in await naming.list_records(name="charge")] == [sound.id]
 
 
+@pytest.mark.parametrize("driver", ["postgres"])
+async def test_a_user_with_rights_by_column_goes_on(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """Without rights on the added columns it claims, completes and inspects, without a name."""
+    columns = ", ".join(each.name for each in records_table(MetaData(), table).c if "named" not in each.name)
+    granted = columns.replace(", operation_name", "")
+    async with engine.begin() as connection:
+        await connection.execute(text(f"CREATE ROLE {table}_by_column LOGIN"))
+        rights = f"SELECT ({granted}), INSERT ({granted}), UPDATE ({granted})"
+        await connection.execute(text(f"GRANT {rights} ON {table} TO {table}_by_column"))
+        await connection.execute(text(f"GRANT DELETE ON {table} TO {table}_by_column"))
+    limited = SQLStore.from_url(engine.url.set(username=f"{table}_by_column"), table=table, write_version=2)
+    try:
+        await limited.claim(mine := new_claim(name="charge"))
+        assert await limited.complete(mine, b"done")
+        assert await name_of(limited, mine.id) == ""
+    finally:
+        await limited.aclose()
+        async with engine.begin() as connection:
+            await connection.execute(text(f"DROP OWNED BY {table}_by_column"))
+            await connection.execute(text(f"DROP ROLE {table}_by_column"))
+
+
 @IN_FLIGHTS
 async def test_claims_that_are_sent_together_write_names(naming: SQLStore) -> None:
     """Each of them its own."""
