@@ -37,7 +37,7 @@ HAS_NAMES = {
 }
 """The statements that ask whether both columns are there, which migrations may add one after the other.
 
-On PostgreSQL and MySQL, columns on which the user has no rights, which may be granted by column, count as absent.
+On PostgreSQL, columns on which the user has no rights, which may be granted by column, count as absent.
 
 None of them fails: that could end a caller's transaction."""
 
