@@ -65,6 +65,8 @@ _NONE_UNRESOLVED = (
     " 30 s by default"
 )
 
+_NONE_NAMED = "there is no such record; a store with write_version=1 writes no names"
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(schema, name="schema")
 app.add_typer(outbox_commands, name="outbox")
@@ -151,8 +153,9 @@ def inspect(
 @app.command("list")
 def list_(
     state: Annotated[
-        Listed, typer.Option(help="The state of the records to list; any but unknown reads all records.")
-    ] = Listed.UNKNOWN,
+        Listed | None,
+        typer.Option(help="The state to list; default unknown, with --name all. Any but unknown reads all records."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="The name of the operation, as it is listed; reads all records.")
     ] = None,
@@ -169,18 +172,18 @@ def list_(
         if unresolved:
             return await require(opened, Resolving, "list").unresolved(limit)
         listing = require(opened, Listing, "list with --state or --name")
-        return await listing.list_records(_STATES[state], name=name, limit=limit)
+        return await listing.list_records(None if state is None else _STATES[state], name=name, limit=limit)
 
-    unresolved = state is Listed.UNKNOWN and name is None
+    unresolved = name is None and state in (None, Listed.UNKNOWN)
     entries = run_on_store(open_named, listed, store, table, prefix, key_file)
     if as_json:
         show.print_json([show.as_json(entry) for entry in entries])
     elif not entries:
-        typer.echo(
-            _NONE_UNRESOLVED if state is Listed.UNKNOWN and name is None else "there is no such record", err=True
-        )
+        typer.echo(_NONE_UNRESOLVED if unresolved else _NONE_NAMED if name else "there is no such record", err=True)
     else:
         show.print_entries(entries)
+        if len(entries) == limit:
+            typer.echo(f"the oldest {limit} are listed, of perhaps more: --limit", err=True)
 
 
 @app.command()

@@ -115,10 +115,11 @@ def shown(sealing: Sealing | None, record: bytes, scope: bytes, key: bytes) -> t
         except UnreadableError as error:
             return _not_shown(str(error))
         scope, key = names[: int(length)], names[int(length) :]
-    return _text(scope), _text(key)
+    return readable_text(scope), readable_text(key)
 
 
-def _text(name: bytes) -> str:
+def readable_text(name: bytes) -> str:
+    """Read a text that was stored with surrogates; a damaged one too."""
     try:
         return name.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:

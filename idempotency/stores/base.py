@@ -147,7 +147,8 @@ class Listing(Protocol):
     ) -> list[Entry]:
         """List records, oldest first; None stands for any state, or name. The store may have to read all records.
 
-        Records that count the deliveries of a message are not listed.
+        Records that count the deliveries of a message, and damaged ones, are not listed. ``name=""``: those that have
+        no name.
         """
         ...
 

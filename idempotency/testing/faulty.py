@@ -17,6 +17,8 @@ from idempotency.stores.base import (
     Entry,
     Forgetting,
     Inspecting,
+    ListedState,
+    Listing,
     Resolving,
     Store,
     SyncForgetting,
@@ -25,6 +27,7 @@ from idempotency.stores.base import (
     SyncStore,
     check_store,
     require,
+    writes_names,
 )
 from idempotency.stores.memory import MemoryStore
 
@@ -125,6 +128,11 @@ class FaultyStore:
         """See :class:`~idempotency.stores.base.OneSided`: that of the inner store."""
         check_store(self.inner, Store if asynchronous else SyncStore)
 
+    @property
+    def writes_names(self) -> bool:
+        """See :class:`~idempotency.stores.base.Naming`: whether the inner store does."""
+        return writes_names(self.inner)
+
     async def inspect(self, record: bytes, /) -> Entry | None:
         """See :meth:`~idempotency.stores.base.Inspecting.inspect`; fails only while ``down``."""
         self._fail_if_down()
@@ -134,6 +142,15 @@ class FaultyStore:
         """See :meth:`inspect`."""
         self._fail_if_down()
         return require(self.inner, SyncInspecting, "FaultyStore.inspect_sync").inspect_sync(record)
+
+    async def list_records(
+        self, state: ListedState | None = None, *, name: str | None = None, limit: int = 100
+    ) -> list[Entry]:
+        """See :meth:`~idempotency.stores.base.Listing.list_records`; fails only while ``down``."""
+        self._fail_if_down()
+        return await require(self.inner, Listing, "FaultyStore.list_records").list_records(
+            state, name=name, limit=limit
+        )
 
     async def resolve(
         self, record: bytes, /, outcome: Literal["done", "release"], result: bytes | None = None, *, ttl: float = 86400

@@ -203,11 +203,16 @@ def test_list_by_state_and_by_name(place: Target) -> None:
     assert listed("--state", "lapsed") == {}
     assert listed("--state", "all") == {"orders": "POST /orders", "refunds": "POST /refunds", "nameless": ""}
     assert listed("--state", "all", "--name", "POST /refunds") == {"refunds": "POST /refunds"}
-    assert listed("--name", "POST /refunds") == {}
+    assert listed("--name", "POST /refunds") == {"refunds": "POST /refunds"}
+    assert listed("--state", "unknown", "--name", "POST /refunds") == {}
+    assert listed("--name", "") == {"nameless": ""}
     assert "\tname=POST /orders\t" in command(place, "list", "--state", "running").stdout
     assert "name:     POST /orders\n" in command(place, "inspect", "orders").stdout
-    nothing = command(place, "list", "--name", "POST /refunds")
-    assert (nothing.stdout, nothing.stderr) == ("", "there is no such record\n")
+    nothing = command(place, "list", "--name", "POST /users")
+    assert nothing.stdout == ""
+    assert nothing.stderr == "there is no such record; a store with write_version=1 writes no names\n"
+    assert "--limit" not in command(place, "list", "--state", "all").stderr
+    assert "the oldest 3 are listed" in command(place, "list", "--state", "all", "--limit", "3").stderr
     assert waiting in command(place, "list").stdout
 
 

@@ -55,6 +55,26 @@ async def test_a_path_without_a_template_is_not_in_the_name() -> None:
     assert await names_in(store) == ["POST other"]
 
 
+@pytest.mark.parametrize("method", ["post", "POST\n", "X" * 300, "HEAD"])
+async def test_a_method_that_no_policy_names_is_in_no_name(method: str) -> None:
+    """It comes from the client, and its request has no record."""
+    store, sent = MemoryStore(), list[Any]()
+    scope = {"type": "http", "method": method, "path": "/orders/4711", "headers": [(b"idempotency-key", b"secret-key")]}
+    scope |= {"query_string": b"", "root_path": ""}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = Starlette(routes=[Route("/orders/{id}", answer, methods=["POST"])])
+    await IdempotencyMiddleware(app, store=store)(scope, receive, send)
+
+    assert sent[0]["type"] == "http.response.start"
+    assert await names_in(store) == []
+
+
 async def test_a_route_of_policies_is_a_template_too() -> None:
     """Where the framework says nothing."""
     store = MemoryStore()

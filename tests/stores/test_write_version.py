@@ -80,6 +80,30 @@ async def test_only_version_2_writes_the_field_in_redis(stores: dict[int, Any], 
     assert (found[1][b"v"], found[2][b"v"]) == (b"1", b"1")
 
 
+@SHARED
+async def test_any_name_is_shown_and_listed(target: Target) -> None:
+    """Also one of control characters, surrogates or spaces; the empty name lists the records without one."""
+    names = [
+        "a\n\0\x1b[31m",
+        "\ud800x",
+        "\u202exyz",
+        "\U0001f511" * 200,
+        "charge",
+        "charge ",
+        "Charge",
+        "\\x41\"',{}",
+        "",
+    ]
+    async with target.opened(write_version=2) as store:
+        claims = {name: new_claim(name=name) for name in names}
+        await asyncio.gather(*map(store.claim, claims.values()))
+
+        for name, claim in claims.items():
+            listed = await store.list_records(name=name, limit=1000)
+            assert (claim.id, name) in {(each.id, each.name) for each in listed}
+            assert {each.name for each in listed} == {name}
+
+
 @pytest.mark.stores("fakeredis", "sqlite", "postgres", "mariadb")
 async def test_a_name_is_not_encrypted(target: Target) -> None:
     """Scope and key are; a name is in clear, so that records can be listed by it without a key."""

@@ -9,8 +9,17 @@ import pytest
 from idempotency._rules import Claim, State
 from idempotency._sagas.journal import Leave, Look, Open, Phase, Write
 from idempotency.errors import StoreError
+from idempotency.stores.base import writes_names
 from idempotency.stores.memory import MemoryStore
 from idempotency.testing import FaultyStore
+
+
+class Nameless(MemoryStore):
+    """A store that records no names."""
+
+    @property
+    def writes_names(self) -> bool:
+        return False
 
 
 def claim(key: str = "k") -> Claim:
@@ -27,6 +36,16 @@ async def test_it_works_while_nothing_is_ordered() -> None:
     assert not await store.release(mine)
     assert (await store.claim(claim())).result == b"result"
     assert store.calls == ["claim", "renew", "complete", "release", "claim"]
+
+
+async def test_it_writes_names_if_the_store_within_does() -> None:
+    """And lists by them; a store that says nothing of names writes none."""
+    store = FaultyStore()
+    await store.claim(mine := Claim(scope="s", key="k", fingerprint=b"f", lease=30, ttl=60, name="POST /orders"))
+
+    assert writes_names(store)
+    assert [each.id for each in await store.list_records("running", name="POST /orders")] == [mine.id]
+    assert not writes_names(FaultyStore(Nameless()))
 
 
 async def test_fail_is_not_applied() -> None:

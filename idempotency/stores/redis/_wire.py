@@ -20,7 +20,7 @@ from typing import Any
 from idempotency._durations import DAY, milliseconds, positive, seconds
 from idempotency._rules import FORMAT, Claim, Record, State
 from idempotency.errors import ConfigurationError, StoreRefusedError, UnreadableError
-from idempotency.stores._sealing import Sealing, opened_result, shown, shown_size
+from idempotency.stores._sealing import Sealing, opened_result, readable_text, shown, shown_size
 from idempotency.stores._shown import shortened
 from idempotency.stores._versions import short_name
 from idempotency.stores.base import Entry
@@ -189,7 +189,7 @@ def entry(record: bytes, reply: Sequence[Any] | None, sealing: Sealing | None) -
         expires_in=None if expires < 0 else expires / 1000,
         result_size=shown_size(stored_scope, None if size < 0 else size),
         version=version,
-        name=name.decode("utf-8", "replace"),
+        name=readable_text(name),
     )
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Table, inspect
 from idempotency._sql.pooler import is_behind_pooler
 from idempotency.stores._operating import version_of
 from idempotency.stores.base import Finding
-from idempotency.stores.sql._operation_name import FINGERPRINT
+from idempotency.stores.sql._operation_name import COLUMN, FINGERPRINT
 from idempotency.stores.sql._saga_table import SagaTables
 from idempotency.stores.sql._table import located
 
@@ -59,7 +59,7 @@ def _examine_table(connection: Connection, table: Table) -> list[Finding]:
         findings.append(Finding("fix", f"{name} has no index on expires_ms, which purge needs: schema create"))
     findings += _examine_engine(connection, table)
     findings = findings or [Finding("ok", f"table {name}: primary key and index")]
-    if FINGERPRINT not in {column["name"] for column in inspector.get_columns(*place)}:
+    if not {COLUMN, FINGERPRINT} <= {column["name"] for column in inspector.get_columns(*place)}:
         findings.append(Finding("note", f"{name} has no columns for the names of operations: schema upgrade"))
     return findings
 

@@ -21,16 +21,25 @@ class Names(NamedTuple):
 
 NO_NAMES = Names(shown=False, written=False)
 
+_BOTH = f"('{COLUMN}', '{FINGERPRINT}')"
+
 HAS_NAMES = {
     "postgresql": (
-        "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass(:relation)"
-        f" AND attname = '{FINGERPRINT}' AND NOT attisdropped"
+        "SELECT count(*) = 2 FROM pg_attribute WHERE attrelid = to_regclass(:relation)"
+        f" AND attname IN {_BOTH} AND NOT attisdropped AND has_column_privilege(attrelid, attnum, 'SELECT')"
     ),
-    "mysql": f"SHOW COLUMNS FROM {{table}} LIKE '{FINGERPRINT}'",
+    "mysql": (
+        "SELECT count(*) = 2 FROM information_schema.columns"
+        f" WHERE table_schema = {{schema}} AND table_name = {{literal}} AND column_name IN {_BOTH}"
+    ),
     # A table that is missing is created with the columns.
-    "sqlite": f"SELECT COALESCE(max(name = '{FINGERPRINT}'), 1) FROM pragma_table_info({{literal}})",
+    "sqlite": f"SELECT COALESCE(sum(name IN {_BOTH}) = 2, 1) FROM pragma_table_info({{literal}})",
 }
-"""The statements that ask whether the columns are there. None of them fails: that could end a caller's transaction."""
+"""The statements that ask whether both columns are there, which migrations may add one after the other.
+
+On PostgreSQL, columns on which the user has no rights, which may be granted by column, count as absent.
+
+None of them fails: that could end a caller's transaction."""
 
 
 def name_words(names: Names, family: str, ours: str) -> dict[str, str]:

@@ -310,7 +310,8 @@ class Statements:
         self._words["bound"] = f"{max(1, round(lock_wait * 1000))}ms"
         self._words |= _BOUNDED if self._postgresql else dict.fromkeys(_BOUNDED, "")
         self._words |= name_words(names, family, OURS.format(r=""))
-        self.has_names = self._text(HAS_NAMES[family], literal=f"'{table.name}'")
+        schema = "DATABASE()" if table.schema is None else f"'{table.schema}'"
+        self.has_names = self._text(HAS_NAMES[family], literal=f"'{table.name}'", schema=schema)
         # It takes fractions of a second; innodb_lock_wait_timeout takes whole seconds only.
         self._prefix = f"SET STATEMENT max_statement_time={lock_wait:.3f} FOR " if mariadb else ""
         self.claim_looks_first = self._sqlite
@@ -351,7 +352,9 @@ class Statements:
 
     def listed(self, state: ListedState | None, *, named: bool) -> TextClause:
         """Return the statement that lists records of a state, or of any; ``named``: of one name of an operation."""
-        name = " AND {name} = :operation_name" if named else ""
+        # MySQL would ignore spaces at the end of a name.
+        exactly = "BINARY " if self.packs else ""
+        name = f" AND COALESCE({{name}}, '') = {exactly}:operation_name" if named else ""
         return self._text(f"{_ENTRY} WHERE {LISTED[state]} AND NOT {EXPIRED}{name} ORDER BY created_ms LIMIT :limit")
 
     def _bounded(self, frame: str, statement: str) -> TextClause:

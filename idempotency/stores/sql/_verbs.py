@@ -7,6 +7,7 @@ that is in a caller's transaction.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -146,9 +147,17 @@ class Verbs:
         """See :meth:`~idempotency.stores.base.Listing.list_records`."""
         if not self._has_names:
             self._look_for_names(connection)
-        values = {"limit": limit} if name is None else {"limit": limit, "operation_name": storable_operation_name(name)}
-        statement = self._sql.listed(state, named=name is not None)
-        return [_entry(row, sealing) for row in self._execute(connection, statement, values)]
+        values = (
+            {"limit": limit}
+            if name is None
+            else {"limit": limit, "operation_name": storable_operation_name(name) or ""}
+        )
+        rows = self._execute(connection, self._sql.listed(state, named=name is not None), values).all()
+        found: list[Entry] = []
+        for row in rows:
+            with suppress(UnreadableError):
+                found.append(_entry(row, sealing))
+        return found
 
     def resolve(
         self,

@@ -82,6 +82,48 @@ async def test_a_table_without_the_columns_serves(naming: SQLStore, store: SQLSt
 
 
 @ON_EACH
+@pytest.mark.parametrize("missing", ["operation_name", "named_fingerprint"])
+async def test_a_table_with_one_of_the_columns_serves(
+    naming: SQLStore, store: SQLStore, engine: AsyncEngine, table: str, missing: str
+) -> None:
+    """A migration may add one after the other: until both are there, no name is written, and doctor notes it."""
+    async with engine.begin() as connection:
+        await connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {missing}"))
+    await naming.claim(mine := new_claim(name="charge"))
+    async with AsyncSession(engine) as session:
+        await naming.claim_in(session, new_claim("joined", name="charge"), wait=1.0)
+        await session.commit()
+
+    assert await naming.complete(mine, b"done")
+    assert await name_of(store, mine.id) == ""
+    assert [each.level for each in await store.examine() if "names" in each.what] == ["note"]
+
+
+@ON_EACH
+@pytest.mark.usefixtures("before")
+async def test_connections_in_use_survive_the_upgrade(naming: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """Statements that drivers have prepared for the table of before go on: alone, together, and in transactions."""
+
+    async def work(round: str) -> None:
+        for number in range(8):  # psycopg prepares a statement at its sixth execution
+            claims = [new_claim(f"{round} {number} {one}", name="charge") for one in range(4)]
+            records = await asyncio.gather(*map(naming.claim, claims))
+            ended = await asyncio.gather(*(naming.complete(each, b"done") for each in claims))
+            assert [judge(*each) for each in zip(claims, records, strict=True)] == [Execute()] * 4
+            assert all(ended)
+            again = new_claim(claims[0].key)
+            assert judge(again, await naming.claim(again)) == Replay(b"done")
+            async with AsyncSession(engine) as session:
+                await naming.claim_in(session, joined := new_claim(f"{round} {number}", name="charge"), wait=1.0)
+                assert await naming.complete_in(session, joined, b"done")
+                await session.commit()
+
+    await work("before")
+    await upgrade(engine, table)
+    await work("afterwards")
+
+
+@ON_EACH
 @pytest.mark.usefixtures("before")
 async def test_the_columns_are_added_to_a_table_that_is_in_use(
     naming: SQLStore, store: SQLStore, engine: AsyncEngine, table: str
@@ -138,6 +180,40 @@ async def test_a_name_does_not_outlive_its_operation(naming: SQLStore, store: SQ
     assert judge(taken, await store.claim(taken)) == Execute(2)
     assert await name_of(naming, other.id) == ""
     assert await name_of(naming, taken.id) == "charge"
+
+
+@ON_EACH
+async def test_a_damaged_row_does_not_end_the_list(naming: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """The others are listed."""
+    sound, damaged = new_claim(name="charge"), new_claim("damaged", name="charge")
+    for claim in (sound, damaged):
+        await naming.claim(claim)
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE {table} SET state = 9 WHERE token = :token"), {"token": damaged.token})
+
+    assert [each.id for each in await naming.list_records(name="charge")] == [sound.id]
+
+
+@pytest.mark.parametrize("driver", ["postgres"])
+async def test_a_user_with_rights_by_column_goes_on(store: SQLStore, engine: AsyncEngine, table: str) -> None:
+    """Without rights on the added columns it claims, completes and inspects, without a name."""
+    columns = ", ".join(each.name for each in records_table(MetaData(), table).c if "named" not in each.name)
+    granted = columns.replace(", operation_name", "")
+    async with engine.begin() as connection:
+        await connection.execute(text(f"CREATE ROLE {table}_by_column LOGIN"))
+        rights = f"SELECT ({granted}), INSERT ({granted}), UPDATE ({granted})"
+        await connection.execute(text(f"GRANT {rights} ON {table} TO {table}_by_column"))
+        await connection.execute(text(f"GRANT DELETE ON {table} TO {table}_by_column"))
+    limited = SQLStore.from_url(engine.url.set(username=f"{table}_by_column"), table=table, write_version=2)
+    try:
+        await limited.claim(mine := new_claim(name="charge"))
+        assert await limited.complete(mine, b"done")
+        assert await name_of(limited, mine.id) == ""
+    finally:
+        await limited.aclose()
+        async with engine.begin() as connection:
+            await connection.execute(text(f"DROP OWNED BY {table}_by_column"))
+            await connection.execute(text(f"DROP ROLE {table}_by_column"))
 
 
 @IN_FLIGHTS
