@@ -31,7 +31,7 @@ class StoredInMemory:
         "version",
     )
 
-    def __init__(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
+    def __init__(self, claim: Claim, now: float, sealing: Sealing | None, named: bool) -> None:
         self.attempt = 0
         self.created = now
         self.queued = inf
@@ -39,14 +39,14 @@ class StoredInMemory:
         self.state = State.RUNNING
         self.token = ""
         self.version = FORMAT
-        self.own(claim, now, sealing)
+        self.own(claim, now, sealing, named)
 
-    def own(self, claim: Claim, now: float, sealing: Sealing | None) -> None:
+    def own(self, claim: Claim, now: float, sealing: Sealing | None, named: bool) -> None:
         if self.token != claim.token:
             self.attempt += 1
         self.names: tuple[str, str] | tuple[bytes, bytes]
         self.names = (claim.scope, claim.key) if sealing is None else sealing.names(claim)
-        self.name = short_name(claim.name)
+        self.name = short_name(claim.name) if named else ""
         self.fingerprint = claim.fingerprint
         self.token = claim.token
         self.hold = claim.hold

@@ -22,6 +22,7 @@ from idempotency.stores._memory_record import StoredInMemory
 from idempotency.stores._operating import id_digits, oldest
 from idempotency.stores._saga_memory import JournalInMemory
 from idempotency.stores._sealing import sealed_result
+from idempotency.stores._versions import OLDEST, WITH_NAMES, check_write_version
 from idempotency.stores._watcher import Watcher
 from idempotency.stores.base import Changed, Entry, Finding, ListedState
 from idempotency.stores.encryption import Encryption
@@ -38,6 +39,7 @@ class MemoryStore(JournalInMemory, AuditInMemory):
     ``clock``: the clock that durations are measured by, in seconds. Default ``time.monotonic``.
     ``encryption``: an :class:`~idempotency.stores.encryption.Encryption` of results, scopes and keys. Default None.
     ``digest_names``: whether scopes and keys are stored as digests only. Default False.
+    ``write_version``: 2 to store the names of operations, 1 not to, the default.
 
     A full store drops expired records and no others, since the effect of a live key that is forgotten could happen
     twice: a claim of a new key then raises :class:`~idempotency.errors.StoreError`.
@@ -51,12 +53,14 @@ class MemoryStore(JournalInMemory, AuditInMemory):
         clock: Callable[[], float] = time.monotonic,
         encryption: Encryption | None = None,
         digest_names: bool = False,
+        write_version: int = OLDEST,
     ) -> None:
         check_callable("clock", clock)
         self._max_records = max_records
         self._max_bytes = max_bytes
         self._clock = clock
         self._sealing = _sealing.sealing_of(encryption, digest_names)
+        self._writes_names = check_write_version(write_version) >= WITH_NAMES
         JournalInMemory.__init__(self, clock, self._sealing)
         AuditInMemory.__init__(self, clock)
         self._lock = threading.Lock()
@@ -74,14 +78,14 @@ class MemoryStore(JournalInMemory, AuditInMemory):
             stored = self._live(record, now)
             if stored is None:
                 self._make_room(now)
-                stored = self._records[record] = StoredInMemory(claim, now, self._sealing)
+                stored = self._records[record] = StoredInMemory(claim, now, self._sealing, self._writes_names)
                 self._bytes += stored.size
             else:
                 found = stored.record(now)
                 if not takes_over(claim, found):
                     return found if self._sealing is None else _sealing.opened(self._sealing, record, found)
                 self._bytes -= stored.size
-                stored.own(claim, now, self._sealing)
+                stored.own(claim, now, self._sealing, self._writes_names)
                 self._bytes += stored.size
             self._schedule(record, stored)
             return stored.record(now)
@@ -187,8 +191,8 @@ class MemoryStore(JournalInMemory, AuditInMemory):
 
     @property
     def writes_names(self) -> bool:
-        """Return True: no other process reads these records, and so there is no ``write_version``."""
-        return True
+        """Return whether the names of operations are stored."""
+        return self._writes_names
 
     def _entries(self, held: bool = False) -> list[Entry]:
         with self._lock:

@@ -37,7 +37,7 @@ async def post(app: Any, path: str) -> int:
 async def test_a_request_is_named_by_its_route() -> None:
     """The method, and the template of the path, also below a mount; no hook is needed."""
     routes = [Route("/orders/{id}", answer, methods=["POST"])]
-    store = MemoryStore()
+    store = MemoryStore(write_version=2)
     app = IdempotencyMiddleware(Starlette(routes=[Mount("/shop", routes=routes)]), store=store)
 
     assert await post(app, "/shop/orders/4711") == 201
@@ -46,7 +46,7 @@ async def test_a_request_is_named_by_its_route() -> None:
 
 async def test_a_path_without_a_template_is_not_in_the_name() -> None:
     """It may hold the id of an order, or a key."""
-    store = MemoryStore()
+    store = MemoryStore(write_version=2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("made", 201)(scope, receive, send)
@@ -58,7 +58,7 @@ async def test_a_path_without_a_template_is_not_in_the_name() -> None:
 @pytest.mark.parametrize("method", ["post", "POST\n", "X" * 300, "HEAD"])
 async def test_a_method_that_no_policy_names_is_in_no_name(method: str) -> None:
     """It comes from the client, and its request has no record."""
-    store, sent = MemoryStore(), list[Any]()
+    store, sent = MemoryStore(write_version=2), list[Any]()
     scope = {"type": "http", "method": method, "path": "/orders/4711", "headers": [(b"idempotency-key", b"secret-key")]}
     scope |= {"query_string": b"", "root_path": ""}
 
@@ -77,7 +77,7 @@ async def test_a_method_that_no_policy_names_is_in_no_name(method: str) -> None:
 
 async def test_a_route_of_policies_is_a_template_too() -> None:
     """Where the framework says nothing."""
-    store = MemoryStore()
+    store = MemoryStore(write_version=2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await PlainTextResponse("made", 201)(scope, receive, send)
@@ -89,7 +89,7 @@ async def test_a_route_of_policies_is_a_template_too() -> None:
 
 async def test_a_request_of_wsgi_is_named_by_its_route() -> None:
     """As on ASGI."""
-    store, app = MemoryStore(), flask.Flask(__name__)
+    store, app = MemoryStore(write_version=2), flask.Flask(__name__)
     app.add_url_rule("/orders/<int:id>", "order", lambda id: ("made", 201), methods=["POST"])
     app.wsgi_app = front_for_wsgi.IdempotencyMiddleware(app.wsgi_app, store=store)  # type: ignore[method-assign]
 
@@ -99,7 +99,7 @@ async def test_a_request_of_wsgi_is_named_by_its_route() -> None:
 
 async def test_functions_consumers_and_tools_are_named_as_in_events() -> None:
     """By name= or consumer=, else by the function."""
-    store = MemoryStore()
+    store = MemoryStore(write_version=2)
 
     @idempotent(store, key=lambda number: f"f{number}")
     async def charge(number: int) -> int:
@@ -124,12 +124,10 @@ async def test_functions_consumers_and_tools_are_named_as_in_events() -> None:
     assert set(await names_in(store)) == {charge.__qualname__, "refunds", "billing", "pay"}
 
 
-@pytest.mark.parametrize("writes", [True, False])
-async def test_a_route_is_looked_for_only_if_the_store_writes_names(writes: bool, monkeypatch: Any) -> None:
-    """Without hooks, a store that writes none costs no look at the routes."""
-    store = MemoryStore()
-    monkeypatch.setattr(MemoryStore, "writes_names", writes)
+@pytest.mark.parametrize(("version", "name"), [(1, ""), (2, "POST /orders/{id}")])
+async def test_a_store_that_writes_names_has_that_of_the_route(version: int, name: str) -> None:
+    store = MemoryStore(write_version=version)
     routes = [Route("/orders/{id}", answer, methods=["POST"])]
 
     assert await post(IdempotencyMiddleware(Starlette(routes=routes), store=store), "/orders/1") == 201
-    assert await names_in(store) == (["POST /orders/{id}"] if writes else [""])
+    assert await names_in(store) == [name]

@@ -28,6 +28,7 @@ from idempotency._sql.threads import Threads
 from idempotency.adapters.fastapi import session_of
 from idempotency.errors import TransactionError
 from idempotency.stores.sql import SQLStore
+from tests.kit.server_side import end_what_sleeps
 from tests.kit.servers import free_port
 from tests.kit.targets import Target
 
@@ -207,7 +208,8 @@ async def test_a_cancelled_endpoint_goes_on_in_its_thread_and_commits_nothing(sh
         await asyncio.wait({sent})
         go_on.set()
         assert await asyncio.to_thread(ended.wait, 20)
-        end_what_sleeps(shop)
+        with shop.engine.begin() as connection:
+            end_what_sleeps(connection)
         first = False
         async with asyncio.timeout(20):
             while (answer := await client.post("/orders", headers=key())).status_code == 409:
@@ -228,25 +230,6 @@ def hold_up(dialect: str, session: Session, begun: Callable[[], object]) -> None
         session.execute(text(endless))
     else:
         session.execute(text("SELECT pg_sleep(60)" if dialect == "postgresql" else "SELECT SLEEP(60)"))
-
-
-def end_what_sleeps(shop: Shop) -> None:
-    """End the statements whose client is gone: a server sees that only when they are done."""
-    dialect = shop.engine.dialect.name
-    with shop.engine.begin() as connection:
-        if dialect == "postgresql":
-            connection.execute(
-                text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
-                    " AND query = 'SELECT pg_sleep(60)' AND pid <> pg_backend_pid()"
-                )
-            )
-        elif dialect == "mysql":
-            sleeping = (
-                "SELECT id FROM information_schema.processlist WHERE db = database() AND info = 'SELECT SLEEP(60)'"
-            )
-            for thread in connection.execute(text(sleeping)).scalars().all():
-                connection.execute(text(f"KILL {thread:d}"))
 
 
 @pytest.mark.stores("postgres", "postgres_psycopg2", "mariadb")
@@ -339,7 +322,8 @@ async def test_a_statement_of_a_cancelled_endpoint_is_cut_off_without_a_key(shop
         sent.cancel()
         await asyncio.wait({sent}, timeout=20)
     assert await asyncio.to_thread(ended.wait, 20)
-    end_what_sleeps(shop)
+    with shop.engine.begin() as connection:
+        end_what_sleeps(connection)
 
     assert len(raised) == 1
     assert shop.orders() == []

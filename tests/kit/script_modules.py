@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ def script_modules(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[s
     """Let a test import the modules of this folder, anew.
 
     Two folders have modules of the same name: without this, a test would be given the one that an earlier test
-    imported.
+    imported. The level of the log, which a script may set, stays that of the tests.
     """
+    monkeypatch.setattr(logging.getLogger("idempotency"), "setLevel", lambda level: None)
     for file in folder.glob("*.py"):
         monkeypatch.delitem(sys.modules, file.stem, raising=False)
     monkeypatch.syspath_prepend(str(folder))

@@ -35,6 +35,20 @@ _SYNC = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}
 _LOOK = 0.12
 
 
+def end_what_sleeps(connection: sqlalchemy.Connection) -> None:
+    """End statements that sleep 60 seconds and whose client is gone: a server sees that only when they are done."""
+    if connection.dialect.name == "postgresql":
+        ended = (
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND query = 'SELECT pg_sleep(60)' AND pid <> pg_backend_pid()"
+        )
+        connection.execute(text(ended))
+    elif connection.dialect.name == "mysql":
+        sleeping = "SELECT id FROM information_schema.processlist WHERE db = database() AND info = 'SELECT SLEEP(60)'"
+        for thread in connection.execute(text(sleeping)).scalars().all():
+            connection.execute(text(f"KILL {thread:d}"))
+
+
 class ServerSide:
     """Ask the server at ``url``, by a connection of its own, about the database that the URL names."""
 

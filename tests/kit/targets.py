@@ -113,9 +113,9 @@ class Target:
         return servers.with_driver(self.url, _SYNC_DRIVERS[family])
 
     def open(self, **options: Any) -> Any:
-        """Open another instance on the same records; memory has no options."""
+        """Open another instance on the same records; that in memory has the options of the first one."""
         if self.kind == "memory":
-            return _in_process.setdefault(self.name, MemoryStore())
+            return _in_process.setdefault(self.name, MemoryStore(**options))
         if self.kind == "fakeredis":
             return self._open_fake(**options)
         return open_store(self.url, **self.options, **options)

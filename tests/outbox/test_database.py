@@ -12,6 +12,7 @@ from sqlalchemy import event, text
 from idempotency.outbox import Outbox
 from idempotency.outbox._database import RelayDatabase
 from tests.kit.ledger import Ledger
+from tests.kit.server_side import end_what_sleeps
 
 SLOW = {
     "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1e8) SELECT max(i) FROM n",
@@ -35,3 +36,5 @@ async def test_a_statement_that_is_abandoned_gives_its_place_in_the_pool_back(le
         await running
     await database.aclose()
     assert engine.pool.checkedout() == before
+    async with engine.begin() as connection:
+        await connection.run_sync(end_what_sleeps)

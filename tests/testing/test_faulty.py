@@ -40,7 +40,7 @@ async def test_it_works_while_nothing_is_ordered() -> None:
 
 async def test_it_writes_names_if_the_store_within_does() -> None:
     """And lists by them; a store that says nothing of names writes none."""
-    store = FaultyStore()
+    store = FaultyStore(MemoryStore(write_version=2))
     await store.claim(mine := Claim(scope="s", key="k", fingerprint=b"f", lease=30, ttl=60, name="POST /orders"))
 
     assert writes_names(store)
