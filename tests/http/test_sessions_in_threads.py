@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.orm import (
@@ -28,8 +27,8 @@ from idempotency._sql.threads import Threads
 from idempotency.adapters.fastapi import session_of
 from idempotency.errors import TransactionError
 from idempotency.stores.sql import SQLStore
+from tests.kit.served import served
 from tests.kit.server_side import end_what_sleeps
-from tests.kit.servers import free_port
 from tests.kit.targets import Target
 
 pytestmark = pytest.mark.stores("postgres", "postgres_psycopg2", "mariadb", "sqlite")
@@ -94,20 +93,6 @@ async def shop(target: Target) -> AsyncIterator[Shop]:
 
 def key(number: object = "k") -> dict[str, str]:
     return {"Idempotency-Key": str(number)}
-
-
-@contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve ``app`` by uvicorn in a thread, and return its URL."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.mark.stores("postgres", "mariadb", "sqlite")
