@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.errors import CommitFailedError, MessageSizeTooLargeError
+from aiokafka.errors import CommitFailedError, ConsumerStoppedError, MessageSizeTooLargeError
 
 from idempotency._brokers.kafka import (
     MOST_WAITING,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from idempotency.projections import AsyncProjection
 
 _POLL_MS = 1000
+_PROJECTED_AT_ONCE = 100
 _LONGEST_ANSWER_WHEN_HALTED = 5.0
 """Seconds to wait for the broker's answer after a partition was halted."""
 
@@ -87,12 +88,26 @@ async def project(consumer: AIOKafkaConsumer, topics: Collection[str], projectio
     """Apply the messages of topics by a projection, each once, until ``consumer`` is stopped. Kafka stores no offset.
 
     How far each partition is commits in the database, with the effects; a partition that is assigned is read from
-    there. ``consumer``: started, with ``enable_auto_commit=False``, not subscribed. The projection has no ``source=``
-    and is given each ``ConsumerRecord``; what it raises ends this call, with nothing applied of that message.
+    there, a new one from its first message. ``consumer``: started, in a group, with ``enable_auto_commit=False`` and
+    ``auto_offset_reset="none"``, and not subscribed. The projection has no ``source=`` and is given each
+    ``ConsumerRecord``. What it raises ends this call, with nothing applied of that message; so does a database that
+    cannot be read when partitions are assigned, and aiokafka's ``OffsetOutOfRangeError``, where the topic no longer has
+    the next message.
+
+    Raises :class:`~idempotency.errors.ConfigurationError` for what cannot work.
     """
-    consumer.subscribe(list(topics), listener=_SeekToCheckpoints(consumer, projection))
-    async for message in consumer:
-        await projection.deliver(message, stream=f"{message.topic}/{message.partition}", position=message.offset)
+    _check_projecting(consumer)
+    seeking = _SeekToCheckpoints(consumer, projection)
+    consumer.subscribe(list(topics), listener=seeking)
+    with suppress(ConsumerStoppedError):
+        while True:
+            taken = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_PROJECTED_AT_ONCE)
+            if seeking.error is not None:
+                raise seeking.error
+            for partition, messages in taken.items():
+                for message in messages:
+                    stream = f"{partition.topic}/{partition.partition}"
+                    await projection.deliver(message, stream=stream, position=message.offset)
 
 
 class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -101,6 +116,7 @@ class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
     def __init__(self, consumer: AIOKafkaConsumer, projection: AsyncProjection) -> None:
         self._consumer = consumer
         self._projection = projection
+        self.error: Exception | None = None
 
     # It is awaited, though its base is annotated as a plain function.
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -111,14 +127,41 @@ class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, assigned: Collection[TopicPartition]
     ) -> None:
-        """Seek, before the first message of a partition is read."""
-        checkpoints = await self._projection.checkpoints()
+        """Let no message be read before its partition is at the checkpoint, and none at all where that fails."""
+        self._consumer.pause(*assigned)
         for each in assigned:
-            at = checkpoints.get(f"{each.topic}/{each.partition}")
-            if at is None:
-                await self._consumer.seek_to_beginning(each)
-            else:
-                self._consumer.seek(each, at.place + 1)
+            # Any position: aiokafka looks for none itself then. What it found would come into force after a later seek
+            # to the beginning, or be an error.
+            self._consumer.seek(each, 0)
+        try:
+            await self._seek(assigned)
+        except Exception as error:
+            # It is not raised here: aiokafka would log it, and read on from another position.
+            self.error = error
+        else:
+            self._consumer.resume(*assigned)
+
+    async def _seek(self, assigned: Collection[TopicPartition]) -> None:
+        checkpoints = await self._projection.checkpoints()
+        at = {each: checkpoints.get(f"{each.topic}/{each.partition}") for each in assigned}
+        new = [each for each, checkpoint in at.items() if checkpoint is None]
+        first = await self._consumer.beginning_offsets(new) if new else {}
+        for each, checkpoint in at.items():
+            self._consumer.seek(each, first[each] if checkpoint is None else checkpoint.place + 1)
+
+
+def _check_projecting(consumer: AIOKafkaConsumer) -> None:
+    # There is no public way to read these settings.
+    if consumer._group_id is None:
+        raise ConfigurationError("the consumer needs a group_id: its group shares the partitions of the topics")
+    if consumer._enable_auto_commit:
+        raise ConfigurationError("auto-commit must be off: how far a partition is, is in the database")
+    if consumer._auto_offset_reset != "none":
+        raise ConfigurationError(
+            "auto_offset_reset must be 'none': else a consumer goes on without a word where the topic no longer has the"
+            " next message, and the projection lacks what lies between"
+        )
+    _check_not_subscribed(consumer, "project()")
 
 
 def _check_clients(
@@ -128,11 +171,15 @@ def _check_clients(
     check_settings(topics, dead_letter, consumer._enable_auto_commit, consumer._auto_offset_reset)
     if consumer._group_id is None:
         raise ConfigurationError("the consumer needs a group_id: its offsets are stored under it")
-    if consumer.subscription():
-        raise ConfigurationError("the consumer is subscribed already: give its topics to consume() only")
+    _check_not_subscribed(consumer, "consume()")
     # There is no public way to read this setting either.
     if producer._sender._acks == 0:
         raise ConfigurationError("the producer has acks=0: a dead letter that is not stored would be lost")
+
+
+def _check_not_subscribed(consumer: AIOKafkaConsumer, call: str) -> None:
+    if consumer.subscription():
+        raise ConfigurationError(f"the consumer is subscribed already: give its topics to {call} only")
 
 
 class _Group(ConsumerRebalanceListener):  # type: ignore[misc]

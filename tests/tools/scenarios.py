@@ -15,7 +15,7 @@ from idempotency.stores.sql import SQLStore
 from idempotency.testing import crash_point
 from idempotency.tool import NOT_DONE, idempotent_tool
 
-POLICY = Policy(on_crash="hold", lease=0.5)
+POLICY = Policy(on_crash="hold", lease=1.0)
 
 
 class Provider:
