@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import contracts_events
+from contracts_start import expect, start
 from sqlalchemy import create_engine, text
 
 from tests.kit import servers
@@ -95,11 +96,10 @@ def wheel_of(commit: str, directory: Path) -> Path:
 def run_together(place: Place, packages: list[Path], arguments: dict[str, Any], ledger: Path) -> Result:
     """Run a process with each package at once, and count what they did."""
     given = {"url": place.url, "options": place.options, "ledger": str(ledger), **arguments}
-    children = [_start(package, given) for package in packages]
+    children = [start(CHILD, package, given) for package in packages]
     try:
         for child in children:
-            if child.stdout.readline() != "ready\n":
-                raise RuntimeError(f"a process did not start: {child.communicate()[1][-2000:]}")
+            expect(child, "ready")
         answers = [child.communicate("go\n", timeout=120) for child in children]
     finally:
         for child in children:
@@ -109,19 +109,6 @@ def run_together(place: Place, packages: list[Path], arguments: dict[str, Any], 
     if failed:
         raise RuntimeError(f"a process failed: {failed[0]}")
     return judged([json.loads(out) for out, _ in answers], ledger.read_text().splitlines())
-
-
-def _start(package: Path, given: dict[str, Any]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(CHILD), json.dumps(given)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=tempfile.gettempdir(),
-    )
 
 
 def judged(answers: list[dict[str, Any]], ledger: list[str]) -> Result:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from contracts_start import start
 
 from tests.kit import servers
 
@@ -31,16 +30,7 @@ class Child:
 
     def __init__(self, package: Path, side: str, given: dict[str, Any]) -> None:
         self.side, self.me = side, given["me"]
-        environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(CHILD), json.dumps({**given, "side": side})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=tempfile.gettempdir(),
-        )
+        self._process = start(CHILD, package, {**given, "side": side})
 
     def ask(self, *command: Any) -> None:
         """Give the process a command."""

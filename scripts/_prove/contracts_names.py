@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import contracts
+from contracts_start import expect, start
 from sqlalchemy import create_engine, text
 
 from idempotency.stores import open_store
@@ -51,16 +50,16 @@ def raise_version(place: contracts.Place, package: Path, count: int, ledger: Pat
         children = [_start(*side, given | {"pauses": place < 3}, stack) for place, side in enumerate(sides)]
         early, late = children[:3], children[3:]
         for child in children:
-            _expect(child, "ready")
+            expect(child, "ready")
         _go_on(early)
         for child in early:
-            _expect(child, "under load")
+            expect(child, "under load")
         since = time.monotonic()
         _upgrade(place)
         upgrade = time.monotonic() - since
         _go_on(late)
         for child in late:
-            _expect(child, "under load")
+            expect(child, "under load")
         _go_on(early)
         answers = [child.communicate(timeout=300) for child in children]
     failed = [error[-2000:] for child, (_, error) in zip(children, answers, strict=True) if child.returncode]
@@ -73,26 +72,10 @@ def raise_version(place: contracts.Place, package: Path, count: int, ledger: Pat
 
 
 def _start(package: Path, place: contracts.Place, given: dict[str, Any], stack: ExitStack) -> subprocess.Popen[str]:
-    arguments = {"url": place.url, "options": place.options, **given}
-    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
-    child = subprocess.Popen(
-        [sys.executable, str(CHILD), json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=tempfile.gettempdir(),
-    )
+    child = start(CHILD, package, {"url": place.url, "options": place.options, **given})
     stack.enter_context(child)
     stack.callback(child.kill)
     return child
-
-
-def _expect(child: subprocess.Popen[str], line: str) -> None:
-    assert child.stdout is not None
-    if child.stdout.readline() != f"{line}\n":
-        raise RuntimeError(f"a process did not say {line!r}: {child.communicate()[1][-2000:]}")
 
 
 def _go_on(children: Sequence[subprocess.Popen[str]]) -> None:
