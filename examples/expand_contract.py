@@ -15,6 +15,8 @@ import itertools
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +67,8 @@ class Shop:
         self.store = SQLStore(self.engine)
         self.release, self.next, self.share = WRITES_OLD, WRITES_OLD, 0
         self.requests = itertools.count()
+        self.under_way: Counter[Release] = Counter()
+        self.ended = asyncio.Event()
         self.answered: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()
         self.wanted, self.enough = 0, asyncio.Event()
@@ -78,32 +82,39 @@ class Shop:
         options: Any = {"store": self.store, "session": self.sessions, "policy": Policy(methods={"PUT"})}
         self.app = IdempotencyMiddleware(app, **options)
 
-    def chosen(self) -> Release:
-        """Return the release that gets this request: of each hundred, ``share`` go to the next one."""
-        return self.next if next(self.requests) * 37 % 100 < self.share else self.release
+    @contextmanager
+    def chosen(self) -> Iterator[Release]:
+        """Give a request its release: of each hundred, ``share`` go to the next one."""
+        release = self.next if next(self.requests) * 37 % 100 < self.share else self.release
+        self.under_way[release] += 1
+        try:
+            yield release
+        finally:
+            self.under_way[release] -= 1
+            self.ended.set()
 
     async def write(self, request: Request) -> JSONResponse:
         """Write the name of a customer, in the columns of the release."""
-        columns = self.chosen().writes
-        changes = ", ".join(f"{column} = :name" for column in columns)
-        statement = text(f"UPDATE customer SET {changes} WHERE id = :id")
         session: AsyncSession = request.state.idempotency.session
         values = {"id": request.path_params["id"], "name": (await request.json())["name"]}
-        await session.execute(statement, values)
+        with self.chosen() as release:
+            changes = ", ".join(f"{column} = :name" for column in release.writes)
+            await session.execute(text(f"UPDATE customer SET {changes} WHERE id = :id"), values)
         return JSONResponse(values)
 
     async def read(self, request: Request) -> JSONResponse:
         """Read the name of a customer, from the column of the release."""
-        release, number = self.chosen(), request.path_params["id"]
-        if release.compares:
-            name = await compare(
-                "full_name",
-                lambda: self.column(release.reads, number),
-                lambda: self.column(release.compares, number),
-                on_event=self.note,
-            )
-        else:
-            name = await self.column(release.reads, number)
+        number = request.path_params["id"]
+        with self.chosen() as release:
+            if release.compares:
+                name = await compare(
+                    "full_name",
+                    lambda: self.column(release.reads, number),
+                    lambda: self.column(release.compares, number),
+                    on_event=self.note,
+                )
+            else:
+                name = await self.column(release.reads, number)
         return JSONResponse({"id": number, "name": name})
 
     async def column(self, column: str, number: int) -> str:
@@ -127,7 +138,11 @@ class Shop:
             self.wanted = self.answered.total() + REQUESTS
             self.enough.clear()
             await self.enough.wait()
-        self.release, self.share = release, 0
+        earlier, self.release, self.share = self.release, release, 0
+        # The next change of the schema is for requests of this release alone.
+        while self.under_way[earlier]:
+            self.ended.clear()
+            await self.ended.wait()
         print(f"rolled out: {name}")
 
     async def fill(self) -> None:
