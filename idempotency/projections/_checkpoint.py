@@ -36,31 +36,28 @@ async def checkpoint(
     checkpoint is a duplicate. Raises :class:`~idempotency.errors.TransactionError` where there is no transaction, and
     :class:`~idempotency.errors.StoreError` where the transaction must begin again.
     """
-    name, place = Name(checked("consumer", consumer), 0, checked("stream", stream)), position_of(position)
-    return await as_async(session, "checkpoint").run_sync(Rows(tables_named(table)).move, name, place)
+    return await as_async(session, "checkpoint").run_sync(_move, consumer, stream, position, table)
 
 
 def checkpoint_sync(
     session: AnySync, consumer: str, stream: str, position: AnyPosition, *, table: str = DEFAULT_TABLE
 ) -> bool:
     """See :func:`checkpoint`."""
-    name, place = Name(checked("consumer", consumer), 0, checked("stream", stream)), position_of(position)
-    return Rows(tables_named(table)).move(as_sync(session, "checkpoint"), name, place)
+    return _move(as_sync(session, "checkpoint"), consumer, stream, position, table)
 
 
 async def checkpoints(
     session: AsyncSession | AsyncConnection, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """Return the checkpoints of a consumer, by stream. ``version``: that of a projection."""
-    own = as_async(session, "checkpoints")
-    return _by_stream(await own.run_sync(Rows(tables_named(table)).of_consumer, consumer, version))
+    return await as_async(session, "checkpoints").run_sync(Rows(tables_named(table)).of_consumer, consumer, version)
 
 
 def checkpoints_sync(
     session: AnySync, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """See :func:`checkpoints`."""
-    return _by_stream(Rows(tables_named(table)).of_consumer(as_sync(session, "checkpoints"), consumer, version))
+    return Rows(tables_named(table)).of_consumer(as_sync(session, "checkpoints"), consumer, version)
 
 
 async def create_projections_schema(engine: AsyncEngine, table: str = DEFAULT_TABLE) -> None:
@@ -91,5 +88,6 @@ def checked(what: str, name: str) -> str:
         raise ConfigurationError(str(error)) from error
 
 
-def _by_stream(marks: Any) -> Mapping[str, Position]:
-    return {mark.name.stream: mark.position for mark in marks}
+def _move(session: AnySync, consumer: str, stream: str, position: AnyPosition, table: str) -> bool:
+    name = Name(checked("consumer", consumer), 0, checked("stream", stream))
+    return Rows(tables_named(table)).move(session, name, position_of(position))

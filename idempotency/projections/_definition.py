@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from idempotency._hooks import Hooks
 from idempotency.errors import ConfigurationError
 from idempotency.projections._rows import AnySync, Name, Rows
-from idempotency.projections.events import ProjectionHook
+from idempotency.projections.events import ProjectionEvent
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
 
@@ -35,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
-    """The options of a projection. ``batch`` None: the function is given one event at a time."""
+    """The options of a projection. ``batch`` None: the function is given one event at a time, with ``keywords``."""
 
     function: Callable[..., Any]
     name: Name
@@ -44,8 +45,8 @@ class Definition:
     batch: int | None
     attempts: int
     rows: Rows
-    on_event: ProjectionHook
-    passes_version: bool
+    hooks: Hooks[ProjectionEvent]
+    keywords: Mapping[str, int]
 
     def feed(self) -> Source:
         """Return the source; ConfigurationError where there is none, since another one feeds the projection."""

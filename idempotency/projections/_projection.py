@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from idempotency._hooks import check_callable
+from idempotency._hooks import Hooks
 from idempotency._signature import is_async, name_of, takes_session
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
@@ -82,7 +82,7 @@ def projection(
     for option, value in (("version", version), ("attempts", attempts), ("batch", 1 if batch is None else batch)):
         if type(value) is not int or not 1 <= value <= 2**31 - 1:
             raise ConfigurationError(f"{option} must be a number from 1 on, not {value!r}")
-    check_callable("on_event", on_event)
+    hooks = Hooks(on_event, None)
     asynchronous = isinstance(session, async_sessionmaker)
     check_sessionmaker(session, async_sessionmaker if asynchronous else sessionmaker)
     own = Name(checked("the name of a projection", name), version)
@@ -101,8 +101,8 @@ def projection(
             batch=batch,
             attempts=attempts,
             rows=Rows(tables_named(table)),
-            on_event=on_event,
-            passes_version="version" in inspect.signature(function).parameters,
+            hooks=hooks,
+            keywords={"version": version} if "version" in inspect.signature(function).parameters else {},
         )
         return AsyncProjection(definition) if asynchronous else SyncProjection(definition)
 
