@@ -13,8 +13,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from idempotency._sql.sessions import as_async
 from idempotency.errors import ConfigurationError
-from idempotency.projections._checkpoint import AnyPosition
 from idempotency.projections._definition import Definition
+from idempotency.projections._rows import AnyPosition
 from idempotency.projections._waiting import LoopWaiting, Waiting
 from idempotency.projections._worker import SyncProjection
 from idempotency.streams._position import Appended, Position

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from idempotency._outbox.payload import name_of
 from idempotency._sql.sessions import as_async, as_sync
-from idempotency.errors import ConfigurationError, EmitRefusedError
-from idempotency.projections._rows import AnySync, Name, Rows
-from idempotency.projections._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
+from idempotency.projections._rows import AnyPosition, AnySync, Name, Rows
+from idempotency.projections._table import DEFAULT_TABLE, tables_named
 from idempotency.streams._position import Position
-
-AnyPosition = int | tuple[int, int]
-"""An offset of Kafka, a :class:`~idempotency.streams.Position`, or two numbers such as commit LSN and index."""
-
-_LARGEST = 2**63 - 1
 
 
 async def checkpoint(
@@ -36,14 +28,15 @@ async def checkpoint(
     checkpoint is a duplicate. Raises :class:`~idempotency.errors.TransactionError` where there is no transaction, and
     :class:`~idempotency.errors.StoreError` where the transaction must begin again.
     """
-    return await as_async(session, "checkpoint").run_sync(_move, consumer, stream, position, table)
+    name = Name(consumer, stream=stream)
+    return await as_async(session, "checkpoint").run_sync(Rows(tables_named(table)).move, name, position)
 
 
 def checkpoint_sync(
     session: AnySync, consumer: str, stream: str, position: AnyPosition, *, table: str = DEFAULT_TABLE
 ) -> bool:
     """See :func:`checkpoint`."""
-    return _move(as_sync(session, "checkpoint"), consumer, stream, position, table)
+    return Rows(tables_named(table)).move(as_sync(session, "checkpoint"), Name(consumer, stream=stream), position)
 
 
 async def checkpoints(
@@ -70,24 +63,3 @@ def create_projections_schema_sync(engine: Engine, table: str = DEFAULT_TABLE) -
     """See :func:`create_projections_schema`."""
     with engine.begin() as connection:
         tables_named(table).create(connection)
-
-
-def position_of(position: AnyPosition) -> Position:
-    """Return what was given as a position; ConfigurationError for anything else."""
-    parts: tuple[Any, ...] = position if isinstance(position, tuple) else (position, 0)
-    if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
-        raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
-    return Position(*parts)
-
-
-def checked(what: str, name: str) -> str:
-    """Return a name if it can be stored; ConfigurationError if not."""
-    try:
-        return name_of(what, name, MOST_CHARACTERS)
-    except EmitRefusedError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _move(session: AnySync, consumer: str, stream: str, position: AnyPosition, table: str) -> bool:
-    name = Name(checked("consumer", consumer), 0, checked("stream", stream))
-    return Rows(tables_named(table)).move(session, name, position_of(position))

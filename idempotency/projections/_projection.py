@@ -14,9 +14,8 @@ from idempotency._signature import is_async, name_of, takes_session
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
-from idempotency.projections._checkpoint import checked
 from idempotency.projections._definition import Definition, Source
-from idempotency.projections._rows import Name, Rows
+from idempotency.projections._rows import Name, Rows, checked
 from idempotency.projections._table import DEFAULT_TABLE, tables_named
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event

@@ -12,16 +12,21 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
+from idempotency._outbox.payload import name_of
 from idempotency._sql.clock import NOW_MS
 from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, waited_for_lock
 from idempotency._sql.sessions import connection_of, is_autocommit
 from idempotency._sql.tables import MYSQL
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
-from idempotency.projections._table import Tables
+from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError, TransactionError
+from idempotency.projections._table import MOST_CHARACTERS, Tables
 from idempotency.projections.errors import ProjectionBehindError
 from idempotency.streams._position import Position
 
 AnySync = Session | Connection
+AnyPosition = int | tuple[int, int]
+"""An offset of Kafka, a :class:`~idempotency.streams.Position`, or two numbers such as commit LSN and index."""
+
+_LARGEST = 2**63 - 1
 
 RUNNING, STOPPED, DROPPED = "running", "stopped", "dropped"
 
@@ -50,7 +55,7 @@ class Name(NamedTuple):
     stream: str = ""
 
     def __str__(self) -> str:
-        return f"version {self.version} of the projection {self.consumer!r}"
+        return f"{self.consumer} version {self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Rows:
 
     def add(self, session: AnySync, name: Name) -> None:
         """Add the row of a projection that has begun with nothing; the first version of a projection is live."""
-        _check_name(_connection(session), name)
+        _check_name(session, "the name of a projection", name.consumer)
         # To look first is no lock; the worker of this row has one.
         if self.find(session, name) is None:
             self._add(session, self.tables.checkpoints, {**name._asdict(), **_at(session, Position())})
@@ -118,12 +123,13 @@ class Rows:
         marks = self.list(session, row.consumer == consumer, row.version == version)
         return {mark.name.stream: mark.position for mark in marks}
 
-    def move(self, session: AnySync, name: Name, position: Position) -> bool:
+    def move(self, session: AnySync, name: Name, to: AnyPosition) -> bool:
         """Move a checkpoint to a position after it, and add it where it is missing; False if it is there already."""
-        connection = _connection(session)
+        connection, position = _connection(session), position_of(to)
+        _check_name(session, "consumer", name.consumer)
+        _check_name(session, "stream", name.stream)
         if is_autocommit(connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
-        _check_name(connection, name)
         # MariaDB: of a row that is missing, an UPDATE would lock what is beside it, and of two one would fail.
         if connection.dialect.name not in MYSQL and self.advance(session, name, position):
             return True
@@ -200,7 +206,7 @@ class Rows:
         if self.live(session, name.consumer, lock=True) == name.version:
             raise ConfigurationError(f"{name} is the live version: switch to another one first")
         if self.lock(session, name, wait=True) is None:
-            raise ConfigurationError(f"there is no {name}")
+            raise ConfigurationError(f"there is no version {name.version} of {name.consumer}")
         # The row remains: without it, a worker of that version would begin anew, in tables that are full.
         self._change(session, name, state=DROPPED)
         row = self.tables.skipped.c
@@ -268,11 +274,26 @@ def _at(session: AnySync, position: Position) -> dict[str, Any]:
     return {**position._asdict(), **begun}
 
 
-def _check_name(connection: Connection, name: Name) -> None:
-    """MariaDB: refuse a name that it takes for another one."""
-    for each in (name.consumer, name.stream):
-        if connection.dialect.name in MYSQL and each.endswith(" "):
-            raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {each!r}")
+def position_of(position: AnyPosition) -> Position:
+    """Return what was given as a position; ConfigurationError for anything else."""
+    parts: tuple[Any, ...] = position if isinstance(position, tuple) else (position, 0)
+    if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
+        raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
+    return Position(*parts)
+
+
+def checked(what: str, name: str) -> str:
+    """Return a name if it can be stored; ConfigurationError if not."""
+    try:
+        return name_of(what, name, MOST_CHARACTERS)
+    except EmitRefusedError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _check_name(session: AnySync, what: str, name: str) -> None:
+    """Check a name; refuse one that MariaDB takes for another one."""
+    if checked(what, name).endswith(" ") and _connection(session).dialect.name in MYSQL:
+        raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {name!r}")
 
 
 def _now(session: AnySync) -> Any:

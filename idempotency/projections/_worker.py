@@ -16,9 +16,17 @@ from idempotency._sql.commit_guard import SESSION_ENDED, commit, guard_commit, u
 from idempotency._sql.session_failures import failure_of, own_failure
 from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
-from idempotency.projections._checkpoint import AnyPosition, checked, position_of
 from idempotency.projections._definition import Definition
-from idempotency.projections._rows import DROPPED, RUNNING, STOPPED, AnySync, BusyError, Mark
+from idempotency.projections._rows import (
+    DROPPED,
+    RUNNING,
+    STOPPED,
+    AnyPosition,
+    AnySync,
+    BusyError,
+    Mark,
+    position_of,
+)
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent
@@ -74,7 +82,7 @@ class SyncProjection:
         return self._name.version
 
     def __repr__(self) -> str:
-        return f"<projection {self.name} version {self.version}>"
+        return f"<projection {self._name}>"
 
     def stop(self) -> None:
         """See :meth:`AsyncProjection.stop`."""
@@ -124,18 +132,16 @@ class SyncProjection:
 
     def apply(self, event: Any, session: Session, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.apply`."""
-        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
-        if not self._rows.move(as_sync(session, "apply"), name, place):
+        if not self._rows.move(as_sync(session, "apply"), self._name._replace(stream=stream), position):
             return False
         self._apply([event], session)
         return True
 
     def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.deliver`."""
-        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
         try:
             with self._transaction() as session:
-                if not self._rows.move(session, name, place):
+                if not self._rows.move(session, self._name._replace(stream=stream), position):
                     return False
                 self._call([event], session)
                 return True
@@ -187,15 +193,15 @@ class SyncProjection:
     def switch(self, *, most: int = 1000) -> None:
         """See :meth:`AsyncProjection.switch`."""
         self._prepare()
-        applied = 0
+        feed, applied = self._definition.feed(), 0
 
         def apply_all(mark: Mark) -> Position:
             nonlocal applied
             at = mark.position
-            while page := self._page(session, at, self._most):
+            while page := feed.page_of_all(session, at, self._most):
                 applied += len(page)
                 if applied > most:
-                    raise ProjectionBehindError(f"{self._shown} is more than {most} events behind")
+                    raise ProjectionBehindError(f"{self._name} is more than {most} events behind")
                 at = self._apply_page(page, session)[0]
             return at
 
@@ -203,7 +209,7 @@ class SyncProjection:
             with self._transaction() as session:
                 at = self._rows.switch(session, self._name, apply_all)
         except FunctionFailedError as error:
-            raise ProjectionBehindError(f"{self._shown} fails at an event: let it catch up") from error.__cause__
+            raise ProjectionBehindError(f"{self._name} fails at an event: let it catch up") from error.__cause__
         self._emit("switched", position=str(at), events=applied)
 
     def drop(self, version: int) -> None:
@@ -222,10 +228,6 @@ class SyncProjection:
             self._rows.resume(session, self._name)
 
     @property
-    def _shown(self) -> str:
-        return f"{self.name} version {self.version}"
-
-    @property
     def _most(self) -> int:
         return 1 if self._one_by_one else self._definition.batch or self._page_size
 
@@ -237,7 +239,7 @@ class SyncProjection:
         try:
             with self._transaction() as session:
                 mark = self._lock(session)
-                page = self._page(session, mark.position, most)
+                page = self._definition.feed().page_of_all(session, mark.position, most)
                 if page:
                     position, at = self._apply_page(page, session)
         except BusyError:
@@ -281,9 +283,6 @@ class SyncProjection:
         if mark.state != RUNNING:
             raise self._stopped(mark)
         return mark
-
-    def _page(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
-        return self._definition.feed().page_of_all(session, after, most)
 
     def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> tuple[Position, float]:
         """Apply events and move the checkpoint behind them; return where it is, and the time of the last event."""
@@ -336,7 +335,7 @@ class SyncProjection:
     def _stopped(self, mark: Mark) -> ProjectionStoppedError:
         dropped = mark.state == DROPPED
         why = "for ever: it was dropped" if dropped else f"at {mark.failed}: {mark.error}"
-        error = ProjectionStoppedError(f"{self._shown} has stopped {why}")
+        error = ProjectionStoppedError(f"{self._name} has stopped {why}")
         error.position, error.error, error.attempts = mark.failed or "", mark.error, mark.attempts
         error.dropped = dropped
         return error
