@@ -14,11 +14,12 @@ from idempotency._signature import is_async, name_of, takes_session
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
-from idempotency.projections._definition import Definition, Source
+from idempotency.projections._definition import Definition
 from idempotency.projections._rows import Name, Rows, checked
 from idempotency.projections._table import DEFAULT_TABLE, tables_named
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
+from idempotency.streams import Streams
 
 Function = Callable[..., Awaitable[None]]
 SyncFunction = Callable[..., None]
@@ -28,7 +29,7 @@ class Options(TypedDict, total=False):
     """The options of a projection; :func:`projection` says what they mean."""
 
     version: int
-    source: Source | None
+    source: Streams | None
     batch: int | None
     attempts: int
     table: str
@@ -58,7 +59,7 @@ def projection(
     *,
     session: Any,
     version: int = 1,
-    source: Source | None = None,
+    source: Streams | None = None,
     batch: int | None = None,
     attempts: int = 3,
     table: str = DEFAULT_TABLE,
