@@ -226,7 +226,7 @@ class Rows:
     def _locked(self, session: AnySync, query: Any, how: Mapping[str, bool] | None = None) -> Any:
         if _connection(session).dialect.name == "sqlite":
             # It has no locks of rows. A statement that may write has that of the database, though it changes nothing.
-            self._execute(session, update(self.tables.live).where(false()).values(version=0))
+            self._execute(session, update(self.tables.checkpoints).where(false()).values(attempts=0))
         return self._execute(session, query.with_for_update(**how or {})).first()
 
     def _add(self, session: AnySync, table: Any, values: Mapping[str, Any]) -> None:
