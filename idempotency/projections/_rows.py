@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.payload import name_of
 from idempotency._sql.clock import NOW_MS
+from idempotency._sql.commit_guard import SESSION_ENDED
 from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, waited_for_lock
 from idempotency._sql.sessions import connection_of, is_autocommit
 from idempotency._sql.tables import MYSQL
@@ -151,9 +152,9 @@ class Rows:
         if (now.position, now.state) != (mark.position, RUNNING):
             return now
         state = RUNNING if now.attempts + 1 < most else STOPPED
-        noted = replace(now, state=state, attempts=now.attempts + 1, error=error[:255], failed=failed)
-        self._change(session, mark.name, state=state, attempts=noted.attempts, error=noted.error, failed=failed)
-        return noted
+        noted: dict[str, Any] = {"state": state, "attempts": now.attempts + 1, "error": error[:255], "failed": failed}
+        self._change(session, mark.name, **noted)
+        return replace(now, **noted)
 
     def resume(self, session: AnySync, name: Name) -> None:
         """Let a projection that has stopped try its event again."""
@@ -216,6 +217,15 @@ class Rows:
     def now(self, session: AnySync) -> float:
         """Return the time of the database in seconds since the epoch."""
         return float(self._execute(session, select(_now(session))).scalar_one()) / 1000
+
+    def check(self, session: AnySync, name: Name, to: AnyPosition) -> None:
+        """Raise where the transaction that moved a checkpoint has ended or failed, by an error that was caught since.
+
+        PostgreSQL would commit such a transaction without an error, and nothing of it; MariaDB what came after.
+        """
+        mark = self.find(session, name)
+        if mark is None or mark.position != position_of(to):
+            raise TransactionError(SESSION_ENDED)
 
     def _stopped(self, session: AnySync, name: Name) -> Mark:
         mark = self.lock(session, name, wait=True)

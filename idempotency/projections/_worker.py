@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import woken
 from idempotency._sql.commit_guard import SESSION_ENDED, commit, guard_commit, unguard_commit, was_closed
+from idempotency._sql.guarded_connection import FAILURE
 from idempotency._sql.session_failures import failure_of, own_failure
 from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
@@ -132,18 +133,23 @@ class SyncProjection:
 
     def apply(self, event: Any, session: Session, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.apply`."""
-        if not self._rows.move(as_sync(session, "apply"), self._name._replace(stream=stream), position):
+        own, name = as_sync(session, "apply"), self._name._replace(stream=stream)
+        if not self._rows.move(own, name, position):
             return False
         self._apply([event], session)
+        self._rows.check(own, name, position)
         return True
 
     def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.deliver`."""
+        name = self._name._replace(stream=stream)
         try:
             with self._transaction() as session:
-                if not self._rows.move(session, self._name._replace(stream=stream), position):
+                if not self._rows.move(session, name, position):
                     return False
                 self._call([event], session)
+                if FAILURE in session.info:
+                    self._rows.check(session, name, position)
                 return True
         except FunctionFailedError as error:
             raise error.__cause__ or error from None
