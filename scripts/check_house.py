@@ -40,7 +40,6 @@ PROBES = {
     "cli.py": "an exception of click has its own text",
     "_outbox/*": "inspects errors of drivers",
     "outbox/*": "imports by name, and inspects clients of brokers",
-    "projections/__init__.py": "imports by name",
     "saga/_undo.py": "inspects functions, and finds them in modules",
     "streams/__init__.py": "imports by name",
     "stores/base.py": "asks which verbs a store has: the only place that does",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -18,7 +19,11 @@ from idempotency.errors import ConfigurationError, IdempotencyError
 from idempotency.streams._position import Position
 
 if TYPE_CHECKING:
-    from idempotency.projections._operate import ProjectionOperations, ProjectionView
+    from sqlalchemy.orm import Session
+
+    from idempotency.projections import _rows
+    from idempotency.projections._operate import ProjectionView
+    from idempotency.projections._rows import Rows
 
 T = TypeVar("T")
 
@@ -44,7 +49,13 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List every checkpoint: its state, where it is, why it has stopped, and what happens next by itself."""
-    found = _run(store, table, lambda operations: operations.projections(), streams=streams)
+
+    def work(session: Session, rows: Rows) -> list[ProjectionView]:
+        from idempotency.projections._operate import views
+
+        return views(session, rows, streams)
+
+    found = _run(store, table, work)
     if as_json:
         show.print_json([asdict(each) for each in found])
     elif not found:
@@ -66,24 +77,25 @@ def skip(
     """Go on after the event at which a projection has stopped: that event is not applied."""
     _confirm(f"Skip the event at {position}, so that {name} version {version} never applies it?", yes)
 
-    async def work(operations: ProjectionOperations) -> None:
-        await operations.skip(name, version, Position.parse(position), reason)
-
-    _run(store, table, work)
+    _run(
+        store,
+        table,
+        lambda session, rows: rows.skip(session, _named(name, version), Position.parse(position), reason),
+    )
     typer.echo(f"{show.printable(name)} version {version} goes on after {position}")
 
 
 @projection.command()
 def resume(name: Name, version: Version, store: Url = None, table: CheckpointTable = DEFAULT_TABLE) -> None:
     """Let a projection try the event again at which it has stopped."""
-    _run(store, table, lambda operations: operations.resume(name, version))
+    _run(store, table, lambda session, rows: rows.resume(session, _named(name, version)))
     typer.echo(f"{show.printable(name)} version {version} tries the event again")
 
 
 @projection.command()
 def switch(name: Name, version: Version, store: Url = None, table: CheckpointTable = DEFAULT_TABLE) -> None:
     """Make a version the live one; refused while it is behind the one that is live."""
-    _run(store, table, lambda operations: operations.switch(name, version))
+    _run(store, table, lambda session, rows: rows.switch(session, _named(name, version), attrgetter("position")))
     typer.echo(f"{show.printable(name)} version {version} is live")
 
 
@@ -93,7 +105,7 @@ def drop(
 ) -> None:
     """End a version that is not live, for ever: its workers stop. Then drop the tables of your own that it had."""
     _confirm(f"End version {version} of {name} for ever?", yes)
-    _run(store, table, lambda operations: operations.drop(name, version))
+    _run(store, table, lambda session, rows: rows.drop(session, _named(name, version)))
     typer.echo(f"{show.printable(name)} version {version} has ended")
 
 
@@ -119,44 +131,31 @@ def sql(
 @schema.command()
 def create(store: Url = None, table: CheckpointTable = DEFAULT_TABLE) -> None:
     """Create the tables where they are missing."""
-    _run(store, table, lambda operations: operations.create_schema(), create=True)
+    _run(store, table, lambda session, rows: rows.tables.create(session.connection()), create=True)
     typer.echo(f"tables {table}, {table}_live and {table}_skipped are there")
 
 
-def _run(
-    url: str | None,
-    table: str,
-    work: Callable[[ProjectionOperations], Awaitable[T]],
-    *,
-    streams: str | None = None,
-    create: bool = False,
-) -> T:
-    """Open the database, await ``work``, and close it. Every error ends the command with one line."""
-
-    async def with_operations() -> T:
-        operations = _open(url, table, streams, create)
-        try:
-            return await work(operations)
-        finally:
-            await operations.aclose()
-
+def _run(url: str | None, table: str, work: Callable[[Session, Rows], T], *, create: bool = False) -> T:
+    """Do ``work`` in one transaction of the database. Every error ends the command with one line."""
     try:
-        return asyncio.run(with_operations())
+        if not url or not is_sql(url):
+            raise ConfigurationError("name the SQL database: --store URL, or IDEMPOTENCY_STORE in the environment")
+        try:
+            from idempotency.projections._operate import operate
+            from idempotency.projections._rows import PROJECTIONS
+        except ImportError as error:
+            raise sqlalchemy_not_installed(url.partition("://")[0]) from error
+        if url.startswith("sqlite") and not create:
+            check_sqlite(url, table, PROJECTIONS.command)
+        return asyncio.run(operate(url, table, work))
     except IdempotencyError as error:
         fail(str(error))
 
 
-def _open(url: str | None, table: str, streams: str | None, create: bool) -> ProjectionOperations:
-    if not url or not is_sql(url):
-        raise ConfigurationError("name the SQL database: --store URL, or IDEMPOTENCY_STORE in the environment")
-    try:
-        from idempotency.projections._operate import ProjectionOperations
-        from idempotency.projections._rows import PROJECTIONS
-    except ImportError as error:
-        raise sqlalchemy_not_installed(url.partition("://")[0]) from error
-    if url.startswith("sqlite") and not create:
-        check_sqlite(url, table, PROJECTIONS.command)
-    return ProjectionOperations(url, table, streams)
+def _named(name: str, version: int) -> _rows.Name:
+    from idempotency.projections import _rows
+
+    return _rows.Name(name, version)
 
 
 def _confirm(question: str, yes: bool) -> None:

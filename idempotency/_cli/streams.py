@@ -11,7 +11,7 @@ import typer
 from idempotency._cli.open_outbox import is_sql
 from idempotency.errors import ConfigurationError, StoreError
 from idempotency.stores.base import Finding
-from idempotency.streams import Position, Streams
+from idempotency.streams import Position
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -33,6 +33,8 @@ CheckpointsTable = Annotated[
 async def create_streams(url: str | None, table: str) -> str:
     """Create the tables of streams where they are missing; return their names."""
     async with _engine(url) as engine:
+        from idempotency.streams import Streams
+
         await Streams([], table).create_schema(engine)
     return f"{table}, {table}_snapshot, {table}_place"
 
@@ -50,8 +52,10 @@ async def examine_streams(url: str | None, table: str | None) -> list[Finding]:
     """Name what delays those who read all events of streams; nothing without a table."""
     if table is None:
         return []
-    streams = Streams([], table)
     async with _engine(url) as engine, engine.connect() as connection:
+        from idempotency.streams import Streams
+
+        streams = Streams([], table)
         try:
             await connection.run_sync(streams.page_of_all, _END, 1)
         except StoreError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_session
@@ -12,8 +13,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from idempotency._sql.sessions import as_async
 from idempotency.errors import ConfigurationError
-from idempotency.projections._checkpoint import AnyPosition
 from idempotency.projections._definition import Definition
+from idempotency.projections._rows import AnyPosition
 from idempotency.projections._waiting import LoopWaiting, Waiting
 from idempotency.projections._worker import SyncProjection
 from idempotency.streams._position import Appended, Position
@@ -40,7 +41,7 @@ class AsyncProjection:
         return repr(self._worker)
 
     def stop(self) -> None:
-        """Let :meth:`run` return after the batch that is under way; any thread may call it."""
+        """Let :meth:`run` return after the batch that is under way, or at its begin; any thread may call it."""
         self._worker.stop()
 
     async def run(self) -> None:
@@ -139,14 +140,13 @@ class _Awaiting(SyncProjection):
             # Not close(): a second cancellation would interrupt it.
             await_only(opened.__aexit__(None, None, None))
 
-    def _call_function(self, given: Sequence[Any], session: Session, keywords: dict[str, int]) -> None:
-        await_only(self._await_function(given, async_session(session), keywords))
+    def _call_function(self, given: Sequence[Any], session: Session) -> None:
+        await_only(self._await_function(given, async_session(session)))
 
-    async def _await_function(
-        self, given: Sequence[Any], session: AsyncSession | None, keywords: dict[str, int]
-    ) -> None:
+    async def _await_function(self, given: Sequence[Any], session: AsyncSession | None) -> None:
+        call = partial(self._definition.function, session=session, **self._definition.keywords)
         for each in given:
-            await self._definition.function(each, session=session, **keywords)
+            await call(each)
 
     def _waiting(self) -> Waiting:
         return LoopWaiting()

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-from idempotency._outbox.payload import name_of
 from idempotency._sql.sessions import as_async, as_sync
-from idempotency.errors import ConfigurationError, EmitRefusedError
-from idempotency.projections._rows import AnySync, Name, Rows
-from idempotency.projections._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
+from idempotency.projections._rows import AnyPosition, AnySync, Name, Rows
+from idempotency.projections._table import DEFAULT_TABLE, tables_named
 from idempotency.streams._position import Position
-
-AnyPosition = int | tuple[int, int]
-"""An offset of Kafka, a :class:`~idempotency.streams.Position`, or two numbers such as commit LSN and index."""
-
-_LARGEST = 2**63 - 1
 
 
 async def checkpoint(
@@ -36,31 +28,29 @@ async def checkpoint(
     checkpoint is a duplicate. Raises :class:`~idempotency.errors.TransactionError` where there is no transaction, and
     :class:`~idempotency.errors.StoreError` where the transaction must begin again.
     """
-    name, place = Name(checked("consumer", consumer), 0, checked("stream", stream)), position_of(position)
-    return await as_async(session, "checkpoint").run_sync(Rows(tables_named(table)).move, name, place)
+    name = Name(consumer, stream=stream)
+    return await as_async(session, "checkpoint").run_sync(Rows(tables_named(table)).move, name, position)
 
 
 def checkpoint_sync(
     session: AnySync, consumer: str, stream: str, position: AnyPosition, *, table: str = DEFAULT_TABLE
 ) -> bool:
     """See :func:`checkpoint`."""
-    name, place = Name(checked("consumer", consumer), 0, checked("stream", stream)), position_of(position)
-    return Rows(tables_named(table)).move(as_sync(session, "checkpoint"), name, place)
+    return Rows(tables_named(table)).move(as_sync(session, "checkpoint"), Name(consumer, stream=stream), position)
 
 
 async def checkpoints(
     session: AsyncSession | AsyncConnection, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """Return the checkpoints of a consumer, by stream. ``version``: that of a projection."""
-    own = as_async(session, "checkpoints")
-    return _by_stream(await own.run_sync(Rows(tables_named(table)).of_consumer, consumer, version))
+    return await as_async(session, "checkpoints").run_sync(Rows(tables_named(table)).of_consumer, consumer, version)
 
 
 def checkpoints_sync(
     session: AnySync, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """See :func:`checkpoints`."""
-    return _by_stream(Rows(tables_named(table)).of_consumer(as_sync(session, "checkpoints"), consumer, version))
+    return Rows(tables_named(table)).of_consumer(as_sync(session, "checkpoints"), consumer, version)
 
 
 async def create_projections_schema(engine: AsyncEngine, table: str = DEFAULT_TABLE) -> None:
@@ -73,23 +63,3 @@ def create_projections_schema_sync(engine: Engine, table: str = DEFAULT_TABLE) -
     """See :func:`create_projections_schema`."""
     with engine.begin() as connection:
         tables_named(table).create(connection)
-
-
-def position_of(position: AnyPosition) -> Position:
-    """Return what was given as a position; ConfigurationError for anything else."""
-    parts: tuple[Any, ...] = position if isinstance(position, tuple) else (position, 0)
-    if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
-        raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
-    return Position(*parts)
-
-
-def checked(what: str, name: str) -> str:
-    """Return a name if it can be stored; ConfigurationError if not."""
-    try:
-        return name_of(what, name, MOST_CHARACTERS)
-    except EmitRefusedError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _by_stream(marks: Any) -> Mapping[str, Position]:
-    return {mark.name.stream: mark.position for mark in marks}

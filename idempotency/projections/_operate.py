@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from idempotency._sql.engines import open_async, read_url
-from idempotency.projections._rows import RUNNING, STOPPED, Mark, Name, Rows
-from idempotency.projections._table import DEFAULT_TABLE, tables_named
+from idempotency._sql.failures import describe_failure
+from idempotency.errors import IdempotencyError
+from idempotency.projections._rows import PROJECTIONS, RUNNING, STOPPED, Mark, Rows
+from idempotency.projections._table import tables_named
 from idempotency.streams import Delay, Position, Streams
+
+T = TypeVar("T")
 
 DELAYED = 1.0
 """For how many seconds a transaction is open before it is named as what delays projections."""
@@ -43,78 +48,53 @@ class ProjectionView:
     next: str
 
 
-class ProjectionOperations:
-    """The checkpoints of one database. ``streams``: the name of the table of events, by which the lag is read."""
+async def operate(url: str, table: str, work: Callable[[Session, Rows], T]) -> T:
+    """Do something with the checkpoints of a database, in one transaction. Every failure of it is a StoreError."""
+    engine = open_async(read_url(url), _TIMEOUT)
+    try:
+        async with AsyncSession(engine) as session, session.begin():
+            return await session.run_sync(work, Rows(tables_named(table)))
+    except IdempotencyError:
+        raise
+    except Exception as error:  # a driver that cannot connect may raise anything
+        raise describe_failure(error, engine.url, table, PROJECTIONS) from error
+    finally:
+        await engine.dispose()
 
-    def __init__(self, url: str, table: str = DEFAULT_TABLE, streams: str | None = None) -> None:
-        self._engine = open_async(read_url(url), _TIMEOUT)
-        self._sessions = async_sessionmaker(self._engine)
-        self._tables = tables_named(table)
-        self._rows = Rows(self._tables)
-        self._streams = None if streams is None else Streams([], streams)
 
-    async def create_schema(self) -> None:
-        """Create the tables where they are missing."""
-        async with self._engine.begin() as connection:
-            await connection.run_sync(self._tables.create)
+def views(session: Session, rows: Rows, table: str | None) -> list[ProjectionView]:
+    """Return every checkpoint. ``table``: of events, by which the lag is read; None: it is not."""
+    if table is None:
+        return [_view(session, rows, mark) for mark in rows.list(session)]
+    streams = Streams([], table)
+    # MariaDB: first the events that are committed get their places, then the snapshot of this session begins.
+    streams.peek(session, Position())
+    delay = streams.delayed_by_sync(session)
+    named = delay if delay and (delay.seconds is None or delay.seconds >= DELAYED) else None
+    return [_view(session, rows, mark, streams, named) for mark in rows.list(session)]
 
-    async def projections(self) -> list[ProjectionView]:
-        """Return every checkpoint."""
-        async with self._sessions() as session:
-            return await session.run_sync(self._views)
 
-    async def skip(self, name: str, version: int, position: Position, reason: str) -> None:
-        """Go on after the event at which a version has stopped."""
-        await self._change(self._rows.skip, Name(name, version), position, reason)
-
-    async def resume(self, name: str, version: int) -> None:
-        """Let a version try the event again at which it has stopped."""
-        await self._change(self._rows.resume, Name(name, version))
-
-    async def switch(self, name: str, version: int) -> None:
-        """Make a version the live one that is not behind it."""
-        await self._change(self._rows.switch, Name(name, version))
-
-    async def drop(self, name: str, version: int) -> None:
-        """End a version that is not the live one."""
-        await self._change(self._rows.drop, Name(name, version))
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._engine.dispose()
-
-    async def _change(self, work: Callable[..., None], *args: Any) -> None:
-        async with self._sessions() as session, session.begin():
-            await session.run_sync(work, *args)
-
-    def _views(self, session: Any) -> list[ProjectionView]:
-        if self._streams is None:
-            return [self._view(session, mark, None) for mark in self._rows.list(session)]
-        # MariaDB: first the events that are committed get their places, then the snapshot of this session begins.
-        self._streams.peek(session, Position())
-        delay = self._streams.delayed_by_sync(session)
-        named = delay if delay and (delay.seconds is None or delay.seconds >= DELAYED) else None
-        return [self._view(session, mark, named) for mark in self._rows.list(session)]
-
-    def _view(self, session: Any, mark: Mark, delay: Delay | None) -> ProjectionView:
-        name, lag = mark.name, None
-        if self._streams is not None and name.version and not name.stream:
-            found = self._streams.peek(session, mark.position)
-            lag = 0.0 if found is None else max(0.0, mark.now_ms / 1000 - found[1])
-        return ProjectionView(
-            name=name.consumer,
-            version=name.version,
-            live=bool(name.version) and self._rows.live(session, name.consumer) == name.version,
-            stream=name.stream,
-            state=mark.state,
-            position=str(mark.position),
-            moved=(mark.now_ms - mark.moved_ms) / 1000,
-            lag=lag,
-            failed=mark.failed,
-            error=mark.error,
-            attempts=mark.attempts,
-            next=_next(mark) + (f"; {delay}" if delay and lag is not None and mark.state == RUNNING else ""),
-        )
+def _view(
+    session: Session, rows: Rows, mark: Mark, streams: Streams | None = None, delay: Delay | None = None
+) -> ProjectionView:
+    name, lag = mark.name, None
+    if streams is not None and name.version and not name.stream:
+        found = streams.peek(session, mark.position)
+        lag = 0.0 if found is None else max(0.0, mark.now_ms / 1000 - found[1])
+    return ProjectionView(
+        name=name.consumer,
+        version=name.version,
+        live=bool(name.version) and rows.live(session, name.consumer) == name.version,
+        stream=name.stream,
+        state=mark.state,
+        position=str(mark.position),
+        moved=(mark.now_ms - mark.moved_ms) / 1000,
+        lag=lag,
+        failed=mark.failed,
+        error=mark.error,
+        attempts=mark.attempts,
+        next=_next(mark) + (f"; {delay}" if delay and lag is not None and mark.state == RUNNING else ""),
+    )
 
 
 def _next(mark: Mark) -> str:

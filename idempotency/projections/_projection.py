@@ -9,17 +9,17 @@ from typing import Any, TypedDict, Unpack, overload
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from idempotency._hooks import check_callable
+from idempotency._hooks import Hooks
 from idempotency._signature import is_async, name_of, takes_session
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
-from idempotency.projections._checkpoint import checked
-from idempotency.projections._definition import Definition, Source
-from idempotency.projections._rows import Name, Rows
+from idempotency.projections._definition import Definition
+from idempotency.projections._rows import Name, Rows, checked
 from idempotency.projections._table import DEFAULT_TABLE, tables_named
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
+from idempotency.streams import Streams
 
 Function = Callable[..., Awaitable[None]]
 SyncFunction = Callable[..., None]
@@ -29,7 +29,7 @@ class Options(TypedDict, total=False):
     """The options of a projection; :func:`projection` says what they mean."""
 
     version: int
-    source: Source | None
+    source: Streams | None
     batch: int | None
     attempts: int
     table: str
@@ -59,7 +59,7 @@ def projection(
     *,
     session: Any,
     version: int = 1,
-    source: Source | None = None,
+    source: Streams | None = None,
     batch: int | None = None,
     attempts: int = 3,
     table: str = DEFAULT_TABLE,
@@ -82,7 +82,7 @@ def projection(
     for option, value in (("version", version), ("attempts", attempts), ("batch", 1 if batch is None else batch)):
         if type(value) is not int or not 1 <= value <= 2**31 - 1:
             raise ConfigurationError(f"{option} must be a number from 1 on, not {value!r}")
-    check_callable("on_event", on_event)
+    hooks = Hooks(on_event, None)
     asynchronous = isinstance(session, async_sessionmaker)
     check_sessionmaker(session, async_sessionmaker if asynchronous else sessionmaker)
     own = Name(checked("the name of a projection", name), version)
@@ -101,8 +101,8 @@ def projection(
             batch=batch,
             attempts=attempts,
             rows=Rows(tables_named(table)),
-            on_event=on_event,
-            passes_version="version" in inspect.signature(function).parameters,
+            hooks=hooks,
+            keywords={"version": version} if "version" in inspect.signature(function).parameters else {},
         )
         return AsyncProjection(definition) if asynchronous else SyncProjection(definition)
 

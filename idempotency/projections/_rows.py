@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, case, delete, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import Connection, CursorResult, Executable, and_, delete, false, literal_column, select, tuple_, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
+from idempotency._outbox.payload import name_of
 from idempotency._sql.clock import NOW_MS
+from idempotency._sql.commit_guard import SESSION_ENDED
 from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, waited_for_lock
 from idempotency._sql.sessions import connection_of, is_autocommit
 from idempotency._sql.tables import MYSQL
-from idempotency.errors import ConfigurationError, StoreError, TransactionError
-from idempotency.projections._table import Tables
+from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError, TransactionError
+from idempotency.projections._table import MOST_CHARACTERS, Tables
 from idempotency.projections.errors import ProjectionBehindError
 from idempotency.streams._position import Position
 
 AnySync = Session | Connection
+AnyPosition = int | tuple[int, int]
+"""An offset of Kafka, a :class:`~idempotency.streams.Position`, or two numbers such as commit LSN and index."""
+
+_LARGEST = 2**63 - 1
 
 RUNNING, STOPPED, DROPPED = "running", "stopped", "dropped"
 
@@ -32,8 +36,16 @@ PROJECTIONS = MadeBy(
     "create_projections_schema() or create_projections_schema_sync()",
     "idempotency.projections.projections_table",
 )
-_NO_TRANSACTION = "There is no transaction to move a checkpoint in: begin one."
+_BEFORE_ALL = Position(-1, -1)
 _NOWAIT_OF_MYSQL = 3572
+_NO_WAIT: Mapping[str, Mapping[str, bool]] = {
+    # Not NOWAIT, which would fail the transaction, and be a line in the server's log each time.
+    "postgresql": {"skip_locked": True},
+    # MariaDB 10.5 has no SKIP LOCKED.
+    "mariadb": {"nowait": True},
+    "mysql": {"nowait": True},
+    "sqlite": {},
+}
 
 
 class Name(NamedTuple):
@@ -42,6 +54,9 @@ class Name(NamedTuple):
     consumer: str
     version: int = 0
     stream: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.consumer} version {self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,123 +86,80 @@ class Rows:
 
     def add(self, session: AnySync, name: Name) -> None:
         """Add the row of a projection that has begun with nothing; the first version of a projection is live."""
-        with self._connection(session) as connection:
-            _check_name(connection, name)
-            rows = [
-                (self.tables.checkpoints, {**name._asdict(), **_begun(connection, Position())}),
-                (self.tables.live, {"name": name.consumer, "version": name.version}),
-            ]
-            for table, values in rows:
-                known = select(table).where(*(table.c[key.name] == values[key.name] for key in table.primary_key))
-                # To look first is no lock; the worker of this row has one.
-                if connection.execute(known).first() is None:
-                    if connection.dialect.name in MYSQL:
-                        connection.execute(mysql.insert(table).values(values).prefix_with("IGNORE"))
-                    else:
-                        insert: Any = _insert(connection, table).values(values)
-                        connection.execute(insert.on_conflict_do_nothing())
+        _check_name(session, "the name of a projection", name.consumer)
+        # To look first is no lock; the worker of this row has one.
+        if self.find(session, name) is None:
+            self._add(session, self.tables.checkpoints, {**name._asdict(), **_at(session, Position())})
+        if self.live(session, name.consumer) is None:
+            self._add(session, self.tables.live, {"name": name.consumer, "version": name.version})
 
     def lock(self, session: AnySync, name: Name, *, wait: bool = False) -> Mark | None:
         """Lock a row until the transaction ends, and return it; None if there is none.
 
         Raises :class:`BusyError` where another transaction has the lock, unless ``wait``.
         """
-        with self._connection(session) as connection:
-            try:
-                if connection.dialect.name == "sqlite":
-                    row = self.tables.checkpoints
-                    connection.execute(update(row).where(self._is(name)).values(state=row.c.state))
-                elif connection.dialect.name == "postgresql" and not wait:
-                    # SKIP LOCKED, since NOWAIT would fail the transaction, and be a line in the server's log each time.
-                    locked = self._first(connection, name, skip_locked=True)
-                    if locked is None and self.find(session, name) is not None:
-                        raise BusyError
-                    return locked
-                return self._first(connection, name, nowait=connection.dialect.name in MYSQL and not wait)
-            except DBAPIError as error:
-                if wait or not (waited_for_lock(error) or error_code(error) == _NOWAIT_OF_MYSQL):
-                    raise
-                raise BusyError from error
+        how = {} if wait else _NO_WAIT[_connection(session).dialect.name]
+        try:
+            found = self._locked(session, self._query(session).where(self._is(name)), how)
+        except DBAPIError as error:
+            if wait or not (waited_for_lock(error) or error_code(error) == _NOWAIT_OF_MYSQL):
+                raise
+            raise BusyError from error
+        if found is None and self.find(session, name) is not None:
+            raise BusyError
+        return None if found is None else _mark(found)
 
     def find(self, session: AnySync, name: Name) -> Mark | None:
         """Return a row as it is committed; None if there is none."""
         return next(iter(self.list(session, self._is(name))), None)
 
-    def list(self, session: AnySync, where: Any = None) -> Sequence[Mark]:
+    def list(self, session: AnySync, *where: Any) -> Sequence[Mark]:
         """Return the rows for which ``where`` is true, or all."""
-        with self._connection(session) as connection:
-            query = self._query(connection).order_by(*self.tables.checkpoints.primary_key)
-            return [_mark(row) for row in connection.execute(query if where is None else query.where(where))]
+        query = self._query(session).where(*where).order_by(*self.tables.checkpoints.primary_key)
+        return [_mark(row) for row in self._execute(session, query)]
 
-    def of_consumer(self, session: AnySync, consumer: str, version: int) -> Sequence[Mark]:
-        """Return the rows of a consumer, one for each stream."""
+    def of_consumer(self, session: AnySync, consumer: str, version: int) -> Mapping[str, Position]:
+        """Return the positions of a consumer, by stream."""
         row = self.tables.checkpoints.c
-        return self.list(session, and_(row.consumer == consumer, row.version == version))
+        marks = self.list(session, row.consumer == consumer, row.version == version)
+        return {mark.name.stream: mark.position for mark in marks}
 
-    def move(self, session: AnySync, name: Name, position: Position) -> bool:
-        """Move a checkpoint to a position after it, in one statement; False if it is there or further already.
+    def move(self, session: AnySync, name: Name, to: AnyPosition) -> bool:
+        """Move a checkpoint to a position after it, and add it where it is missing; False if it is there already."""
+        connection, position = _connection(session), position_of(to)
+        _check_name(session, "consumer", name.consumer)
+        _check_name(session, "stream", name.stream)
+        if is_autocommit(connection):
+            raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
+        # MariaDB: of a row that is missing, an UPDATE would lock what is beside it, and of two one would fail.
+        if connection.dialect.name not in MYSQL and self.advance(session, name, position):
+            return True
+        self._add(session, self.tables.checkpoints, {**name._asdict(), **_at(session, _BEFORE_ALL)})
+        return self.advance(session, name, position)
 
-        False too for a version that is dropped.
-        """
-        with self._connection(session) as connection:
-            if is_autocommit(connection):
-                raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
-            _check_name(connection, name)
-            emitted(session, connection, self.woken_by, notify=False)
-            row = self.tables.checkpoints
-            values = _begun(connection, position)
-            if connection.dialect.name in MYSQL:
-                return self._move_on_mysql(connection, name, values)
-            insert: Any = _insert(connection, row).values({**name._asdict(), **values})
-            newer = tuple_(row.c.place, row.c.seq) < tuple_(insert.excluded.place, insert.excluded.seq)
-            changes = {column: insert.excluded[column] for column in values}
-            move = insert.on_conflict_do_update(
-                index_elements=list(row.primary_key), set_=changes, where=and_(newer, row.c.state != DROPPED)
-            )
-            return bool(connection.execute(move.execution_options(preserve_rowcount=True)).rowcount)
-
-    def _move_on_mysql(self, connection: Connection, name: Name, values: dict[str, Any]) -> bool:
+    def advance(self, session: AnySync, name: Name, position: Position) -> bool:
+        """Move a checkpoint that is there, in one statement; False if it is there or further already."""
+        emitted(session, _connection(session), self.woken_by, notify=False)
         row = self.tables.checkpoints.c
-        insert = mysql.insert(self.tables.checkpoints).values({**name._asdict(), **values})
-        new = insert.inserted
-        later = or_(new.place > row.place, and_(new.place == row.place, new.seq > row.seq))
-        newer = and_(later, row.state != DROPPED)
-        # Each value is computed after those before it have changed: what newer is about comes last.
-        last = "state", "seq", "place"
-        columns = [*(column for column in values if column not in last), *last]
-        changes = {column: case((newer, new[column]), else_=row[column]) for column in columns}
-        # The number of rows is the same for a row that is new and for one that does not change. So a row that does not
-        # change sets the id of the statement.
-        changes["moved_ms"] = case((newer, new.moved_ms), else_=row.moved_ms + 0 * func.last_insert_id(1))
-        return not connection.execute(insert.on_duplicate_key_update(list(changes.items()))).lastrowid
+        return self._change(session, name, tuple_(row.place, row.seq) < position, **_at(session, position))
 
-    def fail(self, session: AnySync, mark: Mark, failed: str, error: str, most: int) -> int:
+    def fail(self, session: AnySync, mark: Mark, failed: str, error: str, most: int) -> Mark:
         """Note that the event after a checkpoint has failed alone, and stop the projection after ``most`` failures.
 
-        It returns the number of failures; 0 where the checkpoint has moved meanwhile.
+        It returns the row as it is then. Where another worker has moved or stopped it meanwhile, nothing is noted.
         """
-        with self._connection(session) as connection:
-            row = self.tables.checkpoints.c
-            there = self._is(mark.name), row.place == mark.position.place, row.seq == mark.position.seq
-            noted = {
-                # In this order: on MariaDB each value is computed after those before it have changed.
-                "state": case((row.attempts + 1 >= most, STOPPED), else_=RUNNING),
-                "attempts": row.attempts + 1,
-                "error": error[:255],
-                "failed": failed,
-            }
-            changes = [(row[name], value) for name, value in noted.items()]
-            statement = update(self.tables.checkpoints).where(*there, row.state == RUNNING).ordered_values(*changes)
-            if not connection.execute(statement).rowcount:
-                return 0
-            return int(connection.execute(select(row.attempts).where(self._is(mark.name))).scalar_one())
+        now = self.lock(session, mark.name, wait=True) or mark
+        if (now.position, now.state) != (mark.position, RUNNING):
+            return now
+        state = RUNNING if now.attempts + 1 < most else STOPPED
+        noted: dict[str, Any] = {"state": state, "attempts": now.attempts + 1, "error": error[:255], "failed": failed}
+        self._change(session, mark.name, **noted)
+        return replace(now, **noted)
 
     def resume(self, session: AnySync, name: Name) -> None:
         """Let a projection that has stopped try its event again."""
         self._stopped(session, name)
-        with self._connection(session) as connection:
-            again = {"state": RUNNING, "attempts": 0}
-            connection.execute(update(self.tables.checkpoints).where(self._is(name)).values(again))
+        self._change(session, name, state=RUNNING, attempts=0)
 
     def skip(self, session: AnySync, name: Name, position: Position, reason: str) -> None:
         """Go on after the event at which a projection has stopped, and write down why."""
@@ -195,131 +167,148 @@ class Rows:
             raise ConfigurationError("give a reason: it is written down with the event that is skipped")
         mark = self._stopped(session, name)
         if mark.failed != str(position):
-            raise ConfigurationError(f"{_shown(name)} has stopped at {mark.failed}, not at {position}: nothing changed")
-        with self._connection(session) as connection:
-            note = {"consumer": name.consumer, "version": name.version, "position": str(position)}
-            values = {**note, "error": mark.error, "reason": reason, "at_ms": mark.now_ms}
-            connection.execute(self.tables.skipped.insert().values(values))
-            self.move(session, name, position)
+            raise ConfigurationError(f"{name} has stopped at {mark.failed}, not at {position}: nothing changed")
+        note = {"consumer": name.consumer, "version": name.version, "position": str(position)}
+        values = {**note, "error": mark.error, "reason": reason, "at_ms": mark.now_ms}
+        self._execute(session, self.tables.skipped.insert().values(values))
+        self.advance(session, name, position)
 
     def live(self, session: AnySync, consumer: str, *, lock: bool = False) -> int | None:
         """Return the version of a projection that is read; None if there is none yet."""
-        with self._connection(session) as connection:
-            row = self.tables.live
-            query = select(row.c.version).where(row.c.name == consumer)
-            if lock and connection.dialect.name == "sqlite":
-                connection.execute(update(row).where(row.c.name == consumer).values(version=row.c.version))
-            found: int | None = connection.execute(query.with_for_update() if lock else query).scalar()
-            return found
+        row = self.tables.live.c
+        query = select(row.version).where(row.name == consumer)
+        found = self._locked(session, query) if lock else self._execute(session, query).first()
+        return None if found is None else found.version
 
-    def lock_both(self, session: AnySync, name: Name) -> tuple[Mark, Mark]:
-        """Lock which version is live, and the checkpoints of that one and of ``name``; return these two."""
+    def switch(self, session: AnySync, name: Name, catch_up: Callable[[Mark], Position]) -> Position:
+        """Make a version the live one, under the locks of both, and return where it is.
+
+        ``catch_up`` applies what it lacks and returns that, too. Raises ProjectionBehindError where that is before the
+        version which is live.
+        """
         live = self.live(session, name.consumer, lock=True)
         wanted = [name, name._replace(version=name.version if live is None else live)]
         # In one order, whatever the versions are: of two who switch, none waits for the other one.
         marks = {each: self.lock(session, each, wait=True) for each in sorted(set(wanted))}
         mine, other = (marks[each] for each in wanted)
         if mine is None or other is None:
-            raise ConfigurationError(f"{_shown(name)} has no checkpoint: run it first")
+            raise ConfigurationError(f"{name} has no checkpoint: run it first")
         if mine.state != RUNNING:
-            raise ConfigurationError(f"{_shown(name)} is {mine.state}: nothing was switched")
-        return mine, other
-
-    def switch(self, session: AnySync, name: Name) -> None:
-        """Make a version the live one. Raises ProjectionBehindError where it is behind the one that is."""
-        mine, other = self.lock_both(session, name)
-        self.make_live(session, name, mine.position, other.position)
-
-    def make_live(self, session: AnySync, name: Name, at: Position, other: Position) -> None:
-        """Make a version the live one, under both locks: it is ``at`` a position, and the live one at the ``other``."""
-        if at < other:
-            raise ProjectionBehindError(f"{_shown(name)} is at {at}, before the live one: let it catch up")
-        with self._connection(session) as connection:
-            row = self.tables.live
-            connection.execute(update(row).where(row.c.name == name.consumer).values(version=name.version))
+            raise ConfigurationError(f"{name} is {mine.state}: nothing was switched")
+        at = catch_up(mine)
+        if at < other.position:
+            raise ProjectionBehindError(f"{name} is at {at}, before the live one: let it catch up")
+        row = self.tables.live
+        self._execute(session, update(row).where(row.c.name == name.consumer).values(version=name.version))
+        return at
 
     def drop(self, session: AnySync, name: Name) -> None:
         """End a version that is not live, for ever: its workers stop, so that its tables can be dropped."""
         if self.live(session, name.consumer, lock=True) == name.version:
-            raise ConfigurationError(f"{_shown(name)} is the live version: switch to another one first")
-        mark = self.lock(session, name, wait=True)
-        if mark is None:
-            raise ConfigurationError(f"there is no {_shown(name)}")
-        with self._connection(session) as connection:
-            # The row remains: without it, a worker of that version would begin anew, in tables that are full.
-            connection.execute(update(self.tables.checkpoints).where(self._is(name)).values(state=DROPPED))
-            row = self.tables.skipped.c
-            mine = and_(row.consumer == name.consumer, row.version == name.version)
-            connection.execute(delete(self.tables.skipped).where(mine))
+            raise ConfigurationError(f"{name} is the live version: switch to another one first")
+        if self.lock(session, name, wait=True) is None:
+            raise ConfigurationError(f"there is no version {name.version} of {name.consumer}")
+        # The row remains: without it, a worker of that version would begin anew, in tables that are full.
+        self._change(session, name, state=DROPPED)
+        row = self.tables.skipped.c
+        mine = row.consumer == name.consumer, row.version == name.version
+        self._execute(session, delete(self.tables.skipped).where(*mine))
 
-    def reached(self, session: AnySync, name: Name) -> Position | None:
-        """Return the checkpoint of the version that is live, or of this one where none is; None if there is none."""
-        live = self.live(session, name.consumer)
-        mark = self.find(session, name if live is None else name._replace(version=live))
-        return None if mark is None else mark.position
-
-    def now(self, connection: Connection) -> float:
+    def now(self, session: AnySync) -> float:
         """Return the time of the database in seconds since the epoch."""
-        return float(connection.execute(select(_now(connection))).scalar_one()) / 1000
+        return float(self._execute(session, select(_now(session))).scalar_one()) / 1000
+
+    def check(self, session: AnySync, name: Name, to: AnyPosition) -> None:
+        """Raise where the transaction that moved a checkpoint has ended or failed, by an error that was caught since.
+
+        PostgreSQL would commit such a transaction without an error, and nothing of it; MariaDB what came after.
+        """
+        mark = self.find(session, name)
+        if mark is None or mark.position != position_of(to):
+            raise TransactionError(SESSION_ENDED)
 
     def _stopped(self, session: AnySync, name: Name) -> Mark:
         mark = self.lock(session, name, wait=True)
         if mark is None or mark.state != STOPPED:
-            raise ConfigurationError(f"{_shown(name)} {'is ' + mark.state if mark else 'is not there'}: nothing to do")
+            raise ConfigurationError(f"{name} {'is ' + mark.state if mark else 'is not there'}: nothing to do")
         return mark
 
-    def _first(self, connection: Connection, name: Name, **options: bool) -> Mark | None:
-        found = connection.execute(self._query(connection).where(self._is(name)).with_for_update(**options)).first()
-        return None if found is None else _mark(found)
+    def _locked(self, session: AnySync, query: Any, how: Mapping[str, bool] | None = None) -> Any:
+        if _connection(session).dialect.name == "sqlite":
+            # It has no locks of rows. A statement that may write has that of the database, though it changes nothing.
+            self._execute(session, update(self.tables.checkpoints).where(false()).values(attempts=0))
+        return self._execute(session, query.with_for_update(**how or {})).first()
 
-    def _query(self, connection: Connection) -> Any:
-        row = self.tables.checkpoints.c
-        columns = row.consumer, row.version, row.stream, row.place, row.seq, row.state, row.attempts, row.error
-        return select(*columns, row.failed, row.moved_ms, _now(connection))
+    def _add(self, session: AnySync, table: Any, values: Mapping[str, Any]) -> None:
+        """Add a row, unless it is there: then MariaDB locks it."""
+        dialect = _connection(session).dialect.name
+        if dialect in MYSQL:
+            key = next(iter(table.primary_key))
+            # Not INSERT IGNORE: two could share its lock, and none of them change the row.
+            self._execute(session, mysql.insert(table).values(values).on_duplicate_key_update({key.name: key}))
+        else:
+            kind: Any = postgresql if dialect == "postgresql" else sqlite
+            self._execute(session, kind.insert(table).values(values).on_conflict_do_nothing())
+
+    def _change(self, session: AnySync, name: Name, *where: Any, **values: Any) -> bool:
+        """Change a row, and return whether it is there, and ``where`` is true for it."""
+        statement = update(self.tables.checkpoints).where(self._is(name), *where).values(**values)
+        return bool(self._execute(session, statement).rowcount)
+
+    def _query(self, session: AnySync) -> Any:
+        return select(self.tables.checkpoints, _now(session))
 
     def _is(self, name: Name) -> Any:
         row = self.tables.checkpoints.c
         return and_(row.consumer == name.consumer, row.version == name.version, row.stream == name.stream)
 
-    @contextmanager
-    def _connection(self, session: AnySync) -> Iterator[Connection]:
-        connection = connection_of(session, _NO_TRANSACTION)
+    def _execute(self, session: AnySync, statement: Executable) -> CursorResult[Any]:
+        connection = _connection(session)
         try:
-            yield connection
+            return connection.execute(statement)
         except DBAPIError as error:
-            table = self.tables.checkpoints.fullname
             if lacks_table(error):
-                raise describe_failure(error, connection.engine.url, table, PROJECTIONS) from error
+                raise describe_failure(error, connection.engine.url, self.woken_by, PROJECTIONS) from error
             if conflicts(error):
                 raise StoreError("the transaction conflicts with another one: begin it again") from error
             raise
 
 
-def _begun(connection: Connection, position: Position) -> dict[str, Any]:
+def _connection(session: AnySync) -> Connection:
+    return connection_of(session, "There is no transaction for a checkpoint: begin one.")
+
+
+def _at(session: AnySync, position: Position) -> dict[str, Any]:
     """Return the columns of a checkpoint that has just moved to a position."""
-    place = {"place": position.place, "seq": position.seq}
-    return {"state": RUNNING, "attempts": 0, "error": "", "failed": None, "moved_ms": _now(connection), **place}
+    begun = {"state": RUNNING, "attempts": 0, "error": "", "failed": None, "moved_ms": _now(session)}
+    return {**position._asdict(), **begun}
 
 
-def _check_name(connection: Connection, name: Name) -> None:
-    """MariaDB: refuse a name that it takes for another one."""
-    for each in (name.consumer, name.stream):
-        if connection.dialect.name in MYSQL and each.endswith(" "):
-            raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {each!r}")
+def position_of(position: AnyPosition) -> Position:
+    """Return what was given as a position; ConfigurationError for anything else."""
+    parts: tuple[Any, ...] = position if isinstance(position, tuple) else (position, 0)
+    if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
+        raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
+    return Position(*parts)
 
 
-def _now(connection: Connection) -> Any:
-    return literal_column(NOW_MS[connection.dialect.name])
+def checked(what: str, name: str) -> str:
+    """Return a name if it can be stored; ConfigurationError if not."""
+    try:
+        return name_of(what, name, MOST_CHARACTERS)
+    except EmitRefusedError as error:
+        raise ConfigurationError(str(error)) from error
 
 
-def _insert(connection: Connection, table: Any) -> Any:
-    make: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    return partial(make, table)()
+def _check_name(session: AnySync, what: str, name: str) -> None:
+    """Check a name; refuse one that MariaDB takes for another one."""
+    if checked(what, name).endswith(" ") and _connection(session).dialect.name in MYSQL:
+        raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {name!r}")
+
+
+def _now(session: AnySync) -> Any:
+    return literal_column(NOW_MS[_connection(session).dialect.name])
 
 
 def _mark(row: Any) -> Mark:
-    return Mark(Name(row[0], row[1], row[2]), Position(row[3], row[4]), *row[5:])
-
-
-def _shown(name: Name) -> str:
-    return f"version {name.version} of the projection {name.consumer!r}"
+    return Mark(Name(*row[:3]), Position(*row[3:5]), *row[5:])

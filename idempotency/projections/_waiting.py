@@ -5,23 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import suppress
-from typing import Protocol
 
 from sqlalchemy.util import await_only
 
 
-class Waiting(Protocol):
-    """A pause that a call ends; any thread may call it."""
-
-    def __call__(self) -> None: ...
-
-    def pause(self, seconds: float) -> None:
-        """Wait for so long, or until it is called."""
-        ...
-
-
 class ThreadWaiting:
-    """See :class:`Waiting`."""
+    """A pause that a call ends; any thread may call it."""
 
     def __init__(self) -> None:
         self._woken = threading.Event()
@@ -30,13 +19,13 @@ class ThreadWaiting:
         self._woken.set()
 
     def pause(self, seconds: float) -> None:
-        """See :meth:`Waiting.pause`."""
+        """Wait for so long, or until it is called."""
         self._woken.wait(seconds)
         self._woken.clear()
 
 
 class LoopWaiting:
-    """See :class:`Waiting`."""
+    """The same in an event loop, where the pause is awaited."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -46,7 +35,7 @@ class LoopWaiting:
         self._loop.call_soon_threadsafe(self._woken.set)
 
     def pause(self, seconds: float) -> None:
-        """See :meth:`Waiting.pause`."""
+        """See :meth:`ThreadWaiting.pause`."""
         await_only(self._pause(seconds))
 
     async def _pause(self, seconds: float) -> None:
@@ -55,3 +44,6 @@ class LoopWaiting:
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
         self._woken.clear()
+
+
+Waiting = ThreadWaiting | LoopWaiting

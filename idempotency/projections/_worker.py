@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -11,16 +12,25 @@ from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import woken
-from idempotency._sql.commit_guard import SESSION_ENDED, guard_commit, unguard_commit, was_closed
+from idempotency._sql.commit_guard import SESSION_ENDED, commit, guard_commit, unguard_commit, was_closed
+from idempotency._sql.guarded_connection import FAILURE
 from idempotency._sql.session_failures import failure_of, own_failure
-from idempotency._sql.sessions import as_sync, connection_of
+from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
-from idempotency.projections._checkpoint import AnyPosition, checked, position_of
 from idempotency.projections._definition import Definition
-from idempotency.projections._rows import DROPPED, RUNNING, AnySync, BusyError, Mark, Name
+from idempotency.projections._rows import (
+    DROPPED,
+    RUNNING,
+    STOPPED,
+    AnyPosition,
+    AnySync,
+    BusyError,
+    Mark,
+    position_of,
+)
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
-from idempotency.projections.events import ProjectionEvent, emit_projection_event
+from idempotency.projections.events import ProjectionEvent
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
 FIRST_PAGE, LAST_PAGE = 100, 2000
@@ -38,19 +48,13 @@ STOPPED_PAUSE = 1.0
 AWAY_PAUSE = 5.0
 """Seconds, the longest pause while the database is away."""
 
-_LOCKED = "idempotency: has the lock of a projection"
-"""A key of ``session.info``, whose value is the transaction that has the lock."""
-
-_NO_TRANSACTION = "There is no transaction to read in: begin one."
-
 
 class Step(NamedTuple):
-    """What one transaction has done. ``again``: after how many seconds what has failed is tried again."""
+    """What one transaction has done. ``again``: after how many seconds there is more to do; None: now there is not."""
 
     events: int = 0
-    more: bool = False
-    busy: bool = False
     again: float | None = None
+    failed: bool = False
 
 
 class FunctionFailedError(Exception):
@@ -62,12 +66,10 @@ class SyncProjection:
 
     def __init__(self, definition: Definition) -> None:
         self._definition = definition
-        self._rows = definition.rows
-        self._name = definition.name
-        self._prepared = False
+        self._rows, self._name = definition.rows, definition.name
+        self._prepared = self._stopping = False
         self._page_size = FIRST_PAGE
         self._one_by_one = 0  # how many events are applied alone, since a batch of them has failed
-        self._stopping = False
         self._wake: Callable[[], None] | None = None
 
     @property
@@ -81,42 +83,41 @@ class SyncProjection:
         return self._name.version
 
     def __repr__(self) -> str:
-        return f"<projection {self.name} version {self.version}>"
+        return f"<projection {self._name}>"
 
     def stop(self) -> None:
-        """Let :meth:`run` return after the batch that is under way; any thread may call it."""
+        """See :meth:`AsyncProjection.stop`."""
         self._stopping = True
         if self._wake is not None:
             self._wake()
 
     def run(self) -> None:
         """See :meth:`AsyncProjection.run`."""
-        wake = self._wake = self._waiting()
-        self._stopping, pause = False, FIRST_PAUSE
-        with woken(self._definition.feed().table, wake):
-            while not self._stopping:
-                try:
-                    step = self._step()
-                except ProjectionStoppedError as error:
-                    if error.dropped:
-                        return
-                    wake.pause(STOPPED_PAUSE)
-                    continue
-                except StoreError as error:
-                    self._emit("unavailable", error=type(error).__name__)
-                    pause = min(pause * 2, AWAY_PAUSE)
-                    wake.pause(pause)
-                    continue
-                if step.events or step.again is not None:
-                    pause = FIRST_PAUSE
-                if not step.more:
+        wake, pause = self._waiting(), FIRST_PAUSE
+        self._wake = wake
+        try:
+            with woken(self._definition.feed().table, wake):
+                while not self._stopping:
+                    pause *= 2
+                    try:
+                        step = self._step()
+                        pause = FIRST_PAUSE if step.events else min(pause, LAST_PAUSE)
+                    except ProjectionStoppedError as error:
+                        if error.dropped:
+                            return
+                        step = Step(again=STOPPED_PAUSE)
+                    except StoreError as error:
+                        self._emit("unavailable", error=type(error).__name__)
+                        pause = min(pause, AWAY_PAUSE)
+                        step = Step(again=pause)
                     wake.pause(pause if step.again is None else step.again)
-                    pause = min(pause * 2, LAST_PAUSE)
+        finally:
+            self._wake, self._stopping = None, False
 
     def run_once(self) -> int:
         """See :meth:`AsyncProjection.run_once`."""
-        while (step := self._step()).again is not None:
-            self._waiting().pause(step.again)
+        while (step := self._step()).failed:
+            self._waiting().pause(step.again or 0.0)
         return step.events
 
     def catch_up(self) -> int:
@@ -125,27 +126,30 @@ class SyncProjection:
         while True:
             step = self._step()
             total += step.events
-            if step.again is not None or step.busy:
-                self._waiting().pause(step.again or LAST_PAUSE)
-            elif not step.more:
+            if step.again is None:
                 return total
+            if step.again:
+                self._waiting().pause(step.again)
 
     def apply(self, event: Any, session: Session, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.apply`."""
-        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
-        if not self._move_or_stop(as_sync(session, "apply"), name, place):
+        own, name = as_sync(session, "apply"), self._name._replace(stream=stream)
+        if not self._rows.move(own, name, position):
             return False
         self._apply([event], session)
+        self._rows.check(own, name, position)
         return True
 
     def deliver(self, event: Any, *, stream: str, position: AnyPosition) -> bool:
         """See :meth:`AsyncProjection.deliver`."""
-        name, place = self._name._replace(stream=checked("stream", stream)), position_of(position)
+        name = self._name._replace(stream=stream)
         try:
             with self._transaction() as session:
-                if not self._move_or_stop(session, name, place):
+                if not self._rows.move(session, name, position):
                     return False
                 self._call([event], session)
+                if FAILURE in session.info:
+                    self._rows.check(session, name, position)
                 return True
         except FunctionFailedError as error:
             raise error.__cause__ or error from None
@@ -153,8 +157,7 @@ class SyncProjection:
     def checkpoints(self) -> Mapping[str, Position]:
         """See :meth:`AsyncProjection.checkpoints`."""
         with self._transaction() as session:
-            marks = self._rows.of_consumer(session, self.name, self.version)
-            return {mark.name.stream: mark.position for mark in marks}
+            return self._rows.of_consumer(session, self.name, self.version)
 
     def reached(self, position: AnyPosition | Appended, *, timeout: float = 5.0, stream: str = "") -> bool:
         """See :meth:`AsyncProjection.reached`."""
@@ -182,7 +185,7 @@ class SyncProjection:
         feed.peek(own, Position())
         mark = self._rows.find(own, self._name)
         found = feed.peek(own, Position() if mark is None else mark.position)
-        return 0.0 if found is None else max(0.0, self._rows.now(connection_of(own, _NO_TRANSACTION)) - found[1])
+        return 0.0 if found is None else max(0.0, self._rows.now(own) - found[1])
 
     def rebuild(self) -> None:
         """See :meth:`AsyncProjection.rebuild`."""
@@ -196,16 +199,23 @@ class SyncProjection:
     def switch(self, *, most: int = 1000) -> None:
         """See :meth:`AsyncProjection.switch`."""
         self._prepare()
-        with self._transaction() as session:
-            mine, other = self._rows.lock_both(session, self._name)
-            at, applied = mine.position, 0
-            session.info[_LOCKED] = session.get_transaction()
-            while page := self._page(session, at, self._most):
+        feed, applied = self._definition.feed(), 0
+
+        def apply_all(mark: Mark) -> Position:
+            nonlocal applied
+            at = mark.position
+            while page := feed.page_of_all(session, at, self._most):
                 applied += len(page)
                 if applied > most:
-                    raise ProjectionBehindError(f"{self._shown} is more than {most} events behind")
-                at, _ = self._apply_page(page, session)
-            self._rows.make_live(session, self._name, at, other.position)
+                    raise ProjectionBehindError(f"{self._name} is more than {most} events behind")
+                at = self._apply_page(page, session)[0]
+            return at
+
+        try:
+            with self._transaction() as session:
+                at = self._rows.switch(session, self._name, apply_all)
+        except FunctionFailedError as error:
+            raise ProjectionBehindError(f"{self._name} fails at an event: let it catch up") from error.__cause__
         self._emit("switched", position=str(at), events=applied)
 
     def drop(self, version: int) -> None:
@@ -224,10 +234,6 @@ class SyncProjection:
             self._rows.resume(session, self._name)
 
     @property
-    def _shown(self) -> str:
-        return f"{self.name} version {self.version}"
-
-    @property
     def _most(self) -> int:
         return 1 if self._one_by_one else self._definition.batch or self._page_size
 
@@ -239,72 +245,61 @@ class SyncProjection:
         try:
             with self._transaction() as session:
                 mark = self._lock(session)
-                page = self._page(session, mark.position, most)
+                page = self._definition.feed().page_of_all(session, mark.position, most)
                 if page:
                     position, at = self._apply_page(page, session)
         except BusyError:
-            return Step(busy=True)
+            return Step(again=LAST_PAUSE)
         except (StoreError, ProjectionStoppedError):
             raise
         except Exception as error:
             if mark is None or not page:
                 raise
-            return self._failed(mark, len(page), most, error)
+            return self._failed(mark, len(page), error)
+        if not page:
+            return Step()
         self._one_by_one = max(0, self._one_by_one - len(page))
-        if page:
-            lag = max(0.0, mark.now_ms / 1000 - at)
-            self._emit("applied", position=str(position), events=len(page), lag=lag)
-        return Step(len(page), more=len(page) == most or self._one_by_one > 0 < len(page))
+        lag = max(0.0, mark.now_ms / 1000 - at)
+        self._emit("applied", position=str(position), events=len(page), lag=lag)
+        return Step(len(page), again=0.0 if len(page) == most else None)
 
-    def _resize(self, applied: int, seconds: float) -> None:
-        """Let the next page take as long as it is to, once a full one is applied."""
-        if applied == self._page_size:
-            fitting = int(applied * PAGE_SECONDS / max(seconds, 1e-6))
-            self._page_size = max(1, min(fitting, 4 * applied, LAST_PAGE))
-
-    def _failed(self, mark: Mark, events: int, most: int, error: Exception) -> Step:
+    def _failed(self, mark: Mark, events: int, error: Exception) -> Step:
         """Note a failure of one event; let those of a batch be tried alone."""
         cause = error.__cause__ if isinstance(error, FunctionFailedError) and error.__cause__ else error
         kind = type(cause).__name__
         if events > 1:
-            self._one_by_one = most
+            self._one_by_one = events
             self._emit("failed", error=kind)
-            return Step(again=0.0)
+            return Step(again=0.0, failed=True)
         with self._transaction() as session:
-            failed = self._next(session, mark.position)
-            attempts = self._rows.fail(session, mark, failed, kind, self._definition.attempts)
-        stopped = attempts >= self._definition.attempts
-        self._emit("stopped" if stopped else "failed", position=failed, attempt=attempts, error=kind)
+            found = self._definition.feed().peek(session, mark.position)
+            failed = "" if found is None else str(found[0])
+            mark = self._rows.fail(session, mark, failed, kind, self._definition.attempts)
+        stopped = mark.state == STOPPED
+        self._emit("stopped" if stopped else "failed", position=failed, attempt=mark.attempts, error=kind)
         if not stopped:
-            return Step(again=0.1 * 2**attempts)
+            return Step(again=0.1 * 2**mark.attempts, failed=True)
         self._one_by_one = 0
-        raise self._stopped(failed, kind, attempts) from cause
+        raise self._stopped(mark) from cause
 
     def _lock(self, session: Session) -> Mark:
         mark = self._rows.lock(session, self._name)
         if mark is None:
             raise StoreError("the checkpoint was deleted while the projection runs: start it again")
         if mark.state != RUNNING:
-            raise self._stopped_at(mark)
-        session.info[_LOCKED] = session.get_transaction()
+            raise self._stopped(mark)
         return mark
-
-    def _page(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
-        return self._definition.feed().page_of_all(session, after, most)
-
-    def _next(self, session: AnySync, after: Position) -> str:
-        found = self._definition.feed().peek(session, after)
-        return str(found[0]) if found else ""
 
     def _apply_page(self, page: Sequence[RecordedEvent], session: Session) -> tuple[Position, float]:
         """Apply events and move the checkpoint behind them; return where it is, and the time of the last event."""
         began = monotonic()
         last: RecordedEvent = self._call(page, session)
-        self._resize(len(page), monotonic() - began)
-        if session.get_transaction() is not session.info[_LOCKED]:
-            raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
+        if len(page) == self._page_size:
+            # Let the next one take as long as it is to.
+            fitting = int(len(page) * PAGE_SECONDS / max(monotonic() - began, 1e-6))
+            self._page_size = max(1, min(fitting, 4 * len(page), LAST_PAGE))
         assert last.position is not None, "what is read in the order of all events has its position"
-        if not self._rows.move(session, self._name, last.position):
+        if not self._rows.advance(session, self._name, last.position):
             raise StoreError("the checkpoint has moved under its lock")
         return last.position, last.at
 
@@ -325,42 +320,34 @@ class SyncProjection:
             raise FunctionFailedError from error
 
     def _apply(self, events: Sequence[Any], session: Session) -> None:
+        begun, definition = session.get_transaction(), self._definition
         # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
-        given = events if self._definition.batch is None else [list(events)]
-        self._call_function(given, session, {"version": self.version} if self._definition.passes_version else {})
-
-    def _move_or_stop(self, session: AnySync, name: Name, position: Position) -> bool:
-        if self._rows.move(session, name, position):
-            return True
-        mark = self._rows.find(session, name)
-        if mark is not None and mark.state == DROPPED:
-            raise self._stopped_at(mark)
-        return False
+        given = events if definition.batch is None else [list(events)]
+        self._call_function(given, session)
+        if session.get_transaction() is not begun:
+            raise TransactionError(SESSION_ENDED)  # by the function: with it, the lock and the effects are gone
 
     def _is_at(self, session: AnySync, position: Position | Appended, stream: str) -> bool:
+        """Return whether the live version, or this one where none is, has come to a position."""
         if isinstance(position, Appended):
             found = self._definition.feed().position_sync(session, position)
             if found is None:
                 return False
             position = found
-        at = self._rows.reached(session, self._name._replace(stream=stream))
-        return at is not None and at >= position
+        live = self._rows.live(session, self.name)
+        mark = self._rows.find(session, self._name._replace(stream=stream, version=live or self.version))
+        return mark is not None and mark.position >= position
 
-    def _stopped_at(self, mark: Mark) -> ProjectionStoppedError:
-        if mark.state == DROPPED:
-            error = ProjectionStoppedError(f"{self._shown} has stopped for ever: it was dropped")
-            error.dropped = True
-            return error
-        return self._stopped(mark.failed or "", mark.error, mark.attempts)
-
-    def _stopped(self, failed: str, kind: str, attempts: int) -> ProjectionStoppedError:
-        error = ProjectionStoppedError(f"{self._shown} has stopped at {failed}: {kind}")
-        error.position, error.error, error.attempts = failed, kind, attempts
+    def _stopped(self, mark: Mark) -> ProjectionStoppedError:
+        dropped = mark.state == DROPPED
+        why = "for ever: it was dropped" if dropped else f"at {mark.failed}: {mark.error}"
+        error = ProjectionStoppedError(f"{self._name} has stopped {why}")
+        error.position, error.error, error.attempts = mark.failed or "", mark.error, mark.attempts
+        error.dropped = dropped
         return error
 
     def _emit(self, kind: Any, **fields: Any) -> None:
-        event = ProjectionEvent(kind=kind, projection=self.name, version=self.version, **fields)
-        emit_projection_event(self._definition.on_event, event)
+        self._definition.hooks.deliver(ProjectionEvent(kind=kind, projection=self.name, version=self.version, **fields))
 
     def _prepare(self) -> None:
         if not self._prepared:
@@ -378,7 +365,7 @@ class SyncProjection:
                 if was_closed(session):
                     raise TransactionError(SESSION_ENDED)
                 unguard_commit(session)
-                session.commit()
+                commit(session)
             except Exception as error:
                 failure = failure_of(error, session)
                 if failure is error:
@@ -391,9 +378,10 @@ class SyncProjection:
         opened: Session = self._definition.sessions()
         return opened
 
-    def _call_function(self, given: Sequence[Any], session: Session, keywords: dict[str, int]) -> None:
+    def _call_function(self, given: Sequence[Any], session: Session) -> None:
+        call = partial(self._definition.function, session=session, **self._definition.keywords)
         for each in given:
-            self._definition.function(each, session=session, **keywords)
+            call(each)
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()

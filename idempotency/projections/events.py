@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from idempotency._hooks import discard_coroutine
+from idempotency._hooks import in_one_line
 
 ProjectionEventKind = Literal[
     "applied",  # a batch is applied, and the checkpoint has moved
@@ -55,7 +55,7 @@ def log_projection_event(event: ProjectionEvent, /) -> None:
             level,
             "%s projection=%s version=%d position=%s events=%d lag=%.3f%s%s",
             event.kind,
-            event.projection if event.projection.isprintable() else ascii(event.projection),
+            in_one_line(event.projection),
             event.version,
             event.position or "-",
             event.events,
@@ -63,12 +63,3 @@ def log_projection_event(event: ProjectionEvent, /) -> None:
             f" attempt={event.attempt}" if event.attempt else "",
             f" error={event.error}" if event.error else "",
         )
-
-
-def emit_projection_event(hook: ProjectionHook, event: ProjectionEvent) -> None:
-    """Deliver one event. A hook that fails does not stop the projection."""
-    try:
-        returned: object = hook(event)  # type: ignore[func-returns-value]
-        discard_coroutine("on_event", hook, returned)
-    except Exception:
-        _logger.exception("the event hook failed")

@@ -48,26 +48,25 @@ def _reading() -> Any:
     return step("read", silent=True)
 
 
-class OneStream:
+class OneStream(Streams):
     """The source of a projection: the events of one stream, in the order of all."""
 
     def __init__(self, stream: str) -> None:
+        super().__init__([Counted], EVENTS)
         self._stream = stream
-
-    table = STREAMS.table
 
     def page_of_all(self, session: Any, after: Position, most: int) -> list[RecordedEvent]:
         with _reading():
-            page = STREAMS.page_of_all(session, after, _MOST)
+            page = super().page_of_all(session, after, _MOST)
         return [each for each in page if each.stream == self._stream][:most]
 
     def peek(self, session: Any, after: Position) -> tuple[Position, float] | None:
         with _reading():
-            return STREAMS.peek(session, after)
+            return super().peek(session, after)
 
     def position_sync(self, session: Any, appended: Appended) -> Position | None:
         with _reading():
-            return STREAMS.position_sync(session, appended)
+            return super().position_sync(session, appended)
 
 
 def open_engine(url: str, make: Any = create_async_engine) -> Any:

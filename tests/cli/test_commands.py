@@ -704,3 +704,11 @@ def test_without_typer_it_says_what_to_install() -> None:
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert "pip install 'asgi-idempotency[cli]'" in run.stderr
+
+
+def test_the_commands_need_no_sqlalchemy_where_redis_is_the_store() -> None:
+    """An installation for Redis alone has the commands too."""
+    code = "import sys; sys.modules['sqlalchemy'] = None; from idempotency.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

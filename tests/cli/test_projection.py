@@ -163,3 +163,11 @@ def test_a_store_that_is_no_database_is_refused(store_target: Target) -> None:
     """Checkpoints are in the database of what is written."""
     refused = CliRunner().invoke(app, ["projection", "list", "--store", "redis://localhost"])
     assert (refused.exit_code, "name the SQL database" in refused.stderr) == (2, True)
+
+
+@pytest.mark.stores("postgres", "mariadb")
+def test_a_database_that_cannot_be_reached_is_one_line(store_target: Target) -> None:
+    """With what to do about it."""
+    scheme = store_target.url.partition("://")[0]
+    refused = CliRunner().invoke(app, ["projection", "list", "--store", f"{scheme}://127.0.0.1:1/test"])
+    assert (refused.exit_code, refused.stderr.count("cannot be reached: start it, or correct the URL")) == (2, 1)

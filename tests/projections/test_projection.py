@@ -329,6 +329,38 @@ async def test_what_the_function_raises_is_raised_by_deliver(bank: Bank) -> None
     assert await mirror.checkpoints() == {}
 
 
+@pytest.mark.stores(*ASYNC_KINDS)
+async def test_a_rollback_by_the_function_is_refused_by_deliver_and_apply(bank: Bank) -> None:
+    """With it the checkpoint is gone: what the function does after it would be applied again with the next delivery."""
+
+    @projection("mirror", **bank.options(source=None))
+    async def mirror(message: Any, session: Any) -> None:
+        await session.rollback()
+        await session.execute(text(f"INSERT INTO {bank.name}_v1 (id, amount) VALUES ('{message}', 1)"))
+
+    with pytest.raises(TransactionError, match="rolled back together with its record"):
+        await mirror.deliver("m1", stream="orders/3", position=1)
+    async with bank.sessions() as session:
+        with pytest.raises(TransactionError, match="rolled back together with its record"):
+            await mirror.apply("m1", session, stream="orders/3", position=1)
+    assert (await mirror.checkpoints(), await bank.seen()) == ({}, (0, 0))
+
+
+@pytest.mark.stores("sqlite", "postgres")
+async def test_a_stop_that_comes_before_the_run_counts(bank: Bank) -> None:
+    """A task that has not begun yet returns at its begin; the next run goes on."""
+    balance = bank.projection()
+    last = await bank.append(5)
+    running = asyncio.create_task(balance.run())
+    balance.stop()
+    await asyncio.wait_for(running, 20)
+    assert await bank.seen() == (0, 0)
+    running = asyncio.create_task(balance.run())
+    assert await balance.reached(last, timeout=20)
+    balance.stop()
+    await asyncio.wait_for(running, 20)
+
+
 @pytest.mark.stores("sqlite", "postgres", "mariadb")
 async def test_a_cancelled_worker_leaves_nothing(bank: Bank) -> None:
     """A task that is cancelled inside a batch: it is rolled back, and the next worker applies it."""

@@ -51,6 +51,27 @@ async def test_a_switch_is_refused_while_much_is_missing(bank: Bank) -> None:
     assert (await bank.live(first), await bank.seen(2)) == (2, (20, 190))
 
 
+@pytest.mark.stores(*ASYNC_KINDS)
+async def test_a_switch_is_refused_where_an_event_fails(bank: Bank) -> None:
+    """Nothing is changed, and the failure is the cause; rebuild() counts it, and stops at that event."""
+
+    def fail(event: Any) -> None:
+        if event.data.amount == 2:
+            raise ValueError("secret")
+
+    first, second = bank.projection(1), bank.projection(2, attempts=1)
+    await bank.append(1, 2)
+    await bank.readable()
+    await first.catch_up()
+    bank.fails = fail
+    with pytest.raises(ProjectionBehindError, match="balance version 2 fails at an event") as refused:
+        await second.switch()
+    assert isinstance(refused.value.__cause__, ValueError)
+    with pytest.raises(ProjectionStoppedError):
+        await second.rebuild()
+    assert (await bank.live(first), await bank.seen(2)) == (1, (1, 1))
+
+
 @pytest.mark.stores(*KINDS)
 async def test_a_dropped_version_ends_for_ever(bank: Bank) -> None:
     """Not the live one. A worker of it stops, in place of beginning anew in tables that are full."""
