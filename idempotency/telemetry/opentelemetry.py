@@ -236,7 +236,7 @@ def _is_sampled_out(context: Context) -> bool:
     if span.is_recording():
         return False
     current = span.get_span_context()
-    return current.is_valid and not current.is_remote and not current.trace_flags.sampled
+    return not current.trace_flags.sampled and not current.is_remote and current.is_valid
 
 
 def _text_of(value: object) -> str:
