@@ -54,7 +54,9 @@ except ImportError as error:
 _NAME = "idempotency"
 _Value = str | int | float
 _Record = Callable[[float, Mapping[str, str], Context], None]
-_FLAGS = tuple(TraceFlags(flags) for flags in range(256))  # to make one takes as long as to read its number
+_FLAGS = tuple(TraceFlags(flags) for flags in range(256))
+"""Each value once, as a replay is slower if it makes one."""
+
 _ERROR = Status(StatusCode.ERROR)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
@@ -98,7 +100,7 @@ class OpenTelemetry:
 
     def __call__(self, event: AnyEvent, /) -> None:
         """Measure an event, and make its span."""
-        # Read here once: what is not given it reads it by itself, the SDK four times for a span.
+        # Looked up once: where it is not given, the SDK looks it up again, four times for a sampled event.
         context = get_current()
         if isinstance(event, Event):
             self._operation(event, context)
@@ -141,6 +143,7 @@ class OpenTelemetry:
 
     def _operation(self, event: Event, context: Context) -> None:
         seconds = event.seconds
+        # Every request is an event: one look-up finds what those of a route and a verdict have in common.
         place = (event.surface, event.route, event.kind, seconds is None)
         known = self._operations.get(place)
         if known is None:
