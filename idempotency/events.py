@@ -224,7 +224,7 @@ def emit_event(
     event = Event(
         kind=kind,
         operation=operation,
-        record=claim.id.hex()[:12] if claim is not None else "",
+        record=claim.id[:6].hex() if claim is not None else "",
         attempt=attempt,
         error=error if isinstance(error, str) else type(error).__name__ if error is not None else "",
         # The message of a store error names a server and a remedy. Other messages may hold what the caller sent.

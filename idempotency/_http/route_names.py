@@ -26,12 +26,18 @@ class RouteNames:
 
     def name_of(self, scope: MutableMapping[str, Any]) -> str:
         """Return the name, such as ``"POST /orders/{id}"``. The request is one that a policy protects."""
-        return f"{scope['method'].upper()} {self.template_of(scope) or OTHER}" if self._wanted else ""
+        if not self._wanted:
+            return ""
+        method = scope["method"].upper()
+        return f"{method} {self._template_of(method, scope) or OTHER}"
 
     def template_of(self, scope: MutableMapping[str, Any]) -> str | None:
         """Return the template of the path of such a request, or None; whether a hook is given it or not."""
+        return self._template_of(scope["method"].upper(), scope)
+
+    def _template_of(self, method: str, scope: MutableMapping[str, Any]) -> str | None:
         templates = self._templates
         if templates is None:
             templates = self._templates = Templates(routes_of(self._app) or ())
-        method, path = scope["method"].upper(), route_path(scope)
+        path = route_path(scope)
         return templates.template_of(method, path) or self._policies.template_for(method, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple, assert_never
 
 from idempotency.events import WARNINGS, Event
@@ -147,29 +146,26 @@ def series_at_zero(series: Series) -> tuple[Series, ...]:
     return ()
 
 
-def measurements_of(event: AnyEvent) -> tuple[Measurement, ...]:
-    """Return what an event adds to the instruments."""
+def series_of(event: Event) -> tuple[Series, Series | None]:
+    """Return the counter to which the event of an operation adds 1, and the histogram of its seconds, if it has them.
+
+    They are a function of ``surface``, ``route``, ``kind``, and whether ``seconds`` is known.
+    """
+    labels = (event.surface, event.route, event.kind)
+    if event.kind == "lease-lost":
+        return Series(LEASE_LOST, labels[:2]), None
+    return Series(OPERATIONS, labels), None if event.seconds is None else Series(OPERATION_SECONDS, labels)
+
+
+def measurements_of(event: RelayEvent | SagaEvent) -> tuple[Measurement, ...]:
+    """Return what an event of a relay or a saga adds to the instruments."""
     match event:
-        case Event():
-            return _of_operation(event)
         case RelayEvent():
             return _of_relay(event)
         case SagaEvent():
             return (Measurement(Series(SAGA_EVENTS, (event.saga, event.kind)), 1),)
         case _:
             assert_never(event)
-
-
-def _of_operation(event: Event) -> tuple[Measurement, ...]:
-    if event.kind == "lease-lost":
-        return (Measurement(Series(LEASE_LOST, (event.surface, event.route)), 1),)
-    counted, timed = _series_of_operation(event.surface, event.route, event.kind)
-    return (counted,) if event.seconds is None else (counted, Measurement(timed, event.seconds))
-
-
-@lru_cache(maxsize=4096)
-def _series_of_operation(*labels: str) -> tuple[Measurement, Series]:
-    return Measurement(Series(OPERATIONS, labels), 1), Series(OPERATION_SECONDS, labels)
 
 
 def _of_relay(event: RelayEvent) -> tuple[Measurement, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from idempotency.errors import ConfigurationError
-from idempotency.events import WARNINGS, Event, EventKind, Surface
+from idempotency.events import WARNINGS, Event
 from idempotency.outbox.events import WARNINGS as WARNINGS_OF_RELAY
 from idempotency.outbox.events import RelayEvent
 from idempotency.saga.events import WARNINGS as WARNINGS_OF_SAGA
@@ -26,11 +26,12 @@ from idempotency.telemetry._instruments import (
     Series,
     measurements_of,
     series_at_zero,
+    series_of,
 )
 from idempotency.telemetry._watch import Watch, check_watches
 
 try:
-    from opentelemetry.context import attach, detach
+    from opentelemetry.context import Context, attach, detach, get_current
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
     from opentelemetry.propagate import extract
     from opentelemetry.trace import (
@@ -52,6 +53,11 @@ except ImportError as error:
 
 _NAME = "idempotency"
 _Value = str | int | float
+_Record = Callable[[float, Mapping[str, str], Context], None]
+_FLAGS = tuple(TraceFlags(flags) for flags in range(256))
+"""Each value once, as a replay is slower if it makes one."""
+
+_ERROR = Status(StatusCode.ERROR)
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
 
@@ -78,8 +84,10 @@ class OpenTelemetry:
         self._tracer = get_tracer(_NAME, tracer_provider=tracer_provider)
         meter = get_meter(_NAME, meter_provider=meter_provider)
         self._counts = _Counts(meter)
-        self._record = {
-            each: meter.create_histogram(each.dotted, each.unit, each.help, explicit_bucket_boundaries_advisory=BUCKETS)
+        self._record: dict[Instrument, _Record] = {
+            each: meter.create_histogram(
+                each.dotted, each.unit, each.help, explicit_bucket_boundaries_advisory=BUCKETS
+            ).record
             for each in COUNTED
             if each.kind == "histogram"
         }
@@ -87,25 +95,29 @@ class OpenTelemetry:
         for instrument in GAUGES if checked else ():
             callback = partial(_observe, checked, instrument)
             meter.create_observable_gauge(instrument.dotted, [callback], instrument.unit, instrument.help)
-        self._attributes: dict[Series, dict[str, str]] = {}
+        # By surface, route, kind, and whether the seconds are known: all are from finite lists.
+        self._operations: dict[tuple[str, str, str, bool], _Operation] = {}
 
     def __call__(self, event: AnyEvent, /) -> None:
         """Measure an event, and make its span."""
+        # Looked up once: where it is not given, the SDK looks it up again, four times for a sampled event.
+        context = get_current()
+        if isinstance(event, Event):
+            self._operation(event, context)
+            return
         for series, value in measurements_of(event):
-            histogram = self._record.get(series.instrument)
-            if histogram is None:
-                self._counts.add(series, value)
+            record = self._record.get(series.instrument)
+            if record is None:
+                self._counts.of(series).add(value)
             else:
-                histogram.record(value, self._attributes_of(series))
-        if _is_sampled_out():
+                record(value, _attributes_of(series), context)
+        if _is_sampled_out(context):
             return
         match event:
-            case Event():
-                self._operation(event)
             case RelayEvent(kind=kind) if kind in OF_MESSAGES:
-                self._published(event)
+                self._published(event, context)
             case SagaEvent():
-                self._saga(event)
+                self._saga(event, context)
 
     def traceparent(self) -> str:
         """Return the context of the current span as ``traceparent`` of W3C Trace Context; empty if there is none."""
@@ -129,19 +141,41 @@ class OpenTelemetry:
         finally:
             detach(token)
 
-    def _attributes_of(self, series: Series) -> dict[str, str]:
-        attributes = self._attributes.get(series)
-        if attributes is None:
-            attributes = self._attributes[series] = _attributes_of(series)
-        return attributes
-
-    def _operation(self, event: Event) -> None:
-        name, known, failed = _span_of(event.surface, event.route, event.kind)
-        attributes = {**known, "idempotency.record": event.record, "idempotency.attempt": event.attempt}
+    def _operation(self, event: Event, context: Context) -> None:
+        seconds = event.seconds
+        # Every request is an event: one look-up finds what those of a route and a verdict have in common.
+        place = (event.surface, event.route, event.kind, seconds is None)
+        known = self._operations.get(place)
+        if known is None:
+            known = self._operations[place] = self._operation_of(event)
+        known.counter.add(1)
+        if known.record is not None and seconds is not None:
+            known.record(seconds, known.labels, context)
+        if _is_sampled_out(context):
+            return
+        attributes = {**known.attributes, "idempotency.record": event.record, "idempotency.attempt": event.attempt}
         traces = (event.first_trace,) if event.first_trace else ()
-        self._span(name, attributes, event.seconds or 0.0, traces, event.error, failed)
+        self._span(known.name, attributes, seconds or 0.0, traces, event.error, known.failed, context)
 
-    def _published(self, event: RelayEvent) -> None:
+    def _operation_of(self, event: Event) -> _Operation:
+        counter, histogram = series_of(event)
+        attributes: dict[str, _Value] = {
+            "idempotency.surface": event.surface,
+            "idempotency.route": event.route,
+            "idempotency.verdict": event.kind,
+        }
+        if event.surface == "http":
+            attributes["http.request.method"], _, attributes["http.route"] = event.route.partition(" ")
+        return _Operation(
+            counter=self._counts.of(counter),
+            record=None if histogram is None else self._record[histogram.instrument],
+            labels=_attributes_of(counter),
+            name=f"idempotency {event.route}",
+            attributes=attributes,
+            failed=event.kind in WARNINGS,
+        )
+
+    def _published(self, event: RelayEvent, context: Context) -> None:
         attributes: dict[str, _Value] = {
             "idempotency.relay": event.relay,
             "idempotency.outcome": event.kind,
@@ -149,9 +183,9 @@ class OpenTelemetry:
         }
         failed = event.kind in WARNINGS_OF_RELAY
         name = f"publish {event.relay}"
-        self._span(name, attributes, event.seconds or 0.0, event.traces, "", failed, SpanKind.PRODUCER)
+        self._span(name, attributes, event.seconds or 0.0, event.traces, "", failed, context, SpanKind.PRODUCER)
 
-    def _saga(self, event: SagaEvent) -> None:
+    def _saga(self, event: SagaEvent, context: Context) -> None:
         attributes: dict[str, _Value] = {
             "idempotency.saga": event.saga,
             "idempotency.verdict": event.kind,
@@ -160,7 +194,8 @@ class OpenTelemetry:
         }
         if event.step:
             attributes["idempotency.step"] = event.step
-        self._span(f"saga {event.saga}", attributes, event.seconds, (), event.error, event.kind in WARNINGS_OF_SAGA)
+        failed = event.kind in WARNINGS_OF_SAGA
+        self._span(f"saga {event.saga}", attributes, event.seconds, (), event.error, failed, context)
 
     def _span(
         self,
@@ -170,78 +205,86 @@ class OpenTelemetry:
         traces: Iterable[str],
         error: str,
         failed: bool,
+        context: Context,
         kind: SpanKind = SpanKind.INTERNAL,
     ) -> None:
         if error:
             attributes["error.type"] = error
-        links = [Link(context) for context in map(_context_of, traces) if context is not None]
+        links = [Link(each) for each in map(_context_of, traces) if each is not None]
         end = time.time_ns()
-        span = self._tracer.start_span(name, None, kind, attributes, links, end - int(seconds * 1e9))
+        span = self._tracer.start_span(name, context, kind, attributes, links, end - int(seconds * 1e9))
         if failed:
-            span.set_status(Status(StatusCode.ERROR))
+            span.set_status(_ERROR)
         span.end(end)
 
 
-class _Span(NamedTuple):
-    """What the spans of a route and a verdict have in common. ``failed``: whether they are errors."""
+class _Operation(NamedTuple):
+    """What the events of a route and a verdict have in common. ``failed``: whether their spans are errors."""
 
+    counter: _Count
+    record: _Record | None
+    labels: Mapping[str, str]
     name: str
     attributes: Mapping[str, _Value]
     failed: bool
 
 
-@lru_cache(maxsize=4096)
-def _span_of(surface: Surface, route: str, kind: EventKind) -> _Span:
-    attributes: dict[str, _Value] = {
-        "idempotency.surface": surface,
-        "idempotency.route": route,
-        "idempotency.verdict": kind,
-    }
-    if surface == "http":
-        attributes["http.request.method"], _, attributes["http.route"] = route.partition(" ")
-    return _Span(f"idempotency {route}", attributes, kind in WARNINGS)
-
-
-def _is_sampled_out() -> bool:
+def _is_sampled_out(context: Context) -> bool:
     """Return whether the current span is one of this process that is not recorded.
 
     A sampler sees to it that its children are not recorded either, but takes several microseconds to say so. A span of
     another process that is sampled out may have children here that are not.
     """
-    span = get_current_span()
+    span = get_current_span(context)
     if span.is_recording():
         return False
-    context = span.get_span_context()
-    return context.is_valid and not context.is_remote and not context.trace_flags.sampled
+    current = span.get_span_context()
+    return not current.trace_flags.sampled and not current.is_remote and current.is_valid
 
 
 def _text_of(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
+class _Count:
+    """One counter with the values of its labels."""
+
+    __slots__ = ("_lock", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, value: float) -> None:
+        with self._lock:
+            self.value += value
+
+
 class _Counts:
     """The counters, observed at each collection: to add to a counter of the SDK takes several microseconds."""
 
     def __init__(self, meter: Meter) -> None:
-        self._values: dict[Series, float] = {}
+        self._counts: dict[Series, _Count] = {}
         self._lock = threading.Lock()
         for each in COUNTED:
             if each.kind == "counter":
                 meter.create_observable_counter(each.dotted, [partial(self._observe, each)], each.unit, each.help)
 
-    def add(self, series: Series, value: float) -> None:
+    def of(self, series: Series) -> _Count:
+        """Return a counter, which begins at 0 with those of :func:`series_at_zero`."""
         with self._lock:
-            before = self._values.get(series)
-            if before is None:
-                before = self._values[series] = 0.0
+            found = self._counts.get(series)
+            if found is None:
+                found = self._counts[series] = _Count()
                 for other in series_at_zero(series):
-                    self._values.setdefault(other, 0.0)
-            self._values[series] = before + value
+                    if other not in self._counts:
+                        self._counts[other] = _Count()
+            return found
 
     def _observe(self, instrument: Instrument, _: CallbackOptions) -> Iterable[Observation]:
         with self._lock:
-            values = [*self._values.items()]
-        return [Observation(value, _attributes_of(each)) for each, value in values if each.instrument is instrument]
+            counts = [*self._counts.items()]
+        return [Observation(each.value, _attributes_of(of)) for of, each in counts if of.instrument is instrument]
 
 
 def _observe(watches: Sequence[Watch], wanted: Instrument, _: CallbackOptions) -> Iterable[Observation]:
@@ -261,5 +304,5 @@ def _context_of(traceparent: str) -> SpanContext | None:
     if match is None:
         return None
     trace, span, flags = match.groups()
-    context = SpanContext(int(trace, 16), int(span, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
+    context = SpanContext(int(trace, 16), int(span, 16), is_remote=True, trace_flags=_FLAGS[int(flags, 16)])
     return context if context.is_valid else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from idempotency.errors import ConfigurationError
+from idempotency.events import Event
 from idempotency.telemetry._instruments import (
     BUCKETS,
     COUNTED,
@@ -14,6 +15,7 @@ from idempotency.telemetry._instruments import (
     Series,
     measurements_of,
     series_at_zero,
+    series_of,
 )
 from idempotency.telemetry._watch import Watch, check_watches
 
@@ -26,6 +28,8 @@ except ImportError as error:
         "idempotency.telemetry.prometheus needs prometheus-client, which is not installed: "
         "pip install 'asgi-idempotency[prometheus]'"
     ) from error
+
+_Add = Callable[[float], None]
 
 
 class Prometheus:
@@ -46,20 +50,38 @@ class Prometheus:
             registry.register(_Gauges(checked))
         except ValueError as error:
             raise ConfigurationError("the registry has these metrics already: use one Prometheus() for it") from error
-        # By instrument and labels, whose values are from finite lists.
-        self._add: dict[Series, Callable[[float], None]] = {}
+        # Both by labels, whose values are from finite lists.
+        self._add: dict[Series, _Add] = {}
+        self._operations: dict[tuple[str, str, str, bool], tuple[_Add, _Add | None]] = {}
 
     def __call__(self, event: AnyEvent, /) -> None:
         """Count an event."""
-        for series, value in measurements_of(event):
-            add = self._add.get(series)
-            if add is None:
-                add = self._add[series] = self._adding(series)
-                for other in series_at_zero(series):
-                    self._adding(other)
-            add(value)
+        if not isinstance(event, Event):
+            for series, value in measurements_of(event):
+                self._adding(series)(value)
+            return
+        seconds = event.seconds
+        # Every request is an event: one look-up finds the metrics of a route and a verdict.
+        place = (event.surface, event.route, event.kind, seconds is None)
+        found = self._operations.get(place)
+        if found is None:
+            counter, histogram = series_of(event)
+            found = self._adding(counter), None if histogram is None else self._adding(histogram)
+            self._operations[place] = found
+        count, observe = found
+        count(1)
+        if observe is not None and seconds is not None:
+            observe(seconds)
 
-    def _adding(self, series: Series) -> Callable[[float], None]:
+    def _adding(self, series: Series) -> _Add:
+        add = self._add.get(series)
+        if add is None:
+            add = self._add[series] = self._add_of(series)
+            for other in series_at_zero(series):
+                self._add_of(other)
+        return add
+
+    def _add_of(self, series: Series) -> _Add:
         metric = self._metrics[series.instrument].labels(*series.labels)
         return metric.observe if isinstance(metric, Histogram) else metric.inc
 

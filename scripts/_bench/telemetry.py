@@ -20,8 +20,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from subjects import opened, subject_of
 
-from idempotency import IdempotencyMiddleware, open_store
+from idempotency import IdempotencyMiddleware
 from idempotency.telemetry.opentelemetry import OpenTelemetry
 from idempotency.telemetry.prometheus import Prometheus
 
@@ -69,20 +70,13 @@ def _subjects(stack: ExitStack) -> dict[str, _Subject]:
 async def measure(url: str, rounds: int) -> Added:
     """Replay the same number of keys with each kind of telemetry in turns, so that all see the same machine."""
     place = f"idempotency_bench_{os.getpid()}_telemetry"
-    options = {} if url.startswith("memory") else {"prefix" if url.startswith("redis") else "table": place}
-    store: Any = open_store(url, **options)
-    await store.create_schema()
     with ExitStack() as stack:
         subjects = _subjects(stack)
-        apps = {name: _protected(store, each.hooks) for name, each in subjects.items()}
-        try:
+        async with opened(subject_of(url, place)) as measured:
+            apps = {name: _protected(measured.store, each.hooks) for name, each in subjects.items()}
             for name, app in apps.items():
                 await _request_all(app, name, subjects[name])
             taken = [await _round(apps, subjects, number) for number in range(rounds)]
-        finally:
-            for entry in await store.find(limit=len(subjects) * _REPLAYS):
-                await store.forget(entry.id)
-            await store.aclose()
     plain = statistics.median(each["plain"] for each in taken) / _REPLAYS
     ratios = {name: statistics.median(each[name] / each["plain"] for each in taken) for name in subjects}
     del ratios["plain"]

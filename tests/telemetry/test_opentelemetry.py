@@ -209,6 +209,33 @@ async def test_the_metrics_are_those_of_prometheus(exported: Exported) -> None:
     assert seconds.data.data_points[0].explicit_bounds[0] == 0.001
 
 
+def test_an_event_whose_seconds_are_not_known_is_only_counted(exported: Exported) -> None:
+    """Before an event of the same route and verdict whose seconds are known, and after it."""
+    for seconds in (None, 0.2, None):
+        exported.hook(Event(kind="refused", operation="POST /", route="POST /", seconds=seconds))
+    exported.hook(Event(kind="refused", operation="POST /a", route="POST /a"))
+
+    metrics = exported.metrics()
+    counted = metrics["idempotency.operations"].data.data_points
+    assert {each.attributes["route"]: each.value for each in counted if each.value} == {"POST /": 3, "POST /a": 1}
+    timed = metrics["idempotency.operation"].data.data_points
+    assert {each.attributes["route"]: (each.count, each.sum) for each in timed} == {"POST /": (1, 0.2)}
+
+
+def test_a_measurement_in_a_sampled_trace_is_an_exemplar(exported: Exported) -> None:
+    """Of the trace in which the event comes; where none is sampled, there is none."""
+    event = Event(kind="replayed", operation="POST /", route="POST /", seconds=0.2)
+    with exported.tracer.start_as_current_span("request") as request:
+        exported.hook(event)
+    exported.hook(event)
+
+    [point] = exported.metrics()["idempotency.operation"].data.data_points
+    [exemplar] = point.exemplars
+    context = request.get_span_context()
+    assert (exemplar.trace_id, exemplar.span_id) == (context.trace_id, context.span_id)
+    assert (point.count, exemplar.value) == (2, 0.2)
+
+
 async def test_nothing_that_a_caller_sends_is_in_a_span_or_a_metric(exported: Exported) -> None:
     """Neither key, body nor credential, nor an actual path."""
     async with client(shop(on_event=exported.hook)) as post:

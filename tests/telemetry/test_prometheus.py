@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from idempotency import idempotent, idempotent_consumer
 from idempotency.errors import ConfigurationError, InProgressError
+from idempotency.events import Event
 from idempotency.outbox import Message, Outcome, PollingRelay, Refused, RetryLater, Sent
 from idempotency.saga import saga, step
 from idempotency.stores.memory import MemoryStore
@@ -103,6 +104,23 @@ def test_functions_of_threads_are_counted(registry: CollectorRegistry) -> None:
         ("billing", "message", "replayed"): 1,
         ("billing", "message", "dead-lettered"): 1,
     }
+
+
+def test_an_event_whose_seconds_are_not_known_is_only_counted(registry: CollectorRegistry) -> None:
+    """Before an event of the same route and verdict whose seconds are known, and after it."""
+    prometheus = Prometheus(registry)
+    for seconds in (None, 0.2, None):
+        prometheus(Event(kind="refused", operation="POST /", route="POST /", seconds=seconds))
+    prometheus(Event(kind="refused", operation="POST /a", route="POST /a"))
+
+    assert verdicts(registry) == {("POST /", "http", "refused"): 3, ("POST /a", "http", "refused"): 1}
+    seconds_of = {
+        sample.labels["route"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "idempotency_operation_seconds_count"
+    }
+    assert seconds_of == {"POST /": 1}
 
 
 async def test_a_lost_lease_is_counted_apart(registry: CollectorRegistry) -> None:
