@@ -16,7 +16,8 @@ _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters/", "live/", "outbox/publishers/", "scripts/")
 _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
-# What these cover, others cover too, and under coverage they take more than twice as long.
+# What these cover, others cover too, and under coverage they take more than twice as long; ten times, where a process
+# forks others, each of which writes what it has measured.
 _UNMEASURED_ROOMS = ("live", "scripts")
 _UNMEASURED_FILES = (
     "adapters/celery/test_worker.py",
@@ -47,6 +48,9 @@ _KINDS = {*KINDS, *SYNC_DRIVERS}
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
 _CONTRACT_KINDS = ("memory", "redis", "sqlite")
 _SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
+# The rooms whose code is another one for each database; that above them is the same for each.
+_ROOMS_OF_DATABASES = ("outbox", "projections", "sql", "stores", "streams")
+_DATABASES_ON_SERVERS = ("postgres", "postgres18", "mariadb")
 # The versions beside the installed ones; our code is the same but for single lines.
 _SECOND_VERSIONS = {
     "own_server": "redis-6.2",
@@ -55,9 +59,13 @@ _SECOND_VERSIONS = {
 
 
 def is_measured(item: pytest.Item) -> bool:
-    """Return whether a test runs under coverage."""
+    """Return whether a test runs under coverage: one that is marked so, and most that start no process."""
     path = item.path.relative_to(ROOT / "tests")
-    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
+    if item.get_closest_marker("measured"):
+        return True
+    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES:
+        return False
+    if item.get_closest_marker("alone") or item.get_closest_marker("processes"):
         return False
     parameters = _parameters(item)
     if any(parameters.get(name) == version for name, version in _SECOND_VERSIONS.items()):
@@ -65,6 +73,8 @@ def is_measured(item: pytest.Item) -> bool:
     kind = parameters.get("store_kind")
     if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract | JournalContract):
         return path.as_posix() in _CONTRACT and kind in _CONTRACT_KINDS
+    if path.parts[0] not in _ROOMS_OF_DATABASES and kind in _DATABASES_ON_SERVERS:
+        return False
     return kind not in _SECOND_DRIVERS
 
 
