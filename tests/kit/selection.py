@@ -1,4 +1,4 @@
-"""Which tests run under coverage, which in the edit loop, and which one after another in one process."""
+"""Which tests run at all, under coverage, in the edit loop, and one after another in one process."""
 
 from __future__ import annotations
 
@@ -47,6 +47,20 @@ _KINDS = {*KINDS, *SYNC_DRIVERS}
 # As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
 _CONTRACT_KINDS = ("memory", "redis", "sqlite")
+_OTHER_VERSIONS = ("fakeredis", "redis62", "postgres18")
+_OF_VALUES = {
+    "test_any_body",
+    "test_any_fingerprint",
+    "test_any_input",
+    "test_any_key",
+    "test_any_name",
+    "test_any_name_of_a_saga",
+    "test_any_result",
+    "test_any_token",
+    "test_inspect_shows_any_key",
+    "test_keys_do_not_meet",
+    "test_the_name_is_shown",
+}
 _SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
 # The rooms whose code is another one for each database; that above them is the same for each.
 _ROOMS_OF_DATABASES = ("outbox", "projections", "sql", "stores", "streams")
@@ -56,6 +70,21 @@ _SECOND_VERSIONS = {
     "own_server": "redis-6.2",
     **({"logical_server": "18"} if servers.system_postgres_binaries() else {}),
 }
+
+
+def is_repeated(item: pytest.Item) -> bool:
+    """Return whether a test of a contract stores one more value where other tests store it in the same way.
+
+    How a value becomes bytes is the driver's, whatever version the server has; and one that is encrypted is bytes.
+    """
+    if not issubclass(getattr(item, "cls", None) or object, StoreContract | JournalContract):
+        return False
+    if getattr(item, "originalname", None) not in _OF_VALUES:
+        return False
+    kind, encrypted = _parameters(item).get("store_kind"), item.path.name == "test_encryption.py"
+    indices: dict[str, int] = item.callspec.indices  # type: ignore[attr-defined]
+    later = any(index for name, index in indices.items() if name != "store_kind")
+    return later and (kind in _OTHER_VERSIONS or (encrypted and kind != "memory"))
 
 
 def is_measured(item: pytest.Item) -> bool:
