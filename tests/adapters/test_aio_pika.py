@@ -234,7 +234,7 @@ async def test_a_consumer_that_is_cancelled_while_it_acknowledges_leaves_its_cha
         channel = await connection.channel()
         await send(channel, queue, Message(b"", message_id="1"))
         consuming = asyncio.create_task(consume(await channel.get_queue(queue.name), on_order, concurrency=1))
-        await asyncio.wait_for(acknowledged.wait(), 10)
+        await asyncio.wait_for(acknowledged.wait(), 30)
         consuming.cancel()
         with pytest.raises(asyncio.CancelledError):
             await consuming
@@ -289,7 +289,7 @@ async def test_a_connection_lost_before_the_ack_replays_and_the_consumer_goes_on
         async def on_order(message: AbstractIncomingMessage) -> None:
             handled.append(message.message_id)
             proxy.cut()
-            await asyncio.wait_for(lost.wait(), 10)
+            await asyncio.wait_for(lost.wait(), 30)
 
         lost = asyncio.Event()
         async with await connect_robust(with_port(URL, proxy.port), **SOON) as connection:
@@ -465,7 +465,7 @@ async def test_a_message_that_is_held_does_not_keep_a_consumer_from_ending_by_an
 
     await send(channel, queue, Message(b"", message_id="1"))
     consuming = asyncio.create_task(consume(queue, on_order, pause=0.05))
-    await asyncio.wait_for(met.wait(), 10)
+    await asyncio.wait_for(met.wait(), 30)
     with pika.BlockingConnection(pika.URLParameters(URL)) as connection:
         connection.channel().basic_publish("", queue.name, b"order")
     with pytest.raises(KeyMissingError, match="message_id="):
@@ -497,9 +497,9 @@ async def test_a_message_that_is_held_does_not_stop_the_consumer_when_its_connec
             consuming = asyncio.create_task(
                 consume(await channel.get_queue(queue.name), on_order, pause=0.1, stop=stop)
             )
-            await asyncio.wait_for(met.wait(), 10)
+            await asyncio.wait_for(met.wait(), 30)
             proxy.cut()
-            await asyncio.wait_for(away.wait(), 10)
+            await asyncio.wait_for(away.wait(), 30)
             met.clear()
             await asyncio.wait([asyncio.create_task(met.wait()), consuming], timeout=20, return_when="FIRST_COMPLETED")
             store.down = False
