@@ -19,7 +19,8 @@ from tests.kit.wsgi_calls import call
 class Requests:
     """A request is delivered until it has an answer that is not to be retried."""
 
-    policy = Policy(lease=0.2)
+    # Longer than a request takes on a slow machine, which would be taken over while nothing has killed it.
+    policy = Policy(lease=1.0)
 
     def __init__(self, url: str, directory: str = "") -> None:
         self.engine = create_engine(url)
@@ -54,7 +55,7 @@ class Requests:
 class Held(Requests):
     """A request whose outcome is unknown after a crash, until it is resolved by what its ledger says."""
 
-    policy = Policy(lease=0.2, on_crash="hold")
+    policy = Policy(lease=1.0, on_crash="hold")
 
     def resolve(self, key: str) -> None:
         from idempotency._rules import record_id
