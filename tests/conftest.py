@@ -63,13 +63,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items[:] = [item for item in items if not is_repeated(item)]
+    _select(config, items, lambda item: not is_repeated(item))
     for item in items:
         if is_measured(item):
             item.add_marker("measured")
     if config.getoption("--fast"):
-        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
-        items[:] = [item for item in items if is_fast(item)]
+        _select(config, items, is_fast)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.hookimpl(wrapper=True)
