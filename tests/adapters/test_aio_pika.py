@@ -536,6 +536,7 @@ async def test_a_handler_that_cannot_be_awaited_is_refused(queue: AbstractQueue)
         await consume(queue, undecorated)  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "2 deliveries, 1 invoice\n"

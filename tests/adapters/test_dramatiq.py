@@ -735,6 +735,7 @@ def test_what_would_lose_messages_is_refused() -> None:
             declare(StubBroker(), **{option: "stop"})
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     if reason := missing_broker("dramatiq_rabbit"):
         missing(reason)

@@ -546,6 +546,7 @@ def test_a_handler_that_must_be_awaited_is_refused(client: Client) -> None:
         consume(client, MISSING, undecorated)  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1"}
     environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": moto().url}

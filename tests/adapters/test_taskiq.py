@@ -728,6 +728,7 @@ def test_what_cannot_work_is_refused() -> None:
             office.task(ship, **{option: "stop"})
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     if reason := missing_broker("taskiq_rabbit"):
         missing(reason)

@@ -34,15 +34,25 @@ _UNMEASURED_FILES = (
     "outbox/test_hour.py",
     "outbox/test_log_crashes.py",
     "outbox/test_order.py",
+    "stores/sql/test_cancelled_flights.py",
+    "stores/sql/test_cut_flights.py",
+    "stores/sql/test_killed_flights.py",
     "stores/test_model.py",
     "stores/test_races.py",
+    "test_docs.py",
     "test_examples.py",
     "test_packaging.py",
     "tools/test_crashes.py",
 )
 _CONTRACT = ("stores/test_contract.py", "stores/test_journal.py")
 # Their parts take as long as other files, and share nothing.
-_BY_STORE = (*_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
+_BY_STORE = (
+    *_CONTRACT,
+    "http/test_first_statement.py",
+    "http/test_transactional.py",
+    "stores/sql/test_sagas.py",
+    "stores/test_encryption.py",
+)
 _KINDS = {*KINDS, *SYNC_DRIVERS}
 # As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
@@ -94,7 +104,7 @@ def is_measured(item: pytest.Item) -> bool:
         return True
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES:
         return False
-    if item.get_closest_marker("alone") or item.get_closest_marker("processes"):
+    if item.get_closest_marker("alone") or item.get_closest_marker("processes") or _is_generated(item):
         return False
     parameters = _parameters(item)
     if any(parameters.get(name) == version for name, version in _SECOND_VERSIONS.items()):
@@ -130,6 +140,11 @@ def is_fast(item: pytest.Item) -> bool:
         return parameters["store_kind"] in _FAST_KINDS
     needed = [*getattr(item, "fixturenames", ()), *(each for each in parameters.values() if isinstance(each, str))]
     return not any(name.startswith(_SERVERS) for name in needed)
+
+
+def _is_generated(item: pytest.Item) -> bool:
+    # It runs with hundreds of generated values; beside it are tests with values written by hand.
+    return bool(getattr(getattr(item, "function", None), "is_hypothesis_test", False))
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

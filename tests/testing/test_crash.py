@@ -22,7 +22,6 @@ from tests.kit.paths import EXAMPLES, ROOT
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.measured
 @pytest.mark.parametrize("scenario", [scenarios.Once, scenarios.OnceAsync])
 def test_a_sound_scenario_is_reported_sound(tmp_path: Path, scenario: type[scenarios.Files]) -> None:
     """One effect at every label, sync and async, and a line that says so."""
