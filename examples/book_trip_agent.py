@@ -176,6 +176,8 @@ LABELS = (
 def run_killed(label: str, directory: str, agency: str) -> None:
     """Run an agent that is killed in a gap, and another one that ends its trip."""
     processes = multiprocessing.get_context("forkserver")
+    # Imported once, for all agents.
+    processes.set_forkserver_preload(["idempotency.adapters.mcp", "idempotency.stores.sql", "mcp.client.client"])
     for killed_at, status in ((label, -signal.SIGKILL), ("", 0)):
         process = processes.Process(target=agent_process, args=(directory, label, agency, killed_at))
         process.start()

@@ -64,7 +64,7 @@ class Shop:
     def __init__(self, directory: str) -> None:
         self.engine = create_async_engine(f"sqlite+aiosqlite:///{directory}/shop.db", connect_args={"timeout": 30})
         self.sessions = async_sessionmaker(self.engine)
-        self.store = SQLStore(self.engine)
+        self.store = SQLStore(self.engine, timeout=30)
         self.release, self.next, self.share = WRITES_OLD, WRITES_OLD, 0
         self.requests = itertools.count()
         self.under_way: Counter[Release] = Counter()

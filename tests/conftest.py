@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.kit import fronts, servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.selection import group_of, is_fast, is_measured
+from tests.kit.selection import group_of, is_fast, is_measured, is_repeated
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -63,17 +63,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupSchedul
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _select(config, items, lambda item: not is_repeated(item))
     for item in items:
         if is_measured(item):
             item.add_marker("measured")
     if config.getoption("--fast"):
-        config.hook.pytest_deselected(items=[item for item in items if not is_fast(item)])
-        items[:] = [item for item in items if is_fast(item)]
+        _select(config, items, is_fast)
 
 
-def pytest_collection_finish() -> None:
-    # Thousands of collected tests are no garbage: a test that collects it need not look through them.
-    gc.freeze()
+def _select(config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    # Thousands of collected tests are no garbage, neither while they are collected nor for a test that collects it.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.kit.paths import EXAMPLES
 from tests.kit.servers import listening, missing
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(260)]
 
 
 async def test_orders_transactional(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,4 +181,4 @@ def test_expand_contract() -> None:
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=250).stdout.splitlines()

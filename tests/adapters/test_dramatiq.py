@@ -79,7 +79,7 @@ class Gate:
     def __call__(self, order: str) -> str:
         self.handled.append(order)
         self.begun.set()
-        assert self.open.wait(10)
+        assert self.open.wait(30)
         return f"billed {order}"
 
 
@@ -217,9 +217,9 @@ def test_only_a_first_delivery_is_told_as_one(rabbitmq: RabbitmqBroker, monkeypa
     actor = dramatiq.actor(gate, broker=rabbitmq, actor_name="bill", queue_name=queue, actor_class=once(on_event=hear))
     with working(rabbitmq):
         message = actor.send("A-1")
-        assert gate.begun.wait(10)
+        assert gate.begun.wait(30)
         resend(rabbitmq, message)
-        assert done.wait(10)
+        assert done.wait(30)
     assert attempts == [1, 1, None]
 
 
@@ -338,7 +338,7 @@ def test_the_rest_of_a_pipeline_is_sent_once_the_broker_takes_messages_again(
     flow.run()
     monkeypatch.setattr(rabbitmq, "enqueue", refuse)
     with working(rabbitmq):
-        assert done.wait(10)
+        assert done.wait(30)
         rabbitmq.join(queue)
     assert refused == [flow.messages[1].message_id]
     assert (billed, shipped) == (["A-1"], ["invoice of A-1"])
@@ -425,7 +425,7 @@ def test_a_duplicate_in_a_group_completes_no_other_member(broker: StubBroker) ->
     fast = watched(broker, "fast")
     group.run()
     with working(broker):
-        assert gate.begun.wait(10)
+        assert gate.begun.wait(30)
         until(lambda: events == ["stored"], "the first ended")
         resend(broker, fast[0])
         until(lambda: events == ["stored", "replayed"], "its duplicate ended")
@@ -735,6 +735,7 @@ def test_what_would_lose_messages_is_refused() -> None:
             declare(StubBroker(), **{option: "stop"})
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     if reason := missing_broker("dramatiq_rabbit"):
         missing(reason)

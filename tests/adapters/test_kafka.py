@@ -670,6 +670,7 @@ async def test_what_cannot_be_consumed_is_refused() -> None:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.processes
 def test_the_example_runs(client: str) -> None:
     environment = {**os.environ, "KAFKA_BOOTSTRAP_SERVERS": cluster().servers}
     done = subprocess.run(

@@ -490,6 +490,7 @@ async def test_a_handler_that_is_not_awaited_is_refused(stream: Stream) -> None:
         await stream.consume(called)  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     environment = {**os.environ, "NATS_URL": url()}
     done = subprocess.run(

@@ -295,7 +295,8 @@ def test_a_store_that_is_away_does_not_use_up_the_redrive_policy(
     url, store = create(VisibilityTimeout="7", **policy), FaultyStore()
     store.down = True
 
-    @idempotent_consumer(store, consumer="billing")
+    # For a lease, the end of the consumer waits for the release of the claim that may have come through.
+    @idempotent_consumer(store, consumer="billing", policy=Policy(lease=1.0))
     def on_order(message: dict[str, Any]) -> None:
         raise AssertionError("it must not run")
 
@@ -545,6 +546,7 @@ def test_a_handler_that_must_be_awaited_is_refused(client: Client) -> None:
         consume(client, MISSING, undecorated)  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "eu-central-1"}
     environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": moto().url}

@@ -117,7 +117,7 @@ class Office:
         listening = asyncio.create_task(receiver.listen(finished))
         try:
             yield
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while self.broker.unsettled:
                     await asyncio.sleep(0.005)
         finally:
@@ -173,7 +173,7 @@ async def test_a_busy_message_is_sent_again_and_leaves_no_result() -> None:
     sent = await task.kiq("A-1")
     await task.kicker().with_task_id(sent.task_id).kiq("A-1")
     async with office.open():
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while office.events.count("in-progress") < 3:
                 await asyncio.sleep(0.005)
         assert not await office.broker.result_backend.is_result_ready(sent.task_id)
@@ -262,7 +262,7 @@ async def test_a_worker_that_acknowledges_first_is_found_out() -> None:
 
     sent = await office.task(bill).kiq("A-1")
     async with office.open(AcknowledgeType.WHEN_RECEIVED):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not office.dead:
                 await asyncio.sleep(0.005)
     ((message, reason),) = office.dead
@@ -562,7 +562,7 @@ async def test_other_arguments_under_the_id_of_a_task_are_a_dead_letter() -> Non
         await office.broker.kick(BrokerMessage(task_id="1", task_name="bill", message=message, labels={}))
 
     async def heard(kind: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while kind not in office.events:
                 await asyncio.sleep(0.005)
 
@@ -728,6 +728,7 @@ def test_what_cannot_work_is_refused() -> None:
             office.task(ship, **{option: "stop"})
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     if reason := missing_broker("taskiq_rabbit"):
         missing(reason)

@@ -680,6 +680,7 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.processes
 @pytest.mark.stores("sqlite")
 def test_the_process(place: Target) -> None:
     """The store is taken from the environment, and exit codes and errors are those of a process."""

@@ -99,7 +99,7 @@ async def test_every_listener_gets_the_one_message_of_the_server():
         assert await request.is_disconnected() is True
 
     client = Once(b"body")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await protect(Effects(handler))(http_scope(key="k"), client, Reply().send)
     assert heard == ["http.disconnect", "http.disconnect"]
     assert client.said == 1
@@ -123,7 +123,7 @@ async def test_a_listener_that_is_cancelled_loses_no_message():
 
     heard: list[str] = []
     client = Once(b"body")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await protect(Effects(handler))(http_scope(key="k"), client, Reply().send)
     assert heard == ["http.disconnect"]
 
@@ -174,7 +174,7 @@ async def test_a_stream_that_is_still_held_is_complete_without_its_reader(wrappe
         inner.add_middleware(Passing)
     app = protect(inner)
     scope = http_scope(key="k", asgi={"version": "3.0", "spec_version": spec_version})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await app(scope, client, Reply().send)
     retry = await call(app, key="k", body=b"body")
     assert (retry.status, retry.body, retry.replayed) == (201, b"piece" * 20, True)
@@ -224,7 +224,7 @@ async def test_a_stream_that_is_on_its_way_hears_that_its_reader_is_gone():
     ended: list[bool] = []
     client = Client()
     app = protect(Starlette(routes=[Route("/orders", endpoint, methods=["POST"])]))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await app(http_scope(key="k"), client, Reply().send)
     assert ended == [True]
     assert (await call(app, key="k")).code == "completed-not-replayable"
@@ -250,7 +250,7 @@ async def test_a_listener_that_began_before_the_first_byte_hears_it_with_it():
             await asyncio.Event().wait()
 
     client = Client(b"body")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await protect(Effects(handler))(http_scope(key="k"), client, Reply().send)
 
 
@@ -269,7 +269,7 @@ async def test_an_application_that_only_waits_for_it_is_told(how, answers):
     app, client = Effects(handler), Client(b"body")
     client.gone.set()
     reply = Reply()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await protect(app)(http_scope(key="k"), client, reply.send)
     assert (app.runs, reply.complete) == (1, answers)
 

@@ -178,7 +178,7 @@ def test_the_stripe_client_raises_its_error() -> None:
             create("k", "another")
         slow = threading.Thread(target=create, args=("slow", "slow"))
         slow.start()
-        assert running.wait(10)
+        assert running.wait(30)
         with pytest.raises(stripe.APIError, match="again later") as busy:
             create("slow", "slow")
         finish.set()

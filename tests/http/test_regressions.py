@@ -721,7 +721,7 @@ async def test_a_store_that_fails_after_the_effect_does_not_change_the_answer(fa
 
 
 async def _until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 

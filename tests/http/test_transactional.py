@@ -37,7 +37,10 @@ from tests.kit.servers import with_port
 from tests.kit.targets import Target
 from tests.kit.tcp_proxy import Proxy
 
-pytestmark = pytest.mark.stores("postgres", "postgres_psycopg", "mariadb", "sqlite")
+# A second driver is another one where it reports a failure, or begins and ends a transaction: there it is named.
+pytestmark = pytest.mark.stores("postgres", "mariadb", "sqlite")
+# What the handler does with its session is judged before any database is asked.
+ON_ONE_SERVER = pytest.mark.stores("postgres", "sqlite")
 
 
 class Base(DeclarativeBase):
@@ -287,6 +290,7 @@ async def test_a_commit_whose_acknowledgement_is_lost(target: Target, threads: b
             assert await shop.orders() == ["cup", "tea"]
 
 
+@ON_ONE_SERVER
 async def test_a_live_response_commits_before_its_first_byte(shop: Shop) -> None:
     """A response that is not kept is remembered as completed, together with its effect."""
 
@@ -603,6 +607,7 @@ async def close_after_a_failed_flush(session: AsyncSession) -> None:
             await session.flush()
 
 
+@ON_ONE_SERVER
 @pytest.mark.parametrize("handle", [close, leave, forget_what_was_added, close_and_go_on, close_after_a_failed_flush])
 async def test_a_session_that_the_handler_closed_is_refused(shop: Shop, handle: Any) -> None:
     """Its effect is gone, so nothing is recorded: an error that says what to do, and a retry runs."""
@@ -616,6 +621,7 @@ async def test_a_session_that_the_handler_closed_is_refused(shop: Shop, handle: 
     assert isinstance(await shop.raised("k"), TransactionError)
 
 
+@ON_ONE_SERVER
 async def test_a_rollback_of_the_handler_is_its_own_word(shop: Shop) -> None:
     """What it undid is gone by its own wish; what it does afterwards commits with the response."""
 
@@ -780,6 +786,7 @@ async def test_a_request_waits_until_its_hold_is_recorded(target: Target, thread
             assert (await shop.post("tea")).json()["code"] == "outcome-unknown"
 
 
+@ON_ONE_SERVER
 @pytest.mark.parametrize("rule", [ValueError, "5xx"])
 async def test_a_stored_exception_is_rolled_back(shop: Shop, rule: Any) -> None:
     """That it failed is recorded and replayed as 500, without the half of its effect."""
@@ -796,6 +803,7 @@ async def test_a_stored_exception_is_rolled_back(shop: Shop, rule: Any) -> None:
     assert await shop.orders() == []
 
 
+@ON_ONE_SERVER
 async def test_a_stored_5xx_is_rolled_back(shop: Shop) -> None:
     """As an exception is which a framework inside answers with 500: its own error comes out, and 500 is replayed."""
 
@@ -812,6 +820,7 @@ async def test_a_stored_5xx_is_rolled_back(shop: Shop) -> None:
     assert await shop.orders() == []
 
 
+@ON_ONE_SERVER
 async def test_the_session_is_over_with_the_response(shop: Shop) -> None:
     """Work after the response would be committed by nobody: it gets an error."""
     refused: list[str] = []

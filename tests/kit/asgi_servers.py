@@ -105,18 +105,20 @@ class Bench:
 
 
 Combination = tuple[str, int, str]
-EVERY: list[Combination] = [
-    (kind, workers, store) for store in ("redis", "postgres") for kind in SERVERS for workers in (1, 2)
-]
-"""Every server, with one worker and two, on both stores."""
-
 EACH: list[Combination] = [
     ("uvicorn-h11", 1, "redis"),
     ("uvicorn-httptools", 2, "postgres"),
     ("hypercorn", 1, "postgres"),
     ("granian", 2, "redis"),
 ]
-"""Every server once, both numbers of workers, and both stores."""
+"""Every server once, both numbers of workers, and both stores; all of them are in :data:`EVERY`."""
+
+EVERY: list[Combination] = [
+    *((kind, workers, store) for kind in SERVERS for workers, store in ((1, "redis"), (2, "postgres"))),
+    ("hypercorn", 1, "postgres"),
+    ("granian", 2, "redis"),
+]
+"""Every server with one worker and with two, every server on both stores, and each number of workers on both."""
 
 _SHARED: dict[Combination, Combination] = {}
 

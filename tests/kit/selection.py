@@ -1,4 +1,4 @@
-"""Which tests run under coverage, which in the edit loop, and which one after another in one process."""
+"""Which tests run at all, under coverage, in the edit loop, and one after another in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters/", "live/", "outbox/publishers/", "scripts/")
 _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
-# What these cover, others cover too, and under coverage they take more than twice as long.
+# What these cover, others cover too, and under coverage they take more than twice as long; ten times, where a process
+# forks others, each of which writes what it has measured.
 _UNMEASURED_ROOMS = ("live", "scripts")
 _UNMEASURED_FILES = (
     "adapters/celery/test_worker.py",
@@ -33,20 +34,47 @@ _UNMEASURED_FILES = (
     "outbox/test_hour.py",
     "outbox/test_log_crashes.py",
     "outbox/test_order.py",
+    "stores/sql/test_cancelled_flights.py",
+    "stores/sql/test_cut_flights.py",
+    "stores/sql/test_killed_flights.py",
     "stores/test_model.py",
     "stores/test_races.py",
+    "test_docs.py",
     "test_examples.py",
     "test_packaging.py",
     "tools/test_crashes.py",
 )
 _CONTRACT = ("stores/test_contract.py", "stores/test_journal.py")
 # Their parts take as long as other files, and share nothing.
-_BY_STORE = (*_CONTRACT, "http/test_first_statement.py", "http/test_transactional.py", "stores/test_encryption.py")
+_BY_STORE = (
+    *_CONTRACT,
+    "http/test_first_statement.py",
+    "http/test_transactional.py",
+    "stores/sql/test_sagas.py",
+    "stores/test_encryption.py",
+)
 _KINDS = {*KINDS, *SYNC_DRIVERS}
 # As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
 _CONTRACT_KINDS = ("memory", "redis", "sqlite")
+_OTHER_VERSIONS = ("fakeredis", "redis62", "postgres18")
+_OF_VALUES = {
+    "test_any_body",
+    "test_any_fingerprint",
+    "test_any_input",
+    "test_any_key",
+    "test_any_name",
+    "test_any_name_of_a_saga",
+    "test_any_result",
+    "test_any_token",
+    "test_inspect_shows_any_key",
+    "test_keys_do_not_meet",
+    "test_the_name_is_shown",
+}
 _SECOND_DRIVERS = ("postgres_psycopg", "mariadb_asyncmy", *SYNC_DRIVERS)
+# The rooms whose code is another one for each database; that above them is the same for each.
+_ROOMS_OF_DATABASES = ("outbox", "projections", "sql", "stores", "streams")
+_DATABASES_ON_SERVERS = ("postgres", "postgres18", "mariadb")
 # The versions beside the installed ones; our code is the same but for single lines.
 _SECOND_VERSIONS = {
     "own_server": "redis-6.2",
@@ -54,10 +82,29 @@ _SECOND_VERSIONS = {
 }
 
 
+def is_repeated(item: pytest.Item) -> bool:
+    """Return whether a test of a contract stores one more value where other tests store it in the same way.
+
+    How a value becomes bytes is the driver's, whatever version the server has; and one that is encrypted is bytes.
+    """
+    if not issubclass(getattr(item, "cls", None) or object, StoreContract | JournalContract):
+        return False
+    if getattr(item, "originalname", None) not in _OF_VALUES:
+        return False
+    kind, encrypted = _parameters(item).get("store_kind"), item.path.name == "test_encryption.py"
+    indices: dict[str, int] = item.callspec.indices  # type: ignore[attr-defined]
+    later = any(index for name, index in indices.items() if name != "store_kind")
+    return later and (kind in _OTHER_VERSIONS or (encrypted and kind != "memory"))
+
+
 def is_measured(item: pytest.Item) -> bool:
-    """Return whether a test runs under coverage."""
+    """Return whether a test runs under coverage: one that is marked so, and most that start no process."""
     path = item.path.relative_to(ROOT / "tests")
-    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES or item.get_closest_marker("alone"):
+    if item.get_closest_marker("measured"):
+        return True
+    if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES:
+        return False
+    if item.get_closest_marker("alone") or item.get_closest_marker("processes") or _is_generated(item):
         return False
     parameters = _parameters(item)
     if any(parameters.get(name) == version for name, version in _SECOND_VERSIONS.items()):
@@ -65,6 +112,8 @@ def is_measured(item: pytest.Item) -> bool:
     kind = parameters.get("store_kind")
     if issubclass(getattr(item, "cls", None) or object, StoreContract | SyncStoreContract | JournalContract):
         return path.as_posix() in _CONTRACT and kind in _CONTRACT_KINDS
+    if path.parts[0] not in _ROOMS_OF_DATABASES and kind in _DATABASES_ON_SERVERS:
+        return False
     return kind not in _SECOND_DRIVERS
 
 
@@ -91,6 +140,11 @@ def is_fast(item: pytest.Item) -> bool:
         return parameters["store_kind"] in _FAST_KINDS
     needed = [*getattr(item, "fixturenames", ()), *(each for each in parameters.values() if isinstance(each, str))]
     return not any(name.startswith(_SERVERS) for name in needed)
+
+
+def _is_generated(item: pytest.Item) -> bool:
+    # It runs with hundreds of generated values; beside it are tests with values written by hand.
+    return bool(getattr(getattr(item, "function", None), "is_hypothesis_test", False))
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.asgi_servers import EACH, SERVERS, Bench, Live, headers_of, new_key, over, post, problem, same, settled
+from tests.kit.asgi_servers import EACH, EVERY, Bench, Live, headers_of, new_key, over, post, problem, same, settled
 from tests.kit.targets import Target
 
 
@@ -21,7 +21,7 @@ async def send_and_vanish(live: Live, path: str, key: str) -> None:
     await writer.wait_closed()
 
 
-@over([(kind, 1, "redis") for kind in SERVERS] + EACH[1:])
+@over([each for each in EVERY if each[1:] == (1, "redis") or each in EACH])
 @pytest.mark.parametrize("prefix", ["", "/wrapped"])
 async def test_the_handler_finishes_and_the_retry_replays(live: Live, prefix: str) -> None:
     """A client that is gone does not end the handler, also behind @app.middleware("http")."""

@@ -35,6 +35,12 @@ ENDS = {
 """Servers that tell the middleware when they end, and servers that do not."""
 
 
+def at_each(*ends: str) -> pytest.MarkDecorator:
+    """Run a test with each of these servers on Redis, and with the first one on PostgreSQL: none knows the store."""
+    pairs = [*(("redis", end) for end in ends), ("postgres", ends[0])]
+    return pytest.mark.parametrize(("bench", "end"), pairs, indirect=["bench"])
+
+
 class Ending(Live):
     """A server that a test asks to end."""
 
@@ -116,13 +122,13 @@ async def stopped_while_away(bench: Bench, end: str, path: str) -> tuple[int, St
     return status, await state_of(bench, record_of(key))
 
 
-@pytest.mark.parametrize("end", ENDS)
+@at_each(*ENDS)
 async def test_a_stop_waits_for_a_record_that_is_repeated(bench: Bench, end: str) -> None:
     """A server that is asked to end while the store is away ends when the answer it gave is recorded."""
     assert await stopped_while_away(bench, end, "/order") == (201, State.DONE)
 
 
-@pytest.mark.parametrize("end", ["uvicorn", "uvicorn-lifespan-off", "hypercorn"])
+@at_each("uvicorn", "uvicorn-lifespan-off", "hypercorn")
 async def test_a_stop_waits_for_a_key_to_be_held(bench: Bench, end: str) -> None:
     """What is to be unknown is no less written than what is stored."""
     assert await stopped_while_away(bench, end, "/held") == (500, State.UNKNOWN)
@@ -142,7 +148,7 @@ async def test_a_stop_waits_for_the_record_of_a_function(bench: Bench) -> None:
     assert [line["operation"] for line in lines][-1].endswith("charge")
 
 
-@pytest.mark.parametrize("end", ENDS)
+@at_each(*ENDS)
 async def test_a_stop_does_not_wait_longer_than_a_lease(bench: Bench, end: str) -> None:
     """While the store stays away, the server ends when the lease is over."""
     key = new_key()

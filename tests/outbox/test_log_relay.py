@@ -264,6 +264,7 @@ async def test_rows_that_the_log_does_not_have_are_found(log_engine: AsyncEngine
     assert sorted(shop.publisher.payloads) == ["1", "2"]
 
 
+@pytest.mark.parametrize("logical_server", ["installed"], indirect=True)
 async def test_one_large_transaction(shop: Shop) -> None:
     """Its messages are read in parts. A relay that ends in the middle repeats two slices at most."""
     size, batch = 20_000, 500

@@ -19,7 +19,9 @@ from tests.outbox.kit.position_child import make_handler, make_relay
 pytestmark = pytest.mark.processes
 
 
-@pytest.mark.parametrize("mode", ["table", "message"])
+@pytest.mark.parametrize(
+    ("logical_server", "mode"), [("installed", "table"), ("18", "message")], indirect=["logical_server"]
+)
 async def test_a_message_that_comes_again_after_a_kill_is_skipped_by_the_checkpoint(
     log_engine: AsyncEngine, mode: Any
 ) -> None:

@@ -152,7 +152,7 @@ async def test_a_task_that_a_hook_starts_runs(caplog: pytest.LogCaptureFixture) 
         ran.set()
 
     emit_event(EventHooks(lambda event: asyncio.ensure_future(note())), "stored", "POST /")  # type: ignore[arg-type,return-value]
-    await asyncio.wait_for(ran.wait(), 5)
+    await asyncio.wait_for(ran.wait(), 30)
 
     assert not caplog.records
 

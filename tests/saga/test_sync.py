@@ -124,7 +124,7 @@ def test_a_slow_process_is_overtaken_in_a_step(faulty: FaultyStore, clock: Manua
         began.set()
         operation = current()
         assert operation is not None
-        assert lost.wait(10)
+        assert lost.wait(30)
         while not operation.lost:
             threading.Event().wait(0.01)
         return "slow"
@@ -135,12 +135,12 @@ def test_a_slow_process_is_overtaken_in_a_step(faulty: FaultyStore, clock: Manua
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(overtaken, key="7")
-        assert began.wait(10)
+        assert began.wait(30)
         clock.advance(1)
         assert overtaken(key="7") == "fast"
         lost.set()
         with pytest.raises(SagaLostError):
-            first.result(10)
+            first.result(30)
     assert overtaken(key="7") == "fast"
 
 
@@ -155,9 +155,9 @@ def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done: list[
     FAULTS["a"] = [lambda: go_on.wait(10)]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(slow, key="7")
-        assert renewed.wait(10)
+        assert renewed.wait(30)
         go_on.set()
-        assert running.result(10) == "a done"
+        assert running.result(30) == "a done"
 
 
 def test_waits(faulty: FaultyStore, clock: ManualClock, done: list[Any]) -> None:
@@ -226,7 +226,7 @@ def test_steps_side_by_side_in_threads(faulty: FaultyStore, done: list[Any]) -> 
             context = contextvars.copy_context()
             pool.submit(context.run, step_sync, name, do_sync, name, undo=take_back_sync)
         pool.shutdown(wait=False)
-        assert first_done.wait(10)
+        assert first_done.wait(30)
         raise KeyError
 
     FAULTS["a"] = [first_done.set]

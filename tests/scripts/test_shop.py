@@ -31,16 +31,15 @@ def shop(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("place", ["embedded", "servers"])
-def test_each_process_is_killed_and_the_books_agree(place: str, request: pytest.FixtureRequest) -> None:
-    """On files and a NATS of its own, and on PostgreSQL and RabbitMQ: nothing is lost, and nothing is done twice."""
-    servers = []
-    if place == "servers":
-        if not listening(5672):
-            missing("nothing listens on port 5672")
-        servers = ["--store", request.getfixturevalue("postgres_url"), "--broker", RABBITMQ]
+def test_each_process_is_killed_and_the_books_agree(postgres_url: str) -> None:
+    """On PostgreSQL and RabbitMQ, nothing is lost, and nothing is done twice.
 
-    run = shop(*servers)
+    ``.ci/run`` plays it on files and a NATS of its own.
+    """
+    if not listening(5672):
+        missing("nothing listens on port 5672")
+
+    run = shop("--store", postgres_url, "--broker", RABBITMQ)
 
     assert run.returncode == 0, run.stdout + run.stderr
     killed = [line.partition("again: ")[2] for line in run.stdout.splitlines() if "kill -9" in line]

@@ -62,9 +62,9 @@ class TestContract(JournalContract):
         return lambda record: make_newer_saga(target, record)
 
 
-@pytest.mark.stores("fakeredis", "redis", "redis62")
+@pytest.mark.stores("redis")
 class TestSyncContract(SyncJournalContract):
-    """So do the blocking verbs."""
+    """So do the blocking verbs, which send the same scripts to each server."""
 
     @pytest.fixture
     def store(self, sync_store: Any) -> Any:

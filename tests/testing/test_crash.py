@@ -48,6 +48,7 @@ def test_an_effect_before_its_record_is_doubled(tmp_path: Path) -> None:
     assert "\n  doubled: between" in str(report)
 
 
+@pytest.mark.measured
 def test_the_verbs_of_any_store_are_labels(tmp_path: Path) -> None:
     """A class with the verbs of a store needs no registration: each verb is two labels."""
     report = crash_everywhere(scenarios.Stored, str(tmp_path), recorded="after complete")
@@ -77,6 +78,7 @@ def test_a_lock_that_nobody_takes_over_is_stuck(tmp_path: Path) -> None:
     assert not report.ok
 
 
+@pytest.mark.measured
 def test_a_held_key_is_resolved_and_named(tmp_path: Path) -> None:
     """OutcomeUnknownError calls for resolve(), after which the key settles; the labels are listed as held."""
     report = crash_everywhere(scenarios.Held, str(tmp_path))
@@ -265,6 +267,7 @@ def test_the_plugin_gives_the_assertion_and_shows_its_report(tmp_path: Path) -> 
     assert "doubled: between" in run.stdout
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("statement", "name"),
     [
@@ -284,6 +287,7 @@ def test_statements_are_named_by_verb_and_table(statement: str, name: str) -> No
     assert name_of(statement) == name
 
 
+@pytest.mark.measured
 def test_a_verb_that_calls_itself_has_its_points_once() -> None:
     """As a verb of a subclass does, or an awaited one that calls its blocking twin."""
     passed: list[str] = []

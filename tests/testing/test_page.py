@@ -13,6 +13,8 @@ from tests.kit import servers
 from tests.kit.paths import ROOT
 from tests.test_docs_code import blocks
 
+pytestmark = pytest.mark.processes
+
 FILES = dict(
     re.findall(
         r"^```(?:python|ini)\n(?=# (\S+\.(?:py|ini))\n)(.*?)^```$", (ROOT / "docs/testing.md").read_text(), re.M | re.S

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from idempotency.stores.memory import MemoryStore
-from idempotency.web import console
+from idempotency.web import _stuck, console
 from tests.saga.operate import trips
 from tests.web.visitor import Visitor
 
@@ -14,6 +14,12 @@ from tests.web.visitor import Visitor
 def _nothing_prepared() -> None:
     for each in (trips.DID, trips.FAILING, trips.HANGING):
         each.clear()
+
+
+@pytest.fixture(autouse=True)
+def _looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests keep many records in the same Redis, and a slow machine looks through them for longer.
+    monkeypatch.setattr(_stuck, "SECONDS", 60.0)
 
 
 @pytest.fixture

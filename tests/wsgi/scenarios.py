@@ -19,6 +19,7 @@ from tests.kit.wsgi_calls import call
 class Requests:
     """A request is delivered until it has an answer that is not to be retried."""
 
+    # Longer than a request takes on a slow machine, which would be taken over while nothing has killed it.
     policy = Policy(lease=1.0)
 
     def __init__(self, url: str, directory: str = "") -> None:

@@ -203,6 +203,7 @@ def run_example(url: str, queue: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "2 deliveries, 1 invoice\n"), ended.stderr
 
 
+@pytest.mark.processes
 def test_the_example_runs_on_rabbitmq() -> None:
     if reason := missing_broker("celery_rabbit"):
         missing(reason)
@@ -217,5 +218,6 @@ def test_the_example_runs_on_rabbitmq() -> None:
                 channel.exchange_delete(exchange, if_unused=True)
 
 
+@pytest.mark.processes
 def test_the_example_runs_on_redis(redis62_url: str) -> None:
     run_example(redis62_url, "shop")

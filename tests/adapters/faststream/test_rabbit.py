@@ -363,6 +363,7 @@ async def test_what_no_handler_takes_passes_through(rabbit: Rabbit, heard: Heard
     assert heard == ["stored"]
 
 
+@pytest.mark.processes
 def test_the_example_runs() -> None:
     if reason := missing_broker("faststream_rabbit"):
         missing(reason)

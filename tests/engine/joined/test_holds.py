@@ -37,7 +37,7 @@ synchronous = pytest.mark.stores(*SYNC_JOINED_KINDS)
     ids=["savepoint", "commit", "rollback"],
 )
 @pytest.mark.parametrize("swallow", [False, True])
-@synchronous
+@pytest.mark.stores("sqlite", "postgres", "mariadb")
 def test_a_hold_survives_what_the_connection_ended(
     sync_ledger: Ledger, policy: Policy, end: Any, swallow: bool
 ) -> None:

@@ -153,7 +153,7 @@ def test_every_new_loop_gets_a_client(server: RedisProcess) -> None:
     asyncio.run(store.aclose())
 
     with server.client() as client:
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 30
         while len(client.client_list()) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -249,7 +249,7 @@ def test_a_store_that_is_dropped_leaves_no_socket_open(server: RedisProcess) -> 
     try:
         use()
         with server.client() as client:
-            deadline = time.monotonic() + 2
+            deadline = time.monotonic() + 30
             while len(client.client_list()) > 1:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -21,7 +21,7 @@ from idempotency.testing.journal._journal import begun, by_name, done, ending, l
 from tests.kit.redis_servers import RedisProcess, embedded, require
 from tests.kit.redis_store import name_of, new_claim, sent_to
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.measured]
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,7 @@ async def test_a_server_that_is_killed(server: PostgresServer, name: str, table:
     assert load.unknown_claims or load.unknown_ends
 
 
+@pytest.mark.processes
 @ON_EACH
 async def test_a_process_that_is_killed(
     store: SQLStore, engine: AsyncEngine, url: str, table: str, tmp_path: Path

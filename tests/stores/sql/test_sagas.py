@@ -19,8 +19,8 @@ from tests.kit.saga_requests import entry, leave, opening, write
 from tests.kit.targets import SYNC_DRIVERS, Target
 from tests.stores.test_saga_encryption import TEXTS, check, use
 
-KINDS = ("sqlite", "postgres", "postgres_psycopg", "mariadb")
-OTHERS = ("postgres18", "mariadb_asyncmy")
+KINDS = ("sqlite", "postgres", "mariadb")
+OTHERS = ("postgres18", "postgres_psycopg", "mariadb_asyncmy")
 """The rest of the drivers and servers, which answer each request once."""
 
 

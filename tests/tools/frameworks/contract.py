@@ -142,7 +142,7 @@ class ToolLoopContract:
 
     async def test_a_tool_that_the_framework_cuts_off_is_not_done_again(self, store, refunds, agent) -> None:
         """Its time is over after the refund. No later call refunds, whatever the framework says."""
-        clerk = agent(refunds.tool(store, _never, intent=INTENT), timeout=1)
+        clerk = agent(refunds.tool(store, _never, intent=INTENT), timeout=2)
 
         first, second = await clerk.talk([refund_call("call-1")], [refund_call("call-2")])
 
@@ -153,7 +153,7 @@ class ToolLoopContract:
 
     async def test_the_model_does_not_repeat_a_call_without_intent_that_is_cut_off(self, store, refunds, agent) -> None:
         """Its next call would have another id, and refund again."""
-        clerk = agent(refunds.tool(store, _never), timeout=1)
+        clerk = agent(refunds.tool(store, _never), timeout=2)
 
         (only,) = await clerk.talk([refund_call("call-1")])
 
@@ -163,7 +163,7 @@ class ToolLoopContract:
     async def test_a_tool_that_the_framework_cuts_off_is_verified(self, store, refunds, agent) -> None:
         """The next call finds the refund."""
         # Long enough for the second call, which has to find the refund.
-        clerk = agent(refunds.tool(store, _never, intent=INTENT, verify=refunds.find), timeout=2)
+        clerk = agent(refunds.tool(store, _never, intent=INTENT, verify=refunds.find), timeout=4)
 
         _, second = await clerk.talk([refund_call("call-1")], [refund_call("call-2")])
 

@@ -151,7 +151,7 @@ async def test_a_tool_in_a_thread_that_the_framework_does_not_wait_for(store, re
         return made
 
     decorate = partial(idempotent_tool, store, name="refund", intent=INTENT)
-    first, second = await run(agent_of(Tool(decorate()(refund), timeout=2), calls=2))
+    first, second = await run(agent_of(Tool(decorate()(refund), timeout=4), calls=2))
     go_on.set()
     recorded = await asyncio.to_thread(decorate(policy=Policy(on_crash="hold", wait=10))(refund), "order-7", 5)
 
