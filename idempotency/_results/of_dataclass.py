@@ -1,6 +1,6 @@
 """Make the functions that read and write one dataclass, from source, as dataclasses itself makes its __init__.
 
-A function that reads or writes any dataclass, field by field, takes three times as long.
+To go through the fields of any dataclass takes longer: ten times as long in writing, a third more in reading.
 """
 
 from __future__ import annotations
