@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
+from json.scanner import make_scanner
 from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from idempotency._results.compare import is_pydantic, same
 from idempotency._results.models import read_model, write_model
+from idempotency._results.of_dataclass import reader_of, writer_of
 from idempotency._results.times import read_time, write_time
 from idempotency.errors import ConfigurationError
 
@@ -39,7 +41,9 @@ class Shape:
 
 
 _encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
-_decoder = json.JSONDecoder()
+
+scan: Any = make_scanner(json.JSONDecoder())  # type: ignore[arg-type]
+"""Read the JSON value in a text that begins at an index; return it and where it ends. It may raise StopIteration."""
 
 
 def dump(value: Any) -> bytes:
@@ -52,8 +56,8 @@ def load(data: bytes | str) -> Any:
     if isinstance(data, str):
         # json.loads looks for spaces around the value, which takes longer than to read a small one.
         try:
-            value, end = _decoder.raw_decode(data)
-        except ValueError:
+            value, end = scan(data, 0)
+        except (ValueError, StopIteration):
             value, end = None, -1
         if end == len(data):
             return value
@@ -278,16 +282,15 @@ class _Finder:
         def written(value: Any) -> dict[str, Any]:
             return {name: shape.to_json(getattr(value, name)) for name, shape in fields.items()}
 
-        def from_json(found: Any) -> Any:
-            for name, each in found.items():
-                if type(each) is not unchanged.get(name):
-                    break
-            else:
-                return kind(**found)
+        def from_any(found: Any) -> Any:
             # Fields that this code does not know are those of later code.
             return kind(**{name: fields[name].from_json(each) for name, each in found.items() if name in known})
 
-        return Shape(to_json, from_json)
+        from_json = reader_of(kind, unchanged, {name: fields[name].from_json for name in given}, from_any)
+        if len(given) < len(fields) or issubclass(kind, (*_SEQUENCES, dict)):
+            # Not all that its values are is in the fields that are given.
+            return Shape(to_json, from_json)
+        return Shape(writer_of(kind, unchanged, to_json), from_json)
 
     def _typed_dict(self, kind: Any) -> Shape:
         # Missing keys are not refused: a type checker finds them. The keys that are there are recorded.

@@ -91,11 +91,8 @@ class Reached:
     def _append(self, stream: str, rows: Sequence[Row], after: int) -> bool:
         for start in range(0, len(rows), _MOST_ROWS):
             part = rows[start : start + _MOST_ROWS]
-            values: dict[str, Any] = {"stream": stream, "expected": after + start}
-            for number, row in enumerate(part, 1):
-                values[f"version{number}"] = after + start + number
-                values.update((f"{name}{number}", value) for name, value in row.items())
-            if self._insert(stream, self._statements.append(len(part)), values) == len(part):
+            values = {**_parameters(part), "stream": stream, "expected": after + start}
+            if self._insert(stream, values, len(part)) == len(part):
                 continue
             if start == 0:
                 return False
@@ -103,18 +100,18 @@ class Reached:
             raise ConflictError(_OTHERS.format(stream))
         return True
 
-    def _insert(self, stream: str, append: Compiled, values: Row) -> int:
-        """Insert rows, and return how many; 0 where one of them is there."""
+    def _insert(self, stream: str, values: Row, count: int) -> int:
+        """Insert ``count`` rows, and return how many were inserted; 0 where one of them is there."""
         try:
-            result = self._execute(append, values)
+            result = self._execute(self._statements.append(count), values)
         except DBAPIError as error:
             if error_code(error) not in _NOT_UNIQUE:
                 raise
             if self._dialect == "postgresql":
                 raise ConflictError(_OTHERS.format(stream)) from error
             return 0
-        count: int = result.scalar_one() if self._dialect == "postgresql" else result.rowcount
-        return count
+        inserted: int = result.scalar_one() if result.returns_rows else result.rowcount
+        return inserted
 
     def _own(self, stream: str, rows: Sequence[Row]) -> Appended | None:
         """Return the append of an earlier run with these ids; None if there is none."""
@@ -280,3 +277,10 @@ class Reached:
     def _scalar(self, statement: Compiled, **values: Any) -> Any:
         rows = self._rows(statement, **values)
         return rows[0][0] if rows else None
+
+
+def _parameters(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the parameters of rows, with the number of the row at the end of each name where there are several."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    return {f"{name}{number}": value for number, row in enumerate(rows, 1) for name, value in row.items()}

@@ -32,8 +32,8 @@ PLACES_AT_ONCE = 1000
 _COLUMNS = "place, stream, version, id, type, type_version, data, headers, created_ms"
 _READ = "place, seq, stream, version, {}, type, type_version, data, headers, created_ms"
 _TYPES = {
-    **{"version": "bigint", "id": "uuid", "type": "varchar", "type_version": "smallint", "data": "text"},
-    **{"headers": "text", "stream": "varchar", "expected": "bigint"},
+    **{"id": "uuid", "type": "varchar", "type_version": "smallint", "data": "text", "headers": "text"},
+    **{"stream": "varchar", "expected": "bigint"},
 }
 
 
@@ -70,25 +70,28 @@ class Statements:
         return f"CAST(:{name}{number} AS {kind})" if self.name == "postgresql" and kind else f":{name}{number}"
 
     def _append(self, count: int) -> Compiled:
-        """Append ``count`` events after ``expected``, or none; it returns or changes as many rows as were appended.
+        """Append ``count`` events after ``expected``, or none.
 
-        PostgreSQL appends the first, and the others if that was appended: a part of them would be no append, and an
-        error would end the transaction. MariaDB looks for ``expected`` by :attr:`has`, before: an INSERT with a SELECT
-        would lock the table's counter.
+        It changes as many rows as were appended; several on PostgreSQL return that number instead. PostgreSQL appends
+        the first of them, and the others if that was appended: a part of them would be no append, and an error would
+        end the transaction. MariaDB looks for ``expected`` by :attr:`has`, before: an INSERT with a SELECT would lock
+        the table's counter.
         """
-        rows = [self._row(number) for number in range(1, count + 1)]
+        rows = [self._row(each, "" if count == 1 else each) for each in range(1, count + 1)]
         insert = f"INSERT INTO {self._events} ({_COLUMNS})"
         guard = f"({self._bind('expected')} = 0 OR EXISTS ({self._has}))"
         if self.name in MYSQL:
             return self._compiled(f"{insert} VALUES {', '.join(f'({row})' for row in rows)}")
         if self.name == "sqlite":
             return self._compiled(f"{insert} SELECT * FROM ({_union(rows)}) WHERE {guard}")
-        first = f"{insert} SELECT {rows[0]} WHERE {guard} ON CONFLICT DO NOTHING RETURNING 1"
-        rest, total = "", "(SELECT count(*) FROM first)"
-        if count > 1:
-            others = f"SELECT others.* FROM ({_union(rows[1:])}) AS others, first ORDER BY 3"
-            rest, total = f", rest AS ({insert} {others} RETURNING 1)", f"{total} + (SELECT count(*) FROM rest)"
-        return self._compiled(f"WITH first AS ({first}){rest} SELECT {total}")
+        first = f"{insert} SELECT {rows[0]} WHERE {guard} ON CONFLICT DO NOTHING"
+        if count == 1:
+            return self._compiled(first)
+        others = f"SELECT others.* FROM ({_union(rows[1:])}) AS others, first ORDER BY 3"
+        counted = "(SELECT count(*) FROM first) + (SELECT count(*) FROM rest)"
+        return self._compiled(
+            f"WITH first AS ({first} RETURNING 1), rest AS ({insert} {others} RETURNING 1) SELECT {counted}"
+        )
 
     @property
     def _has(self) -> str:
@@ -100,10 +103,11 @@ class Statements:
         """Look whether a stream has the version ``expected``."""
         return self._compiled(self._has)
 
-    def _row(self, number: int) -> str:
-        names = "version", "id", "type", "type_version", "data", "headers"
-        columns = ", ".join(self._bind(name, number) for name in names)
-        return f"{self._new_place}, {self._bind('stream')}, {columns}, {NOW_MS[self.name]}"
+    def _row(self, number: int, suffix: object) -> str:
+        """Return the values of the event that is ``number`` after ``expected``; ``suffix`` ends its parameters."""
+        place, version = self._new_place, f"{self._bind('expected')} + {number}"
+        columns = ", ".join(self._bind(name, suffix) for name in ("id", "type", "type_version", "data", "headers"))
+        return f"{place}, {self._bind('stream')}, {version}, {columns}, {NOW_MS[self.name]}"
 
     @property
     def _new_place(self) -> str:

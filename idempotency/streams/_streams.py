@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
 
 from sqlalchemy import Connection, Engine
@@ -13,12 +12,11 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.emit import Outbox
-from idempotency._outbox.message import time_ordered_id
 from idempotency._outbox.message_ids import ids_taken
-from idempotency._outbox.payload import encode_headers, headers_as_text, name_of
+from idempotency._outbox.payload import name_of
 from idempotency._results.versioned import Versioned
 from idempotency._sql.sessions import as_async, as_sync, connection_of
-from idempotency.errors import ConfigurationError, EmitRefusedError, UnreadableError
+from idempotency.errors import ConfigurationError, EmitRefusedError
 from idempotency.operation import current
 from idempotency.streams._delay import Delay, find_delay
 from idempotency.streams._fold import Fold, Until
@@ -26,6 +24,7 @@ from idempotency.streams._position import Appended, Position, RecordedEvent
 from idempotency.streams._reached import MOST_VERSION, Reached, Row
 from idempotency.streams._statements import Statements
 from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
+from idempotency.streams._types import EventTypes, id_names
 
 S = TypeVar("S")
 AnyAsync = AsyncSession | AsyncConnection
@@ -36,9 +35,6 @@ Apply = Callable[[Any, Any], S]
 START = Position()
 
 _PAGE = 2000
-# A call of the class itself takes twice as long.
-_recorded = partial(tuple.__new__, RecordedEvent)
-_position = partial(tuple.__new__, Position)
 _NO_TRANSACTION = "There is no transaction to append in: begin one, or give the middleware or decorator session=."
 
 
@@ -68,13 +64,7 @@ class Streams:
         outbox: Outbox | None = None,
         aggregate_type: str = "stream",
     ) -> None:
-        self._by_name: dict[str, Versioned[Any]] = {}
-        self._by_class: dict[type, Versioned[Any]] = {}
-        for each in event_types:
-            known = each if isinstance(each, Versioned) else Versioned(each)
-            if known.name in self._by_name or known.kind in self._by_class:
-                raise ConfigurationError(f"two event types are named {known.name}, or are of one class: give name=")
-            self._by_name[known.name] = self._by_class[known.kind] = known
+        self._types = EventTypes(event_types)
         self._tables = tables_named(table)
         self._statements: dict[object, Statements] = {}
         self._outbox = outbox
@@ -86,7 +76,7 @@ class Streams:
     @property
     def event_types(self) -> list[Versioned[Any]]:
         """Return the types of its events."""
-        return list(self._by_name.values())
+        return self._types.all
 
     async def append(
         self, session: AnyAsync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
@@ -144,8 +134,8 @@ class Streams:
         own, full = as_async(session, "read"), True
         while full:
             rows = await own.run_sync(self._rows_of, stream, after)
-            for row in rows:
-                yield self._event(row)
+            for event in self._types.recorded(rows):
+                yield event
             after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
 
     def read_sync(self, session: AnySync, stream: str, *, after: int = 0) -> Iterator[RecordedEvent]:
@@ -153,7 +143,7 @@ class Streams:
         own, full = as_sync(session, "read"), True
         while full:
             rows = self._rows_of(own, stream, after)
-            yield from map(self._event, rows)
+            yield from self._types.recorded(rows)
             after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
 
     async def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
@@ -166,8 +156,8 @@ class Streams:
         while full:
             rows = await own.run_sync(self._rows_of_all, after, _PAGE)
             # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
-            for row in rows:
-                yield self._event(row)
+            for event in self._types.recorded(rows):
+                yield event
             after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
 
     def read_all_sync(self, session: AnySync, *, after: Position = START) -> Iterator[RecordedEvent]:
@@ -175,7 +165,7 @@ class Streams:
         own, full = as_sync(session, "read_all"), True
         while full:
             rows = self._rows_of_all(own, after, _PAGE)
-            yield from map(self._event, rows)
+            yield from self._types.recorded(rows)
             after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
 
     async def position(self, session: AnyAsync, appended: Appended) -> Position | None:
@@ -221,7 +211,7 @@ class Streams:
 
     def page_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[RecordedEvent]:
         """Read at most so many events of all streams after a position; each becomes an object when it is taken."""
-        return _Page(self._rows_of_all(session, after, most), self._event)
+        return _Page(self._rows_of_all(session, after, most), self._types)
 
     @property
     def table(self) -> str:
@@ -248,65 +238,29 @@ class Streams:
     def _rows_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[Any]:
         return self._reached(session).read_all(after, most)
 
+    def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
+        if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
+            raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
+        return self._types.rows(stream, events, headers, current())
+
     def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
-        connection = _connection(session)
-        ids = [(row["id"], _id_names(stream, row["type"])) for row in rows]
-        with ids_taken(connection, current(), ids):
-            appended = self._reached(session).append(stream, rows, expected)
+        connection, operation = _connection(session), current()
+        reached = self._reached(connection)
+        if operation is None:
+            appended = reached.append(stream, rows, expected)
+        else:
+            with ids_taken(connection, operation, [(row["id"], id_names(stream, row["type"])) for row in rows]):
+                appended = reached.append(stream, rows, expected)
         emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
             self._outbox.write(session, [self._message(stream, row) for row in rows])
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
-        return fold.load(self._reached(session), _name(stream), self._read)
+        return fold.load(self._reached(session), _name(stream), self._types.event)
 
     def _position(self, session: AnySync, appended: Appended) -> Position | None:
         return self._reached(session).position(appended.stream, appended.version)
-
-    def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
-        if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
-            raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
-        if not events:
-            raise ConfigurationError("there are no events to append")
-        written, operation = headers_as_text(encode_headers(headers)), current()
-        kinds = [self._kind_of(event) for event in events]
-        datas = [_dump(kind, event) for kind, event in zip(kinds, events, strict=True)]
-        return [
-            {
-                "id": time_ordered_id()
-                if operation is None
-                else operation.next_message_id(*_id_names(stream, kind.name)),
-                "type": kind.name,
-                "type_version": kind.version,
-                "data": data,
-                "headers": written,
-            }
-            for kind, data in zip(kinds, datas, strict=True)
-        ]
-
-    def _kind_of(self, event: object) -> Versioned[Any]:
-        kind = self._by_class.get(type(event))
-        if kind is None:
-            known = ", ".join(sorted(self._by_name)) or "none"
-            raise ConfigurationError(f"{type(event).__name__} is not in event_types, which has {known}")
-        return kind
-
-    def _read(self, stream: str, name: str, version: int, data: str) -> Any:
-        kind = self._by_name.get(name)
-        if kind is None:
-            raise UnreadableError(
-                f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it, or"
-                " give a class that was renamed its old name, Versioned(..., name=)"
-            )
-        return kind.load(version, data)
-
-    def _event(self, row: Any) -> RecordedEvent:
-        place, seq, stream, version, id_, kind, kind_version, data, headers, created_ms = row
-        event = self._read(stream, kind, kind_version, data)
-        position = None if place is None else _position((place, seq))
-        read_headers = json.loads(headers) if headers else {}
-        return _recorded((stream, version, id_, kind, event, position, created_ms / 1000, read_headers))
 
     def _message(self, stream: str, row: Row) -> dict[str, Any]:
         assert self._outbox is not None
@@ -318,14 +272,14 @@ class Streams:
 class _Page(Sequence[RecordedEvent]):
     """Events that were read, and become objects one at a time."""
 
-    def __init__(self, rows: Sequence[Any], event: Callable[[Any], RecordedEvent]) -> None:
-        self._rows, self._event = rows, event
+    def __init__(self, rows: Sequence[Any], types: EventTypes) -> None:
+        self._rows, self._types = rows, types
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[RecordedEvent]:
-        return map(self._event, self._rows)
+        return self._types.recorded(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> RecordedEvent: ...
@@ -335,8 +289,8 @@ class _Page(Sequence[RecordedEvent]):
 
     def __getitem__(self, index: int | slice) -> RecordedEvent | Sequence[RecordedEvent]:
         if isinstance(index, slice):
-            return _Page(self._rows[index], self._event)
-        return self._event(self._rows[index])
+            return _Page(self._rows[index], self._types)
+        return next(self._types.recorded([self._rows[index]]))
 
 
 def _connection(session: AnySync) -> Connection:
@@ -347,19 +301,8 @@ def _delay(session: AnySync) -> Delay | None:
     return find_delay(_connection(session))
 
 
-def _id_names(stream: str, kind: str) -> tuple[str, ...]:
-    return "event", stream, kind
-
-
 def _name(stream: str) -> str:
     try:
         return name_of("stream", stream, MOST_CHARACTERS)
     except EmitRefusedError as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _dump(kind: Versioned[Any], event: object) -> str:
-    try:
-        return kind.dump(event).decode()
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{kind.name} cannot be written: {error}") from error
