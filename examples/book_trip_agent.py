@@ -28,7 +28,7 @@ from uvicorn import Config, Server
 
 from idempotency import current
 from idempotency.adapters.mcp import KEY, IdempotentTools
-from idempotency.saga import SagaFailedError, SagaPendingError, saga, step
+from idempotency.saga import SagaFailedError, SagaLostError, SagaPendingError, saga, step
 from idempotency.stores.sql import SQLStore
 from idempotency.tool import idempotent_tool
 
@@ -145,6 +145,8 @@ async def run_agent(directory: str, trip: str) -> None:
         except SagaPendingError as pending:
             # Its owner was killed, and has a lease for this long.
             await asyncio.sleep(pending.retry_after)
+        except SagaLostError:
+            pass  # This process was paused for longer than its lease: go on where the journal is.
     await engine.dispose()
 
 

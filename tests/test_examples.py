@@ -181,4 +181,6 @@ def test_expand_contract() -> None:
 def run(example: str) -> list[str]:
     """Run an example, and return the lines that it prints."""
     command = [sys.executable, EXAMPLES / example]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=250).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
