@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from idempotency.errors import StoreError
 from idempotency.outbox import Message, Outbox, PollingRelay
 from idempotency.outbox.publishers.function import FunctionPublisher
 
@@ -88,7 +90,8 @@ class Shop:
         with Session(self.engine) as session:
             while session.scalar(messages):
                 session.commit()
-                self.relay()
+                with suppress(StoreError):
+                    self.relay()
 
     def found(self) -> str:
         """Compare what is stored with what was sent."""
@@ -120,14 +123,17 @@ def kill_before(line: int) -> Callable[..., Any]:
 
 
 def run_and_kill(way: str, line: int, directory: str) -> bool:
-    """Run one way in a child process; return whether it was killed."""
+    """Run one way in a child process; return whether it was killed, or has failed."""
     child = os.fork()
     if child == 0:
-        shop = Shop(directory)
-        sys.settrace(kill_before(line))
-        getattr(shop, way)()
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        try:
+            shop = Shop(directory)
+            sys.settrace(kill_before(line))
+            getattr(shop, way)()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] != 0
 
 
 def try_every_line(way: str) -> Counter[str]:
