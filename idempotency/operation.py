@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import uuid
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
@@ -54,23 +54,31 @@ class Lost:
     """The signal that the lease is lost: another owner may be running the same operation.
 
     A flag (``if operation.lost: ...``), also from a thread, and awaitable in any event loop (``await operation.lost``).
-    Once set it stays set. Nothing is cancelled: the operation decides what to do.
+    Once set it stays set. Nothing is cancelled: the operation decides what to do. The flag is judged by the clock when
+    it is read, so that it is right also at once after the process was paused, or its event loop blocked.
     """
 
-    __slots__ = ("_set", "_waiting")
+    __slots__ = ("_check", "_set", "_waiting")
 
     def __init__(self) -> None:
+        self._check: Callable[[], object] | None = None
         self._set = False
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def __bool__(self) -> bool:
+        if not self._set and self._check is not None:
+            self._check()
         return self._set
+
+    def check_by(self, check: Callable[[], object] | None) -> None:
+        """Call ``check`` whenever the flag is read: it gives the signal if the lease is over by now. None: do not."""
+        self._check = check
 
     def __await__(self) -> Generator[object, None, None]:
         event = asyncio.Event()
         # Before the flag is read, so that a signal from another thread is not missed.
         self._waiting.append((asyncio.get_running_loop(), event))
-        if not self._set:
+        if not self:
             yield from event.wait().__await__()
 
     def set(self) -> bool:

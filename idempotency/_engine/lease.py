@@ -30,6 +30,7 @@ class Lease:
         "_deadline",
         "_expiry",
         "_name",
+        "_now",
         "_route",
         "_runner",
         "_task",
@@ -49,11 +50,14 @@ class Lease:
         self._route = route
         # Counted from before the claim was sent: the store cannot have started the lease earlier.
         self._deadline = claimed_at + claim.lease
+        operation.lost.check_by(self._check_deadline)
         self._start_renewal(claimed_at)
 
     # async only: timers of the event loop start the renewals.
     def _start_renewal(self, _: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._claim.lease / 3, self._renew_soon)
+        loop = asyncio.get_running_loop()
+        self._now = loop.time
+        self._timer = loop.call_later(self._claim.lease / 3, self._renew_soon)
         self._expiry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -85,6 +89,11 @@ class Lease:
         if not self.ended:
             self._timer = loop.call_later(pause, self._renew_soon)
 
+    # async only: the time is that of the event loop, also where a thread asks.
+    def _check_deadline(self) -> None:
+        if self._now() >= self._deadline:
+            self._lose()
+
     def _lose(self) -> None:
         if not self.ended and self.operation.lost.set():
             self._emit("lease-lost")
@@ -93,6 +102,7 @@ class Lease:
         """Stop renewing."""
         if not self.ended:
             self.ended = True
+            self.operation.lost.check_by(None)
             self._stop_renewal()
 
     # async only: see _start_renewal.

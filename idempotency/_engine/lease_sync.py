@@ -10,22 +10,8 @@ from idempotency._engine.runner_sync import SyncRunner
 from idempotency._rules import Claim, Known, State, judge_superseded, superseded_again
 from idempotency.errors import StoreError, StoreRefusedError
 from idempotency.events import EventKind, Failure, kind_of
-from idempotency.operation import Lost, Operation
+from idempotency.operation import Operation
 from idempotency.policy import Outcome, Policy
-
-
-class _LeaseLost(Lost):
-    """The signal that the lease is lost. To read it checks the deadline: the thread that renews may be waiting."""
-
-    __slots__ = ("_lease",)
-
-    def __init__(self, lease: SyncLease) -> None:
-        super().__init__()
-        self._lease = lease
-
-    def __bool__(self) -> bool:
-        self._lease.check_deadline()
-        return super().__bool__()
 
 
 class SyncLease:
@@ -43,23 +29,23 @@ class SyncLease:
         self._name = name
         self._route = route
         self._deadline = claimed_at + claim.lease
+        operation.lost.check_by(self._check_deadline)
         self._start_renewal(claimed_at)
 
     # sync only: one thread renews all leases.
     def _start_renewal(self, claimed_at: float) -> None:
-        self.operation.lost = _LeaseLost(self)
         self._runner.heartbeats.run_at(claimed_at + self._claim.lease / 3, self)
 
     # sync only: the lease itself is the job of the thread that renews.
     def __call__(self) -> float | None:
         """Renew, in the background thread; return when to renew next."""
         sent = monotonic()
-        self.check_deadline()
+        self._check_deadline()
         try:
             alive = self._runner.store.renew_sync(self._claim)
         except StoreError:
             # Tolerated: the lease still runs in the store, and ends only by the store's clock.
-            self.check_deadline()
+            self._check_deadline()
             return monotonic() + min(self._claim.lease / 10, 1.0)
         if not alive:
             self._lose()
@@ -67,9 +53,8 @@ class SyncLease:
         self._deadline = sent + self._claim.lease
         return sent + self._claim.lease / 3
 
-    # sync only: no timer can do this while the thread that renews waits for the store.
-    def check_deadline(self) -> None:
-        """Set the signal if the lease was not renewed in time."""
+    # sync only: see the other half.
+    def _check_deadline(self) -> None:
         if monotonic() >= self._deadline:
             self._lose()
 
@@ -81,6 +66,7 @@ class SyncLease:
         """Stop renewing."""
         if not self.ended:
             self.ended = True
+            self.operation.lost.check_by(None)
             self._stop_renewal()
 
     # sync only: see _start_renewal.

@@ -131,15 +131,15 @@ async def _stop(task: asyncio.Task[None], sending: asyncio.Lock) -> None:
 
 async def _renew(run: Run, sending: asyncio.Lock) -> None:
     lease = run.definition.lease
-    until, pause = run.asked + lease, lease / 3
+    pause = lease / 3
     while True:
-        await asyncio.sleep(min(pause, max(0.0, until - monotonic())))
+        await asyncio.sleep(min(pause, max(0.0, run.until - monotonic())))
         sent = monotonic()
-        if sent >= until:
+        if sent >= run.until:
             run.lose()
             return
         try:
-            async with sending, asyncio.timeout(until - sent):
+            async with sending, asyncio.timeout(run.until - sent):
                 owned = await run.definition.store.journal(run.write_of(()))
         except (StoreError, UnreadableError, TimeoutError):
             pause = min(lease / 10, 1.0)
@@ -148,7 +148,7 @@ async def _renew(run: Run, sending: asyncio.Lock) -> None:
             run.lose()
             return
         run.called = owned
-        until, pause = sent + lease, lease / 3
+        run.until, pause = sent + lease, lease / 3
 
 
 async def call_saga(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:

@@ -73,13 +73,12 @@ class _Renewal:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._until = run.asked + run.definition.lease
         self.ended = False
 
     def __call__(self) -> float | None:
         """Renew, and return when to do it again."""
         lease, sent = self._run.definition.lease, monotonic()
-        if sent >= self._until:
+        if sent >= self._run.until:
             self._run.lose()
             return None
         try:
@@ -90,7 +89,7 @@ class _Renewal:
             self._run.lose()
             return None
         self._run.called = owned
-        self._until = sent + lease
+        self._run.until = sent + lease
         return sent + lease / 3
 
 

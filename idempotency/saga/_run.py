@@ -90,9 +90,9 @@ class Run:
     """A saga that this process owns.
 
     ``ended``: its function has returned, or raised. ``owned``: until the saga ends, waits, or is lost.
-    ``stopped``: what ended the run in the middle of its function: the function cannot stop it. ``waits``: what the saga
-    waits for. ``failures``: those of steps that its function was given. ``unsure``: a call was cancelled, and what it
-    was about to write may be in the store.
+    ``until``: when the lease is over, if it is not renewed. ``stopped``: what ended the run in the middle of its
+    function: the function cannot stop it. ``waits``: what the saga waits for. ``failures``: those of steps that its
+    function was given. ``unsure``: a call was cancelled, and what it was about to write may be in the store.
     """
 
     def __init__(self, definition: Definition, saga: Saga, token: str, asked: float) -> None:
@@ -110,7 +110,9 @@ class Run:
         self.input = row.input
         self.result = row.result
         self.asked = asked
+        self.until = asked + definition.lease
         self.lost = Lost()
+        self.lost.check_by(self.check_lease)
         self.ended = False
         self.owned = True
         self.unsure = False
@@ -200,6 +202,11 @@ class Run:
             seconds=monotonic() - self.asked,
         )
         self.definition.hooks.deliver(event)
+
+    def check_lease(self) -> None:
+        """Lose a lease that is over by now."""
+        if monotonic() >= self.until:
+            self.lose()
 
     def lose(self) -> None:
         """Note that the lease is lost."""

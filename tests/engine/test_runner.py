@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -121,6 +122,44 @@ async def test_a_lease_that_cannot_be_renewed_is_lost_at_its_end():
     await asyncio.sleep(100)
     assert desk.kinds == ["lease-lost"]
     lease.stop()
+
+
+@travelling
+async def test_the_flag_is_right_at_once_after_a_pause():
+    """The process was stopped, or its event loop blocked: no timer has run since then, and the effect comes next."""
+    desk = Desk()
+    lease = await desk.own()
+    loop = asyncio.get_running_loop()
+    loop.now += 29.9
+    assert not lease.operation.lost
+    loop.now += 0.1
+    assert lease.operation.lost
+    assert desk.kinds == ["lease-lost"]
+    await lease.operation.lost
+    await lease.end("store", b"r")
+    assert desk.kinds == ["lease-lost", "stored"]
+
+
+@travelling
+async def test_the_flag_is_right_at_once_in_a_thread():
+    """A thread of the handler goes on before the event loop does."""
+    desk = Desk()
+    lease = await desk.own()
+    asyncio.get_running_loop().now += 31
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(bool, lease.operation.lost).result(30)
+    lease.stop()
+
+
+@travelling
+async def test_an_operation_that_has_ended_loses_nothing():
+    """What reads the flag later, as code behind the response does, is not told of a lease that it does not need."""
+    desk = Desk()
+    lease = await desk.own()
+    await lease.end("store", b"r")
+    await asyncio.sleep(100)
+    assert not lease.operation.lost
+    assert desk.kinds == ["stored"]
 
 
 @travelling

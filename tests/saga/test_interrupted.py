@@ -252,6 +252,60 @@ async def test_a_slow_process_is_overtaken_in_a_step(faulty: FaultyStore, clock:
     assert done == ["b"]
 
 
+@pytest.mark.usefixtures("one_clock")
+async def test_a_step_sees_at_once_after_a_pause_that_the_lease_is_over(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    """Nothing has run since then that could have told it: it can keep back an effect that would come too late."""
+
+    async def paused() -> None:
+        operation = current()
+        assert operation is not None
+        assert not operation.lost
+        clock.advance(31)
+        if operation.lost:
+            raise RuntimeError("too late")
+        done.append("paused")
+
+    @saga(faulty, name="s")
+    async def overtaken() -> None:
+        await step("a", paused)
+
+    with pytest.raises(SagaLostError):
+        await overtaken(key="7")
+    assert done == []
+
+
+async def test_the_effect_of_a_paused_process_may_come_after_its_undo(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    """No lease prevents that: the effect is elsewhere. So a step looks at ``lost`` just before it."""
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(what: str) -> str:
+        if not began.is_set():
+            began.set()
+            await go_on.wait()
+        return await do(what)
+
+    @saga(faulty, name="s")
+    async def overtaken() -> None:
+        await step("a", slow, "a", undo=take_back)
+        await step("b", do, "b")
+
+    running = asyncio.create_task(overtaken(key="7"))
+    await began.wait()
+    clock.advance(31)
+    FAULTS["b"] = [ValueError()]
+    with pytest.raises(SagaFailedError):
+        await overtaken(key="7")
+    assert done == ["a", "b", "undo a"]
+    go_on.set()
+    with pytest.raises(SagaLostError):
+        await running
+    assert done == ["a", "b", "undo a", "a"]
+
+
 async def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done: list[Any]) -> None:
     go_on = asyncio.Event()
 

@@ -144,6 +144,28 @@ def test_a_slow_process_is_overtaken_in_a_step(faulty: FaultyStore, clock: Manua
     assert overtaken(key="7") == "fast"
 
 
+@pytest.mark.usefixtures("one_clock")
+def test_a_step_sees_at_once_after_a_pause_that_the_lease_is_over(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    def paused() -> None:
+        operation = current()
+        assert operation is not None
+        assert not operation.lost
+        clock.advance(31)
+        if operation.lost:
+            raise RuntimeError("too late")
+        done.append("paused")
+
+    @saga(faulty, name="s")
+    def overtaken() -> None:
+        step_sync("a", paused)
+
+    with pytest.raises(SagaLostError):
+        overtaken(key="7")
+    assert done == []
+
+
 def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done: list[Any]) -> None:
     renewed, go_on = threading.Event(), threading.Event()
 

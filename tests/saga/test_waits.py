@@ -214,7 +214,7 @@ async def test_the_time_limit_counts_from_the_wait_and_not_from_the_run(
     now = [monotonic()]
     for module in ("_run", "_lifecycle", "_wait"):
         monkeypatch.setattr(f"idempotency.saga.{module}.monotonic", lambda: now[0])
-    FAULTS["a"] = [lambda: now.__setitem__(0, now[0] + 100)]
+    FAULTS["a"] = [lambda: now.__setitem__(0, now[0] + 20)]
     with pytest.raises(SagaPendingError) as pending:
         await waiting(key="7")
     assert pending.value.retry_after == 60
