@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
-from typing import Self
+from typing import ClassVar, Self
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of what is wrong at the end, and behind them one of what is not wrong."""
+    """Numbers of what is wrong at the end, and behind them ``ALLOWED`` ones of what is not wrong."""
+
+    ALLOWED: ClassVar[int] = 1
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -16,7 +18,7 @@ class Counts:
     @property
     def ok(self) -> bool:
         """Return whether nothing is wrong."""
-        return not any(astuple(self)[:-1])
+        return not any(astuple(self)[: -self.ALLOWED])
 
     @property
     def cells(self) -> str:

@@ -17,6 +17,7 @@ from sqlalchemy import Column, Double, Integer, MetaData, String, Table, func, s
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 
+from idempotency import current
 from idempotency.saga import SagaError, Sweeper, saga, sleep, step, wait_for
 from idempotency.saga._view import SagaState
 from idempotency.stores.redis import RedisStore
@@ -98,6 +99,10 @@ AWAY = (SQLAlchemyError, OSError, TimeoutError)
 
 class FailedOnPurposeError(Exception):
     """A step or an undo of the plan."""
+
+
+class OvertakenError(Exception):
+    """The lease is lost: another process may have done the step, and may have undone it."""
 
 
 class Stage:
@@ -222,10 +227,14 @@ def _note(plan: Plan, name: str, amount: int, began: float) -> Any:
 
 
 async def _in_ledger(write: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Write in a transaction of the ledger, also if its server comes back later only."""
+    """Write in a transaction of the ledger, also if its server comes back later only, while the lease is not lost."""
+    operation = current()
+    assert operation is not None
     while True:
         try:
             async with _here.ledger.begin() as connection:
+                if operation.lost:
+                    raise OvertakenError
                 return await write(connection)
         except AWAY:
             await asyncio.sleep(0.1)

@@ -93,6 +93,22 @@ def test_effects_that_are_lost_doubled_and_not_undone_are_counted(prove: Any) ->
     assert trial.Found(repeated=1).ok
 
 
+def test_an_effect_that_a_paused_process_has_after_its_undo_is_counted_apart(prove: Any) -> None:
+    """No lease prevents it, where the process is paused in the middle of its write. One that began later is left."""
+    trial, plan = prove("saga_trial"), prove("saga_stage").Plan
+    undone = of(prove, ("flight", 1, 8, 3.0, 3.5), ("flight", -1, 8, 3.6, 3.7))
+
+    def compared(*more: Any, joined: bool = False) -> Any:
+        return trial.compare(plan("k", joined, fails=2), "undone", of(prove, *more) + undone)
+
+    assert compared(("flight", 1, 7, 0.0, 4.5)) == trial.Found(repeated=1, late=1)
+    assert compared(("flight", 1, 7, 3.65, 4.5)) == trial.Found(repeated=1, left=1)
+    assert compared(("flight", 1, 8, 0.0, 4.5)) == trial.Found(repeated=1, left=1)
+    assert compared(("flight", 1, 7, 0.0, 1.0)) == trial.Found(repeated=1, left=1)
+    assert compared(("flight", 1, 7, 0.0, 4.5), joined=True) == trial.Found(doubled=1, left=1, overlapped=1)
+    assert trial.Found(repeated=1, late=1).ok
+
+
 def test_two_processes_that_run_a_saga_at_once_are_seen(prove: Any) -> None:
     """The second one begins a step while the first one has not ended its own; leased, that is allowed."""
     trial, plan = prove("saga_trial"), prove("saga_stage").Plan
