@@ -148,7 +148,8 @@ async def _renew(run: Run, sending: asyncio.Lock) -> None:
             run.lose()
             return
         run.called = owned
-        run.until, pause = sent + lease, lease / 3
+        run.note_renewed(sent)
+        pause = lease / 3
 
 
 async def call_saga(run: Run, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:

@@ -89,7 +89,7 @@ class _Renewal:
             self._run.lose()
             return None
         self._run.called = owned
-        self._run.until = sent + lease
+        self._run.note_renewed(sent)
         return sent + lease / 3
 
 

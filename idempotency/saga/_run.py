@@ -176,8 +176,7 @@ class Run:
 
     def check(self) -> None:
         """Raise what ends the saga instead of its next step."""
-        if self.lost:
-            raise self.lost_error()
+        self.check_owned()
         if self.ended:
             raise ConfigurationError("the saga has ended: await each of its steps in the function")
         if not self.forward_only:
@@ -208,6 +207,11 @@ class Run:
         if monotonic() >= self.until:
             self.lose()
 
+    def check_owned(self) -> None:
+        """Raise SagaLostError where the lease is lost."""
+        if self.lost:
+            raise self.lost_error()
+
     def lose(self) -> None:
         """Note that the lease is lost."""
         if self.owned and self.lost.set():
@@ -217,7 +221,9 @@ class Run:
         """Return the error of an owner that is not it any more."""
         self.lose()
         self.owned = False
-        error = SagaLostError(f"Another process has taken over the saga {self.definition.name}.")
+        error = SagaLostError(
+            f"The lease of the saga {self.definition.name} is over, and another process may have taken it over."
+        )
         error.name, error.key = self.definition.name, self.key
         return error
 
@@ -302,12 +308,18 @@ class Run:
     ) -> Program[int]:
         """Write entries, and note them; SagaLostError where another process owns the saga."""
         request = self.write_of(entries, progress=progress, phase=phase, result=result)
+        sent = monotonic()
         wakes = yield Ask(request)
         if wakes is None:
             raise self.lost_error()
+        self.note_renewed(sent)
         self.note_called(wakes)
         self.note(*entries)
         return self.called
+
+    def note_renewed(self, sent: float) -> None:
+        """Note that the lease began anew with a request that was sent at ``sent``."""
+        self.until = max(self.until, sent + self.definition.lease)
 
     def note_called(self, wakes: int) -> None:
         """Note ``Row.wakes`` as the store has answered it."""

@@ -194,6 +194,7 @@ class Doing:
         if step.joined:
             return (yield from self._try_joined())
         yield from run.write(self._entry(Progress.BEGUN))
+        run.check_owned()  # the process may have been paused meanwhile
         operation = run.operation(self._name, self.attempt)
         keywords = step.kwargs if step.child is None else {**step.kwargs, "key": _key_of_child(run, self._name)}
         call = Call(function=lambda: step.function(*step.args, **keywords), operation=operation, timeout=step.timeout)

@@ -138,8 +138,7 @@ def _abandon(run: Run, step: Entry) -> Program[None]:
 def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> Program[None]:
     undo, name = _resolve(run.definition, step), _name(step)
     for attempt in itertools.count(before + 1):
-        if run.lost:
-            raise run.lost_error()
+        run.check_owned()
         error = yield from _try(run, step, attempt, undo, failure)
         if error is None:
             return
@@ -164,6 +163,7 @@ def _try(
     joined = is_joined(run.definition, undo)
     if not joined:
         yield from run.write(_entry(name, Progress.BEGUN, attempt, {}))
+        run.check_owned()  # the process may have been paused meanwhile
     done = _entry(name, Progress.DONE, attempt, {}, run.next_order())
     try:
         yield _call(run, step, done, undo, _arguments(step, undo, failure), joined)

@@ -204,7 +204,9 @@ async def test_another_process_has_taken_over(faulty: FaultyStore, done: list[An
     book = two_steps(faulty)
     verb: Any = REQUESTS[at]
     faulty.order(verb, *[None] * REQUESTS[:at].count(verb), "refuse")
-    with pytest.raises(SagaLostError, match="Another process has taken over the saga s") as lost:
+    with pytest.raises(
+        SagaLostError, match="The lease of the saga s is over, and another process may have taken it over"
+    ) as lost:
         await book(key="7")
     assert (lost.value.name, lost.value.key) == ("s", "7")
     assert faulty.calls == REQUESTS[: at + 1]
@@ -274,6 +276,23 @@ async def test_a_step_sees_at_once_after_a_pause_that_the_lease_is_over(
     with pytest.raises(SagaLostError):
         await overtaken(key="7")
     assert done == []
+
+
+@pytest.mark.parametrize(("at", "expected"), [(0, []), (1, ["a"]), (2, ["a"]), (5, ["a", "b"])])
+@pytest.mark.usefixtures("one_clock")
+async def test_a_process_that_was_paused_begins_nothing(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any], at: int, expected: list[str]
+) -> None:
+    """It is paused in the write of a step, of its end, and of an undo: the next one would see whether it is owned."""
+    FAULTS["b"] = [ValueError()]
+    faulty.order("write", *[None] * at, lambda: clock.advance(31))
+    with pytest.raises(SagaLostError):
+        await two_steps(faulty)(key="7")
+    assert done == expected
+    clock.advance(31)
+    with pytest.raises(SagaFailedError):
+        await two_steps(faulty)(key="7")
+    assert done[-1] == "undo a"
 
 
 async def test_the_effect_of_a_paused_process_may_come_after_its_undo(

@@ -330,7 +330,7 @@ async def test_a_hook_is_given_what_happens_after_the_pivot(
         await eventful(key="7")
     clock.advance(301)
     faulty.order("write", "refuse")
-    with pytest.raises(Exception, match="taken over"):
+    with pytest.raises(Exception, match="The lease of the saga s is over"):
         await eventful(key="7")
     clock.advance(31)
     await eventful(key="7")
