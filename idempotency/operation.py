@@ -66,8 +66,9 @@ class Lost:
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def __bool__(self) -> bool:
-        if not self._set and self._check is not None:
-            self._check()
+        check = self._check  # the operation may end meanwhile, in another thread
+        if not self._set and check is not None:
+            check()
         return self._set
 
     def check_by(self, check: Callable[[], object] | None) -> None:
