@@ -159,6 +159,37 @@ async def test_what_was_rolled_back_gives_its_ids_to_what_is_emitted_next(ledger
     assert emitted[0][0] != emitted[0][1]
 
 
+@pytest.mark.stores("postgres", "sqlite", "mariadb")
+async def test_what_a_savepoint_took_back_gives_its_ids_to_what_is_emitted_next(ledger: Ledger, outbox: Outbox) -> None:
+    """So that a repetition in which nothing fails has the same ids. What came before the savepoint keeps its own."""
+    committed: list[list[str]] = []
+
+    @idempotent(MemoryStore(), key=lambda: "one")
+    async def place() -> None:
+        async with ledger.sessions() as session:
+            first = [await outbox.emit(session, **ORDER, payload={})]
+            if not committed:
+                for _ in range(2):
+                    outer = await session.begin_nested()
+                    await outbox.emit(session, **ORDER, payload={})
+                    inner = await session.begin_nested()
+                    await outbox.emit(session, **ORDER, payload={})
+                    await inner.rollback()
+                    async with session.begin_nested():
+                        await outbox.emit(session, **ORDER, payload={})
+                    await outer.rollback()
+            committed.append([*first, *[await outbox.emit(session, **ORDER, payload={}) for _ in range(3)]])
+            if len(committed) == 1:
+                raise ConnectionError("nothing is committed")
+            await session.commit()
+
+    with pytest.raises(ConnectionError):
+        await place()
+    await place()
+    assert committed[0] == committed[1]
+    assert len(set(committed[0])) == 4
+
+
 @pytest.mark.stores("postgres", "sqlite")
 async def test_the_messages_of_an_effect_that_is_undone_vanish_although_its_failure_is_recorded(
     ledger: Ledger, outbox: Outbox
