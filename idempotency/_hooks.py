@@ -60,7 +60,11 @@ def in_one_line(text: str) -> str:
 
 
 def import_named(what: str, path: str) -> Any:
-    """Import what ``module:name`` names; ConfigurationError, which says ``what`` is named so, where it is not there."""
+    """Import what ``module:name`` names.
+
+    Raises :class:`~idempotency.errors.ConfigurationError`, which says ``what`` is named so, where it is not there, and
+    where the module raises an error of its own.
+    """
     module, colon, name = path.partition(":")
     if not (module and colon and name):
         raise ConfigurationError(f"{what} module:name, not {path!r}")
@@ -70,6 +74,8 @@ def import_named(what: str, path: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"{path!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module is the user's, and may raise anything
+        raise ConfigurationError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
     return found
 
 

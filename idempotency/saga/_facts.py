@@ -35,7 +35,7 @@ class SagaFact:
     """One thing that is recorded of a saga. ``began`` and ``changed``: seconds since its first and its last write.
 
     ``note``: what else is to be known, in words. ``size``: bytes of the result of a step. ``value``: the result of a
-    step or the value of a signal, only if it was asked for, and is JSON.
+    step, the failure of a step or of an undo, or the value of a signal, only if it was asked for, and is JSON.
     """
 
     kind: FactKind
@@ -83,7 +83,7 @@ class Facts:
     def _fact(self, entry: Entry) -> SagaFact:
         kind, head, tail = _kind(entry), head_of(entry), tail_of(entry)
         error = error_in(tail) if entry.progress is Progress.FAILED else ""
-        value = plain(tail) if kind == "step" else head.get("value")
+        value = plain(tail) if kind in ("step", "undo") else head.get("value")
         return SagaFact(
             kind=kind,
             name=_name(entry),
@@ -93,7 +93,7 @@ class Facts:
             changed=entry.changed,
             note=", ".join(self._notes(entry)),
             error=error or head.get("error", ""),
-            size=len(tail) if tail else None,
+            size=len(tail) if tail and kind == "step" else None,
             value=value if self._show else None,
         )
 

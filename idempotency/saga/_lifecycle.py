@@ -116,13 +116,19 @@ def _finish(run: Run, value: Any, error: BaseException | None) -> Program[bool]:
         case SagaPendingError() | SagaStuckError() as child:
             yield from _leave(run, waiting_for(child), child)
         case Exception() if (yield from _goes_forward(run)):
-            reason = {"error": type(ended_by).__name__, "forward": True}
-            yield from _leave(run, Suspended(backoff(run.attempt, 1.0, 300.0), reason), error)
+            yield from _leave(run, Suspended(backoff(run.attempt, 1.0, 300.0), _of_forward(ended_by)), error)
         case Exception():
             yield from _fail(run, ended_by, error)
         case _:
             raise ended_by
     return False
+
+
+def _of_forward(failure: Exception) -> dict[str, Any]:
+    """Return why a saga is tried again that failed after its pivot."""
+    if isinstance(failure, StepFailedError):
+        return {"error": failure.type, "step": failure.step, "forward": True}
+    return {"error": type(failure).__name__, "forward": True}
 
 
 def _goes_forward(run: Run) -> Program[bool]:
@@ -309,6 +315,8 @@ def reason_in(reason: bytes) -> str:
             return f"its child {name} has not ended: {waits}"
         case {"undo": name, "error": error, "attempt": attempt}:
             return f"the undo of {name} failed {attempt} times, last with {error}; it is tried again"
+        case {"step": name, "error": error, "forward": True}:
+            return f"after the pivot its step {name} failed with {error}; it is tried again"
         case {"step": name, "verify": error}:
             return f"whether the step {name} is done cannot be found out: {error}; it is asked again"
         case {"step": name, "error": error}:

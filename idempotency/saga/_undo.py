@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, get_type_hints
 
-from idempotency._results.codec import Results
+from idempotency._results.codec import Results, encode_failure
 from idempotency._sagas.journal import Entry, Phase, Progress
 from idempotency._signature import is_async, name_of, needs_session, takes_session
 from idempotency.errors import ConfigurationError, RecordedFailureError
@@ -143,7 +143,8 @@ def _undo(run: Run, step: Entry, before: int, failure: RecordedFailureError) -> 
         if error is None:
             return
         reason = {"undo": name.removeprefix("undo:"), "error": type(error).__name__, "attempt": attempt}
-        yield from run.write(_entry(name, Progress.BEGUN, attempt, reason))
+        failed = Entry(name=name, progress=Progress.BEGUN, attempt=attempt, body=body(reason, encode_failure(error)))
+        yield from run.write(failed)
         run.emit("undo-failed", step=name.removeprefix("undo:"), attempt=attempt, error=error)
         pause = backoff(attempt, 0.05, 300.0)
         if attempt >= _QUICK:

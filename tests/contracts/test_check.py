@@ -325,6 +325,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / f"{name}.py").write_text(dedent(SHOP).format(field=field))
     first, again, second = run("first_shop"), run("first_shop"), run("second_shop")
     accepted, missing = run("second_shop", "--accept", "never deployed"), run("third_shop")
+    (tmp_path / "broken_shop.py").write_text("{}['SHOP_URL']")
+    broken = run("broken_shop")
 
     assert (first.exit_code, first.stdout) == (
         0,
@@ -337,3 +339,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (accepted.exit_code, missing.exit_code) == (0, 2)
     assert "accepted: type Placed, version 1: note: required field added" in accepted.stdout
+    assert (broken.exit_code, broken.stderr) == (
+        2,
+        "error: 'broken_shop:contracts' cannot be imported: KeyError: 'SHOP_URL'\n",
+    )

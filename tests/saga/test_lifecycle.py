@@ -338,7 +338,7 @@ async def test_a_hook_is_given_what_happens_after_the_pivot(
         ("took-over", "s", 2, "", "", ""),
         ("stuck", "s", 2, "", "", "the outcome of the step c is unknown"),
         ("step-failed", "s", 1, "d", "ValueError", ""),
-        ("retry", "s", 3, "", "StepFailedError", "after the pivot it failed with StepFailedError; it is tried again"),
+        ("retry", "s", 3, "", "ValueError", "after the pivot its step d failed with ValueError; it is tried again"),
         ("unavailable", "s", 4, "", "StoreError", "not applied, as ordered"),
         ("lease-lost", "s", 5, "", "", ""),
         ("took-over", "s", 6, "", "", ""),

@@ -105,6 +105,23 @@ async def test_undos_to_come_are_listed(book_trip: AsyncSaga[str], operations: S
 
 
 @EVERY
+async def test_why_an_undo_fails_is_shown(book_trip: AsyncSaga[str], operations: SagaOperations) -> None:
+    """Its message, as that of a step, may be private: it is shown where it is asked for."""
+    await make_undoing(book_trip)
+
+    found = facts(await detail(operations))
+    assert (found["undo:flight"].error, found["undo:flight"].value, found["undo:flight"].size) == (
+        "ValueError",
+        None,
+        None,
+    )
+    shown = facts(await detail(operations, show=True))
+    assert shown["undo:flight"].value == {"type": "ValueError", "message": "no cancel flight to Rome"}
+    assert shown["step:charge"].value == {"type": "ValueError", "message": "no charge"}
+    assert shown["undo:hotel"].value is None
+
+
+@EVERY
 async def test_everything_of_a_saga_is_shown(book_trip: AsyncSaga[str], operations: SagaOperations) -> None:
     """Sizes always; inputs, results and values only where they are asked for."""
     with pytest.raises(SagaPendingError):
