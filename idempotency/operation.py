@@ -6,11 +6,11 @@ import asyncio
 import hashlib
 import itertools
 import uuid
-from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
+from heapq import heappop, heappush
 from typing import Any, NamedTuple, Protocol
 
 from idempotency._rules import Claim
@@ -77,17 +77,21 @@ class Lost:
 
     def __await__(self) -> Generator[object, None, None]:
         event = asyncio.Event()
+        waiting = asyncio.get_running_loop(), event
         # Before the flag is read, so that a signal from another thread is not missed.
-        self._waiting.append((asyncio.get_running_loop(), event))
-        if not self:
-            yield from event.wait().__await__()
+        self._waiting.append(waiting)
+        try:
+            if not self:
+                yield from event.wait().__await__()
+        finally:
+            self._waiting.remove(waiting)
 
     def set(self) -> bool:
         """Give the signal, from any thread; False if it was given before."""
         if self._set:
             return False
         self._set = True
-        for loop, event in self._waiting:
+        for loop, event in list(self._waiting):
             # A closed loop has no tasks that wait.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(event.set)
@@ -103,7 +107,7 @@ class Operation:
     """
 
     __slots__ = (
-        *("_claim", "_derived", "_messages", "_override", "_returned_ids", "_transaction"),
+        *("_claim", "_derived", "_messages", "_numbers", "_override", "_returned", "_transaction"),
         *("attempt", "lost", "name"),
     )
 
@@ -114,7 +118,8 @@ class Operation:
         self._override: Outcome | None = None
         self._derived = False
         self._messages: dict[tuple[str, ...], itertools.count[int]] = {}
-        self._returned_ids: dict[tuple[str, ...], deque[str]] = {}
+        self._numbers: dict[str, int] = {}
+        self._returned: dict[tuple[str, ...], list[int]] = {}
         self.attempt = attempt
         self.lost = Lost()
 
@@ -197,17 +202,20 @@ class Operation:
         all of them. Else one message could have the id of another one, and a consumer would drop it.
         """
         # Not to look whether there is one: another thread might take it first.
-        with suppress(KeyError, IndexError):
-            return self._returned_ids[names].popleft()
-        number = next(self._messages.setdefault(names, itertools.count(1)))
-        return self._derive(b"message:1", "\0".join((*names, str(number))))
+        try:
+            number = heappop(self._returned[names])
+        except (KeyError, IndexError):
+            number = next(self._messages.setdefault(names, itertools.count(1)))
+        id_ = self._derive(b"message:1", "\0".join((*names, str(number))))
+        self._numbers[id_] = number
+        return id_
 
     def return_message_id(self, id: str, *names: str) -> None:
-        """Let :meth:`next_message_id` give an id again, since what had it was not written.
+        """Let :meth:`next_message_id` give an id again, since what had it was not written: the first ones first.
 
         Otherwise a run that tries again after a conflict would use other ids than the next run, which meets none.
         """
-        self._returned_ids.setdefault(names, deque()).append(id)
+        heappush(self._returned.setdefault(names, []), self._numbers[id])
 
     def hold(self) -> None:
         """Declare that the effect has happened: the key is not released from here on.

@@ -59,18 +59,20 @@ def _hear(engine: Engine) -> None:
     if engine not in _heard:
         _heard.add(engine)
         event.listen(engine, "commit", _forget)
+        event.listen(engine, "commit_twophase", _forget)
         event.listen(engine, "rollback", _rolled_back)
+        event.listen(engine, "rollback_twophase", _rolled_back)
         event.listen(engine, "savepoint", _begin_savepoint)
         event.listen(engine, "release_savepoint", _release_savepoint)
         event.listen(engine, "rollback_savepoint", _roll_back_savepoint)
 
 
-def _forget(connection: Connection) -> None:
+def _forget(connection: Connection, *_: object) -> None:
     # It is called just before the commit, of which nobody knows what becomes if it fails.
     _open.pop(connection, None)
 
 
-def _rolled_back(connection: Connection) -> None:
+def _rolled_back(connection: Connection, *_: object) -> None:
     if (written := _open.pop(connection, None)) is not None:
         _return(written.ids)
 

@@ -59,7 +59,10 @@ class Input:
                     f"the argument {name} of {self.name} cannot be recorded: {error}. Pass what names the thing, such"
                     " as its id, and annotate the argument with its type"
                 ) from error
-        return dump(found)
+        try:
+            return dump(found)
+        except ValueError as error:  # NaN, or a number of thousands of digits
+            raise ConfigurationError(f"the arguments of {self.name} cannot be recorded: {error}") from error
 
     def fingerprint(self, data: bytes) -> bytes:
         """Return the digest of encoded arguments, without those that are the defaults of now.

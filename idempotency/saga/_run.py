@@ -213,8 +213,8 @@ class Run:
             raise self.lost_error()
 
     def lose(self) -> None:
-        """Note that the lease is lost."""
-        if self.owned and self.lost.set():
+        """Note that the lease is lost. A thread that goes on after its step sees it also after the end of the saga."""
+        if self.lost.set() and self.owned:
             self.emit("lease-lost")
 
     def lost_error(self) -> SagaLostError:

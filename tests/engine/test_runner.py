@@ -358,6 +358,18 @@ async def test_the_signal_of_a_lost_lease_reaches_all_who_wait_for_it():
 
 
 @travelling
+async def test_a_wait_for_the_signal_that_is_given_up_leaves_nothing():
+    desk = Desk()
+    lease = await desk.own()
+    for _ in range(3):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await lease.operation.lost
+    assert lease.operation.lost._waiting == []
+    lease.stop()
+
+
+@travelling
 async def test_a_lost_lease_can_be_awaited_after_the_fact():
     """Nobody had asked when it happened."""
     desk = Desk()

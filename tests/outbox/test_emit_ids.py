@@ -111,6 +111,47 @@ def test_what_is_emitted_after_the_end_in_a_thread_is_refused(sync_ledger: Ledge
         operations[0].emit(**ORDER, type="Late", outbox=sync_outbox)
 
 
+def test_ids_that_come_back_are_given_again_the_first_ones_first() -> None:
+    """Else what is written after a conflict could have the id of the second message, and its repetition the first."""
+    operation = Operation(Claim(scope="s", key="k", fingerprint=b"", lease=1.0, ttl=1.0), attempt=1)
+    first, second, third = (operation.next_message_id("order") for _ in range(3))
+    for returned in (third, first, second):
+        operation.return_message_id(returned, "order")
+    assert [operation.next_message_id("order") for _ in range(3)] == [first, second, third]
+
+
+@pytest.mark.stores("mariadb")
+def test_the_ids_of_a_transaction_in_two_phases_come_back_with_its_rollback_only(
+    sync_ledger: Ledger, sync_outbox: Outbox
+) -> None:
+    """What is committed keeps its id, also where the same connection rolls back another transaction later."""
+
+    @idempotent(MemoryStore(), key=lambda: "one")
+    def place() -> list[str]:
+        with sync_ledger.engine.connect() as connection:
+
+            def emitted() -> str:
+                return sync_outbox.emit_sync(connection, **ORDER, type="Placed")
+
+            with connection.begin_twophase() as transaction:
+                ids = [emitted()]
+                transaction.rollback()
+            with connection.begin_twophase() as transaction:
+                ids.append(emitted())
+                transaction.prepare()
+                transaction.commit()
+            with connection.begin() as later:
+                ids.append(emitted())
+                later.rollback()
+            with connection.begin():
+                ids.append(emitted())
+            return ids
+
+    undone, committed, rolled_back, last = place()
+    assert undone == committed
+    assert rolled_back == last != committed
+
+
 def test_the_ids_and_buckets_of_released_versions_stay() -> None:
     """They are stored, here and at consumers: an upgrade in the middle of a repetition changes neither."""
     claim = Claim(scope="billing", key="order-7", fingerprint=b"f" * 32, lease=30.0, ttl=60.0)

@@ -450,6 +450,22 @@ async def test_a_saga_that_crashes_too_often_is_stuck(faulty: FaultyStore, proce
     assert done == ["a"] * 3
 
 
+async def test_a_thread_that_a_step_has_left_behind_sees_that_the_lease_is_over(
+    faulty: FaultyStore, clock: ManualClock, one_clock: None, done: list[Any]
+) -> None:
+    """Its saga has ended long since, and it is about to have its effect."""
+    kept: list[Any] = []
+
+    @saga(faulty, name="s")
+    async def leaving() -> None:
+        await step("a", lambda: kept.append(current()))
+
+    await leaving(key="7")
+    assert not kept[0].lost
+    clock.advance(31)
+    assert kept[0].lost
+
+
 async def test_a_step_that_is_done_begins_the_count_of_crashes_anew(
     faulty: FaultyStore, process: Process, done: list[Any]
 ) -> None:

@@ -98,6 +98,16 @@ async def test_a_saga_that_is_not_there(faulty: FaultyStore) -> None:
     assert await book.look("7") is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**5000], ids=["nan", "inf", "long"])
+async def test_a_number_that_is_no_json_is_refused_at_once(faulty: FaultyStore, value: Any) -> None:
+    @saga(faulty, name="s")
+    async def counting(number: Any) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="the arguments? .*counting cannot be recorded"):
+        await counting(value, key="7")
+    assert await counting.look("7") is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
