@@ -23,7 +23,7 @@ from xdist.scheduler import LoadScopeScheduling
 import idempotency
 from tests.kit import fronts, servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.selection import group_of, is_fast, is_measured, is_repeated
+from tests.kit.selection import group_of, is_fast, is_measured, is_repeated, rank_of
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -76,6 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("measured")
     if config.getoption("--fast"):
         _select(config, items, is_fast)
+    items.sort(key=rank_of)
 
 
 def _select(config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]) -> None:
