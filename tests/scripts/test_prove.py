@@ -13,6 +13,8 @@ from tests.kit.paths import SCRIPTS
 from tests.kit.script_modules import script_modules
 
 PROVE = SCRIPTS / "_prove"
+# Several of these run at a time, each with four processes.
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(autouse=True)
