@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import coverage
 import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -99,6 +100,13 @@ def pytest_collection() -> Iterator[Any]:
         sys.settrace(tracer)
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    # pytest-xdist ends a process ten seconds after the last test, also one that writes down what it has measured.
+    if measuring := coverage.Coverage.current():
+        measuring.save()
 
 
 def _import_library() -> None:
