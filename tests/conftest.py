@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import pkgutil
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import coverage
 import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+import idempotency
 from tests.kit import fronts, servers
 from tests.kit.ledger import Ledger, open_ledger, open_sync_ledger
-from tests.kit.selection import group_of, is_fast, is_measured, is_repeated
+from tests.kit.selection import group_of, is_fast, is_measured, is_repeated, rank_of
 from tests.kit.targets import KINDS, SYNC_DRIVERS, URL_FIXTURES, Target
 
 
@@ -34,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("all", deadline=None)
     hypothesis.settings.register_profile("fast", max_examples=10, deadline=None)
     hypothesis.settings.load_profile("fast" if config.getoption("--fast") else "all")
+    if config.getoption("numprocesses", None):
+        # This process gives the tests to others. Under coverage each of its steps takes three times as long.
+        sys.settrace(None)
     # Coverage has a handler for it, as a server has that waits for its requests before it ends; then each request waits
     # for what it writes in the background.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -69,6 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("measured")
     if config.getoption("--fast"):
         _select(config, items, is_fast)
+    items.sort(key=rank_of)
 
 
 def _select(config: pytest.Config, items: list[pytest.Item], wanted: Callable[[pytest.Item], bool]) -> None:
@@ -80,11 +89,30 @@ def _select(config: pytest.Config, items: list[pytest.Item], wanted: Callable[[p
 def pytest_collection() -> Iterator[Any]:
     # Thousands of collected tests are no garbage, neither while they are collected nor for a test that collects it.
     gc.disable()
+    # Under coverage it takes three times as long to collect, and covers only what an import of the library runs.
+    tracer = sys.gettrace()
+    if tracer and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+        _import_library()
+    sys.settrace(None)
     try:
         return (yield)
     finally:
+        sys.settrace(tracer)
         gc.freeze()
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    # pytest-xdist ends a process ten seconds after the last test, also one that writes down what it has measured.
+    if measuring := coverage.Coverage.current():
+        measuring.save()
+
+
+def _import_library() -> None:
+    for module in pkgutil.walk_packages(idempotency.__path__, "idempotency."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
+
+from subjects import opened, subject_of
 
 from idempotency import IdempotencyMiddleware, open_store
 from idempotency.stores.encryption import Encryption
@@ -28,14 +31,15 @@ class Added:
 async def measure(url: str, rounds: int) -> Added:
     """Replay the same number of keys on three stores in turns, so that all see the same machine."""
     place = f"idempotency_bench_{os.getpid()}_encryption"
-    options = {} if url.startswith("memory") else {"prefix" if url.startswith("redis") else "table": place}
+    options: Any = {} if url.startswith("memory") else {"prefix" if url.startswith("redis") else "table": place}
     # Another key that only reads: its records are looked for too.
     encryption = Encryption(Encryption.new_key(), Encryption.new_key())
-    stores: list[Any] = [open_store(url, **options, encryption=each) for each in (None, None, encryption)]
-    apps = [IdempotencyMiddleware(_application, store=store) for store in stores]
-    await stores[0].create_schema()
     keys = [[f"{place}-{number}-{each}" for each in range(_REPLAYS)] for number in range(3)]
-    try:
+    async with opened(subject_of(url, place)), AsyncExitStack() as stack:
+        stores = [open_store(url, **options, encryption=each) for each in (None, None, encryption)]
+        for store in stores:
+            stack.push_async_callback(store.aclose)
+        apps = [IdempotencyMiddleware(_application, store=store) for store in stores]
         for app, those in zip(apps, keys, strict=True):
             await _request_all(app, those)
         taken = []
@@ -43,11 +47,6 @@ async def measure(url: str, rounds: int) -> Added:
             order = [(number + shift) % 3 for shift in range(3)]
             times = {each: await _request_all(apps[each], keys[each]) for each in order}
             taken.append([times[each] for each in range(3)])
-    finally:
-        for entry in await stores[2].find(limit=3 * _REPLAYS):
-            await stores[2].forget(entry.id)
-        for store in stores:
-            await store.aclose()
     plain = statistics.median(each[0] for each in taken) / _REPLAYS
     again, encrypted = (statistics.median(each[column] / each[0] for each in taken) for column in (1, 2))
     return Added(url.partition(":")[0], plain * 1e6, again, encrypted)

@@ -53,6 +53,9 @@ _BY_STORE = (
     "stores/sql/test_sagas.py",
     "stores/test_encryption.py",
 )
+_BY_TEST = ("scripts/test_prove.py",)
+# Their parts take longest.
+_FIRST_ROOMS = ("adapters/", "scripts/")
 _KINDS = {*KINDS, *SYNC_DRIVERS}
 # As tests.kit.asgi_servers.over() and tests/live/test_store_failure.py name them.
 _LIVE = re.compile(r"(uvicorn-\w+|hypercorn|granian)(-\d)?-(redis|postgres)$")
@@ -92,8 +95,7 @@ def is_repeated(item: pytest.Item) -> bool:
     if getattr(item, "originalname", None) not in _OF_VALUES:
         return False
     kind, encrypted = _parameters(item).get("store_kind"), item.path.name == "test_encryption.py"
-    indices: dict[str, int] = item.callspec.indices  # type: ignore[attr-defined]
-    later = any(index for name, index in indices.items() if name != "store_kind")
+    later = any(_indices(item).values())
     return later and (kind in _OTHER_VERSIONS or (encrypted and kind != "memory"))
 
 
@@ -118,7 +120,7 @@ def is_measured(item: pytest.Item) -> bool:
 
 
 def group_of(nodeid: str) -> str:
-    """Name what runs in one process, one after another: a file, one store's part of it, or a live server's tests."""
+    """Name what runs in one process, one after another: a file, a part of it, or a live server's tests."""
     path, _, test = nodeid.removeprefix("tests/").partition("::")
     values = test.partition("[")[2].removesuffix("]")
     if path.startswith("live/") and (server := _LIVE.search(values)):
@@ -126,7 +128,13 @@ def group_of(nodeid: str) -> str:
         return server[0]
     if path in _BY_STORE:
         return "-".join([path, *(value for value in values.split("-") if value in _KINDS)])
-    return path
+    return nodeid if path in _BY_TEST else path
+
+
+def rank_of(item: pytest.Item) -> int:
+    """Say how early a test begins: the longest parts first, so that no process works alone at the end."""
+    path = item.path.relative_to(ROOT / "tests").as_posix()
+    return next((rank for rank, room in enumerate(_FIRST_ROOMS) if path.startswith(room)), len(_FIRST_ROOMS))
 
 
 def is_fast(item: pytest.Item) -> bool:
@@ -145,6 +153,12 @@ def is_fast(item: pytest.Item) -> bool:
 def _is_generated(item: pytest.Item) -> bool:
     # It runs with hundreds of generated values; beside it are tests with values written by hand.
     return bool(getattr(getattr(item, "function", None), "is_hypothesis_test", False))
+
+
+def _indices(item: pytest.Item) -> dict[str, int]:
+    # The stores and the front ends are no values: each has code of its own.
+    indices: dict[str, int] = getattr(getattr(item, "callspec", None), "indices", {})
+    return {name: index for name, index in indices.items() if name not in ("front", "store_kind")}
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

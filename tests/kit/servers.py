@@ -24,7 +24,6 @@ from urllib.parse import urlsplit, urlunsplit
 import psutil
 import psycopg
 import pymysql
-import pytest
 import redis
 import sqlalchemy
 
@@ -73,6 +72,9 @@ NO_MARIADB = "no MariaDB lets us in on port 3306 and IDEMPOTENCY_TEST_MARIADB is
 
 def missing(reason: str) -> NoReturn:
     """Skip what needs an absent server or package, or fail it where ``CI`` is set: a test, or all of a module."""
+    # Hundreds of processes that tests start import this module, and need no pytest, which takes as long as the rest.
+    import pytest
+
     if os.environ.get("CI"):
         pytest.fail(f"CI is set and {reason}", pytrace=False)
     pytest.skip(reason, allow_module_level=True)

@@ -13,6 +13,8 @@ from tests.kit.paths import SCRIPTS
 from tests.kit.script_modules import script_modules
 
 PROVE = SCRIPTS / "_prove"
+# Several of these run at a time, each with four processes.
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ VERB_COMMITTED = ("claim > before COMMIT", "claim > after COMMIT")
 
 def test_transactional_http_on_postgresql(postgres_url: str) -> None:
     """Claim, effect, response and record, and first whether there is a pooler: killed at each of 17 labels."""
-    report = assert_once("scenarios:TransactionalHTTP", postgres_url, jobs=8)
+    report = assert_once("scenarios:TransactionalHTTP", postgres_url)
 
     claimed = (CLAIMED_BY_STATEMENT[0], *VERB_COMMITTED, *CLAIMED_BY_STATEMENT[1:])
     assert report.labels == (*claimed, *HANDLED, *COMMITTED, *CHECKED_IN)
@@ -48,7 +50,7 @@ def test_transactional_http_on_postgresql(postgres_url: str) -> None:
 
 def test_transactional_http_on_mariadb(mariadb_url: str) -> None:
     """As on PostgreSQL, where a verb has a COMMIT of its own, and nobody asks for a pooler: 17 labels."""
-    report = assert_once("scenarios:TransactionalHTTP", mariadb_url, jobs=8)
+    report = assert_once("scenarios:TransactionalHTTP", mariadb_url)
 
     claimed = (*CLAIMED_BY_STATEMENT[:3], *VERB_COMMITTED, *CLAIMED_BY_STATEMENT[3:])
     assert report.labels == (*claimed, *HANDLED, *COMMITTED, *CHECKED_IN)
@@ -57,7 +59,7 @@ def test_transactional_http_on_mariadb(mariadb_url: str) -> None:
 
 def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
     """As on MariaDB, and a first claim looks for its table and for the record: 25 labels."""
-    report = assert_once("scenarios:TransactionalHTTP", sqlite_url, jobs=8)
+    report = assert_once("scenarios:TransactionalHTTP", sqlite_url)
 
     assert report.labels[-9:] == (*HANDLED, *COMMITTED, *CHECKED_IN)
     assert "claim > after CREATE TABLE prove_record" in report.labels
@@ -68,7 +70,7 @@ def test_transactional_http_on_sqlite(sqlite_url: str) -> None:
 @pytest.mark.parametrize("database", ["postgres_url", "mariadb_url", "sqlite_url"])
 def test_transactional_http_with_synchronous_sessions(request: pytest.FixtureRequest, database: str) -> None:
     """The same statements in the same order, in threads: the labels of the asynchronous twin of each database."""
-    report = assert_once("scenarios:TransactionalHTTPSync", request.getfixturevalue(database), jobs=8)
+    report = assert_once("scenarios:TransactionalHTTPSync", request.getfixturevalue(database))
 
     assert report.labels[-9:] == (*HANDLED, *COMMITTED, *CHECKED_IN)
     assert report.labels[0] == "before claim"
@@ -90,7 +92,7 @@ JOINED = [
 @pytest.mark.parametrize(("scenario", "database"), JOINED)
 def test_joined(request: pytest.FixtureRequest, scenario: str, database: str) -> None:
     """Record and effect are inserted and updated in one transaction with one COMMIT, whichever way it is called."""
-    report = assert_once(f"scenarios:{scenario}", request.getfixturevalue(database), jobs=8)
+    report = assert_once(f"scenarios:{scenario}", request.getfixturevalue(database))
 
     besides = ("ROLLBACK", "PRAGMA", "SELECT")
     steps = [label for label in report.labels if not any(word in label for word in besides)]
@@ -101,7 +103,7 @@ def test_joined(request: pytest.FixtureRequest, scenario: str, database: str) ->
 
 def test_a_rerun_on_redis_repeats_between_effect_and_record(redis_url: str) -> None:
     """At least once: an effect that happened, and was not recorded, happens again, and at no other label."""
-    report = crash_everywhere("scenarios:LeasedRedis", redis_url, recorded="after complete", jobs=8)
+    report = crash_everywhere("scenarios:LeasedRedis", redis_url, recorded="after complete")
 
     assert report.labels == ("before claim", "after claim", "effect", "before complete", "after complete")
     assert report.repeated == ("effect", "before complete")
@@ -112,7 +114,7 @@ def test_a_rerun_on_postgresql_repeats_between_effect_and_record(postgres_url: s
     """As on Redis, from the COMMIT of the effect until the statement that records it was applied."""
     recorded = "complete > after UPDATE prove_record"
 
-    report = crash_everywhere("scenarios:LeasedSQL", postgres_url, recorded=recorded, jobs=8)
+    report = crash_everywhere("scenarios:LeasedSQL", postgres_url, recorded=recorded)
 
     window = ("after COMMIT", *CHECKED_IN, "effect", "before complete", "complete > before UPDATE prove_record")
     assert report.repeated == window
@@ -121,7 +123,7 @@ def test_a_rerun_on_postgresql_repeats_between_effect_and_record(postgres_url: s
 
 def test_a_hold_on_redis_repeats_nothing(redis_url: str) -> None:
     """At most once: from the claim until the record the outcome is unknown, and settles when it is resolved."""
-    report = assert_once("scenarios:HeldRedis", redis_url, jobs=8)
+    report = assert_once("scenarios:HeldRedis", redis_url)
 
     assert report.held == ("after claim", "effect", "before complete")
     assert (report.repeated, report.found) == ((), 5)
@@ -129,7 +131,7 @@ def test_a_hold_on_redis_repeats_nothing(redis_url: str) -> None:
 
 def test_a_hold_on_postgresql_repeats_nothing(postgres_url: str) -> None:
     """As on Redis, from the statement that claims until the one that records."""
-    report = assert_once("scenarios:HeldSQL", postgres_url, jobs=8)
+    report = assert_once("scenarios:HeldSQL", postgres_url)
 
     held = report.labels[4:17]
     assert (held[0], held[-1]) == ("claim > after INSERT prove_record", "complete > before UPDATE prove_record")

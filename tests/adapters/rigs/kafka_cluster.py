@@ -60,8 +60,8 @@ class MockCluster:
         change(self._mock, ctypes.c_int32(_BROKER))
 
     def hang(self, yes: bool) -> None:
-        """Answer no request for a minute, or answer at once again; connections that wait for answers go on waiting."""
-        milliseconds = 60_000 if yes else 0
+        """Answer each request after 20 seconds, or at once again; connections that wait for answers go on waiting."""
+        milliseconds = 20_000 if yes else 0
         self._lib.rd_kafka_mock_broker_set_rtt(self._mock, ctypes.c_int32(_BROKER), milliseconds)
 
     def hide(self, topic: str) -> None:
