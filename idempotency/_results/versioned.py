@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from idempotency._results.by_annotation import dump, load, scan, shape_of
+from idempotency._results.by_annotation import dump, load, shape_of
 from idempotency.errors import ConfigurationError, UnreadableError
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Versioned(Generic[T]):
         self.version = version
         self._upcast = dict(upcast)
         self._shape = shape_of(kind, self.name)
-        self._from_json = self._shape.from_json
+        self.from_json: Callable[[Any], T] = self._shape.from_json
 
     def __repr__(self) -> str:
         return f"<Versioned {self.name} {self.version}>"
@@ -58,17 +58,6 @@ class Versioned(Generic[T]):
 
         Raises :class:`~idempotency.errors.UnreadableError` for a newer version, and for what is of no version.
         """
-        if version == self.version and type(data) is str:
-            # The way of almost all events, in one function. What cannot be read by it is read again, for its error.
-            try:
-                value, end = scan(data, 0)
-                if end == len(data):
-                    return self._from_json(value)  # type: ignore[no-any-return]
-            except Exception:  # noqa: S110
-                pass
-        return self._load(version, data)
-
-    def _load(self, version: int, data: bytes | str) -> T:
         if not 1 <= version <= self.version:
             raise UnreadableError(
                 f"{self.name} is stored in version {version}, and this code reads 1 to {self.version}: deploy the code"
@@ -78,13 +67,12 @@ class Versioned(Generic[T]):
             value = load(data)
             for step in range(version, self.version):
                 value = self._upcast[step](value)
-            read: T = self._from_json(value)
+            return self.from_json(value)
         except Exception as error:
             raise UnreadableError(
                 f"what is stored is no {self.name} of version {version}: a type that has changed needs a new version,"
                 " with an upcast from this one"
             ) from error
-        return read
 
     def encode(self, value: T, /) -> bytes:
         """Write a value with its version."""

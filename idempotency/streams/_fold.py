@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from inspect import Signature
 from typing import Any, Generic, TypeVar
 
 from idempotency._results.codec import return_annotation
 from idempotency._results.versioned import Versioned
 from idempotency.errors import ConfigurationError
+from idempotency.streams._position import RecordedEvent
 from idempotency.streams._reached import Reached
 
 S = TypeVar("S")
 Until = int | datetime | None
-Decode = Callable[[str, str, int, str], Any]
-"""Make an event of its stream, the name and version of its type, and its JSON."""
-
-_PAGE = 1000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
+Events = Callable[[int, int | None], Iterable[RecordedEvent]]
+"""Read the events of a stream after a version, up to another one; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +55,22 @@ class Fold(Generic[S]):
             snapshot = Versioned(kind)
         return cls(apply, initial, snapshot, snapshot_every, until)
 
-    def load(self, reached: Reached, stream: str, decode: Decode) -> tuple[S, int]:
+    def load(self, reached: Reached, stream: str, events: Events) -> tuple[S, int]:
         """Return the state and the version of a stream."""
         until = self.until
         last = until if isinstance(until, int) else None
-        last_ms = (until - _EPOCH) // _MILLISECOND if isinstance(until, datetime) else None
+        ended = until.timestamp() if isinstance(until, datetime) else None
         state, version = self.initial, 0
         # A snapshot has no time: of a time that is past, the events alone tell.
-        if self.snapshot is not None and last_ms is None:
+        if self.snapshot is not None and ended is None:
             found = reached.snapshot(stream, self.snapshot.name, last)
             if found is not None:
                 state, version = self.snapshot.load(*found[1:]), found[0]
-        stored, full = version, True
-        while full:
-            rows = reached.read(stream, version, last, _PAGE)
-            for row in rows:
-                if last_ms is not None and row[9] > last_ms:
-                    return state, version
-                state, version = self.apply(state, decode(stream, *row[5:8])), row[3]
-            full = len(rows) == _PAGE
+        stored = version
+        for event in events(version, last):
+            if ended is not None and event.at > ended:
+                break
+            state, version = self.apply(state, event.data), event.version
         if until is None and self.snapshot is not None and self.every is not None and version - stored >= self.every:
             values = {"stream": stream, "type": self.snapshot.name, "type_version": self.snapshot.version}
             reached.write_snapshot({**values, "version": version, "data": self.snapshot.dump(state).decode()})

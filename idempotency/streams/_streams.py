@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -27,14 +27,18 @@ from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_na
 from idempotency.streams._types import EventTypes, id_names
 
 S = TypeVar("S")
+A = TypeVar("A")
 AnyAsync = AsyncSession | AsyncConnection
 AnySync = Session | Connection
 Events = Sequence[object]
 Headers = Mapping[str, str] | None
 Apply = Callable[[Any, Any], S]
+Read = Callable[[AnySync, A], tuple[Sequence[Any], A | None]]
+"""Read the next rows after a place; return the place after which the others are, too, None where there are none."""
+
 START = Position()
 
-_PAGE = 2000
+_PAGE = 4000
 _NO_TRANSACTION = "There is no transaction to append in: begin one, or give the middleware or decorator session=."
 
 
@@ -129,44 +133,25 @@ class Streams:
         fold = Fold.of(apply, **options)
         return self._load(as_sync(session, "load"), stream, fold)
 
-    async def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
+    def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
         """Read the events of a stream after a version, in order."""
-        own, full = as_async(session, "read"), True
-        while full:
-            rows = await own.run_sync(self._rows_of, stream, after)
-            for event in self._types.recorded(rows):
-                yield event
-            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
+        return self._each(as_async(session, "read"), self._reading(stream), after)
 
     def read_sync(self, session: AnySync, stream: str, *, after: int = 0) -> Iterator[RecordedEvent]:
         """See :meth:`read`."""
-        own, full = as_sync(session, "read"), True
-        while full:
-            rows = self._rows_of(own, stream, after)
-            yield from self._types.recorded(rows)
-            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
+        return self._each_sync(as_sync(session, "read"), self._reading(stream), after)
 
-    async def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
+    def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
         """Read the events of all streams after a position, in the order in which they were committed, without a gap.
 
         It ends where an open transaction may still append. What that one appends comes after the position of every
         event that was read. Read in a transaction that is not REPEATABLE READ, or in a new one each time.
         """
-        own, full = as_async(session, "read_all"), True
-        while full:
-            rows = await own.run_sync(self._rows_of_all, after, _PAGE)
-            # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
-            for event in self._types.recorded(rows):
-                yield event
-            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
+        return self._each(as_async(session, "read_all"), self._read_all, after)
 
     def read_all_sync(self, session: AnySync, *, after: Position = START) -> Iterator[RecordedEvent]:
         """See :meth:`read_all`."""
-        own, full = as_sync(session, "read_all"), True
-        while full:
-            rows = self._rows_of_all(own, after, _PAGE)
-            yield from self._types.recorded(rows)
-            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
+        return self._each_sync(as_sync(session, "read_all"), self._read_all, after)
 
     async def position(self, session: AnyAsync, appended: Appended) -> Position | None:
         """Return the position of an event; None while its database has not given it one, as MariaDB before a commit."""
@@ -232,8 +217,32 @@ class Streams:
             self._statements[wanted] = Statements(connection, self._tables)
         return Reached(connection, self._statements[wanted])
 
-    def _rows_of(self, session: AnySync, stream: str, after: int) -> Sequence[Any]:
-        return self._reached(session).read(_name(stream), after, None, _PAGE)
+    async def _each(self, session: AnyAsync, read: Read[A], after: A) -> AsyncIterator[RecordedEvent]:
+        at: A | None = after
+        while at is not None:
+            rows, at = await session.run_sync(read, at)
+            # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
+            for event in self._types.recorded(rows):
+                yield event
+
+    def _each_sync(self, session: AnySync, read: Read[A], after: A) -> Iterator[RecordedEvent]:
+        at: A | None = after
+        while at is not None:
+            rows, at = read(session, at)
+            yield from self._types.recorded(rows)
+
+    def _reading(self, stream: str, until: int | None = None) -> Read[int]:
+        stream = _name(stream)
+
+        def read(session: AnySync, after: int) -> tuple[Sequence[Any], int | None]:
+            rows = self._reached(session).read(stream, after, until, _PAGE)
+            return rows, rows[-1][3] if len(rows) == _PAGE else None
+
+        return read
+
+    def _read_all(self, session: AnySync, after: Position) -> tuple[Sequence[Any], Position | None]:
+        rows = self._rows_of_all(session, after, _PAGE)
+        return rows, Position(*rows[-1][:2]) if len(rows) == _PAGE else None
 
     def _rows_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[Any]:
         return self._reached(session).read_all(after, most)
@@ -257,7 +266,10 @@ class Streams:
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
-        return fold.load(self._reached(session), _name(stream), self._types.event)
+        def events(after: int, until: int | None) -> Iterator[RecordedEvent]:
+            return self._each_sync(session, self._reading(stream, until), after)
+
+        return fold.load(self._reached(session), _name(stream), events)
 
     def _position(self, session: AnySync, appended: Appended) -> Position | None:
         return self._reached(session).position(appended.stream, appended.version)
@@ -281,16 +293,9 @@ class _Page(Sequence[RecordedEvent]):
     def __iter__(self) -> Iterator[RecordedEvent]:
         return self._types.recorded(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> RecordedEvent: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[RecordedEvent]: ...
-
-    def __getitem__(self, index: int | slice) -> RecordedEvent | Sequence[RecordedEvent]:
-        if isinstance(index, slice):
-            return _Page(self._rows[index], self._types)
-        return next(self._types.recorded([self._rows[index]]))
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        return _Page(rows, self._types) if isinstance(index, slice) else next(self._types.recorded([rows]))
 
 
 def _connection(session: AnySync) -> Connection:

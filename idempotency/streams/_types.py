@@ -8,11 +8,17 @@ from typing import Any, NoReturn
 
 from idempotency._outbox.message import time_ordered_id
 from idempotency._outbox.payload import encode_headers, headers_as_text
+from idempotency._results.by_annotation import scan
 from idempotency._results.versioned import Versioned
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.operation import Operation
 from idempotency.streams._position import Position, RecordedEvent
 from idempotency.streams._reached import Row
+
+_SCANNED_AT_ONCE = 50
+"""How many events have their JSON read by one call, which takes half the time of one call for each."""
+
+_UNREAD = object()
 
 
 class EventTypes:
@@ -26,7 +32,7 @@ class EventTypes:
             if known.name in self._by_name or known.kind in self._by_class:
                 raise ConfigurationError(f"two event types are named {known.name}, or are of one class: give name=")
             self._by_name[known.name] = self._by_class[known.kind] = known
-        self._loads = {name: known.load for name, known in self._by_name.items()}
+        self._readers = {name: (known.version, known.from_json, known.load) for name, known in self._by_name.items()}
 
     @property
     def all(self) -> list[Versioned[Any]]:
@@ -57,27 +63,42 @@ class EventTypes:
             raise ConfigurationError(f"{type(event).__name__} is not in event_types, which has {known}")
         return kind
 
-    def event(self, stream: str, name: str, version: int, data: str) -> Any:
-        """Return the event of a row."""
-        load = self._loads.get(name) or _unknown(stream, name)
-        return load(version, data)
-
-    def recorded(self, rows: Iterable[Any]) -> Iterator[RecordedEvent]:
+    def recorded(self, rows: Sequence[Any]) -> Iterator[RecordedEvent]:
         """Return the events of rows, which become objects one at a time."""
         # One function for all of them, and tuples that are not made by their class, since a call takes as long as most
         # of what is done here.
-        loads, new = self._loads, tuple.__new__
-        for place, seq, stream, version, id_, name, type_version, data, headers, created_ms in rows:
-            load = loads.get(name) or _unknown(stream, name)
-            event = load(type_version, data)
-            position = None if place is None else new(Position, (place, seq))
-            read_headers = json.loads(headers) if headers else {}
-            yield new(RecordedEvent, (stream, version, id_, name, event, position, created_ms / 1000, read_headers))
+        readers, new = self._readers, tuple.__new__
+        for start in range(0, len(rows), _SCANNED_AT_ONCE):
+            part = rows[start : start + _SCANNED_AT_ONCE]
+            values = _scanned([row[7] for row in part])
+            for row, value in zip(part, values, strict=True):
+                place, seq, stream, version, id_, name, type_version, data, headers, created_ms = row
+                newest, read, load = readers.get(name) or _unknown(stream, name)
+                if value is _UNREAD or type_version != newest:
+                    event = load(type_version, data)
+                else:
+                    try:
+                        event = read(value)
+                    except Exception:
+                        event = load(type_version, data)  # which raises an error that says more
+                position = None if place is None else new(Position, (place, seq))
+                read_headers = json.loads(headers) if headers else {}
+                yield new(RecordedEvent, (stream, version, id_, name, event, position, created_ms / 1000, read_headers))
 
 
 def id_names(stream: str, kind: str) -> tuple[str, ...]:
     """Return the names for which an operation gives the id of an event."""
     return "event", stream, kind
+
+
+def _scanned(texts: list[str]) -> list[Any]:
+    """Return the JSON values of texts, by one call; ``_UNREAD`` for each of them where one is no JSON."""
+    joined = f"[{','.join(texts)}]"
+    try:
+        values, end = scan(joined, 0)
+    except Exception:
+        values, end = [], -1
+    return values if len(values) == len(texts) and end == len(joined) else [_UNREAD] * len(texts)
 
 
 def _unknown(stream: str, name: str) -> NoReturn:
