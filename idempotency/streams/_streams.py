@@ -93,17 +93,13 @@ class Streams:
         :class:`~idempotency.errors.TransactionError` where there is no transaction; and
         :class:`~idempotency.errors.ConfigurationError` for what cannot be appended.
         """
-        stream = _name(stream)
-        rows = self._rows(stream, events, expected, headers)
-        return await as_async(session, "append").run_sync(self._append, stream, rows, expected)
+        return await as_async(session, "append").run_sync(self._append, stream, events, expected, headers)
 
     def append_sync(
         self, session: AnySync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
     ) -> Appended:
         """See :meth:`append`."""
-        stream = _name(stream)
-        rows = self._rows(stream, events, expected, headers)
-        return self._append(as_sync(session, "append"), stream, rows, expected)
+        return self._append(as_sync(session, "append"), stream, events, expected, headers)
 
     async def load(self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]) -> S:
         """Return what ``apply`` makes of the events of a stream, one after the other.
@@ -123,15 +119,13 @@ class Streams:
         self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
         """Return the state as :meth:`load` does, and the version it has, which the next append expects."""
-        fold = Fold.of(apply, **options)
-        return await as_async(session, "load").run_sync(self._load, stream, fold)
+        return await as_async(session, "load").run_sync(self._load, stream, Fold(apply, **options))
 
     def load_versioned_sync(
         self, session: AnySync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
         """See :meth:`load_versioned`."""
-        fold = Fold.of(apply, **options)
-        return self._load(as_sync(session, "load"), stream, fold)
+        return self._load(as_sync(session, "load"), stream, Fold(apply, **options))
 
     def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
         """Read the events of a stream after a version, in order."""
@@ -231,7 +225,7 @@ class Streams:
             rows, at = read(session, at)
             yield from self._types.recorded(rows)
 
-    def _reading(self, stream: str, until: int | None = None) -> Read[int]:
+    def _reading(self, stream: str, until: int = MOST_VERSION) -> Read[int]:
         stream = _name(stream)
 
         def read(session: AnySync, after: int) -> tuple[Sequence[Any], int | None]:
@@ -247,13 +241,14 @@ class Streams:
     def _rows_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[Any]:
         return self._reached(session).read_all(after, most)
 
-    def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
+    def _append(
+        self, session: AnySync, stream: str, events: Events, expected: int | None, headers: Headers
+    ) -> Appended:
+        stream, operation = _name(stream), current()
         if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
-        return self._types.rows(stream, events, headers, current())
-
-    def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
-        connection, operation = _connection(session), current()
+        rows = self._types.rows(stream, events, headers, operation)
+        connection = _connection(session)
         reached = self._reached(connection)
         if operation is None:
             appended = reached.append(stream, rows, expected)
@@ -266,7 +261,7 @@ class Streams:
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
-        def events(after: int, until: int | None) -> Iterator[RecordedEvent]:
+        def events(after: int, until: int) -> Iterator[RecordedEvent]:
             return self._each_sync(session, self._reading(stream, until), after)
 
         return fold.load(self._reached(session), _name(stream), events)
