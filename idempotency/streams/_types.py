@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from idempotency._outbox.message import time_ordered_id
 from idempotency._outbox.payload import encode_headers, headers_as_text
-from idempotency._results.by_annotation import scan
+from idempotency._results.by_annotation import load, scan
 from idempotency._results.versioned import Versioned
 from idempotency.errors import ConfigurationError, UnreadableError
 from idempotency.operation import Operation
@@ -32,7 +31,6 @@ class EventTypes:
             if known.name in self._by_name or known.kind in self._by_class:
                 raise ConfigurationError(f"two event types are named {known.name}, or are of one class: give name=")
             self._by_name[known.name] = self._by_class[known.kind] = known
-        self._readers = {name: (known.version, known.from_json, known.load) for name, known in self._by_name.items()}
 
     @property
     def all(self) -> list[Versioned[Any]]:
@@ -67,22 +65,22 @@ class EventTypes:
         """Return the events of rows, which become objects one at a time."""
         # One function for all of them, and tuples that are not made by their class, since a call takes as long as most
         # of what is done here.
-        readers, new = self._readers, tuple.__new__
+        kinds, new = self._by_name, tuple.__new__
         for start in range(0, len(rows), _SCANNED_AT_ONCE):
             part = rows[start : start + _SCANNED_AT_ONCE]
             values = _scanned([row[7] for row in part])
             for row, value in zip(part, values, strict=True):
                 place, seq, stream, version, id_, name, type_version, data, headers, created_ms = row
-                newest, read, load = readers.get(name) or _unknown(stream, name)
-                if value is _UNREAD or type_version != newest:
-                    event = load(type_version, data)
+                kind = kinds.get(name) or _unknown(stream, name)
+                if value is _UNREAD:
+                    event = kind.load(type_version, data)
                 else:
                     try:
-                        event = read(value)
+                        event = kind.readers[type_version](value)
                     except Exception:
-                        event = load(type_version, data)  # which raises an error that says more
+                        event = kind.load(type_version, data)  # which raises an error that says more
                 position = None if place is None else new(Position, (place, seq))
-                read_headers = json.loads(headers) if headers else {}
+                read_headers = load(headers) if headers else {}
                 yield new(RecordedEvent, (stream, version, id_, name, event, position, created_ms / 1000, read_headers))
 
 
