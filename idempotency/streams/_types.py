@@ -43,23 +43,24 @@ class EventTypes:
         """Return events as they are written; ConfigurationError for what cannot be written."""
         if not events:
             raise ConfigurationError("there are no events to append")
-        written = headers_as_text(encode_headers(headers))
-        kinds = [self._kind_of(event) for event in events]
-        datas = [_dump(kind, event) for kind, event in zip(kinds, events, strict=True)]
+        text = headers_as_text(encode_headers(headers))
         rows: list[Row] = []
-        for kind, data in zip(kinds, datas, strict=True):
+        for kind, data in [self._written(event) for event in events]:
             # An operation counts its ids: what is refused gets none.
             id_ = time_ordered_id() if operation is None else operation.next_message_id(*id_names(stream, kind.name))
-            fields = {"type": kind.name, "type_version": kind.version, "data": data, "headers": written}
+            fields = {"type": kind.name, "type_version": kind.version, "data": data, "headers": text}
             rows.append({"id": id_, **fields})
         return rows
 
-    def _kind_of(self, event: object) -> Versioned[Any]:
+    def _written(self, event: object) -> tuple[Versioned[Any], str]:
         kind = self._by_class.get(type(event))
         if kind is None:
             known = ", ".join(sorted(self._by_name)) or "none"
             raise ConfigurationError(f"{type(event).__name__} is not in event_types, which has {known}")
-        return kind
+        try:
+            return kind, kind.dump(event).decode()
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"{kind.name} cannot be written: {error}") from error
 
     def recorded(self, rows: Sequence[Any]) -> Iterator[RecordedEvent]:
         """Return the events of rows, which become objects one at a time."""
@@ -104,10 +105,3 @@ def _unknown(stream: str, name: str) -> NoReturn:
         f"{stream} has an event of type {name}, which is not in event_types: deploy the code that knows it, or give a"
         " class that was renamed its old name, Versioned(..., name=)"
     )
-
-
-def _dump(kind: Versioned[Any], event: object) -> str:
-    try:
-        return kind.dump(event).decode()
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{kind.name} cannot be written: {error}") from error
