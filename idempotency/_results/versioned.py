@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from idempotency._results.by_annotation import dump, load, scan, shape_of
+from idempotency._results.by_annotation import dump, load, shape_of
 from idempotency.errors import ConfigurationError, UnreadableError
 
 T = TypeVar("T")
@@ -42,9 +42,9 @@ class Versioned(Generic[T]):
         if unknown := sorted(set(upcast) - set(range(1, version))):
             raise ConfigurationError(f"{self.name} is of version {version}: it cannot have an upcast from {unknown[0]}")
         self.version = version
-        self._upcast = dict(upcast)
         self._shape = shape_of(kind, self.name)
-        self._from_json = self._shape.from_json
+        # What makes a value of the JSON of each version.
+        self.readers = {each: self._reader(each, upcast) for each in range(1, version + 1)}
 
     def __repr__(self) -> str:
         return f"<Versioned {self.name} {self.version}>"
@@ -58,33 +58,29 @@ class Versioned(Generic[T]):
 
         Raises :class:`~idempotency.errors.UnreadableError` for a newer version, and for what is of no version.
         """
-        if version == self.version and type(data) is str:
-            # The way of almost all events, in one function. What cannot be read by it is read again, for its error.
-            try:
-                value, end = scan(data, 0)
-                if end == len(data):
-                    return self._from_json(value)  # type: ignore[no-any-return]
-            except Exception:  # noqa: S110
-                pass
-        return self._load(version, data)
-
-    def _load(self, version: int, data: bytes | str) -> T:
-        if not 1 <= version <= self.version:
+        read = self.readers.get(version)
+        if read is None:
             raise UnreadableError(
                 f"{self.name} is stored in version {version}, and this code reads 1 to {self.version}: deploy the code"
                 " that knows it everywhere before anything writes it"
             )
         try:
-            value = load(data)
-            for step in range(version, self.version):
-                value = self._upcast[step](value)
-            read: T = self._from_json(value)
+            return read(load(data))
         except Exception as error:
             raise UnreadableError(
                 f"what is stored is no {self.name} of version {version}: a type that has changed needs a new version,"
                 " with an upcast from this one"
             ) from error
-        return read
+
+    def _reader(self, version: int, upcast: Mapping[int, Upcast]) -> Callable[[Any], T]:
+        steps, from_json = [upcast[each] for each in range(version, self.version)], self._shape.from_json
+
+        def read(value: Any) -> T:
+            for step in steps:
+                value = step(value)
+            return from_json(value)  # type: ignore[no-any-return]
+
+        return read if steps else from_json
 
     def encode(self, value: T, /) -> bytes:
         """Write a value with its version."""

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from inspect import Signature
 from typing import Any, Generic, TypeVar
 
 from idempotency._results.codec import return_annotation
 from idempotency._results.versioned import Versioned
 from idempotency.errors import ConfigurationError
-from idempotency.streams._reached import Reached
+from idempotency.streams._position import RecordedEvent
+from idempotency.streams._reached import MOST_VERSION, Reached
 
 S = TypeVar("S")
 Until = int | datetime | None
-Decode = Callable[[str, str, int, str], Any]
-"""Make an event of its stream, the name and version of its type, and its JSON."""
-
-_PAGE = 1000
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
+Events = Callable[[int, int], Iterable[RecordedEvent]]
+"""Read the events of a stream after a version, up to another one."""
 
 
-@dataclass(frozen=True, slots=True)
 class Fold(Generic[S]):
-    """How a state is made. ``every``: after so many events a snapshot is written; None: none is written or read."""
+    """How a state is made, by the options of a load; ConfigurationError for what cannot work."""
 
-    apply: Callable[[Any, Any], S]
-    initial: Any
-    snapshot: Versioned[S] | None
-    every: int | None
-    until: Until
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         apply: Callable[[Any, Any], S],
         initial: Any = None,
         snapshot_every: int | None = None,
         snapshot: Versioned[S] | None = None,
         until: Until = None,
-    ) -> Fold[S]:
-        """Check the options of a load; ConfigurationError for what cannot work."""
+    ) -> None:
         if isinstance(until, datetime) and until.tzinfo is None:
             raise ConfigurationError("until must have its time zone, as in datetime.now(UTC)")
         if until is not None and not isinstance(until, datetime) and (type(until) is not int or until < 0):
@@ -56,28 +43,26 @@ class Fold(Generic[S]):
             if not isinstance(kind, type) or kind is Signature.empty:
                 raise ConfigurationError("snapshot_every= needs the type of the state: annotate what apply returns")
             snapshot = Versioned(kind)
-        return cls(apply, initial, snapshot, snapshot_every, until)
+        self._apply, self._initial, self._snapshot = apply, initial, snapshot
+        self._every, self._until = snapshot_every, until
 
-    def load(self, reached: Reached, stream: str, decode: Decode) -> tuple[S, int]:
+    def load(self, reached: Reached, stream: str, events: Events) -> tuple[S, int]:
         """Return the state and the version of a stream."""
-        until = self.until
-        last = until if isinstance(until, int) else None
-        last_ms = (until - _EPOCH) // _MILLISECOND if isinstance(until, datetime) else None
-        state, version = self.initial, 0
+        until, snapshot = self._until, self._snapshot
+        last = until if isinstance(until, int) else MOST_VERSION
+        ended = until.timestamp() if isinstance(until, datetime) else None
+        state, version = self._initial, 0
         # A snapshot has no time: of a time that is past, the events alone tell.
-        if self.snapshot is not None and last_ms is None:
-            found = reached.snapshot(stream, self.snapshot.name, last)
+        if snapshot is not None and ended is None:
+            found = reached.snapshot(stream, snapshot.name, last)
             if found is not None:
-                state, version = self.snapshot.load(*found[1:]), found[0]
-        stored, full = version, True
-        while full:
-            rows = reached.read(stream, version, last, _PAGE)
-            for row in rows:
-                if last_ms is not None and row[9] > last_ms:
-                    return state, version
-                state, version = self.apply(state, decode(stream, *row[5:8])), row[3]
-            full = len(rows) == _PAGE
-        if until is None and self.snapshot is not None and self.every is not None and version - stored >= self.every:
-            values = {"stream": stream, "type": self.snapshot.name, "type_version": self.snapshot.version}
-            reached.write_snapshot({**values, "version": version, "data": self.snapshot.dump(state).decode()})
+                state, version = snapshot.load(*found[1:]), found[0]
+        stored = version
+        for event in events(version, last):
+            if ended is not None and event.at > ended:
+                break
+            state, version = self._apply(state, event.data), event.version
+        if until is None and snapshot is not None and self._every is not None and version - stored >= self._every:
+            values = {"stream": stream, "type": snapshot.name, "type_version": snapshot.version}
+            reached.write_snapshot({**values, "version": version, "data": snapshot.dump(state).decode()})
         return state, version

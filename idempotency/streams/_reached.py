@@ -133,12 +133,11 @@ class Reached:
             found = self._scalar(statements.newest_version, stream=stream)
         return found or 0
 
-    def read(self, stream: str, after: int, until: int | None, most: int) -> Sequence[Any]:
+    def read(self, stream: str, after: int, until: int, most: int) -> Sequence[Any]:
         """Read events of one stream."""
         self._check_name(stream)
-        last = MOST_VERSION if until is None else min(until, MOST_VERSION)
-        after = min(after, MOST_VERSION)
-        return self._rows(self._statements.read, stream=stream, after=after, until=last, most=most)
+        after, until = min(after, MOST_VERSION), min(until, MOST_VERSION)
+        return self._rows(self._statements.read, stream=stream, after=after, until=until, most=most)
 
     def read_all(self, after: Position, most: int) -> Sequence[Any]:
         """Read events of all streams after a position."""
@@ -212,13 +211,12 @@ class Reached:
             )
         checked.add(self._statements.behind.sql)
 
-    def snapshot(self, stream: str, kind: str, until: int | None) -> tuple[int, int, str] | None:
+    def snapshot(self, stream: str, kind: str, until: int) -> tuple[int, int, str] | None:
         """Return version, type version and data of a snapshot; None if there is none.
 
         Raises UnreadableError for a version that the stream does not have.
         """
-        last = MOST_VERSION if until is None else min(until, MOST_VERSION)
-        rows = self._rows(self._statements.snapshot, stream=stream, type=kind, until=last)
+        rows = self._rows(self._statements.snapshot, stream=stream, type=kind, until=min(until, MOST_VERSION))
         if not rows:
             return None
         version, type_version, data, whole = rows[0]

@@ -49,17 +49,17 @@ class Statements:
         self._name = tables.events.name
         self.table, self.snapshots, self.place = (each.fullname for each in tables.all)
         self.append, self.own = cache(self._append), cache(self._own)
-
-    @property
-    def _read(self) -> str:
+        postgresql = self.name == "postgresql"
         # A driver would make an object of each id, and that a text.
-        return _READ.format("CAST(id AS text)" if self.name == "postgresql" else "id")
-
-    @property
-    def _most(self) -> str:
+        self._read = _READ.format("CAST(id AS text)" if postgresql else "id")
         # PostgreSQL plans for a tenth of the rows where it does not know the number, and so by the index. Otherwise,
         # until it has statistics of the table, it would sort all that comes after a position, for each page.
-        return "(SELECT CAST(:most AS bigint))" if self.name == "postgresql" else ":most"
+        self._most = "(SELECT CAST(:most AS bigint))" if postgresql else ":most"
+        self._has = (
+            f"SELECT 1 FROM {self._events} WHERE stream = {self._bind('stream')} AND version = {self._bind('expected')}"
+        )
+        # PostgreSQL: what is added to the number of a transaction.
+        self._added = f"(SELECT place FROM {self._place} WHERE id = 1)"
 
     def _compiled(self, sql: str) -> Compiled:
         return Compiled(text(sql), self._dialect)
@@ -93,11 +93,6 @@ class Statements:
             f"WITH first AS ({first} RETURNING 1), rest AS ({insert} {others} RETURNING 1) SELECT {counted}"
         )
 
-    @property
-    def _has(self) -> str:
-        place = f"stream = {self._bind('stream')} AND version = {self._bind('expected')}"
-        return f"SELECT 1 FROM {self._events} WHERE {place}"
-
     @cached_property
     def has(self) -> Compiled:
         """Look whether a stream has the version ``expected``."""
@@ -115,11 +110,6 @@ class Statements:
             newest = "txid_snapshot_xmax(txid_current_snapshot()) - 1"
             return f"{self._added} + GREATEST(txid_current(), {newest})"
         return "0" if self.name == "sqlite" else "NULL"
-
-    @property
-    def _added(self) -> str:
-        """PostgreSQL: what is added to the number of a transaction."""
-        return f"(SELECT place FROM {self._place} WHERE id = 1)"
 
     @cached_property
     def version(self) -> Compiled:

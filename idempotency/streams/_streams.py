@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -27,14 +27,18 @@ from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_na
 from idempotency.streams._types import EventTypes, id_names
 
 S = TypeVar("S")
+A = TypeVar("A")
 AnyAsync = AsyncSession | AsyncConnection
 AnySync = Session | Connection
 Events = Sequence[object]
 Headers = Mapping[str, str] | None
 Apply = Callable[[Any, Any], S]
+Read = Callable[[AnySync, A], tuple[Sequence[Any], A | None]]
+"""Read the next rows after a place; return the place after which the others are, too, None where there are none."""
+
 START = Position()
 
-_PAGE = 2000
+_PAGE = 4000
 _NO_TRANSACTION = "There is no transaction to append in: begin one, or give the middleware or decorator session=."
 
 
@@ -89,17 +93,13 @@ class Streams:
         :class:`~idempotency.errors.TransactionError` where there is no transaction; and
         :class:`~idempotency.errors.ConfigurationError` for what cannot be appended.
         """
-        stream = _name(stream)
-        rows = self._rows(stream, events, expected, headers)
-        return await as_async(session, "append").run_sync(self._append, stream, rows, expected)
+        return await as_async(session, "append").run_sync(self._append, stream, events, expected, headers)
 
     def append_sync(
         self, session: AnySync, stream: str, events: Events, *, expected: int | None = None, headers: Headers = None
     ) -> Appended:
         """See :meth:`append`."""
-        stream = _name(stream)
-        rows = self._rows(stream, events, expected, headers)
-        return self._append(as_sync(session, "append"), stream, rows, expected)
+        return self._append(as_sync(session, "append"), stream, events, expected, headers)
 
     async def load(self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]) -> S:
         """Return what ``apply`` makes of the events of a stream, one after the other.
@@ -119,54 +119,33 @@ class Streams:
         self, session: AnyAsync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
         """Return the state as :meth:`load` does, and the version it has, which the next append expects."""
-        fold = Fold.of(apply, **options)
-        return await as_async(session, "load").run_sync(self._load, stream, fold)
+        return await as_async(session, "load").run_sync(self._load, stream, Fold(apply, **options))
 
     def load_versioned_sync(
         self, session: AnySync, stream: str, apply: Apply[S], **options: Unpack[LoadOptions[S]]
     ) -> tuple[S, int]:
         """See :meth:`load_versioned`."""
-        fold = Fold.of(apply, **options)
-        return self._load(as_sync(session, "load"), stream, fold)
+        return self._load(as_sync(session, "load"), stream, Fold(apply, **options))
 
-    async def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
+    def read(self, session: AnyAsync, stream: str, *, after: int = 0) -> AsyncIterator[RecordedEvent]:
         """Read the events of a stream after a version, in order."""
-        own, full = as_async(session, "read"), True
-        while full:
-            rows = await own.run_sync(self._rows_of, stream, after)
-            for event in self._types.recorded(rows):
-                yield event
-            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
+        return self._each(as_async(session, "read"), self._reading(stream), after)
 
     def read_sync(self, session: AnySync, stream: str, *, after: int = 0) -> Iterator[RecordedEvent]:
         """See :meth:`read`."""
-        own, full = as_sync(session, "read"), True
-        while full:
-            rows = self._rows_of(own, stream, after)
-            yield from self._types.recorded(rows)
-            after, full = rows[-1][3] if rows else after, len(rows) == _PAGE
+        return self._each_sync(as_sync(session, "read"), self._reading(stream), after)
 
-    async def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
+    def read_all(self, session: AnyAsync, *, after: Position = START) -> AsyncIterator[RecordedEvent]:
         """Read the events of all streams after a position, in the order in which they were committed, without a gap.
 
         It ends where an open transaction may still append. What that one appends comes after the position of every
         event that was read. Read in a transaction that is not REPEATABLE READ, or in a new one each time.
         """
-        own, full = as_async(session, "read_all"), True
-        while full:
-            rows = await own.run_sync(self._rows_of_all, after, _PAGE)
-            # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
-            for event in self._types.recorded(rows):
-                yield event
-            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
+        return self._each(as_async(session, "read_all"), self._read_all, after)
 
     def read_all_sync(self, session: AnySync, *, after: Position = START) -> Iterator[RecordedEvent]:
         """See :meth:`read_all`."""
-        own, full = as_sync(session, "read_all"), True
-        while full:
-            rows = self._rows_of_all(own, after, _PAGE)
-            yield from self._types.recorded(rows)
-            after, full = Position(*rows[-1][:2]) if rows else after, len(rows) == _PAGE
+        return self._each_sync(as_sync(session, "read_all"), self._read_all, after)
 
     async def position(self, session: AnyAsync, appended: Appended) -> Position | None:
         """Return the position of an event; None while its database has not given it one, as MariaDB before a commit."""
@@ -232,19 +211,44 @@ class Streams:
             self._statements[wanted] = Statements(connection, self._tables)
         return Reached(connection, self._statements[wanted])
 
-    def _rows_of(self, session: AnySync, stream: str, after: int) -> Sequence[Any]:
-        return self._reached(session).read(_name(stream), after, None, _PAGE)
+    async def _each(self, session: AnyAsync, read: Read[A], after: A) -> AsyncIterator[RecordedEvent]:
+        at: A | None = after
+        while at is not None:
+            rows, at = await session.run_sync(read, at)
+            # One at a time: a page of events would not fit into the cache of a processor, and takes twice as long.
+            for event in self._types.recorded(rows):
+                yield event
+
+    def _each_sync(self, session: AnySync, read: Read[A], after: A) -> Iterator[RecordedEvent]:
+        at: A | None = after
+        while at is not None:
+            rows, at = read(session, at)
+            yield from self._types.recorded(rows)
+
+    def _reading(self, stream: str, until: int = MOST_VERSION) -> Read[int]:
+        stream = _name(stream)
+
+        def read(session: AnySync, after: int) -> tuple[Sequence[Any], int | None]:
+            rows = self._reached(session).read(stream, after, until, _PAGE)
+            return rows, rows[-1][3] if len(rows) == _PAGE else None
+
+        return read
+
+    def _read_all(self, session: AnySync, after: Position) -> tuple[Sequence[Any], Position | None]:
+        rows = self._rows_of_all(session, after, _PAGE)
+        return rows, Position(*rows[-1][:2]) if len(rows) == _PAGE else None
 
     def _rows_of_all(self, session: AnySync, after: Position, most: int) -> Sequence[Any]:
         return self._reached(session).read_all(after, most)
 
-    def _rows(self, stream: str, events: Events, expected: int | None, headers: Headers) -> list[Row]:
+    def _append(
+        self, session: AnySync, stream: str, events: Events, expected: int | None, headers: Headers
+    ) -> Appended:
+        stream, operation = _name(stream), current()
         if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
-        return self._types.rows(stream, events, headers, current())
-
-    def _append(self, session: AnySync, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
-        connection, operation = _connection(session), current()
+        rows = self._types.rows(stream, events, headers, operation)
+        connection = _connection(session)
         reached = self._reached(connection)
         if operation is None:
             appended = reached.append(stream, rows, expected)
@@ -257,7 +261,10 @@ class Streams:
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
-        return fold.load(self._reached(session), _name(stream), self._types.event)
+        def events(after: int, until: int) -> Iterator[RecordedEvent]:
+            return self._each_sync(session, self._reading(stream, until), after)
+
+        return fold.load(self._reached(session), _name(stream), events)
 
     def _position(self, session: AnySync, appended: Appended) -> Position | None:
         return self._reached(session).position(appended.stream, appended.version)
@@ -281,16 +288,9 @@ class _Page(Sequence[RecordedEvent]):
     def __iter__(self) -> Iterator[RecordedEvent]:
         return self._types.recorded(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> RecordedEvent: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[RecordedEvent]: ...
-
-    def __getitem__(self, index: int | slice) -> RecordedEvent | Sequence[RecordedEvent]:
-        if isinstance(index, slice):
-            return _Page(self._rows[index], self._types)
-        return next(self._types.recorded([self._rows[index]]))
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        return _Page(rows, self._types) if isinstance(index, slice) else next(self._types.recorded([rows]))
 
 
 def _connection(session: AnySync) -> Connection:

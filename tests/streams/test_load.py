@@ -66,6 +66,18 @@ async def test_a_state_is_loaded_as_it_was_at_a_version(ledger: Ledger, streams:
 
 
 @stores
+async def test_a_stream_of_several_pages(ledger: Ledger, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idempotency.streams._streams._PAGE", 3)
+    await append(ledger, streams, "a", *range(1, 10))
+    await append(ledger, streams, "b", 1)
+
+    async with ledger.sessions() as session:
+        assert [event.version async for event in streams.read(session, "a", after=2)] == [3, 4, 5, 6, 7, 8, 9]
+    assert await load(ledger, streams) == Account(45, 9)
+    assert await load(ledger, streams, until=7) == Account(28, 7)
+
+
+@stores
 async def test_a_version_that_no_stream_can_have_is_after_every_event(ledger: Ledger, streams: Streams) -> None:
     await append(ledger, streams, "a", 1)
 

@@ -69,16 +69,19 @@ async def test_an_event_comes_after_what_its_writer_had_read(ledger: Ledger, str
 
 
 @stores
-async def test_pages_and_positions(ledger: Ledger, streams: Streams) -> None:
+async def test_pages_and_positions(ledger: Ledger, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idempotency.streams._streams._PAGE", 60)
     for number in range(3):
-        await append(ledger, streams, f"s{number}", *range(800))
+        await append(ledger, streams, f"s{number}", *range(80))
     events = await all_of(ledger, streams)
     positions = [event.position for event in events]
 
-    assert len(events) == 2400
+    assert [(event.stream, event.data) for event in events] == [
+        (stream, Deposited(number)) for stream in ("s0", "s1", "s2") for number in range(80)
+    ]
     assert None not in positions
     assert positions == sorted(set(positions))  # type: ignore[type-var]
-    for place in (0, 499, 1999, 2000, 2399):
+    for place in (0, 49, 59, 60, 119, 239):
         position = positions[place]
         assert position is not None
         assert Position.parse(str(position)) == position
@@ -102,11 +105,13 @@ async def test_a_page_is_read_by_the_index_before_there_are_statistics(ledger: L
     assert not [line for line in plan if "Sort" in line]
 
 
+@pytest.mark.parametrize("broken", ["{} {}", '{"amount":2},{"amount":3}', '{"amount":2', ""])
 @stores
-async def test_events_before_one_that_cannot_be_read_are_read(ledger: Ledger, streams: Streams) -> None:
+async def test_events_before_one_that_cannot_be_read_are_read(ledger: Ledger, streams: Streams, broken: str) -> None:
     await append(ledger, streams, "a", 1, 2, 3)
     async with ledger.sessions.begin() as session:
-        await session.execute(text(f"UPDATE {streams.table} SET data = '{{}} {{}}' WHERE version = 2"))
+        broke = text(f"UPDATE {streams.table} SET data = :data WHERE version = 2").bindparams(data=broken)
+        await session.execute(broke)
     read: list[int] = []
 
     async def follow() -> None:
