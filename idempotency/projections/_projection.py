@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -15,8 +16,8 @@ from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
 from idempotency.projections._definition import Definition
-from idempotency.projections._rows import Name, Rows, checked
-from idempotency.projections._table import DEFAULT_TABLE, tables_named
+from idempotency.projections._rows import Name, checked, rows_named
+from idempotency.projections._table import DEFAULT_TABLE
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
 from idempotency.streams import Streams
@@ -93,16 +94,16 @@ def projection(
             raise ConfigurationError(f"{name_of(function)} must be {kind}, as session= is {type(session).__name__}")
         if not takes_session(function):
             raise ConfigurationError(f"{name_of(function)} needs a parameter session, with which it writes")
+        versioned = "version" in inspect.signature(function).parameters
         definition = Definition(
-            function=function,
+            function=partial(function, version=version) if versioned else function,
             name=own,
             source=source,
             sessions=session,
             batch=batch,
             attempts=attempts,
-            rows=Rows(tables_named(table)),
+            rows=rows_named(table),
             hooks=hooks,
-            keywords={"version": version} if "version" in inspect.signature(function).parameters else {},
         )
         return AsyncProjection(definition) if asynchronous else SyncProjection(definition)
 

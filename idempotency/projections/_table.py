@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, Text
 from sqlalchemy.schema import CreateTable
 
@@ -13,6 +11,9 @@ DEFAULT_TABLE = "idempotency_checkpoint"
 
 MOST_CHARACTERS = 255
 """Of the name of a consumer or projection, and of that of a stream."""
+
+RUNNING, STOPPED, DROPPED = "running", "stopped", "dropped"
+"""The states of a checkpoint."""
 
 
 def projections_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
@@ -76,12 +77,6 @@ class Tables:
     def create(self, connection: Connection) -> None:
         """Create the tables where they are missing, in any number of processes at once."""
         create_tables(connection, *self.all)
-
-
-@lru_cache
-def tables_named(name: str) -> Tables:
-    """Return the tables of that name, described once."""
-    return Tables(MetaData(), name)
 
 
 def projections_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:

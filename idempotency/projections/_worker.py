@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -19,15 +18,13 @@ from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections._definition import Definition
 from idempotency.projections._rows import (
-    DROPPED,
-    RUNNING,
-    STOPPED,
     AnyPosition,
     AnySync,
     BusyError,
     Mark,
     position_of,
 )
+from idempotency.projections._table import DROPPED, RUNNING, STOPPED
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent
@@ -379,9 +376,9 @@ class SyncProjection:
         return opened
 
     def _call_function(self, given: Sequence[Any], session: Session) -> None:
-        call = partial(self._definition.function, session=session, **self._definition.keywords)
+        function = self._definition.function
         for each in given:
-            call(each)
+            function(each, session=session)
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()
