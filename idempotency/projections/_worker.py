@@ -30,7 +30,7 @@ from idempotency.projections.errors import ProjectionBehindError, ProjectionStop
 from idempotency.projections.events import ProjectionEvent
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
-FIRST_PAGE, LAST_PAGE = 100, 2000
+FIRST_PAGE, LAST_PAGE = 100, 10_000
 """How many events a function that is given one at a time applies in its first transaction, and at most in one."""
 
 PAGE_SECONDS = 0.1
@@ -66,7 +66,7 @@ class SyncProjection:
         self._rows, self._name = definition.rows, definition.name
         self._prepared = self._stopping = False
         self._page_size = FIRST_PAGE
-        self._one_by_one = 0  # how many events are applied alone, since a batch of them has failed
+        self._suspects = 0  # how many of the next events were in a batch that has failed
         self._wake: Callable[[], None] | None = None
 
     @property
@@ -232,7 +232,8 @@ class SyncProjection:
 
     @property
     def _most(self) -> int:
-        return 1 if self._one_by_one else self._definition.batch or self._page_size
+        # A tenth of what has failed: of thousands of events, few are applied alone until it is found which one fails.
+        return -(-self._suspects // 10) or self._definition.batch or self._page_size
 
     def _step(self) -> Step:
         """Apply one batch in one transaction, under the lock of the checkpoint."""
@@ -255,17 +256,17 @@ class SyncProjection:
             return self._failed(mark, len(page), error)
         if not page:
             return Step()
-        self._one_by_one = max(0, self._one_by_one - len(page))
+        self._suspects = max(0, self._suspects - len(page))
         lag = max(0.0, mark.now_ms / 1000 - at)
         self._emit("applied", position=str(position), events=len(page), lag=lag)
         return Step(len(page), again=0.0 if len(page) == most else None)
 
     def _failed(self, mark: Mark, events: int, error: Exception) -> Step:
-        """Note a failure of one event; let those of a batch be tried alone."""
+        """Note a failure of one event; let those of a batch be tried in smaller ones."""
         cause = error.__cause__ if isinstance(error, FunctionFailedError) and error.__cause__ else error
         kind = type(cause).__name__
         if events > 1:
-            self._one_by_one = events
+            self._suspects = events
             self._emit("failed", error=kind)
             return Step(again=0.0, failed=True)
         with self._transaction() as session:
@@ -276,7 +277,7 @@ class SyncProjection:
         self._emit("stopped" if stopped else "failed", position=failed, attempt=mark.attempts, error=kind)
         if not stopped:
             return Step(again=0.1 * 2**mark.attempts, failed=True)
-        self._one_by_one = 0
+        self._suspects = 0
         raise self._stopped(mark) from cause
 
     def _lock(self, session: Session) -> Mark:
@@ -309,6 +310,8 @@ class SyncProjection:
         try:
             last = events[-1]
             self._apply(events, session)
+            # Here and not at the commit: what the function has added to the session is a part of the time it takes.
+            session.flush()
             return last
         except Exception as error:
             own = own_failure(error, session)
