@@ -12,11 +12,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency._hooks import Hooks
 from idempotency._signature import is_async, name_of, takes_session
+from idempotency._sql.names import stored_name
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
 from idempotency.projections._definition import Definition
-from idempotency.projections._rows import Name, checked, rows_named
+from idempotency.projections._rows import Name, rows_named
 from idempotency.projections._table import DEFAULT_TABLE
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
@@ -86,7 +87,7 @@ def projection(
     hooks = Hooks(on_event, None)
     asynchronous = isinstance(session, async_sessionmaker)
     check_sessionmaker(session, async_sessionmaker if asynchronous else sessionmaker)
-    own = Name(checked("the name of a projection", name), version)
+    own = Name(stored_name("the name of a projection", name), version)
 
     def decorate(function: Any) -> Any:
         if is_async(function) is not asynchronous:

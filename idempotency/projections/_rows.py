@@ -12,14 +12,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
-from idempotency._outbox.payload import name_of
 from idempotency._sql.commit_guard import SESSION_ENDED
-from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, waited_for_lock
+from idempotency._sql.failures import MadeBy, error_code, raise_described, waited_for_lock
+from idempotency._sql.names import stored_name
 from idempotency._sql.sessions import connection_of, is_autocommit
-from idempotency._sql.tables import MYSQL
-from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError, TransactionError
+from idempotency._sql.tables import MYSQL, check_last_character
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
 from idempotency.projections._statements import Statements
-from idempotency.projections._table import DROPPED, MOST_CHARACTERS, RUNNING, STOPPED, Tables
+from idempotency.projections._table import DROPPED, RUNNING, STOPPED, Tables
 from idempotency.projections.errors import ProjectionBehindError
 from idempotency.streams._position import Position
 
@@ -78,7 +78,7 @@ class Rows:
 
     def add(self, session: AnySync, name: Name) -> None:
         """Add the row of a projection that has begun with nothing; the first version of a projection is live."""
-        _check_name(session, "the name of a projection", name.consumer)
+        check_last_character(_connection(session), "the name of a projection", name.consumer)
         # To look first is no lock; the worker of this row has one.
         if self.find(session, name) is None:
             self._add(session, name, Position())
@@ -93,19 +93,19 @@ class Rows:
         connection = _connection(session)
         statements = self._on(connection)
         try:
-            found = self._locked(connection, statements.lock if wait else statements.lock_now, _own(name))
+            self._lock_all(connection)
+            found = self._first(connection, statements.lock if wait else statements.lock_now, name)
         except DBAPIError as error:
             if wait or not (waited_for_lock(error) or error_code(error) == _NOWAIT_OF_MYSQL):
                 raise
             raise BusyError from error
         if found is None and self.find(connection, name) is not None:
             raise BusyError
-        return None if found is None else _mark(found)
+        return found
 
     def find(self, session: AnySync, name: Name) -> Mark | None:
         """Return a row as it is committed; None if there is none."""
-        found = self._execute(session, self._on(session).find, _own(name)).first()
-        return None if found is None else _mark(found)
+        return self._first(session, self._on(session).find, name)
 
     def list(self, session: AnySync, *where: Any) -> Sequence[Mark]:
         """Return the rows for which ``where`` is true, or all."""
@@ -120,8 +120,8 @@ class Rows:
     def move(self, session: AnySync, name: Name, to: AnyPosition) -> bool:
         """Move a checkpoint to a position after it, and add it where it is missing; False if it is there already."""
         connection, position = _connection(session), position_of(to)
-        _check_name(session, "consumer", name.consumer)
-        _check_name(session, "stream", name.stream)
+        for what, each in (("consumer", name.consumer), ("stream", name.stream)):
+            check_last_character(connection, what, stored_name(what, each))
         if is_autocommit(connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
         # MariaDB: of a row that is missing, an UPDATE would lock what is beside it, and of two one would fail.
@@ -169,12 +169,11 @@ class Rows:
 
     def live(self, session: AnySync, consumer: str, *, lock: bool = False) -> int | None:
         """Return the version of a projection that is read; None if there is none yet."""
-        statements, named = self._on(session), {"name": consumer}
+        statements = self._on(session)
         if lock:
-            found = self._locked(session, statements.lock_live, named)
-        else:
-            found = self._execute(session, statements.live, named).first()
-        return None if found is None else found.version
+            self._lock_all(session)
+        found = self._execute(session, statements.lock_live if lock else statements.live, {"name": consumer})
+        return found.scalar_one_or_none()
 
     def switch(self, session: AnySync, name: Name, catch_up: Callable[[Mark], Position]) -> Position:
         """Make a version the live one, under the locks of both, and return where it is.
@@ -229,10 +228,13 @@ class Rows:
             raise ConfigurationError(f"{name} {'is ' + mark.state if mark else 'is not there'}: nothing to do")
         return mark
 
-    def _locked(self, session: AnySync, query: Executable, values: Values) -> Any:
+    def _lock_all(self, session: AnySync) -> None:
         if (lock_all := self._on(session).lock_all) is not None:
             self._execute(session, lock_all)
-        return self._execute(session, query, values).first()
+
+    def _first(self, session: AnySync, query: Executable, name: Name) -> Mark | None:
+        row = self._execute(session, query, _own(name)).first()
+        return None if row is None else _mark(row)
 
     def _add(self, session: AnySync, name: Name, position: Position) -> None:
         self._execute(session, self._on(session).add, {**name._asdict(), **position._asdict()})
@@ -248,11 +250,8 @@ class Rows:
         try:
             return connection.execute(statement, values)
         except DBAPIError as error:
-            if lacks_table(error):
-                raise describe_failure(error, connection.engine.url, self.woken_by, PROJECTIONS) from error
-            if conflicts(error):
-                raise StoreError("the transaction conflicts with another one: begin it again") from error
-            raise
+            conflict = StoreError("the transaction conflicts with another one: begin it again")
+            raise_described(error, connection, self.woken_by, PROJECTIONS, conflict)
 
 
 @lru_cache
@@ -276,20 +275,6 @@ def position_of(position: AnyPosition) -> Position:
     if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
         raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
     return Position(*parts)
-
-
-def checked(what: str, name: str) -> str:
-    """Return a name if it can be stored; ConfigurationError if not."""
-    try:
-        return name_of(what, name, MOST_CHARACTERS)
-    except EmitRefusedError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _check_name(session: AnySync, what: str, name: str) -> None:
-    """Check a name; refuse one that MariaDB takes for another one."""
-    if checked(what, name).endswith(" ") and _connection(session).dialect.name in MYSQL:
-        raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {name!r}")
 
 
 def _mark(row: Any) -> Mark:

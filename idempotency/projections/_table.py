@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, Text
-from sqlalchemy.schema import CreateTable
 
-from idempotency._sql.tables import MYSQL_TABLE, create_tables, dialect_named, split_name
+from idempotency._sql.tables import MYSQL_TABLE, create_sql, create_tables, split_name
 
 DEFAULT_TABLE = "idempotency_checkpoint"
 
@@ -81,6 +80,4 @@ class Tables:
 
 def projections_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
     """Return the statements that create the tables, for the dialect of that name, such as ``"postgresql"``."""
-    known = dialect_named(dialect)
-    lines = [str(CreateTable(each).compile(dialect=known)).strip() for each in Tables(MetaData(), table).all]
-    return "".join(f"{line};\n" for line in lines)
+    return create_sql(dialect, *Tables(MetaData(), table).all)
