@@ -40,19 +40,13 @@ class Options(TypedDict, total=False):
 
 @overload
 def projection(
-    name: str,
-    *,
-    session: async_sessionmaker[AsyncSession],
-    **options: Unpack[Options],
+    name: str, *, session: async_sessionmaker[AsyncSession], **options: Unpack[Options]
 ) -> Callable[[Function], AsyncProjection]: ...
 
 
 @overload
 def projection(
-    name: str,
-    *,
-    session: sessionmaker[Session],
-    **options: Unpack[Options],
+    name: str, *, session: sessionmaker[Session], **options: Unpack[Options]
 ) -> Callable[[SyncFunction], SyncProjection]: ...
 
 
