@@ -201,7 +201,8 @@ class SyncProjection:
         def apply_all(mark: Mark) -> Position:
             nonlocal applied
             at = mark.position
-            while page := feed.page_of_all(session, at, self._most):
+            # One more than may be missing: no more is read under the locks than decides it.
+            while page := feed.page_of_all(session, at, max(1, min(self._most, most + 1 - applied))):
                 applied += len(page)
                 if applied > most:
                     raise ProjectionBehindError(f"{self._name} is more than {most} events behind")
