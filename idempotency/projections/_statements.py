@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import ColumnElement, Table, and_, bindparam, false, literal_column, select, tuple_, update
@@ -11,15 +10,6 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from idempotency._sql.clock import NOW_MS
 from idempotency._sql.tables import MYSQL
 from idempotency.projections._table import RUNNING, Tables
-
-_NO_WAIT: Mapping[str, Mapping[str, Any]] = {
-    # Not NOWAIT, which would fail the transaction, and be a line in the server's log each time.
-    "postgresql": {"skip_locked": True},
-    # MariaDB 10.5 has no SKIP LOCKED.
-    "mariadb": {"nowait": True},
-    "mysql": {"nowait": True},
-    "sqlite": {},
-}
 
 
 class Statements:
@@ -37,7 +27,9 @@ class Statements:
         self.all = select(checkpoints, now).order_by(*checkpoints.primary_key)
         self.find = select(checkpoints, now).where(own)
         self.lock = self.find.with_for_update()
-        self.lock_now = self.find.with_for_update(**_NO_WAIT[dialect])
+        # PostgreSQL: not NOWAIT, which would fail the transaction, and be a line in the server's log each time. MariaDB
+        # 10.5 has no SKIP LOCKED.
+        self.lock_now = self.find.with_for_update(skip_locked=dialect == "postgresql", nowait=dialect in MYSQL)
         self.change = update(checkpoints).where(own)
         self.advance = self.change.where(tuple_(row.place, row.seq) < tuple_(place, seq)).values(
             place=place, seq=seq, **moved
