@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
-from uuid import UUID
 
 from idempotency._outbox.message import ID_HEADER, NO_HEADERS, TYPE_HEADER
 from idempotency._results.by_annotation import Shape, dump, shape_of
+from idempotency._sql.names import encodes, stored_name
 from idempotency.errors import ConfigurationError, EmitRefusedError
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -68,7 +68,7 @@ def encode_headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
             raise EmitRefusedError(f"a header has the name {name!r}, which is not a token (RFC 9110 section 5.6.2)")
         if name.lower() in (ID_HEADER.lower(), TYPE_HEADER.lower()):
             raise EmitRefusedError(f"the header {name!r} is set by the outbox itself")
-        if type(value) is not str or _NOT_IN_HEADER.search(value) or not _encodes(value):
+        if type(value) is not str or _NOT_IN_HEADER.search(value) or not encodes(value):
             raise EmitRefusedError(f"the header {name!r} must be text in one line")
     # Only where the application traces: then it has imported the package.
     tracing = sys.modules.get(_TRACING)
@@ -103,23 +103,8 @@ def readable_headers(text: str | None) -> tuple[Mapping[str, str], str | None]:
 
 def name_of(what: str, value: object, most: int) -> str:
     """Return a name as text: of the aggregate's type or id, or of the message's type. Numbers and UUIDs are allowed."""
-    if type(value) is int or isinstance(value, UUID):
-        value = str(value)
-    if not isinstance(value, str) or not 0 < len(value) <= most or "\0" in value or not _encodes(value):
-        shown = repr(value) if isinstance(value, str) and len(value) <= most else type(value).__name__
-        remedy = ": flush the session first, if the database makes it" if value is None else ""
-        raise EmitRefusedError(f"{what} must be text of 1 to {most} characters without NUL, not {shown}{remedy}")
-    # Not as an enumeration or another subclass, which drivers and format() write in their own ways.
-    return str.__str__(value)
+    return stored_name(what, value, most, EmitRefusedError)
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and _encodes(value)
-
-
-def _encodes(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and encodes(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from idempotency._sql.pooler import describe_pooler
 from idempotency._sql.requirements import DATABASES
 from idempotency._sql.send import pooled
-from idempotency.errors import SchemaMissingError, StoreError, StoreRefusedError
+from idempotency.errors import IdempotencyError, SchemaMissingError, StoreError, StoreRefusedError
 
 # The statement was refused for its data: too long, out of range, not of the character set, against a constraint, larger
 # than a packet. Most drivers raise DataError or IntegrityError for them.
@@ -184,6 +184,17 @@ def describe_failure(error: Exception, url: URL, table: str, made_by: MadeBy = R
         return StoreError(described)
     kind = StoreRefusedError if refuses_data(error) else StoreError
     return kind(f"{database} refused: {type(getattr(error, 'orig', None) or error).__name__}")
+
+
+def raise_described(
+    error: DBAPIError, connection: Connection, table: str, made_by: MadeBy, conflict: IdempotencyError
+) -> NoReturn:
+    """Raise ``conflict`` where the transaction has to begin again, what says which table is missing, or ``error``."""
+    if conflicts(error):
+        raise conflict from error
+    if lacks_table(error):
+        raise describe_failure(error, connection.engine.url, table, made_by) from error
+    raise error
 
 
 def _describe_missing(error: Exception, database: str, table: str, made_by: MadeBy) -> str | None:

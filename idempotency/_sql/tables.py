@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, LargeBinary, Table, make_url, text
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from idempotency.errors import ConfigurationError
 
@@ -58,6 +58,20 @@ def full_name(connection: Connection, table: Table) -> str:
     quote = connection.dialect.identifier_preparer
     schema, name = connection.schema_for_object(table), quote.quote(table.name)
     return name if schema is None else f"{quote.quote_schema(schema)}.{name}"
+
+
+def check_last_character(connection: Connection, what: str, name: str) -> None:
+    """Refuse a name that MariaDB takes for another one; ConfigurationError."""
+    if connection.dialect.name in MYSQL and name.endswith(" "):
+        raise ConfigurationError(f"{what} must not end with a space on MariaDB, which ignores it: {name!r}")
+
+
+def create_sql(dialect: str, *tables: Table) -> str:
+    """Return the statements that create the tables and their indexes, for the dialect of that name."""
+    known = dialect_named(dialect)
+    statements: list[ExecutableDDLElement] = [CreateTable(table) for table in tables]
+    statements += [CreateIndex(index) for table in tables for index in table.indexes]
+    return "".join(f"{str(each.compile(dialect=known)).strip()};\n" for each in statements)
 
 
 def create_tables(connection: Connection, *tables: Table) -> None:

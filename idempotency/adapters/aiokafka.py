@@ -106,8 +106,7 @@ async def project(consumer: AIOKafkaConsumer, topics: Collection[str], projectio
                 raise seeking.error
             for partition, messages in taken.items():
                 for message in messages:
-                    stream = f"{partition.topic}/{partition.partition}"
-                    await projection.deliver(message, stream=stream, position=message.offset)
+                    await projection.deliver(message, stream=_stream(partition), position=message.offset)
 
 
 class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -143,11 +142,16 @@ class _SeekToCheckpoints(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _seek(self, assigned: Collection[TopicPartition]) -> None:
         checkpoints = await self._projection.checkpoints()
-        at = {each: checkpoints.get(f"{each.topic}/{each.partition}") for each in assigned}
+        at = {each: checkpoints.get(_stream(each)) for each in assigned}
         new = [each for each, checkpoint in at.items() if checkpoint is None]
         first = await self._consumer.beginning_offsets(new) if new else {}
         for each, checkpoint in at.items():
             self._consumer.seek(each, first[each] if checkpoint is None else checkpoint.place + 1)
+
+
+def _stream(partition: TopicPartition) -> str:
+    """Return the name under which a projection has the checkpoint of a partition."""
+    return f"{partition.topic}/{partition.partition}"
 
 
 def _check_projecting(consumer: AIOKafkaConsumer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_session
@@ -144,9 +143,9 @@ class _Awaiting(SyncProjection):
         await_only(self._await_function(given, async_session(session)))
 
     async def _await_function(self, given: Sequence[Any], session: AsyncSession | None) -> None:
-        call = partial(self._definition.function, session=session, **self._definition.keywords)
+        function = self._definition.function
         for each in given:
-            await call(each)
+            await function(each, session=session)
 
     def _waiting(self) -> Waiting:
         return LoopWaiting()

@@ -8,8 +8,8 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from idempotency._sql.sessions import as_async, as_sync
-from idempotency.projections._rows import AnyPosition, AnySync, Name, Rows
-from idempotency.projections._table import DEFAULT_TABLE, tables_named
+from idempotency.projections._rows import AnyPosition, AnySync, Name, rows_named
+from idempotency.projections._table import DEFAULT_TABLE
 from idempotency.streams._position import Position
 
 
@@ -29,37 +29,37 @@ async def checkpoint(
     :class:`~idempotency.errors.StoreError` where the transaction must begin again.
     """
     name = Name(consumer, stream=stream)
-    return await as_async(session, "checkpoint").run_sync(Rows(tables_named(table)).move, name, position)
+    return await as_async(session, "checkpoint").run_sync(rows_named(table).move, name, position)
 
 
 def checkpoint_sync(
     session: AnySync, consumer: str, stream: str, position: AnyPosition, *, table: str = DEFAULT_TABLE
 ) -> bool:
     """See :func:`checkpoint`."""
-    return Rows(tables_named(table)).move(as_sync(session, "checkpoint"), Name(consumer, stream=stream), position)
+    return rows_named(table).move(as_sync(session, "checkpoint"), Name(consumer, stream=stream), position)
 
 
 async def checkpoints(
     session: AsyncSession | AsyncConnection, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """Return the checkpoints of a consumer, by stream. ``version``: that of a projection."""
-    return await as_async(session, "checkpoints").run_sync(Rows(tables_named(table)).of_consumer, consumer, version)
+    return await as_async(session, "checkpoints").run_sync(rows_named(table).of_consumer, consumer, version)
 
 
 def checkpoints_sync(
     session: AnySync, consumer: str, *, version: int = 0, table: str = DEFAULT_TABLE
 ) -> Mapping[str, Position]:
     """See :func:`checkpoints`."""
-    return Rows(tables_named(table)).of_consumer(as_sync(session, "checkpoints"), consumer, version)
+    return rows_named(table).of_consumer(as_sync(session, "checkpoints"), consumer, version)
 
 
 async def create_projections_schema(engine: AsyncEngine, table: str = DEFAULT_TABLE) -> None:
     """Create the tables of checkpoints where they are missing; safe in any number of processes at once."""
     async with engine.begin() as connection:
-        await connection.run_sync(tables_named(table).create)
+        await connection.run_sync(rows_named(table).tables.create)
 
 
 def create_projections_schema_sync(engine: Engine, table: str = DEFAULT_TABLE) -> None:
     """See :func:`create_projections_schema`."""
     with engine.begin() as connection:
-        tables_named(table).create(connection)
+        rows_named(table).tables.create(connection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from idempotency.streams import Streams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
-    """The options of a projection. ``batch`` None: the function is given one event at a time, with ``keywords``."""
+    """The options of a projection. ``batch`` None: the function is given one event at a time."""
 
     function: Callable[..., Any]
     name: Name
@@ -25,7 +25,6 @@ class Definition:
     attempts: int
     rows: Rows
     hooks: Hooks[ProjectionEvent]
-    keywords: Mapping[str, int]
 
     def feed(self) -> Streams:
         """Return the source; ConfigurationError where there is none, since another one feeds the projection."""

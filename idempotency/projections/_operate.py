@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from idempotency._sql.engines import open_async, read_url
 from idempotency._sql.failures import describe_failure
 from idempotency.errors import IdempotencyError
-from idempotency.projections._rows import PROJECTIONS, RUNNING, STOPPED, Mark, Rows
-from idempotency.projections._table import tables_named
+from idempotency.projections._rows import PROJECTIONS, Mark, Rows, rows_named
+from idempotency.projections._table import RUNNING, STOPPED
 from idempotency.streams import Delay, Position, Streams
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ async def operate(url: str, table: str, work: Callable[[Session, Rows], T]) -> T
     engine = open_async(read_url(url), _TIMEOUT)
     try:
         async with AsyncSession(engine) as session, session.begin():
-            return await session.run_sync(work, Rows(tables_named(table)))
+            return await session.run_sync(work, rows_named(table))
     except IdempotencyError:
         raise
     except Exception as error:  # a driver that cannot connect may raise anything

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -11,12 +12,13 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idempotency._hooks import Hooks
 from idempotency._signature import is_async, name_of, takes_session
+from idempotency._sql.names import stored_name
 from idempotency._sql.sessions import check_sessionmaker
 from idempotency.errors import ConfigurationError
 from idempotency.projections._async import AsyncProjection
 from idempotency.projections._definition import Definition
-from idempotency.projections._rows import Name, Rows, checked
-from idempotency.projections._table import DEFAULT_TABLE, tables_named
+from idempotency.projections._rows import Name, rows_named
+from idempotency.projections._table import DEFAULT_TABLE
 from idempotency.projections._worker import SyncProjection
 from idempotency.projections.events import ProjectionHook, log_projection_event
 from idempotency.streams import Streams
@@ -38,19 +40,13 @@ class Options(TypedDict, total=False):
 
 @overload
 def projection(
-    name: str,
-    *,
-    session: async_sessionmaker[AsyncSession],
-    **options: Unpack[Options],
+    name: str, *, session: async_sessionmaker[AsyncSession], **options: Unpack[Options]
 ) -> Callable[[Function], AsyncProjection]: ...
 
 
 @overload
 def projection(
-    name: str,
-    *,
-    session: sessionmaker[Session],
-    **options: Unpack[Options],
+    name: str, *, session: sessionmaker[Session], **options: Unpack[Options]
 ) -> Callable[[SyncFunction], SyncProjection]: ...
 
 
@@ -85,7 +81,7 @@ def projection(
     hooks = Hooks(on_event, None)
     asynchronous = isinstance(session, async_sessionmaker)
     check_sessionmaker(session, async_sessionmaker if asynchronous else sessionmaker)
-    own = Name(checked("the name of a projection", name), version)
+    own = Name(stored_name("the name of a projection", name), version)
 
     def decorate(function: Any) -> Any:
         if is_async(function) is not asynchronous:
@@ -93,16 +89,16 @@ def projection(
             raise ConfigurationError(f"{name_of(function)} must be {kind}, as session= is {type(session).__name__}")
         if not takes_session(function):
             raise ConfigurationError(f"{name_of(function)} needs a parameter session, with which it writes")
+        versioned = "version" in inspect.signature(function).parameters
         definition = Definition(
-            function=function,
+            function=partial(function, version=version) if versioned else function,
             name=own,
             source=source,
             sessions=session,
             batch=batch,
             attempts=attempts,
-            rows=Rows(tables_named(table)),
+            rows=rows_named(table),
             hooks=hooks,
-            keywords={"version": version} if "version" in inspect.signature(function).parameters else {},
         )
         return AsyncProjection(definition) if asynchronous else SyncProjection(definition)
 

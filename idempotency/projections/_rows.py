@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, CursorResult, Executable, and_, delete, false, literal_column, select, tuple_, update
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy import Connection, CursorResult, Executable, MetaData, delete, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import emitted
-from idempotency._outbox.payload import name_of
-from idempotency._sql.clock import NOW_MS
 from idempotency._sql.commit_guard import SESSION_ENDED
-from idempotency._sql.failures import MadeBy, conflicts, describe_failure, error_code, lacks_table, waited_for_lock
+from idempotency._sql.failures import MadeBy, error_code, raise_described, waited_for_lock
+from idempotency._sql.names import stored_name
 from idempotency._sql.sessions import connection_of, is_autocommit
-from idempotency._sql.tables import MYSQL
-from idempotency.errors import ConfigurationError, EmitRefusedError, StoreError, TransactionError
-from idempotency.projections._table import MOST_CHARACTERS, Tables
+from idempotency._sql.tables import MYSQL, check_last_character
+from idempotency.errors import ConfigurationError, StoreError, TransactionError
+from idempotency.projections._statements import Statements
+from idempotency.projections._table import DROPPED, RUNNING, STOPPED, Tables
 from idempotency.projections.errors import ProjectionBehindError
 from idempotency.streams._position import Position
 
 AnySync = Session | Connection
+Values = Mapping[str, Any]
 AnyPosition = int | tuple[int, int]
 """An offset of Kafka, a :class:`~idempotency.streams.Position`, or two numbers such as commit LSN and index."""
 
 _LARGEST = 2**63 - 1
-
-RUNNING, STOPPED, DROPPED = "running", "stopped", "dropped"
 
 PROJECTIONS = MadeBy(
     "idempotency projection schema create",
@@ -38,14 +37,6 @@ PROJECTIONS = MadeBy(
 )
 _BEFORE_ALL = Position(-1, -1)
 _NOWAIT_OF_MYSQL = 3572
-_NO_WAIT: Mapping[str, Mapping[str, bool]] = {
-    # Not NOWAIT, which would fail the transaction, and be a line in the server's log each time.
-    "postgresql": {"skip_locked": True},
-    # MariaDB 10.5 has no SKIP LOCKED.
-    "mariadb": {"nowait": True},
-    "mysql": {"nowait": True},
-    "sqlite": {},
-}
 
 
 class Name(NamedTuple):
@@ -83,40 +74,42 @@ class Rows:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.woken_by = tables.checkpoints.fullname
+        self._statements = cache(partial(Statements, tables))
 
     def add(self, session: AnySync, name: Name) -> None:
         """Add the row of a projection that has begun with nothing; the first version of a projection is live."""
-        _check_name(session, "the name of a projection", name.consumer)
+        check_last_character(_connection(session), "the name of a projection", name.consumer)
         # To look first is no lock; the worker of this row has one.
         if self.find(session, name) is None:
-            self._add(session, self.tables.checkpoints, {**name._asdict(), **_at(session, Position())})
+            self._add(session, name, Position())
         if self.live(session, name.consumer) is None:
-            self._add(session, self.tables.live, {"name": name.consumer, "version": name.version})
+            self._execute(session, self._on(session).add_live, {"name": name.consumer, "version": name.version})
 
     def lock(self, session: AnySync, name: Name, *, wait: bool = False) -> Mark | None:
         """Lock a row until the transaction ends, and return it; None if there is none.
 
         Raises :class:`BusyError` where another transaction has the lock, unless ``wait``.
         """
-        how = {} if wait else _NO_WAIT[_connection(session).dialect.name]
+        connection = _connection(session)
+        statements = self._on(connection)
         try:
-            found = self._locked(session, self._query(session).where(self._is(name)), how)
+            self._lock_all(connection)
+            found = self._first(connection, statements.lock if wait else statements.lock_now, name)
         except DBAPIError as error:
             if wait or not (waited_for_lock(error) or error_code(error) == _NOWAIT_OF_MYSQL):
                 raise
             raise BusyError from error
-        if found is None and self.find(session, name) is not None:
+        if found is None and self.find(connection, name) is not None:
             raise BusyError
-        return None if found is None else _mark(found)
+        return found
 
     def find(self, session: AnySync, name: Name) -> Mark | None:
         """Return a row as it is committed; None if there is none."""
-        return next(iter(self.list(session, self._is(name))), None)
+        return self._first(session, self._on(session).find, name)
 
     def list(self, session: AnySync, *where: Any) -> Sequence[Mark]:
         """Return the rows for which ``where`` is true, or all."""
-        query = self._query(session).where(*where).order_by(*self.tables.checkpoints.primary_key)
-        return [_mark(row) for row in self._execute(session, query)]
+        return [_mark(row) for row in self._execute(session, self._on(session).all.where(*where))]
 
     def of_consumer(self, session: AnySync, consumer: str, version: int) -> Mapping[str, Position]:
         """Return the positions of a consumer, by stream."""
@@ -127,21 +120,22 @@ class Rows:
     def move(self, session: AnySync, name: Name, to: AnyPosition) -> bool:
         """Move a checkpoint to a position after it, and add it where it is missing; False if it is there already."""
         connection, position = _connection(session), position_of(to)
-        _check_name(session, "consumer", name.consumer)
-        _check_name(session, "stream", name.stream)
+        for what, each in (("consumer", name.consumer), ("stream", name.stream)):
+            check_last_character(connection, what, stored_name(what, each))
         if is_autocommit(connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, which has the effect too")
         # MariaDB: of a row that is missing, an UPDATE would lock what is beside it, and of two one would fail.
         if connection.dialect.name not in MYSQL and self.advance(session, name, position):
             return True
-        self._add(session, self.tables.checkpoints, {**name._asdict(), **_at(session, _BEFORE_ALL)})
+        self._add(connection, name, _BEFORE_ALL)
         return self.advance(session, name, position)
 
     def advance(self, session: AnySync, name: Name, position: Position) -> bool:
         """Move a checkpoint that is there, in one statement; False if it is there or further already."""
-        emitted(session, _connection(session), self.woken_by, notify=False)
-        row = self.tables.checkpoints.c
-        return self._change(session, name, tuple_(row.place, row.seq) < position, **_at(session, position))
+        connection = _connection(session)
+        emitted(session, connection, self.woken_by, notify=False)
+        to = {**_own(name), "to_place": position.place, "to_seq": position.seq}
+        return bool(self._execute(connection, self._on(connection).advance, to).rowcount)
 
     def fail(self, session: AnySync, mark: Mark, failed: str, error: str, most: int) -> Mark:
         """Note that the event after a checkpoint has failed alone, and stop the projection after ``most`` failures.
@@ -175,10 +169,11 @@ class Rows:
 
     def live(self, session: AnySync, consumer: str, *, lock: bool = False) -> int | None:
         """Return the version of a projection that is read; None if there is none yet."""
-        row = self.tables.live.c
-        query = select(row.version).where(row.name == consumer)
-        found = self._locked(session, query) if lock else self._execute(session, query).first()
-        return None if found is None else found.version
+        statements = self._on(session)
+        if lock:
+            self._lock_all(session)
+        found = self._execute(session, statements.lock_live if lock else statements.live, {"name": consumer})
+        return found.scalar_one_or_none()
 
     def switch(self, session: AnySync, name: Name, catch_up: Callable[[Mark], Position]) -> Position:
         """Make a version the live one, under the locks of both, and return where it is.
@@ -216,7 +211,7 @@ class Rows:
 
     def now(self, session: AnySync) -> float:
         """Return the time of the database in seconds since the epoch."""
-        return float(self._execute(session, select(_now(session))).scalar_one()) / 1000
+        return float(self._execute(session, self._on(session).now).scalar_one()) / 1000
 
     def check(self, session: AnySync, name: Name, to: AnyPosition) -> None:
         """Raise where the transaction that moved a checkpoint has ended or failed, by an error that was caught since.
@@ -233,55 +228,45 @@ class Rows:
             raise ConfigurationError(f"{name} {'is ' + mark.state if mark else 'is not there'}: nothing to do")
         return mark
 
-    def _locked(self, session: AnySync, query: Any, how: Mapping[str, bool] | None = None) -> Any:
-        if _connection(session).dialect.name == "sqlite":
-            # It has no locks of rows. A statement that may write has that of the database, though it changes nothing.
-            self._execute(session, update(self.tables.checkpoints).where(false()).values(attempts=0))
-        return self._execute(session, query.with_for_update(**how or {})).first()
+    def _lock_all(self, session: AnySync) -> None:
+        if (lock_all := self._on(session).lock_all) is not None:
+            self._execute(session, lock_all)
 
-    def _add(self, session: AnySync, table: Any, values: Mapping[str, Any]) -> None:
-        """Add a row, unless it is there: then MariaDB locks it."""
-        dialect = _connection(session).dialect.name
-        if dialect in MYSQL:
-            key = next(iter(table.primary_key))
-            # Not INSERT IGNORE: two could share its lock, and none of them change the row.
-            self._execute(session, mysql.insert(table).values(values).on_duplicate_key_update({key.name: key}))
-        else:
-            kind: Any = postgresql if dialect == "postgresql" else sqlite
-            self._execute(session, kind.insert(table).values(values).on_conflict_do_nothing())
+    def _first(self, session: AnySync, query: Executable, name: Name) -> Mark | None:
+        row = self._execute(session, query, _own(name)).first()
+        return None if row is None else _mark(row)
 
-    def _change(self, session: AnySync, name: Name, *where: Any, **values: Any) -> bool:
-        """Change a row, and return whether it is there, and ``where`` is true for it."""
-        statement = update(self.tables.checkpoints).where(self._is(name), *where).values(**values)
-        return bool(self._execute(session, statement).rowcount)
+    def _add(self, session: AnySync, name: Name, position: Position) -> None:
+        self._execute(session, self._on(session).add, {**name._asdict(), **position._asdict()})
 
-    def _query(self, session: AnySync) -> Any:
-        return select(self.tables.checkpoints, _now(session))
+    def _change(self, session: AnySync, name: Name, **values: Any) -> None:
+        self._execute(session, self._on(session).change.values(**values), _own(name))
 
-    def _is(self, name: Name) -> Any:
-        row = self.tables.checkpoints.c
-        return and_(row.consumer == name.consumer, row.version == name.version, row.stream == name.stream)
+    def _on(self, session: AnySync) -> Statements:
+        return self._statements(_connection(session).dialect.name)
 
-    def _execute(self, session: AnySync, statement: Executable) -> CursorResult[Any]:
+    def _execute(self, session: AnySync, statement: Executable, values: Values | None = None) -> CursorResult[Any]:
         connection = _connection(session)
         try:
-            return connection.execute(statement)
+            return connection.execute(statement, values)
         except DBAPIError as error:
-            if lacks_table(error):
-                raise describe_failure(error, connection.engine.url, self.woken_by, PROJECTIONS) from error
-            if conflicts(error):
-                raise StoreError("the transaction conflicts with another one: begin it again") from error
-            raise
+            conflict = StoreError("the transaction conflicts with another one: begin it again")
+            raise_described(error, connection, self.woken_by, PROJECTIONS, conflict)
+
+
+@lru_cache
+def rows_named(table: str) -> Rows:
+    """Return the rows of the tables of that name, whose statements are made once."""
+    return Rows(Tables(MetaData(), table))
 
 
 def _connection(session: AnySync) -> Connection:
     return connection_of(session, "There is no transaction for a checkpoint: begin one.")
 
 
-def _at(session: AnySync, position: Position) -> dict[str, Any]:
-    """Return the columns of a checkpoint that has just moved to a position."""
-    begun = {"state": RUNNING, "attempts": 0, "error": "", "failed": None, "moved_ms": _now(session)}
-    return {**position._asdict(), **begun}
+def _own(name: Name) -> Values:
+    """Return the parameters that name a row."""
+    return {"own_consumer": name.consumer, "own_version": name.version, "own_stream": name.stream}
 
 
 def position_of(position: AnyPosition) -> Position:
@@ -290,24 +275,6 @@ def position_of(position: AnyPosition) -> Position:
     if len(parts) != 2 or any(type(part) is not int or not 0 <= part <= _LARGEST for part in parts):
         raise ConfigurationError(f"a position is a number from 0 on, or two of them, not {position!r}")
     return Position(*parts)
-
-
-def checked(what: str, name: str) -> str:
-    """Return a name if it can be stored; ConfigurationError if not."""
-    try:
-        return name_of(what, name, MOST_CHARACTERS)
-    except EmitRefusedError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _check_name(session: AnySync, what: str, name: str) -> None:
-    """Check a name; refuse one that MariaDB takes for another one."""
-    if checked(what, name).endswith(" ") and _connection(session).dialect.name in MYSQL:
-        raise ConfigurationError(f"a name must not end with a space on MariaDB, which ignores it: {name!r}")
-
-
-def _now(session: AnySync) -> Any:
-    return literal_column(NOW_MS[_connection(session).dialect.name])
 
 
 def _mark(row: Any) -> Mark:

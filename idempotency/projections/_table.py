@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from sqlalchemy import BigInteger, Column, Connection, Integer, MetaData, String, Table, Text
-from sqlalchemy.schema import CreateTable
 
-from idempotency._sql.tables import MYSQL_TABLE, create_tables, dialect_named, split_name
+from idempotency._sql.tables import MYSQL_TABLE, create_sql, create_tables, split_name
 
 DEFAULT_TABLE = "idempotency_checkpoint"
 
 MOST_CHARACTERS = 255
 """Of the name of a consumer or projection, and of that of a stream."""
+
+RUNNING, STOPPED, DROPPED = "running", "stopped", "dropped"
+"""The states of a checkpoint."""
 
 
 def projections_table(metadata: MetaData, name: str = DEFAULT_TABLE) -> Table:
@@ -78,14 +78,6 @@ class Tables:
         create_tables(connection, *self.all)
 
 
-@lru_cache
-def tables_named(name: str) -> Tables:
-    """Return the tables of that name, described once."""
-    return Tables(MetaData(), name)
-
-
 def projections_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
     """Return the statements that create the tables, for the dialect of that name, such as ``"postgresql"``."""
-    known = dialect_named(dialect)
-    lines = [str(CreateTable(each).compile(dialect=known)).strip() for each in Tables(MetaData(), table).all]
-    return "".join(f"{line};\n" for line in lines)
+    return create_sql(dialect, *Tables(MetaData(), table).all)

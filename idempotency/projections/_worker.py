@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -19,21 +18,19 @@ from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections._definition import Definition
 from idempotency.projections._rows import (
-    DROPPED,
-    RUNNING,
-    STOPPED,
     AnyPosition,
     AnySync,
     BusyError,
     Mark,
     position_of,
 )
+from idempotency.projections._table import DROPPED, RUNNING, STOPPED
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent
 from idempotency.streams._position import Appended, Position, RecordedEvent
 
-FIRST_PAGE, LAST_PAGE = 100, 2000
+FIRST_PAGE, LAST_PAGE = 100, 10_000
 """How many events a function that is given one at a time applies in its first transaction, and at most in one."""
 
 PAGE_SECONDS = 0.1
@@ -69,7 +66,7 @@ class SyncProjection:
         self._rows, self._name = definition.rows, definition.name
         self._prepared = self._stopping = False
         self._page_size = FIRST_PAGE
-        self._one_by_one = 0  # how many events are applied alone, since a batch of them has failed
+        self._suspects = 0  # how many of the next events were in a batch that has failed
         self._wake: Callable[[], None] | None = None
 
     @property
@@ -204,7 +201,8 @@ class SyncProjection:
         def apply_all(mark: Mark) -> Position:
             nonlocal applied
             at = mark.position
-            while page := feed.page_of_all(session, at, self._most):
+            # One more than may be missing: no more is read under the locks than decides it.
+            while page := feed.page_of_all(session, at, max(1, min(self._most, most + 1 - applied))):
                 applied += len(page)
                 if applied > most:
                     raise ProjectionBehindError(f"{self._name} is more than {most} events behind")
@@ -235,7 +233,8 @@ class SyncProjection:
 
     @property
     def _most(self) -> int:
-        return 1 if self._one_by_one else self._definition.batch or self._page_size
+        # A tenth of what has failed: of thousands of events, few are applied alone until it is found which one fails.
+        return -(-self._suspects // 10) or self._definition.batch or self._page_size
 
     def _step(self) -> Step:
         """Apply one batch in one transaction, under the lock of the checkpoint."""
@@ -258,17 +257,17 @@ class SyncProjection:
             return self._failed(mark, len(page), error)
         if not page:
             return Step()
-        self._one_by_one = max(0, self._one_by_one - len(page))
+        self._suspects = max(0, self._suspects - len(page))
         lag = max(0.0, mark.now_ms / 1000 - at)
         self._emit("applied", position=str(position), events=len(page), lag=lag)
         return Step(len(page), again=0.0 if len(page) == most else None)
 
     def _failed(self, mark: Mark, events: int, error: Exception) -> Step:
-        """Note a failure of one event; let those of a batch be tried alone."""
+        """Note a failure of one event; let those of a batch be tried in smaller ones."""
         cause = error.__cause__ if isinstance(error, FunctionFailedError) and error.__cause__ else error
         kind = type(cause).__name__
         if events > 1:
-            self._one_by_one = events
+            self._suspects = events
             self._emit("failed", error=kind)
             return Step(again=0.0, failed=True)
         with self._transaction() as session:
@@ -279,7 +278,7 @@ class SyncProjection:
         self._emit("stopped" if stopped else "failed", position=failed, attempt=mark.attempts, error=kind)
         if not stopped:
             return Step(again=0.1 * 2**mark.attempts, failed=True)
-        self._one_by_one = 0
+        self._suspects = 0
         raise self._stopped(mark) from cause
 
     def _lock(self, session: Session) -> Mark:
@@ -312,6 +311,8 @@ class SyncProjection:
         try:
             last = events[-1]
             self._apply(events, session)
+            # Here and not at the commit: what the function has added to the session is a part of the time it takes.
+            session.flush()
             return last
         except Exception as error:
             own = own_failure(error, session)
@@ -379,9 +380,9 @@ class SyncProjection:
         return opened
 
     def _call_function(self, given: Sequence[Any], session: Session) -> None:
-        call = partial(self._definition.function, session=session, **self._definition.keywords)
+        function = self._definition.function
         for each in given:
-            call(each)
+            function(each, session=session)
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()

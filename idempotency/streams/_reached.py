@@ -10,19 +10,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from idempotency._sql.engines import level_of
-from idempotency._sql.failures import (
-    MadeBy,
-    conflicts,
-    describe_failure,
-    error_code,
-    lacks_table,
-    read_only,
-    waited_for_lock,
-)
+from idempotency._sql.failures import MadeBy, error_code, raise_described, read_only, waited_for_lock
 from idempotency._sql.send import Compiled
 from idempotency._sql.sessions import is_autocommit
-from idempotency._sql.tables import MYSQL
-from idempotency.errors import ConfigurationError, StoreError, TransactionError, UnreadableError
+from idempotency._sql.tables import MYSQL, check_last_character
+from idempotency.errors import StoreError, TransactionError, UnreadableError
 from idempotency.streams._position import Appended, ConflictError, Position
 from idempotency.streams._statements import PLACES_AT_ONCE, Statements
 
@@ -78,9 +70,7 @@ class Reached:
         raise conflict
 
     def _check_name(self, stream: str) -> None:
-        """MariaDB: refuse a name that it takes for that of another stream."""
-        if self._dialect in MYSQL and stream.endswith(" "):
-            raise ConfigurationError(f"stream must not end with a space on MariaDB, which ignores it: {stream!r}")
+        check_last_character(self._connection, "stream", stream)
 
     def _can_follow(self, stream: str, expected: int | None) -> bool:
         """MariaDB: return whether the version that is expected is there. The other databases look when they append."""
@@ -257,12 +247,8 @@ class Reached:
             return self._connection.exec_driver_sql(statement.sql, statement.parameters(values) or None)
         except DBAPIError as error:
             error.hide_parameters = True  # an error is logged, and an event must not be
-            if conflicts(error):
-                raise ConflictError("another transaction writes to the same stream: begin yours again") from error
-            if lacks_table(error):
-                url, table = self._connection.engine.url, self._statements.table
-                raise describe_failure(error, url, table, STREAMS) from error
-            raise
+            conflict = ConflictError("another transaction writes to the same stream: begin yours again")
+            raise_described(error, self._connection, self._statements.table, STREAMS, conflict)
 
     def _rows(self, statement: Compiled, **values: Any) -> Sequence[Any]:
         result = self._execute(statement, values)

@@ -13,17 +13,17 @@ from sqlalchemy.orm import Session
 from idempotency._outbox.after_commit import emitted
 from idempotency._outbox.emit import Outbox
 from idempotency._outbox.message_ids import ids_taken
-from idempotency._outbox.payload import name_of
 from idempotency._results.versioned import Versioned
+from idempotency._sql.names import stored_name
 from idempotency._sql.sessions import as_async, as_sync, connection_of
-from idempotency.errors import ConfigurationError, EmitRefusedError
+from idempotency.errors import ConfigurationError
 from idempotency.operation import current
 from idempotency.streams._delay import Delay, find_delay
 from idempotency.streams._fold import Fold, Until
 from idempotency.streams._position import Appended, Position, RecordedEvent
 from idempotency.streams._reached import MOST_VERSION, Reached, Row
 from idempotency.streams._statements import Statements
-from idempotency.streams._table import DEFAULT_TABLE, MOST_CHARACTERS, tables_named
+from idempotency.streams._table import DEFAULT_TABLE, tables_named
 from idempotency.streams._types import EventTypes, id_names
 
 S = TypeVar("S")
@@ -302,7 +302,4 @@ def _delay(session: AnySync) -> Delay | None:
 
 
 def _name(stream: str) -> str:
-    try:
-        return name_of("stream", stream, MOST_CHARACTERS)
-    except EmitRefusedError as error:
-        raise ConfigurationError(str(error)) from error
+    return stored_name("stream", stream)

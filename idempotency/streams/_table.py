@@ -21,9 +21,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.schema import CreateIndex, CreateTable
 
-from idempotency._sql.tables import MYSQL, MYSQL_TABLE, create_tables, dialect_named, full_name, split_name
+from idempotency._sql.tables import MYSQL, MYSQL_TABLE, create_sql, create_tables, full_name, split_name
 
 DEFAULT_TABLE = "stream_event"
 
@@ -110,8 +109,6 @@ def tables_named(name: str) -> Tables:
 
 def streams_sql(dialect: str, table: str = DEFAULT_TABLE) -> str:
     """Return the statements that create the tables, for the dialect of that name, such as ``"postgresql"``."""
-    known, tables = dialect_named(dialect), Tables(MetaData(), table)
-    lines = [str(CreateTable(each).compile(dialect=known)).strip() for each in tables.all]
-    lines += [str(CreateIndex(index).compile(dialect=known)).strip() for index in tables.events.indexes]
-    lines.append(_START.format(tables.place.fullname, tables.place.fullname))
-    return "".join(f"{line};\n" for line in lines)
+    tables = Tables(MetaData(), table)
+    start = _START.format(tables.place.fullname, tables.place.fullname)
+    return f"{create_sql(dialect, *tables.all)}{start};\n"

@@ -7,11 +7,12 @@ import logging
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, text
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import registry, sessionmaker
 
 from idempotency import ConfigurationError
 from idempotency.errors import StoreError, TransactionError
@@ -70,6 +71,26 @@ async def test_a_failed_batch_leaves_nothing_and_is_tried_one_by_one(bank: Bank)
     assert await bank.projection().catch_up() == 3
     assert await bank.seen() == (3, 6)
     assert bank.kinds == ["failed", "applied", "applied", "applied"]
+
+
+@pytest.mark.stores("sqlite", "postgres")
+@pytest.mark.parametrize("batch", [None, 50])
+async def test_a_failed_batch_is_tried_in_tenths_until_one_event_fails_alone(batch: int | None, bank: Bank) -> None:
+    """The 5th of 25 events fails: its batch, then a part of three of it, then it alone, which stops the projection."""
+
+    def fail(event: Any) -> None:
+        if event.data.amount == 5:
+            raise ValueError
+
+    bank.fails = fail
+    await bank.append(*range(1, 26))
+    await bank.readable()
+    with pytest.raises(ProjectionStoppedError):
+        await bank.projection(batch=batch, attempts=1).catch_up()
+
+    tried = [(event.kind, event.events) for event in bank.events]
+    assert tried == [("failed", 0), ("applied", 3), ("failed", 0), ("applied", 1), ("stopped", 0)]
+    assert await bank.seen() == (4, 10)
 
 
 @pytest.mark.stores(*ASYNC_KINDS)
@@ -302,18 +323,46 @@ async def test_an_error_of_an_upcaster_is_no_failure_of_the_database(bank: Bank)
 
 @pytest.mark.stores("sqlite")
 def test_a_page_is_as_large_as_it_is_fast(sync_bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At first 100 events; then four times as many, up to 2,000, while that is fast, and one if each takes long."""
-    seconds, now = {1: 0.001, 101: 0.001, 501: 0.001, 2101: 4000.0, 4101: 0.2, 4102: 0.2}, [0.0]
+    """At first 100 events; then four times as many, up to 10,000, while that is fast, and one if each takes long."""
+    seconds = {1: 0.001, 101: 0.001, 501: 0.001, 2101: 0.001, 8501: 4000.0, 18501: 0.2, 18502: 0.2}
+    now = [0.0]
     monkeypatch.setattr("idempotency.projections._worker.monotonic", lambda: now[0])
 
     @projection("sizes", **sync_bank.options())
     def apply(event: Any, session: Any) -> None:
         now[0] += seconds.get(event.version, 0.0)
 
-    sync_bank.append_sync(*[1] * 4103)
+    sync_bank.append_sync(*[1] * 18503)
     apply.catch_up()
 
-    assert [event.events for event in sync_bank.events] == [100, 400, 1600, 2000, 1, 1, 1]
+    assert [event.events for event in sync_bank.events] == [100, 400, 1600, 6400, 10000, 1, 1, 1]
+
+
+@pytest.mark.stores("sqlite")
+def test_what_the_function_adds_to_its_session_is_a_part_of_its_time(
+    sync_bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written with the page, and not by the commit: the next page has one event, since this one took long."""
+    now = [0.0]
+    monkeypatch.setattr("idempotency.projections._worker.monotonic", lambda: now[0])
+    columns = Column("id", String(300), primary_key=True), Column("amount", Integer)
+    view = registry().map_imperatively(type("View", (), {}), Table(f"{sync_bank.name}_v1", MetaData(), *columns)).class_
+
+    @listens_for(sync_bank.sessions, "before_flush")
+    def take_long(*_: Any) -> None:
+        now[0] += 4000.0
+
+    @projection("balance", **sync_bank.options())
+    def apply(event: Any, session: Any) -> None:
+        added = view()
+        added.id, added.amount = f"{event.stream}/{event.version}", event.data.amount
+        session.add(added)
+
+    sync_bank.append_sync(*[1] * 102)
+    apply.catch_up()
+
+    assert [event.events for event in sync_bank.events] == [100, 1, 1]
+    assert sync_bank.seen_sync() == (102, 102)
 
 
 @pytest.mark.stores(*KINDS)
