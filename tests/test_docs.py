@@ -1,16 +1,31 @@
 """What the documents say, checked against the tests they name."""
 
+import logging
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer.main
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
 
 from idempotency._cli.commands import app
+from idempotency.contracts import Comparison, Progress, compare_sync
+from idempotency.contracts.events import log_comparison, log_progress
+from idempotency.projections import ProjectionEvent, create_projections_schema_sync, projection
+from idempotency.projections.events import log_projection_event
+from idempotency.streams import Streams
 from tests.kit.paths import ROOT
+
+
+@dataclass
+class Page:
+    """An event without any field."""
+
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -118,3 +133,56 @@ def test_every_file_that_a_contributor_is_sent_to_exists() -> None:
 
     assert len(paths) > 40
     assert [path for path in missing if path not in names] == []
+
+
+@pytest.mark.parametrize(
+    ("head", "event", "log", "fields"),
+    [
+        ("kind", ProjectionEvent, log_projection_event, {"projection": "list", "version": 1}),
+        ("kind of `Progress`", Progress, log_progress, {"name": "total", "position": 1, "size": 1}),
+        ("kind of `Comparison`", Comparison, log_comparison, {"name": "price", "control_s": 0.0, "candidate_s": 0.0}),
+    ],
+)
+def test_the_page_has_the_events_of_projections_and_contracts(
+    head: str, event: Any, log: Callable[[Any], None], fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each kind, with the level at which the log has it."""
+    caplog.set_level(logging.DEBUG, "idempotency")
+    kinds = get_args(get_type_hints(event)["kind"])
+    for kind in kinds:
+        log(event(kind=kind, **fields))
+    levels = [record.levelname.lower() for record in caplog.records]
+
+    page = (ROOT / "docs/events.md").read_text().partition("## `ProjectionEvent`")[2]
+    table = page.partition(f"| {head} | level | meaning |\n|---|---|---|\n")[2].partition("\n\n")[0]
+
+    assert re.findall(r"^\| `([a-z]+)` \| ([a-z]+) \|", table, re.M) == list(zip(kinds, levels, strict=True))
+
+
+def test_a_hook_of_a_projection_or_a_comparison_takes_the_place_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each outcome is given to the hook, and no line is written; without a hook there is one."""
+    caplog.set_level(logging.DEBUG, "idempotency")
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    streams, seen = Streams([Page]), list[Any]()
+    streams.create_schema_sync(engine)
+    create_projections_schema_sync(engine)
+    with engine.begin() as connection:
+        streams.append_sync(connection, "page-1", [Page()])
+
+    def work(name: str, **hook: Any) -> None:
+        @projection(name, version=1, source=streams, session=sessionmaker(engine), **hook)
+        def nothing(event: Any, session: Any) -> None: ...
+
+        nothing.catch_up()
+        compare_sync(name, lambda: 1, lambda: 1, **hook)
+
+    work("hooked", on_event=seen.append)
+    assert ([each.kind for each in seen], caplog.messages) == (["applied", "same"], [])
+    work("logged")
+    assert [message.partition("=")[0] for message in caplog.messages] == [
+        "applied projection",
+        "comparison same name",
+    ]
+    engine.dispose()

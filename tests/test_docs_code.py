@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType, SimpleNamespace
@@ -89,6 +91,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         return vars(module)
 
     return run
+
+
+async def ends_at_sigterm(main: Callable[[], Awaitable[None]]) -> None:
+    """Run the program of a worker, and send this process a signal, which the program handles from its begin on."""
+    async with asyncio.timeout(30):
+        running = asyncio.ensure_future(main())
+        await asyncio.sleep(0)
+        assert callable(signal.getsignal(signal.SIGTERM))
+        signal.raise_signal(signal.SIGTERM)
+        await running
 
 
 def test_the_code_for_encryption_encrypts(run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -566,7 +578,9 @@ async def test_the_gauges_of_an_outbox_are_read(run: Callable[..., dict[str, Any
 async def test_the_code_for_the_status_of_a_saga_answers_202(
     run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first answer names the URL, where the saga is pending too."""
+    """The first answer names the URL, where the saga is pending too; a failed one is answered in its own way."""
+    from idempotency.saga import SagaOperations
+
     monkeypatch.setenv("STATUS_SECRET", "a secret of thirty-two characters")
     names = run(*OPERATIONS["The status of a long saga"])
 
@@ -574,8 +588,11 @@ async def test_the_code_for_the_status_of_a_saga_answers_202(
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         first = await client.post("/orders")
         second = await client.get(first.headers["location"])
+        await SagaOperations(names["store"]).cancel("deliver", "order-7")
+        failed = await client.post("/orders")
 
     assert [(each.status_code, each.json()) for each in (first, second)] == [(202, {"status": "pending"})] * 2
+    assert (failed.status_code, failed.json()) == (422, {"failed": "idempotency.saga.errors.CancelledByOperatorError"})
     await names["store"].aclose()
 
 
@@ -646,8 +663,11 @@ async def test_the_code_for_webhooks_receives_and_sends(run: Callable[..., dict[
 
 
 async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., dict[str, Any]]) -> None:
-    """Each call of a provider has a key of its own; where the card is refused, hotel and flight are cancelled."""
-    from idempotency.saga import SagaFailedError
+    """Each call of a provider has a key of its own; where the card is refused, hotel and flight are cancelled.
+
+    What the bank has said is shown where it is asked for, and a process that sweeps ends at SIGTERM.
+    """
+    from idempotency.saga import SagaFailedError, SagaOperations
 
     names = run(*SAGAS["Five minutes to the first saga"])
     calls: list[str] = []
@@ -685,6 +705,12 @@ async def test_the_code_for_the_first_saga_books_and_undoes(run: Callable[..., d
         *("flights to Oslo", "hotels to Oslo", "cancel hotels-1", "cancel flights-1"),
     ]
     assert len(keys) == 6
+    shown = await SagaOperations(names["store"]).inspect("book-trip", "8", show=True)
+    assert shown is not None
+    assert [each.value for each in shown.facts if each.name == "charge"] == [
+        {"type": "ValueError", "message": "no money"}
+    ]
+    await ends_at_sigterm(names["main"])
     await names["store"].aclose()
 
 
@@ -825,9 +851,12 @@ async def test_the_code_for_streams_appends_and_follows(
     names = run(append, *STREAMS["In an endpoint"])
     events, engine = names["events"], names["engine"]
     await events.create_schema(engine)
-    async with names["Session"].begin() as session:
-        await events.append(session, "account-7", [names["Deposited"](80)])
+    assert await names["open_account"]("account-7", 80) == 1
     await names["withdraw"]("account-7", 30)
+    async with names["Session"]() as session:
+        times = [datetime.fromtimestamp(each.at, UTC) async for each in events.read(session, "account-7")]
+    before, after = times[0] - timedelta(seconds=1), times[1]
+    assert [await names["balance_at"]("account-7", time) for time in (before, after)] == [0, 50]
     with pytest.raises(ValueError, match="not covered"):
         await names["withdraw"]("account-7", 60)
     assert str(await run(follow)["follow"](Position())) == "0.2"
@@ -855,10 +884,12 @@ async def test_the_code_for_projections_reads_what_was_written(run: Callable[...
 
     from sqlalchemy import text
 
+    from idempotency.projections import create_projections_schema
+
     names = run(*(block for heading in PROJECTIONS for block in PROJECTIONS[heading]))
     engine, first, second = names["engine"], names["order_list"], names["order_list_2"]
     await names["orders"].create_schema(engine)
-    await names["create_projections_schema"](engine)
+    await create_projections_schema(engine)
     async with engine.begin() as connection:
         for table in ("order_list_1 (id, item)", "order_list_2 (id, item, length)", "invoice (id)"):
             await connection.execute(text(f"CREATE TABLE {table}"))
@@ -874,6 +905,7 @@ async def test_the_code_for_projections_reads_what_was_written(run: Callable[...
     async with engine.connect() as connection:
         invoices = (await connection.execute(text("SELECT count(*) FROM invoice"))).scalar_one()
     found = await names["read_orders"]()
+    await ends_at_sigterm(names["main"])
     await second.drop(1)
     await engine.dispose()
 

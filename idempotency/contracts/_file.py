@@ -20,6 +20,14 @@ DEFAULT_FILE = "contracts.json"
 _FORMAT = 1
 _REMOVED = Change("", "removed: what is stored could not be read any more")
 _LOWERED = Change("", "version lowered: what is stored in this version could not be read any more")
+_REMEDIES = (
+    ("arguments of the undo ", "an argument", "give the step another undo"),
+    ("result of step ", "a field", "give the step another name"),
+    ("arguments of ", "an argument", "declare a saga of another name"),
+    ("result of ", "a field", "make a new version with an upcast: codec=Versioned(...)"),
+    ("", "a field", "make a new version with an upcast: Versioned(..., version=, upcast=)"),
+)
+"""How the names of a kind of contracts begin; what may be added to it; and what another form of it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +127,15 @@ def _name(contract: Contract) -> str:
 def _remedy(contract: str, change: Change) -> str:
     if change.rule in (_REMOVED.rule, _LOWERED.rule):
         return "Keep it as long as anything of it is stored"
-    if change.rule in ("required field added", "optional field made required"):
-        return "Give the field a default"
-    if contract.startswith("arguments of the undo "):
-        return "Add an argument with a default, or give the step another undo"
-    if contract.startswith("result of step "):
-        return "Add a field with a default, or give the step another name"
-    if contract.startswith("arguments of "):
-        return "Add an argument with a default, or declare a saga of another name"
-    if contract.startswith("result of "):
-        return "Add a field with a default, or a new version with an upcast: codec=Versioned(...)"
-    return "Add a field with a default, or a new version with an upcast: Versioned(..., version=, upcast=)"
+    added, other = next((added, other) for start, added, other in _REMEDIES if contract.startswith(start))
+    match change.rule:
+        case "optional field made required":
+            return "Give the field a default"
+        case "required field added":
+            return f"Give the field a default, or, if it was renamed, {other}"
+        case "required field removed":
+            return f"Keep the field, or {other}"
+    return f"Add {added} with a default, or {other}"
 
 
 def _read(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from idempotency._durations import LONGEST
 from idempotency._results.by_annotation import dump, load
 from idempotency._results.codec import encode_failure
-from idempotency._sagas.journal import Leave, Look, Open, Phase, Row, Saga, Write
+from idempotency._sagas.journal import Leave, Look, Open, Phase, Row, Saga, Write, saga_id
 from idempotency.errors import (
     ConfigurationError,
     IdempotencyError,
@@ -342,7 +342,8 @@ def pending(definition: Definition, key: str, retry_after: float, reason: str) -
 
 def stuck(definition: Definition, key: str, reason: str) -> SagaStuckError:
     """Return the error of a saga that does not go on by itself."""
-    error = SagaStuckError(f"The saga {definition.name} is stuck: {reason}. See the command idempotency saga.")
+    record = saga_id(definition.name, key).hex()[:12]
+    error = SagaStuckError(f"The saga {definition.name} is stuck: {reason}. See: idempotency saga inspect {record}.")
     error.name, error.key, error.reason = definition.name, key, reason
     return error
 

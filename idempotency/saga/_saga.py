@@ -187,7 +187,8 @@ def _key(definition: Definition, key: str | None) -> str:
         return operation.derive(f"saga:{definition.name}")
     if key is None:
         raise KeyMissingError(
-            f"the saga {definition.name} was called without key=, outside of an operation: a key is never invented"
+            f"the saga {definition.name} was called without key=, outside of an operation: give key=, or call it in a "
+            "request with an Idempotency-Key, a message or an idempotent function; a key is never invented"
         )
     if not isinstance(key, str) or not key or "\0" in key:
         raise KeyInvalidError(

@@ -130,7 +130,7 @@ def test_steps_of_a_saga_are_found() -> None:
     ("name", "remedy"),
     [
         ("result of step flight of trip", "Add a field with a default, or give the step another name"),
-        ("result of trip", "Add a field with a default, or a new version with an upcast: codec=Versioned(...)"),
+        ("result of trip", "Add a field with a default, or make a new version with an upcast: codec=Versioned(...)"),
         ("arguments of trip", "Add an argument with a default, or declare a saga of another name"),
         (
             "arguments of the undo of step flight of trip",
@@ -146,6 +146,22 @@ def test_each_kind_of_contract_has_a_remedy(name: str, remedy: str, tmp_path: Pa
     [broken] = check([Contract(name, 1, {"type": "integer"})], file).broken
 
     assert str(broken) == f"{name}, version 1: type changed. {remedy}"
+
+
+def test_a_field_that_is_renamed_has_a_remedy(tmp_path: Path) -> None:
+    """It is one field removed and another one added: both say what a new name needs."""
+    file = tmp_path / "contracts.json"
+
+    def event(field: str) -> Contract:
+        return Contract("type Paid", 1, {"properties": {field: {}}, "required": [field], "type": "object"})
+
+    check([event("cents")], file)
+
+    version = "make a new version with an upcast: Versioned(..., version=, upcast=)"
+    assert [str(each).partition("version 1: ")[2] for each in check([event("amount")], file).broken] == [
+        f"amount: required field added. Give the field a default, or, if it was renamed, {version}",
+        f"cents: required field removed. Keep the field, or {version}",
+    ]
 
 
 def test_what_has_no_contract_is_refused() -> None:
@@ -181,7 +197,7 @@ def test_a_change_is_compared_with_every_schema_of_the_file(tmp_path: Path) -> N
     broken = check(placed(PlacedWithNumber), file).broken
 
     assert [str(each) for each in broken] == [
-        "type Placed, version 1: note: type changed. Add a field with a default, or a new version with an upcast: "
+        "type Placed, version 1: note: type changed. Add a field with a default, or make a new version with an upcast: "
         "Versioned(..., version=, upcast=)"
     ]
     assert file.read_text() == before
@@ -335,7 +351,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (again.exit_code, again.stdout) == (0, "contracts.json is up to date\n")
     assert (second.exit_code, second.stderr) == (
         1,
-        "type Placed, version 1: note: required field added. Give the field a default.\n",
+        "type Placed, version 1: note: required field added. Give the field a default, or, if it was renamed, make a "
+        "new version with an upcast: Versioned(..., version=, upcast=).\n",
     )
     assert (accepted.exit_code, missing.exit_code) == (0, 2)
     assert "accepted: type Placed, version 1: note: required field added" in accepted.stdout

@@ -13,6 +13,7 @@ from idempotency.operation import current
 from idempotency.saga import (
     SagaFailedError,
     SagaLostError,
+    SagaOperations,
     SagaPendingError,
     SagaStuckError,
     StepFailedError,
@@ -445,8 +446,11 @@ async def test_a_saga_that_crashes_too_often_is_stuck(faulty: FaultyStore, proce
         with pytest.raises(KilledError):
             await crashing(key="7")
         process.begin_again()
-    with pytest.raises(SagaStuckError, match="3 runs ended without a word. See the command idempotency saga"):
+    text = r"3 runs ended without a word\. See: idempotency saga inspect [0-9a-f]{12}\."
+    with pytest.raises(SagaStuckError, match=text) as stuck:
         await crashing(key="7")
+    [found] = await SagaOperations(faulty).find(str(stuck.value)[-13:-1], limit=2)
+    assert (found.name, found.key, found.state) == ("s", "7", "stuck")
     assert done == ["a"] * 3
 
 

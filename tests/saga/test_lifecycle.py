@@ -82,7 +82,9 @@ async def test_other_arguments_under_one_key_are_refused(faulty: FaultyStore, do
 
 async def test_a_key_is_never_invented(faulty: FaultyStore) -> None:
     book = booking(faulty)
-    with pytest.raises(KeyMissingError, match="was called without key=, outside of an operation"):
+    with pytest.raises(
+        KeyMissingError, match="without key=, outside of an operation: give key=, or call it in a request"
+    ):
         await book(TRIP)
     with pytest.raises(KeyMissingError):
         await book.start(TRIP)
