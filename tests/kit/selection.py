@@ -16,6 +16,8 @@ _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters/", "live/", "outbox/publishers/", "scripts/")
 _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
+# Of each parameter: a third value runs hardly a line that the first two do not.
+_MEASURED_VALUES = 2
 # What these cover, others cover too, and under coverage they take more than twice as long; ten times, where a process
 # forks others, each of which writes what it has measured.
 _UNMEASURED_ROOMS = ("live", "scripts")
@@ -107,6 +109,8 @@ def is_measured(item: pytest.Item) -> bool:
     if path.parts[0] in _UNMEASURED_ROOMS or path.as_posix() in _UNMEASURED_FILES:
         return False
     if item.get_closest_marker("alone") or item.get_closest_marker("processes") or _is_generated(item):
+        return False
+    if any(index >= _MEASURED_VALUES for index in _indices(item).values()):
         return False
     parameters = _parameters(item)
     if any(parameters.get(name) == version for name, version in _SECOND_VERSIONS.items()):
