@@ -16,8 +16,8 @@ _FAST_KINDS = ("memory", "fakeredis", "sqlite")
 _SLOW_ROOMS = ("adapters/", "live/", "outbox/publishers/", "scripts/")
 _SERVERS = ("redis", "postgres", "mariadb", "mysql", "local_")
 
-# Of each parameter: a third value runs hardly a line that the first two do not.
-_MEASURED_VALUES = 2
+# Of each parameter: a fourth value runs hardly a line that the first three do not.
+_MEASURED_VALUES = 3
 # What these cover, others cover too, and under coverage they take more than twice as long; ten times, where a process
 # forks others, each of which writes what it has measured.
 _UNMEASURED_ROOMS = ("live", "scripts")
