@@ -251,10 +251,10 @@ class Streams:
         connection = _connection(session)
         reached = self._reached(connection)
         if operation is None:
-            appended = reached.append(stream, rows, expected)
+            appended = reached.append(stream, rows, expected, repeatable=False)
         else:
             with ids_taken(connection, operation, [(row["id"], id_names(stream, row["type"])) for row in rows]):
-                appended = reached.append(stream, rows, expected)
+                appended = reached.append(stream, rows, expected, repeatable=True)
         emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
             self._outbox.write(session, [self._message(stream, row) for row in rows])
