@@ -264,48 +264,6 @@ async def test_a_repeated_command_with_other_events_is_a_conflict(ledger: Ledger
 
 
 @stores
-async def test_other_events_of_a_repeated_command_leave_none_behind(ledger: Ledger, streams: Streams) -> None:
-    """Its events are inserted in parts, and one of the last part is there: the others are not inserted either."""
-    many = [Deposited(1)] * 100
-    conflicts: list[ConflictError] = []
-
-    @idempotent(MemoryStore(), key=lambda: "order")
-    async def order() -> None:
-        async with ledger.sessions.begin() as session:
-            if conflicts:
-                with pytest.raises(ConflictError, match="has appended other events"):
-                    await streams.append(session, "a", [*many, Withdrawn(1)])
-                await session.execute(ledger.insert("after"))
-                return
-            with pytest.raises(ConflictError, match="is not at version 7") as conflict:
-                await streams.append(session, "a", [*many, Withdrawn(1)], expected=7)
-            conflicts.append(conflict.value)
-            await streams.append(session, "a", [Withdrawn(1)])
-        raise ConnectionError("before the record is written")
-
-    with pytest.raises(ConnectionError):
-        await order()
-    await order()
-
-    assert await ledger.effects() == ["after"]
-    assert [event.data for event in await all_of(ledger, streams)] == [Withdrawn(1)]
-
-
-@pytest.mark.stores("postgres18")
-async def test_more_events_than_a_statement_has_parameters_meet_another_version(
-    ledger: Ledger, streams: Streams
-) -> None:
-    """An operation looks for the events of an earlier run, by ids of which a statement can name 32,767."""
-
-    @idempotent(MemoryStore(), key=lambda: "order")
-    async def order() -> None:
-        await append(ledger, streams, "a", *range(33_000), expected=1)
-
-    with pytest.raises(ConflictError, match="a is not at version 1"):
-        await order()
-
-
-@stores
 async def test_a_joined_operation_commits_its_events_with_its_record(ledger: Ledger, streams: Streams) -> None:
     @idempotent(ledger.store, key=lambda fails: "one", session=ledger.sessions)
     async def deposit(fails: bool, session: Any) -> int:
