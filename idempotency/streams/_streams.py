@@ -253,10 +253,12 @@ class Streams:
         rows = self._types.rows(stream, events, headers, operation)
         names = [] if operation is None else [(row["id"], id_names(stream, row["type"])) for row in rows]
         with ids_taken(connection, operation, names):
+            # Before an event is written: a message may be refused.
+            messages = [] if self._outbox is None else [self._message(stream, row, self._outbox) for row in rows]
             appended = reached.append(stream, rows, expected, repeatable=operation is not None)
         emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
-            self._outbox.write(session, [self._message(stream, row, self._outbox) for row in rows])
+            self._outbox.write(session, messages)
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
