@@ -19,7 +19,7 @@ from idempotency._sql.failures import (
     read_only,
     waited_for_lock,
 )
-from idempotency._sql.send import Compiled
+from idempotency._sql.send import Compiled, setting
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL
 from idempotency.errors import ConfigurationError, StoreError, TransactionError, UnreadableError
@@ -36,6 +36,7 @@ _MOST_ROWS = 100
 MOST_VERSION = 2**53
 """More events than a stream can ever have; a database has numbers for as many again."""
 
+_LOCK_WAIT = "innodb_lock_wait_timeout"
 _NOT_UNIQUE = frozenset({"23505", 1062, 1555, 2067})
 _CHECKED = "idempotency.streams"
 _OTHERS = "an earlier run of this operation has appended other events than these to {}: roll the transaction back"
@@ -170,21 +171,26 @@ class Reached:
         try:
             # On a connection of its own: the caller's snapshot is to begin afterwards.
             with self._connection.engine.connect() as connection:
-                own = Reached(connection, self._statements)
-                waiting = own._rows(self._statements.without_place)
-                connection.rollback()
-                while waiting and own._give_places_once() == PLACES_AT_ONCE:
-                    pass
+                Reached(connection, self._statements)._give_all_places()
         except PoolTimeoutError as error:
             raise StoreError(
                 "events are given their places by a second connection, which the engine's pool did not give: enlarge"
                 " pool_size or max_overflow"
             ) from error
-        except DBAPIError as error:
-            if not (read_only(error) or waited_for_lock(error)):
+        except (ConflictError, DBAPIError) as error:
+            if not _are_given_later(error):
                 raise
-            # A replica, whose primary gives places; or an open transaction has locked an event that has none, as the
-            # first one of a stream to which it appends. What has no place is read later.
+
+    def _give_all_places(self) -> None:
+        waiting = self._rows(self._statements.without_place)
+        self._connection.rollback()
+        if not waiting:
+            return
+        before = self._connection.exec_driver_sql(f"SELECT @@{_LOCK_WAIT}").scalar_one()
+        # An event may be locked for long, also by the transaction of the caller.
+        with setting(self._connection, f"SET {_LOCK_WAIT}", 1, before):
+            while self._give_places_once() == PLACES_AT_ONCE:
+                pass
 
     def _give_places_once(self) -> int:
         if is_autocommit(self._connection):
@@ -283,6 +289,15 @@ class Reached:
     def _scalar(self, statement: Compiled, **values: Any) -> Any:
         rows = self._rows(statement, **values)
         return rows[0][0] if rows else None
+
+
+def _are_given_later(error: Exception) -> bool:
+    """Return whether the places that could not be given are given later, and until then read_all() leaves events out.
+
+    It is a replica, whose primary gives places; or an open transaction has locked an event that has none, as the first
+    one of a stream to which it appends, and may wait itself for another one that is given its place.
+    """
+    return isinstance(error, ConflictError) or read_only(error) or waited_for_lock(error) or conflicts(error)
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
