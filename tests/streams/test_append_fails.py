@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from idempotency import idempotent
-from idempotency.errors import EmitRefusedError
+from idempotency.errors import ConfigurationError, EmitRefusedError
 from idempotency.outbox import Outbox
 from idempotency.stores.memory import MemoryStore
-from idempotency.streams import Appended, ConflictError, Streams
+from idempotency.streams import Appended, ConflictError, Streams, Versioned
 from tests.kit.ledger import Ledger
 from tests.streams.kit import KINDS, TYPES, Deposited, Withdrawn, all_of, append
 
@@ -96,3 +99,30 @@ async def test_an_event_whose_message_is_refused_is_not_appended(ledger: Ledger)
             await emitting.append(session, "a", [Withdrawn(1), Withdrawn(2, "why " * 300_000)])
 
     assert await all_of(ledger, emitting) == []
+
+
+@dataclass(frozen=True)
+class Noted:
+    """An event of any value."""
+
+    value: Any
+
+
+@pytest.mark.stores("sqlite")
+async def test_an_event_that_is_nested_too_deeply_is_refused(ledger: Ledger) -> None:
+    streams = Streams([Noted], f"{ledger.name}_ev"[:50])
+    await streams.create_schema(ledger.engine)
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    async with ledger.sessions.begin() as session:
+        with pytest.raises(ConfigurationError, match="Noted cannot be written: it is nested too deeply"):
+            await streams.append(session, "a", [Noted(deep)])
+
+    assert await all_of(ledger, streams) == []
+
+
+@pytest.mark.parametrize("name", ["a\0", "\ud800", "b\udfff"])
+def test_a_type_whose_name_cannot_be_stored_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="without NUL"):
+        Versioned(Deposited, name=name)
