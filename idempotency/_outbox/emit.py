@@ -23,7 +23,7 @@ from idempotency._outbox.table import BUCKETS, DEFAULT_TABLE, MOST_CHARACTERS, t
 from idempotency._sql.failures import MadeBy, describe_failure, lacks_table, refuses_data
 from idempotency._sql.sessions import as_async, as_sync, connection_of, is_autocommit
 from idempotency.errors import ConfigurationError, EmitRefusedError, TransactionError
-from idempotency.operation import Operation, current
+from idempotency.operation import NewMessage, Operation, current
 
 NO_TRANSACTION = (
     "There is no transaction to emit in: begin one, or give the middleware or decorator session=. A message commits or"
@@ -100,10 +100,8 @@ class Outbox:
         :class:`~idempotency.errors.TransactionError` where there is no transaction.
         """
         session = as_async(session, "emit")
-        operation = current()
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, operation)
-        await session.run_sync(self._write_one, row, operation)
-        return str(row["id"])
+        message = NewMessage(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        return await session.run_sync(self._write_one, message, current())
 
     def emit_sync(
         self,
@@ -118,10 +116,8 @@ class Outbox:
     ) -> str:
         """See :meth:`emit`."""
         session = as_sync(session, "emit")
-        operation = current()
-        row = self.row(aggregate_type, aggregate_id, type, payload, headers, available_at, operation)
-        self._write_one(session, row, operation)
-        return str(row["id"])
+        message = NewMessage(aggregate_type, aggregate_id, type, payload, headers, available_at)
+        return self._write_one(session, message, current())
 
     def row(
         self,
@@ -155,10 +151,14 @@ class Outbox:
             "available_ms": available,
         }
 
-    def _write_one(self, session: Session | Connection, row: Row, operation: Operation | None) -> None:
+    def _write_one(self, session: Session | Connection, message: NewMessage, operation: Operation | None) -> str:
+        connection = connection_of(session, NO_TRANSACTION)
+        # Only with a connection: an operation counts its ids, and an emit that is tried again must get the same.
+        row = self.row(*message, operation)
         names = row["aggregatetype"], row["aggregateid"], row["type"]
-        with ids_taken(connection_of(session, NO_TRANSACTION), operation, [(row["id"], names)]):
+        with ids_taken(connection, operation, [(row["id"], names)]):
             self.write(session, [row])
+        return str(row["id"])
 
     def write(self, session: Session | Connection, rows: Sequence[Row]) -> None:
         """Write rows in the transaction of ``session``: one statement for up to 100 of them, or a megabyte."""

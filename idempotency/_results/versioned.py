@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -11,6 +12,9 @@ from idempotency.errors import ConfigurationError, UnreadableError
 
 T = TypeVar("T")
 Upcast = Callable[[Any], Any]
+_NOT_STORED = re.compile(r"[\0\ud800-\udfff]")
+"""What databases do not store alike: NUL, and a half of a surrogate pair."""
+
 _NONE: Mapping[int, Upcast] = MappingProxyType({})
 
 
@@ -31,8 +35,10 @@ class Versioned(Generic[T]):
     ) -> None:
         self.kind = kind
         self.name = kind.__name__ if name is None else name
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= 255:
-            raise ConfigurationError(f"the name of a stored type must be text of 1 to 255 characters, not {name!r}")
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 255 or _NOT_STORED.search(self.name):
+            raise ConfigurationError(
+                f"the name of a stored type must be text of 1 to 255 characters without NUL, not {name!r}"
+            )
         if type(version) is not int or not 1 <= version < 2**15:
             raise ConfigurationError(f"the version of {self.name} must be an integer from 1 on, not {version!r}")
         missing = sorted(set(range(1, version)) - set(upcast))
@@ -51,7 +57,10 @@ class Versioned(Generic[T]):
 
     def dump(self, value: T) -> bytes:
         """Write a value as JSON, without its version. Raises TypeError or ValueError where it would not come back."""
-        return dump(self._shape.to_json(value))
+        try:
+            return dump(self._shape.to_json(value))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
 
     def load(self, version: int, data: bytes | str) -> T:
         """Read a value that :meth:`dump` of this ``version`` wrote.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, CursorResult
@@ -10,8 +10,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from idempotency._sql.engines import level_of
-from idempotency._sql.failures import MadeBy, error_code, raise_described, read_only, waited_for_lock
-from idempotency._sql.send import Compiled
+from idempotency._sql.failures import MadeBy, conflicts, error_code, raise_described, read_only, waited_for_lock
+from idempotency._sql.send import Compiled, setting
 from idempotency._sql.sessions import is_autocommit
 from idempotency._sql.tables import MYSQL, check_last_character
 from idempotency.errors import StoreError, TransactionError, UnreadableError
@@ -28,6 +28,7 @@ _MOST_ROWS = 100
 MOST_VERSION = 2**53
 """More events than a stream can ever have; a database has numbers for as many again."""
 
+_LOCK_WAIT = "innodb_lock_wait_timeout"
 _NOT_UNIQUE = frozenset({"23505", 1062, 1555, 2067})
 _CHECKED = "idempotency.streams"
 _OTHERS = "an earlier run of this operation has appended other events than these to {}: roll the transaction back"
@@ -47,23 +48,25 @@ class Reached:
         self._statements = statements
         self._dialect = connection.dialect.name
 
-    def append(self, stream: str, rows: Sequence[Row], expected: int | None) -> Appended:
+    def append(self, stream: str, rows: Sequence[Row], expected: int | None, *, repeatable: bool) -> Appended:
         """Append rows to a stream, or return the append of an earlier run that had the same ids.
 
-        Raises :class:`ConflictError`.
+        ``repeatable``: there may have been such a run. Raises :class:`ConflictError`.
         """
         if is_autocommit(self._connection):
             raise TransactionError("the connection is in AUTOCOMMIT: begin a transaction, with which events commit")
         self._check_name(stream)
         self._check_places()
+        # Before the first of several parts is inserted: it would stay where a later one meets an event that is there.
+        if repeatable and len(rows) > _MOST_ROWS and (earlier := self._own(stream, rows)) is not None:
+            return earlier
         after = expected or 0
         for tried in range(1 if expected is not None else MOST_TRIES):
             if expected is None:
                 after = self._version(stream, tried > 0)
             if self._can_follow(stream, expected) and self._append(stream, rows, after):
                 return Appended(stream, after + len(rows))
-            earlier = self._own(stream, rows)
-            if earlier is not None:
+            if repeatable and (earlier := self._own(stream, rows, newest=True)) is not None:
                 return earlier
         conflict = ConflictError(f"{stream} is not at version {after}: load it again, and decide again")
         conflict.expected = after
@@ -79,12 +82,13 @@ class Reached:
         return bool(self._rows(self._statements.has, stream=stream, expected=expected))
 
     def _append(self, stream: str, rows: Sequence[Row], after: int) -> bool:
-        for start in range(0, len(rows), _MOST_ROWS):
-            part = rows[start : start + _MOST_ROWS]
-            values = {**_parameters(part), "stream": stream, "expected": after + start}
+        version = after
+        for part in _parts(rows):
+            values = {**_parameters(part), "stream": stream, "expected": version}
             if self._insert(stream, values, len(part)) == len(part):
+                version += len(part)
                 continue
-            if start == 0:
+            if version == after:
                 return False
             # The next versions belong to this transaction by now, so that it is an event that was there already.
             raise ConflictError(_OTHERS.format(stream))
@@ -103,15 +107,20 @@ class Reached:
         inserted: int = result.scalar_one() if result.returns_rows else result.rowcount
         return inserted
 
-    def _own(self, stream: str, rows: Sequence[Row]) -> Appended | None:
-        """Return the append of an earlier run with these ids; None if there is none."""
-        ids = {f"id{number}": row["id"] for number, row in enumerate(rows, 1)}
-        found = self._rows(self._statements.own(len(rows)), **ids)
+    def _own(self, stream: str, rows: Sequence[Row], *, newest: bool = False) -> Appended | None:
+        """Return the append of an earlier run with these ids; None if there is none.
+
+        ``newest``: also if it is committed since the snapshot of this transaction began.
+        """
+        found: list[Any] = []
+        for part in _parts(rows):
+            ids = {f"id{number}": row["id"] for number, row in enumerate(part, 1)}
+            found += self._rows(self._statements.own(len(part), newest), **ids)
         if not found:
             return None
         if len(found) != len(rows) or any(row[0] != stream for row in found):
             raise ConflictError(_OTHERS.format(stream))
-        return Appended(stream, found[-1][1], new=False)
+        return Appended(stream, max(row[1] for row in found), new=False)
 
     def _version(self, stream: str, again: bool) -> int:
         """Return the version of a stream; 0 if it has no event. ``again``: after an append that met another one."""
@@ -152,21 +161,26 @@ class Reached:
         try:
             # On a connection of its own: the caller's snapshot is to begin afterwards.
             with self._connection.engine.connect() as connection:
-                own = Reached(connection, self._statements)
-                waiting = own._rows(self._statements.without_place)
-                connection.rollback()
-                while waiting and own._give_places_once() == PLACES_AT_ONCE:
-                    pass
+                Reached(connection, self._statements)._give_all_places()
         except PoolTimeoutError as error:
             raise StoreError(
                 "events are given their places by a second connection, which the engine's pool did not give: enlarge"
                 " pool_size or max_overflow"
             ) from error
-        except DBAPIError as error:
-            if not (read_only(error) or waited_for_lock(error)):
+        except (ConflictError, DBAPIError) as error:
+            if not _are_given_later(error):
                 raise
-            # A replica, whose primary gives places; or an open transaction has locked an event that has none, as the
-            # first one of a stream to which it appends. What has no place is read later.
+
+    def _give_all_places(self) -> None:
+        waiting = self._rows(self._statements.without_place)
+        self._connection.rollback()
+        if not waiting:
+            return
+        before = self._connection.exec_driver_sql(f"SELECT @@{_LOCK_WAIT}").scalar_one()
+        # An event may be locked for long, also by the transaction of the caller.
+        with setting(self._connection, f"SET {_LOCK_WAIT}", 1, before):
+            while self._give_places_once() == PLACES_AT_ONCE:
+                pass
 
     def _give_places_once(self) -> int:
         if is_autocommit(self._connection):
@@ -261,6 +275,20 @@ class Reached:
     def _scalar(self, statement: Compiled, **values: Any) -> Any:
         rows = self._rows(statement, **values)
         return rows[0][0] if rows else None
+
+
+def _are_given_later(error: Exception) -> bool:
+    """Return whether the places that could not be given are given later, and until then read_all() leaves events out.
+
+    It is a replica, whose primary gives places; or an open transaction has locked an event that has none, as the first
+    one of a stream to which it appends, and may wait itself for another one that is given its place.
+    """
+    return isinstance(error, ConflictError) or read_only(error) or waited_for_lock(error) or conflicts(error)
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Return the rows of one statement after the other: a database allows so many parameters, and no more."""
+    return (rows[start : start + _MOST_ROWS] for start in range(0, len(rows), _MOST_ROWS))
 
 
 def _parameters(rows: Sequence[Row]) -> dict[str, Any]:

@@ -132,11 +132,15 @@ class Statements:
         """MariaDB: name the table and an index, without which a small table is scanned, and others are waited for."""
         return f"{self._events} FORCE INDEX ({self._name}_{index})"
 
-    def _own(self, count: int) -> Compiled:
-        """Read which of ``count`` events are there, by their ids, with their streams and versions."""
+    def _own(self, count: int, newest: bool) -> Compiled:
+        """Read which of ``count`` events are there, by their ids, with their streams and versions.
+
+        ``newest``: on MariaDB, also those that the snapshot of the transaction does not show, which takes locks.
+        """
         ids = ", ".join(self._bind("id", number) for number in range(1, count + 1))
-        events, lock = (self._locked("id"), " LOCK IN SHARE MODE") if self.name in MYSQL else (self._events, "")
-        return self._compiled(f"SELECT stream, version FROM {events} WHERE id IN ({ids}) ORDER BY version{lock}")
+        locks = newest and self.name in MYSQL
+        events, lock = (self._locked("id"), " LOCK IN SHARE MODE") if locks else (self._events, "")
+        return self._compiled(f"SELECT stream, version FROM {events} WHERE id IN ({ids}){lock}")
 
     @cached_property
     def read(self) -> Compiled:

@@ -247,17 +247,18 @@ class Streams:
         stream, operation = _name(stream), current()
         if expected is not None and (type(expected) is not int or not 0 <= expected <= MOST_VERSION):
             raise ConfigurationError(f"expected must be a version of the stream, 0 for none, or None, not {expected!r}")
-        rows = self._types.rows(stream, events, headers, operation)
         connection = _connection(session)
         reached = self._reached(connection)
-        if operation is None:
-            appended = reached.append(stream, rows, expected)
-        else:
-            with ids_taken(connection, operation, [(row["id"], id_names(stream, row["type"])) for row in rows]):
-                appended = reached.append(stream, rows, expected)
+        # Only with a connection: an operation counts its ids, and an append that is tried again must get the same.
+        rows = self._types.rows(stream, events, headers, operation)
+        names = [] if operation is None else [(row["id"], id_names(stream, row["type"])) for row in rows]
+        with ids_taken(connection, operation, names):
+            # Before an event is written: a message may be refused.
+            messages = [] if self._outbox is None else [self._message(stream, row, self._outbox) for row in rows]
+            appended = reached.append(stream, rows, expected, repeatable=operation is not None)
         emitted(session, connection, self.table, notify=False)
         if self._outbox is not None and appended.new:
-            self._outbox.write(session, [self._message(stream, row) for row in rows])
+            self._outbox.write(session, messages)
         return appended
 
     def _load(self, session: AnySync, stream: str, fold: Fold[S]) -> tuple[S, int]:
@@ -269,10 +270,9 @@ class Streams:
     def _position(self, session: AnySync, appended: Appended) -> Position | None:
         return self._reached(session).position(appended.stream, appended.version)
 
-    def _message(self, stream: str, row: Row) -> dict[str, Any]:
-        assert self._outbox is not None
+    def _message(self, stream: str, row: Row, outbox: Outbox) -> dict[str, Any]:
         headers = json.loads(row["headers"]) if row["headers"] else None
-        message = self._outbox.row(self._aggregate_type, stream, row["type"], row["data"].encode(), headers, None)
+        message = outbox.row(self._aggregate_type, stream, row["type"], row["data"].encode(), headers, None)
         return {**message, "id": row["id"]}
 
 

@@ -6,7 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from idempotency import current, idempotent
 from idempotency._outbox.emit import bucket_of
@@ -39,6 +41,31 @@ async def test_each_message_has_its_own_id_although_a_run_emits_fewer(ledger: Le
         await place()
     await place()
     assert runs[0]["Created"] != runs[0]["Paid"] == runs[1]["Paid"]
+
+
+@pytest.mark.stores("postgres")
+async def test_an_emit_that_got_no_connection_is_tried_again_with_the_same_id(ledger: Ledger, outbox: Outbox) -> None:
+    """The engine's pool is empty for a moment at the first run, and not at the second one."""
+    ids: list[str] = []
+    small = create_async_engine(ledger.engine.url, pool_size=1, max_overflow=0, pool_timeout=0)
+
+    @idempotent(MemoryStore(), key=lambda: "one")
+    async def place() -> None:
+        if not ids:
+            async with small.connect() as only, AsyncSession(small) as session:
+                assert (await only.execute(text("SELECT 1"))).scalar() == 1
+                with pytest.raises(PoolTimeoutError):
+                    await outbox.emit(session, **ORDER, type="Placed")
+        async with ledger.sessions() as session:
+            ids.append(await outbox.emit(session, **ORDER, type="Placed"))
+        if len(ids) == 1:
+            raise ConnectionError("the first run fails")
+
+    with pytest.raises(ConnectionError):
+        await place()
+    await place()
+    assert ids[0] == ids[1]
+    await small.dispose()
 
 
 @pytest.mark.stores("sqlite")
