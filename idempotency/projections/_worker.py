@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
@@ -44,6 +45,10 @@ STOPPED_PAUSE = 1.0
 
 AWAY_PAUSE = 5.0
 """Seconds, the longest pause while the database is away."""
+
+
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends the worker, also where the function raises it."""
 
 
 class Step(NamedTuple):
@@ -306,7 +311,7 @@ class SyncProjection:
         """Apply events, and return the last one.
 
         What the function raises, or what makes an event readable, is a failure of the event, unless this session's
-        database has failed.
+        database has failed, or the worker is to end.
         """
         try:
             last = events[-1]
@@ -314,7 +319,11 @@ class SyncProjection:
             # Here and not at the commit: what the function has added to the session is a part of the time it takes.
             session.flush()
             return last
-        except Exception as error:
+        except _ENDS:
+            raise
+        except BaseException as error:
+            if isinstance(error, CancelledError) and self._is_cancelled():
+                raise
             own = own_failure(error, session)
             if own is not None and (failure := failure_of(own, session)) is not own:
                 raise failure from error
@@ -386,3 +395,6 @@ class SyncProjection:
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()
+
+    def _is_cancelled(self) -> bool:
+        return False
