@@ -29,7 +29,7 @@ from idempotency.projections._table import DROPPED, RUNNING, STOPPED
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent
-from idempotency.streams._position import Appended, Position, RecordedEvent
+from idempotency.streams._position import Appended, ConflictError, Position, RecordedEvent
 
 FIRST_PAGE, LAST_PAGE = 100, 10_000
 """How many events a function that is given one at a time applies in its first transaction, and at most in one."""
@@ -183,11 +183,12 @@ class SyncProjection:
     def lag(self, session: Session | Connection) -> float:
         """See :meth:`AsyncProjection.lag`."""
         own, feed = as_sync(session, "lag"), self._definition.feed()
-        # MariaDB: first the events that are committed get their places, then the snapshot of this transaction begins.
-        feed.peek(own, Position())
-        mark = self._rows.find(own, self._name)
-        found = feed.peek(own, Position() if mark is None else mark.position)
-        return 0.0 if found is None else max(0.0, self._rows.now(own) - found[1])
+        with _reading():
+            # MariaDB: first the events that are committed get places, then the snapshot of this transaction begins.
+            feed.peek(own, Position())
+            mark = self._rows.find(own, self._name)
+            found = feed.peek(own, Position() if mark is None else mark.position)
+            return 0.0 if found is None else max(0.0, self._rows.now(own) - found[1])
 
     def rebuild(self) -> None:
         """See :meth:`AsyncProjection.rebuild`."""
@@ -368,7 +369,8 @@ class SyncProjection:
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
         """Open a session of the user, and commit it here and nowhere else."""
-        with self._open() as session:
+        # What the function raises is a FunctionFailedError by then.
+        with _reading(), self._open() as session:
             guard_commit(session)
             try:
                 yield session
@@ -398,3 +400,12 @@ class SyncProjection:
 
     def _is_cancelled(self) -> bool:
         return False
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Raise a StoreError, after which one tries again, where a read of events conflicts with another transaction."""
+    try:
+        yield
+    except ConflictError as error:
+        raise StoreError("the transaction conflicts with another one: begin it again") from error

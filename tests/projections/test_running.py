@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import sessionmaker
 
+from idempotency.errors import StoreError
 from idempotency.projections import ProjectionStoppedError, projection
-from tests.projections.kit import Bank
+from idempotency.streams import Position, Streams
+from tests.projections.kit import Bank, Deposited
 
 
 class Aborted(BaseException):
@@ -63,3 +68,54 @@ def test_what_ends_the_process_is_no_failure_of_the_event(error: type[BaseExcept
 
     assert sync_bank.kinds == []
     assert sync_bank.sync_projection().catch_up() == 1
+
+
+@pytest.mark.stores("postgres")
+def test_a_conflict_while_events_are_read_is_tried_again(sync_bank: Bank) -> None:
+    """Under SERIALIZABLE: the worker goes on, and the lag is a StoreError, with which the caller begins anew."""
+    engine = sync_bank.engine.execution_options(isolation_level="SERIALIZABLE")
+    conflicting = Conflicting(sync_bank, engine)
+
+    @projection("balance", **sync_bank.options(source=conflicting, session=sessionmaker(engine)))
+    def apply(event: Any, session: Any) -> None:
+        apply.stop()
+
+    sync_bank.append_sync(5)
+    with sync_bank.sessions() as session:
+        while conflicting.peek(session, Position()) is None:
+            session.rollback()
+    conflicting.conflicts = 1
+    apply.run()
+    assert sync_bank.kinds == ["unavailable", "applied"]
+
+    conflicting.conflicts = 1
+    with sessionmaker(engine)() as session, pytest.raises(StoreError, match="begin it again"):
+        apply.lag(session)
+    with sessionmaker(engine)() as session:
+        assert apply.lag(session) == 0
+
+
+class Conflicting(Streams):
+    """Streams that are read in a transaction which two others have made unserializable."""
+
+    conflicts = 0
+
+    def __init__(self, bank: Bank, engine: Any) -> None:
+        super().__init__([Deposited], bank.streams.table)
+        self._engine = engine
+        self._first, self._second = (text(f"SELECT count(*) FROM {bank.name}_v{version}") for version in (1, 2))
+        self._into_first, self._into_second = (
+            text(f"INSERT INTO {bank.name}_v{version} VALUES (:id, 1)") for version in (1, 2)
+        )
+
+    def _rows_of_all(self, session: Any, after: Position, most: int) -> Any:
+        if not self.conflicts:
+            return super()._rows_of_all(session, after, most)
+        self.conflicts -= 1
+        session.execute(self._first)
+        session.execute(self._into_second, {"id": str(uuid4())})
+        with self._engine.connect() as before:
+            before.execute(self._second)
+            with self._engine.begin() as after_it:
+                after_it.execute(self._into_first, {"id": str(uuid4())})
+            return super()._rows_of_all(session, after, most)
