@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import woken
 from idempotency._sql.commit_guard import SESSION_ENDED, commit, guard_commit, unguard_commit, was_closed
+from idempotency._sql.failures import over_time
 from idempotency._sql.guarded_connection import FAILURE
 from idempotency._sql.session_failures import failure_of, own_failure
 from idempotency._sql.sessions import as_sync
@@ -312,7 +313,7 @@ class SyncProjection:
         """Apply events, and return the last one.
 
         What the function raises, or what makes an event readable, is a failure of the event, unless this session's
-        database has failed, or the worker is to end.
+        database has failed, or the worker is to end. A statement that takes too long does so whenever it is tried.
         """
         try:
             last = events[-1]
@@ -326,7 +327,7 @@ class SyncProjection:
             if isinstance(error, CancelledError) and self._is_cancelled():
                 raise
             own = own_failure(error, session)
-            if own is not None and (failure := failure_of(own, session)) is not own:
+            if own is not None and not over_time(own) and (failure := failure_of(own, session)) is not own:
                 raise failure from error
             raise FunctionFailedError from error
 

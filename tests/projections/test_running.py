@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.event import listen
 from sqlalchemy.orm import sessionmaker
 
 from idempotency.errors import StoreError
@@ -119,3 +120,41 @@ class Conflicting(Streams):
             with self._engine.begin() as after_it:
                 after_it.execute(self._into_first, {"id": str(uuid4())})
             return super()._rows_of_all(session, after, most)
+
+
+LIMITED, SLEEP = "SET LOCAL statement_timeout = 300", "SELECT pg_sleep(30)"
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg")
+async def test_a_statement_of_the_worker_that_takes_too_long_is_tried_again(bank: Bank) -> None:
+    """By a limit for the statements of its engine, while another transaction has locked the table of events."""
+    listen(bank.engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(LIMITED))
+    await bank.append(5)
+    await bank.readable()
+    async with bank.engine.begin() as migrating:
+        await migrating.execute(text(f"LOCK TABLE {bank.name}_ev IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(StoreError, match="took too long"):
+            await bank.projection(attempts=1).run_once()
+
+    assert await bank.projection().catch_up() == 1
+    assert bank.kinds == ["applied"]
+
+
+@pytest.mark.stores("postgres", "postgres_psycopg", "mariadb")
+async def test_a_statement_of_the_function_that_takes_too_long_is_a_failure_of_the_event(bank: Bank) -> None:
+    """It takes as long whenever it is tried."""
+    mysql = bank.engine.dialect.name == "mysql"
+    statements = ["SET STATEMENT max_statement_time = 0.3 FOR SELECT sleep(30)"] if mysql else [LIMITED, SLEEP]
+
+    @projection("balance", **bank.options(attempts=2))
+    async def apply(event: Any, session: Any) -> None:
+        await session.execute(bank.insert(event, 1))
+        for statement in statements:
+            await session.execute(text(statement))
+
+    await bank.append(5)
+    await bank.readable()
+    with pytest.raises(ProjectionStoppedError) as stopped:
+        await apply.catch_up()
+
+    assert (stopped.value.attempts, bank.kinds) == (2, ["failed", "stopped"])
