@@ -73,7 +73,7 @@ class SyncProjection:
         self._prepared = self._stopping = False
         self._page_size = FIRST_PAGE
         self._suspects = 0  # how many of the next events were in a batch that has failed
-        self._wake: Callable[[], None] | None = None
+        self._wakes: set[Callable[[], None]] = set()  # of each run
 
     @property
     def name(self) -> str:
@@ -91,13 +91,13 @@ class SyncProjection:
     def stop(self) -> None:
         """See :meth:`AsyncProjection.stop`."""
         self._stopping = True
-        if self._wake is not None:
-            self._wake()
+        for wake in tuple(self._wakes):
+            wake()
 
     def run(self) -> None:
         """See :meth:`AsyncProjection.run`."""
         wake, pause = self._waiting(), FIRST_PAUSE
-        self._wake = wake
+        self._wakes.add(wake)
         try:
             with woken(self._definition.feed().table, wake):
                 while not self._stopping:
@@ -115,7 +115,9 @@ class SyncProjection:
                         step = Step(again=pause)
                     wake.pause(pause if step.again is None else step.again)
         finally:
-            self._wake, self._stopping = None, False
+            self._wakes.discard(wake)
+            # A stop is for every run: it ends with the last one.
+            self._stopping = self._stopping and bool(self._wakes)
 
     def run_once(self) -> int:
         """See :meth:`AsyncProjection.run_once`."""

@@ -158,3 +158,19 @@ async def test_a_statement_of_the_function_that_takes_too_long_is_a_failure_of_t
         await apply.catch_up()
 
     assert (stopped.value.attempts, bank.kinds) == (2, ["failed", "stopped"])
+
+
+@pytest.mark.stores("sqlite", "postgres")
+async def test_a_stop_ends_every_run_of_a_projection(bank: Bank) -> None:
+    """Two tasks run the same one, and a third begins after they have ended: the stop was not meant for it."""
+    balance = bank.projection()
+    running = [asyncio.create_task(balance.run()) for _ in range(2)]
+    first = await bank.append(5)
+    assert await balance.reached(first, timeout=20)
+    balance.stop()
+    await asyncio.wait_for(asyncio.gather(*running), 20)
+
+    running = [asyncio.create_task(balance.run())]
+    assert await balance.reached(await bank.append(6), timeout=20)
+    balance.stop()
+    await asyncio.wait_for(running[0], 20)
