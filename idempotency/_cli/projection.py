@@ -15,7 +15,8 @@ from idempotency._cli.lookup import check_sqlite
 from idempotency._cli.open_outbox import is_sql
 from idempotency._cli.options import AsJson, Url, confirmed, fail
 from idempotency._sql.requirements import sqlalchemy_not_installed
-from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError, SchemaMissingError, StoreError
+from idempotency.stores.base import Finding
 from idempotency.streams._position import Position
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from idempotency.projections import _rows
     from idempotency.projections._operate import ProjectionView
-    from idempotency.projections._rows import Rows
+    from idempotency.projections._rows import Mark, Rows
 
 T = TypeVar("T")
 
@@ -133,6 +134,29 @@ def create(store: Url = None, table: CheckpointTable = DEFAULT_TABLE) -> None:
     """Create the tables where they are missing."""
     _run(store, table, lambda session, rows: rows.tables.create(session.connection()), create=True)
     typer.echo(f"tables {table}, {table}_live and {table}_skipped are there")
+
+
+async def examine_projections(url: str | None, table: str | None, expected: bool) -> list[Finding]:
+    """Name the projections that have stopped. A table that is not named is examined only if ``expected`` and there."""
+    if table is None and not expected:
+        return []
+    if not url or not is_sql(url):
+        raise ConfigurationError("--projections is for a SQL database")
+    from idempotency.projections._operate import operate, stopped
+
+    name = table or DEFAULT_TABLE
+    try:
+        found = await operate(url, name, stopped)
+    except SchemaMissingError as error:
+        return [] if table is None else [Finding("fix", str(error))]
+    except StoreError as error:
+        return [Finding("fix", str(error))]
+    return [Finding("fix", _stopped(mark)) for mark in found] or [Finding("ok", f"{name}: no projection has stopped")]
+
+
+def _stopped(mark: Mark) -> str:
+    name = show.printable(str(mark.name))
+    return f"projection {name} is stopped at {mark.failed}: {mark.error}; see idempotency projection list"
 
 
 def _run(url: str | None, table: str, work: Callable[[Session, Rows], T], *, create: bool = False) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -72,6 +72,11 @@ def views(session: Session, rows: Rows, table: str | None) -> list[ProjectionVie
     delay = streams.delayed_by_sync(session)
     named = delay if delay and (delay.seconds is None or delay.seconds >= DELAYED) else None
     return [_view(session, rows, mark, streams, named) for mark in rows.list(session)]
+
+
+def stopped(session: Session, rows: Rows) -> Sequence[Mark]:
+    """Return the checkpoints of projections that have stopped."""
+    return rows.list(session, rows.tables.checkpoints.c.state == STOPPED)
 
 
 def _view(
