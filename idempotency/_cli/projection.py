@@ -45,11 +45,14 @@ def list_(
     store: Url = None,
     table: CheckpointTable = DEFAULT_TABLE,
     streams: Annotated[
-        str | None, typer.Option(help="The table of events, such as stream_event, to show the lag.")
+        str | None, typer.Option(help="The table of events, such as stream_event: with it, the lag is shown.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every checkpoint: its state, where it is, why it has stopped, and what happens next by itself."""
+    """List every checkpoint: its state, where it is, why it has stopped, and what happens next by itself.
+
+    Its lag is unknown without --streams.
+    """
 
     def work(session: Session, rows: Rows) -> list[ProjectionView]:
         from idempotency.projections._operate import views
@@ -194,9 +197,15 @@ def _columns(each: ProjectionView) -> dict[str, Any]:
         "live": "yes" if each.live else "no",
         "position": each.position,
         "moved": f"{show.duration(each.moved)} ago",
-        "lag": "unknown" if each.lag is None else show.duration(each.lag),
+        "lag": _lag(each),
         "failed": each.failed or "none",
         "error": each.error or "none",
         "attempts": str(each.attempts),
         "next": each.next,
     }
+
+
+def _lag(each: ProjectionView) -> str:
+    if each.lag is not None:
+        return show.duration(each.lag)
+    return "none" if each.state == "dropped" else "unknown"

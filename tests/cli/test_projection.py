@@ -86,6 +86,12 @@ def test_list_says_where_a_projection_is_and_why(place: Place) -> None:
     ]
 
 
+def test_the_help_of_list_says_what_shows_the_lag() -> None:
+    """It is of the table of events, which no checkpoint names."""
+    shown = CliRunner().invoke(app, ["projection", "list", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "unknown without --streams" in " ".join(shown.split())
+
+
 def test_skip_switch_and_drop(place: Place) -> None:
     """In this order, each with a refusal before."""
     stopped, _ = place.listed()
@@ -107,10 +113,12 @@ def test_skip_switch_and_drop(place: Place) -> None:
     done = [place.command("switch", "balance", "2"), place.command("drop", "balance", "1", "--yes")]
 
     assert [each.stdout for each in done] == ["balance version 2 is live\n", "balance version 1 has ended\n"]
-    assert [(each["version"], each["live"], each["state"]) for each in place.listed()] == [
-        (1, False, "dropped"),
-        (2, True, "running"),
+    place.do(lambda bank: bank.append(4))
+    assert [(each["version"], each["live"], each["state"], each["lag"] is None) for each in place.listed()] == [
+        (1, False, "dropped", True),
+        (2, True, "running", False),
     ]
+    assert [line.split("\t")[5] for line in place.command("list").stdout.splitlines()] == ["lag=none", "lag=unknown"]
 
 
 def test_resume_tries_the_event_again(place: Place) -> None:
