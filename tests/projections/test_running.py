@@ -174,3 +174,32 @@ async def test_a_stop_ends_every_run_of_a_projection(bank: Bank) -> None:
     assert await balance.reached(await bank.append(6), timeout=20)
     balance.stop()
     await asyncio.wait_for(running[0], 20)
+
+
+@pytest.mark.stores("sqlite", "postgres", "postgres_psycopg", "mariadb")
+async def test_the_error_and_the_event_of_a_stop_can_be_seen(bank: Bank) -> None:
+    """The error by a further try, since it is written down nowhere; the event by the position at which it stopped."""
+    failure = ValueError("what it says may hold data")
+
+    def fail(event: Any) -> None:
+        if event.data.amount == 2:
+            raise failure
+
+    bank.fails = fail
+    await bank.append(1, 2, stream="order-7")
+    await bank.readable()
+    balance = bank.projection(attempts=1)
+    for _ in range(2):
+        with pytest.raises(ProjectionStoppedError) as stopped:
+            await balance.catch_up()
+    assert stopped.value.__cause__ is None  # it was not tried again
+
+    await balance.resume()
+    with pytest.raises(ProjectionStoppedError) as stopped:
+        await balance.catch_up()
+    assert stopped.value.__cause__ is failure
+
+    place, seq = stopped.value.position.split(".")
+    find = text(f"SELECT stream, version, type FROM {bank.name}_ev WHERE place = {place} AND seq = {seq}")
+    async with bank.engine.connect() as connection:
+        assert (await connection.execute(find)).all() == [("order-7", 2, "Deposited")]
