@@ -19,6 +19,7 @@ from idempotency._sql.session_failures import failure_of, own_failure
 from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections._definition import Definition
+from idempotency.projections._failures import ENDS, FunctionFailedError, reading
 from idempotency.projections._rows import (
     AnyPosition,
     AnySync,
@@ -30,7 +31,7 @@ from idempotency.projections._table import DROPPED, RUNNING, STOPPED
 from idempotency.projections._waiting import ThreadWaiting, Waiting
 from idempotency.projections.errors import ProjectionBehindError, ProjectionStoppedError
 from idempotency.projections.events import ProjectionEvent
-from idempotency.streams._position import Appended, ConflictError, Position, RecordedEvent
+from idempotency.streams._position import Appended, Position, RecordedEvent
 
 FIRST_PAGE, LAST_PAGE = 100, 10_000
 """How many events a function that is given one at a time applies in its first transaction, and at most in one."""
@@ -48,20 +49,12 @@ AWAY_PAUSE = 5.0
 """Seconds, the longest pause while the database is away."""
 
 
-_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
-"""What ends the worker, also where the function raises it."""
-
-
 class Step(NamedTuple):
     """What one transaction has done. ``again``: after how many seconds there is more to do; None: now there is not."""
 
     events: int = 0
     again: float | None = None
     failed: bool = False
-
-
-class FunctionFailedError(Exception):
-    """The function of a projection has raised; the cause is its error."""
 
 
 class SyncProjection:
@@ -186,7 +179,7 @@ class SyncProjection:
     def lag(self, session: Session | Connection) -> float:
         """See :meth:`AsyncProjection.lag`."""
         own, feed = as_sync(session, "lag"), self._definition.feed()
-        with _reading():
+        with reading():
             # MariaDB: first the events that are committed get places, then the snapshot of this transaction begins.
             feed.peek(own, Position())
             mark = self._rows.find(own, self._name)
@@ -323,7 +316,7 @@ class SyncProjection:
             # Here and not at the commit: what the function has added to the session is a part of the time it takes.
             session.flush()
             return last
-        except _ENDS:
+        except ENDS:
             raise
         except BaseException as error:
             if isinstance(error, CancelledError) and self._is_cancelled():
@@ -373,7 +366,7 @@ class SyncProjection:
     def _transaction(self) -> Iterator[Session]:
         """Open a session of the user, and commit it here and nowhere else."""
         # What the function raises is a FunctionFailedError by then.
-        with _reading(), self._open() as session:
+        with reading(), self._open() as session:
             guard_commit(session)
             try:
                 yield session
@@ -403,12 +396,3 @@ class SyncProjection:
 
     def _is_cancelled(self) -> bool:
         return False
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Raise a StoreError, after which one tries again, where a read of events conflicts with another transaction."""
-    try:
-        yield
-    except ConflictError as error:
-        raise StoreError("the transaction conflicts with another one: begin it again") from error
