@@ -22,6 +22,7 @@ from idempotency._cli.lookup import open_named, run_on_store
 from idempotency._cli.open_outbox import examine_outbox
 from idempotency._cli.options import DEFAULT_LEASE, AsJson, KeyFile, Lease, Prefix, Publish, Table, Url, confirmed, fail
 from idempotency._cli.outbox import outbox as outbox_commands
+from idempotency._cli.projection import examine_projections
 from idempotency._cli.projection import projection as projection_commands
 from idempotency._cli.records import (
     deliveries,
@@ -285,10 +286,14 @@ def doctor(
     publish: Publish = None,
     lease: Lease = DEFAULT_LEASE,
     streams: StreamsTable = None,
+    projections: Annotated[
+        str | None,
+        typer.Option(help="SQL: the table of checkpoints; with --streams, idempotency_checkpoint if it is there."),
+    ] = None,
     key_file: KeyFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the store, its server, its outbox and its sagas; exit code 1 when something must be fixed."""
+    """Examine the store, its server, outbox, sagas and projections; exit code 1 when something must be fixed."""
 
     async def examine(opened: AnyStore) -> list[Finding]:
         of_store = await require(opened, Examining, "doctor").examine()
@@ -298,6 +303,7 @@ def doctor(
             *of_outbox,
             *await examine_sagas(opened),
             *await examine_streams(store, streams),
+            *await examine_projections(store, projections, streams is not None),
         )
         return [*of_store, *(finding for finding in others if finding not in of_store)]
 

@@ -15,7 +15,8 @@ from idempotency._cli.lookup import check_sqlite
 from idempotency._cli.open_outbox import is_sql
 from idempotency._cli.options import AsJson, Url, confirmed, fail
 from idempotency._sql.requirements import sqlalchemy_not_installed
-from idempotency.errors import ConfigurationError, IdempotencyError
+from idempotency.errors import ConfigurationError, IdempotencyError, SchemaMissingError, StoreError
+from idempotency.stores.base import Finding
 from idempotency.streams._position import Position
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from idempotency.projections import _rows
     from idempotency.projections._operate import ProjectionView
-    from idempotency.projections._rows import Rows
+    from idempotency.projections._rows import Mark, Rows
 
 T = TypeVar("T")
 
@@ -44,11 +45,14 @@ def list_(
     store: Url = None,
     table: CheckpointTable = DEFAULT_TABLE,
     streams: Annotated[
-        str | None, typer.Option(help="The table of events, such as stream_event, to show the lag.")
+        str | None, typer.Option(help="The table of events, such as stream_event: with it, the lag is shown.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every checkpoint: its state, where it is, why it has stopped, and what happens next by itself."""
+    """List every checkpoint: its state, where it is, why it has stopped, and what happens next by itself.
+
+    Its lag is unknown without --streams.
+    """
 
     def work(session: Session, rows: Rows) -> list[ProjectionView]:
         from idempotency.projections._operate import views
@@ -135,6 +139,29 @@ def create(store: Url = None, table: CheckpointTable = DEFAULT_TABLE) -> None:
     typer.echo(f"tables {table}, {table}_live and {table}_skipped are there")
 
 
+async def examine_projections(url: str | None, table: str | None, expected: bool) -> list[Finding]:
+    """Name the projections that have stopped. A table that is not named is examined only if ``expected`` and there."""
+    if table is None and not expected:
+        return []
+    if not url or not is_sql(url):
+        raise ConfigurationError("--projections is for a SQL database")
+    from idempotency.projections._operate import operate, stopped
+
+    name = table or DEFAULT_TABLE
+    try:
+        found = await operate(url, name, stopped)
+    except SchemaMissingError as error:
+        return [] if table is None else [Finding("fix", str(error))]
+    except StoreError as error:
+        return [Finding("fix", str(error))]
+    return [Finding("fix", _stopped(mark)) for mark in found] or [Finding("ok", f"{name}: no projection has stopped")]
+
+
+def _stopped(mark: Mark) -> str:
+    name = show.printable(str(mark.name))
+    return f"projection {name} is stopped at {mark.failed}: {mark.error}; see idempotency projection list"
+
+
 def _run(url: str | None, table: str, work: Callable[[Session, Rows], T], *, create: bool = False) -> T:
     """Do ``work`` in one transaction of the database. Every error ends the command with one line."""
     try:
@@ -170,9 +197,15 @@ def _columns(each: ProjectionView) -> dict[str, Any]:
         "live": "yes" if each.live else "no",
         "position": each.position,
         "moved": f"{show.duration(each.moved)} ago",
-        "lag": "unknown" if each.lag is None else show.duration(each.lag),
+        "lag": _lag(each),
         "failed": each.failed or "none",
         "error": each.error or "none",
         "attempts": str(each.attempts),
         "next": each.next,
     }
+
+
+def _lag(each: ProjectionView) -> str:
+    if each.lag is not None:
+        return show.duration(each.lag)
+    return "none" if each.state == "dropped" else "unknown"

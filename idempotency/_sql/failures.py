@@ -31,8 +31,11 @@ _STALE = frozenset({"0A000", "26000", "42P05", 1243, 1615})
 
 # Serialization failure, deadlock, lock wait time-out, outdated snapshot: the statement had no effect, and is repeated.
 _REPEATABLE = frozenset({"40001", "40P01", 1205, 1213, 517})
-# Lock not available, lock wait time-out, and a statement over the time limit set for it on MariaDB or MySQL.
-_LOCKED = frozenset({"55P03", 1205, 1969, 3024})
+# A statement over the time limit set for it. PostgreSQL: also one that another session has cancelled.
+_OVER_TIME_MYSQL = frozenset({1969, 3024})
+_OVER_TIME = _OVER_TIME_MYSQL | {"57014"}
+# Lock not available, lock wait time-out, and the time limit, which is set for a lock there.
+_LOCKED = frozenset({"55P03", 1205}) | _OVER_TIME_MYSQL
 _LOCKED_SQLITE = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
 BUSY_SNAPSHOT = 517
 
@@ -116,6 +119,11 @@ def waited_for_lock(error: BaseException) -> bool:
     if _is_server(error):
         return code in _LOCKED
     return isinstance(code, int) and code & 0xFF in _LOCKED_SQLITE and code != BUSY_SNAPSHOT
+
+
+def over_time(error: BaseException) -> bool:
+    """Return whether a statement took longer than the limit set for it."""
+    return _is_server(error) and error_code(error) in _OVER_TIME
 
 
 def refuses_one(error: BaseException) -> bool:

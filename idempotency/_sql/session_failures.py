@@ -10,7 +10,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from idempotency._sql.commit_guard import lost_connection
-from idempotency._sql.failures import ConflictError, conflicts, unreachable, unusable, waited_for_lock
+from idempotency._sql.failures import ConflictError, conflicts, over_time, unreachable, unusable, waited_for_lock
 from idempotency._sql.guarded_connection import FAILURE
 from idempotency.errors import IdempotencyError, StoreError
 
@@ -32,6 +32,8 @@ def failure_of(error: Exception, session: Session) -> Exception:
     # A driver that loses its connection may raise an error of the operating system.
     if unusable(error) or isinstance(error, OSError | EOFError | PoolTimeoutError):
         return StoreError("the database could not be reached before the commit: nothing is committed")
+    if over_time(error):
+        return StoreError("a statement of the transaction took too long: nothing is committed")
     if isinstance(error, DBAPIError) and waited_for_lock(error):
         return StoreError("the transaction waited for a lock for too long: nothing is committed")
     return error

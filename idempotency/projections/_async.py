@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -149,3 +150,8 @@ class _Awaiting(SyncProjection):
 
     def _waiting(self) -> Waiting:
         return LoopWaiting()
+
+    def _is_cancelled(self) -> bool:
+        # Else what the function awaited was cancelled: each worker would end so, and nobody would know why.
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0

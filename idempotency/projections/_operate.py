@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from idempotency._sql.engines import open_async, read_url
 from idempotency._sql.failures import describe_failure
 from idempotency.errors import IdempotencyError
 from idempotency.projections._rows import PROJECTIONS, Mark, Rows, rows_named
-from idempotency.projections._table import RUNNING, STOPPED
+from idempotency.projections._table import DROPPED, RUNNING, STOPPED
 from idempotency.streams import Delay, Position, Streams
 
 T = TypeVar("T")
@@ -29,9 +29,9 @@ _TIMEOUT = 10.0
 class ProjectionView:
     """One checkpoint. ``version`` 0: of a consumer that is no projection. ``moved``: seconds since it moved.
 
-    ``lag``: for how many seconds the oldest event has waited; None without a table of events, or for a broker's stream.
-    ``failed``, ``error``, ``attempts``: the event that fails, and how. ``next``: what happens by itself, and which
-    open transaction delays it, on PostgreSQL.
+    ``lag``: for how many seconds the oldest event has waited; None without a table of events, and for a broker's
+    stream or a dropped version. ``failed``, ``error``, ``attempts``: the event that fails, and how. ``next``: what
+    happens by itself, and which open transaction delays it, on PostgreSQL.
     """
 
     name: str
@@ -74,11 +74,16 @@ def views(session: Session, rows: Rows, table: str | None) -> list[ProjectionVie
     return [_view(session, rows, mark, streams, named) for mark in rows.list(session)]
 
 
+def stopped(session: Session, rows: Rows) -> Sequence[Mark]:
+    """Return the checkpoints of projections that have stopped."""
+    return rows.list(session, rows.tables.checkpoints.c.state == STOPPED)
+
+
 def _view(
     session: Session, rows: Rows, mark: Mark, streams: Streams | None = None, delay: Delay | None = None
 ) -> ProjectionView:
     name, lag = mark.name, None
-    if streams is not None and name.version and not name.stream:
+    if streams is not None and name.version and not name.stream and mark.state != DROPPED:
         found = streams.peek(session, mark.position)
         lag = 0.0 if found is None else max(0.0, mark.now_ms / 1000 - found[1])
     return ProjectionView(

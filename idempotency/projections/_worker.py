@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
@@ -12,11 +13,13 @@ from sqlalchemy.orm import Session
 
 from idempotency._outbox.after_commit import woken
 from idempotency._sql.commit_guard import SESSION_ENDED, commit, guard_commit, unguard_commit, was_closed
+from idempotency._sql.failures import over_time
 from idempotency._sql.guarded_connection import FAILURE
 from idempotency._sql.session_failures import failure_of, own_failure
 from idempotency._sql.sessions import as_sync
 from idempotency.errors import StoreError, TransactionError
 from idempotency.projections._definition import Definition
+from idempotency.projections._failures import ENDS, FunctionFailedError, reading
 from idempotency.projections._rows import (
     AnyPosition,
     AnySync,
@@ -54,10 +57,6 @@ class Step(NamedTuple):
     failed: bool = False
 
 
-class FunctionFailedError(Exception):
-    """The function of a projection has raised; the cause is its error."""
-
-
 class SyncProjection:
     """A projection for threads; :func:`projection` makes it."""
 
@@ -67,7 +66,7 @@ class SyncProjection:
         self._prepared = self._stopping = False
         self._page_size = FIRST_PAGE
         self._suspects = 0  # how many of the next events were in a batch that has failed
-        self._wake: Callable[[], None] | None = None
+        self._wakes: set[Callable[[], None]] = set()  # of each run
 
     @property
     def name(self) -> str:
@@ -85,13 +84,13 @@ class SyncProjection:
     def stop(self) -> None:
         """See :meth:`AsyncProjection.stop`."""
         self._stopping = True
-        if self._wake is not None:
-            self._wake()
+        for wake in tuple(self._wakes):
+            wake()
 
     def run(self) -> None:
         """See :meth:`AsyncProjection.run`."""
         wake, pause = self._waiting(), FIRST_PAUSE
-        self._wake = wake
+        self._wakes.add(wake)
         try:
             with woken(self._definition.feed().table, wake):
                 while not self._stopping:
@@ -109,7 +108,9 @@ class SyncProjection:
                         step = Step(again=pause)
                     wake.pause(pause if step.again is None else step.again)
         finally:
-            self._wake, self._stopping = None, False
+            self._wakes.discard(wake)
+            # A stop is for every run: it ends with the last one.
+            self._stopping = self._stopping and bool(self._wakes)
 
     def run_once(self) -> int:
         """See :meth:`AsyncProjection.run_once`."""
@@ -178,11 +179,12 @@ class SyncProjection:
     def lag(self, session: Session | Connection) -> float:
         """See :meth:`AsyncProjection.lag`."""
         own, feed = as_sync(session, "lag"), self._definition.feed()
-        # MariaDB: first the events that are committed get their places, then the snapshot of this transaction begins.
-        feed.peek(own, Position())
-        mark = self._rows.find(own, self._name)
-        found = feed.peek(own, Position() if mark is None else mark.position)
-        return 0.0 if found is None else max(0.0, self._rows.now(own) - found[1])
+        with reading():
+            # MariaDB: first the events that are committed get places, then the snapshot of this transaction begins.
+            feed.peek(own, Position())
+            mark = self._rows.find(own, self._name)
+            found = feed.peek(own, Position() if mark is None else mark.position)
+            return 0.0 if found is None else max(0.0, self._rows.now(own) - found[1])
 
     def rebuild(self) -> None:
         """See :meth:`AsyncProjection.rebuild`."""
@@ -306,7 +308,7 @@ class SyncProjection:
         """Apply events, and return the last one.
 
         What the function raises, or what makes an event readable, is a failure of the event, unless this session's
-        database has failed.
+        database has failed, or the worker is to end. A statement that takes too long does so whenever it is tried.
         """
         try:
             last = events[-1]
@@ -314,9 +316,13 @@ class SyncProjection:
             # Here and not at the commit: what the function has added to the session is a part of the time it takes.
             session.flush()
             return last
-        except Exception as error:
+        except ENDS:
+            raise
+        except BaseException as error:
+            if isinstance(error, CancelledError) and self._is_cancelled():
+                raise
             own = own_failure(error, session)
-            if own is not None and (failure := failure_of(own, session)) is not own:
+            if own is not None and not over_time(own) and (failure := failure_of(own, session)) is not own:
                 raise failure from error
             raise FunctionFailedError from error
 
@@ -359,7 +365,8 @@ class SyncProjection:
     @contextmanager
     def _transaction(self) -> Iterator[Session]:
         """Open a session of the user, and commit it here and nowhere else."""
-        with self._open() as session:
+        # What the function raises is a FunctionFailedError by then.
+        with reading(), self._open() as session:
             guard_commit(session)
             try:
                 yield session
@@ -386,3 +393,6 @@ class SyncProjection:
 
     def _waiting(self) -> Waiting:
         return ThreadWaiting()
+
+    def _is_cancelled(self) -> bool:
+        return False

@@ -86,6 +86,12 @@ def test_list_says_where_a_projection_is_and_why(place: Place) -> None:
     ]
 
 
+def test_the_help_of_list_says_what_shows_the_lag() -> None:
+    """It is of the table of events, which no checkpoint names."""
+    shown = CliRunner().invoke(app, ["projection", "list", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "unknown without --streams" in " ".join(shown.split())
+
+
 def test_skip_switch_and_drop(place: Place) -> None:
     """In this order, each with a refusal before."""
     stopped, _ = place.listed()
@@ -107,10 +113,12 @@ def test_skip_switch_and_drop(place: Place) -> None:
     done = [place.command("switch", "balance", "2"), place.command("drop", "balance", "1", "--yes")]
 
     assert [each.stdout for each in done] == ["balance version 2 is live\n", "balance version 1 has ended\n"]
-    assert [(each["version"], each["live"], each["state"]) for each in place.listed()] == [
-        (1, False, "dropped"),
-        (2, True, "running"),
+    place.do(lambda bank: bank.append(4))
+    assert [(each["version"], each["live"], each["state"], each["lag"] is None) for each in place.listed()] == [
+        (1, False, "dropped", True),
+        (2, True, "running", False),
     ]
+    assert [line.split("\t")[5] for line in place.command("list").stdout.splitlines()] == ["lag=none", "lag=unknown"]
 
 
 def test_resume_tries_the_event_again(place: Place) -> None:
@@ -171,3 +179,37 @@ def test_a_database_that_cannot_be_reached_is_one_line(store_target: Target) -> 
     scheme = store_target.url.partition("://")[0]
     refused = CliRunner().invoke(app, ["projection", "list", "--store", f"{scheme}://127.0.0.1:1/test"])
     assert (refused.exit_code, refused.stderr.count("cannot be reached: start it, or correct the URL")) == (2, 1)
+
+
+def test_doctor_names_a_projection_that_has_stopped(place: Place) -> None:
+    """Where and why, and what to look at next; then that none has stopped."""
+    name = place.target.name
+    assert CliRunner().invoke(app, ["schema", "create", "--store", place.target.url, "--table", name]).exit_code == 0
+
+    def doctor(checkpoints: str) -> tuple[int, list[tuple[str, str]]]:
+        options = ["--table", name, "--streams", f"{name}_ev", "--projections", checkpoints]
+        examined = CliRunner().invoke(app, ["doctor", "--store", place.target.url, *options, "--json"])
+        found = [(each["level"], each["what"]) for each in json.loads(examined.stdout)]
+        return examined.exit_code, [each for each in found if "projection" in each[1]]
+
+    stopped, _ = place.listed()
+    at = stopped["failed"]
+    what = f"projection balance version 1 is stopped at {at}: ValueError; see idempotency projection list"
+    assert doctor(f"{name}_ck") == (1, [("fix", what)])
+    assert [level for level, _ in doctor("nowhere")[1]] == ["fix"]
+
+    place.command("skip", "balance", "1", at, "--reason", "known", "--yes")
+    assert doctor(f"{name}_ck") == (0, [("ok", f"{name}_ck: no projection has stopped")])
+
+
+@pytest.mark.stores("sqlite")
+def test_doctor_examines_the_checkpoints_beside_streams_if_they_are_there(store_target: Target) -> None:
+    """Their table has the default name here; an application without projections has none."""
+    store = ["--store", store_target.url]
+    for command in (["schema", "create", "--streams", "stream_event"], ["projection", "schema", "create"]):
+        examined = CliRunner().invoke(app, ["doctor", "--streams", "stream_event", *store]).stdout
+        assert "projection" not in examined
+        assert CliRunner().invoke(app, [*command, *store]).exit_code == 0
+
+    examined = CliRunner().invoke(app, ["doctor", "--streams", "stream_event", *store]).stdout
+    assert "idempotency_checkpoint: no projection has stopped" in examined
