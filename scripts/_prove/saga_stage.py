@@ -260,6 +260,9 @@ async def undo_leased(plan: Plan, name: str, fails: bool) -> None:
     await _fail_undo(plan, name)
 
     async def undo(connection: AsyncConnection) -> None:
+        # That of a process which is paused for longer than its lease may be under way too.
+        rows = select(LEDGER.c.id).where(LEDGER.c.saga == plan.key, LEDGER.c.step == name)
+        await connection.execute(rows.with_for_update())
         for _ in range(await _total(connection, plan, name)):
             await connection.execute(_note(plan, name, -1, began))
 

@@ -326,6 +326,29 @@ async def test_the_effect_of_a_paused_process_may_come_after_its_undo(
     assert done == ["a", "b", "undo a", "a"]
 
 
+async def test_the_undo_of_a_paused_process_may_come_twice(
+    faulty: FaultyStore, clock: ManualClock, done: list[Any]
+) -> None:
+    """It goes on beside the one that took over, and records nothing."""
+    book = two_steps(faulty)
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        began.set()
+        await go_on.wait()
+
+    FAULTS["b"], FAULTS["undo a"] = [ValueError()], [pause]
+    running = asyncio.create_task(book(key="7"))
+    await began.wait()
+    clock.advance(31)
+    with pytest.raises(SagaFailedError):
+        await book(key="7")
+    go_on.set()
+    with pytest.raises(SagaLostError):
+        await running
+    assert done == ["a", "b", "undo a", "undo a"]
+
+
 async def test_the_lease_is_renewed_while_a_step_runs(faulty: FaultyStore, done: list[Any]) -> None:
     go_on = asyncio.Event()
 
