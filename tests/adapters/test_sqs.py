@@ -195,16 +195,18 @@ def test_an_extension_does_not_undo_the_pause(client: Client, create: Create) ->
         raise ValueError("not yet")
 
     def told() -> None:
-        if len(client.hidden()) == 1:
+        *before, last = client.hidden()
+        if last == 50:
             extended.wait(1)
-        else:
+        elif 50 in before:
             extended.set()
 
     client.after["change_message_visibility"] = told
     send(client, url, "order-1")
     with consuming(client, url, on_order, pause=50):
-        until(client.hidden, "it is to be delivered again")
-    assert client.hidden() == [50]
+        until(lambda: 50 in client.hidden(), "it is to be delivered again")
+    # On a slow machine it is extended before it has failed, too.
+    assert client.hidden()[-1] == 50
 
 
 def test_dead_letters_keep_their_attributes_and_their_identity(client: Client, create: Create) -> None:
